@@ -1,0 +1,112 @@
+"""The simplex ETF nearest to given class means, in closed form."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from neuralcollapse._checks import check_etf_sizes, check_finite, check_floating, compute_dtype, values_readable
+from neuralcollapse.geometry.polar import polar_factor
+from neuralcollapse.geometry.simplex import expand, reduce
+
+
+def nearest_simplex_etf(
+    class_means: Tensor,
+    *,
+    anchor: Tensor | None = None,
+    proximal_weight: float = 0.0,
+    class_weights: Tensor | None = None,
+    check_values: bool = True,
+) -> Tensor:
+    r"""The unit simplex ETF nearest to the class means, differentiable in them.
+
+    With C the means centred at their (weighted) mean, Ĉ = C/‖C‖_F, and E = √(K/(K−1)) B Q, it minimises
+
+        ((K−1)/2) Σ_k ω_k ‖ĉ_k − e_k/√K‖² + (γ/2) ‖Q − Q₀‖_F²
+
+    over Q with orthonormal rows. The objective is linear in Q, so the minimiser is the polar factor of
+    √(K−1) Bᵀ diag(ω) Ĉ + γ Q₀: no iteration, and a derivative in closed form. It is unique where that
+    matrix has full rank.
+
+    Args:
+        class_means: (..., K, d) floating, d ≥ K−1. fp16 and bf16 are computed in fp32.
+        anchor: (..., K, d), a unit simplex ETF E₀ to stay close to (the last solution); used if γ > 0.
+        proximal_weight: γ ≥ 0, in units in which the singular values of the data term are 1 at collapse.
+        class_weights: (K,) or (..., K), ω ≥ 0 up to a common factor; equal if not given.
+        check_values: Check finiteness and that the means are not all equal (on an accelerator this waits
+            for the device).
+
+    Returns:
+        (..., K, d), unit rows with pairwise cosine −1/(K−1), in the dtype of ``class_means``.
+
+    Raises:
+        ValueError: K < 2, d < K−1, shapes that do not match, non-finite values, negative weights, γ > 0
+            without an anchor, or means that are all equal with no anchor to decide.
+
+    Source: after Markou, Ajanthan, Gould, "Guiding Neural Collapse" (NeurIPS 2024), reduced to the complement
+    of the all-ones vector.
+
+    Example:
+        >>> from neuralcollapse import nearest_simplex_etf, random_simplex_etf
+        >>> etf = random_simplex_etf(10, 64, generator=torch.Generator().manual_seed(0))
+        >>> bool(torch.allclose(nearest_simplex_etf(5 * etf + 2), etf, atol=1e-5))
+        True
+    """
+    check_floating("class_means", class_means)
+    if class_means.ndim < 2:
+        raise ValueError(f"class_means must be of shape (..., K, d), got {tuple(class_means.shape)}")
+    num_classes, feature_dim = class_means.shape[-2:]
+    check_etf_sizes(num_classes, feature_dim)
+    if not (math.isfinite(proximal_weight) and proximal_weight >= 0):
+        raise ValueError(f"proximal_weight must be finite and at least 0, got {proximal_weight}")
+    if proximal_weight > 0 and anchor is None:
+        raise ValueError(f"proximal_weight = {proximal_weight} needs an anchor, got None")
+    if check_values:
+        check_finite("class_means", class_means)
+
+    means = class_means.to(compute_dtype(class_means.dtype))
+    weights = None if class_weights is None else _unit_mean(class_weights, means, check_values)
+    if weights is None:
+        centred = means - means.mean(-2, keepdim=True)
+    else:
+        centred = means - (weights * means).mean(-2, keepdim=True)
+    unit = _unit_frobenius(centred, means, check_values=check_values and (anchor is None or proximal_weight == 0))
+    if weights is not None:
+        unit = weights * unit
+    target = math.sqrt(num_classes - 1) * reduce(unit)
+    if anchor is not None and proximal_weight > 0:
+        if anchor.shape[-2:] != class_means.shape[-2:]:
+            raise ValueError(f"anchor must end in the shape {(num_classes, feature_dim)}, got {tuple(anchor.shape)}")
+        if check_values:
+            check_finite("anchor", anchor)
+        anchor_weight = proximal_weight * math.sqrt((num_classes - 1) / num_classes)
+        target = target + anchor_weight * reduce(anchor.to(means.dtype))
+    frame = polar_factor(target, check_values=False)
+    return (math.sqrt(num_classes / (num_classes - 1)) * expand(frame)).to(class_means.dtype)
+
+
+def _unit_mean(class_weights: Tensor, means: Tensor, check_values: bool) -> Tensor:
+    """The weights as (..., K, 1) with mean 1."""
+    if class_weights.ndim < 1 or class_weights.shape[-1] != means.shape[-2]:
+        raise ValueError(f"class_weights must end in the shape ({means.shape[-2]},), got {tuple(class_weights.shape)}")
+    weights = class_weights.to(means)
+    if check_values and values_readable(weights):
+        check_finite("class_weights", weights)
+        if bool((weights < 0).any()) or bool((weights.sum(-1) == 0).any()):
+            raise ValueError("class_weights must be at least 0 with a positive sum")
+    return (weights / weights.mean(-1, keepdim=True)).unsqueeze(-1)
+
+
+def _unit_frobenius(centred: Tensor, means: Tensor, *, check_values: bool) -> Tensor:
+    """C/‖C‖_F; zero, with a zero gradient, where C is nothing but the rounding error of the centring."""
+    norm = torch.linalg.matrix_norm(centred, keepdim=True)
+    rounding = 4 * torch.finfo(means.dtype).eps * torch.linalg.matrix_norm(means.detach(), keepdim=True)
+    degenerate = norm <= rounding
+    if check_values and values_readable(degenerate) and bool(degenerate.any()):
+        raise ValueError(
+            "class_means must not be all equal (centred, they are all zero), "
+            "unless an anchor with a positive proximal_weight decides the orientation"
+        )
+    return torch.where(degenerate, 0, centred) / torch.where(degenerate, 1, norm)

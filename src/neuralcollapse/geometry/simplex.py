@@ -1,0 +1,163 @@
+"""The simplex equiangular tight frame (ETF) and the Helmert basis that carries it.
+
+Every unit simplex ETF of K vectors is E = √(K/(K−1)) B Q with Q (K−1, d) of orthonormal rows and B (K, K−1)
+an orthonormal basis of the complement of the all-ones vector. The Helmert basis has the columns
+b_j = (1, …, 1, −j, 0, …, 0)/√(j(j+1)), j ones first: applying it is a cumulative sum.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from neuralcollapse._checks import check_at_least, check_etf_sizes, compute_dtype
+
+
+def simplex_etf(
+    num_classes: int,
+    feature_dim: int | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The canonical unit simplex ETF: unit rows, every pairwise cosine −1/(K−1).
+
+    For d ≥ K it is √(K/(K−1)) (I − 11ᵀ/K) padded with zero columns; for d = K−1 the same vectors in
+    Helmert coordinates, √(K/(K−1)) B.
+
+    Args:
+        num_classes: K ≥ 2.
+        feature_dim: d ≥ K−1; K if not given.
+        dtype: Floating dtype; the default dtype if not given.
+        device: Where to create it.
+
+    Returns:
+        (K, d).
+
+    Raises:
+        ValueError: K < 2 or d < K−1.
+
+    Source: Papyan, Han, Donoho (PNAS 2020), definition of the simplex ETF.
+
+    Example:
+        >>> etf = simplex_etf(3)
+        >>> etf @ etf.T
+        tensor([[ 1.0000, -0.5000, -0.5000],
+                [-0.5000,  1.0000, -0.5000],
+                [-0.5000, -0.5000,  1.0000]])
+    """
+    feature_dim = num_classes if feature_dim is None else feature_dim
+    check_etf_sizes(num_classes, feature_dim)
+    dtype = dtype or torch.get_default_dtype()
+    working = {"dtype": compute_dtype(dtype), "device": device}
+    etf = torch.zeros(num_classes, feature_dim, **working)  # type: ignore[arg-type]
+    if feature_dim == num_classes - 1:
+        etf = expand(torch.eye(feature_dim, **working))  # type: ignore[arg-type]
+    else:
+        etf.fill_diagonal_(1)
+        etf[:, :num_classes] -= 1 / num_classes
+    return etf.mul_(math.sqrt(num_classes / (num_classes - 1))).to(dtype)
+
+
+def random_simplex_etf(
+    num_classes: int,
+    feature_dim: int,
+    *,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """A unit simplex ETF of Haar-uniform orientation: E U is distributed as E for any orthogonal U.
+
+    The orthonormal factor of a Gaussian matrix is Haar-uniform once each column of it has the sign that makes
+    the triangular factor's diagonal positive.
+
+    Args:
+        num_classes: K ≥ 2.
+        feature_dim: d ≥ K−1.
+        generator: Source of randomness, on ``device``.
+        dtype: Floating dtype; the default dtype if not given.
+        device: Where to create it.
+
+    Returns:
+        (K, d).
+
+    Raises:
+        ValueError: K < 2 or d < K−1.
+
+    Source: Mezzadri, "How to generate random matrices from the classical compact groups" (2007).
+
+    Example:
+        >>> etf = random_simplex_etf(4, 8, generator=torch.Generator().manual_seed(0))
+        >>> etf.shape, round(float(etf[0] @ etf[1]), 4)
+        (torch.Size([4, 8]), -0.3333)
+    """
+    check_etf_sizes(num_classes, feature_dim)
+    dtype = dtype or torch.get_default_dtype()
+    gaussian = torch.randn(feature_dim, num_classes - 1, generator=generator, dtype=compute_dtype(dtype), device=device)
+    orthonormal, triangular = torch.linalg.qr(gaussian)
+    haar = orthonormal * triangular.diagonal().sign()
+    return (math.sqrt(num_classes / (num_classes - 1)) * expand(haar.mT)).to(dtype)
+
+
+def simplex_basis(
+    num_classes: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> Tensor:
+    """The Helmert basis B (K, K−1) as a matrix: orthonormal columns, each orthogonal to the all-ones vector.
+
+    Computing with it needs no matrix: `reduce` applies Bᵀ and `expand` applies B in O(Kd).
+
+    Args:
+        num_classes: K ≥ 2.
+        dtype: Floating dtype; the default dtype if not given.
+        device: Where to create it.
+
+    Returns:
+        (K, K−1).
+
+    Raises:
+        ValueError: K < 2.
+
+    Example:
+        >>> simplex_basis(3)
+        tensor([[ 0.7071,  0.4082],
+                [-0.7071,  0.4082],
+                [ 0.0000, -0.8165]])
+    """
+    check_at_least("num_classes", num_classes, 2)
+    return expand(torch.eye(num_classes - 1, dtype=dtype, device=device))
+
+
+def reduce(class_vectors: Tensor) -> Tensor:
+    """Bᵀ X: the coordinates of (..., K, d) class vectors in the complement of their mean, (..., K−1, d).
+
+    Example:
+        >>> reduce(torch.ones(3, 2))
+        tensor([[0., 0.],
+                [0., 0.]])
+    """
+    index, length = _helmert(class_vectors, class_vectors.shape[-2])
+    return (class_vectors.cumsum(-2)[..., :-1, :] - index * class_vectors[..., 1:, :]) / length
+
+
+def expand(coordinates: Tensor) -> Tensor:
+    """B Y: the class vectors, (..., K, d) with zero mean, of given coordinates (..., K−1, d).
+
+    Example:
+        >>> expand(torch.tensor([[2.0**0.5]]))
+        tensor([[ 1.],
+                [-1.]])
+    """
+    index, length = _helmert(coordinates, coordinates.shape[-2] + 1)
+    scaled = coordinates / length
+    sums = scaled.flip(-2).cumsum(-2).flip(-2)
+    zero = torch.zeros_like(scaled[..., :1, :])
+    return torch.cat([sums, zero], -2) - torch.cat([zero, index * scaled], -2)
+
+
+def _helmert(like: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """The column index j = 1 … K−1 and the length √(j(j+1)), as columns."""
+    index = torch.arange(1, num_classes, dtype=like.dtype, device=like.device).unsqueeze(-1)
+    return index, (index * (index + 1)).sqrt()

@@ -1,0 +1,148 @@
+"""Moving class means, the same on every rank."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, distributed, nn
+
+from neuralcollapse._checks import check_at_least, check_features, check_targets
+
+Momentum = float | Literal["cumulative", "published"]
+# The best of those compared on a validation split at K = 10 and K = 100: docs/heads.md.
+DEFAULT_MOMENTUM: Momentum = 0.1
+
+
+class MovingMean(nn.Module):
+    """Moving means of vectors, each updated where its batch has samples.
+
+    mean ← (1−α) mean + α batch_mean. The first sight of a vector sets it (α = 1), no sight leaves it (α = 0).
+    The buffers are rebound, never changed in place, and stay in at least fp32 whatever the module's dtype:
+    bf16 loses any α below 2⁻⁸.
+
+    Args:
+        rows: Number of vectors.
+        feature_dim: d.
+        momentum: α, the weight of the new batch (as in BatchNorm); ``"cumulative"``, n/(n + seen);
+            ``"published"``, 2/(t+1) after t batches and never below 1e-4.
+    """
+
+    mean: Tensor
+    seen: Tensor
+    batches: Tensor
+
+    def __init__(self, rows: int, feature_dim: int, momentum: Momentum) -> None:
+        super().__init__()
+        if momentum not in ("cumulative", "published") and (isinstance(momentum, str) or not 0 < momentum <= 1):
+            raise ValueError(f"momentum must lie in (0, 1] or be 'cumulative' or 'published', got {momentum!r}")
+        self.momentum = momentum
+        self.register_buffer("mean", torch.zeros(rows, feature_dim, dtype=torch.float32))
+        self.register_buffer("seen", torch.zeros(rows, dtype=torch.int64))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, batch_mean: Tensor, batch_count: Tensor) -> Tensor:
+        """Take in means (rows, d) and counts (rows,) of a batch; return the moving means, differentiable in these."""
+        self.batches = self.batches + 1
+        if self.momentum == "cumulative":
+            weight = batch_count / (batch_count + self.seen).clamp_min(1)
+        elif self.momentum == "published":
+            weight = (2 / (self.batches + 1)).clamp_min(1e-4)
+        else:
+            weight = torch.full_like(batch_mean[:, 0], self.momentum)
+        weight = torch.where(self.seen == 0, 1, weight).where(batch_count > 0, 0).unsqueeze(-1)
+        moved = torch.lerp(self.mean.to(batch_mean), batch_mean, weight.to(batch_mean))
+        # A copy: what restores or broadcasts buffers writes into them, and the graph holds `moved`.
+        self.mean = moved.detach().to(self.mean.dtype, copy=True)
+        self.seen = self.seen + batch_count
+        return moved
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        before = self.mean
+        super()._apply(fn, recurse)
+        if self.mean.dtype in (torch.bfloat16, torch.float16):
+            self.mean = before.to(self.mean.device)
+        return self
+
+
+class ClassMeans(nn.Module):
+    """Moving means of each class's features about the batch's global mean.
+
+    With batch sums S_k and counts n_k, summed over all ranks of the default process group first:
+
+        M_k = S_k/n_k,   m = Σ S_k/Σ n_k,   C̄_k ← (1−α) C̄_k + α (M_k − m)   for the classes present.
+
+    An absent class keeps its mean, a class never seen is zero, the first sight of a class sets it.
+
+    Args:
+        num_classes: K ≥ 2.
+        feature_dim: d ≥ 1.
+        momentum: α in (0, 1], the weight of the new batch; ``"cumulative"``, n_k/(n_k + seen_k); or
+            ``"published"``, 2/(t+1) after t batches and never below 1e-4. Gradients flow through the batch's
+            part only, so they scale with α.
+
+    Raises:
+        ValueError: K < 2, or a momentum of another kind.
+
+    Source: Markou, Ajanthan, Gould (NeurIPS 2024), section 3.
+
+    Example:
+        >>> means = ClassMeans(2, 1, momentum=0.5)
+        >>> centred, batch_mean = means(torch.tensor([[1.0], [3.0], [8.0]]), torch.tensor([0, 0, 1]))
+        >>> centred.flatten().tolist(), batch_mean.tolist()
+        ([-2.0, 4.0], [4.0])
+    """
+
+    def __init__(self, num_classes: int, feature_dim: int, *, momentum: Momentum = DEFAULT_MOMENTUM) -> None:
+        super().__init__()
+        check_at_least("num_classes", num_classes, 2)
+        check_at_least("feature_dim", feature_dim, 1)
+        self.num_classes = num_classes
+        self.feature_dim = feature_dim
+        self.centred = MovingMean(num_classes, feature_dim, momentum)
+        self.overall = MovingMean(1, feature_dim, momentum)
+
+    @property
+    def class_means(self) -> Tensor:
+        """The moving centred class means C̄ (K, d), detached."""
+        return self.centred.mean
+
+    @property
+    def global_mean(self) -> Tensor:
+        """The moving global mean m̄ (d,), detached."""
+        return self.overall.mean[0]
+
+    def forward(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Take a batch in.
+
+        Args:
+            features: (N, d) floating.
+            targets: (N,) integers in [0, K).
+
+        Returns:
+            The moving centred class means C̄ (K, d) and the batch's global mean m (d,), both differentiable in
+            the features of every rank.
+
+        Raises:
+            ValueError: Shapes that do not match, or (on a CPU) labels out of range.
+        """
+        check_features(features, self.feature_dim)
+        check_targets(targets, features.shape[0], self.num_classes, values=features.device.type == "cpu")
+        # One tensor [S | n], so that ranks meet once. Counts are exact in fp32 up to 2²⁴ samples a batch.
+        rows = torch.cat([features, torch.ones_like(features[:, :1])], 1)
+        totals = sum_over_ranks(rows.new_zeros(self.num_classes, rows.shape[1]).index_add(0, targets, rows))
+        sums, counts = totals[:, :-1], totals[:, -1:].detach()
+        batch_mean = sums.sum(0) / counts.sum().clamp_min(1)
+        centred = sums / counts.clamp_min(1) - batch_mean
+        counts = counts[:, 0].to(torch.int64)
+        self.overall(batch_mean.detach().unsqueeze(0), counts.sum().unsqueeze(0))
+        return self.centred(centred, counts), batch_mean
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum over the default process group, differentiable: its gradient is summed over the ranks, too."""
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        from torch.distributed.nn.functional import all_reduce
+
+        return all_reduce(tensor)
+    return tensor

@@ -1,0 +1,105 @@
+"""The classifier that is a simplex ETF from the start: the method `fixed`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from neuralcollapse._checks import check_etf_sizes, compute_dtype
+from neuralcollapse.geometry import random_simplex_etf, simplex_etf
+from neuralcollapse.heads.class_means import DEFAULT_MOMENTUM, Momentum, MovingMean, sum_over_ranks
+from neuralcollapse.heads.head import Head
+
+Bias = Literal["centring", "learned", "none"]
+
+
+class FixedETFClassifier(Head):
+    """A classifier whose weight is a simplex ETF and is not trained.
+
+    Args:
+        in_features: d ≥ K−1.
+        num_classes: K ≥ 2.
+        orientation: ``"canonical"``, ``"random"`` (Haar-uniform, from ``generator``), or the (K, d) ETF itself.
+        feature_norm: τ, the norm that features are given; ``"auto"``: `collapse_radius`; ``None``: left as they are.
+        bias: ``"centring"``: −W·m with the global mean m of the features, of the (whole, distributed) batch and
+            without gradient in training, a moving mean in evaluation; ``"learned"``; ``"none"``.
+        momentum: The weight of a new batch in that moving mean, as for `ClassMeans`.
+        generator: Source of randomness for ``orientation="random"``.
+
+    Shape: features (..., d) to logits (..., K).
+
+    Raises:
+        ValueError: Sizes out of range, or an argument of another kind.
+
+    Source: Zhu et al. (NeurIPS 2021), section 4 (with ``feature_norm=None, bias="learned"``); Markou, Ajanthan,
+    Gould (NeurIPS 2024), the method ``fixed`` (with ``bias="centring"``).
+
+    Example:
+        >>> head = FixedETFClassifier(64, 10).eval()
+        >>> head(torch.randn(32, 64)).shape
+        torch.Size([32, 10])
+    """
+
+    weight: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        orientation: Literal["canonical", "random"] | Tensor = "canonical",
+        feature_norm: float | Literal["auto"] | None = "auto",
+        bias: Bias = "centring",
+        momentum: Momentum = DEFAULT_MOMENTUM,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(in_features, num_classes, feature_norm)
+        check_etf_sizes(num_classes, in_features)
+        self.register_buffer("weight", _oriented(orientation, num_classes, in_features, generator))
+        if bias not in ("centring", "learned", "none"):
+            raise ValueError(f"bias must be 'centring', 'learned' or 'none', got {bias!r}")
+        self.learned_bias = nn.Parameter(torch.zeros(num_classes)) if bias == "learned" else None
+        self.global_mean = MovingMean(1, in_features, momentum) if bias == "centring" else None
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        """(K,) or None; with centring, of the moving mean."""
+        if self.global_mean is not None:
+            return -(self.weight @ self.global_mean.mean[0].to(self.weight))
+        return self.learned_bias
+
+    def forward(self, features: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits (..., K) of features (..., d). Targets are accepted and not needed."""
+        features = self.features(features)
+        if not (self.training and self.global_mean is not None):
+            return self.decide(features, self.weight, self.bias)
+        with torch.autocast(features.device.type, enabled=False):
+            flat = features.detach().reshape(-1, self.in_features).to(compute_dtype(features.dtype))
+            total = sum_over_ranks(torch.cat([flat.sum(0), flat.new_tensor([flat.shape[0]])]))
+            count = total[-1:].to(torch.int64)
+            batch_mean = total[:-1] / count.clamp_min(1)
+            self.global_mean(batch_mean.unsqueeze(0), count)
+            bias = -(self.weight.to(batch_mean) @ batch_mean)
+        return self.decide(features, self.weight, bias)
+
+
+def _oriented(
+    orientation: str | Tensor, num_classes: int, feature_dim: int, generator: torch.Generator | None
+) -> Tensor:
+    if isinstance(orientation, Tensor):
+        if orientation.shape != (num_classes, feature_dim):
+            raise ValueError(
+                f"orientation must be of shape {(num_classes, feature_dim)}, got {tuple(orientation.shape)}"
+            )
+        cosines = orientation.double() @ orientation.double().mT
+        expected = simplex_etf(num_classes, dtype=torch.float64, device=orientation.device)
+        if not torch.allclose(cosines, expected @ expected.mT, atol=1e-4):
+            raise ValueError("orientation must be a unit simplex ETF: unit rows with pairwise cosine -1/(K-1)")
+        return orientation.detach().clone()
+    if orientation == "canonical":
+        return simplex_etf(num_classes, feature_dim)
+    if orientation == "random":
+        return random_simplex_etf(num_classes, feature_dim, generator=generator)
+    raise ValueError(f"orientation must be 'canonical', 'random' or a (K, d) tensor, got {orientation!r}")

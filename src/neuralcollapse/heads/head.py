@@ -1,0 +1,125 @@
+"""What every head has: features on a sphere, a linear decision, an inference form."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from neuralcollapse._checks import check_at_least, compute_dtype
+
+
+class FeatureNorm(nn.Module):
+    """Projects features on the sphere of a given radius, τ h/‖h‖; a zero vector stays zero.
+
+    Args:
+        radius: τ > 0.
+
+    Shape: (..., d) to (..., d), in the dtype of the input (fp16 and bf16 are computed in fp32).
+
+    Example:
+        >>> FeatureNorm(5.0)(torch.tensor([[3.0, 4.0]]))
+        tensor([[3., 4.]])
+    """
+
+    def __init__(self, radius: float) -> None:
+        super().__init__()
+        self.radius = radius
+
+    def forward(self, features: Tensor) -> Tensor:
+        exact = features.to(compute_dtype(features.dtype))
+        norm = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
+        return (exact * (self.radius / torch.where(norm > 0, norm, 1))).to(features.dtype)
+
+    def extra_repr(self) -> str:
+        return f"radius={self.radius:g}"
+
+
+def collapse_radius(num_classes: int, probability: float = 0.99) -> float:
+    """The feature norm τ at which perfect collapse gives the true class the stated probability.
+
+    τ = ((K−1)/K)·log((K−1)p/(1−p)), for unit weights in a simplex ETF and bias 0.
+
+    Args:
+        num_classes: K ≥ 2.
+        probability: p, in (1/K, 1).
+
+    Returns:
+        τ.
+
+    Raises:
+        ValueError: K < 2, or p outside (1/K, 1).
+
+    Example:
+        >>> [round(collapse_radius(num_classes), 1) for num_classes in (10, 100, 1000)]
+        [6.1, 9.1, 11.5]
+    """
+    check_at_least("num_classes", num_classes, 2)
+    if not 1 / num_classes < probability < 1:
+        raise ValueError(f"probability must lie in (1/num_classes, 1), got {probability}")
+    return (num_classes - 1) / num_classes * math.log((num_classes - 1) * probability / (1 - probability))
+
+
+class Head(nn.Module):
+    """A classifier that ends a backbone: logits = weight · features(x) + bias.
+
+    A subclass sets `weight` (K, d) and `bias` (K,) or None, as attributes or properties.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, in_features: int, num_classes: int, feature_norm: float | Literal["auto"] | None) -> None:
+        super().__init__()
+        check_at_least("in_features", in_features, 1)
+        check_at_least("num_classes", num_classes, 2)
+        self.in_features = in_features
+        self.num_classes = num_classes
+        if feature_norm == "auto":
+            feature_norm = collapse_radius(num_classes)
+        elif feature_norm is not None and not (isinstance(feature_norm, int | float) and 0 < feature_norm < math.inf):
+            raise ValueError(f"feature_norm must be a positive number, 'auto' or None, got {feature_norm!r}")
+        self.feature_norm = feature_norm
+        self._norm = nn.Identity() if feature_norm is None else FeatureNorm(feature_norm)
+
+    def features(self, inputs: Tensor) -> Tensor:
+        """The tensor that the weight multiplies: the inputs (..., d), on the sphere where the head normalises."""
+        if inputs.ndim < 1 or inputs.shape[-1] != self.in_features:
+            raise ValueError(f"features must be of shape (..., {self.in_features}), got {tuple(inputs.shape)}")
+        return self._norm(inputs)
+
+    def forward(self, features: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits (..., K) of features (..., d). Targets are accepted and not needed."""
+        return self.decide(self.features(features), self.weight, self.bias)
+
+    @staticmethod
+    def decide(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The linear decision, in the dtype of the features."""
+        return functional.linear(features, weight.to(features.dtype), None if bias is None else bias.to(features.dtype))
+
+    def to_inference(self, *, dtype: torch.dtype | None = None) -> nn.Module:
+        """The same decision as plain modules: FeatureNorm then nn.Linear, or nn.Linear alone where there is no norm.
+
+        Args:
+            dtype: Dtype of the linear layer; the weight's own if not given (heads that hold an ETF keep it in
+                fp32 in a model of lower precision: give that precision here).
+
+        Returns:
+            A module without state of its own beyond weight and bias. It can be exported and compiled whole.
+        """
+        weight, bias = self.weight.detach(), self.bias
+        dtype = dtype or weight.dtype
+        linear = nn.utils.skip_init(
+            nn.Linear, self.in_features, self.num_classes, bias=bias is not None, dtype=dtype, device=weight.device
+        )
+        with torch.no_grad():
+            linear.weight.copy_(weight)
+            if bias is not None:
+                linear.bias.copy_(bias)
+        return linear if self.feature_norm is None else nn.Sequential(FeatureNorm(self.feature_norm), linear)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, num_classes={self.num_classes}, feature_norm={self.feature_norm}"

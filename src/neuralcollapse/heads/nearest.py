@@ -1,0 +1,146 @@
+"""The classifier that is at every step the simplex ETF nearest to the class means: the method `implicit`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from neuralcollapse._checks import check_etf_sizes, compute_dtype
+from neuralcollapse.geometry import nearest_simplex_etf, random_simplex_etf, simplex_etf
+from neuralcollapse.heads.class_means import DEFAULT_MOMENTUM, ClassMeans, Momentum
+from neuralcollapse.heads.head import Head
+
+DEFAULT_PROXIMAL_WEIGHT = 4.5e-3
+
+
+class NearestETFClassifier(Head):
+    r"""A classifier whose weight is, at every training step, the simplex ETF nearest to the moving class means.
+
+    In training, with targets, it takes the batch into its `ClassMeans`, solves for the nearest ETF with the last
+    one as anchor, and returns logits that carry two gradients: the direct one, and the one through the ETF
+    (a differentiable argmin). In evaluation it is a linear classifier and changes nothing.
+
+    Training-mode logits know the labels of their batch: compare accuracies in evaluation mode only.
+
+    Args:
+        in_features: d ≥ K−1.
+        num_classes: K ≥ 2.
+        feature_norm: τ, the norm that features are given; ``"auto"``: `collapse_radius`; ``None``: left as they are.
+        bias: ``"centring"``: −E·m with the global mean m of the batch in training (with gradient), a moving mean in
+            evaluation; ``"none"``.
+        proximal_weight: γ ≥ 0, how strongly the ETF stays with the last one (see `nearest_simplex_etf`). The
+            published δ is γ = δ(K−1)/2.
+        momentum: The weight α of a new batch in the class means, as for `ClassMeans`. The gradient through the
+            ETF scales with α: at ``"published"``, which falls to 1e-4, it is practically off.
+        implicit_gradient: Whether the gradient through the ETF is kept.
+        generator: If given, the first ETF has a random orientation drawn from it; else the canonical one.
+
+    Shape: features (..., d) and targets (...) to logits (..., K).
+
+    Raises:
+        ValueError: Sizes or arguments out of range; in training mode, no targets, or labels outside [0, K).
+
+    Source: Markou, Ajanthan, Gould, "Guiding Neural Collapse" (NeurIPS 2024).
+
+    Example:
+        >>> head = NearestETFClassifier(64, 10)
+        >>> features, targets = torch.randn(32, 64, requires_grad=True), torch.randint(10, (32,))
+        >>> torch.nn.functional.cross_entropy(head(features, targets), targets).backward()
+        >>> head.eval()(features).shape
+        torch.Size([32, 10])
+    """
+
+    weight: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        feature_norm: float | Literal["auto"] | None = "auto",
+        bias: Literal["centring", "none"] = "centring",
+        proximal_weight: float = DEFAULT_PROXIMAL_WEIGHT,
+        momentum: Momentum = DEFAULT_MOMENTUM,
+        implicit_gradient: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(in_features, num_classes, feature_norm)
+        check_etf_sizes(num_classes, in_features)
+        if bias not in ("centring", "none"):
+            raise ValueError(f"bias must be 'centring' or 'none', got {bias!r}")
+        if not 0 <= proximal_weight < float("inf"):
+            raise ValueError(f"proximal_weight must be finite and at least 0, got {proximal_weight}")
+        self.centring = bias == "centring"
+        self.proximal_weight = proximal_weight
+        self.implicit_gradient = implicit_gradient
+        self.class_means = ClassMeans(num_classes, in_features, momentum=momentum)
+        start = (
+            simplex_etf(num_classes, in_features, dtype=torch.float32)
+            if generator is None
+            else random_simplex_etf(
+                num_classes, in_features, generator=generator, dtype=torch.float32, device=generator.device
+            ).to(self.class_means.global_mean.device)
+        )
+        self.register_buffer("weight", start)
+        self._frozen = False
+        self._targets: Tensor | None = None
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        """(K,), of the moving global mean; None without centring."""
+        return -(self.weight @ self.class_means.global_mean.to(self.weight)) if self.centring else None
+
+    def forward(self, features: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits (..., K) of features (..., d); in training mode, targets (...) are needed (or ``with frozen()``)."""
+        features = self.features(features)
+        if not self.training or self._frozen:
+            return self.decide(features, self.weight, self.bias)
+        targets = self._targets if targets is None else targets
+        if targets is None:
+            raise ValueError(
+                "targets must be given in training mode: head(features, targets), or `with head.use_targets(targets):` "
+                "around the model; `with head.frozen():` (or evaluation mode) needs none and updates nothing"
+            )
+        # Means and the solve stay in fp32 under autocast.
+        with torch.autocast(features.device.type, enabled=False):
+            flat = features.reshape(-1, self.in_features).to(compute_dtype(features.dtype))
+            class_means, batch_mean = self.class_means(flat, targets.reshape(-1))
+            etf = nearest_simplex_etf(
+                class_means if self.implicit_gradient else class_means.detach(),
+                anchor=self.weight,
+                proximal_weight=self.proximal_weight,
+                check_values=flat.device.type == "cpu",
+            )
+            # A copy: what restores or broadcasts buffers writes into them, and the graph holds `etf`.
+            self.weight = etf.detach().to(self.weight.dtype, copy=True)
+            bias = -(etf @ batch_mean) if self.centring else None
+        return self.decide(features, etf, bias)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Within it, training mode needs no targets, updates nothing, and decides as in evaluation mode."""
+        before, self._frozen = self._frozen, True
+        try:
+            yield
+        finally:
+            self._frozen = before
+
+    @contextmanager
+    def use_targets(self, targets: Tensor) -> Iterator[None]:
+        """Within it, forward takes these targets where it is given none: for loops that cannot pass them."""
+        before, self._targets = self._targets, targets
+        try:
+            yield
+        finally:
+            self._targets = before
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        before = self.weight
+        super()._apply(fn, recurse)
+        if self.weight.dtype in (torch.bfloat16, torch.float16):
+            self.weight = before.to(self.weight.device)
+        return self
