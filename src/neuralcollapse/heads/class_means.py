@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, distributed, nn
 
-from neuralcollapse._checks import check_at_least, check_features, check_targets
+from neuralcollapse._checks import check_at_least, check_features, check_finite, check_targets
 
 Momentum = float | Literal["cumulative", "published"]
 # The best of those compared on a validation split at K = 10 and K = 100: docs/heads.md.
@@ -124,10 +124,13 @@ class ClassMeans(nn.Module):
             the features of every rank.
 
         Raises:
-            ValueError: Shapes that do not match, or (on a CPU) labels out of range.
+            ValueError: Shapes that do not match; on a CPU also NaN or infinite features and labels out of range.
         """
         check_features(features, self.feature_dim)
-        check_targets(targets, features.shape[0], self.num_classes, values=features.device.type == "cpu")
+        readable = features.device.type == "cpu"  # elsewhere, reading a value would wait for the device at every step
+        if readable:
+            check_finite("features", features)
+        check_targets(targets, features.shape[0], self.num_classes, values=readable)
         # One tensor [S | n], so that ranks meet once. Counts are exact in fp32 up to 2²⁴ samples a batch.
         rows = torch.cat([features, torch.ones_like(features[:, :1])], 1)
         totals = sum_over_ranks(rows.new_zeros(self.num_classes, rows.shape[1]).index_add(0, targets, rows))
@@ -142,7 +145,17 @@ class ClassMeans(nn.Module):
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """The sum over the default process group, differentiable: its gradient is summed over the ranks, too."""
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        from torch.distributed.nn.functional import all_reduce
-
-        return all_reduce(tensor)
+        return _SumOverRanks.apply(tensor)
     return tensor
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        return _SumOverRanks.apply(gradient)

@@ -1,0 +1,237 @@
+"""Behaviour that all three heads share, and what is special to the learned and the fixed one."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from helpers import normal, simplex_gram
+from neuralcollapse import (
+    FixedETFClassifier,
+    LearnedClassifier,
+    NearestETFClassifier,
+    collapse_radius,
+    project_after_step,
+    random_simplex_etf,
+    simplex_etf,
+)
+from neuralcollapse.heads import FeatureNorm
+
+HEADS = {
+    "learned": lambda **options: LearnedClassifier(12, 5, **options),
+    "unit": lambda **options: LearnedClassifier(12, 5, unit_weight=True, **options),
+    "fixed": lambda **options: FixedETFClassifier(12, 5, **options),
+    "fixed, learned bias": lambda **options: FixedETFClassifier(12, 5, bias="learned", **options),
+    "fixed, no bias": lambda **options: FixedETFClassifier(12, 5, bias="none", **options),
+    "nearest": lambda **options: NearestETFClassifier(12, 5, **options),
+    "nearest, no bias": lambda **options: NearestETFClassifier(12, 5, bias="none", **options),
+}
+
+
+@pytest.fixture(params=HEADS)
+def make(request):
+    return HEADS[request.param]
+
+
+def trained(head, steps=4):
+    for step in range(steps):
+        features = normal(30, 12, seed=step, dtype=torch.float32) + 0.5
+        head.train()(features, torch.arange(30) % 5)
+    return head
+
+
+@pytest.mark.parametrize("feature_norm", [None, "auto", 5.0])
+def test_state_dict_round_trip_gives_the_same_logits(make, feature_norm):
+    head, fresh = trained(make(feature_norm=feature_norm)), make(feature_norm=feature_norm)
+    fresh.load_state_dict(head.state_dict())
+    features = normal(8, 12, seed=9, dtype=torch.float32)
+    assert torch.equal(fresh.eval()(features), head.eval()(features))
+    targets = torch.arange(8) % 5
+    assert torch.equal(fresh.train()(features, targets), head.train()(features, targets))
+
+
+@pytest.mark.parametrize("feature_norm", [None, 5.0])
+def test_logits_are_weight_times_features_plus_bias(make, feature_norm):
+    head = trained(make(feature_norm=feature_norm)).eval()
+    inputs = normal(8, 12, dtype=torch.float32)
+    features = head.features(inputs)
+    expected = features @ head.weight.T + (0 if head.bias is None else head.bias)
+    assert torch.allclose(head(inputs), expected, atol=1e-6)
+    if feature_norm:
+        assert torch.allclose(features.norm(dim=1), torch.full((8,), feature_norm))
+
+
+@pytest.mark.parametrize("feature_norm", [None, 5.0])
+def test_inference_form_is_plain_and_decides_the_same(make, feature_norm):
+    head = trained(make(feature_norm=feature_norm)).eval()
+    plain = head.to_inference()
+    assert [type(module) for module in plain.modules()] == (
+        [nn.Linear] if feature_norm is None else [nn.Sequential, FeatureNorm, nn.Linear]
+    )
+    inputs = normal(8, 12, dtype=torch.float32)
+    assert torch.allclose(plain(inputs), head(inputs), atol=1e-6)
+    exported = torch.export.export(plain, (inputs,)).module()
+    assert torch.equal(exported(inputs), plain(inputs))
+    compiled = torch.compile(plain, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(inputs), plain(inputs))
+
+
+def test_evaluation_changes_nothing(make):
+    head = trained(make()).eval()
+    before = copy.deepcopy(head.state_dict())
+    head(normal(8, 12, dtype=torch.float32), torch.arange(8) % 5)
+    head(normal(8, 12, dtype=torch.float32))
+    assert all(torch.equal(before[name], value) for name, value in head.state_dict().items())
+
+
+def test_leading_dimensions_are_kept(make):
+    head, tokens = make(), normal(3, 4, 12, dtype=torch.float32)
+    targets = torch.arange(12).reshape(3, 4) % 5
+    reference = copy.deepcopy(head)
+    flat = reference(tokens.reshape(12, 12), targets.reshape(12))
+    assert torch.allclose(head(tokens, targets), flat.reshape(3, 4, 5), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_precisions(make, dtype):
+    head = make().to(dtype)
+    logits = head(normal(8, 12, dtype=dtype), torch.arange(8) % 5)
+    assert logits.dtype == dtype
+    assert torch.isfinite(logits).all()
+    head = trained(make()).to(dtype).eval()
+    inputs = normal(8, 12, dtype=dtype)
+    assert torch.allclose(
+        head.to_inference(dtype=dtype)(inputs), head(inputs), atol=0.1 if dtype == torch.bfloat16 else 1e-9
+    )
+
+
+def test_wrong_feature_dimension_is_named(make):
+    with pytest.raises(ValueError, match=r"features must be of shape \(\.\.\., 12\), got \(8, 11\)"):
+        make().eval()(torch.zeros(8, 11))
+
+
+@pytest.mark.parametrize("feature_norm", [0, -1.0, math.inf, "big"])
+def test_bad_feature_norm_is_named(make, feature_norm):
+    with pytest.raises(ValueError, match="feature_norm must be a positive number, 'auto' or None"):
+        make(feature_norm=feature_norm)
+
+
+@pytest.mark.parametrize("kind", [FixedETFClassifier, NearestETFClassifier])
+def test_impossible_sizes_are_named(kind):
+    with pytest.raises(ValueError, match="feature_dim must be at least num_classes - 1 = 9, got 5"):
+        kind(5, 10)
+    with pytest.raises(ValueError, match="num_classes must be at least 2, got 1"):
+        kind(5, 1)
+    with pytest.raises(ValueError, match="bias must be"):
+        kind(5, 3, bias="center")
+    assert kind(9, 10)(normal(20, 9, dtype=torch.float32), torch.arange(20) % 10).shape == (20, 10)
+
+
+def test_radius_gives_the_stated_probability_at_collapse():
+    for num_classes in (2, 10, 100, 1000):
+        etf = simplex_etf(num_classes, dtype=torch.float64)
+        logits = collapse_radius(num_classes) * etf @ etf.T
+        assert torch.allclose(logits.softmax(1).diagonal(), torch.tensor(0.99, dtype=torch.float64))
+    with pytest.raises(ValueError, match="probability must lie in"):
+        collapse_radius(10, 0.05)
+
+
+def test_zero_features_stay_zero_with_finite_gradients():
+    features = torch.zeros(2, 3, requires_grad=True)
+    norm = FeatureNorm(5.0)(features)
+    norm.sum().backward()
+    assert torch.equal(norm, torch.zeros(2, 3))
+    assert torch.equal(features.grad, torch.full((2, 3), 5.0))
+
+
+def test_standard_method_equals_the_explicit_loop():
+    """SGD with momentum and weight decay, rows projected after each step: one trajectory, by hand."""
+    head = LearnedClassifier(12, 5, feature_norm=4.0, unit_weight=True).double()
+    weight, bias = head.weight.detach().clone(), head.bias.detach().clone()
+    momenta = [torch.zeros_like(weight), torch.zeros_like(bias)]
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.5, momentum=0.9, weight_decay=0.01)
+    project_after_step(optimizer, head)
+    for step in range(10):
+        features, targets = normal(16, 12, seed=step), torch.arange(16) % 5
+        optimizer.zero_grad()
+        cross_entropy(head(features, targets), targets).backward()
+        optimizer.step()
+
+        normalised = 4.0 * features / features.norm(dim=1, keepdim=True)
+        error = ((normalised @ weight.T + bias).softmax(1) - torch.nn.functional.one_hot(targets, 5)) / 16
+        for value, gradient, momentum in zip(
+            (weight, bias), (error.T @ normalised, error.sum(0)), momenta, strict=True
+        ):
+            momentum.mul_(0.9).add_(gradient + 0.01 * value)
+            value.sub_(0.5 * momentum)
+        weight.div_(weight.norm(dim=1, keepdim=True))
+        assert torch.allclose(head.weight, weight, atol=1e-12)
+        assert torch.allclose(head.bias, bias, atol=1e-12)
+
+
+def test_projection_ends_with_its_handle_and_does_not_keep_the_head():
+    head = LearnedClassifier(12, 5, unit_weight=True)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    handle = project_after_step(optimizer, head)
+    with torch.no_grad():
+        head.weight.mul_(2)
+        head.weight[0] = 0
+    optimizer.step()
+    assert torch.allclose(head.weight.norm(dim=1), torch.tensor([0.0, 1, 1, 1, 1]))
+    reference = weakref.ref(head)
+    del head
+    gc.collect()
+    assert reference() is None
+    optimizer.step()
+    handle.remove()
+
+
+def test_projection_needs_unit_weights():
+    head = LearnedClassifier(12, 5)
+    with pytest.raises(ValueError, match="unit_weight=True"):
+        project_after_step(torch.optim.SGD(head.parameters(), lr=1.0), head)
+
+
+def test_fixed_weight_is_what_was_asked_for():
+    assert torch.equal(FixedETFClassifier(12, 5).weight, simplex_etf(5, 12))
+    random = FixedETFClassifier(12, 5, orientation="random", generator=torch.Generator().manual_seed(1)).weight
+    assert torch.allclose((random @ random.T).double(), simplex_gram(5), atol=1e-6)
+    assert not torch.allclose(random, simplex_etf(5, 12), atol=0.1)
+    given = random_simplex_etf(5, 12)
+    assert torch.equal(FixedETFClassifier(12, 5, orientation=given).weight, given)
+    assert "weight" not in dict(FixedETFClassifier(12, 5).named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("orientation", "message"),
+    [
+        ("up", "orientation must be 'canonical', 'random' or a"),
+        (torch.zeros(5, 11), r"orientation must be of shape \(5, 12\), got \(5, 11\)"),
+        (torch.eye(5, 12), "orientation must be a unit simplex ETF"),
+    ],
+)
+def test_bad_orientation_is_named(orientation, message):
+    with pytest.raises(ValueError, match=message):
+        FixedETFClassifier(12, 5, orientation=orientation)
+
+
+def test_fixed_centring_uses_the_batch_in_training_and_the_moving_mean_in_evaluation():
+    head = FixedETFClassifier(12, 5, feature_norm=None, momentum=0.25).double()
+    first, second = normal(20, 12) + 1, normal(30, 12, seed=1) + 3
+    second.requires_grad_()
+    head(first)
+    logits = head(second)
+    assert torch.allclose(logits.mean(0), torch.zeros(5, dtype=torch.float64), atol=1e-12)
+    (gradient,) = torch.autograd.grad(logits.sum(1).sum() + logits[:, 0].sum(), second)
+    assert torch.allclose(gradient, head.weight[0].expand(30, 12), atol=1e-12)  # the bias carries none
+    moving = 0.75 * first.mean(0) + 0.25 * second.mean(0)
+    assert torch.allclose(head.bias, -(head.weight @ moving))
+    alone, among = head.eval()(second[:1]), head.eval()(second)[:1]
+    assert torch.allclose(alone, among)  # test figures do not depend on the test batch

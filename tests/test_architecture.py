@@ -1,0 +1,62 @@
+"""The arrows between the folders point one way, and importing the package is light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import neuralcollapse
+
+ROOT = Path(neuralcollapse.__file__).parent
+ALLOWED = {  # folder or module -> what it may import of the package
+    "_checks": set(),
+    "geometry": {"_checks"},
+    "classifier": {"_checks"},
+    "heads": {"_checks", "geometry", "classifier"},
+    "metrics": {"_checks", "geometry", "classifier"},
+    "ufm": {"_checks", "geometry", "classifier", "heads", "metrics"},
+    "lab": {"_checks", "geometry", "classifier", "heads", "metrics", "ufm"},
+    "cli": {"lab"},
+    "__init__": {"geometry", "classifier", "heads", "metrics"},
+}
+LAB_ONLY = {"lightning", "datasets", "matplotlib", "pandas", "kornia", "plotly", "sklearn", "jsonargparse", "yaml"}
+HEAVY = (LAB_ONLY | {"torchmetrics", "scipy"}) - {"yaml"}  # torch itself may import yaml
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_arrows_point_one_way(path):
+    room = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    for name in imports(path):
+        package, *inner = name.split(".")
+        if package == "neuralcollapse" and room != "cli":
+            other = inner[0]
+            assert other == room or other in ALLOWED[room] or other == "__version__", f"{path} imports {name}"
+        if room not in ("lab", "cli"):
+            assert package not in LAB_ONLY, f"{path} imports {name}"
+
+
+def test_importing_the_package_pulls_in_torch_and_no_more():
+    script = "import sys, neuralcollapse; print(*{name.split('.')[0] for name in sys.modules})"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert "torch" in loaded
+    assert not HEAVY & set(loaded)
+
+
+def test_public_names_exist_and_say_what_they_are():
+    for name in neuralcollapse.__all__:
+        assert getattr(neuralcollapse, name).__doc__, name
