@@ -1,0 +1,83 @@
+"""What every benchmark writes and measures with."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def environment(*packages: str) -> dict[str, Any]:
+    """The machine and the versions that a figure holds for."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        processor = models[0] if models else processor
+    return {
+        "date": date.today().isoformat(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{package: version(package) for package in packages},
+    }
+
+
+def write(name: str, rows: list[dict[str, Any]], *packages: str) -> Path:
+    """Write the rows with their environment to results/NAME.json, figures to four digits."""
+    rounded = [{key: float(f"{v:.4g}") if isinstance(v, float) else v for key, v in row.items()} for row in rows]
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"environment": environment(*packages), "rows": rounded}, indent=1) + "\n")
+    print(f"wrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path.name}")
+    return path
+
+
+def medians(functions: dict[str, Callable[[], Any]], *, repeats: int) -> dict[str, float]:
+    """Median seconds of each function, the functions interleaved after one untimed round."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for round_number in range(repeats + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if round_number:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak_growth(prepare: Callable[..., Callable[[], Any]], *arguments: Any) -> float:
+    """MB by which the maximum resident set grows while what ``prepare(*arguments)`` returns runs, in a fresh process.
+
+    Linux only: the high-water mark is reset after the preparation.
+    """
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_growth, (prepare, arguments))
+
+
+def _peak_growth(prepare: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...]) -> float:
+    work = prepare(*arguments)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _high_water_mark()
+    work()
+    return (_high_water_mark() - before) / 1024
+
+
+def _high_water_mark() -> int:
+    """KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
