@@ -1,0 +1,80 @@
+"""Features kept for a second look without a second run of the model."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Samples(NamedTuple):
+    """Features (N, d), their targets (N,), and the classifier's answers (N,)."""
+
+    features: Tensor
+    targets: Tensor
+    predictions: Tensor
+
+
+class FeatureCache:
+    """Batches of samples, on the host; above ``max_bytes`` their features go to a temporary file.
+
+    Used as a context, at whose end the file is removed.
+
+    Args:
+        max_bytes: Features kept in memory at most.
+        folder: Where the temporary file goes; the system's own place by default.
+
+    Example:
+        >>> with FeatureCache(max_bytes=0) as cache:
+        ...     cache.append(torch.eye(2), torch.tensor([0, 1]), torch.tensor([1, 1]))
+        ...     [samples.features.sum() for samples in cache]
+        [tensor(2.)]
+    """
+
+    def __init__(self, max_bytes: int = 2**31, folder: str | None = None) -> None:
+        self.max_bytes = max_bytes
+        self._folder = folder
+        self._held: list[Samples] = []
+        self._bytes = 0
+        self._path: Path | None = None
+
+    def __enter__(self) -> FeatureCache:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._held.clear()
+        if self._path is not None:
+            self._path.unlink()
+            self._path = None
+
+    def append(self, features: Tensor, targets: Tensor, predictions: Tensor) -> None:
+        """Keep a batch."""
+        features = features.detach().cpu().contiguous()
+        size = features.numel() * features.element_size()
+        if size and self._bytes + size > self.max_bytes:
+            features = self._to_disk(features)
+        else:
+            self._bytes += size
+        self._held.append(Samples(features, targets.cpu(), predictions.cpu()))
+
+    def __iter__(self) -> Iterator[Samples]:
+        return iter(self._held)
+
+    def _to_disk(self, features: Tensor) -> Tensor:
+        """The same tensor, memory-mapped: read from the file when it is used, and dropped again under pressure."""
+        if self._path is None:
+            with tempfile.NamedTemporaryFile(suffix=".features", dir=self._folder, delete=False) as file:
+                self._path = Path(file.name)
+        with self._path.open("ab") as file:
+            offset = file.tell()
+            features.view(torch.uint8).numpy().tofile(file)
+        mapped = np.memmap(self._path, mode="r+", offset=offset, shape=(features.numel() * features.element_size(),))
+        return torch.from_numpy(mapped).view(features.dtype).view(features.shape)

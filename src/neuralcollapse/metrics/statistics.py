@@ -1,0 +1,100 @@
+"""What the metrics are functions of: the classes that count, their centre, means and covariance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from neuralcollapse._checks import check_at_least
+from neuralcollapse.metrics.moments import ClassMoments
+
+Center = Literal["samples", "classes"]
+
+
+@dataclass(frozen=True)
+class ClassStatistics:
+    """Moments of the classes that are measured, in fp64. K counts these classes alone, in every formula.
+
+    Attributes:
+        classes: (K,) their indices among all classes.
+        counts: (K,) their samples n_k.
+        class_means: (K, d) M.
+        center: (d,) m.
+        centred_means: (K, d) C = M − m.
+        within_class_variances: (K,) v_k = t_k/n_k.
+        within_class_covariance: (d, d) Σ_W = S/N, or None when classes were left out whose scatter is pooled
+            with the others'.
+        class_scatter: (K, d, d) each class's scatter, or None when the moments do not keep it.
+    """
+
+    classes: Tensor
+    counts: Tensor
+    class_means: Tensor
+    center: Tensor
+    centred_means: Tensor
+    within_class_variances: Tensor
+    within_class_covariance: Tensor | None
+    class_scatter: Tensor | None
+
+
+def class_statistics(moments: ClassMoments, *, center: Center = "samples", min_samples: int = 1) -> ClassStatistics:
+    """The statistics of the classes that have at least ``min_samples`` samples.
+
+    Args:
+        moments: The moments of the features.
+        center: ``"samples"``: m is the mean of all samples of the measured classes; ``"classes"``: the mean of the
+            class means. They differ on unbalanced data.
+        min_samples: Classes with fewer are left out of everything. With 0, a class without samples is an error.
+
+    Raises:
+        ValueError: Fewer than two classes or two samples are left, a class has no sample while ``min_samples`` is
+            0, or an unknown ``center``.
+
+    Example:
+        >>> moments = ClassMoments(3, 2)
+        >>> moments.update(torch.tensor([[1.0, 0], [3, 0], [0, 2]]), torch.tensor([0, 0, 2]))
+        >>> class_statistics(moments).classes
+        tensor([0, 2])
+    """
+    check_at_least("min_samples", min_samples, 0)
+    if center not in ("samples", "classes"):
+        raise ValueError(f"center must be 'samples' or 'classes', got {center!r}")
+    if min_samples == 0 and (moments.counts == 0).any():
+        absent = (moments.counts == 0).nonzero().flatten().tolist()
+        names = ", ".join(map(str, absent[:10])) + (", …" if len(absent) > 10 else "")
+        raise ValueError(f"every class must have a sample, got none of class {names}; min_samples=1 leaves it out")
+    measured = moments.counts >= max(min_samples, 1)
+    classes = measured.nonzero().flatten()
+    if len(classes) < 2:
+        raise ValueError(
+            f"moments must hold at least 2 classes of min_samples = {max(min_samples, 1)} samples, "
+            f"got {len(classes)} (and {int(moments.counts.sum())} samples in all)"
+        )
+    everything = len(classes) == moments.num_classes
+    counts = moments.counts[classes]
+    class_means = (moments.means if everything else moments.means[classes]).double()
+    weights = (
+        counts.double() / counts.sum()
+        if center == "samples"
+        else torch.full_like(counts, 1 / len(counts), dtype=torch.float64)
+    )
+    mean = weights @ class_means
+    trace = moments.within_class_trace[classes].double()
+    scatter = moments.class_scatter if moments.class_scatter is None or everything else moments.class_scatter[classes]
+
+    pooled: Tensor | None = moments.within_class_scatter
+    if (moments.within_class_trace[~measured] > 0).any():
+        pooled = None if scatter is None else scatter.sum(dim=0)
+    return ClassStatistics(
+        classes=classes,
+        counts=counts,
+        class_means=class_means,
+        center=mean,
+        centred_means=class_means - mean,
+        within_class_variances=trace / counts,
+        within_class_covariance=None if pooled is None else pooled.double() / counts.sum(),
+        class_scatter=None if scatter is None else scatter.double(),
+    )

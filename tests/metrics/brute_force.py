@@ -1,0 +1,97 @@
+"""Every metric from its definition: two passes, dense matrices, loops; written apart from the library."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+
+def unit(vector: Tensor) -> Tensor:
+    return vector / vector.norm()
+
+
+def simplex_gram(num_classes: int) -> Tensor:
+    centring = torch.eye(num_classes, dtype=torch.float64) - 1 / num_classes
+    return centring / centring.norm()
+
+
+def dense_metrics(
+    features: Tensor, targets: Tensor, num_classes: int, weight: Tensor, bias: Tensor, center: str, ood_mean: Tensor
+) -> dict[str, float]:
+    """All metrics of the classes that are present, in fp64."""
+    features, weight, bias = features.double(), weight.double(), bias.double()
+    classes = [k for k in range(num_classes) if (targets == k).any()]
+    groups = [features[targets == k] for k in classes]
+    weight, bias = weight[classes], bias[classes]
+    count, dim, samples = len(classes), features.shape[1], len(features)
+    means = torch.stack([group.mean(0) for group in groups])
+    origin = features.mean(0) if center == "samples" else means.mean(0)
+    centred = means - origin
+
+    within = torch.zeros(dim, dim, dtype=torch.float64)
+    for group, mean in zip(groups, means, strict=True):
+        for sample in group:
+            within += torch.outer(sample - mean, sample - mean) / samples
+    between = sum(torch.outer(c, c) for c in centred) / count
+
+    values, vectors = torch.linalg.eigh(between)
+    leading = range(dim - 1, max(dim - count, -1), -1)  # the K − 1 leading ones
+    zero = dim * torch.finfo(torch.float64).eps
+    pinv = sum(torch.outer(vectors[:, i], vectors[:, i]) / values[i] for i in leading if values[i] > zero * values[-1])
+    variances = [(group - mean).square().sum(1).mean() for group, mean in zip(groups, means, strict=True)]
+    pairs = list(itertools.combinations(range(count), 2))
+    total_pinv = torch.linalg.pinv(within + between, hermitian=True, rtol=zero)
+
+    result = {
+        "nc1_pinv": torch.trace(within @ pinv) / count,
+        "nc1_vci": 1 - torch.trace(total_pinv @ between) / min(dim, count - 1),
+        "nc1_quotient": within.trace() / between.trace(),
+        "nc1_cdnv": sum((variances[k] + variances[j]) / (2 * (means[k] - means[j]).square().sum()) for k, j in pairs)
+        / len(pairs),
+        "nc1_numerical_rank": torch.stack(
+            [(torch.linalg.svdvals(group).sum() / group.norm()).square() for group in groups]
+        ).mean(),
+        "nc4_bias": (weight @ origin + bias).norm(),
+        "nc5_ood": sum(abs(unit(mean) @ unit(ood_mean.double())) for mean in means) / count,
+        "nc3_duality": (weight @ centred.T / (weight @ centred.T).norm() - simplex_gram(count)).norm(),
+        "nc3_distance": (weight / weight.norm() - centred / centred.norm()).square().sum(),
+        "nc3_uniform": torch.stack([w @ c for w, c in zip(weight, centred, strict=True)]).var(),
+        "nc3_uniform_cos": torch.stack([unit(w) @ unit(c) for w, c in zip(weight, centred, strict=True)]).var(),
+    }
+    for name, rows in {"means": centred, "weights": weight}.items():
+        norms = torch.stack([row.norm() for row in rows])
+        cosines = torch.stack([unit(rows[k]) @ unit(rows[j]) for k in range(count) for j in range(count) if k != j])
+        gram = rows @ rows.T
+        result[f"nc2_etf_{name}"] = (gram / gram.norm() - simplex_gram(count)).norm()
+        result[f"nc2_equinorm_{name}"] = norms.std() / norms.mean()
+        result[f"nc2_equiangular_{name}"] = cosines.std()
+        result[f"nc2_max_angle_{name}"] = (cosines + 1 / (count - 1)).abs().mean()
+    result["nc2_equinorm_difference"] = abs(result["nc2_equinorm_means"] - result["nc2_equinorm_weights"])
+    distances = torch.stack([(unit(centred[k]) - unit(centred[j])).norm() for k, j in pairs])
+    for kernel, values in {"dist": distances, "log": -distances.log(), "riesz": 1 / distances}.items():
+        result[f"nc2_hyperspherical_{kernel}_mean"] = values.mean()
+        result[f"nc2_hyperspherical_{kernel}_variance"] = values.var(correction=0)
+    return {name: float(value) for name, value in result.items()}
+
+
+def dense_sample_metrics(
+    features: Tensor, targets: Tensor, weight: Tensor, bias: Tensor, means: Tensor, origin: Tensor
+) -> dict[str, float]:
+    """The metrics of single samples, one sample after the other, in fp64."""
+    features, weight, bias = features.double(), weight.double(), bias.double()
+    rows = [unit(w - weight.mean(0)) for w in weight]
+    margins, aligned, mismatches = [], [], []
+    for sample, target in zip(features, targets.tolist(), strict=True):
+        cosines = [float(unit(sample - origin) @ row) for row in rows]
+        aligned.append(cosines[target])
+        margins.append(cosines[target] - max(c for k, c in enumerate(cosines) if k != target))
+        nearest = min(range(len(means)), key=lambda k: float((sample - means[k]).norm()))
+        mismatches.append(nearest != int((weight @ sample + bias).argmax()))
+    return {
+        "nc2_cos_margin": math.fsum(margins) / len(margins),
+        "alignment": math.fsum(aligned) / len(aligned),
+        "nc4_ncc_mismatch": sum(mismatches) / len(mismatches),
+    }

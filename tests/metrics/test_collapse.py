@@ -1,0 +1,216 @@
+"""`NeuralCollapse` as torchmetrics, lightning and torch.distributed use it."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from helpers import generator
+from neuralcollapse.metrics import ClassMoments, NeuralCollapse, collapse_metrics
+
+FEATURES = torch.randn(120, 8, generator=generator(1)) + 2
+TARGETS = torch.arange(120) % 4
+
+
+@pytest.fixture
+def classifier() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(8, 4)
+
+
+def expected(classifier: nn.Linear | None = None, features=FEATURES, targets=TARGETS) -> dict[str, float]:
+    moments = ClassMoments(4, 8)
+    moments.update(features, targets)
+    return collapse_metrics(moments, *((classifier.weight, classifier.bias) if classifier else ()))
+
+
+def as_floats(values: dict[str, torch.Tensor]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items()}
+
+
+def updated(metric: NeuralCollapse, start: int = 0, end: int = 120) -> NeuralCollapse:
+    for first in range(start, end, 25):
+        batch = slice(first, min(first + 25, end))
+        metric.update(FEATURES[batch], TARGETS[batch])
+    return metric
+
+
+def test_compute_is_collapse_metrics(classifier):
+    metric = updated(NeuralCollapse(4, 8, classifier))
+    assert as_floats(metric.compute()) == pytest.approx(expected(classifier), rel=1e-10)
+    metric.reset()
+    assert not metric.means.any()
+    assert as_floats(updated(metric).compute()) == pytest.approx(expected(classifier), rel=1e-10)
+
+
+def test_forward_gives_the_batch_and_accumulates(classifier):
+    metric = NeuralCollapse(4, 8, classifier)
+    for first in range(0, 120, 40):
+        batch = slice(first, first + 40)
+        values = metric(FEATURES[batch], TARGETS[batch])
+        assert as_floats(values) == pytest.approx(expected(classifier, FEATURES[batch], TARGETS[batch]), rel=1e-10)
+    assert as_floats(metric.compute()) == pytest.approx(expected(classifier), rel=1e-10)
+
+
+def test_classifier_is_held_by_reference(classifier):
+    metric = NeuralCollapse(4, 8, classifier)
+    assert not list(metric.parameters())
+    assert not list(metric.children())
+    assert not metric.state_dict()
+    updated(metric)
+    for other in (metric.clone(), copy.deepcopy(metric)):
+        with torch.no_grad():
+            classifier.weight += 1
+        assert as_floats(other.compute()) == pytest.approx(expected(classifier), rel=1e-10)
+
+
+def test_clone_accumulates_on_its_own(classifier):
+    metric = updated(NeuralCollapse(4, 8, classifier), 0, 60)
+    clone = updated(metric.clone(), 60, 120)
+    assert as_floats(clone.compute()) == pytest.approx(expected(classifier), rel=1e-10)
+    assert int(metric.counts.sum()) == 60
+
+
+def test_persistent_states_and_pickles(classifier):
+    metric = updated(NeuralCollapse(4, 8, classifier))
+    metric.persistent(True)
+    other = NeuralCollapse(4, 8, classifier)
+    other.persistent(True)
+    other.load_state_dict(metric.state_dict())
+    assert torch.equal(other.means, metric.means)
+    assert as_floats(pickle.loads(pickle.dumps(metric)).compute()) == pytest.approx(expected(classifier), rel=1e-10)
+
+
+def test_merge_state_takes_a_metric_or_a_dictionary(classifier):
+    first, second = updated(NeuralCollapse(4, 8, classifier), 0, 50), updated(NeuralCollapse(4, 8), 50, 120)
+    first.merge_state(second)
+    assert as_floats(first.compute()) == pytest.approx(expected(classifier), rel=1e-10)
+    third = updated(NeuralCollapse(4, 8, classifier), 0, 50)
+    third.merge_state(second.metric_state)
+    assert as_floats(third.compute()) == pytest.approx(expected(classifier), rel=1e-10)
+    with pytest.raises(ValueError, match="other must have K, d"):
+        first.merge_state(NeuralCollapse(5, 8))
+
+
+def test_collection_beside_an_accuracy(classifier):
+    collection = MetricCollection({"collapse": NeuralCollapse(4, 8, classifier), "top1": MulticlassAccuracy(4)})
+    for batch, labels in zip(FEATURES.split(40), TARGETS.split(40), strict=True):
+        collection.update(features=batch, preds=classifier(batch), target=labels)
+    values = as_floats(collection.compute())
+    assert {name: values.pop(name) for name in expected(classifier)} == pytest.approx(expected(classifier), rel=1e-10)
+    assert values.keys() == {"top1"}
+
+
+def test_double_and_half_leave_the_states_alone(classifier):
+    metric = NeuralCollapse(4, 8, classifier).half().float()
+    assert metric.means.dtype == torch.float64
+    assert nn.Sequential(metric).half()[0].means.dtype == torch.float64
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_logs_it(tmp_path):
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.classifier = nn.Linear(8, 4)
+            self.collapse = NeuralCollapse(4, 8, self.classifier)
+
+        def training_step(self, batch, _):
+            return nn.functional.cross_entropy(self.classifier(batch[0]), batch[1])
+
+        def validation_step(self, batch, _):
+            self.collapse.update(*batch)
+
+        def on_validation_epoch_end(self):
+            self.log_dict(self.collapse.compute())
+            self.collapse.reset()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    module = Module()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(FEATURES, TARGETS), batch_size=40)
+    trainer = lightning.Trainer(
+        max_epochs=1,
+        default_root_dir=tmp_path,
+        logger=False,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+    )
+    trainer.fit(module, loader, loader)
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    assert logged == pytest.approx(expected(module.classifier), rel=1e-6)
+
+
+RANK = """
+import os, sys, torch
+import torch.distributed as dist
+from torch import nn
+from neuralcollapse.metrics import NeuralCollapse
+
+folder, rank = sys.argv[1], int(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+features, targets = torch.load(f"{folder}/data.pt", weights_only=True)
+classifier = nn.Linear(8, 4)
+classifier.load_state_dict(torch.load(f"{folder}/classifier.pt", weights_only=True))
+metric = NeuralCollapse(4, 8, classifier)
+half = slice(0, 50) if rank == 0 else slice(50, 120)
+for batch, labels in zip(features[half].split(13), targets[half].split(13)):
+    metric.update(batch, labels)
+values = metric.compute()
+assert int(metric.counts.sum()) == half.stop - half.start, "synchronising must not change a rank's own state"
+torch.save(values, f"{folder}/rank{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_two_gloo_processes_give_the_single_process_result(tmp_path, classifier):
+    torch.save((FEATURES, TARGETS), tmp_path / "data.pt")
+    torch.save(classifier.state_dict(), tmp_path / "classifier.pt")
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), str(tmp_path)]
+    ranks = [subprocess.Popen([*command, str(rank)], cwd=Path.cwd(), env=environment) for rank in range(2)]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    for rank in range(2):
+        values = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        assert as_floats(values) == pytest.approx(expected(classifier), rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("classifier", "message"),
+    [
+        (nn.ReLU(), "classifier must be an nn.Linear or have weight"),
+        (nn.Linear(8, 5), r"classifier must have a weight of shape \(4, 8\), got \(5, 8\)"),
+    ],
+)
+def test_bad_classifier(classifier, message):
+    with pytest.raises(ValueError, match=message):
+        NeuralCollapse(4, 8, classifier)
+
+
+def test_bad_batch_is_named():
+    metric = updated(NeuralCollapse(4, 8), 0, 50)
+    with pytest.raises(ValueError, match="features of batch 2 must be finite"):
+        metric.update(torch.full((3, 8), torch.nan), torch.arange(3))
+
+
+def test_importing_metrics_leaves_torchmetrics_out():
+    code = "import sys, neuralcollapse.metrics; print([m for m in ('torchmetrics', 'lightning') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
