@@ -1,0 +1,93 @@
+"""Measure neural collapse during training: a lightning callback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from neuralcollapse.lab.runs import write_whole
+from neuralcollapse.metrics import measure
+
+COLUMNS = ("epoch", "split", "metric", "value")
+
+
+class CollapseCallback(Callback):
+    """Measures a model on loaders after epochs of training, in evaluation mode and without targets.
+
+    What is measured is logged as ``SPLIT/METRIC`` and written to a table. The table is part of the checkpoints, so
+    that a run that is stopped and resumed ends with the same one.
+
+    Args:
+        loaders: Name of each split to its batches. Give un-augmented data. Where one is called ``"train"``, it is
+            measured first, and the others against its class means.
+        every_n_epochs: Measure after every so many epochs, and after the last.
+        csv: File to write: epoch, split, metric, value.
+        classifier: The classifier, or its dotted name in the `LightningModule`, where `find_classifier` does not
+            find it.
+        options: What else `neuralcollapse.measure` takes.
+
+    Attributes:
+        rows: What was measured so far, as (epoch, split, metric, value).
+
+    Example:
+        >>> import torch
+        >>> from lightning.pytorch import Trainer
+        >>> batches = [(torch.randn(16, 4), torch.arange(16) % 2)]
+        >>> callback = CollapseCallback({"train": batches}, every_n_epochs=5)
+        >>> trainer = Trainer(max_epochs=10, callbacks=[callback], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self,
+        loaders: Mapping[str, Iterable[Any]],
+        *,
+        every_n_epochs: int = 1,
+        csv: Path | None = None,
+        classifier: str | nn.Module | None = None,
+        **options: Any,
+    ) -> None:
+        if not loaders:
+            raise ValueError("loaders must name at least one split")
+        if every_n_epochs < 1:
+            raise ValueError(f"every_n_epochs must be at least 1, got {every_n_epochs}")
+        self.loaders = dict(loaders)
+        self.every_n_epochs = every_n_epochs
+        self.csv = csv
+        self.classifier = classifier
+        self.options: dict[str, Any] = {"progress": False} | options
+        self.rows: list[tuple[int, str, str, float]] = []
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure, log and write."""
+        epoch = trainer.current_epoch + 1
+        if epoch % self.every_n_epochs and epoch != trainer.max_epochs:
+            return
+        for split, metrics in self._measure(pl_module).items():
+            self.rows += [(epoch, split, name, value) for name, value in metrics.items()]
+            pl_module.log_dict({f"{split}/{name}": value for name, value in metrics.items()}, rank_zero_only=True)
+        if self.csv is not None and trainer.is_global_zero:
+            table = pd.DataFrame(self.rows, columns=list(COLUMNS))
+            write_whole(self.csv, lambda path: table.to_csv(path, index=False, na_rep="nan"))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the rows of a checkpoint."""
+        self.rows = list(state_dict["rows"])
+
+    def _measure(self, model: nn.Module) -> dict[str, dict[str, float]]:
+        train_moments, found = None, {}
+        for split in sorted(self.loaders, key=lambda split: split != "train"):
+            measurement = measure(
+                model, self.loaders[split], classifier=self.classifier, train_moments=train_moments, **self.options
+            )
+            train_moments = measurement.moments if split == "train" else train_moments
+            found[split] = measurement.metrics
+        return found

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from helpers import generator
+from neuralcollapse.lab.batches import EpochBatches, EvaluationBatches, Standardisation, augment, crop, rotate
+from neuralcollapse.lab.config import Batches
+from neuralcollapse.lab.splits import Split, stratified_order
+
+
+def images_of(number: int = 20, channels: int = 3, height: int = 7, width: int = 5) -> torch.Tensor:
+    return torch.randint(256, (number, channels, height, width), dtype=torch.uint8, generator=generator())
+
+
+def numbered_split(counts: tuple[int, ...] = (30, 50, 20)) -> Split:
+    """Each image's only pixel is its number, so that a batch says which samples it holds."""
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    return Split(torch.arange(len(labels), dtype=torch.uint8)[:, None, None, None], labels)
+
+
+def epoch_of(seed: int = 0, epoch: int = 0, split: Split | None = None, **settings) -> list[list[int]]:
+    identity = Standardisation(torch.zeros(1, 1, 1), torch.ones(1, 1, 1))
+    batches = EpochBatches(split or numbered_split(), identity, Batches(**{"batch_size": 10} | settings), seed, epoch)
+    return [images.flatten().int().tolist() for images, _ in batches]
+
+
+def test_batches_follow_from_seed_and_epoch_alone():
+    first = epoch_of(seed=1, epoch=2)
+    torch.manual_seed(7)  # the global generator has no say
+    assert epoch_of(seed=1, epoch=2) == first
+    assert epoch_of(seed=1, epoch=3) != first
+    assert epoch_of(seed=2, epoch=2) != first
+    assert epoch_of(seed=2, epoch=1) != first
+
+
+def test_drawing_batches_leaves_the_global_generator_alone():
+    before = torch.get_rng_state()
+    epoch_of(flip=True)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("stratified", [False, True])
+def test_an_epoch_holds_every_sample_once(stratified):
+    numbers = [number for batch in epoch_of(stratified=stratified) for number in batch]
+    assert sorted(numbers) == list(range(100))
+
+
+def test_a_batch_that_is_not_full_is_left_out_unless_it_is_the_only_one():
+    assert [len(batch) for batch in epoch_of(batch_size=40)] == [40, 40]
+    assert [len(batch) for batch in epoch_of(batch_size=150)] == [100]
+
+
+def test_stratified_batches_hold_the_classes_in_proportion():
+    split = numbered_split((30, 50, 20))
+    for batch in epoch_of(split=split, stratified=True):
+        counts = split.labels[batch].bincount(minlength=3)
+        assert (counts - torch.tensor([3, 5, 2])).abs().max() <= 1
+
+
+def test_stratified_order_spreads_a_rare_class():
+    labels = torch.tensor([0] * 96 + [1] * 4)
+    places = (labels[stratified_order(labels, generator())] == 1).nonzero().flatten()
+    assert torch.equal(places // 25, torch.arange(4))
+
+
+def test_standardised_images_have_mean_0_and_variance_1_in_each_channel():
+    images = images_of(50)
+    images[:, 2] = 9  # a channel that never varies
+    standardised = Standardisation.of(images, chunk=16)(images)
+    assert torch.allclose(standardised.mean((0, 2, 3)), torch.zeros(3), atol=1e-5)
+    assert torch.allclose(standardised.var((0, 2, 3), correction=0), torch.tensor([1.0, 1.0, 0.0]), atol=1e-5)
+
+
+def test_evaluation_batches_hold_every_sample_in_order_without_augmentation():
+    split = numbered_split()
+    batches = EvaluationBatches(split, Standardisation(torch.zeros(1, 1, 1), torch.ones(1, 1, 1)), batch_size=30)
+    assert len(batches) == 4
+    assert torch.cat([images for images, _ in batches]).flatten().tolist() == list(range(100))
+    assert torch.equal(torch.cat([labels for _, labels in batches]), split.labels)
+
+
+def test_crop_equals_a_loop_over_padded_images():
+    images, padding = images_of(), 2
+    top, left = torch.randint(5, (2, len(images)), generator=generator(1))
+    padded = torch.zeros(20, 3, 11, 9, dtype=torch.uint8)
+    padded[:, :, 2:9, 2:7] = images
+    expected = [image[:, i : i + 7, j : j + 5] for image, i, j in zip(padded, top.tolist(), left.tolist(), strict=True)]
+    assert torch.equal(crop(images, padding, top, left), torch.stack(expected))
+
+
+def test_crop_by_the_padding_itself_is_the_identity():
+    images = images_of()
+    middle = torch.full((20,), 2)
+    assert torch.equal(crop(images, 2, middle, middle), images)
+
+
+@pytest.mark.parametrize("quarter_turns", [0, 1, 2, 3])
+def test_rotation_by_right_angles_is_rot90(quarter_turns):
+    images = images_of(height=6, width=6)
+    turned = rotate(images, torch.full((20,), 90.0 * quarter_turns))
+    assert torch.allclose(turned, torch.rot90(images.float(), quarter_turns, (2, 3)), atol=1e-2)
+
+
+def test_rotation_keeps_the_shape_of_things_in_oblong_images():
+    image = torch.zeros(1, 1, 21, 41)
+    image[..., 10, 15:26] = 255  # a bar of 11 pixels about the centre
+    turned = rotate(image, torch.tensor([90.0]))
+    assert torch.allclose(turned[0, 0, 5:16, 20], torch.full((11,), 255.0), atol=1)
+    assert turned.sum() == pytest.approx(255 * 11, rel=1e-3)
+
+
+def test_flips_mirror_about_half_of_the_images_and_leave_the_others():
+    images = images_of(400)
+    flipped = augment(images, Batches(flip=True), generator(3))
+    same = (flipped == images).flatten(1).all(1)
+    mirrored = (flipped == images.flip(-1)).flatten(1).all(1)
+    assert bool((same ^ mirrored).all())
+    assert 150 < int(mirrored.sum()) < 250  # five standard deviations
+
+
+def test_random_crops_reach_every_offset():
+    image = torch.zeros(500, 1, 5, 5, dtype=torch.uint8)
+    image[..., 2, 2] = 1
+    places = augment(image, Batches(crop_padding=1), generator()).flatten(1).argmax(1)
+    assert set(places.tolist()) == {row * 5 + column for row in (1, 2, 3) for column in (1, 2, 3)}
+
+
+def test_no_augmentation_by_default():
+    images = images_of()
+    assert torch.equal(augment(images, Batches(), generator()), images)

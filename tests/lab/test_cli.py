@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+from PIL import Image
+
+from neuralcollapse.cli import main
+
+COMMAND = [sys.executable, "-c", "import sys; from neuralcollapse.cli import main; sys.exit(main())"]
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that the command ends with when the arguments are wrong."""
+    assert main(arguments) == 2
+    lines = capsys.readouterr().err.strip().split("\n")
+    line = lines[-1].split("\r")[-1]
+    assert line.startswith("neuralcollapse: error: ")
+    assert not any("Traceback" in line or "error" in line for line in lines[:-1])
+    return line.removeprefix("neuralcollapse: error: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("--methods standard,explicit", "methods must be different ones of standard, fixed, implicit, got"),
+        ("--methods fixed,fixed", "methods must be different ones of"),
+        ("--backbone vgg", "--backbone: Expected one of 'convnet', 'mlp', 'resnet18'. Got value: vgg"),
+        ("--optimizer adam", "--optimizer: Expected one of 'sgd', 'adamw'. Got value: adam"),
+        ("--epochs 0", "epochs must be at least 1, got 0"),
+        ("--epochs few", "--epochs: Expected a int. Got value: few"),
+        ("--seeds 0", "seeds must be at least 1, got 0"),
+        ("--lr -0.1", "lr must be above 0, got -0.1"),
+        ("--lr .nan", "lr must be above 0, got nan"),
+        ("--batch_size 1", "batch_size must be at least 2, got 1"),
+        ("--feature_norm big", "--feature_norm: Expected one of 'auto', 'none', float. Got value: big"),
+        ("--feature_norm 0", "feature_norm must be above 0, got 0"),
+        ("--means_momentum 2", "momentum must lie in (0, 1]"),
+        ("--width 4 --backbone mlp", "must be at least num_classes - 1 = 9, got 4"),
+        ("--colour red", "unrecognized arguments: --colour red"),
+        ("--config missing.yaml", "--config: File does not exist: "),
+        (
+            "--data ./missing",
+            "data must be 'digits', a folder, or a data set's id on the hub; './missing' is no folder",
+        ),
+        ("--resume --overwrite", "resume and overwrite must not both be given"),
+    ],
+)
+def test_a_mistake_in_a_flag_is_one_line_and_writes_nothing(arguments, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert expected in error_of(capsys, "compare", *arguments.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_command_and_an_unknown_one(capsys):
+    assert "compare" in error_of(capsys)
+    assert "'train'" in error_of(capsys, "train")
+
+
+def test_a_folder_without_images(tmp_path, capsys):
+    folder, out = tmp_path / "data", str(tmp_path / "out")
+    folder.mkdir()
+    assert "must have images, but the folder" in error_of(capsys, "compare", "--data", str(folder), "--out", out)
+    (folder / "notes.txt").write_text("no image\n")
+    assert "data must have images, but" in error_of(capsys, "compare", "--data", str(folder), "--out", out)
+
+
+def test_a_folder_with_an_unreadable_image(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for number in range(5):
+            Image.new("L", (4, 4)).save(tmp_path / "data" / name / f"{number}.png")
+    (tmp_path / "data" / "b" / "2.png").write_bytes(b"broken")
+    message = error_of(capsys, "compare", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"))
+    assert "b/2.png" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_data_set_of_the_hub_that_cannot_be_reached(tmp_path):
+    arguments = ["compare", "--data", "ylecun/mnist", "--out", str(tmp_path / "out")]
+    settings = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, env=settings, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "'ylecun/mnist' could not be fetched from the hub" in done.stderr
+    assert "give data a folder" in done.stderr
+
+
+def test_help_and_version_need_no_lightning():
+    code = (
+        "import sys; from neuralcollapse.cli import main\n"
+        "try: main(['compare', '--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'lightning', 'datasets', 'matplotlib', 'pandas'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for flag in ("--data", "--backbone", "--methods", "--seeds", "--epochs", "--out", "--resume", "--overwrite"):
+        assert flag in done.stdout
+
+
+def test_flags_go_over_the_config_file_and_print_config_shows_it(tmp_path, capsys):
+    file = tmp_path / "settings.yaml"
+    file.write_text("lr: 0.2\nepochs: 7\n")
+    with pytest.raises(SystemExit) as exit:
+        main(["compare", "--config", str(file), "--epochs", "9", "--print_config"])
+    assert exit.value.code in (0, None)
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["lr"], shown["epochs"], shown["data"]) == (0.2, 9, "digits")
