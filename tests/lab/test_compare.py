@@ -70,7 +70,7 @@ def test_the_table_says_mean_and_deviation_of_the_last_epoch(finished):
 
 
 def test_figures_are_pictures(finished):
-    for name in ("accuracy", "nc1", "nc3"):
+    for name in ("accuracy", "nc1", "nc2", "nc3", "nc4", "all_metrics"):
         with Image.open(finished / "figures" / f"{name}.png") as picture:
             assert picture.width > 800
             assert len(picture.convert("RGB").getcolors(10**6)) > 10

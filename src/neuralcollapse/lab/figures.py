@@ -36,6 +36,8 @@ def draw_figures(metrics: pd.DataFrame, folder: Path, title: str) -> list[Path]:
         The files written.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    seeds = metrics["seed"].nunique()
+    title += f"; mean, and range of {seeds} seeds" if seeds > 1 else ""
     for name, (metric, label, kind) in _FIGURES.items():
         figure = Figure(figsize=(9, 3.8), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
@@ -51,11 +53,35 @@ def draw_figures(metrics: pd.DataFrame, folder: Path, title: str) -> list[Path]:
             panels[0].set_yscale("log")
         panels[0].set_ylabel(label)
         panels[1].legend(frameon=False)
-        seeds = metrics["seed"].nunique()
-        band = f"; mean, and range of {seeds} seeds" if seeds > 1 else ""
-        figure.suptitle(f"{title}{band}", fontsize=10)
+        figure.suptitle(title, fontsize=10)
         figure.savefig(folder / name, dpi=150)
-    return [folder / name for name in _FIGURES]
+    overview = folder / "all_metrics.png"
+    _draw_all(metrics[metrics["split"] == "train"], overview, title)
+    return [*(folder / name for name in _FIGURES), overview]
+
+
+def _draw_all(metrics: pd.DataFrame, path: Path, title: str) -> None:
+    """Every metric of the train split, a small panel each."""
+    names = list(metrics["metric"].unique())
+    columns = 5
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(3 * columns, 2.1 * rows + 0.6), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, name in zip(panels, names, strict=False):
+        values = metrics[metrics["metric"] == name]
+        _draw_lines(axes, values)
+        axes.set_title(name, fontsize=9)
+        axes.tick_params(labelsize=7)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3, linewidth=0.5)
+        low, high = values["value"].min(), values["value"].max()
+        if 0 < low < high / 30:
+            axes.set_yscale("log")
+    for axes in list(figure.axes)[len(names) :]:
+        axes.remove()
+    figure.suptitle(f"{title}; train split, against the epoch", fontsize=10)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=100)
 
 
 def _draw_lines(axes: Axes, values: pd.DataFrame) -> None:

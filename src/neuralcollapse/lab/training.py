@@ -23,6 +23,10 @@ from neuralcollapse.lab.config import Optimisation, RunConfig
 from neuralcollapse.lab.models import build_model
 from neuralcollapse.lab.runs import RunFolder, WholeCheckpoints, write_whole
 from neuralcollapse.lab.splits import ImageData, Split
+from neuralcollapse.metrics import ClassMoments
+
+# The numerical rank needs each class's own scatter, K d² numbers: it is measured where they take no more than this.
+_CLASS_SCATTER_BYTES = 2**28
 
 
 def build_optimizer(config: Optimisation, model: AttachedHead) -> torch.optim.Optimizer:
@@ -161,7 +165,9 @@ def train(
     """
     model = build_model(config, data.image_shape, data.num_classes)
     module = ClassifierTraining(config, model, data.train, evaluation["train"])
-    collapse = CollapseCallback(evaluation, csv=folder.metrics, classifier=model.head)
+    weight: Any = model.head.weight
+    scatter = ClassMoments.required_bytes(*weight.shape, class_scatter=True) <= _CLASS_SCATTER_BYTES
+    collapse = CollapseCallback(evaluation, csv=folder.metrics, classifier=model.head, class_scatter=scatter)
     device = data.train.images.device
     with quiet_lightning():
         trainer = Trainer(

@@ -99,8 +99,8 @@ def measure(
         progress: Show a progress bar.
 
     Raises:
-        ValueError: No classifier found, an empty loader, train moments of another K or d, features that are not finite (the batch is named), targets
-            out of range, or too few classes.
+        ValueError: No classifier found, an empty loader, train moments of another K or d, features that are not
+            finite (the batch is named), targets out of range, or too few classes.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
