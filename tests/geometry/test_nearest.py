@@ -8,6 +8,7 @@ from torch.autograd import gradcheck
 
 from helpers import TOLERANCE, normal, simplex_gram
 from neuralcollapse import nearest_simplex_etf, random_simplex_etf, simplex_basis, simplex_etf
+from neuralcollapse.geometry import nearest_etf_diagnostics
 
 SIZES = [(2, 1), (2, 5), (5, 4), (5, 5), (5, 20), (10, 64)]
 
@@ -60,6 +61,21 @@ def test_no_rotation_of_the_result_is_nearer(num_classes, feature_dim, options):
         rotated = etf @ torch.linalg.matrix_exp(skew - skew.T)
         assert objective(means, rotated, **chosen) >= least - 1e-12
         assert objective(means, random_simplex_etf(num_classes, feature_dim, dtype=torch.float64), **chosen) >= least
+
+
+@pytest.mark.parametrize("size", [(2, 1), (5, 4), (10, 64)])
+def test_diagnostics_see_the_objective_and_what_is_not_its_minimum(size, options):
+    means, chosen = normal(*size), options(*size)
+    etf, other = nearest_simplex_etf(means, **chosen), random_simplex_etf(*size, dtype=torch.float64)
+    solved, guessed = (nearest_etf_diagnostics(means, candidate, **chosen) for candidate in (etf, other))
+    assert solved["objective"] == pytest.approx(objective(means, etf, **chosen), abs=1e-10)
+    assert guessed["objective"] == pytest.approx(objective(means, other, **chosen), abs=1e-10)
+    assert solved["gradient_norm"] < 1e-10
+    assert size == (2, 1) or guessed["gradient_norm"] > 0.1
+    if "anchor" in chosen:
+        assert solved["distance_to_anchor"] == pytest.approx(float((etf - chosen["anchor"]).norm()))
+    with pytest.raises(ValueError, match="etf must be of the shape"):
+        nearest_etf_diagnostics(means, etf[:-1], **chosen)
 
 
 def test_scaled_and_shifted_etf_is_its_own_nearest():

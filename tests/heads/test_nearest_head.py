@@ -166,6 +166,17 @@ def test_training_mode_leaks_labels_and_evaluation_mode_does_not():
     assert abs((head.eval()(fresh).argmax(1) == labels).float().mean() - 0.1) < 5 * (0.09 / 5000) ** 0.5
 
 
+def test_each_solution_is_logged_on_request(caplog):
+    head = NearestETFClassifier(12, 5).double()
+    head(*batch(0))
+    assert not caplog.records
+    with caplog.at_level("DEBUG", logger="neuralcollapse.heads.nearest"):
+        head(*batch(1))
+    (record,) = caplog.records
+    assert "objective" in record.getMessage()
+    assert "distance_to_anchor" in record.getMessage()
+
+
 def test_labels_out_of_range_are_named_and_lose_nothing():
     head = NearestETFClassifier(12, 5).double()
     head(*batch(0))

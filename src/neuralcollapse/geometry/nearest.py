@@ -54,6 +54,68 @@ def nearest_simplex_etf(
         >>> bool(torch.allclose(nearest_simplex_etf(5 * etf + 2), etf, atol=1e-5))
         True
     """
+    target, _, _ = _target(class_means, anchor, proximal_weight, class_weights, check_values)
+    frame = polar_factor(target, check_values=False)
+    num_classes = class_means.shape[-2]
+    return (math.sqrt(num_classes / (num_classes - 1)) * expand(frame)).to(class_means.dtype)
+
+
+@torch.no_grad()
+def nearest_etf_diagnostics(
+    class_means: Tensor,
+    etf: Tensor,
+    *,
+    anchor: Tensor | None = None,
+    proximal_weight: float = 0.0,
+    class_weights: Tensor | None = None,
+) -> dict[str, float]:
+    """How good a simplex ETF is as the answer of `nearest_simplex_etf` to the same arguments, in fp64.
+
+    Args:
+        class_means: (K, d).
+        etf: (K, d), a unit simplex ETF.
+        anchor: As for `nearest_simplex_etf`.
+        proximal_weight: As for `nearest_simplex_etf`.
+        class_weights: As for `nearest_simplex_etf`.
+
+    Returns:
+        ``objective``, the function minimised; ``gradient_norm`` of its Riemannian gradient, 0 at the minimiser;
+        ``least_singular_value`` of the matrix whose polar factor the minimiser is, 0 where it is not unique;
+        ``distance_to_anchor``, ‖E − E₀‖_F, NaN without an anchor.
+
+    Raises:
+        ValueError: Shapes or a proximal weight that `nearest_simplex_etf` refuses, or another shape of ``etf``.
+
+    Example:
+        >>> from neuralcollapse import nearest_simplex_etf, simplex_etf
+        >>> means = 3 * simplex_etf(4, 6) + 1
+        >>> diagnostics = nearest_etf_diagnostics(means, nearest_simplex_etf(means))
+        >>> abs(diagnostics["objective"]) < 1e-6, round(diagnostics["least_singular_value"], 6)
+        (True, 1.0)
+    """
+    if class_means.ndim != 2 or etf.shape != class_means.shape:
+        raise ValueError(f"etf must be of the shape (K, d) of class_means {tuple(class_means.shape)}, got {etf.shape}")
+    target, unit, weighted = _target(class_means.double(), anchor, proximal_weight, class_weights, False)
+    others = class_means.shape[0] - 1
+    frame = math.sqrt(others / (others + 1)) * reduce(etf.double())
+    product = target @ frame.mT
+    gradient = target - 0.5 * (product + product.mT) @ frame
+    return {
+        "objective": float(others / 2 * ((unit * weighted).sum() + 1) + proximal_weight * others - product.trace()),
+        "gradient_norm": float(torch.linalg.matrix_norm(gradient)),
+        "least_singular_value": float(torch.linalg.svdvals(target)[-1]),
+        "distance_to_anchor": math.nan if anchor is None else float((etf - anchor).double().norm()),
+    }
+
+
+def _target(
+    class_means: Tensor,
+    anchor: Tensor | None,
+    proximal_weight: float,
+    class_weights: Tensor | None,
+    check_values: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A = √(K−1) Bᵀ diag(ω) Ĉ + γ Q₀, with which the objective is a constant − ⟨A, Q⟩; Ĉ; and diag(ω) Ĉ."""
     check_floating("class_means", class_means)
     if class_means.ndim < 2:
         raise ValueError(f"class_means must be of shape (..., K, d), got {tuple(class_means.shape)}")
@@ -73,9 +135,8 @@ def nearest_simplex_etf(
     else:
         centred = means - (weights * means).mean(-2, keepdim=True)
     unit = _unit_frobenius(centred, means, check_values=check_values and (anchor is None or proximal_weight == 0))
-    if weights is not None:
-        unit = weights * unit
-    target = math.sqrt(num_classes - 1) * reduce(unit)
+    weighted = unit if weights is None else weights * unit
+    target = math.sqrt(num_classes - 1) * reduce(weighted)
     if anchor is not None and proximal_weight > 0:
         if anchor.shape[-2:] != class_means.shape[-2:]:
             raise ValueError(f"anchor must end in the shape {(num_classes, feature_dim)}, got {tuple(anchor.shape)}")
@@ -83,8 +144,7 @@ def nearest_simplex_etf(
             check_finite("anchor", anchor)
         anchor_weight = proximal_weight * math.sqrt((num_classes - 1) / num_classes)
         target = target + anchor_weight * reduce(anchor.to(means.dtype))
-    frame = polar_factor(target, check_values=False)
-    return (math.sqrt(num_classes / (num_classes - 1)) * expand(frame)).to(class_means.dtype)
+    return target, unit, weighted
 
 
 def _unit_mean(class_weights: Tensor, means: Tensor, check_values: bool) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor
 
 from neuralcollapse._checks import check_etf_sizes, compute_dtype
-from neuralcollapse.geometry import nearest_simplex_etf, random_simplex_etf, simplex_etf
+from neuralcollapse.geometry import nearest_etf_diagnostics, nearest_simplex_etf, random_simplex_etf, simplex_etf
 from neuralcollapse.heads.class_means import DEFAULT_MOMENTUM, ClassMeans, Momentum
 from neuralcollapse.heads.head import Head
+
+logger = logging.getLogger(__name__)
 
 # With the momentum, the best of those compared on a validation split at K = 10 and K = 100: docs/heads.md.
 DEFAULT_PROXIMAL_WEIGHT = 0.5
@@ -117,10 +120,18 @@ class NearestETFClassifier(Head):
                 proximal_weight=self.proximal_weight,
                 check_values=False,  # ClassMeans has looked at the batch, before anything changed
             )
+            if not torch.compiler.is_compiling() and logger.isEnabledFor(logging.DEBUG):
+                self._log_solution(class_means, etf)
             # A copy: what restores or broadcasts buffers writes into them, and the graph holds `etf`.
             self.weight = etf.detach().to(self.weight.dtype, copy=True)
             bias = -(etf @ batch_mean) if self.centring else None
         return self.decide(features, etf, bias)
+
+    def _log_solution(self, class_means: Tensor, etf: Tensor) -> None:
+        diagnostics = nearest_etf_diagnostics(
+            class_means, etf, anchor=self.weight, proximal_weight=self.proximal_weight
+        )
+        logger.debug("nearest ETF: %s", ", ".join(f"{name} {value:.3e}" for name, value in diagnostics.items()))
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
