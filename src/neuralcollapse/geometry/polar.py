@@ -117,14 +117,15 @@ class _PolarGradient(torch.autograd.Function):
         rows, columns = factor.shape[-2:]
         cutoff = torch.finfo(factor.dtype).eps * max(rows, columns) * singular.amax(-1, keepdim=True)
         sums = singular.unsqueeze(-1) + singular.unsqueeze(-2)
-        inverse_sums = torch.where(sums > cutoff.unsqueeze(-1), 1 / sums, 0)
         inverse = torch.where(singular > cutoff, 1 / singular, 0)
 
         outer = gradient @ factor.mT  # G Qᵀ
-        rotation = left.mT @ (outer - outer.mT) @ left * inverse_sums
+        rotation = left.mT @ (outer - outer.mT) @ left
+        rotation.mul_(torch.where(sums > cutoff.unsqueeze(-1), 1 / sums, 0))
         inverse_stretch = (left * inverse.unsqueeze(-2)) @ left.mT  # U S⁻¹ Uᵀ
-        # G(I − QᵀQ) = G − (G Qᵀ)Q, so every (m, n) product is used once.
-        return (left @ rotation @ left.mT - inverse_stretch @ outer) @ factor + inverse_stretch @ gradient
+        # G(I − QᵀQ) = G − (G Qᵀ)Q, so every (m, n) product is used once; in place, since these are most of the memory.
+        along = (left @ rotation @ left.mT).sub_(inverse_stretch @ outer)
+        return (along @ factor).add_(inverse_stretch @ gradient)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
