@@ -10,7 +10,7 @@ from torchmetrics import Metric
 
 from neuralcollapse.classifier import is_classifier
 from neuralcollapse.metrics.from_moments import collapse_metrics
-from neuralcollapse.metrics.moments import ClassMoments
+from neuralcollapse.metrics.moments import ClassMoments, Workspace
 from neuralcollapse.metrics.statistics import Center
 
 
@@ -103,6 +103,7 @@ class NeuralCollapse(Metric):
                 )
         self._classifier = None if classifier is None else _Reference(classifier)
         self._moments_dtype = dtype
+        self._workspace = Workspace()
         self.ignore_index = ignore_index
         self.check_values = check_values
         self._options: dict[str, Any] = {"center": center, "min_samples": min_samples, "pairwise": pairwise}
@@ -131,7 +132,7 @@ class NeuralCollapse(Metric):
         return {name: torch.tensor(value, dtype=self.means.dtype, device=self.device) for name, value in values.items()}
 
     def _moments_of(self, state: dict[str, Any]) -> ClassMoments:
-        return ClassMoments.from_state(state, dtype=self._moments_dtype)
+        return ClassMoments.from_state(state, dtype=self._moments_dtype, workspace=self._workspace)
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
         """Merge, where torchmetrics would stack (it calls this in `forward` and `merge_state`)."""

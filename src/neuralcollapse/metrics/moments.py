@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -14,9 +15,32 @@ from neuralcollapse._checks import check_at_least, check_finite, check_floating,
 
 logger = logging.getLogger(__name__)
 
-# Temporaries of an update stay this small (elements): larger ones cost more in fresh pages than the arithmetic.
-_CHUNK_ELEMENTS = {"cpu": 2**18, "accelerator": 2**24}
+# An update's temporaries have at most this many elements each, so that they stay in cache.
+_CHUNK_ELEMENTS = {"cpu": 2**19, "accelerator": 2**24}
 _STRIP = 192  # width of the strips in which a symmetric product is formed
+
+
+class Workspace:
+    """Memory for temporaries that outlives an update: on a CPU, fresh pages can cost more than the arithmetic on them.
+
+    Copies and pickles start empty.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def __reduce__(self) -> tuple[type[Workspace], tuple[()]]:
+        return Workspace, ()
+
+    def take(self, shape: Sequence[int], like: Tensor, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """An uninitialised tensor of this shape, on the device and by default of the dtype of another."""
+        dtype = like.dtype if dtype is None else dtype
+        if like.device.type != "cpu":  # accelerators keep freed memory themselves
+            return torch.empty(*shape, dtype=dtype, device=like.device)
+        size = math.prod(shape)
+        if name not in self._buffers or len(self._buffers[name]) < size:
+            self._buffers[name] = torch.empty(size, dtype=dtype)
+        return self._buffers[name][:size].view(*shape)
 
 
 class ClassMoments:
@@ -88,16 +112,22 @@ class ClassMoments:
             else None
         )
         self.num_batches = 0
+        self._workspace = Workspace()
 
     @classmethod
     def from_state(
-        cls, state: Mapping[str, Tensor], *, dtype: torch.dtype | Literal["mixed"] | None = None
+        cls,
+        state: Mapping[str, Tensor],
+        *,
+        dtype: torch.dtype | Literal["mixed"] | None = None,
+        workspace: Workspace | None = None,
     ) -> ClassMoments:
         """Moments that share the tensors of a `state`, as saved, or as held by a metric.
 
         Args:
             state: What `state` returned.
             dtype: As in the constructor; by default that of ``state["means"]``.
+            workspace: Memory for temporaries that others use as well, one after the other.
 
         Raises:
             ValueError: A tensor is missing.
@@ -110,6 +140,7 @@ class ClassMoments:
         moments.class_scatter = state.get("class_scatter")
         moments.dtype = moments.means.dtype if dtype is None else dtype
         moments.num_batches = 0
+        moments._workspace = Workspace() if workspace is None else workspace
         return moments
 
     @staticmethod
@@ -215,9 +246,13 @@ class ClassMoments:
 
     def _update_chunk(self, features: Tensor, targets: Tensor) -> None:
         present, members, batch_counts = self._group(targets)
-        features = features.to(self.means.dtype, copy=True)
-        means, counts = self.means.index_select(0, present), self.counts[present]
-        sums = torch.zeros_like(means).index_add_(0, members, features)
+        rows_of_classes = partial(self._workspace.take, (len(present), self.feature_dim), self.means)
+        rows_of_samples = partial(self._workspace.take, features.shape, self.means)
+
+        features = rows_of_samples("features").copy_(features)
+        counts = self.counts[present]
+        means = torch.index_select(self.means, 0, present, out=rows_of_classes("means"))
+        sums = rows_of_classes("differences").zero_().index_add_(0, members, features)
         difference = sums.div_(batch_counts.clamp(min=1)[:, None]).sub_(means)  # Δ
         total = (counts + batch_counts).clamp(min=1).to(means.dtype)[:, None]
         share, root = batch_counts[:, None] / total, torch.sqrt(counts[:, None] / total)
@@ -229,13 +264,16 @@ class ClassMoments:
         # With the new mean M + Δ n'/(n + n') that point is the new mean + (1 − n'/(n + n') − √(n/(n + n'))) Δ.
         origin = difference.mul_(1 - share - root).add_(means)
         if self.device.type == "cpu" and not (varies := ((counts > 0) | (batch_counts > 1))[members]).all():
-            features, members = features[varies], members[varies]  # a class's first sample, alone, does not deviate
-        deviations = features.sub_(origin.index_select(0, members))
+            kept = varies.nonzero().flatten()  # a class's first sample, alone, does not deviate
+            members = members[kept]
+            features = torch.index_select(features, 0, kept, out=rows_of_samples("kept")[: len(kept)])
+        origins = torch.index_select(origin, 0, members, out=rows_of_samples("origins")[: len(members)])
+        deviations = features.sub_(origins)
         squared_norms = torch.linalg.vector_norm(deviations, dim=1).square()
         self.within_class_trace.index_add_(0, present[members], squared_norms)
         if self.dtype == "mixed":
-            deviations = deviations.float()
-        _add_gram(self._scatter, deviations)
+            deviations = self._workspace.take(deviations.shape, deviations, "rounded", torch.float32).copy_(deviations)
+        self._add_gram(deviations)
         if self.class_scatter is not None:
             for index in members.unique().tolist():
                 own = deviations[members == index]
@@ -273,7 +311,7 @@ class ClassMoments:
             share = (new / (counts + new).clamp(min=1).to(means.dtype))[:, None]
             difference = other.means[rows].to(means) - means
             weighted = torch.sqrt(counts[:, None] * share) * difference
-            _add_gram(self._scatter, weighted)
+            self._add_gram(weighted)
             self.within_class_trace[rows] += weighted.square().sum(dim=1)
             if self.class_scatter is not None:
                 self.class_scatter[rows] += weighted[:, :, None] * weighted[:, None, :]
@@ -281,18 +319,21 @@ class ClassMoments:
             counts += new
         self.num_batches += other.num_batches
 
+    def _add_gram(self, rows: Tensor) -> None:
+        """Add rowsᵀ rows to the scatter's upper triangle, in strips that save 40% of the work."""
+        for start in range(0, self.feature_dim, _STRIP):
+            strip, left, right = (
+                self._scatter[start : start + _STRIP, start:],
+                rows[:, start : start + _STRIP],
+                rows[:, start:],
+            )
+            if rows.dtype == strip.dtype:
+                strip.addmm_(left.T, right)
+            else:
+                strip += torch.mm(left.T, right, out=self._workspace.take(strip.shape, rows, "product"))
+
     def _class_tiles(self) -> Iterator[slice]:
         """Slices of classes whose temporaries in a merge stay small."""
         row_elements = self.feature_dim if self.class_scatter is None else self.feature_dim**2
         step = max(1, 2**22 // row_elements)
         return (slice(start, start + step) for start in range(0, self.num_classes, step))
-
-
-def _add_gram(total: Tensor, rows: Tensor) -> None:
-    """``total += rowsᵀ rows``, of which only the upper triangle is sure to be right; strips save 40% of the work."""
-    for start in range(0, len(total), _STRIP):
-        strip, left, right = total[start : start + _STRIP, start:], rows[:, start : start + _STRIP], rows[:, start:]
-        if rows.dtype == total.dtype:
-            strip.addmm_(left.T, right)
-        else:
-            strip += left.T @ right
