@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -164,7 +165,13 @@ def test_killed_and_resumed_it_ends_with_the_same_metrics(tmp_path):
         """Start the command, and send the signal when that run has measured that epoch."""
         one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
-            [*COMMAND, *arguments], env=one_thread, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            [*COMMAND, *arguments],
+            env=one_thread,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            # Where the tests run as a shell's background job, SIGINT is ignored and would be in the command, too.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
         metrics = broken / "runs" / run / "metrics.csv"
         while process.poll() is None and not (metrics.exists() and f"\n{epoch}," in metrics.read_text()):
