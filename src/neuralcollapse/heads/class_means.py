@@ -14,7 +14,21 @@ Momentum = float | Literal["cumulative", "published"]
 DEFAULT_MOMENTUM: Momentum = 0.1
 
 
-class MovingMean(nn.Module):
+class KeepsFullPrecision(nn.Module):
+    """A module of which one buffer stays in at least fp32, whatever dtype the module is cast to."""
+
+    _full_precision_buffer: str
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        before = getattr(self, self._full_precision_buffer)
+        super()._apply(fn, recurse)
+        after = getattr(self, self._full_precision_buffer)
+        if after.dtype in (torch.bfloat16, torch.float16):
+            setattr(self, self._full_precision_buffer, before.to(after.device))
+        return self
+
+
+class MovingMean(KeepsFullPrecision):
     """Moving means of vectors, each updated where its batch has samples.
 
     mean ← (1−α) mean + α batch_mean. The first sight of a vector sets it (α = 1), no sight leaves it (α = 0).
@@ -28,6 +42,7 @@ class MovingMean(nn.Module):
             ``"published"``, 2/(t+1) after t batches and never below 1e-4.
     """
 
+    _full_precision_buffer = "mean"
     mean: Tensor
     seen: Tensor
     batches: Tensor
@@ -56,13 +71,6 @@ class MovingMean(nn.Module):
         self.mean = moved.detach().to(self.mean.dtype, copy=True)
         self.seen = self.seen + batch_count
         return moved
-
-    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        before = self.mean
-        super()._apply(fn, recurse)
-        if self.mean.dtype in (torch.bfloat16, torch.float16):
-            self.mean = before.to(self.mean.device)
-        return self
 
 
 class ClassMeans(nn.Module):

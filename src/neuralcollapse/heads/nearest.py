@@ -12,7 +12,7 @@ from torch import Tensor
 
 from neuralcollapse._checks import check_etf_sizes, compute_dtype
 from neuralcollapse.geometry import nearest_etf_diagnostics, nearest_simplex_etf, random_simplex_etf, simplex_etf
-from neuralcollapse.heads.class_means import DEFAULT_MOMENTUM, ClassMeans, Momentum
+from neuralcollapse.heads.class_means import DEFAULT_MOMENTUM, ClassMeans, KeepsFullPrecision, Momentum
 from neuralcollapse.heads.head import Head
 
 logger = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_PROXIMAL_WEIGHT = 0.5
 
 
-class NearestETFClassifier(Head):
+class NearestETFClassifier(KeepsFullPrecision, Head):
     r"""A classifier whose weight is, at every training step, the simplex ETF nearest to the moving class means.
 
     In training, with targets, it takes the batch into its `ClassMeans`, solves for the nearest ETF with the last
@@ -59,6 +59,7 @@ class NearestETFClassifier(Head):
         torch.Size([32, 10])
     """
 
+    _full_precision_buffer = "weight"
     weight: Tensor
 
     def __init__(
@@ -150,10 +151,3 @@ class NearestETFClassifier(Head):
             yield
         finally:
             self._targets = before
-
-    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        before = self.weight
-        super()._apply(fn, recurse)
-        if self.weight.dtype in (torch.bfloat16, torch.float16):
-            self.weight = before.to(self.weight.device)
-        return self
