@@ -47,13 +47,13 @@ def test_all_metrics_of_a_model_on_a_loader(model, cache_bytes):
     features, targets = features_and_targets(model, loader)
     weight, bias = model[-1].weight.detach(), model[-1].bias.detach()
     with torch.no_grad():
-        ood_mean = model.eval()[:-1](ood_loader[0]).mean(0)
+        ood_mean = model.eval()[:-1](ood_loader[0]).double().mean(0)
     means = torch.stack([features.double()[targets == k].mean(0) for k in range(K)])
     expected = dense_metrics(features, targets, K, weight, bias, "samples", ood_mean)
     expected |= dense_sample_metrics(features, targets, weight, bias, means, features.double().mean(0))
-    expected["accuracy"] = float((model[-1](features).argmax(1) == targets).float().mean())
+    expected["accuracy"] = float((model[-1](features).argmax(1) == targets).double().mean())
     expected["nc4_ncc_mismatch_class_mean"] = float(measurement.ncc_mismatch.mean())
-    assert measurement.metrics == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    assert measurement.metrics == pytest.approx(expected, rel=1e-8, abs=1e-12)
     assert torch.equal(measurement.cos_margins, measurement.cos_margins.sort().values)
     assert measurement.cos_margins.mean() == pytest.approx(measurement.metrics["nc2_cos_margin"])
     assert measurement.moments.counts.tolist() == [15] * K
@@ -109,7 +109,7 @@ def test_test_split_with_the_means_of_the_train_split(model):
         means,
         train_features.double().mean(0),
     )
-    assert {name: measurement.metrics[name] for name in expected} == pytest.approx(expected, rel=1e-6)
+    assert {name: measurement.metrics[name] for name in expected} == pytest.approx(expected, rel=1e-8)
     assert measurement.metrics["nc1_pinv"] == measure(model, test, progress=False).metrics["nc1_pinv"]
     torch.testing.assert_close(measurement.train_moments.means, means)
 

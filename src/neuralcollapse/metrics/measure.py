@@ -145,7 +145,7 @@ def measure(
 
         options: dict[str, Any] = {"center": center, "min_samples": min_samples}
         metrics = collapse_metrics(moments, weight, bias, ood_mean=ood_mean, pairwise=pairwise, **options)
-        shares = hits.cumsum(0) / moments.counts.sum().cpu()
+        shares = hits.cumsum(0).double() / moments.counts.sum().cpu()
         metrics |= {"accuracy": float(shares[0])} | ({"accuracy_top5": float(shares[4])} if num_classes > 5 else {})
         margins, mismatch = torch.empty(0), torch.full((num_classes,), torch.nan)
         if per_sample:

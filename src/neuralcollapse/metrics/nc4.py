@@ -43,9 +43,9 @@ def nc4_ncc_mismatch(features: Tensor, predictions: Tensor, class_means: Tensor)
 
     Example:
         >>> nc4_ncc_mismatch(torch.tensor([[0.9, 0.2], [0, 1]]), torch.tensor([0, 0]), torch.eye(2))
-        tensor(0.5000)
+        tensor(0.5000, dtype=torch.float64)
     """
-    return (nearest_class_mean(features, class_means) != predictions).float().mean()
+    return (nearest_class_mean(features, class_means) != predictions).double().mean()
 
 
 def nc4_bias(weight: Tensor, bias: Tensor | None, center: Tensor) -> Tensor:
