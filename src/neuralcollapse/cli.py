@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from argparse import SUPPRESS, ArgumentError
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from neuralcollapse.lab.config import CompareConfig
+from neuralcollapse.lab.config import CompareConfig, RunConfig
+from neuralcollapse.lab.recipes import recipe_path, recipes_table
 
+if TYPE_CHECKING:
+    from neuralcollapse.lab.report import Report
+
+_Config = TypeVar("_Config", RunConfig, CompareConfig)
 _USER_ERROR, _INTERRUPTED = 2, 130
 
 
@@ -23,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         chosen = _parse(arguments)
-        _COMMANDS[chosen.subcommand](chosen[chosen.subcommand])
+        _COMMANDS[chosen.subcommand][1](chosen[chosen.subcommand])
     except (ArgumentError, ValueError, OSError) as error:
         print(f"neuralcollapse: error: {_one_line(str(error))}", file=sys.stderr)
         return _USER_ERROR
@@ -34,14 +40,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> Namespace:
-    """The command and its settings; with --resume, settings not given are those of the run to go on with."""
+    """The command and its settings.
+
+    Defaults are those of the recipe, if one is named; with --resume, those of the run to go on with.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    early.add_argument("subcommand", nargs="?")
+    for flag in ("--recipe", "--out"):
+        early.add_argument(flag)
+    early.add_argument("--resume", action="store_true")
+    known, _ = early.parse_known_args(arguments)
+
     parser, commands = _parsers()
-    chosen = parser.parse_args(arguments)
-    settings = chosen[chosen.subcommand]
-    if settings.get("resume") and (stored := Path(settings.out) / "config.yaml").exists():
-        commands[chosen.subcommand].default_config_files = [str(stored)]
-        chosen = parser.parse_args(arguments)
-    return chosen
+    if known.subcommand in commands:
+        stored = Path(known.out or _default_out(known.subcommand, known.recipe)) / "config.yaml"
+        if known.resume and stored.exists():
+            commands[known.subcommand].default_config_files = [str(stored)]
+        elif known.recipe is not None and known.subcommand == "train":
+            commands[known.subcommand].default_config_files = [str(recipe_path(known.recipe))]
+    return parser.parse_args(arguments)
+
+
+def _default_out(command: str, recipe: str | None) -> str:
+    return f"runs/{recipe or command}"
 
 
 def _parsers() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
@@ -52,25 +73,46 @@ def _parsers() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
         exit_on_error=False,
     )
     parser.add_argument("--version", action="version", version=f"neuralcollapse {version('neuralcollapse')}")
-    commands = {"compare": _compare_parser()}
     chosen = parser.add_subcommands(dest="subcommand", metavar="COMMAND")
-    chosen.add_subcommand(
-        "compare", commands["compare"], help="train the methods over several seeds, print a table, draw figures"
-    )
+    commands = {}
+    for name, (make, _, summary) in _COMMANDS.items():
+        commands[name] = make()
+        chosen.add_subcommand(name, commands[name], help=summary)
     return parser, commands
 
 
 def _compare_parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        description="Train standard, fixed and implicit over several seeds, from the same weights and batches for each "
-        "seed; print the table, write the figures. Everything is measured in evaluation mode on un-augmented data.",
-        exit_on_error=False,
+    return _training_parser(
+        CompareConfig,
+        "compare",
+        "Train standard, fixed and implicit over several seeds, from the same weights and batches for each seed; print "
+        "the table, write the figures. Everything is measured in evaluation mode on un-augmented data.",
     )
+
+
+def _train_parser() -> ArgumentParser:
+    parser = _training_parser(
+        RunConfig,
+        "train",
+        "Train one run, from the recipe of a published experiment or from any settings; print the table, write the "
+        "figures. Everything is measured in evaluation mode on un-augmented data.",
+    )
+    parser.add_argument(
+        "--recipe",
+        type=str | None,
+        help="name of a published experiment, of those that `neuralcollapse recipes` lists; --config and flags go "
+        "over its settings",
+    )
+    return parser
+
+
+def _training_parser(settings: type[RunConfig] | type[CompareConfig], command: str, description: str) -> ArgumentParser:
+    parser = ArgumentParser(description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of settings; flags after it go over it")
-    for section in reversed(CompareConfig.__bases__):
+    for section in reversed(settings.__bases__):
         parser.add_class_arguments(section)
     output = parser.add_argument_group("Output")
-    output.add_argument("--out", type=str, default="runs/compare", help="folder to write")
+    output.add_argument("--out", type=str | None, help=f"folder to write; by default {_default_out(command, None)}")
     output.add_argument("--resume", action="store_true", help="go on with the run that the folder holds")
     output.add_argument("--overwrite", action="store_true", help="delete the run that the folder holds")
     # Found in the config.yaml of a run, which can be given as --config; nothing is read from it.
@@ -78,16 +120,47 @@ def _compare_parser() -> ArgumentParser:
     return parser
 
 
+def _recipes_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        description="List the recipes of published experiments: what each reproduces, and how many of its settings no "
+        "source gives, so that they are our choice.",
+        exit_on_error=False,
+    )
+    parser.add_argument("name", type=str | None, nargs="?", help="show this recipe, with the source of each setting")
+    return parser
+
+
 def _compare(settings: Namespace) -> None:
-    config = CompareConfig(**{field.name: settings[field.name] for field in fields(CompareConfig)})
-    if settings.resume and settings.overwrite:
-        raise ValueError("resume and overwrite must not both be given")
+    config = _config(CompareConfig, settings)
 
     from neuralcollapse.lab.compare import compare  # takes seconds: not for --help, nor for a mistake in a flag
 
-    done = compare(config, Path(settings.out), resume=settings.resume, overwrite=settings.overwrite)
-    print(f"\n{done.table}\n\nwrote {done.written[0]}")
-    for path in done.written[1:]:
+    out = Path(settings.out or _default_out("compare", None))
+    _print_report(compare(config, out, resume=settings.resume, overwrite=settings.overwrite))
+
+
+def _train(settings: Namespace) -> None:
+    config = _config(RunConfig, settings)
+
+    from neuralcollapse.lab.single import train_single
+
+    out = Path(settings.out or _default_out("train", settings.recipe))
+    _print_report(train_single(config, out, resume=settings.resume, overwrite=settings.overwrite))
+
+
+def _recipes(settings: Namespace) -> None:
+    print(recipes_table() if settings.name is None else recipe_path(settings.name).read_text().rstrip())
+
+
+def _config(kind: type[_Config], settings: Namespace) -> _Config:
+    if settings.resume and settings.overwrite:
+        raise ValueError("resume and overwrite must not both be given")
+    return kind(**{field.name: settings[field.name] for field in fields(kind)})
+
+
+def _print_report(report: Report) -> None:
+    print(f"\n{report.table}\n\nwrote {report.written[0]}")
+    for path in report.written[1:]:
         print(f"      {path}")
 
 
@@ -101,4 +174,9 @@ def _one_line(message: str) -> str:
     return " ".join(message.split())
 
 
-_COMMANDS = {"compare": _compare}
+# Each with what makes its parser, what runs it, and what the list of commands says.
+_COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], Callable[[Namespace], None], str]] = {
+    "compare": (_compare_parser, _compare, "train the methods over several seeds, print a table, draw figures"),
+    "train": (_train_parser, _train, "train one run, from the recipe of a published experiment or any settings"),
+    "recipes": (_recipes_parser, _recipes, "list the recipes of published experiments"),
+}

@@ -4,9 +4,20 @@ import pytest
 import torch
 
 from helpers import generator
-from neuralcollapse.lab.batches import EpochBatches, EvaluationBatches, Standardisation, augment, crop, rotate
+from neuralcollapse.lab.batches import (
+    EpochBatches,
+    EvaluationBatches,
+    Standardisation,
+    augment,
+    batch_shape,
+    centre_crop,
+    crop,
+    evaluation_batches,
+    rotate,
+    standardisation,
+)
 from neuralcollapse.lab.config import Batches
-from neuralcollapse.lab.splits import Split, stratified_order
+from neuralcollapse.lab.splits import ImageData, Split
 
 
 def images_of(number: int = 20, channels: int = 3, height: int = 7, width: int = 5) -> torch.Tensor:
@@ -58,16 +69,10 @@ def test_stratified_batches_hold_the_classes_in_proportion():
         assert (counts - torch.tensor([3, 5, 2])).abs().max() <= 1
 
 
-def test_stratified_order_spreads_a_rare_class():
-    labels = torch.tensor([0] * 96 + [1] * 4)
-    places = (labels[stratified_order(labels, generator())] == 1).nonzero().flatten()
-    assert torch.equal(places // 25, torch.arange(4))
-
-
 def test_standardised_images_have_mean_0_and_variance_1_in_each_channel():
     images = images_of(50)
     images[:, 2] = 9  # a channel that never varies
-    standardised = Standardisation.of(images, chunk=16)(images)
+    standardised = Standardisation.of(images.split(16))(images)
     assert torch.allclose(standardised.mean((0, 2, 3)), torch.zeros(3), atol=1e-5)
     assert torch.allclose(standardised.var((0, 2, 3), correction=0), torch.tensor([1.0, 1.0, 0.0]), atol=1e-5)
 
@@ -86,13 +91,13 @@ def test_crop_equals_a_loop_over_padded_images():
     padded = torch.zeros(20, 3, 11, 9, dtype=torch.uint8)
     padded[:, :, 2:9, 2:7] = images
     expected = [image[:, i : i + 7, j : j + 5] for image, i, j in zip(padded, top.tolist(), left.tolist(), strict=True)]
-    assert torch.equal(crop(images, padding, top, left), torch.stack(expected))
+    assert torch.equal(crop(images, padding, top, left, (7, 5)), torch.stack(expected))
 
 
 def test_crop_by_the_padding_itself_is_the_identity():
     images = images_of()
     middle = torch.full((20,), 2)
-    assert torch.equal(crop(images, 2, middle, middle), images)
+    assert torch.equal(crop(images, 2, middle, middle, (7, 5)), images)
 
 
 @pytest.mark.parametrize("quarter_turns", [0, 1, 2, 3])
@@ -129,3 +134,78 @@ def test_random_crops_reach_every_offset():
 def test_no_augmentation_by_default():
     images = images_of()
     assert torch.equal(augment(images, Batches(), generator()), images)
+
+
+def data_of(images: torch.Tensor) -> ImageData:
+    labels = torch.arange(len(images)) % 2
+    return ImageData("images", Split(images, labels), Split(images[:2], labels[:2]), 2)
+
+
+def test_statistics_are_those_of_all_training_images():
+    images = images_of(50)
+    standardise = standardisation(data_of(images), Batches())
+    pixels = images.double().transpose(0, 1).flatten(1)
+    assert torch.allclose(standardise.mean.flatten(), pixels.mean(1).float())
+    assert torch.allclose(standardise.std.flatten(), pixels.std(1, correction=0).float())
+
+
+def test_a_mean_and_a_standard_deviation_that_are_set_are_of_pixels_up_to_1():
+    images = images_of(4)
+    settings = Batches(pixel_mean=[0.4, 0.5, 0.6], pixel_std=[0.25])
+    expected = (images / 255 - torch.tensor([0.4, 0.5, 0.6])[:, None, None]) / 0.25
+    assert torch.allclose(standardisation(data_of(images), settings)(images), expected, atol=1e-5)
+
+
+def test_only_what_is_not_set_is_taken_from_the_images():
+    data = data_of(images_of(4))
+    assert torch.equal(standardisation(data, Batches(pixel_mean=[0])).std, standardisation(data, Batches()).std)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pixel_mean": [0.1, 0.2]}, "pixel_mean must be one value or 3, one a channel, got 2"),
+        ({"pixel_std": [1.0, 0.0, 1.0]}, "pixel_std must be above 0"),
+        ({"crop_size": 6}, "crop_size must be at most 5, for images 7x5, got 6"),
+        ({"crop_size": 8, "crop_padding": 1}, "crop_size must be at most 7, for images 7x5 padded by 1, got 8"),
+    ],
+)
+def test_settings_that_do_not_fit_the_images_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        evaluation_batches(data_of(images_of()), Batches(**settings))
+
+
+def test_random_windows_of_a_given_size_lie_anywhere_in_the_padded_image():
+    image = torch.zeros(600, 1, 4, 4, dtype=torch.uint8)
+    image[:, 0] = torch.arange(1, 17).reshape(4, 4)
+    settings = Batches(crop_size=3, crop_padding=1)
+    windows = augment(image, settings, generator())
+    padded = torch.zeros(6, 6, dtype=torch.uint8)
+    padded[1:5, 1:5] = image[0, 0]
+    expected = {tuple(padded[i : i + 3, j : j + 3].flatten().tolist()) for i in range(4) for j in range(4)}
+    assert {tuple(window.flatten().tolist()) for window in windows} == expected
+    assert windows.shape[1:] == batch_shape((1, 4, 4), settings) == (1, 3, 3)
+
+
+def test_a_window_smaller_than_the_image_is_random_without_padding_too():
+    windows = augment(images_of(1).expand(60, -1, -1, -1), Batches(crop_size=5), generator())
+    assert len(windows.flatten(1).unique(dim=0)) == 3  # three places along the height, one along the width
+
+
+@pytest.mark.parametrize(("size", "rows", "columns"), [(3, slice(2, 5), slice(1, 4)), (2, slice(2, 4), slice(1, 3))])
+def test_evaluation_takes_the_centre(size, rows, columns):
+    images = images_of()
+    batches = evaluation_batches(data_of(images), Batches(crop_size=size, pixel_mean=[0], pixel_std=[1 / 255]))
+    assert torch.equal(torch.cat([batch for batch, _ in batches["train"]]), images[:, :, rows, columns].float())
+
+
+def test_the_centre_of_a_smaller_image_is_padded():
+    images = images_of()
+    cropped = centre_crop(images, 9)
+    assert cropped.shape == (20, 3, 9, 9)
+    assert torch.equal(cropped[:, :, 1:8, 2:7], images)
+    assert cropped.sum() == images.sum()
+
+
+def test_batches_without_a_crop_have_the_shape_of_the_images():
+    assert batch_shape((3, 7, 5), Batches(crop_padding=2)) == (3, 7, 5)

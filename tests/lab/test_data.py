@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import datasets
@@ -8,8 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from neuralcollapse.lab.config import Data
+from neuralcollapse.lab import batches
+from neuralcollapse.lab.batches import EpochBatches, evaluation_batches, standardisation
+from neuralcollapse.lab.config import Batches, Data
 from neuralcollapse.lab.data import load_data
+from neuralcollapse.lab.splits import Split, StreamedSplit
 
 
 def load(source: Path | str, **settings):
@@ -126,7 +130,8 @@ def test_images_without_labels_are_refused(tmp_path):
 
 
 def test_one_class_is_not_enough(tmp_path):
-    save_table(tmp_path, {"label": [0] * 10}, {"label": datasets.ClassLabel(names=["x", "y"])})
+    for label, split in enumerate(("train", "test")):
+        save_table(tmp_path, {"label": [label] * 10}, {"label": datasets.ClassLabel(names=["x", "y"])}, split)
     with pytest.raises(ValueError, match="at least 2 classes, .* has 1"):
         load(tmp_path)
 
@@ -170,3 +175,257 @@ def test_cifar10(real_data):
     data = load(real_data / "cifar10", train_samples=300, test_samples=100)
     assert data.image_shape == (3, 32, 32)
     assert data.num_classes == 10
+
+
+def test_images_side_by_side_are_those_of_the_labels(real_data):
+    single = load(real_data / "mnist", train_samples=1000)
+    data = load(real_data / "mnist", digits_per_image=2, train_samples=500, test_samples=100)
+    assert data.image_shape == (1, 28, 56)
+    assert data.num_classes == 100
+    halves = data.train.images.unflatten(3, (2, 28)).permute(0, 3, 1, 2, 4).flatten(2).float()
+    # A nearest neighbour among single images says what each half shows, right for five of six with so few of them.
+    nearest = torch.cdist(halves.flatten(0, 1), single.train.images.flatten(1).float()).argmin(1)
+    read = single.train.labels[nearest].view(-1, 2) @ torch.tensor([10, 1])
+    tens, ones = (data.train.labels // 10, data.train.labels % 10)
+    assert (read // 10 == tens).double().mean() > 0.75
+    assert (read % 10 == ones).double().mean() > 0.75
+
+
+def test_no_image_is_in_both_splits_when_they_are_put_side_by_side():
+    data = load("digits", digits_per_image=2, train_samples=4000, test_samples=1000)
+    train, test = (
+        {image.numpy().tobytes() for half in split.images.split(8, dim=3) for image in half}
+        for split in (data.train, data.test)
+    )
+    assert not train & test
+    assert (len(train), len(test)) == (pytest.approx(1438, abs=30), pytest.approx(359, abs=10))
+
+
+def test_images_side_by_side_equal_a_loop():
+    single = load("digits")
+    image_of = {image.numpy().tobytes(): int(label) for image, label in zip(*vars(single.train).values(), strict=True)}
+    data = load("digits", digits_per_image=3, train_samples=200)
+    assert data.num_classes == 1000
+    for image, label in zip(data.train.images, data.train.labels.tolist(), strict=True):
+        shown = [image_of[part.contiguous().numpy().tobytes()] for part in image.split(8, dim=2)]
+        assert label == int("".join(map(str, shown)))
+
+
+def test_relabelled_data_say_so():
+    assert not load("digits").relabelled
+    assert load("digits", random_labels=True).relabelled
+    assert load("digits", label_noise=0.1).relabelled
+
+
+def test_labels_that_a_run_kept_are_used_again():
+    data, random = load("digits"), load("digits", random_labels=True)
+    assert not torch.equal(random.train.labels, data.train.labels)
+    assert torch.equal(random.test.labels, data.test.labels)
+    again = random.with_train_labels(data.train.labels.int())
+    assert torch.equal(again.train.labels, data.train.labels)
+    assert again.train.labels.dtype == torch.long
+    assert again.relabelled
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.zeros(5, dtype=torch.long), r"labels must be 1438 integers, one for each training image of 'digits'"),
+        (torch.zeros(1438), "labels must be 1438 integers"),
+        (torch.full((1438,), 10), r"labels must be in \[0, 10\), got 10 to 10"),
+    ],
+)
+def test_kept_labels_that_do_not_fit_are_refused(labels, message):
+    with pytest.raises(ValueError, match=message):
+        load("digits").with_train_labels(labels)
+
+
+def test_channels_can_be_set(tmp_path):
+    assert load("digits", channels=3).image_shape == (3, 8, 8)
+    save_images(tmp_path, {"a": 10, "b": 10})
+    data = load(tmp_path, channels=1)
+    assert data.image_shape == (1, 4, 6)
+    red = int(load(tmp_path).train.images[0, 0, 0, 0])
+    assert int(data.train.images[0, 0, 0, 0]) == pytest.approx(0.299 * red + 0.114 * 255, abs=1)
+
+
+# Known data sets and splits.
+
+
+@pytest.fixture
+def asked_of_the_hub(monkeypatch) -> list[tuple[str | None, ...]]:
+    asked = []
+
+    def load_dataset(*names):
+        asked.append(names)
+        raise ConnectionError("Couldn't reach it")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("settings", "path", "config"),
+    [
+        ({"data": "mnist"}, "ylecun/mnist", None),
+        ({"data": "fashion-mnist"}, "zalando-datasets/fashion_mnist", None),
+        ({"data": "svhn"}, "ufldl-stanford/svhn", "cropped_digits"),
+        ({"data": "ufldl-stanford/svhn"}, "ufldl-stanford/svhn", "cropped_digits"),
+        ({"data": "svhn", "data_config": "full_numbers"}, "ufldl-stanford/svhn", "full_numbers"),
+        ({"data": "cifar100"}, "uoft-cs/cifar100", None),
+        ({"data": "imagenet"}, "ILSVRC/imagenet-1k", None),
+        ({"data": "someone/something", "data_config": "one"}, "someone/something", "one"),
+    ],
+)
+def test_what_is_asked_of_the_hub(asked_of_the_hub, settings, path, config):
+    with pytest.raises(ValueError, match=f"'{path}' could not be fetched from the hub .*--data FOLDER") as caught:
+        load_data(Data(**settings), progress=False)
+    assert f"{settings['data']!r}" in str(caught.value)
+    assert asked_of_the_hub == [(path, config)]
+
+
+def test_what_is_known_of_a_data_set_is_used(tmp_path, monkeypatch):
+    kinds = {"coarse_label": datasets.ClassLabel(num_classes=2), "fine_label": datasets.ClassLabel(num_classes=4)}
+    for split, rows in (("train", 5), ("test", 1), ("validation", 2)):
+        save_table(tmp_path, {"coarse_label": [0, 0, 1, 1] * rows, "fine_label": [0, 1, 2, 3] * rows}, kinds, split)
+    splits = datasets.load_dataset(str(tmp_path))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: splits)
+    assert load("cifar100").num_classes == 4
+    assert load("uoft-cs/cifar100", label_column="coarse_label").num_classes == 2
+    assert len(load("imagenet", label_column="fine_label").test) == 8
+    assert len(load("imagenet", label_column="fine_label", test_split="test").test) == 4
+    swapped = load("cifar100", train_split="validation", test_split="train")
+    assert (len(swapped.train), len(swapped.test)) == (8, 20)
+
+
+def test_a_split_that_does_not_exist_is_refused_with_those_that_do(tmp_path):
+    for split in ("train", "test"):
+        save_table(tmp_path, {"label": [0, 1]}, {"label": datasets.ClassLabel(num_classes=2)}, split)
+    for setting in ("train_split", "test_split"):
+        with pytest.raises(ValueError, match=f"{setting} must be a split of .*, which has train, test; got 'dev'"):
+            load(tmp_path, **{setting: "dev"})
+    with pytest.raises(ValueError, match="test_split must be another split than train_split, got 'train' for both"):
+        load(tmp_path, test_split="train")
+
+
+def test_without_a_split_called_train_there_must_be_only_one_or_one_must_be_named(tmp_path):
+    for split in ("test", "validation"):
+        save_table(tmp_path, {"label": [0, 1]}, {"label": datasets.ClassLabel(num_classes=2)}, split)
+    with pytest.raises(ValueError, match="train_split must say which split of .* to train on: (test|validation), "):
+        load(tmp_path)
+    assert len(load(tmp_path, train_split="validation").test) == 2
+    (tmp_path / "test.parquet").unlink()
+    save_table(tmp_path, {"label": [0, 1] * 5}, {"label": datasets.ClassLabel(num_classes=2)}, "validation")
+    assert len(load(tmp_path).test) == 2
+
+
+def test_missing_labels_are_refused(tmp_path):
+    save_table(tmp_path, {"label": [0, None, 1]}, {"label": datasets.Value("int64")})
+    with pytest.raises(ValueError, match="must have a label for each image, its train split has images without"):
+        load(tmp_path)
+
+
+def test_a_class_without_any_image_is_refused(tmp_path):
+    save_table(tmp_path, {"label": [0, 2] * 5}, {"label": datasets.ClassLabel(num_classes=5)})
+    with pytest.raises(ValueError, match="must have images of each of its 5 classes, it has none of 1, 3, 4"):
+        load(tmp_path)
+
+
+# Data that are decoded by worker processes.
+
+
+def batches_of(data, **settings) -> list[torch.Tensor]:
+    """Two epochs of training and the evaluation, after one another."""
+    config = Batches(batch_size=16, crop_padding=1, flip=True, **settings)
+    evaluation = evaluation_batches(data, config)
+    training = [EpochBatches(data.train, evaluation["train"].standardise, config, 3, epoch) for epoch in (0, 1)]
+    return [tensor for part in (*training, *evaluation.values()) for batch in part for tensor in batch]
+
+
+def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+    return len(first) == len(second) and all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("settings", [{}, {"digits_per_image": 2}, {"image_size": 20, "channels": 3}])
+def test_streamed_batches_are_those_from_memory(real_data, workers, settings):
+    settings |= {"train_samples": 100, "test_samples": 30}
+    in_memory = load(real_data / "mnist", **settings)
+    streamed = load(real_data / "mnist", memory_budget=0, workers=workers, **settings)
+    assert isinstance(in_memory.train, Split)
+    assert isinstance(streamed.train, StreamedSplit)
+    assert streamed.image_shape == in_memory.image_shape
+    assert same(batches_of(streamed, stratified=True), batches_of(in_memory, stratified=True))
+
+
+def test_streamed_data_take_other_labels_as_well():
+    labels = torch.arange(1438) % 10
+    in_memory, streamed = (load("digits", memory_budget=budget, workers=0) for budget in (1, 0))
+    batches = [batches_of(data.with_train_labels(labels)) for data in (in_memory, streamed)]
+    assert same(*batches)
+
+
+def test_streamed_splits_can_be_sent_to_a_process(tmp_path):
+    save_images(tmp_path, {"a": 20, "b": 20})
+    split = load(tmp_path, memory_budget=0, workers=0).train
+    sent = pickle.loads(pickle.dumps(split))
+    indices = [torch.tensor([3, 1]), torch.tensor([7])]
+    for (images, labels), (expected, true) in zip(sent.batches(indices), split.batches(indices), strict=True):
+        assert torch.equal(images, expected)
+        assert torch.equal(labels, true)
+
+
+def test_what_is_streamed_is_decided_by_what_the_images_take(tmp_path):
+    save_images(tmp_path, {"a": 20, "b": 20}, size=(64, 32))
+    required = 40 * 64 * 32 * 3 / 2**30
+    assert isinstance(load(tmp_path, memory_budget=required).train, Split)
+    assert isinstance(load(tmp_path, memory_budget=0.99 * required).train, StreamedSplit)
+    assert isinstance(load(tmp_path, memory_budget=0.99 * required, train_samples=20).train, Split)
+    assert isinstance(load(tmp_path, memory_budget=0.99 * required, channels=1).train, Split)
+
+
+def test_reading_streamed_batches_leaves_the_global_generator_alone():
+    before = torch.get_rng_state()
+    batches_of(load("digits", memory_budget=0, workers=1, train_samples=32, test_samples=2))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_named_by_the_worker_that_finds_it(tmp_path, workers):
+    save_images(tmp_path, {"a": 10, "b": 10})
+    (tmp_path / "b" / "7.png").write_bytes(b"not an image")
+    data = load(tmp_path, memory_budget=0, workers=workers)
+    with pytest.raises(ValueError, match=r"images that can be read; .*b/7\.png of .* cannot") as caught:
+        batches_of(data)
+    assert "\n" not in str(caught.value)
+
+
+def test_streamed_images_of_different_size_need_image_size(tmp_path):
+    save_images(tmp_path / "small", {"a": 10})
+    save_images(tmp_path / "large", {"b": 10}, size=(9, 9))
+    for name, size in (("a", "small"), ("b", "large")):
+        (tmp_path / size / name).rename(tmp_path / name)
+        (tmp_path / size).rmdir()
+    with pytest.raises(ValueError, match="image_size must be given, because the images of .* 4x6 and 9x9"):
+        batches_of(load(tmp_path, memory_budget=0, workers=0))
+    data = load(tmp_path, memory_budget=0, workers=0, image_size=5)
+    assert data.image_shape == (3, 5, 5)
+    assert len(batches_of(data)) > 0
+
+
+def test_whether_streamed_images_are_grey_is_taken_from_the_first(tmp_path):
+    save_images(tmp_path / "train", {"a": 2, "b": 2}, mode="L")
+    save_images(tmp_path / "test", {"a": 1, "b": 1})
+    data = load(tmp_path, memory_budget=0, workers=0)
+    assert data.image_shape == (1, 4, 6)
+    ((images, _),) = data.test.batches([torch.arange(2)])
+    assert images.shape == (2, 1, 4, 6)
+
+
+def test_statistics_of_many_streamed_images_are_those_of_some_of_them(monkeypatch):
+    monkeypatch.setattr(batches, "_STATISTICS_SAMPLES", 300)
+    in_memory, streamed = (load("digits", memory_budget=budget, workers=0) for budget in (1, 0))
+    exact, estimated = (standardisation(data, Batches()) for data in (in_memory, streamed))
+    assert not torch.equal(exact.mean, estimated.mean)
+    assert estimated.mean.item() == pytest.approx(exact.mean.item(), rel=0.03)
+    assert estimated.std.item() == pytest.approx(exact.std.item(), rel=0.03)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pandas as pd
 import pytest
 import torch
@@ -14,28 +16,95 @@ from neuralcollapse.lab.batches import evaluation_batches
 from neuralcollapse.lab.callback import CollapseCallback
 from neuralcollapse.lab.config import METHODS, Data, Model, RunConfig
 from neuralcollapse.lab.data import load_data
+from neuralcollapse.lab.loggers import check_loggers
 from neuralcollapse.lab.models import build_model, resolve_device
 from neuralcollapse.lab.runs import RunFolder
-from neuralcollapse.lab.training import quiet_lightning, rate_factor, train
+from neuralcollapse.lab.training import quiet_lightning, train
 
 SMALL = {"backbone": "mlp", "width": 24, "depth": 1, "train_samples": 200, "test_samples": 60, "epochs": 2}
 
 
-@pytest.mark.parametrize("backbone", ["convnet", "mlp", "resnet18"])
+BACKBONES = ["convnet", "mlp", "resnet18", "resnet34", "resnet50", "vgg13"]
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 33, 20)])
-def test_backbones_give_features_of_the_dimension_they_say(backbone, shape):
-    network = build_backbone(Model(backbone=backbone, width=8), shape)
+@pytest.mark.parametrize("feature_dim", [None, 11])
+def test_backbones_give_features_of_the_dimension_they_say(backbone, shape, feature_dim):
+    network = build_backbone(Model(backbone=backbone, width=8, feature_dim=feature_dim), shape)
     features = network(torch.randn(2, *shape))
     assert features.shape == (2, network.feature_dim)
+    assert feature_dim in (None, network.feature_dim)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_batch_norm_without_scale_leaves_no_vector(backbone):
+    network = build_backbone(Model(backbone=backbone, width=8, batch_norm_affine=False), (1, 8, 8))
+    assert all(parameter.ndim >= 2 for parameter in network.parameters())
+
+
+# Parameters of the networks for ImageNet (11,689,512 and so on) without their last layer.
+@pytest.mark.parametrize(
+    ("backbone", "parameters", "feature_dim"),
+    [("resnet18", 11_176_512, 512), ("resnet34", 21_284_672, 512), ("resnet50", 23_508_032, 2048)],
+)
+def test_resnets_are_the_published_ones(backbone, parameters, feature_dim):
+    network = build_backbone(Model(backbone=backbone), (3, 32, 32))
+    assert sum(parameter.numel() for parameter in network.parameters()) == parameters
+    assert network.feature_dim == feature_dim
+
+
+def test_vgg13_is_the_published_one():
+    network = build_backbone(Model(backbone="vgg13"), (3, 32, 32))
+    kernels = [parameter for parameter in network.parameters() if parameter.ndim == 4]
+    assert [len(kernel) for kernel in kernels] == [64, 64, 128, 128, 256, 256, 512, 512, 512, 512]
+    # 133,047,848 of torchvision's vgg13 with its linear layers of 123,642,856; its convolutions have biases.
+    assert sum(kernel.numel() for kernel in kernels) == 133_047_848 - 123_642_856 - 2944
 
 
 @pytest.mark.parametrize(("stem", "smallest"), [("7x7", 1), ("3x3", 4)])
-def test_resnet18_is_the_published_one(stem, smallest):
+def test_the_stem_of_a_resnet(stem, smallest):
     network = build_backbone(Model(backbone="resnet18", stem=stem), (3, 32, 32))
-    published = 11_176_512 if stem == "7x7" else 11_168_832  # 11,689,512 with the classifier of 512 × 1000 + 1000
-    assert sum(parameter.numel() for parameter in network.parameters()) == published
-    before_pooling = network.layers[:-2](torch.randn(2, 3, 32, 32))
-    assert before_pooling.shape == (2, 512, smallest, smallest)
+    assert network.layers[:-2](torch.randn(2, 3, 32, 32)).shape == (2, 512, smallest, smallest)
+
+
+def test_a_width_scales_every_stage_of_a_resnet():
+    network = build_backbone(Model(backbone="resnet18", width=5), (3, 32, 32))
+    assert [stage[-1].residual[-1][0].out_channels for stage in network.layers[1:5]] == [5, 10, 20, 40]
+
+
+OWN = """
+import torch
+class Net(torch.nn.Module):
+    def __init__(self, image_shape, neurons=7):
+        super().__init__()
+        self.layer = torch.nn.Linear(image_shape[1] * image_shape[2], neurons)
+    def forward(self, images):
+        return self.layer(images.flatten(1)).relu()
+class Pictures(torch.nn.Module):
+    def forward(self, images):
+        return images
+"""
+
+
+def test_a_class_of_the_users_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_own_nets.py").write_text(OWN)
+    config = RunConfig(backbone="my_own_nets.Net", backbone_options={"neurons": 13})
+    model = build_model(config, (1, 8, 8), 10)
+    assert model.head.in_features == 13
+    assert model(torch.randn(2, 1, 8, 8), targets=torch.tensor([0, 1])).shape == (2, 10)
+    wrong = [
+        ("my_own_nets.Missing", {}, "cannot be imported: .*Missing"),
+        ("not_there.Net", {}, "cannot be imported: No module named 'not_there'"),
+        ("my_own_nets.Net", {"colour": 1}, "cannot be made with backbone_options .*colour"),
+        ("my_own_nets.Pictures", {}, r"must give features of shape \(N, feature_dim\), Pictures gives \(2, 1, 8, 8\)"),
+        ("vgg", {}, "backbone must be one of convnet, .*vgg13, or the dotted path"),
+        ("mlp", {"neurons": 3}, "backbone_options are of your own class"),
+    ]
+    for path, options, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            build_backbone(Model(backbone=path, backbone_options=options), (1, 8, 8))
 
 
 @pytest.mark.parametrize("backbone", ["convnet", "mlp", "resnet18"])
@@ -55,15 +124,6 @@ def test_building_a_model_leaves_the_global_generator_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize(
-    ("schedule", "expected"),
-    [("constant", [1, 1, 1, 1]), ("cosine", [1, 0.75, 0.25, 0]), ("step", [1, 0.1, 0.01, 0.01])],
-)
-def test_schedules(schedule, expected):
-    found = [rate_factor(schedule, progress) for progress in (0, 1 / 3, 2 / 3, 1)]
-    assert found == pytest.approx(expected)
-
-
 def test_a_device_that_is_not_there_is_refused():
     missing = "cuda" if not torch.cuda.is_available() else "mps"
     with pytest.raises(ValueError, match=r"device must be auto or one that is there \(.*cpu\)"):
@@ -78,7 +138,7 @@ def test_every_method_trains_with_every_optimiser(method, tmp_path):
         config = RunConfig(**SMALL | settings)
         folder = RunFolder(tmp_path / optimizer)
         folder.open(config)
-        train(config, data, evaluation_batches(data), folder)
+        train(config, data, evaluation_batches(data, config), folder)
         last = pd.read_csv(folder.metrics).query("epoch == 6 and split == 'train' and metric == 'accuracy'")
         assert last["value"].item() > 0.6
 
@@ -88,7 +148,7 @@ def test_standard_keeps_unit_rows_through_lightning(tmp_path):
     config = RunConfig(**SMALL, method="standard")
     folder = RunFolder(tmp_path / "run")
     folder.open(config)
-    train(config, data, evaluation_batches(data), folder)
+    train(config, data, evaluation_batches(data, config), folder)
     state = torch.load(folder.last_checkpoint, weights_only=True)["state_dict"]
     assert torch.allclose(state["model.head.weight"].norm(dim=1), torch.ones(10), atol=1e-6)
 
@@ -98,8 +158,89 @@ def test_checkpoints_of_epochs_are_kept_on_request(tmp_path):
     config = RunConfig(**SMALL | {"epochs": 5}, checkpoint_every=2)
     folder = RunFolder(tmp_path / "run")
     folder.open(config)
-    train(config, data, evaluation_batches(data), folder)
+    train(config, data, evaluation_batches(data, config), folder)
     assert {path.name for path in folder.checkpoints.iterdir()} == {"epoch0002.ckpt", "epoch0004.ckpt", "last.ckpt"}
+
+
+def trained(folder: Path, **settings) -> RunFolder:
+    config = RunConfig(**SMALL | settings)
+    data = load_data(config)
+    run = RunFolder(folder)
+    run.open(config, resume=True)
+    train(config, data, evaluation_batches(data, config), run)
+    return run
+
+
+def test_the_training_log_and_the_gradients(tmp_path):
+    run = trained(tmp_path / "run", method="standard", epochs=3, batch_size=50)
+    log = pd.read_csv(run.training_log)
+    assert log["epoch"].tolist() == [1, 2, 3]
+    assert (log["batch_accuracy_top5"] >= log["batch_accuracy"]).all()
+    assert log["batch_alignment"].between(-1, 1).all()
+    assert log["lr"].iloc[-1] == pytest.approx(0, abs=1e-9)
+    gradients = pd.read_csv(run.gradients)
+    assert gradients["epoch"].unique().tolist() == [1, 2, 3]
+    state = torch.load(run.last_checkpoint, weights_only=True)["state_dict"]
+    names = set(gradients["parameter"])
+    assert {"head.weight", "head.bias"} < names
+    assert len(names) == 5
+    for name, rows in gradients.groupby("parameter"):
+        size = state[f"model.{name}"].numel()
+        assert (rows["mean"] <= rows["max"]).all()
+        assert (rows["norm"] <= rows["max"] * size**0.5 * 1.001).all()
+
+
+def test_agd_logs_its_step(tmp_path):
+    run = trained(tmp_path / "run", optimizer="agd", gain=1.0, batch_norm_affine=False, batch_size=50)
+    log = pd.read_csv(run.training_log)
+    assert (log["agd_eta"] > 0).all()
+    assert "lr" not in log
+
+
+def test_lbfgs_fits_what_it_is_given(tmp_path):
+    run = trained(tmp_path / "run", method="fixed", optimizer="lbfgs", lr=0.5, batch_size=200, epochs=5)
+    last = pd.read_csv(run.metrics).query("epoch == 5 and split == 'train' and metric == 'accuracy'")
+    assert last["value"].item() > 0.9
+
+
+def test_measuring_and_checkpoints_at_chosen_epochs(tmp_path):
+    run = trained(tmp_path / "run", epochs=5, measure_every=2, checkpoint_every=4, checkpoint_epochs=[1])
+    assert pd.read_csv(run.metrics)["epoch"].unique().tolist() == [2, 4, 5]
+    assert {path.name for path in run.checkpoints.iterdir()} == {"epoch0001.ckpt", "epoch0004.ckpt", "last.ckpt"}
+
+
+def test_tensorboard_sees_what_the_tables_say(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = trained(tmp_path / "run", loggers="tensorboard")
+    events = EventAccumulator(str(run.path / "tensorboard"))
+    events.Reload()
+    metrics = pd.read_csv(run.metrics).query("split == 'test' and metric == 'accuracy'")["value"]
+    assert [event.value for event in events.Scalars("test/accuracy")] == pytest.approx(metrics.tolist())
+    assert "batch_loss" in events.Tags()["scalars"]
+
+
+def test_two_runs_of_one_process_are_two_runs_of_wandb(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for name in ("first", "second"):
+        run = trained(tmp_path / name, loggers="wandb", epochs=1)
+        assert len(list((run.path / "wandb").glob("offline-run-*/*.wandb"))) == 1
+
+
+def test_a_logger_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr("neuralcollapse.lab.loggers.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="wandb where it is installed, and it is not: pip install wandb"):
+        check_loggers(["wandb"])
+
+
+def test_a_checkpoint_of_other_data_is_refused(tmp_path):
+    trained(tmp_path / "run", epochs=1)
+    config = RunConfig(**SMALL | {"epochs": 2})
+    data = load_data(Data(image_size=12, train_samples=200, test_samples=60))
+    with pytest.raises(ValueError, match="checkpoint .* is of a model of other sizes than 10 classes"):
+        train(config, data, evaluation_batches(data, config), RunFolder(tmp_path / "run"))
 
 
 class PlainTraining(LightningModule):

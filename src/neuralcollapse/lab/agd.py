@@ -82,9 +82,9 @@ class AGD(Optimizer):
 
 @torch.no_grad()
 def orthogonal_start(module: nn.Module) -> None:
-    """Give a module's weights AGD's start: orthogonal at each kernel position, scaled by s_l, from the global generator.
+    """Give a module's weights AGD's start: orthogonal at each kernel position, scaled by s_l.
 
-    Parameters of fewer than two dimensions stay.
+    They are drawn from the global generator. Parameters of fewer than two dimensions stay.
     """
     for weight in module.parameters():
         if weight.ndim < 2:

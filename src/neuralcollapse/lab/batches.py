@@ -1,9 +1,11 @@
-"""Batches of images that are on the training device already: order, augmentation, standardisation."""
+"""Batches on the training device: order, augmentation, standardisation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,7 +13,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from neuralcollapse.lab.config import Batches
-from neuralcollapse.lab.splits import ImageData, Split, stratified_order
+from neuralcollapse.lab.samples import stratified_order, subset
+from neuralcollapse.lab.splits import AnySplit, ImageData, StreamedSplit
+
+# Images that the statistics of streamed data are taken from, at most.
+_STATISTICS_SAMPLES = 10_000
+# Images, and bytes of them, in a batch that nothing asks to be of a certain size.
+_BATCH_SIZE, _BATCH_BYTES = 512, 2**25
 
 
 @dataclass(frozen=True)
@@ -22,18 +30,48 @@ class Standardisation:
     std: Tensor
 
     @classmethod
-    def of(cls, images: Tensor, chunk: int = 4096) -> Standardisation:
-        """Of images (N, C, H, W) of bytes, a chunk at a time."""
-        pixels = images.numel() / images.shape[1]
-        chunks = images.split(chunk)
-        mean = sum(part.double().sum((0, 2, 3)) for part in chunks) / pixels
-        variance = sum((part.double() - mean[:, None, None]).square().sum((0, 2, 3)) for part in chunks) / pixels
-        std = torch.where(variance > 0, variance, 1).sqrt()
-        return cls(mean.float()[:, None, None], std.float()[:, None, None])
+    def of(cls, batches: Iterable[Tensor]) -> Standardisation:
+        """By all pixels of batches (N, C, H, W) of bytes; a channel that never varies is centred only."""
+        pixels, sums = 0, torch.zeros(2, 1, dtype=torch.int64)
+        for images in batches:  # in whole numbers, so that the sums are exact on every device
+            pixels += images.numel() // images.shape[1]
+            channels = images.transpose(0, 1).flatten(1).int()
+            sums = sums + torch.stack([channels.sum(1), channels.square().sum(1)]).cpu()
+        variances = [(pixels * squares - total**2) / pixels**2 for total, squares in sums.T.tolist()]
+        return cls(
+            torch.tensor([total / pixels for total in sums[0].tolist()])[:, None, None],
+            torch.tensor([math.sqrt(variance) if variance > 0 else 1.0 for variance in variances])[:, None, None],
+        )
+
+    def to(self, device: torch.device) -> Standardisation:
+        """The same on another device."""
+        return Standardisation(self.mean.to(device), self.std.to(device))
 
     def __call__(self, images: Tensor) -> Tensor:
         """Images of bytes, or of the same range in floating point, standardised."""
         return (images.float() - self.mean) / self.std
+
+
+def standardisation(data: ImageData, settings: Batches) -> Standardisation:
+    """By the mean and the standard deviation that are set; by the training images' own where they are not.
+
+    Those of streamed data are estimated from 10,000 images at most, every class in proportion.
+
+    Raises:
+        ValueError: What is set does not fit the channels, or cannot be divided by.
+    """
+    channels, device = data.image_shape[0], data.train.labels.device
+    mean = _by_channel("pixel_mean", settings.pixel_mean, channels)
+    std = _by_channel("pixel_std", settings.pixel_std, channels)
+    if std is not None and not bool((std > 0).all()):
+        raise ValueError(f"pixel_std must be above 0, got {settings.pixel_std}")
+    if mean is None or std is None:
+        limit = _STATISTICS_SAMPLES if isinstance(data.train, StreamedSplit) else None
+        indices = subset(data.train.labels.cpu(), torch.arange(len(data.train)), limit)
+        batches = data.train.batches(indices.split(_handy_batch_size(data.image_shape)))
+        own = Standardisation.of(images for images, _ in batches)
+        mean, std = own.mean if mean is None else mean, own.std if std is None else std
+    return Standardisation(mean, std).to(device)
 
 
 @dataclass(frozen=True)
@@ -43,7 +81,7 @@ class EpochBatches:
     A last batch that is not full is left out, for batch norm's and class means' sake, unless it is the only one.
     """
 
-    split: Split
+    split: AnySplit
     standardise: Standardisation
     settings: Batches
     seed: int
@@ -59,56 +97,95 @@ class EpochBatches:
         labels = self.split.labels.cpu()
         stratified = self.settings.stratified
         order = stratified_order(labels, generator) if stratified else torch.randperm(len(labels), generator=generator)
-        for indices in order.split(self.settings.batch_size)[: len(self)]:
-            batch = self.split.take(indices.to(self.split.images.device))
-            yield self.standardise(augment(batch.images, self.settings, generator)), batch.labels
+        for images, targets in self.split.batches(order.split(self.settings.batch_size)[: len(self)]):
+            yield self.standardise(augment(images, self.settings, generator)), targets
 
 
 @dataclass(frozen=True)
 class EvaluationBatches:
-    """All samples of a split in order, as they are."""
+    """All samples of a split in order, as they are, or cropped at the centre to a square."""
 
-    split: Split
+    split: AnySplit
     standardise: Standardisation
-    batch_size: int = 512
+    batch_size: int = _BATCH_SIZE
+    crop_size: int | None = None
 
     def __len__(self) -> int:
         return -(-len(self.split) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        parts = zip(self.split.images.split(self.batch_size), self.split.labels.split(self.batch_size), strict=True)
-        return ((self.standardise(images), labels) for images, labels in parts)
+        for images, labels in self.split.batches(torch.arange(len(self.split)).split(self.batch_size)):
+            yield self.standardise(images if self.crop_size is None else centre_crop(images, self.crop_size)), labels
 
 
-def evaluation_batches(data: ImageData) -> dict[str, EvaluationBatches]:
-    """The train and the test split, un-augmented, standardised by the train split's statistics."""
-    standardise = Standardisation.of(data.train.images)
-    return {"train": EvaluationBatches(data.train, standardise), "test": EvaluationBatches(data.test, standardise)}
+def evaluation_batches(data: ImageData, settings: Batches) -> dict[str, EvaluationBatches]:
+    """The train and the test split, un-augmented, standardised alike.
+
+    Raises:
+        ValueError: Settings that do not fit the images.
+    """
+    batch_shape(data.image_shape, settings)
+    standardise, batch_size = standardisation(data, settings), _handy_batch_size(data.image_shape)
+    return {
+        name: EvaluationBatches(split, standardise, batch_size, settings.crop_size)
+        for name, split in (("train", data.train), ("test", data.test))
+    }
+
+
+def batch_shape(image_shape: tuple[int, int, int], settings: Batches) -> tuple[int, int, int]:
+    """Channels, height and width of the images in a batch, once they are cropped.
+
+    Raises:
+        ValueError: ``crop_size`` is more than the padded image has.
+    """
+    channels, height, width = image_shape
+    if settings.crop_size is None:
+        return image_shape
+    most = min(height, width) + 2 * settings.crop_padding
+    if settings.crop_size > most:
+        padded = f" padded by {settings.crop_padding}" if settings.crop_padding else ""
+        raise ValueError(
+            f"crop_size must be at most {most}, for images {height}x{width}{padded}, got {settings.crop_size}"
+        )
+    return channels, settings.crop_size, settings.crop_size
 
 
 def augment(images: Tensor, settings: Batches, generator: torch.Generator) -> Tensor:
     """Crop, mirror and rotate a batch of bytes at random; what enters the frame is 0."""
-    number, device = len(images), images.device
-    if settings.crop_padding:
-        offsets = torch.randint(2 * settings.crop_padding + 1, (2, number), generator=generator)
-        images = crop(images, settings.crop_padding, *offsets.to(device))
+    (number, channels, height, width), device = images.shape, images.device
+    _, *window = batch_shape((channels, height, width), settings)
+    rooms = [side + 2 * settings.crop_padding - shown for side, shown in zip((height, width), window, strict=True)]
+    if any(rooms):
+        top, left = (torch.randint(room + 1, (number,), generator=generator) for room in rooms)
+        images = crop(images, settings.crop_padding, top.to(device), left.to(device), (window[0], window[1]))
     if settings.flip:
         mirrored = torch.rand(number, generator=generator) < 0.5
-        images = torch.where(mirrored.to(device)[:, None, None, None], images.flip(-1), images)
+        chosen = torch.arange(number) + number * mirrored
+        images = torch.cat([images, images.flip(-1)]).index_select(0, chosen.to(device))
     if settings.rotation:
         degrees = settings.rotation * (2 * torch.rand(number, generator=generator) - 1)
         images = rotate(images, degrees.to(device))
     return images
 
 
-def crop(images: Tensor, padding: int, top: Tensor, left: Tensor) -> Tensor:
-    """Windows of the images' own size out of the padded images; (N,) offsets of each, in [0, 2·padding]."""
-    number, channels, height, width = images.shape
+def crop(images: Tensor, padding: int, top: Tensor, left: Tensor, size: tuple[int, int]) -> Tensor:
+    """Windows of this height and width out of the padded images, with the (N,) offsets of each from the top left."""
+    (number, channels, *_), (height, width) = images.shape, size
     padded = functional.pad(images, (padding,) * 4)
-    rows = (top[:, None] + torch.arange(height, device=images.device))[:, None, :, None]
-    columns = (left[:, None] + torch.arange(width, device=images.device))[:, None, None, :]
-    samples = torch.arange(number, device=images.device)[:, None, None, None]
-    return padded[samples, torch.arange(channels, device=images.device)[:, None, None], rows, columns]
+    place = partial(torch.arange, device=images.device)
+    # A window's rows are contiguous stretches of the padded images' memory: whole stretches are copied much faster
+    # than pixels are gathered one by one.
+    row = padded.shape[2] * (channels * place(number)[:, None] + place(channels))[:, :, None]
+    row = row + top[:, None, None] + place(height)
+    start = padded.shape[3] * row + left[:, None, None]
+    return padded.flatten().unfold(0, width, 1).index_select(0, start.flatten()).view(number, channels, height, width)
+
+
+def centre_crop(images: Tensor, size: int) -> Tensor:
+    """The square in the middle, padded by 0 where the images are smaller; off by half a pixel, it lies up and left."""
+    height, width = images.shape[2:]
+    above, before = (height - size) // 2, (width - size) // 2
+    return functional.pad(images, (-before, size - width + before, -above, size - height + above))
 
 
 def rotate(images: Tensor, degrees: Tensor) -> Tensor:
@@ -121,3 +198,17 @@ def rotate(images: Tensor, degrees: Tensor) -> Tensor:
     row_y = torch.stack([sine * width / height, cosine, zero], 1)
     grid = functional.affine_grid(torch.stack([row_x, row_y], 1), [number, 1, height, width], align_corners=False)
     return functional.grid_sample(images.float(), grid, align_corners=False)
+
+
+def _by_channel(setting: str, values: list[float] | None, channels: int) -> Tensor | None:
+    """Values of pixels in [0, 1], one or one a channel, as (C, 1, 1) in units of bytes."""
+    if values is None:
+        return None
+    if len(values) not in (1, channels):
+        several = f" or {channels}, one a channel" if channels > 1 else ""
+        raise ValueError(f"{setting} must be one value{several}, got {len(values)}")
+    return 255 * torch.tensor(values, dtype=torch.float32).expand(channels)[:, None, None]
+
+
+def _handy_batch_size(image_shape: tuple[int, int, int]) -> int:
+    return max(1, min(_BATCH_SIZE, _BATCH_BYTES // math.prod(image_shape)))

@@ -1,4 +1,4 @@
-"""Figures of a comparison: a metric against the epoch, one line for each method."""
+"""Figures of runs: a metric against the epoch, one line for each method."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FIGURES = {
 
 
 def draw_figures(metrics: pd.DataFrame, folder: Path, title: str) -> list[Path]:
-    """Draw the figures of a comparison.
+    """Draw the figures of a run or a comparison.
 
     Args:
         metrics: Columns method, seed, epoch, split, metric, value.

@@ -1,4 +1,4 @@
-"""What a comparison found: its table, its tidy metrics, its summary and figures."""
+"""What a run or a comparison found: its table, its tidy metrics, its summary and figures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from neuralcollapse.lab.config import CompareConfig
+from neuralcollapse.lab.config import CompareConfig, RunConfig
 from neuralcollapse.lab.figures import draw_figures
 from neuralcollapse.lab.runs import RunFolder, write_whole
 
@@ -26,8 +26,8 @@ _COLUMNS = {
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """What a comparison found.
+class Report:
+    """What one run, or a comparison of several, found.
 
     Attributes:
         table: One row a method, as text.
@@ -40,17 +40,29 @@ class Comparison:
     written: list[Path]
 
 
-def report(config: CompareConfig, folder: RunFolder, title: str) -> Comparison:
+def report_comparison(config: CompareConfig, folder: RunFolder, title: str) -> Report:
     """Gather what the runs of a comparison wrote, and write the comparison's own files."""
     runs = {(method, seed): folder.run(method, seed) for method in config.method_names for seed in range(config.seeds)}
     metrics = _gather({run: files.metrics for run, files in runs.items()})
     log = _gather({run: files.training_log for run, files in runs.items()})
     for table, path in ((metrics, folder.metrics), (log, folder.training_log)):
         write_whole(path, partial(table.to_csv, index=False, na_rep="nan"))
-    text = _aligned(_table(metrics, log, config.method_names))
+    return _report(folder, title, "compare", metrics, log)
+
+
+def report_run(config: RunConfig, folder: RunFolder, title: str) -> Report:
+    """Read what a run wrote, and write its summary and figures."""
+    run = (config.method, config.seed)
+    return _report(folder, title, "train", _gather({run: folder.metrics}), _gather({run: folder.training_log}))
+
+
+def _report(folder: RunFolder, title: str, command: str, metrics: pd.DataFrame, log: pd.DataFrame) -> Report:
+    text = _aligned(_table(metrics, log, list(metrics["method"].unique())))
     figures = draw_figures(metrics, folder.figures, title)
-    write_whole(folder.summary, lambda path: path.write_text(_summary(folder, title, text, figures)))
-    return Comparison(text, metrics, [folder.summary, *figures, folder.metrics, folder.training_log, folder.config])
+    summary = _summary(folder, title, command, text, figures, seeds=metrics["seed"].nunique())
+    write_whole(folder.summary, lambda path: path.write_text(summary))
+    tables = [table for table in (folder.metrics, folder.training_log, folder.gradients) if table.exists()]
+    return Report(text, metrics, [folder.summary, *figures, *tables, folder.config])
 
 
 def _gather(files: dict[tuple[str, int], Path]) -> pd.DataFrame:
@@ -104,21 +116,22 @@ def _aligned(table: pd.DataFrame) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], rule, *rows[1:]])
 
 
-def _summary(folder: RunFolder, title: str, table: str, figures: list[Path]) -> str:
+def _summary(folder: RunFolder, title: str, command: str, table: str, figures: list[Path], *, seeds: int) -> str:
     made = yaml.safe_load(folder.config.read_text())["environment"]
     packages = ", ".join(f"{name} {number}" for name, number in made["packages"].items())
     pictures = "\n".join(f"![{figure.stem}]({figure.relative_to(folder.path)})" for figure in figures)
+    spread = "Mean ± standard deviation over seeds. " if seeds > 1 else ""
     return f"""# {title}
 
 {table}
 
-Mean ± standard deviation over seeds. Accuracies and collapse metrics are those of the last epoch, on the train split
+{spread}Accuracies and collapse metrics are those of the last epoch, on the train split
 unless said otherwise, taken in evaluation mode, without targets, on images without augmentation; `metrics.csv` has all
-of them after each epoch. Seconds an epoch are of training alone, without measuring.
+of them for each epoch measured. Seconds an epoch are of training alone, without measuring.
 
 {pictures}
 
 Made by `{made["command"]}` with neuralcollapse {made["neuralcollapse"]} ({packages})
 on {made["accelerator"] or made["machine"]}.
-`neuralcollapse compare --config {folder.config.name} --out FOLDER` runs it again.
+`neuralcollapse {command} --config {folder.config.name} --out FOLDER` runs it again.
 """

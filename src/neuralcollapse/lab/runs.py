@@ -27,8 +27,11 @@ class RunFolder:
         path: The folder.
         config: Resolved settings and environment, enough to run it again.
         metrics: What was measured after each epoch: epoch, split, metric, value.
-        training_log: What training itself saw, never compared: epoch, seconds, batch_loss, batch_accuracy.
-        summary: The table of a comparison.
+        training_log: What training itself saw in each epoch, never compared: seconds, loss, accuracy, alignment,
+            learning rate (of AGD: its step η).
+        gradients: Size of each parameter's gradient at the end of each epoch.
+        train_labels: The labels trained on, where they are not the data set's own.
+        summary: The table of results.
         checkpoints: One file for each saved epoch, and the last one, from which a run is resumed.
         figures: PNG files.
         runs: The runs of a comparison.
@@ -39,6 +42,8 @@ class RunFolder:
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.csv"
         self.training_log = path / "training.csv"
+        self.gradients = path / "gradients.csv"
+        self.train_labels = path / "train_labels.csv"
         self.summary = path / "summary.md"
         self.checkpoints = path / "checkpoints"
         self.last_checkpoint = self.checkpoints / "last.ckpt"
@@ -83,9 +88,10 @@ class RunFolder:
             write_whole(self.config, lambda path: path.write_text(yaml.safe_dump(content, sort_keys=False)))
 
     def _clear(self) -> None:
-        for path in (self.config, self.metrics, self.training_log, self.summary):
+        files = (self.config, self.metrics, self.training_log, self.gradients, self.train_labels, self.summary)
+        for path in files:
             path.unlink(missing_ok=True)
-        for path in (self.checkpoints, self.figures, self.runs):
+        for path in (self.checkpoints, self.figures, self.runs, self.path / "tensorboard", self.path / "wandb"):
             shutil.rmtree(path, ignore_errors=True)
 
     def _check_same(self, config: RunConfig | CompareConfig) -> None:

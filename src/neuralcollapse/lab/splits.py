@@ -1,14 +1,14 @@
-"""A data set as tensors: its train and test split, and parts of them that keep the classes in proportion."""
+"""A data set with its train and test split, each of them decoded in memory or read by worker processes."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-# Parts of a data set are drawn with this seed, so that which images they hold never changes.
-_PART_SEED = 0
+from neuralcollapse.lab.decoding import EncodedSamples
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,65 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, indices: Tensor) -> Split:
-        """The samples at these indices."""
-        return Split(self.images[indices], self.labels[indices])
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
 
     def to(self, device: torch.device) -> Split:
         """The same on another device."""
         return Split(self.images.to(device), self.labels.to(device))
+
+    def batches(self, index_batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images of bytes and labels at these indices, batch by batch."""
+        for indices in index_batches:
+            place = indices.to(self.labels.device)
+            yield self.images.index_select(0, place), self.labels.index_select(0, place)
+
+
+@dataclass(frozen=True)
+class StreamedSplit:
+    """Images that stay encoded, decoded by worker processes batch by batch, and labels (N,), on the training device."""
+
+    samples: EncodedSamples
+    labels: Tensor
+    image_shape: tuple[int, int, int]
+    """Channels, height and width."""
+    workers: int
+    """Worker processes; with 0 of them this process decodes."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> StreamedSplit:
+        """The same with batches on another device."""
+        return replace(self, labels=self.labels.to(device))
+
+    def batches(self, index_batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images of bytes and labels at these indices, batch by batch, two batches ahead for each worker.
+
+        Raises:
+            ValueError: An image that cannot be read, or that is of another size.
+        """
+        from torch.utils.data import DataLoader
+
+        device, index_batches = self.labels.device, list(index_batches)
+        loader: DataLoader[Tensor | ValueError] = DataLoader(
+            self.samples,  # type: ignore[arg-type]  # is indexed by the samples of a batch
+            batch_size=None,
+            sampler=[indices.tolist() for indices in index_batches],
+            num_workers=self.workers,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # the workers' seeds, of which nothing is drawn, else come from the global one
+        )
+        for indices, images in zip(index_batches, loader, strict=True):
+            if isinstance(images, ValueError):
+                raise images
+            yield images.to(device, non_blocking=True), self.labels[indices.to(device)]
+
+
+AnySplit = Split | StreamedSplit
 
 
 @dataclass(frozen=True)
@@ -35,50 +87,39 @@ class ImageData:
     """A data set with its train and test split."""
 
     name: str
-    train: Split
-    test: Split
+    train: AnySplit
+    test: AnySplit
     num_classes: int
+    relabelled: bool = False
+    """The train labels are not the true ones, at random."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width."""
-        channels, height, width = self.train.images.shape[1:]
-        return channels, height, width
+        return self.train.image_shape
 
     def to(self, device: torch.device) -> ImageData:
         """The same on another device."""
         return replace(self, train=self.train.to(device), test=self.test.to(device))
+
+    def with_train_labels(self, labels: Tensor) -> ImageData:
+        """The same with these labels (N,) of the training images, such as those that a run kept.
+
+        Raises:
+            ValueError: There are not as many as training images, or not all are classes.
+        """
+        if labels.shape != (len(self.train),) or labels.is_floating_point():
+            raise ValueError(
+                f"labels must be {len(self.train)} integers, one for each training image of {self.name!r}, "
+                f"got {labels.dtype} of shape {tuple(labels.shape)}"
+            )
+        low, high = (int(bound) for bound in torch.aminmax(labels))
+        if low < 0 or high >= self.num_classes:
+            raise ValueError(f"labels must be in [0, {self.num_classes}), got {low} to {high}")
+        return replace(self, train=replace(self.train, labels=labels.long().to(self.train.labels.device)))
 
     def __str__(self) -> str:
         shape = "×".join(map(str, self.image_shape))
         return (
             f"{self.name}: {len(self.train)} train and {len(self.test)} test images {shape}, {self.num_classes} classes"
         )
-
-
-def stratified_order(labels: Tensor, generator: torch.Generator) -> Tensor:
-    """A random order in which any stretch of n samples holds n·n_k/N ± 1 samples of class k.
-
-    The i-th sample of class k, counted in a random order, stands at (i + u_k)/n_k, with u_k uniform in [0, 1).
-    """
-    shuffled = torch.randperm(len(labels), generator=generator)
-    by_class = shuffled[labels[shuffled].argsort(stable=True)]
-    _, codes, counts = labels[by_class].unique(return_inverse=True, return_counts=True)
-    rank = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[codes]
-    start = torch.rand(len(counts), generator=generator, dtype=torch.float64)
-    return by_class[((rank + start[codes]) / counts[codes]).argsort(stable=True)]
-
-
-def hold_out(labels: Tensor, share: float = 0.2) -> tuple[Tensor, Tensor]:
-    """Indices of a train and of a test part, every class in proportion."""
-    order = stratified_order(labels, torch.Generator().manual_seed(_PART_SEED))
-    held_out = round(len(labels) * share)
-    return order[held_out:].sort().values, order[:held_out].sort().values
-
-
-def subset(labels: Tensor, indices: Tensor, limit: int | None) -> Tensor:
-    """At most ``limit`` of the indices, every class in proportion."""
-    if limit is None or limit >= len(indices):
-        return indices
-    order = stratified_order(labels[indices], torch.Generator().manual_seed(_PART_SEED))
-    return indices[order[:limit].sort().values]

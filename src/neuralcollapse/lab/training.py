@@ -1,69 +1,55 @@
-"""One training run: a model, trained by lightning, measured after each epoch."""
+"""One training run: a model, trained by lightning, measured after epochs."""
 
 from __future__ import annotations
 
 import logging
-import math
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
-import pandas as pd
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
-from torch.nn import functional
 
-from neuralcollapse.heads import AttachedHead, LearnedClassifier, project_after_step
-from neuralcollapse.lab.batches import EpochBatches, EvaluationBatches
+from neuralcollapse.heads import AttachedHead, Head
+from neuralcollapse.lab.batches import EpochBatches, EvaluationBatches, batch_shape
 from neuralcollapse.lab.callback import CollapseCallback
-from neuralcollapse.lab.config import Optimisation, RunConfig
+from neuralcollapse.lab.config import RunConfig
+from neuralcollapse.lab.loggers import build_loggers
 from neuralcollapse.lab.models import build_model
-from neuralcollapse.lab.runs import RunFolder, WholeCheckpoints, write_whole
-from neuralcollapse.lab.splits import ImageData, Split
+from neuralcollapse.lab.objective import batch_loss, penalty
+from neuralcollapse.lab.optimizers import build_optimizer, build_schedule
+from neuralcollapse.lab.recording import Checkpointing, GradientLog, TrainingLog
+from neuralcollapse.lab.runs import RunFolder, WholeCheckpoints
+from neuralcollapse.lab.splits import ImageData
 from neuralcollapse.metrics import ClassMoments
+from neuralcollapse.metrics.nc3 import alignment
 
 # The numerical rank needs each class's own scatter, K d² numbers: it is measured where they take no more than this.
 _CLASS_SCATTER_BYTES = 2**28
 
 
-def build_optimizer(config: Optimisation, model: AttachedHead) -> torch.optim.Optimizer:
-    """The optimiser of all parameters; it keeps the rows of a unit weight at unit norm."""
-    parameters = model.parameters()
-    rates: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
-    optimizer: torch.optim.Optimizer
-    if config.optimizer == "sgd":
-        optimizer = torch.optim.SGD(parameters, momentum=config.momentum, **rates)
-    else:
-        optimizer = torch.optim.AdamW(parameters, **rates)
-    if isinstance(model.head, LearnedClassifier):
-        project_after_step(optimizer, model.head)
-    return optimizer
-
-
-def rate_factor(schedule: str, progress: float) -> float:
-    """What the learning rate is multiplied by when the share ``progress`` of training is done."""
-    if schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * progress))
-    if schedule == "step":
-        return 0.1 ** sum(progress >= milestone for milestone in (1 / 3, 2 / 3))
-    return 1.0
-
-
 class ClassifierTraining(LightningModule):
-    """Cross-entropy training of a model that ends in a head.
+    """Training of a model that ends in a head.
 
-    ``batch_loss`` and ``batch_accuracy`` are of training batches in training mode. They are never compared: the
-    head of the method `implicit` knows the labels of its batch.
+    Logged as ``batch_...`` is what training batches gave in training mode: loss (with penalties), accuracy, top-5
+    accuracy and alignment. They are never compared: the head of the method `implicit` knows the labels of its batch.
+
+    Args:
+        config: All settings.
+        model: The model.
+        data: What to train on.
+        evaluation: The train split's un-augmented batches, whose standardisation is taken.
     """
 
-    def __init__(self, config: RunConfig, model: AttachedHead, split: Split, evaluation: EvaluationBatches) -> None:
+    def __init__(self, config: RunConfig, model: AttachedHead, data: ImageData, evaluation: EvaluationBatches) -> None:
         super().__init__()
         self.config = config
         self.model = model
-        self.split = split
+        self.split = data.train
         self.standardise = evaluation.standardise
 
     def forward(self, images: Tensor) -> Tensor:
@@ -77,70 +63,49 @@ class ClassifierTraining(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         """The loss of one batch."""
         images, targets = batch
-        logits = self.model(images, targets=targets)
-        loss = functional.cross_entropy(logits, targets)
-        accuracy = (logits.detach().argmax(1) == targets).float().mean()
-        self.log_dict({"batch_loss": loss.detach(), "batch_accuracy": accuracy}, on_step=False, on_epoch=True)
+        with _inputs_of(self.head) as seen:
+            logits = self.model(images, targets=targets)
+        features = self.head.features(seen[-1])
+        loss = batch_loss(self.config, logits, targets)
+        penalties = penalty(self.config, self.model, features)
+        loss = loss if penalties is None else loss + penalties
+        self.log_dict(self._figures(loss, logits, features, targets), on_step=False, on_epoch=True)
         return loss
 
     def configure_optimizers(self) -> Any:
         """The optimiser and its schedule, by the step."""
         optimizer = build_optimizer(self.config, self.model)
-        steps = self.config.epochs * len(self._batches(0))
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: rate_factor(self.config.schedule, step / steps)
-        )
+        schedule = build_schedule(self.config, optimizer, len(self._batches(0)))
+        if schedule is None:
+            return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @property
+    def head(self) -> Head:
+        """The model's head."""
+        return self.model.head  # type: ignore[return-value]
 
     def _batches(self, epoch: int) -> EpochBatches:
         return EpochBatches(self.split, self.standardise, self.config, self.config.seed, epoch)
 
-
-class TrainingLog(Callback):
-    """Writes what training itself saw in each epoch, and how long it took without measuring."""
-
-    def __init__(self, folder: RunFolder) -> None:
-        self.folder = folder
-        self.rows: list[dict[str, float]] = []
-        self._started = 0.0
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
-        self._started = time.perf_counter()
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop it, and write; a loss that is not finite ends the run."""
-        epoch = trainer.current_epoch + 1
-        figures = {name: float(trainer.callback_metrics[name]) for name in ("batch_loss", "batch_accuracy")}
-        seconds = time.perf_counter() - self._started  # after the figures, which wait for the accelerator
-        if not math.isfinite(figures["batch_loss"]):
-            raise ValueError(f"lr must be smaller: training diverged in epoch {epoch}, its loss is not finite")
-        self.rows.append({"epoch": epoch, "seconds": seconds} | figures)
-        table = pd.DataFrame(self.rows)
-        write_whole(self.folder.training_log, lambda path: table.to_csv(path, index=False))
-
-    def state_dict(self) -> dict[str, Any]:
-        """The rows."""
-        return {"rows": self.rows}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the rows of a checkpoint."""
-        self.rows = list(state_dict["rows"])
+    @torch.no_grad()
+    def _figures(self, loss: Tensor, logits: Tensor, features: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        answers = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+        figures = {
+            "batch_loss": loss.detach(),
+            "batch_accuracy": answers[:, 0].float().mean(),
+            "batch_alignment": alignment(features, targets, self.head.weight, features.mean(0)),
+        }
+        return figures | ({"batch_accuracy_top5": answers.any(1).float().mean()} if logits.shape[1] > 5 else {})
 
 
-class Checkpointing(Callback):
-    """Saves the last epoch, from which a run goes on, and those to keep. Comes after what has a state to save."""
+def check_model(config: RunConfig, data: ImageData) -> None:
+    """Build the model and its optimiser once, to see before anything is written that they fit together and the data.
 
-    def __init__(self, folder: RunFolder, keep_every: int | None) -> None:
-        self.folder = folder
-        self.keep_every = keep_every
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save."""
-        epoch = trainer.current_epoch + 1
-        trainer.save_checkpoint(self.folder.last_checkpoint)
-        if self.keep_every is not None and epoch % self.keep_every == 0:
-            trainer.save_checkpoint(self.folder.checkpoint(epoch))
+    Raises:
+        ValueError: They do not.
+    """
+    build_optimizer(config, build_model(config, batch_shape(data.image_shape, config), data.num_classes))
 
 
 def train(
@@ -155,29 +120,40 @@ def train(
     Args:
         config: All settings.
         data: On the device to train on.
-        evaluation: What to measure on after each epoch, with a split called ``"train"``.
+        evaluation: What to measure on, with a split called ``"train"``.
         folder: The run's, opened.
         callbacks: Further callbacks of lightning.
 
     Raises:
-        ValueError: Settings that do not fit the data, or a checkpoint that cannot be read.
+        ValueError: Settings that do not fit the data, a checkpoint that cannot be read or is of another model, or
+            a loss that is not finite.
         KeyboardInterrupt: The user stopped it.
     """
-    model = build_model(config, data.image_shape, data.num_classes)
-    module = ClassifierTraining(config, model, data.train, evaluation["train"])
+    model = build_model(config, batch_shape(data.image_shape, config), data.num_classes)
+    module = ClassifierTraining(config, model, data, evaluation["train"])
     weight: Any = model.head.weight
     scatter = ClassMoments.required_bytes(*weight.shape, class_scatter=True) <= _CLASS_SCATTER_BYTES
-    collapse = CollapseCallback(evaluation, csv=folder.metrics, classifier=model.head, class_scatter=scatter)
-    device = data.train.images.device
+    collapse = CollapseCallback(
+        evaluation,
+        every_n_epochs=config.measure_every,
+        csv=folder.metrics,
+        classifier=model.head,
+        class_scatter=scatter,
+    )
+    logs = [TrainingLog(folder.training_log), GradientLog(folder.gradients)]
+    checkpointing = Checkpointing(folder, config.checkpoint_every, config.checkpoint_epochs)
+    loggers = build_loggers(config.logger_names, folder)
+    for logger in loggers:
+        logger.log_hyperparams(asdict(config))
     with quiet_lightning():
         trainer = Trainer(
-            accelerator=device.type,
+            accelerator=data.train.labels.device.type,
             devices=1,
             max_epochs=config.epochs,
-            callbacks=[TrainingLog(folder), collapse, *callbacks, Checkpointing(folder, config.checkpoint_every)],
+            callbacks=[*logs, collapse, *callbacks, checkpointing],
             plugins=[WholeCheckpoints()],
             reload_dataloaders_every_n_epochs=1,
-            logger=False,
+            logger=loggers or False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -190,6 +166,25 @@ def train(
             if isinstance(exit.__context__, KeyboardInterrupt):
                 raise KeyboardInterrupt from exit
             raise
+        except RuntimeError as error:
+            if "size mismatch" not in str(error):
+                raise
+            raise ValueError(
+                f"checkpoint {str(last)!r} is of a model of other sizes than {data.num_classes} classes of images "
+                f"{data.image_shape} need: give the data that the run began with"
+            ) from error
+        finally:
+            for logger in loggers:
+                if isinstance(logger, WandbLogger):
+                    logger.experiment.finish()  # else the next run of this process would go on with it
+
+
+@contextmanager
+def _inputs_of(module: torch.nn.Module) -> Iterator[list[Tensor]]:
+    """The first arguments that the module is called with inside."""
+    seen: list[Tensor] = []
+    with module.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0])):
+        yield seen
 
 
 @contextmanager

@@ -1,0 +1,35 @@
+"""Loggers beside the CSV files that every run writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+
+from neuralcollapse.lab.runs import RunFolder
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """See that the packages of these loggers are installed.
+
+    Raises:
+        ValueError: One is not.
+    """
+    for name in names:
+        if find_spec(name) is None:
+            raise ValueError(f"loggers can name {name} where it is installed, and it is not: pip install {name}")
+
+
+def build_loggers(names: Sequence[str], folder: RunFolder) -> list[Logger]:
+    """Loggers of a run that write into its folder; W&B's also to its service, unless WANDB_MODE is offline.
+
+    Args:
+        names: ``"tensorboard"``, ``"wandb"``.
+        folder: The run's.
+    """
+    makers = {
+        "tensorboard": lambda: TensorBoardLogger(folder.path, name="tensorboard", version=""),
+        "wandb": lambda: WandbLogger(project="neuralcollapse", name=folder.path.name, save_dir=folder.path),
+    }
+    return [makers[name]() for name in names]

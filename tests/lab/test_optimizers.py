@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from helpers import generator
+from neuralcollapse.lab.config import RunConfig
+from neuralcollapse.lab.models import build_head, build_model
+from neuralcollapse.lab.objective import batch_loss, penalty
+from neuralcollapse.lab.optimizers import build_optimizer, build_schedule
+
+SHAPE = (1, 6, 6)
+
+
+def small(**settings) -> RunConfig:
+    return RunConfig(**{"backbone": "mlp", "width": 24, "depth": 1} | settings)
+
+
+def rates(config: RunConfig, batches: int) -> list[float]:
+    """The learning rate of every step of a run."""
+    optimizer = build_optimizer(config, build_model(config, SHAPE, 10))
+    schedule = build_schedule(config, optimizer, batches)
+    found = []
+    for _ in range(config.epochs * batches):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"schedule": "constant"}, [1] * 6),
+        ({"schedule": "step", "step_epochs": 2}, [1, 1, 0.1, 0.1, 0.01, 0.01]),
+        ({"schedule": "step", "step_epochs": 3, "lr_factor": 0.5}, [1, 1, 1, 0.5, 0.5, 0.5]),
+        ({"schedule": "multistep"}, [1, 1, 0.1, 0.1, 0.01, 0.01]),
+        ({"schedule": "multistep", "milestones": [1, 5]}, [1, 0.1, 0.1, 0.1, 0.1, 0.01]),
+        ({"schedule": "cosine"}, [0.5 * (1 + math.cos(math.pi * epoch / 6)) for epoch in range(6)]),
+    ],
+)
+def test_the_schedule_at_the_start_of_each_epoch(settings, expected):
+    found = rates(small(method="standard", lr=0.4, epochs=6, **settings), batches=5)
+    assert found[::5] == pytest.approx([0.4 * factor for factor in expected])
+
+
+def test_one_cycle_rises_to_the_rate_and_falls_to_nothing():
+    found = rates(small(method="standard", lr=0.4, epochs=6, schedule="one-cycle"), batches=5)
+    top = found.index(max(found))
+    assert max(found) == pytest.approx(0.4, rel=0.02)
+    assert 0 < top < 15
+    assert found[:top] == sorted(found[:top])
+    assert found[top:] == sorted(found[top:], reverse=True)
+    assert found[-1] < 1e-3
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_the_optimiser_is_torchs_with_the_settings(name):
+    config = small(method="standard", optimizer=name, lr=0.03, weight_decay=0.02, momentum=0.7)
+    group = build_optimizer(config, build_model(config, SHAPE, 10)).param_groups[0]
+    assert (group["lr"], group["weight_decay"], group.get("momentum", 0.7)) == (0.03, 0.02, 0.7)
+
+
+def test_lbfgs_searches_along_a_line_and_decays_inside_the_loss():
+    config = small(method="standard", optimizer="lbfgs", lr=0.1, lbfgs_history=7, lbfgs_iterations=3, weight_decay=0.02)
+    model = build_model(config, SHAPE, 10)
+    group = build_optimizer(config, model).param_groups[0]
+    assert (group["lr"], group["history_size"], group["max_iter"]) == (0.1, 7, 3)
+    assert group["line_search_fn"] == "strong_wolfe"
+    expected = 0.01 * sum(float(parameter.detach().square().sum()) for parameter in model.parameters())
+    assert penalty(config, model, torch.randn(4, 24)).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_lbfgs_refuses_the_implicit_head():
+    config = small(method="implicit", optimizer="lbfgs")
+    with pytest.raises(ValueError, match="optimizer lbfgs cannot train the method implicit"):
+        build_optimizer(config, build_model(config, SHAPE, 10))
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [({"classifier_bias": "none"}, "weight"), ({"batch_norm_affine": False}, "head.bias")],
+)
+def test_agd_says_what_it_cannot_train(settings, name):
+    config = small(method="standard", optimizer="agd", **settings)
+    with pytest.raises(ValueError, match=f"agd has no rule for.*{name}.*batch_norm_affine must be false"):
+        build_optimizer(config, build_model(config, SHAPE, 10))
+
+
+@pytest.mark.parametrize("method", ["standard", "fixed", "implicit"])
+def test_agd_trains_every_method_without_vectors_from_an_orthogonal_start(method):
+    bias = "none" if method == "standard" else "centring"
+    config = small(method=method, optimizer="agd", batch_norm_affine=False, classifier_bias=bias)
+    model = build_model(config, SHAPE, 10)
+    build_optimizer(config, model)
+    weight = model.model[0].layers[1][0].weight.double()
+    assert torch.allclose(weight @ weight.T, torch.eye(24, dtype=torch.float64) * 24 / 36, atol=1e-5)
+    if method == "standard":
+        assert torch.allclose(model.head.weight.norm(dim=1), torch.ones(10))
+
+
+def test_the_losses_are_their_formulas():
+    random = generator(1)
+    logits = torch.randn(6, 4, generator=random, dtype=torch.float64)
+    targets = torch.tensor([0, 3, 1, 1, 2, 0])
+    one_hot = torch.eye(4, dtype=torch.float64)[targets]
+    log_shares = logits - logits.exp().sum(1, keepdim=True).log()
+    smoothed = 0.9 * one_hot + 0.1 / 4
+    expected = {
+        "mse": sum((logits[i, k] - one_hot[i, k]) ** 2 for i in range(6) for k in range(4)) / 24,
+        "dot-regression": sum(0.5 * (logits[i, targets[i]] - 1) ** 2 for i in range(6)) / 6,
+        "cross-entropy": -(smoothed * log_shares).sum() / 6,
+    }
+    for name, value in expected.items():
+        found = batch_loss(small(loss=name, label_smoothing=0.1), logits, targets)
+        assert float(found) == pytest.approx(float(value), rel=1e-12), name
+
+
+def test_separate_decay_is_of_the_classifier_and_of_what_it_multiplies():
+    config = small(method="standard", feature_norm="none", unit_weight=False, weight_decay=0.02, feature_decay=0.3)
+    model = build_model(config, SHAPE, 10)
+    features = torch.randn(5, 24, generator=generator(2), requires_grad=True)
+    head = model.head
+    expected = 0.01 * (head.weight.square().sum() + head.bias.square().sum()) + 0.15 * features.square().sum()
+    found = penalty(config, model, features)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert build_optimizer(config, model).param_groups[0]["weight_decay"] == 0
+    found.backward()
+    assert torch.allclose(features.grad, 0.3 * features)
+    assert all(parameter.grad is None for parameter in model.model.parameters())
+
+
+def test_the_published_quirk_penalises_a_constant():
+    config = small(method="standard", weight_decay=0.0, feature_decay=0.3, published_quirk=True)
+    model = build_model(config, SHAPE, 10)
+    features = torch.randn(5, 24, generator=generator(2), requires_grad=True)
+    found = penalty(config, model, features)
+    assert found.item() == pytest.approx(0.15 * 5, rel=1e-6)
+    found.backward()
+    assert features.grad.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(("method", "bias"), [("standard", "centring"), ("implicit", "learned")])
+def test_a_bias_that_a_method_does_not_have_is_refused(method, bias):
+    with pytest.raises(ValueError, match=f"classifier_bias must be .* for method {method}, got '{bias}'"):
+        build_head(small(classifier_bias=bias), method, 24, 10)
+
+
+def test_the_classifier_of_zhu_et_al():
+    learned = build_head(small(feature_norm="none", unit_weight=False), "standard", 24, 10)
+    assert isinstance(learned.bias, nn.Parameter)
+    assert not torch.allclose(learned.weight.norm(dim=1), torch.ones(10), atol=1e-3)
+    fixed = build_head(small(feature_norm="none", classifier_bias="learned"), "fixed", 24, 10)
+    assert isinstance(fixed.bias, nn.Parameter)
+    assert not any(parameter is fixed.weight for parameter in fixed.parameters())

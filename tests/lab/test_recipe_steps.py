@@ -1,0 +1,89 @@
+"""Every recipe takes two optimiser steps with its real model, image size, loss and schedule."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Trainer
+
+from neuralcollapse.lab.batches import batch_shape, evaluation_batches
+from neuralcollapse.lab.config import RunConfig
+from neuralcollapse.lab.data import load_data
+from neuralcollapse.lab.models import build_model
+from neuralcollapse.lab.recipes import recipe_names, recipe_path
+from neuralcollapse.lab.training import ClassifierTraining, quiet_lightning
+
+# Of the data sets that are not at hand: height and width of an image, and classes.
+STAND_INS = {"cifar100": (32, 100), "stl10": (96, 10), "imagenet": (256, 1000)}
+
+
+def recipe(name: str) -> dict:
+    return yaml.safe_load(recipe_path(name).read_text())
+
+
+def representatives() -> list:
+    """All recipes, those slow that share backbone, optimiser, head and dimension with one before."""
+    seen, chosen = set(), []
+    for name in recipe_names():
+        settings = recipe(name)
+        kind = tuple(
+            settings.get(key) for key in ("backbone", "optimizer", "method", "feature_norm", "stem", "feature_decay")
+        )
+        chosen.append(pytest.param(name, marks=[pytest.mark.slow] if kind in seen else []))
+        seen.add(kind)
+    return chosen
+
+
+@pytest.fixture(scope="session")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of grey images of the real sizes, one of each class."""
+    folders = {}
+    for name, (size, classes) in STAND_INS.items():
+        folders[name] = tmp_path_factory.mktemp(name)
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=classes)})
+        images = [np.full((size, size, 3), shade % 256, dtype=np.uint8) for shade in range(classes)]
+        table = datasets.Dataset.from_dict({"image": images, "label": range(classes)}, features=features)
+        for split in ("train", "test"):
+            table.to_parquet(folders[name] / f"{split}.parquet")
+    return folders
+
+
+@pytest.mark.parametrize("name", representatives())
+def test_a_recipe_takes_two_steps(name, request, tmp_path):
+    settings = recipe(name)
+    if settings["data"] in STAND_INS:
+        folder = request.getfixturevalue("stand_ins")[settings["data"]]
+    else:
+        folder = request.getfixturevalue("real_data") / settings["data"]
+    short = {"data": str(folder), "batch_size": 4, "train_samples": 8, "test_samples": 4, "lbfgs_iterations": 2}
+    config = RunConfig(**settings | short)
+    data = load_data(config, progress=False)
+    model = build_model(config, batch_shape(data.image_shape, config), data.num_classes)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    module = ClassifierTraining(config, model, data, evaluation_batches(data, config)["train"])
+    with quiet_lightning():
+        trainer = Trainer(
+            accelerator="cpu",
+            max_epochs=config.epochs,
+            max_steps=2,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+        trainer.fit(module)
+    assert trainer.global_step == 2
+    assert math.isfinite(float(trainer.callback_metrics["batch_loss"]))
+    after = model.state_dict()
+    assert all(torch.isfinite(value).all() for value in after.values())
+    for key, parameter in model.model.named_parameters():
+        if parameter.ndim > 1:  # L-BFGS's first steps are too small for a scale of 1 in fp32
+            assert not torch.equal(after[f"model.{key}"], before[f"model.{key}"]), key
+    assert torch.equal(after["head.weight"], before["head.weight"]) == (config.method == "fixed")

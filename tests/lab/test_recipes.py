@@ -1,0 +1,336 @@
+"""Recipes against the published values, which are written here by hand and not read from the recipes."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+from jsonargparse import ArgumentParser
+
+from neuralcollapse.lab.config import RunConfig
+from neuralcollapse.lab.recipes import load_recipe, recipe_names, recipe_path, recipes, recipes_table
+
+FIELD = re.compile(r"^(\w+): (\S.*?)  # (\S.*)$")
+MARKER = "not published: our choice"
+MARKED = re.compile(rf"^{MARKER}( \(.+\))?$")
+SOURCE = re.compile(r"^(unofficial reproduction of )?(Papyan et al\. 2020|Zhu et al\. 2021|Markou et al\. 2024)\b")
+SETTINGS = {setting.name for setting in fields(RunConfig)}
+CLASSES = {"mnist": 10, "cifar10": 10, "cifar100": 100, "stl10": 10, "imagenet": 1000}
+
+# --- the published values ------------------------------------------------------------------------------------------
+
+NOT_AUGMENTED = {"crop_padding": 0, "flip": False, "rotation": 0.0}
+CROPPED_AND_FLIPPED = {"crop_padding": 4, "flip": True, "rotation": 0.0}
+MNIST = {"data": "mnist", "image_size": 32, "channels": 3, "pixel_mean": [0.1307], "pixel_std": [0.3081]}
+IMAGENET_PIXELS = {"pixel_mean": [0.485, 0.456, 0.406], "pixel_std": [0.229, 0.224, 0.225]}
+CIFAR10_PIXELS = {"pixel_mean": [0.4914, 0.4822, 0.4465], "pixel_std": [0.2023, 0.1994, 0.2010]}
+CIFAR100_PIXELS = {"pixel_mean": [0.5071, 0.4865, 0.4409], "pixel_std": [0.2673, 0.2564, 0.2762]}
+STL10_PIXELS = {"pixel_mean": [0.4467, 0.4398, 0.4066], "pixel_std": [0.2603, 0.2566, 0.2713]}
+PLAIN_CLASSIFIER = {
+    "method": "standard",
+    "feature_norm": "none",
+    "unit_weight": False,
+    "classifier_bias": "learned",
+}
+
+PAPYAN = {
+    **NOT_AUGMENTED,
+    **PLAIN_CLASSIFIER,
+    "batch_size": 128,
+    "stratified": False,
+    "stem": "7x7",
+    "batch_norm_affine": True,
+    "epochs": 350,
+    "loss": "cross-entropy",
+    "optimizer": "sgd",
+    "momentum": 0.9,
+    "weight_decay": 5e-4,
+    "schedule": "multistep",
+    "milestones": [116, 233],
+    "lr_factor": 0.1,
+    "measure_every": 5,
+    "checkpoint_every": 5,
+    "checkpoint_epochs": [1],
+}
+
+STEPS = {"schedule": "step", "step_epochs": 40, "lr_factor": 0.1}
+ZHU = {
+    **NOT_AUGMENTED,
+    **PLAIN_CLASSIFIER,
+    "stratified": False,
+    "backbone": "resnet18",
+    "stem": "7x7",
+    "batch_norm_affine": True,
+    "epochs": 200,
+    "loss": "cross-entropy",
+    "weight_decay": 5e-4,
+    "measure_every": 1,
+    "checkpoint_every": 1,
+}
+ZHU_SGD = ZHU | STEPS | {"batch_size": 128, "optimizer": "sgd", "lr": 0.05, "momentum": 0.9}
+ZHU_ADAM = ZHU | STEPS | {"batch_size": 64, "optimizer": "adam", "lr": 1e-3}
+ZHU_LBFGS = ZHU | {
+    "batch_size": 2048,
+    "optimizer": "lbfgs",
+    "lr": 0.1,
+    "lbfgs_history": 10,
+    "lbfgs_iterations": 20,
+    "schedule": "constant",
+}
+ZHU_CIFAR10 = {"data": "cifar10", **IMAGENET_PIXELS}
+ZHU_RANDOM = ZHU_SGD | ZHU_CIFAR10 | {"random_labels": True, "batch_size": 64, "lr": 0.01, "weight_decay": 1e-4}
+ZHU_SOTA = ZHU_SGD | CROPPED_AND_FLIPPED | {"data": "cifar10", **CIFAR10_PIXELS, "stem": "3x3"}
+
+
+def without(values: dict, *names: str) -> dict:
+    return {name: value for name, value in values.items() if name not in names}
+
+
+ZHU_FIXED = without(ZHU_SGD, "unit_weight") | ZHU_CIFAR10 | {"method": "fixed"}
+
+MARKOU_STANDARD = {"method": "standard", "unit_weight": True}
+MARKOU_FIXED = {"method": "fixed", "classifier_bias": "centring"}
+MARKOU_IMPLICIT = {"method": "implicit", "classifier_bias": "centring", "means_momentum": "published"}
+MARKOU = {
+    "batch_size": 256,
+    "epochs": 200,
+    "loss": "cross-entropy",
+    "gain": 10.0,
+    "weight_decay": 0.0,
+    "schedule": "constant",
+    "checkpoint_every": 1,
+}
+MARKOU_MNIST = {
+    **MARKOU,
+    **MNIST,
+    "stratified": False,
+    "crop_padding": 0,
+    "flip": False,
+    "rotation": 25.0,
+    "backbone": "resnet18",
+    "stem": "7x7",
+    "batch_norm_affine": False,
+    "feature_norm": 5.0,
+    "optimizer": "agd",
+    "seed": 1,
+    "measure_every": 5,
+}
+MARKOU_CIFAR10 = {**MARKOU, **CROPPED_AND_FLIPPED, "data": "cifar10", **CIFAR10_PIXELS}
+MARKOU_CIFAR100 = {**MARKOU, **CROPPED_AND_FLIPPED, "data": "cifar100", **CIFAR100_PIXELS}
+MARKOU_STL10 = {**MARKOU, **CROPPED_AND_FLIPPED, "data": "stl10", "image_size": 96, **STL10_PIXELS}
+MARKOU_IMAGENET = {
+    **MARKOU,
+    **CROPPED_AND_FLIPPED,
+    "data": "imagenet",
+    "image_size": 256,
+    "channels": 3,
+    "crop_size": 224,
+    **IMAGENET_PIXELS,
+}
+RESNET18 = {"backbone": "resnet18", "stem": "7x7"}
+RESNET50 = {"backbone": "resnet50", "stem": "7x7"}
+VGG13 = {"backbone": "vgg13"}
+
+# What is left out of a recipe's row here, the recipe marks as our choice.
+PUBLISHED = {
+    "papyan2020-cifar10": {**PAPYAN, "data": "cifar10", "backbone": "resnet18", "lr": 0.1302501827396728},
+    "papyan2020-cifar100": {**PAPYAN, "data": "cifar100", "backbone": "resnet50", "lr": 0.18045095091164853},
+    "zhu2021-mnist-sgd": {**ZHU_SGD, **MNIST},
+    "zhu2021-mnist-adam": {**ZHU_ADAM, **MNIST},
+    "zhu2021-mnist-lbfgs": {**ZHU_LBFGS, **MNIST},
+    "zhu2021-cifar10-sgd": {**ZHU_SGD, **ZHU_CIFAR10},
+    "zhu2021-cifar10-adam": {**ZHU_ADAM, **ZHU_CIFAR10},
+    "zhu2021-cifar10-lbfgs": {**ZHU_LBFGS, **ZHU_CIFAR10},
+    "zhu2021-fixed-etf": ZHU_FIXED,
+    "zhu2021-fixdim": {**ZHU_SGD, **ZHU_CIFAR10, "feature_dim": 10},
+    "zhu2021-fixed-etf-fixdim": {**ZHU_FIXED, "feature_dim": 10},
+    "zhu2021-feature-decay": {**without(ZHU_SGD, "lr"), **IMAGENET_PIXELS, "feature_decay": 1e-4},
+    "zhu2021-random-labels-mlp": {**without(ZHU_RANDOM, "stem"), "backbone": "mlp", "width": 1024, "depth": 6},
+    "zhu2021-random-labels-resnet": {**ZHU_RANDOM, "stem": "3x3"},
+    "zhu2021-sota-resnet18": ZHU_SOTA,
+    "zhu2021-sota-resnet50": {**ZHU_SOTA, "backbone": "resnet50"},
+    "markou2024-mnist-standard": {**MARKOU_MNIST, **MARKOU_STANDARD, "classifier_bias": "none"},
+    "markou2024-mnist-fixed": {**MARKOU_MNIST, **MARKOU_FIXED},
+    "markou2024-mnist-implicit": {**MARKOU_MNIST, **MARKOU_IMPLICIT, "stratified": True, "proximal_weight": 0.0045},
+    "markou2024-cifar10-resnet18-standard": {**MARKOU_CIFAR10, **RESNET18, **MARKOU_STANDARD},
+    "markou2024-cifar10-resnet18-fixed": {**MARKOU_CIFAR10, **RESNET18, **MARKOU_FIXED},
+    "markou2024-cifar10-resnet18-implicit": {
+        **MARKOU_CIFAR10,
+        **RESNET18,
+        **MARKOU_IMPLICIT,
+        "proximal_weight": 0.0045,
+    },
+    "markou2024-cifar10-vgg13-standard": {**MARKOU_CIFAR10, **VGG13, **MARKOU_STANDARD},
+    "markou2024-cifar10-vgg13-fixed": {**MARKOU_CIFAR10, **VGG13, **MARKOU_FIXED},
+    "markou2024-cifar10-vgg13-implicit": {**MARKOU_CIFAR10, **VGG13, **MARKOU_IMPLICIT, "proximal_weight": 0.0045},
+    "markou2024-cifar100-resnet50-standard": {**MARKOU_CIFAR100, **RESNET50, **MARKOU_STANDARD},
+    "markou2024-cifar100-resnet50-fixed": {**MARKOU_CIFAR100, **RESNET50, **MARKOU_FIXED},
+    "markou2024-cifar100-resnet50-implicit": {
+        **MARKOU_CIFAR100,
+        **RESNET50,
+        **MARKOU_IMPLICIT,
+        "proximal_weight": 0.0495,
+    },
+    "markou2024-cifar100-vgg13-standard": {**MARKOU_CIFAR100, **VGG13, **MARKOU_STANDARD},
+    "markou2024-cifar100-vgg13-fixed": {**MARKOU_CIFAR100, **VGG13, **MARKOU_FIXED},
+    "markou2024-cifar100-vgg13-implicit": {**MARKOU_CIFAR100, **VGG13, **MARKOU_IMPLICIT, "proximal_weight": 0.0495},
+    "markou2024-stl10-resnet50-standard": {**MARKOU_STL10, **RESNET50, **MARKOU_STANDARD},
+    "markou2024-stl10-resnet50-fixed": {**MARKOU_STL10, **RESNET50, **MARKOU_FIXED},
+    "markou2024-stl10-resnet50-implicit": {**MARKOU_STL10, **RESNET50, **MARKOU_IMPLICIT, "proximal_weight": 0.0045},
+    "markou2024-stl10-vgg13-standard": {**MARKOU_STL10, **VGG13, **MARKOU_STANDARD},
+    "markou2024-stl10-vgg13-fixed": {**MARKOU_STL10, **VGG13, **MARKOU_FIXED},
+    "markou2024-stl10-vgg13-implicit": {**MARKOU_STL10, **VGG13, **MARKOU_IMPLICIT, "proximal_weight": 0.0045},
+    "markou2024-imagenet-resnet50-standard": {**MARKOU_IMAGENET, **RESNET50, **MARKOU_STANDARD},
+    "markou2024-imagenet-resnet50-fixed": {**MARKOU_IMAGENET, **RESNET50, **MARKOU_FIXED},
+    "markou2024-imagenet-resnet50-implicit": {
+        **MARKOU_IMAGENET,
+        **RESNET50,
+        **MARKOU_IMPLICIT,
+        "proximal_weight": 0.4995,
+    },
+}
+
+every_recipe = pytest.mark.parametrize("name", sorted(PUBLISHED))
+
+
+def values(name: str) -> dict:
+    return yaml.safe_load(recipe_path(name).read_text())
+
+
+def sources(name: str) -> dict[str, str]:
+    """The comment beside each field."""
+    matches = [FIELD.match(line) for line in recipe_path(name).read_text().splitlines() if not line.startswith("#")]
+    return {match[1]: match[3] for match in matches if match}
+
+
+def test_the_recipes_are_those_of_the_published_experiments():
+    assert recipe_names() == sorted(PUBLISHED)
+    assert len(PUBLISHED) == 40
+
+
+@every_recipe
+def test_a_recipe_resolves_to_the_published_values(name):
+    config = RunConfig(**values(name))
+    assert {field: getattr(config, field) for field in PUBLISHED[name]} == PUBLISHED[name]
+
+
+@every_recipe
+def test_what_no_source_gives_is_marked_as_our_choice_and_nothing_else_is(name):
+    unmarked = {field for field, source in sources(name).items() if not MARKED.match(source)}
+    assert unmarked == set(PUBLISHED[name])
+    assert load_recipe(name).choices == len(values(name)) - len(unmarked)
+
+
+@every_recipe
+def test_every_field_has_a_source(name):
+    first, *lines = recipe_path(name).read_text().splitlines()
+    assert re.fullmatch(r"# Reproduces: \S.+", first)
+    for line in lines:
+        assert line.startswith("# ") or FIELD.match(line), line
+    found = sources(name)
+    assert list(found) == list(values(name))
+    for source in found.values():
+        assert MARKED.match(source) or SOURCE.match(source), source
+
+
+@every_recipe
+def test_fields_are_settings_of_a_run_and_of_their_types(name):
+    assert set(values(name)) <= SETTINGS
+    parser = ArgumentParser(exit_on_error=False)
+    for section in reversed(RunConfig.__bases__):
+        parser.add_class_arguments(section)
+    parsed = parser.parse_object(values(name))
+    assert RunConfig(**{field: parsed[field] for field in SETTINGS}) == RunConfig(**values(name))
+
+
+@every_recipe
+def test_a_recipe_gives_every_field_that_decides_its_result(name):
+    given = values(name)
+    assert deciding(given) <= set(given)
+
+
+def deciding(given: dict) -> set[str]:
+    names = {"data", "batch_size", "stratified", "crop_padding", "flip", "rotation", "backbone", "batch_norm_affine"}
+    names |= {"method", "feature_norm", "classifier_bias", "epochs", "loss", "optimizer", "weight_decay", "schedule"}
+    names |= {"seed", "measure_every", "checkpoint_every"}
+    names |= {
+        "sgd": {"lr", "momentum"},
+        "adam": {"lr"},
+        "lbfgs": {"lr", "lbfgs_history", "lbfgs_iterations"},
+        "agd": {"gain"},
+    }[given["optimizer"]]
+    names |= {
+        "constant": set(),
+        "step": {"step_epochs", "lr_factor"},
+        "multistep": {"milestones", "lr_factor"},
+    }[given["schedule"]]
+    names |= {"standard": {"unit_weight"}, "fixed": set(), "implicit": {"proximal_weight"}}[given["method"]]
+    if given["classifier_bias"] == "centring":
+        names.add("means_momentum")
+    names |= {"mlp": {"width", "depth"}, "vgg13": set()}.get(given["backbone"], {"stem"})
+    if given["data"] in ("mnist", "imagenet"):
+        names |= {"image_size", "channels"}
+    if "feature_decay" in given:
+        names.add("published_quirk")
+    if given.get("random_labels"):
+        names.add("data_seed")
+    return names
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(PUBLISHED) if name.endswith("-implicit")])
+def test_the_proximal_weight_is_the_published_delta_converted(name):
+    given = values(name)
+    assert given["proximal_weight"] == pytest.approx(1e-3 * (CLASSES[given["data"]] - 1) / 2)
+
+
+def test_pixels_are_standardised_as_published_or_by_the_training_images():
+    left_out = {name for name in PUBLISHED if not {"pixel_mean", "pixel_std"} & set(values(name))}
+    assert left_out == {"papyan2020-cifar10", "papyan2020-cifar100"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "nearest"), [("zhu2021-mnist-sdg", "zhu2021-mnist-sgd"), ("papyan-cifar10", "papyan2020-cifar10")]
+)
+def test_an_unknown_recipe_is_answered_with_the_nearest_names(wrong, nearest):
+    with pytest.raises(ValueError, match="recipe must be one of those that 'neuralcollapse recipes' lists") as error:
+        recipe_path(wrong)
+    message = str(error.value)
+    assert "\n" not in message
+    assert f"got {wrong!r}; nearest: {nearest}" in message
+    with pytest.raises(ValueError, match="recipe must be"):
+        load_recipe(wrong)
+
+
+@pytest.mark.parametrize("wrong", ["", "../config", "zhu2021-mnist-sgd.yaml", "?"])
+def test_what_is_no_name_of_a_recipe_is_not_looked_up_as_a_path(wrong):
+    with pytest.raises(ValueError, match="nearest: "):
+        recipe_path(wrong)
+
+
+def test_the_table_says_of_each_recipe_what_it_is_and_how_much_is_our_choice():
+    header, rule, *rows = recipes_table().splitlines()
+    assert header.split()[0] == "name"
+    assert header.endswith("epochs  our choices")
+    assert {len(line) for line in (header, rule, *rows)} == {len(header)}
+    for recipe, row in zip(recipes(), rows, strict=True):
+        name, *_, data, model, method, epochs, choices = row.split()
+        assert (name, data, model, method) == (recipe.name, recipe.data, recipe.model, recipe.method)
+        assert (int(epochs), int(choices)) == (recipe.epochs, recipe.choices)
+        assert recipe.reproduces in row
+
+
+def test_listing_recipes_is_light():
+    script = "import sys, neuralcollapse.lab.recipes as r; r.recipes_table(); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"lightning", "pandas", "datasets", "matplotlib", "sklearn"} & set(loaded)
+
+
+@every_recipe
+def test_the_page_of_recipes_names_each(name):
+    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    assert f"`{name}`" in page

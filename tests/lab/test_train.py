@@ -1,0 +1,153 @@
+"""The commands `neuralcollapse train` and `neuralcollapse recipes`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from neuralcollapse.cli import main
+from neuralcollapse.lab.recipes import recipe_names, recipe_path
+
+SMALL = ["--backbone=mlp", "--width=24", "--depth=1", "--train_samples=200", "--test_samples=60", "--batch_size=50"]
+
+
+def train(out: Path, *arguments: str) -> int:
+    return main(["train", *SMALL, "--out", str(out), *arguments])
+
+
+def read(out: Path) -> pd.DataFrame:
+    return pd.read_csv(out / "metrics.csv", converters={"value": float})
+
+
+def shown_config(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
+    with pytest.raises(SystemExit) as exit:
+        main(["train", *arguments, "--print_config"])
+    assert exit.value.code in (0, None)
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(arguments) == 2
+    line = capsys.readouterr().err.strip().split("\n")[-1].split("\r")[-1]
+    assert line.startswith("neuralcollapse: error: ")
+    return line.removeprefix("neuralcollapse: error: ")
+
+
+def test_a_run_writes_its_folder_and_says_so(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert train(out, "--method", "fixed", "--epochs", "3", "--checkpoint_every", "2") == 0
+    printed = capsys.readouterr().out
+    assert list(read(out).columns) == ["epoch", "split", "metric", "value"]
+    assert read(out)["epoch"].unique().tolist() == [1, 2, 3]
+    accuracy = read(out).query("epoch == 3 and split == 'test' and metric == 'accuracy'")["value"].item()
+    assert f"| {accuracy:.2%}" in next(line for line in printed.split("\n") if line.startswith("| fixed"))
+    names = ("summary.md", "metrics.csv", "training.csv", "gradients.csv", "config.yaml", "figures/nc1.png")
+    for name in (*names, "checkpoints/last.ckpt", "checkpoints/epoch0002.ckpt"):
+        assert (out / name).exists()
+    for name in names:
+        assert str(out / name) in printed
+    assert "neuralcollapse train --config config.yaml" in (out / "summary.md").read_text()
+
+
+def test_a_run_goes_on_where_it_stopped_and_runs_again_from_its_config(tmp_path):
+    out, again = tmp_path / "out", tmp_path / "again"
+    assert train(out, "--epochs", "3", "--checkpoint_every", "1") == 0
+    whole = {name: (out / name).read_bytes() for name in ("metrics.csv", "gradients.csv")}
+    (out / "checkpoints" / "epoch0001.ckpt").replace(out / "checkpoints" / "last.ckpt")
+    for name in whole:
+        (out / name).unlink()
+    assert main(["train", "--out", str(out), "--resume"]) == 0
+    assert main(["train", "--config", str(out / "config.yaml"), "--out", str(again)]) == 0
+    for name, content in whole.items():
+        assert (out / name).read_bytes() == content
+        assert (again / name).read_bytes() == content
+
+
+def test_random_labels_are_memorised_kept_and_used_again(tmp_path):
+    out = tmp_path / "out"
+    plain = ["--method=standard", "--feature_norm=none", "--unit_weight=false", "--weight_decay=0"]
+    settings = [*plain, "--random_labels=true", "--width=256", "--epochs=20", "--measure_every=20"]
+    assert train(out, *settings) == 0
+    kept = pd.read_csv(out / "train_labels.csv")
+    assert list(kept.columns) == ["image", "label"]
+    assert len(kept) == 200
+    last = read(out).query("epoch == 20 and metric == 'accuracy'").set_index("split")["value"]
+    assert last["train"] > 0.9
+    assert last["test"] < 0.4
+    # What a resumed run trains on is what the folder says, not what would be drawn now.
+    changed = kept.assign(label=(kept["label"] + 1) % 10)
+    changed.to_csv(out / "train_labels.csv", index=False)
+    (out / "checkpoints" / "last.ckpt").unlink()
+    assert main(["train", "--out", str(out), "--resume"]) == 0
+    assert pd.read_csv(out / "train_labels.csv").equals(changed)
+    assert not read(out).query("epoch == 20 and metric == 'nc1_quotient'")["value"].empty
+
+
+def test_a_recipe_gives_the_settings_and_flags_go_over_it(capsys, tmp_path):
+    shown = shown_config(capsys, "--recipe", "zhu2021-mnist-sgd", "--epochs", "7")
+    stored = yaml.safe_load(recipe_path("zhu2021-mnist-sgd").read_text())
+    assert shown["epochs"] == 7
+    assert {key: shown[key] for key in stored} == stored | {"epochs": 7}
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("lr: 0.123\nwidth: 5\n")
+    shown = shown_config(capsys, "--recipe", "zhu2021-mnist-sgd", "--config", str(mine), "--width", "6")
+    assert (shown["lr"], shown["width"], shown["step_epochs"]) == (0.123, 6, 40)
+
+
+def test_a_recipe_trains_on_another_folder(tmp_path, monkeypatch, real_data, capsys):
+    monkeypatch.chdir(tmp_path)
+    short = ["--train_samples=60", "--test_samples=40", "--epochs=1", "--width=4", "--batch_size=20"]
+    arguments = ["train", "--recipe", "markou2024-mnist-implicit", "--data", str(real_data / "mnist"), *short]
+    assert main(arguments) == 0
+    assert "runs/markou2024-mnist-implicit/summary.md" in capsys.readouterr().out
+    assert main([*arguments, "--resume"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--recipe", "zhu2021-mnist-sdg"], "zhu2021-mnist-sgd"),
+        (["--optimizer", "agd", "--method", "standard"], "agd has no rule for biases"),
+        (["--optimizer", "lbfgs"], "optimizer lbfgs cannot train the method implicit"),
+        (["--feature_dim", "8"], "must be at least num_classes - 1 = 9, got 8"),
+        (["--device", "cuda"], "device must be auto or one that is there"),
+        (["--method", "explicit"], "--method: Expected one of 'standard', 'fixed', 'implicit'"),
+        (["--classifier_bias", "learned"], "classifier_bias must be centring or none for method implicit"),
+        (["--data", "./missing"], "'./missing' is no folder"),
+        (["--loggers", "wandb,paper"], "loggers must be of tensorboard, wandb, got 'wandb,paper'"),
+    ],
+)
+def test_what_does_not_fit_together_is_one_line_and_writes_nothing(arguments, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert expected in error_of(capsys, "train", *SMALL, *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("colour: red\n", "colour"),
+        ("epochs: many\n", "epochs"),
+        ("epochs: 0\n", "epochs must be at least 1, got 0"),
+        ("milestones: [a]\n", "milestones"),
+        ("a: [\n", "Problems parsing config"),
+    ],
+)
+def test_a_field_that_does_not_exist_or_is_of_another_type(text, expected, tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text(text)
+    out = tmp_path / "out"
+    assert expected in error_of(capsys, "train", "--config", str(tmp_path / "mine.yaml"), "--out", str(out))
+    assert not out.exists()
+
+
+def test_the_recipes_are_listed_and_shown(capsys):
+    assert main(["recipes"]) == 0
+    listed = capsys.readouterr().out
+    for name in recipe_names():
+        assert any(name in line.split() for line in listed.split("\n")), name
+    assert main(["recipes", "papyan2020-cifar10"]) == 0
+    assert capsys.readouterr().out.strip() == recipe_path("papyan2020-cifar10").read_text().strip()
+    assert "papyan2020-cifar10" in error_of(capsys, "recipes", "papyan2020-cifar1")
