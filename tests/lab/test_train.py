@@ -52,9 +52,18 @@ def test_a_run_writes_its_folder_and_says_so(tmp_path, capsys):
     assert "neuralcollapse train --config config.yaml" in (out / "summary.md").read_text()
 
 
-def test_a_run_goes_on_where_it_stopped_and_runs_again_from_its_config(tmp_path):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        ["--optimizer=adam", "--schedule=one-cycle", "--stratified=true", "--crop_padding=1"],
+        ["--optimizer=lbfgs", "--method=fixed", "--lbfgs_iterations=4"],
+        ["--optimizer=agd", "--gain=1", "--batch_norm_affine=false", "--memory_budget=0", "--workers=1"],
+    ],
+)
+def test_a_run_goes_on_where_it_stopped_and_runs_again_from_its_config(settings, tmp_path):
     out, again = tmp_path / "out", tmp_path / "again"
-    assert train(out, "--epochs", "3", "--checkpoint_every", "1") == 0
+    assert train(out, "--epochs", "3", "--checkpoint_every", "1", *settings) == 0
     whole = {name: (out / name).read_bytes() for name in ("metrics.csv", "gradients.csv")}
     (out / "checkpoints" / "epoch0001.ckpt").replace(out / "checkpoints" / "last.ckpt")
     for name in whole:

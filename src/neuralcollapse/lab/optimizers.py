@@ -30,9 +30,7 @@ def _optimizer(config: Optimisation, model: AttachedHead) -> torch.optim.Optimiz
         try:
             return AGD(model.named_parameters(), gain=config.gain)
         except ValueError as error:
-            raise ValueError(
-                f"{error}: batch_norm_affine must be false, and classifier_bias centring or none"
-            ) from error
+            raise ValueError(f"{error} (batch_norm_affine false, classifier_bias centring or none)") from error
     parameters = model.parameters()
     if config.optimizer == "lbfgs":
         if isinstance(model.head, NearestETFClassifier):
