@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from argparse import SUPPRESS, ArgumentError
@@ -34,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"neuralcollapse: error: {_one_line(str(error))}", file=sys.stderr)
         return _USER_ERROR
     except KeyboardInterrupt:
-        print("\nneuralcollapse: interrupted; the same command with --resume goes on", file=sys.stderr)
+        print("\nneuralcollapse: interrupted; with --resume, without --overwrite, it goes on", file=sys.stderr)
         return _INTERRUPTED
     return 0
 
@@ -42,22 +41,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str]) -> Namespace:
     """The command and its settings.
 
-    Defaults are those of the recipe, if one is named; with --resume, those of the run to go on with.
+    Defaults are those of the recipe, if one is named; with --resume, those of the run to go on with. Which, is known
+    once the arguments are parsed; then they are parsed again.
     """
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    early.add_argument("subcommand", nargs="?")
-    for flag in ("--recipe", "--out"):
-        early.add_argument(flag)
-    early.add_argument("--resume", action="store_true")
-    known, _ = early.parse_known_args(arguments)
-
     parser, commands = _parsers()
-    if known.subcommand in commands:
-        stored = Path(known.out or _default_out(known.subcommand, known.recipe)) / "config.yaml"
-        if known.resume and stored.exists():
-            commands[known.subcommand].default_config_files = [str(stored)]
-        elif known.recipe is not None and known.subcommand == "train":
-            commands[known.subcommand].default_config_files = [str(recipe_path(known.recipe))]
+    chosen = parser.parse_args([argument for argument in arguments if not argument.startswith("--print_config")])
+    settings = chosen[chosen.subcommand]
+    recipe = settings.get("recipe")
+    stored = Path(settings.get("out") or _default_out(chosen.subcommand, recipe)) / "config.yaml"
+    if settings.get("resume") and stored.exists():
+        commands[chosen.subcommand].default_config_files = [str(stored)]
+    elif recipe is not None:
+        commands[chosen.subcommand].default_config_files = [str(recipe_path(recipe))]
     return parser.parse_args(arguments)
 
 
@@ -71,6 +66,7 @@ def _parsers() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
         prog="neuralcollapse",
         description="Measure, induce and guide neural collapse in classifiers.",
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"neuralcollapse {version('neuralcollapse')}")
     chosen = parser.add_subcommands(dest="subcommand", metavar="COMMAND")
@@ -91,23 +87,16 @@ def _compare_parser() -> ArgumentParser:
 
 
 def _train_parser() -> ArgumentParser:
-    parser = _training_parser(
+    return _training_parser(
         RunConfig,
         "train",
         "Train one run, from the recipe of a published experiment or from any settings; print the table, write the "
         "figures. Everything is measured in evaluation mode on un-augmented data.",
     )
-    parser.add_argument(
-        "--recipe",
-        type=str | None,
-        help="name of a published experiment, of those that `neuralcollapse recipes` lists; --config and flags go "
-        "over its settings",
-    )
-    return parser
 
 
 def _training_parser(settings: type[RunConfig] | type[CompareConfig], command: str, description: str) -> ArgumentParser:
-    parser = ArgumentParser(description=description, exit_on_error=False)
+    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file of settings; flags after it go over it")
     for section in reversed(settings.__bases__):
         parser.add_class_arguments(section)
@@ -125,6 +114,7 @@ def _recipes_parser() -> ArgumentParser:
         description="List the recipes of published experiments: what each reproduces, and how many of its settings no "
         "source gives, so that they are our choice.",
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("name", type=str | None, nargs="?", help="show this recipe, with the source of each setting")
     return parser

@@ -192,6 +192,12 @@ def test_a_window_smaller_than_the_image_is_random_without_padding_too():
     assert len(windows.flatten(1).unique(dim=0)) == 3  # three places along the height, one along the width
 
 
+def test_a_window_as_large_as_the_padded_image_is_all_of_it():
+    images = images_of()[:, :, :5]
+    windows = augment(images, Batches(crop_size=7, crop_padding=1), generator())
+    assert torch.equal(windows, torch.nn.functional.pad(images, (1, 1, 1, 1)))
+
+
 @pytest.mark.parametrize(("size", "rows", "columns"), [(3, slice(2, 5), slice(1, 4)), (2, slice(2, 4), slice(1, 3))])
 def test_evaluation_takes_the_centre(size, rows, columns):
     images = images_of()

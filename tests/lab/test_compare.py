@@ -186,7 +186,9 @@ def test_killed_and_resumed_it_ends_with_the_same_metrics(tmp_path):
     done = stop("standard-seed1", 5, signal.SIGINT, "--resume", "--out", str(broken))
     assert done.returncode == 130
     assert "Traceback" not in done.stderr
-    assert done.stderr.strip().split("\n")[-1] == "neuralcollapse: interrupted; the same command with --resume goes on"
+    assert done.stderr.strip().split("\n")[-1] == (
+        "neuralcollapse: interrupted; with --resume, without --overwrite, it goes on"
+    )
     assert main(["compare", "--resume", "--out", str(broken)]) == 0
     assert (broken / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
     log = pd.read_csv(broken / "training.csv")

@@ -73,8 +73,8 @@ def test_without_a_test_split_one_image_in_five_is_held_out(tmp_path):
 
 
 def test_images_of_different_size_need_image_size(tmp_path):
-    save_images(tmp_path / "train", {"a": 2})
-    save_images(tmp_path / "train" / "more", {"b": 2}, size=(9, 9))
+    save_images(tmp_path / "train", {"a": 10})
+    save_images(tmp_path / "train" / "more", {"b": 10}, size=(9, 9))
     for image in (tmp_path / "train" / "more" / "b").iterdir():
         (tmp_path / "train" / "b").mkdir(exist_ok=True)
         image.rename(tmp_path / "train" / "b" / image.name)

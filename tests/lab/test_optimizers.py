@@ -38,12 +38,14 @@ def rates(config: RunConfig, batches: int) -> list[float]:
         ({"schedule": "step", "step_epochs": 2}, [1, 1, 0.1, 0.1, 0.01, 0.01]),
         ({"schedule": "step", "step_epochs": 3, "lr_factor": 0.5}, [1, 1, 1, 0.5, 0.5, 0.5]),
         ({"schedule": "multistep"}, [1, 1, 0.1, 0.1, 0.01, 0.01]),
+        ({"schedule": "multistep", "epochs": 2}, [1, 0.1]),
+        ({"schedule": "multistep", "epochs": 1}, [1]),
         ({"schedule": "multistep", "milestones": [1, 5]}, [1, 0.1, 0.1, 0.1, 0.1, 0.01]),
         ({"schedule": "cosine"}, [0.5 * (1 + math.cos(math.pi * epoch / 6)) for epoch in range(6)]),
     ],
 )
 def test_the_schedule_at_the_start_of_each_epoch(settings, expected):
-    found = rates(small(method="standard", lr=0.4, epochs=6, **settings), batches=5)
+    found = rates(small(**{"method": "standard", "lr": 0.4, "epochs": 6} | settings), batches=5)
     assert found[::5] == pytest.approx([0.4 * factor for factor in expected])
 
 
@@ -65,7 +67,8 @@ def test_the_optimiser_is_torchs_with_the_settings(name):
 
 
 def test_lbfgs_searches_along_a_line_and_decays_inside_the_loss():
-    config = small(method="standard", optimizer="lbfgs", lr=0.1, lbfgs_history=7, lbfgs_iterations=3, weight_decay=0.02)
+    plain = {"method": "standard", "unit_weight": False, "optimizer": "lbfgs"}
+    config = small(**plain, lr=0.1, lbfgs_history=7, lbfgs_iterations=3, weight_decay=0.02)
     model = build_model(config, SHAPE, 10)
     group = build_optimizer(config, model).param_groups[0]
     assert (group["lr"], group["history_size"], group["max_iter"]) == (0.1, 7, 3)
@@ -77,6 +80,18 @@ def test_lbfgs_searches_along_a_line_and_decays_inside_the_loss():
 def test_lbfgs_refuses_the_implicit_head():
     config = small(method="implicit", optimizer="lbfgs")
     with pytest.raises(ValueError, match="optimizer lbfgs cannot train the method implicit"):
+        build_optimizer(config, build_model(config, SHAPE, 10))
+
+
+def test_lbfgs_refuses_unit_rows():
+    config = small(method="standard", optimizer="lbfgs")
+    with pytest.raises(ValueError, match="optimizer lbfgs needs unit_weight false"):
+        build_optimizer(config, build_model(config, SHAPE, 10))
+
+
+def test_decay_of_features_that_are_normalised_is_refused():
+    config = small(method="standard", feature_decay=0.1)
+    with pytest.raises(ValueError, match="feature_decay needs feature_norm none"):
         build_optimizer(config, build_model(config, SHAPE, 10))
 
 

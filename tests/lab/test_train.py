@@ -106,6 +106,38 @@ def test_a_recipe_gives_the_settings_and_flags_go_over_it(capsys, tmp_path):
     assert (shown["lr"], shown["width"], shown["step_epochs"]) == (0.123, 6, 40)
 
 
+def test_a_file_of_settings_may_name_a_recipe(capsys, tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("recipe: zhu2021-mnist-adam\nepochs: 3\n")
+    shown = shown_config(capsys, "--config", str(mine), "--width", "6")
+    assert (shown["recipe"], shown["optimizer"], shown["epochs"], shown["width"]) == (
+        "zhu2021-mnist-adam",
+        "adam",
+        3,
+        6,
+    )
+
+
+def test_a_run_goes_on_with_its_own_recipe_only(tmp_path, capsys, real_data):
+    out = str(tmp_path / "out")
+    settings = ["--data", str(real_data / "mnist"), *SMALL, "--epochs", "1"]
+    assert main(["train", "--recipe", "zhu2021-mnist-sgd", "--out", out, *settings]) == 0
+    assert main(["train", "--recipe", "zhu2021-mnist-sgd", "--out", out, "--resume"]) == 0
+    message = error_of(capsys, "train", "--recipe", "zhu2021-mnist-adam", "--out", out, "--resume")
+    assert "recipe must stay 'zhu2021-mnist-sgd' to resume the run" in message
+
+
+def test_a_damaged_file_of_a_run_is_named(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert train(out, "--epochs", "1", "--label_noise", "0.1") == 0
+    (out / "train_labels.csv").write_text("image,name\n0,a\n")
+    assert "train_labels.csv' must hold the labels trained on" in error_of(
+        capsys, "train", "--out", str(out), "--resume"
+    )
+    (out / "config.yaml").write_text("")
+    assert "config.yaml' must be a run's settings" in error_of(capsys, "train", "--out", str(out), "--resume")
+
+
 def test_a_recipe_trains_on_another_folder(tmp_path, monkeypatch, real_data, capsys):
     monkeypatch.chdir(tmp_path)
     short = ["--train_samples=60", "--test_samples=40", "--epochs=1", "--width=4", "--batch_size=20"]
@@ -123,6 +155,9 @@ def test_a_recipe_trains_on_another_folder(tmp_path, monkeypatch, real_data, cap
         (["--optimizer", "lbfgs"], "optimizer lbfgs cannot train the method implicit"),
         (["--feature_dim", "8"], "must be at least num_classes - 1 = 9, got 8"),
         (["--device", "cuda"], "device must be auto or one that is there"),
+        (["--recip", "zhu2021-mnist-sgd"], "unrecognized arguments: --recip"),
+        (["--seed", "1" + "0" * 30], "seed must be at most"),
+        (["--data="], "data must name a data set or a folder"),
         (["--method", "explicit"], "--method: Expected one of 'standard', 'fixed', 'implicit'"),
         (["--classifier_bias", "learned"], "classifier_bias must be centring or none for method implicit"),
         (["--data", "./missing"], "'./missing' is no folder"),

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from helpers import generator
 from neuralcollapse import measure
 from neuralcollapse.lab.backbones import build_backbone
-from neuralcollapse.lab.batches import evaluation_batches
+from neuralcollapse.lab.batches import EpochBatches, evaluation_batches
 from neuralcollapse.lab.callback import CollapseCallback
 from neuralcollapse.lab.config import METHODS, Data, Model, RunConfig
 from neuralcollapse.lab.data import load_data
@@ -81,6 +81,9 @@ class Net(torch.nn.Module):
         self.layer = torch.nn.Linear(image_shape[1] * image_shape[2], neurons)
     def forward(self, images):
         return self.layer(images.flatten(1)).relu()
+class Wrong(torch.nn.Module):
+    def forward(self, images):
+        return images @ images
 class Pictures(torch.nn.Module):
     def forward(self, images):
         return images
@@ -98,13 +101,16 @@ def test_a_class_of_the_users_own(tmp_path, monkeypatch):
         ("my_own_nets.Missing", {}, "cannot be imported: .*Missing"),
         ("not_there.Net", {}, "cannot be imported: No module named 'not_there'"),
         ("my_own_nets.Net", {"colour": 1}, "cannot be made with backbone_options .*colour"),
-        ("my_own_nets.Pictures", {}, r"must give features of shape \(N, feature_dim\), Pictures gives \(2, 1, 8, 8\)"),
+        ("my_own_nets.Pictures", {}, r"must give features of shape \(N, feature_dim\), Pictures gives \(2, 1, 8, 7\)"),
+        ("my_own_nets.Wrong", {}, r"must take images .*, of C, H, W = \(1, 8, 7\); Wrong fails"),
+        ("./my_own_nets.py", {}, "backbone must be a dotted path"),
+        (".my_own_nets.Net", {}, "backbone must be a dotted path"),
         ("vgg", {}, "backbone must be one of convnet, .*vgg13, or the dotted path"),
         ("mlp", {"neurons": 3}, "backbone_options are of your own class"),
     ]
     for path, options, message in wrong:
         with pytest.raises(ValueError, match=message):
-            build_backbone(Model(backbone=path, backbone_options=options), (1, 8, 8))
+            build_backbone(Model(backbone=path, backbone_options=options), (1, 8, 7))
 
 
 @pytest.mark.parametrize("backbone", ["convnet", "mlp", "resnet18"])
@@ -177,7 +183,7 @@ def test_the_training_log_and_the_gradients(tmp_path):
     assert log["epoch"].tolist() == [1, 2, 3]
     assert (log["batch_accuracy_top5"] >= log["batch_accuracy"]).all()
     assert log["batch_alignment"].between(-1, 1).all()
-    assert log["lr"].iloc[-1] == pytest.approx(0, abs=1e-9)
+    assert log["lr"].tolist() == pytest.approx([0.05, 0.0375, 0.0125])  # that each epoch began with
     gradients = pd.read_csv(run.gradients)
     assert gradients["epoch"].unique().tolist() == [1, 2, 3]
     state = torch.load(run.last_checkpoint, weights_only=True)["state_dict"]
@@ -201,6 +207,35 @@ def test_lbfgs_fits_what_it_is_given(tmp_path):
     run = trained(tmp_path / "run", method="fixed", optimizer="lbfgs", lr=0.5, batch_size=200, epochs=5)
     last = pd.read_csv(run.metrics).query("epoch == 5 and split == 'train' and metric == 'accuracy'")
     assert last["value"].item() > 0.9
+
+
+def test_the_log_of_lbfgs_is_of_the_points_before_each_step(tmp_path):
+    settings = {"method": "fixed", "optimizer": "lbfgs", "batch_size": 200, "epochs": 1, "weight_decay": 0.0}
+    run = trained(tmp_path / "run", **settings)
+    config = RunConfig(**SMALL | settings)
+    data = load_data(config)
+    model = build_model(config, data.image_shape, data.num_classes)
+    ((images, labels),) = EpochBatches(data.train, evaluation_batches(data, config)["train"].standardise, config, 0, 0)
+    expected = nn.functional.cross_entropy(model(images, targets=labels), labels)
+    assert pd.read_csv(run.training_log)["batch_loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_dropout_follows_from_the_seed_and_the_epoch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_dropout_net.py").write_text(
+        "from torch import nn\n"
+        "def make(image_shape): return nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.ReLU(), nn.Dropout(0.5))\n"
+    )
+    settings = {"backbone": "my_dropout_net.make", "epochs": 3, "checkpoint_every": 1}
+    first = trained(tmp_path / "first", **settings)
+    before = torch.get_rng_state()
+    second = trained(tmp_path / "second", **settings)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert first.metrics.read_bytes() == second.metrics.read_bytes()
+    second.checkpoint(1).replace(second.last_checkpoint)
+    second.metrics.unlink()
+    trained(tmp_path / "second", **settings)
+    assert first.metrics.read_bytes() == second.metrics.read_bytes()
 
 
 def test_measuring_and_checkpoints_at_chosen_epochs(tmp_path):

@@ -208,7 +208,13 @@ class OwnBackbone(Backbone):
         self.layers = module
         training = module.training
         with torch.no_grad():
-            features = module.eval()(torch.zeros(2, *image_shape))
+            try:
+                features = module.eval()(torch.zeros(2, *image_shape))
+            except Exception as error:
+                raise ValueError(
+                    f"backbone must take images (N, C, H, W), of C, H, W = {image_shape}; "
+                    f"{type(module).__name__} fails: {error}"
+                ) from error
         module.train(training)
         if not (isinstance(features, Tensor) and features.ndim == 2 and len(features) == 2):
             found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
@@ -275,20 +281,22 @@ def build_backbone(config: Model, image_shape: ImageShape) -> Backbone:
 def _own_backbone(path: str, options: dict[str, Any], feature_dim: int | None, image_shape: ImageShape) -> Backbone:
     """The user's class, looked for in the folder of work as well; given ``image_shape`` if it has such an argument."""
     module_name, _, name = path.rpartition(".")
+    if "/" in path or not all(path.split(".")):
+        raise ValueError(f"backbone must be a dotted path such as package.module.Class, got {path!r}")
     if feature_dim is not None:
         raise ValueError(f"feature_dim of your own backbone {path!r} is set in backbone_options")
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:
         make = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # the user's code may fail in any way, here and below
         raise ValueError(f"backbone {path!r} cannot be imported: {error}") from error
     finally:
         sys.path.remove(here)
     try:
         takes_shape = "image_shape" in inspect.signature(make).parameters
         made = make(**options, **({"image_shape": image_shape} if takes_shape else {}))
-    except (TypeError, ValueError) as error:
+    except Exception as error:
         raise ValueError(f"backbone {path!r} cannot be made with backbone_options {options}: {error}") from error
     if not isinstance(made, nn.Module):
         raise ValueError(f"backbone {path!r} must make a torch.nn.Module, it made a {type(made).__name__}")

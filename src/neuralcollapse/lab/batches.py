@@ -155,7 +155,7 @@ def augment(images: Tensor, settings: Batches, generator: torch.Generator) -> Te
     (number, channels, height, width), device = images.shape, images.device
     _, *window = batch_shape((channels, height, width), settings)
     rooms = [side + 2 * settings.crop_padding - shown for side, shown in zip((height, width), window, strict=True)]
-    if any(rooms):
+    if any(rooms) or tuple(window) != (height, width):
         top, left = (torch.randint(room + 1, (number,), generator=generator) for room in rooms)
         images = crop(images, settings.crop_padding, top.to(device), left.to(device), (window[0], window[1]))
     if settings.flip:

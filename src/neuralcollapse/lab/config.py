@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -30,9 +31,20 @@ class _Settings:
     def __post_init__(self) -> None:
         for setting in fields(self):
             value = getattr(self, setting.name)
+            if any(isinstance(item, float) and not math.isfinite(item) for item in _items(value)):
+                raise ValueError(f"{setting.name} must be finite, got {value}")
             for kind, bound in setting.metadata.items():
                 if isinstance(value, int | float) and not _BOUNDS[kind](value, bound):
                     raise ValueError(f"{setting.name} must be {kind} {bound:g}, got {value}")
+
+
+def _items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _check_epochs(name: str, epochs: list[int]) -> None:
+    if any(epoch < 1 for epoch in epochs):
+        raise ValueError(f"{name} must be epochs, counted from 1, got {epochs}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +68,7 @@ class Data(_Settings):
     """Scale every image to this height and width. Needed where images differ in size."""
     channels: Literal[1, 3] | None = None
     """Channels of every image. By default 1 if all images are grey, else 3."""
-    digits_per_image: int = _at_least(1, 1)
+    digits_per_image: int = _between(1, 20, 1, low_allowed=True)
     """Put this many images k side by side, drawn at random, whose labels together are one of 10^k classes (of C^k,
     for data with C)."""
     train_samples: int | None = _at_least(1, None)
@@ -74,7 +86,7 @@ class Data(_Settings):
     """Permute the labels of the training images at random, once; the run keeps them."""
     label_noise: float = _between(0, 1, 0.0, low_allowed=True)
     """Share of training images whose label is replaced by one drawn among all classes; the run keeps them."""
-    data_seed: int = _at_least(0, 0)
+    data_seed: int = _between(0, 2**63 - 1, 0, low_allowed=True)
     """Drawn from it: images put side by side, the long tail, random and noisy labels. The same for every seed."""
     memory_budget: float = _at_least(0, 4.0)
     """GiB. Data that take more when decoded are read by worker processes while training, all others are decoded once
@@ -135,7 +147,7 @@ class Model(_Settings):
     `auto` is learned for standard and centring for the others."""
     proximal_weight: float | None = _at_least(0, None)
     """implicit: how strongly the classifier stays with the last one. By default the head's own."""
-    means_momentum: Literal["cumulative", "published"] | float | None = _above(0, None)
+    means_momentum: Literal["cumulative", "published"] | float | None = _between(0, 1, None)
     """implicit and fixed: weight of a new batch in the moving means. By default the head's own."""
 
 
@@ -156,10 +168,10 @@ class Optimisation(_Settings):
     momentum: float = _at_least(0, 0.9)
     """sgd: momentum."""
     weight_decay: float = _at_least(0, 5e-4)
-    """Weight decay; of lbfgs it is part of the loss. Not used by agd."""
+    """Weight decay; of lbfgs it is part of the loss. agd has none."""
     feature_decay: float | None = _at_least(0, None)
-    """Part of the loss: this over 2 times the sum of squares of a batch's features. weight_decay is then of the
-    classifier alone, and part of the loss too."""
+    """Part of the loss: this over 2 times the sum of squares of a batch's features, which feature_norm must leave as
+    they are. weight_decay is then of the classifier alone, and part of the loss too."""
     published_quirk: bool = False
     """feature_decay: penalise the normalised features, a constant, as the released code of Zhu et al. (2021) does."""
     gain: float = _above(0, 10.0)
@@ -174,11 +186,15 @@ class Optimisation(_Settings):
     step_epochs: int = _at_least(1, 40)
     """step: after every so many epochs."""
     milestones: list[int] | None = None
-    """multistep: after these epochs. By default after one and two thirds of them."""
+    """multistep: after these epochs. By default after one and two thirds of all."""
     lr_factor: float = _above(0, 0.1)
     """step and multistep: what the learning rate is multiplied by."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train; auto takes an accelerator if there is one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_epochs("milestones", self.milestones or [])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +212,7 @@ class Record(_Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_epochs("checkpoint_epochs", self.checkpoint_epochs)
         unknown = set(self.logger_names) - set(LOGGERS)
         if unknown:
             raise ValueError(f"loggers must be of {', '.join(LOGGERS)}, got {self.loggers!r}")
@@ -210,9 +227,12 @@ class Record(_Settings):
 class OneRun(_Settings):
     """What to train."""
 
+    recipe: str | None = None
+    """Name of a published experiment, of those that `neuralcollapse recipes` lists; --config and flags go over its
+    settings."""
     method: Literal["standard", "fixed", "implicit"] = "implicit"
     """The classifier: learned, a fixed simplex ETF, or the simplex ETF nearest to the class means."""
-    seed: int = _at_least(0, 0)
+    seed: int = _between(0, 2**63 - 1, 0, low_allowed=True)
     """From which initial weights, batches and augmentation follow."""
 
 

@@ -60,9 +60,9 @@ def _check_samples(data: str, train: Table, test: Table) -> None:
     for name, table in (("train", train), ("test", test)):
         if not len(table.samples):
             raise ValueError(f"data {data!r} must have at least one image in its {name} split")
-    present = len(train.samples.labels.unique())
-    if present < 2:
-        raise ValueError(f"data must have train images of at least 2 classes, {data!r} has {present}")
+        present = len(table.samples.labels.unique())
+        if present < 2:
+            raise ValueError(f"data must have {name} images of at least 2 classes, {data!r} has {present}")
 
 
 def _first_image_shape(table: Table, form: Format) -> tuple[int, int, int]:

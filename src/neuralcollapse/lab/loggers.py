@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 
@@ -11,14 +12,21 @@ from neuralcollapse.lab.runs import RunFolder
 
 
 def check_loggers(names: Sequence[str]) -> None:
-    """See that the packages of these loggers are installed.
+    """See that these loggers can be used.
 
     Raises:
-        ValueError: One is not.
+        ValueError: A package is not installed, or there is no access to W&B.
     """
     for name in names:
         if find_spec(name) is None:
             raise ValueError(f"loggers can name {name} where it is installed, and it is not: pip install {name}")
+    if "wandb" in names and os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
+        import wandb
+
+        if not wandb.api.api_key:
+            raise ValueError(
+                "loggers can name wandb after `wandb login`, or with WANDB_MODE=offline in the environment"
+            )
 
 
 def build_loggers(names: Sequence[str], folder: RunFolder) -> list[Logger]:

@@ -19,6 +19,8 @@ def build_optimizer(config: Optimisation, model: AttachedHead) -> torch.optim.Op
     Raises:
         ValueError: The optimiser cannot train this model.
     """
+    if config.feature_decay and not config.published_quirk and model.head.feature_norm is not None:
+        raise ValueError("feature_decay needs feature_norm none: of normalised features it is a constant")
     optimizer = _optimizer(config, model)
     if isinstance(model.head, LearnedClassifier) and model.head.unit_weight:
         project_after_step(optimizer, model.head)
@@ -38,6 +40,8 @@ def _optimizer(config: Optimisation, model: AttachedHead) -> torch.optim.Optimiz
                 "optimizer lbfgs cannot train the method implicit, whose ETF would move under its line search: "
                 "take method fixed or standard, or another optimiser"
             )
+        if isinstance(model.head, LearnedClassifier) and model.head.unit_weight:
+            raise ValueError("optimizer lbfgs needs unit_weight false: it cannot keep the rows at unit norm")
         return torch.optim.LBFGS(
             parameters,
             lr=config.lr,
@@ -81,4 +85,4 @@ def resolved_milestones(config: Optimisation) -> list[int]:
     """Epochs after which `multistep` multiplies the rate: one and two thirds of them, if the settings name none."""
     if config.milestones is not None:
         return config.milestones
-    return [config.epochs // 3, 2 * config.epochs // 3]
+    return sorted({config.epochs // 3, 2 * config.epochs // 3} - {0})

@@ -47,8 +47,7 @@ def prepare(
     check_loggers(config.logger_names)
     data = load_data(config, progress=progress).to(resolve_device(config.device))
     if data.relabelled and resume and folder.train_labels.exists():
-        stored = pd.read_csv(folder.train_labels)["label"].tolist()
-        data = data.with_train_labels(torch.tensor(stored))
+        data = _with_kept_labels(data, folder)
     for model in models:
         check_model(model, data)
     evaluation = evaluation_batches(data, config)
@@ -57,3 +56,11 @@ def prepare(
         labels = pd.DataFrame({"label": data.train.labels.cpu().numpy()})
         write_whole(folder.train_labels, lambda path: labels.to_csv(path, index_label="image"))
     return data, evaluation
+
+
+def _with_kept_labels(data: ImageData, folder: RunFolder) -> ImageData:
+    try:
+        labels = torch.tensor(pd.read_csv(folder.train_labels)["label"].tolist())
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{str(folder.train_labels)!r} must hold the labels trained on: {error}") from error
+    return data.with_train_labels(labels)

@@ -45,12 +45,18 @@ class TrainingLog(TableCallback):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self._started = 0.0
+        self._rate = 0.0
         self._etas: list[torch.Tensor] = []
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._started = time.perf_counter()
         self._etas = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_index: int) -> None:
+        """Keep the learning rate that the epoch begins with; AGD has none."""
+        if batch_index == 0:
+            self._rate = trainer.optimizers[0].param_groups[0].get("lr", math.nan)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Keep AGD's step."""
@@ -69,7 +75,7 @@ class TrainingLog(TableCallback):
         if self._etas:
             figures["agd_eta"] = float(torch.stack(self._etas).mean())
         else:
-            figures["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+            figures["lr"] = self._rate
         self.rows.append({"epoch": epoch, "seconds": seconds} | figures)
         self.write()
 
@@ -106,9 +112,9 @@ class Checkpointing(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save."""
         epoch = trainer.current_epoch + 1
-        trainer.save_checkpoint(self.folder.last_checkpoint)
         if epoch in self.keep or (self.keep_every is not None and epoch % self.keep_every == 0):
             trainer.save_checkpoint(self.folder.checkpoint(epoch))
+        trainer.save_checkpoint(self.folder.last_checkpoint)  # last: a run that is killed here makes the other again
 
 
 class ProgressBar(Callback):

@@ -7,11 +7,10 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
-import yaml
 
 from neuralcollapse.lab.config import CompareConfig, RunConfig
 from neuralcollapse.lab.figures import draw_figures
-from neuralcollapse.lab.runs import RunFolder, write_whole
+from neuralcollapse.lab.runs import RunFolder, read_settings, write_whole
 
 GOAL = 0.99
 # Heading of a column of the table: split, metric, format. All of the last epoch.
@@ -117,7 +116,7 @@ def _aligned(table: pd.DataFrame) -> str:
 
 
 def _summary(folder: RunFolder, title: str, command: str, table: str, figures: list[Path], *, seeds: int) -> str:
-    made = yaml.safe_load(folder.config.read_text())["environment"]
+    made = read_settings(folder.config)["environment"]
     packages = ", ".join(f"{name} {number}" for name, number in made["packages"].items())
     pictures = "\n".join(f"![{figure.stem}]({figure.relative_to(folder.path)})" for figure in figures)
     spread = "Mean ± standard deviation over seeds. " if seeds > 1 else ""

@@ -95,7 +95,7 @@ class RunFolder:
             shutil.rmtree(path, ignore_errors=True)
 
     def _check_same(self, config: RunConfig | CompareConfig) -> None:
-        stored = yaml.safe_load(self.config.read_text())
+        stored = read_settings(self.config)
         for name, value in asdict(config).items():
             if name not in stored or stored[name] != value:
                 raise ValueError(
@@ -127,6 +127,18 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     write(partial)
     os.replace(partial, path)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings and the environment in a run's config.yaml.
+
+    Raises:
+        ValueError: It holds something else.
+    """
+    stored = yaml.safe_load(path.read_text())
+    if not isinstance(stored, dict) or "environment" not in stored:
+        raise ValueError(f"{str(path)!r} must be a run's settings, and is not; --overwrite starts that run again")
+    return stored
 
 
 def environment() -> dict[str, Any]:

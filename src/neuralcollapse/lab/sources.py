@@ -128,6 +128,8 @@ def _load_splits(data: str, wanted: HubDataSet) -> Any:
     """The splits of a folder or of a data set of the hub, or a ValueError that says what was wrong."""
     import datasets
 
+    if not data:
+        raise ValueError("data must name a data set or a folder, got ''")
     folder = Path(wanted.path).expanduser()
     is_folder = folder.is_dir()
     if not is_folder and (folder.exists() or folder.is_absolute() or data.startswith((".", "~"))):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -91,7 +92,7 @@ class ImageData:
     test: AnySplit
     num_classes: int
     relabelled: bool = False
-    """The train labels are not the true ones, at random."""
+    """All or some of the train labels are random."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -119,7 +120,6 @@ class ImageData:
         return replace(self, train=replace(self.train, labels=labels.long().to(self.train.labels.device)))
 
     def __str__(self) -> str:
-        shape = "×".join(map(str, self.image_shape))
-        return (
-            f"{self.name}: {len(self.train)} train and {len(self.test)} test images {shape}, {self.num_classes} classes"
-        )
+        shape, name = "×".join(map(str, self.image_shape)), Path(self.name).name
+        kind = "random train labels" if self.relabelled else "classes"
+        return f"{name}: {len(self.train)} train and {len(self.test)} test images {shape}, {self.num_classes} {kind}"

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
@@ -51,6 +52,7 @@ class ClassifierTraining(LightningModule):
         self.model = model
         self.split = data.train
         self.standardise = evaluation.standardise
+        self._logged = (-1, -1)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits."""
@@ -69,8 +71,18 @@ class ClassifierTraining(LightningModule):
         loss = batch_loss(self.config, logits, targets)
         penalties = penalty(self.config, self.model, features)
         loss = loss if penalties is None else loss + penalties
-        self.log_dict(self._figures(loss, logits, features, targets), on_step=False, on_epoch=True)
+        if (
+            self.current_epoch,
+            batch_index,
+        ) != self._logged:  # L-BFGS tries several points for a batch: the first counts
+            self._logged = (self.current_epoch, batch_index)
+            self.log_dict(self._figures(loss, logits, features, targets), on_step=False, on_epoch=True)
         return loss
+
+    def on_train_epoch_start(self) -> None:
+        """Make what the network draws, as dropout does, follow from the seed and the epoch alone."""
+        (state,) = np.random.SeedSequence([self.config.seed, self.current_epoch, 1]).generate_state(1)
+        torch.manual_seed(int(state))
 
     def configure_optimizers(self) -> Any:
         """The optimiser and its schedule, by the step."""
@@ -145,9 +157,11 @@ def train(
     loggers = build_loggers(config.logger_names, folder)
     for logger in loggers:
         logger.log_hyperparams(asdict(config))
+    device = data.train.labels.device
+    accelerators = [device] if device.type == "cuda" else []
     with quiet_lightning():
         trainer = Trainer(
-            accelerator=data.train.labels.device.type,
+            accelerator=device.type,
             devices=1,
             max_epochs=config.epochs,
             callbacks=[*logs, collapse, *callbacks, checkpointing],
@@ -161,7 +175,8 @@ def train(
         )
         last = folder.last_checkpoint
         try:
-            trainer.fit(module, ckpt_path=last if last.exists() else None, weights_only=True)
+            with torch.random.fork_rng(devices=accelerators):
+                trainer.fit(module, ckpt_path=last if last.exists() else None, weights_only=True)
         except SystemExit as exit:  # lightning's answer to Ctrl-C
             if isinstance(exit.__context__, KeyboardInterrupt):
                 raise KeyboardInterrupt from exit
