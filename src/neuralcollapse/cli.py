@@ -101,7 +101,8 @@ def _training_parser(settings: type[RunConfig] | type[CompareConfig], command: s
     for section in reversed(settings.__bases__):
         parser.add_class_arguments(section)
     output = parser.add_argument_group("Output")
-    output.add_argument("--out", type=str | None, help=f"folder to write; by default {_default_out(command, None)}")
+    default = _default_out(command, None) + (", or runs/RECIPE" if settings is RunConfig else "")
+    output.add_argument("--out", type=str | None, help=f"folder to write; by default {default}")
     output.add_argument("--resume", action="store_true", help="go on with the run that the folder holds")
     output.add_argument("--overwrite", action="store_true", help="delete the run that the folder holds")
     # Found in the config.yaml of a run, which can be given as --config; nothing is read from it.
