@@ -7,13 +7,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from neuralcollapse.lab.config import Batches
 from neuralcollapse.lab.samples import stratified_order, subset
+from neuralcollapse.lab.seeds import derived_seed
 from neuralcollapse.lab.splits import AnySplit, ImageData, StreamedSplit
 
 # Images that the statistics of streamed data are taken from, at most.
@@ -67,7 +67,7 @@ def standardisation(data: ImageData, settings: Batches) -> Standardisation:
         raise ValueError(f"pixel_std must be above 0, got {settings.pixel_std}")
     if mean is None or std is None:
         limit = _STATISTICS_SAMPLES if isinstance(data.train, StreamedSplit) else None
-        indices = subset(data.train.labels.cpu(), torch.arange(len(data.train)), limit)
+        indices = subset(data.train.labels.cpu(), limit)
         batches = data.train.batches(indices.split(_handy_batch_size(data.image_shape)))
         own = Standardisation.of(images for images, _ in batches)
         mean, std = own.mean if mean is None else mean, own.std if std is None else std
@@ -92,8 +92,7 @@ class EpochBatches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         # Drawn on the CPU, so that every device sees the same batches.
-        (state,) = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1)
-        generator = torch.Generator().manual_seed(int(state))
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
         labels = self.split.labels.cpu()
         stratified = self.settings.stratified
         order = stratified_order(labels, generator) if stratified else torch.randperm(len(labels), generator=generator)

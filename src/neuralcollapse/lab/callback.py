@@ -13,10 +13,41 @@ from torch import nn
 from neuralcollapse.lab.runs import write_whole
 from neuralcollapse.metrics import measure
 
-COLUMNS = ("epoch", "split", "metric", "value")
+COLUMNS = ["epoch", "split", "metric", "value"]
 
 
-class CollapseCallback(Callback):
+class TableCallback(Callback):
+    """Rows gathered during training, written to a CSV file and kept in checkpoints, so that a resumed run goes on.
+
+    Args:
+        path: The file; None for none.
+        columns: Names of what is in a row, where rows do not name it themselves.
+
+    Attributes:
+        rows: What was gathered so far.
+    """
+
+    def __init__(self, path: Path | None, columns: list[str] | None = None) -> None:
+        self.path = path
+        self.columns = columns
+        self.rows: list[Any] = []
+
+    def write(self, trainer: Trainer) -> None:
+        """Write all rows so far."""
+        if self.path is not None and trainer.is_global_zero:
+            table = pd.DataFrame(self.rows, columns=self.columns)
+            write_whole(self.path, lambda path: table.to_csv(path, index=False, na_rep="nan"))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the rows of a checkpoint."""
+        self.rows = list(state_dict["rows"])
+
+
+class CollapseCallback(TableCallback):
     """Measures a model on loaders after epochs of training, in evaluation mode and without targets.
 
     What is measured is logged as ``SPLIT/METRIC`` and written to a table. The table is part of the checkpoints, so
@@ -55,12 +86,11 @@ class CollapseCallback(Callback):
             raise ValueError("loaders must name at least one split")
         if every_n_epochs < 1:
             raise ValueError(f"every_n_epochs must be at least 1, got {every_n_epochs}")
+        super().__init__(csv, COLUMNS)
         self.loaders = dict(loaders)
         self.every_n_epochs = every_n_epochs
-        self.csv = csv
         self.classifier = classifier
         self.options: dict[str, Any] = {"progress": False} | options
-        self.rows: list[tuple[int, str, str, float]] = []
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure, log and write."""
@@ -70,17 +100,7 @@ class CollapseCallback(Callback):
         for split, metrics in self._measure(pl_module).items():
             self.rows += [(epoch, split, name, value) for name, value in metrics.items()]
             pl_module.log_dict({f"{split}/{name}": value for name, value in metrics.items()}, rank_zero_only=True)
-        if self.csv is not None and trainer.is_global_zero:
-            table = pd.DataFrame(self.rows, columns=list(COLUMNS))
-            write_whole(self.csv, lambda path: table.to_csv(path, index=False, na_rep="nan"))
-
-    def state_dict(self) -> dict[str, Any]:
-        """The rows."""
-        return {"rows": self.rows}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the rows of a checkpoint."""
-        self.rows = list(state_dict["rows"])
+        self.write(trainer)
 
     def _measure(self, model: nn.Module) -> dict[str, dict[str, float]]:
         train_moments, found = None, {}

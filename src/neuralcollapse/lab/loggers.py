@@ -41,3 +41,10 @@ def build_loggers(names: Sequence[str], folder: RunFolder) -> list[Logger]:
         "wandb": lambda: WandbLogger(project="neuralcollapse", name=folder.path.name, save_dir=folder.path),
     }
     return [makers[name]() for name in names]
+
+
+def finish_loggers(loggers: Sequence[Logger]) -> None:
+    """End what they log to: else W&B's would go on with the next run of this process."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()

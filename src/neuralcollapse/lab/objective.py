@@ -25,12 +25,6 @@ def batch_loss(config: Optimisation, logits: Tensor, targets: Tensor) -> Tensor:
     return functional.cross_entropy(logits, targets, label_smoothing=config.label_smoothing)
 
 
-def optimiser_weight_decay(config: Optimisation) -> float:
-    """The decay that the optimiser itself applies: none where it is part of the loss."""
-    inside = config.feature_decay is not None or config.optimizer in ("lbfgs", "agd")
-    return 0.0 if inside else config.weight_decay
-
-
 def penalty(config: Optimisation, model: AttachedHead, features: Tensor) -> Tensor | None:
     """What is added to the loss of a batch, or None.
 

@@ -10,7 +10,6 @@ from torch.optim import lr_scheduler
 from neuralcollapse.heads import AttachedHead, LearnedClassifier, NearestETFClassifier, project_after_step
 from neuralcollapse.lab.agd import AGD
 from neuralcollapse.lab.config import Optimisation
-from neuralcollapse.lab.objective import optimiser_weight_decay
 
 
 def build_optimizer(config: Optimisation, model: AttachedHead) -> torch.optim.Optimizer:
@@ -49,7 +48,9 @@ def _optimizer(config: Optimisation, model: AttachedHead) -> torch.optim.Optimiz
             history_size=config.lbfgs_history,
             line_search_fn="strong_wolfe",
         )
-    rates: dict[str, Any] = {"lr": config.lr, "weight_decay": optimiser_weight_decay(config)}
+    # With a feature decay, the weight decay is part of the loss.
+    weight_decay = config.weight_decay if config.feature_decay is None else 0.0
+    rates: dict[str, Any] = {"lr": config.lr, "weight_decay": weight_decay}
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, momentum=config.momentum, **rates)
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](parameters, **rates)
@@ -73,7 +74,7 @@ def build_schedule(
     if config.schedule == "step":
         return lr_scheduler.StepLR(optimizer, config.step_epochs * batches, config.lr_factor)
     if config.schedule == "multistep":
-        milestones = [epoch * batches for epoch in resolved_milestones(config)]
+        milestones = [epoch * batches for epoch in _milestones(config)]
         return lr_scheduler.MultiStepLR(optimizer, milestones, config.lr_factor)
     if config.schedule == "one-cycle":
         # Momentum stays, as the settings say.
@@ -81,7 +82,7 @@ def build_schedule(
     return lr_scheduler.ConstantLR(optimizer, factor=1.0)
 
 
-def resolved_milestones(config: Optimisation) -> list[int]:
+def _milestones(config: Optimisation) -> list[int]:
     """Epochs after which `multistep` multiplies the rate: one and two thirds of them, if the settings name none."""
     if config.milestones is not None:
         return config.milestones

@@ -8,35 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from neuralcollapse.lab.agd import AGD
-from neuralcollapse.lab.runs import RunFolder, write_whole
-
-
-class TableCallback(Callback):
-    """Rows gathered during training, written to a CSV file and kept in checkpoints, so that a resumed run goes on."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows: list[dict[str, Any]] = []
-
-    def write(self) -> None:
-        """Write all rows so far."""
-        table = pd.DataFrame(self.rows)
-        write_whole(self.path, lambda path: table.to_csv(path, index=False))
-
-    def state_dict(self) -> dict[str, Any]:
-        """The rows."""
-        return {"rows": self.rows}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the rows of a checkpoint."""
-        self.rows = list(state_dict["rows"])
+from neuralcollapse.lab.callback import TableCallback
+from neuralcollapse.lab.runs import RunFolder
 
 
 class TrainingLog(TableCallback):
@@ -77,7 +56,7 @@ class TrainingLog(TableCallback):
         else:
             figures["lr"] = self._rate
         self.rows.append({"epoch": epoch, "seconds": seconds} | figures)
-        self.write()
+        self.write(trainer)
 
 
 class GradientLog(TableCallback):
@@ -98,7 +77,7 @@ class GradientLog(TableCallback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write."""
-        self.write()
+        self.write(trainer)
 
 
 class Checkpointing(Callback):

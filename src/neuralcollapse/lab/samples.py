@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from neuralcollapse.lab.config import Data
+from neuralcollapse.lab.seeds import derived_seed
 
 # Parts of a data set are drawn with this seed, so that which images they hold never changes.
 _PART_SEED = 0
@@ -60,7 +60,7 @@ def choose_train(source: Samples, num_classes: int, config: Data) -> Samples:
         samples = samples.take(first_of_each_class(samples.labels, config.samples_per_class))
     if config.imbalance != "none":
         samples = samples.take(long_tail(samples.labels, num_classes, config))
-    samples = samples.take(subset(samples.labels, torch.arange(len(samples)), config.train_samples))
+    samples = samples.take(subset(samples.labels, config.train_samples))
     labels = samples.labels
     if config.random_labels:
         labels = labels[torch.randperm(len(labels), generator=_generator(config.data_seed, "random labels"))]
@@ -72,7 +72,7 @@ def choose_train(source: Samples, num_classes: int, config: Data) -> Samples:
 def choose_test(source: Samples, num_classes: int, config: Data) -> Samples:
     """The samples to test on, out of those of the test split; their labels are always the true ones."""
     samples = _side_by_side(source, num_classes, config, config.test_samples, "test")
-    return samples.take(subset(samples.labels, torch.arange(len(samples)), config.test_samples))
+    return samples.take(subset(samples.labels, config.test_samples))
 
 
 def stratified_order(labels: Tensor, generator: torch.Generator) -> Tensor:
@@ -93,12 +93,11 @@ def hold_out(labels: Tensor, share: float = 0.2) -> tuple[Tensor, Tensor]:
     return order[held_out:].sort().values, order[:held_out].sort().values
 
 
-def subset(labels: Tensor, indices: Tensor, limit: int | None) -> Tensor:
-    """At most ``limit`` of the indices, every class in proportion."""
-    if limit is None or limit >= len(indices):
-        return indices
-    order = stratified_order(labels[indices], torch.Generator().manual_seed(_PART_SEED))
-    return indices[order[:limit].sort().values]
+def subset(labels: Tensor, limit: int | None) -> Tensor:
+    """Indices of at most ``limit`` samples, every class in proportion."""
+    if limit is None or limit >= len(labels):
+        return torch.arange(len(labels))
+    return stratified_order(labels, torch.Generator().manual_seed(_PART_SEED))[:limit].sort().values
 
 
 def first_of_each_class(labels: Tensor, number: int) -> Tensor:
@@ -153,5 +152,4 @@ def _rank_in_class(labels: Tensor) -> Tensor:
 
 def _generator(seed: int, purpose: str) -> torch.Generator:
     """A generator of its own for each purpose, so that asking for one thing more changes nothing else."""
-    (state,) = np.random.SeedSequence([seed, *purpose.encode()]).generate_state(1)
-    return torch.Generator().manual_seed(int(state))
+    return torch.Generator().manual_seed(derived_seed(seed, *purpose.encode()))

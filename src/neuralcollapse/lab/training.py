@@ -9,22 +9,21 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from neuralcollapse.heads import AttachedHead, Head
 from neuralcollapse.lab.batches import EpochBatches, EvaluationBatches, batch_shape
 from neuralcollapse.lab.callback import CollapseCallback
 from neuralcollapse.lab.config import RunConfig
-from neuralcollapse.lab.loggers import build_loggers
+from neuralcollapse.lab.loggers import build_loggers, finish_loggers
 from neuralcollapse.lab.models import build_model
 from neuralcollapse.lab.objective import batch_loss, penalty
 from neuralcollapse.lab.optimizers import build_optimizer, build_schedule
 from neuralcollapse.lab.recording import Checkpointing, GradientLog, TrainingLog
 from neuralcollapse.lab.runs import RunFolder, WholeCheckpoints
+from neuralcollapse.lab.seeds import derived_seed
 from neuralcollapse.lab.splits import ImageData
 from neuralcollapse.metrics import ClassMoments
 from neuralcollapse.metrics.nc3 import alignment
@@ -71,18 +70,15 @@ class ClassifierTraining(LightningModule):
         loss = batch_loss(self.config, logits, targets)
         penalties = penalty(self.config, self.model, features)
         loss = loss if penalties is None else loss + penalties
-        if (
-            self.current_epoch,
-            batch_index,
-        ) != self._logged:  # L-BFGS tries several points for a batch: the first counts
-            self._logged = (self.current_epoch, batch_index)
+        place = (self.current_epoch, batch_index)
+        if place != self._logged:  # L-BFGS tries several points for a batch: the first counts
+            self._logged = place
             self.log_dict(self._figures(loss, logits, features, targets), on_step=False, on_epoch=True)
         return loss
 
     def on_train_epoch_start(self) -> None:
         """Make what the network draws, as dropout does, follow from the seed and the epoch alone."""
-        (state,) = np.random.SeedSequence([self.config.seed, self.current_epoch, 1]).generate_state(1)
-        torch.manual_seed(int(state))
+        torch.manual_seed(derived_seed(self.config.seed, self.current_epoch, 1))
 
     def configure_optimizers(self) -> Any:
         """The optimiser and its schedule, by the step."""
@@ -189,9 +185,7 @@ def train(
                 f"{data.image_shape} need: give the data that the run began with"
             ) from error
         finally:
-            for logger in loggers:
-                if isinstance(logger, WandbLogger):
-                    logger.experiment.finish()  # else the next run of this process would go on with it
+            finish_loggers(loggers)
 
 
 @contextmanager
