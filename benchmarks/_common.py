@@ -49,6 +49,11 @@ def write(name: str, rows: list[dict[str, Any]], *packages: str) -> Path:
     return path
 
 
+def data_root() -> Path:
+    """The folder of real data sets: NEURALCOLLAPSE_DATA, else ../shared/data."""
+    return Path(os.environ.get("NEURALCOLLAPSE_DATA") or Path(__file__).parents[2] / "shared" / "data")
+
+
 def medians(functions: dict[str, Callable[[], Any]], *, repeats: int) -> dict[str, float]:
     """Median seconds of each function, the functions interleaved after one untimed round."""
     times: dict[str, list[float]] = {name: [] for name in functions}

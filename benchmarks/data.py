@@ -9,7 +9,6 @@ as PNGs.
 from __future__ import annotations
 
 import io
-import os
 import random
 import statistics
 import tempfile
@@ -21,7 +20,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from _common import write
+from _common import data_root, write
 from kornia import augmentation as kornia
 from PIL import Image
 from torch import Tensor, nn
@@ -79,9 +78,8 @@ class Augmented:
 
 def save_pngs(folder: Path) -> tuple[list[bytes], list[int]]:
     """The first images of CIFAR-10's train split as a Parquet file of PNGs, and these themselves."""
-    places = [os.environ.get("NEURALCOLLAPSE_DATA"), Path(__file__).parents[2] / "shared" / "data"]
-    root = next(Path(place) for place in places if place and Path(place).is_dir())
-    rows = datasets.load_dataset("parquet", data_files=str(root / "cifar10" / "train-*.parquet"), split="train")
+    files = str(data_root() / "cifar10" / "train-*.parquet")
+    rows = datasets.load_dataset("parquet", data_files=files, split="train")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
     pngs, labels = [], rows["label"][:IMAGES]
     image_column = next(name for name in rows.features if name != "label")

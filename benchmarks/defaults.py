@@ -8,14 +8,12 @@ never sees, in evaluation mode. MNIST is read from NEURALCOLLAPSE_DATA, else ../
 from __future__ import annotations
 
 import itertools
-import os
 import statistics
-from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
-from _common import write
+from _common import data_root, write
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy
@@ -39,8 +37,7 @@ def digits() -> tuple[Split, Split]:
 
 def two_digit_mnist() -> tuple[Split, Split]:
     """K = 100: 20,000 pairs to train on, 5,000 of other digits to validate, all of MNIST's training split."""
-    root = Path(os.environ.get("NEURALCOLLAPSE_DATA", Path(__file__).parents[2] / "shared" / "data"))
-    rows = datasets.load_dataset(str(root / "mnist"), split="train[:25000]")
+    rows = datasets.load_dataset(str(data_root() / "mnist"), split="train[:25000]")
     column = "image" if "image" in rows.features else "img"
     images = torch.from_numpy(np.stack([np.asarray(image) for image in rows[column]])).float().unsqueeze(1) / 255
     images, labels = avg_pool2d(images, 2), torch.tensor(rows["label"])

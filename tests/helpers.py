@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -27,9 +24,13 @@ def simplex_gram(num_classes: int) -> Tensor:
     return gram.fill_diagonal_(1)
 
 
-def data_folder(name: str) -> Path:
-    """The folder of a real data set, or a skip that says why."""
-    root = Path(os.environ.get("NEURALCOLLAPSE_DATA", Path(__file__).parents[2] / "shared" / "data"))
-    if not (root / name).is_dir():
-        pytest.skip(f"no folder {name!r} in NEURALCOLLAPSE_DATA or ../shared/data")
-    return root / name
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that the command ends with when the arguments are wrong."""
+    from neuralcollapse.cli import main
+
+    assert main(arguments) == 2
+    lines = capsys.readouterr().err.strip().split("\n")
+    line = lines[-1].split("\r")[-1]
+    assert line.startswith("neuralcollapse: error: ")
+    assert not any("Traceback" in line or "error" in line for line in lines[:-1])
+    return line.removeprefix("neuralcollapse: error: ")

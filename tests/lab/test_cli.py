@@ -8,19 +8,10 @@ import pytest
 import yaml
 from PIL import Image
 
+from helpers import error_of
 from neuralcollapse.cli import main
 
 COMMAND = [sys.executable, "-c", "import sys; from neuralcollapse.cli import main; sys.exit(main())"]
-
-
-def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line that the command ends with when the arguments are wrong."""
-    assert main(arguments) == 2
-    lines = capsys.readouterr().err.strip().split("\n")
-    line = lines[-1].split("\r")[-1]
-    assert line.startswith("neuralcollapse: error: ")
-    assert not any("Traceback" in line or "error" in line for line in lines[:-1])
-    return line.removeprefix("neuralcollapse: error: ")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from helpers import error_of
 from neuralcollapse.cli import main
 from neuralcollapse.lab.recipes import recipe_names, recipe_path
 
@@ -27,13 +28,6 @@ def shown_config(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
         main(["train", *arguments, "--print_config"])
     assert exit.value.code in (0, None)
     return yaml.safe_load(capsys.readouterr().out)
-
-
-def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    assert main(arguments) == 2
-    line = capsys.readouterr().err.strip().split("\n")[-1].split("\r")[-1]
-    assert line.startswith("neuralcollapse: error: ")
-    return line.removeprefix("neuralcollapse: error: ")
 
 
 def test_a_run_writes_its_folder_and_says_so(tmp_path, capsys):
