@@ -27,7 +27,7 @@ from neuralcollapse.metrics.nc5 import nc5_ood
 from neuralcollapse.metrics.statistics import ClassStatistics, class_statistics
 
 if TYPE_CHECKING:
-    from neuralcollapse.metrics.collapse import NeuralCollapse
+    from neuralcollapse.metrics.metric import NeuralCollapse
 
 __all__ = [
     "ClassMoments",
@@ -65,7 +65,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "NeuralCollapse":
-        from neuralcollapse.metrics.collapse import NeuralCollapse
+        from neuralcollapse.metrics.metric import NeuralCollapse
 
         return NeuralCollapse
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
