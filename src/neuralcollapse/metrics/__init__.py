@@ -7,8 +7,8 @@ seconds to import.
 from typing import TYPE_CHECKING, Any
 
 from neuralcollapse.metrics.distances import etf_distances
-from neuralcollapse.metrics.from_moments import collapse_metrics
-from neuralcollapse.metrics.measure import Measurement, measure
+from neuralcollapse.metrics.collapse import collapse_metrics
+from neuralcollapse.metrics.measuring import Measurement, measure
 from neuralcollapse.metrics.moments import ClassMoments
 from neuralcollapse.metrics.nc1 import nc1_cdnv, nc1_numerical_rank, nc1_pinv, nc1_quotient, nc1_vci
 from neuralcollapse.metrics.nc2 import (

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from neuralcollapse.classifier import is_classifier
-from neuralcollapse.metrics.from_moments import collapse_metrics
+from neuralcollapse.metrics.collapse import collapse_metrics
 from neuralcollapse.metrics.moments import ClassMoments, Workspace
 from neuralcollapse.metrics.statistics import Center
 

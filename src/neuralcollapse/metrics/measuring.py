@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from neuralcollapse.classifier import resolve_classifier
 from neuralcollapse.metrics.cache import FeatureCache
-from neuralcollapse.metrics.from_moments import collapse_metrics
+from neuralcollapse.metrics.collapse import collapse_metrics
 from neuralcollapse.metrics.model_run import ModelRun, Outputs, Pooling, Unpack, evaluation_mode, unpack_pair
 from neuralcollapse.metrics.moments import ClassMoments
 from neuralcollapse.metrics.nc2 import cos_margins
