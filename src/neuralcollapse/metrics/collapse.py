@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from neuralcollapse._checks import check_finite, check_floating
-from neuralcollapse.metrics import nc1, nc2, nc3, nc4, nc5
+from neuralcollapse.metrics import nc0, nc1, nc2, nc3, nc4, nc5
+from neuralcollapse.metrics.catalogue import in_order
+from neuralcollapse.metrics.features import feature_norm, rank_me
 from neuralcollapse.metrics.moments import ClassMoments
 from neuralcollapse.metrics.pairs import PairStatistics, pair_statistics
 from neuralcollapse.metrics.statistics import Center, class_statistics
@@ -20,6 +22,7 @@ def collapse_metrics(
     *,
     center: Center = "samples",
     min_samples: int = 1,
+    max_samples: int | None = None,
     ood_mean: Tensor | None = None,
     pairwise: bool = True,
 ) -> dict[str, float]:
@@ -27,9 +30,9 @@ def collapse_metrics(
 
     What each is, and where it comes from, is said at the function of its name. Metrics of the classifier are there
     when ``weight`` is given, ``nc5_ood`` when ``ood_mean`` is, ``nc1_numerical_rank`` when the moments keep
-    per-class scatter. ``nc1_pinv`` and ``nc1_vci`` are missing when ``min_samples`` leaves out classes whose
-    scatter the moments have pooled with the others' (none that has one sample only, and none at all with
-    ``ClassMoments(..., class_scatter=True)``).
+    per-class scatter. ``nc1_pinv``, ``nc1_vci`` and ``rank_me`` are missing when ``min_samples`` or ``max_samples``
+    leaves out classes whose scatter the moments have pooled with the others' (none that has one sample only, and none
+    at all with ``ClassMoments(..., class_scatter=True)``).
 
     Args:
         moments: The moments of the features that the weight multiplies.
@@ -38,14 +41,16 @@ def collapse_metrics(
         center: ``"samples"``: deviations are taken from the mean of all samples; ``"classes"``: from the mean of
             the class means, with which an exact ETF measures 0 on unbalanced data too.
         min_samples: Classes with fewer samples are left out everywhere; 0 makes an absent class an error.
+        max_samples: Classes with more samples are left out everywhere.
         ood_mean: (d,) mean feature of out-of-distribution data.
         pairwise: Include the metrics over all pairs of classes, O(K² d).
 
     Returns:
-        Name to value, in the order NC1 to NC5.
+        Name to value, in the order of `neuralcollapse.metrics.catalogue.METRICS`.
 
     Raises:
-        ValueError: Fewer than two classes measured, or an argument of another shape than the moments'.
+        ValueError: Fewer than two classes measured, or an argument of another shape than the moments' or of another
+            type.
 
     Example:
         >>> features = torch.tensor([[1.0, 0.1], [1, -0.1], [-1, 0.1], [-1, -0.1]])
@@ -55,11 +60,11 @@ def collapse_metrics(
         >>> print(f"{metrics['nc1_quotient']:.4f} {metrics['nc3_duality']:.4f}")
         0.0100 0.0000
     """
+    measured = class_statistics(moments, center=center, min_samples=min_samples, max_samples=max_samples)
     num_classes, feature_dim = moments.means.shape
     weight = _like_state("weight", weight, (num_classes, feature_dim), moments)
     bias = _like_state("bias", bias, (num_classes,), moments)
     ood_mean = _like_state("ood_mean", ood_mean, (feature_dim,), moments)
-    measured = class_statistics(moments, center=center, min_samples=min_samples)
     means, variances = measured.centred_means, measured.within_class_variances
     if weight is not None and len(measured.classes) < num_classes:
         weight = weight[measured.classes]
@@ -70,17 +75,20 @@ def collapse_metrics(
         spectrum = nc1.BetweenClassSpectrum.of(means)
         values["nc1_pinv"] = nc1.nc1_pinv(measured.within_class_covariance, means, spectrum=spectrum)
         values["nc1_vci"] = nc1.nc1_vci(measured.within_class_covariance, means, spectrum=spectrum)
+        values["rank_me"] = rank_me(measured.within_class_covariance, measured.class_means, measured.counts)
     within_class_trace = variances @ measured.counts.double() / measured.counts.sum()
     values["nc1_quotient"] = nc1.nc1_quotient(within_class_trace, means)
     if measured.class_scatter is not None:
         values["nc1_numerical_rank"] = nc1.nc1_numerical_rank(
             measured.class_scatter, measured.class_means, measured.counts
         )
+    values["feature_norm"] = feature_norm(measured.class_means, variances, measured.counts)
     values["nc2_etf_means"] = nc2.nc2_etf(means)
     values["nc2_equinorm_means"] = nc2.nc2_equinorm(means)
     if pairwise:
         values |= _pairwise_of_means(means, variances)
     if weight is not None:
+        values["nc0_weight_sum"] = nc0.nc0_weight_sum(weight)
         values["nc2_etf_weights"] = nc2.nc2_etf(weight)
         values["nc2_equinorm_weights"] = nc2.nc2_equinorm(weight)
         values["nc2_equinorm_difference"] = nc2.nc2_equinorm_difference(means, weight)
@@ -94,12 +102,11 @@ def collapse_metrics(
     if ood_mean is not None:
         values["nc5_ood"] = nc5.nc5_ood(measured.class_means, ood_mean)
     # One copy from the device, not one for each metric.
-    return dict(
-        sorted(zip(values, torch.stack(list(values.values())).tolist(), strict=True), key=lambda item: item[0][:3])
-    )
+    return in_order(dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True)))
 
 
 _ANGLES = {"equiangular": nc2.cosines, "max_angle": nc2.distance_to_max_angle}
+_KERNELS = {kernel: nc2.hyperspherical_kernel(kernel) for kernel in nc2.HYPERSPHERICAL_KERNELS}
 
 
 def _angles(statistics: dict[str, PairStatistics], suffix: str) -> dict[str, Tensor]:
@@ -112,10 +119,10 @@ def _angles(statistics: dict[str, PairStatistics], suffix: str) -> dict[str, Ten
 
 def _pairwise_of_means(means: Tensor, variances: Tensor) -> dict[str, Tensor]:
     """All that needs the pairs of class means, in one pass over them."""
-    functions = {"cdnv": nc1.cdnv_of_pairs(variances), **_ANGLES, **nc2.HYPERSPHERICAL_KERNELS}
+    functions = {"cdnv": nc1.cdnv_of_pairs(variances), **_ANGLES, **_KERNELS}
     statistics = pair_statistics(means, functions)
     values = {"nc1_cdnv": statistics["cdnv"].mean} | _angles(statistics, "means")
-    for kernel in nc2.HYPERSPHERICAL_KERNELS:
+    for kernel in _KERNELS:
         values[f"nc2_hyperspherical_{kernel}_mean"] = statistics[kernel].mean
         values[f"nc2_hyperspherical_{kernel}_variance"] = statistics[kernel].variance
     return values

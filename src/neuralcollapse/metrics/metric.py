@@ -48,6 +48,7 @@ class NeuralCollapse(Metric):
             waits for the device.
         center: As for `collapse_metrics`.
         min_samples: As for `collapse_metrics`.
+        max_samples: As for `collapse_metrics`.
         pairwise: As for `collapse_metrics`.
         **kwargs: Those of every ``torchmetrics.Metric``.
 
@@ -83,6 +84,7 @@ class NeuralCollapse(Metric):
         check_values: bool = True,
         center: Center = "samples",
         min_samples: int = 1,
+        max_samples: int | None = None,
         pairwise: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -106,7 +108,12 @@ class NeuralCollapse(Metric):
         self._workspace = Workspace()
         self.ignore_index = ignore_index
         self.check_values = check_values
-        self._options: dict[str, Any] = {"center": center, "min_samples": min_samples, "pairwise": pairwise}
+        self._options: dict[str, Any] = {
+            "center": center,
+            "min_samples": min_samples,
+            "max_samples": max_samples,
+            "pairwise": pairwise,
+        }
 
     @property
     def moments(self) -> ClassMoments:

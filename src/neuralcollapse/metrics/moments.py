@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from neuralcollapse._checks import check_at_least, check_finite, check_floating, check_targets
+from neuralcollapse.metrics.doors import check_device
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class ClassMoments:
         num_batches: Updates so far.
 
     Raises:
-        ValueError: ``num_classes`` under 2, ``feature_dim`` under 1, or an unknown dtype.
+        ValueError: ``num_classes`` under 2, ``feature_dim`` under 1, or an unknown dtype or device.
 
     Example:
         >>> moments = ClassMoments(num_classes=2, feature_dim=3)
@@ -97,6 +98,7 @@ class ClassMoments:
         check_at_least("feature_dim", feature_dim, 1)
         if dtype not in (torch.float64, torch.float32, "mixed"):
             raise ValueError(f"dtype must be torch.float64, torch.float32 or 'mixed', got {dtype!r}")
+        check_device(device)
         self.dtype = dtype
         if class_scatter:
             needed = self.required_bytes(num_classes, feature_dim, dtype=dtype, class_scatter=True)
@@ -226,8 +228,9 @@ class ClassMoments:
         check_floating("features", features)
         if features.ndim < 2 or features.shape[-1] != self.feature_dim:
             raise ValueError(f"features must be of shape (N, {self.feature_dim}), got {tuple(features.shape)}")
-        if targets.shape != features.shape[:-1]:
-            raise ValueError(f"targets must be of shape {tuple(features.shape[:-1])}, got {tuple(targets.shape)}")
+        if not isinstance(targets, Tensor) or targets.shape != features.shape[:-1]:
+            got = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
+            raise ValueError(f"targets must be a tensor of shape {tuple(features.shape[:-1])}, got {got}")
         features = features.reshape(-1, self.feature_dim).to(self.device)
         targets = targets.reshape(-1).to(self.device)
         if ignore_index is not None:
@@ -295,6 +298,8 @@ class ClassMoments:
         Raises:
             ValueError: ``other`` has another K or d, or only one of the two keeps per-class scatter.
         """
+        if not isinstance(other, ClassMoments):
+            raise ValueError(f"other must be ClassMoments, got {type(other).__name__}")
         if other.means.shape != self.means.shape:
             raise ValueError(
                 f"other must have K, d = {tuple(self.means.shape)} as these moments do, got {tuple(other.means.shape)}"
