@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from neuralcollapse.metrics.nc3 import alignment, nc3_distance, nc3_duality, nc3_uniform, nc3_uniform_cos
     from neuralcollapse.metrics.nc4 import nc4_bias, nc4_ncc_mismatch, nearest_class_mean
     from neuralcollapse.metrics.nc5 import nc5_ood
+    from neuralcollapse.metrics.per_class import ClassValues, class_values, pair_matrices
     from neuralcollapse.metrics.statistics import ClassStatistics, class_statistics
 
 _HOMES = {
@@ -53,6 +54,7 @@ _HOMES = {
     "nc3": ["alignment", "nc3_distance", "nc3_duality", "nc3_uniform", "nc3_uniform_cos"],
     "nc4": ["nc4_bias", "nc4_ncc_mismatch", "nearest_class_mean"],
     "nc5": ["nc5_ood"],
+    "per_class": ["ClassValues", "class_values", "pair_matrices"],
     "statistics": ["ClassStatistics", "class_statistics"],
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -60,10 +62,12 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "ClassMoments",
     "ClassStatistics",
+    "ClassValues",
     "Measurement",
     "NeuralCollapse",
     "alignment",
     "class_statistics",
+    "class_values",
     "collapse_metrics",
     "cos_margins",
     "etf_distances",
@@ -90,6 +94,7 @@ __all__ = [
     "nc4_ncc_mismatch",
     "nc5_ood",
     "nearest_class_mean",
+    "pair_matrices",
     "rank_me",
 ]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from neuralcollapse._checks import check_at_least, check_finite, check_floating, check_targets
-from neuralcollapse.metrics.doors import check_device
+from neuralcollapse.metrics.doors import check_device, check_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -201,6 +201,41 @@ class ClassMoments:
         moved = ClassMoments.from_state({k: v.to(device) for k, v in self.state.items()}, dtype=self.dtype)
         moved.num_batches = self.num_batches
         return moved
+
+    @torch.no_grad()
+    def about(self, means: Tensor) -> ClassMoments:
+        """The same samples, with their scatter and traces taken about other class means than their own.
+
+        A test split about the train split's means, ``test.about(train.means)``, is what some publications measure.
+        S + Σ_k n_k Δ_kΔ_kᵀ and t_k + n_k‖Δ_k‖² with Δ = M − means are exact; the result's means are the given ones.
+
+        Args:
+            means: (K, d) finite.
+
+        Returns:
+            New moments, without per-class scatter, to be measured but not updated.
+
+        Raises:
+            ValueError: ``means`` of another shape or type, or not finite.
+
+        Example:
+            >>> moments = ClassMoments(num_classes=2, feature_dim=1)
+            >>> moments.update(torch.tensor([[1.0], [3], [5]]), torch.tensor([0, 0, 1]))
+            >>> moments.about(torch.tensor([[0.0], [5]])).within_class_trace
+            tensor([10.,  0.], dtype=torch.float64)
+        """
+        check_shapes(moments=(self.means, "K d"), means=(means, "K d"))
+        check_finite("means", means)
+        means = means.to(self.means)
+        counts, difference = self.counts.to(means.dtype), self.means - means
+        weighted = counts.sqrt()[:, None] * difference
+        state = {
+            "counts": self.counts.clone(),
+            "means": means.clone(),
+            "within_class_scatter": self.within_class_scatter + weighted.T @ weighted,
+            "within_class_trace": self.within_class_trace + counts * difference.square().sum(dim=1),
+        }
+        return ClassMoments.from_state(state, dtype=self.dtype)
 
     def reset(self) -> None:
         """Forget everything."""
