@@ -25,7 +25,8 @@ ALLOWED = {  # folder or module -> what it may import of the package
 }
 GROUND = {"config", "settings", "seeds", "recipes", "experiments"}
 LAB = {  # room or module of lab -> what it may import of the others
-    "config": {"settings"},
+    "config": {"settings", "conditions"},
+    "conditions": {"settings"},
     "settings": set(),
     "seeds": set(),
     "recipes": {"settings"},

@@ -168,6 +168,8 @@ def _records(module: ClassifierTraining, folder: RunFolder) -> list[Callback]:
     collapse = CollapseCallback(
         module.evaluation,
         every_n_epochs=module.config.measure_every,
+        first_epoch=module.config.measure_from,
+        last_epoch=module.config.measure_last is not False,
         csv=folder.metrics,
         classifier=module.head,
         class_scatter=ClassMoments.required_bytes(*weight.shape, class_scatter=True) <= _CLASS_SCATTER_BYTES,
