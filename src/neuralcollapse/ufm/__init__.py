@@ -10,6 +10,7 @@ from neuralcollapse.ufm.landscape import CriticalPoint, Escape, classify_critica
 from neuralcollapse.ufm.model import UnconstrainedFeatures
 from neuralcollapse.ufm.optimum import GlobalOptimum, decay_strength, global_optimum
 from neuralcollapse.ufm.saddles import origin_curvature, symmetric_saddle
+from neuralcollapse.ufm.training import Snapshot, measure_free_features, train_free_features
 
 __all__ = [
     "CriticalPoint",
@@ -17,6 +18,7 @@ __all__ = [
     "Escape",
     "GlobalOptimum",
     "HessianExtremes",
+    "Snapshot",
     "UnconstrainedFeatures",
     "classify_critical_point",
     "decay_strength",
@@ -24,7 +26,9 @@ __all__ = [
     "global_optimum",
     "hessian_extremes",
     "known_optimum",
+    "measure_free_features",
     "minimize",
     "origin_curvature",
     "symmetric_saddle",
+    "train_free_features",
 ]
