@@ -68,7 +68,7 @@ def test_decayed_free_features_trained_by_sgd_reach_the_closed_form():
     torch.manual_seed(0)
     model = UnconstrainedFeatures(3, 2, 5, LearnedClassifier(5, 3), generator=generator(), **decay).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
-    for _ in train_free_features(model, optimizer, 3000, ()):
+    for _ in train_free_features(model, optimizer, 1000, ()):
         pass
     assert float(model.objective().detach()) == pytest.approx(global_optimum(3, 2, **decay).loss, rel=1e-8)
 
