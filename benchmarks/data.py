@@ -26,10 +26,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from neuralcollapse.lab.batches import EpochBatches, Standardisation, standardisation
 from neuralcollapse.lab.config import Batches, Data
-from neuralcollapse.lab.data import load_data
-from neuralcollapse.lab.splits import AnySplit
+from neuralcollapse.lab.data.batches import EpochBatches, Standardisation, standardisation
+from neuralcollapse.lab.data.loading import load_data
+from neuralcollapse.lab.data.splits import AnySplit
 
 BATCH, WORKERS, IMAGES, REPEATS = 128, 2, 20_000, 5
 SETTINGS: dict[str, dict[str, Any]] = {

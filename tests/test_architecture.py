@@ -23,6 +23,21 @@ ALLOWED = {  # folder or module -> what it may import of the package
     "cli": {"lab"},
     "__init__": {"geometry", "classifier", "heads", "metrics"},
 }
+GROUND = {"config", "settings", "seeds", "recipes", "experiments"}
+LAB = {  # room or module of lab -> what it may import of the others
+    "config": {"settings"},
+    "settings": set(),
+    "seeds": set(),
+    "recipes": set(),
+    "experiments": {"config", "settings", "recipes"},
+    "data": GROUND,
+    "models": GROUND,
+    "results": GROUND,
+    "training": GROUND | {"data", "models", "results"},
+    "figures": GROUND | {"results"},
+    "commands": GROUND | {"data", "models", "results", "training", "figures"},
+    "__init__": GROUND | {"data", "models", "results", "training"},
+}
 LAB_ONLY = {"lightning", "datasets", "matplotlib", "pandas", "kornia", "plotly", "sklearn", "jsonargparse", "yaml"}
 HEAVY = (LAB_ONLY | {"torchmetrics", "scipy"}) - {"yaml"}  # torch itself may import yaml
 
@@ -48,6 +63,20 @@ def test_arrows_point_one_way(path):
             assert other == room or other in ALLOWED[room] or other == "__version__", f"{path} imports {name}"
         if room not in ("lab", "cli"):
             assert package not in LAB_ONLY, f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "lab").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_arrows_between_the_rooms_of_the_laboratory_point_one_way(path):
+    room = path.relative_to(ROOT / "lab").parts[0].removesuffix(".py")
+    for name in imports(path):
+        if name.startswith("neuralcollapse.lab."):
+            other = name.split(".")[2]
+            assert other == room or other in LAB[room], f"{path} imports {name}"
+
+
+def test_no_file_of_the_laboratory_needs_a_table_of_contents():
+    for path in (ROOT / "lab").rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 300, path
 
 
 def test_importing_the_package_pulls_in_torch_and_no_more():

@@ -17,7 +17,7 @@ from neuralcollapse.lab.config import CompareConfig, RunConfig
 from neuralcollapse.lab.recipes import recipe_path, recipes_table
 
 if TYPE_CHECKING:
-    from neuralcollapse.lab.report import Report
+    from neuralcollapse.lab.figures.summary import Report
 
 _Config = TypeVar("_Config", RunConfig, CompareConfig)
 _USER_ERROR, _INTERRUPTED = 2, 130
@@ -124,7 +124,9 @@ def _recipes_parser() -> ArgumentParser:
 def _compare(settings: Namespace) -> None:
     config = _config(CompareConfig, settings)
 
-    from neuralcollapse.lab.compare import compare  # takes seconds: not for --help, nor for a mistake in a flag
+    from neuralcollapse.lab.commands.compare import (
+        compare,  # takes seconds: not for --help, nor for a mistake in a flag
+    )
 
     out = Path(settings.out or _default_out("compare", None))
     _print_report(compare(config, out, resume=settings.resume, overwrite=settings.overwrite))
@@ -133,7 +135,7 @@ def _compare(settings: Namespace) -> None:
 def _train(settings: Namespace) -> None:
     config = _config(RunConfig, settings)
 
-    from neuralcollapse.lab.single import train_single
+    from neuralcollapse.lab.commands.train import train_single
 
     out = Path(settings.out or _default_out("train", settings.recipe))
     _print_report(train_single(config, out, resume=settings.resume, overwrite=settings.overwrite))

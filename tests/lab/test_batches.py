@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from helpers import generator
-from neuralcollapse.lab.batches import (
+from neuralcollapse.lab.config import Batches
+from neuralcollapse.lab.data.batches import (
     EpochBatches,
     EvaluationBatches,
     Standardisation,
@@ -16,8 +17,7 @@ from neuralcollapse.lab.batches import (
     rotate,
     standardisation,
 )
-from neuralcollapse.lab.config import Batches
-from neuralcollapse.lab.splits import ImageData, Split
+from neuralcollapse.lab.data.splits import ImageData, Split
 
 
 def images_of(number: int = 20, channels: int = 3, height: int = 7, width: int = 5) -> torch.Tensor:

@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from neuralcollapse.cli import main
-from neuralcollapse.lab.runs import RunFolder
+from neuralcollapse.lab.results.folder import RunFolder
 
 COMMAND = [sys.executable, "-c", "import sys; from neuralcollapse.cli import main; sys.exit(main())", "compare"]
 SMALL = ["--backbone=mlp", "--width=24", "--depth=1", "--train_samples=200", "--test_samples=60", "--batch_size=50"]

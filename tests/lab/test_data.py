@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from neuralcollapse.lab import batches
-from neuralcollapse.lab.batches import EpochBatches, evaluation_batches, standardisation
 from neuralcollapse.lab.config import Batches, Data
-from neuralcollapse.lab.data import load_data
-from neuralcollapse.lab.splits import Split, StreamedSplit
+from neuralcollapse.lab.data import batches
+from neuralcollapse.lab.data.batches import EpochBatches, evaluation_batches, standardisation
+from neuralcollapse.lab.data.loading import load_data
+from neuralcollapse.lab.data.splits import Split, StreamedSplit
 
 
 def load(source: Path | str, **settings):

@@ -8,9 +8,9 @@ from torch import nn
 
 from helpers import generator
 from neuralcollapse.lab.config import RunConfig
-from neuralcollapse.lab.models import build_head, build_model
-from neuralcollapse.lab.objective import batch_loss, penalty
-from neuralcollapse.lab.optimizers import build_optimizer, build_schedule
+from neuralcollapse.lab.models.building import build_head, build_model
+from neuralcollapse.lab.training.objective import batch_loss, penalty
+from neuralcollapse.lab.training.optimizers import build_optimizer, build_schedule
 
 SHAPE = (1, 6, 6)
 

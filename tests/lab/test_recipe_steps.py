@@ -12,12 +12,12 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 
-from neuralcollapse.lab.batches import batch_shape, evaluation_batches
 from neuralcollapse.lab.config import RunConfig
-from neuralcollapse.lab.data import load_data
-from neuralcollapse.lab.models import build_model
+from neuralcollapse.lab.data.batches import batch_shape, evaluation_batches
+from neuralcollapse.lab.data.loading import load_data
+from neuralcollapse.lab.models.building import build_model
 from neuralcollapse.lab.recipes import recipe_names, recipe_path
-from neuralcollapse.lab.training import ClassifierTraining, quiet_lightning
+from neuralcollapse.lab.training.one_run import ClassifierTraining, quiet_lightning
 
 # Of the data sets that are not at hand: height and width of an image, and classes.
 STAND_INS = {"cifar100": (32, 100), "stl10": (96, 10), "imagenet": (256, 1000)}

@@ -5,7 +5,14 @@ import torch
 
 from helpers import generator
 from neuralcollapse.lab.config import Data
-from neuralcollapse.lab.samples import Samples, choose_test, choose_train, count_classes, hold_out, stratified_order
+from neuralcollapse.lab.data.selection import (
+    Samples,
+    choose_test,
+    choose_train,
+    count_classes,
+    hold_out,
+    stratified_order,
+)
 
 
 def source_of(*counts: int) -> Samples:

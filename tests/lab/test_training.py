@@ -11,15 +11,15 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from helpers import generator
 from neuralcollapse import measure
-from neuralcollapse.lab.backbones import build_backbone
-from neuralcollapse.lab.batches import EpochBatches, evaluation_batches
-from neuralcollapse.lab.callback import CollapseCallback
 from neuralcollapse.lab.config import METHODS, Data, Model, RunConfig
-from neuralcollapse.lab.data import load_data
-from neuralcollapse.lab.loggers import check_loggers
-from neuralcollapse.lab.models import build_model, resolve_device
-from neuralcollapse.lab.runs import RunFolder
-from neuralcollapse.lab.training import quiet_lightning, train
+from neuralcollapse.lab.data.batches import EpochBatches, evaluation_batches
+from neuralcollapse.lab.data.loading import load_data
+from neuralcollapse.lab.models.building import build_backbone, build_model
+from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.training.collapse_callback import CollapseCallback
+from neuralcollapse.lab.training.devices import resolve_device
+from neuralcollapse.lab.training.loggers import check_loggers
+from neuralcollapse.lab.training.one_run import quiet_lightning, train
 
 SMALL = {"backbone": "mlp", "width": 24, "depth": 1, "train_samples": 200, "test_samples": 60, "epochs": 2}
 
@@ -265,7 +265,7 @@ def test_two_runs_of_one_process_are_two_runs_of_wandb(tmp_path, monkeypatch):
 
 
 def test_a_logger_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setattr("neuralcollapse.lab.loggers.find_spec", lambda name: None)
+    monkeypatch.setattr("neuralcollapse.lab.training.loggers.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="wandb where it is installed, and it is not: pip install wandb"):
         check_loggers(["wandb"])
 

@@ -6,10 +6,10 @@ import math
 import os
 
 from neuralcollapse.lab.config import Data
-from neuralcollapse.lab.decoding import EncodedSamples, Format, decode, one_size
-from neuralcollapse.lab.samples import choose_test, choose_train, count_classes
-from neuralcollapse.lab.sources import Table, digits, hugging_face
-from neuralcollapse.lab.splits import AnySplit, ImageData, Split, StreamedSplit
+from neuralcollapse.lab.data.decoding import EncodedSamples, Format, decode, one_size
+from neuralcollapse.lab.data.selection import choose_test, choose_train, count_classes
+from neuralcollapse.lab.data.sources import Table, digits, hugging_face
+from neuralcollapse.lab.data.splits import AnySplit, ImageData, Split, StreamedSplit
 
 _MOST_WORKERS = 16
 

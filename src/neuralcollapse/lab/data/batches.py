@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from neuralcollapse.lab.config import Batches
-from neuralcollapse.lab.samples import stratified_order, subset
+from neuralcollapse.lab.data.selection import stratified_order, subset
+from neuralcollapse.lab.data.splits import AnySplit, ImageData, StreamedSplit
 from neuralcollapse.lab.seeds import derived_seed
-from neuralcollapse.lab.splits import AnySplit, ImageData, StreamedSplit
 
 # Images that the statistics of streamed data are taken from, at most.
 _STATISTICS_SAMPLES = 10_000

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from neuralcollapse.lab.config import Data
-from neuralcollapse.lab.decoding import ArrayImages, EncodedImages, Images
-from neuralcollapse.lab.samples import Samples, hold_out
+from neuralcollapse.lab.data.decoding import ArrayImages, EncodedImages, Images
+from neuralcollapse.lab.data.selection import Samples, hold_out
 
 _TEST_SPLITS = ("test", "validation", "valid", "val", "dev")
 

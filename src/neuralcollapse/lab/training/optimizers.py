@@ -8,12 +8,18 @@ import torch
 from torch.optim import lr_scheduler
 
 from neuralcollapse.heads import AttachedHead, LearnedClassifier, NearestETFClassifier, project_after_step
-from neuralcollapse.lab.agd import AGD
-from neuralcollapse.lab.config import Optimisation
+from neuralcollapse.lab.config import Optimisation, RunConfig
+from neuralcollapse.lab.seeds import derived_seed
+from neuralcollapse.lab.training.agd import AGD, orthogonal_start
+
+# Beside a run's seed, this one gives the seed of first weights that the optimiser asks for.
+_START = 2
 
 
-def build_optimizer(config: Optimisation, model: AttachedHead) -> torch.optim.Optimizer:
+def build_optimizer(config: RunConfig, model: AttachedHead) -> torch.optim.Optimizer:
     """The optimiser of all parameters; it keeps the rows of a unit weight at unit norm.
+
+    AGD asks for first weights of its own, which the model is given; they follow from the seed.
 
     Raises:
         ValueError: The optimiser cannot train this model.
@@ -21,6 +27,12 @@ def build_optimizer(config: Optimisation, model: AttachedHead) -> torch.optim.Op
     if config.feature_decay and not config.published_quirk and model.head.feature_norm is not None:
         raise ValueError("feature_decay needs feature_norm none: of normalised features it is a constant")
     optimizer = _optimizer(config, model)
+    if config.optimizer == "agd":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derived_seed(config.seed, _START))
+            orthogonal_start(model)
+        if isinstance(model.head, LearnedClassifier) and model.head.unit_weight:
+            model.head.project_weight()
     if isinstance(model.head, LearnedClassifier) and model.head.unit_weight:
         project_after_step(optimizer, model.head)
     return optimizer

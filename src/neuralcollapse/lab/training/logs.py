@@ -13,9 +13,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
-from neuralcollapse.lab.agd import AGD
-from neuralcollapse.lab.callback import TableCallback
-from neuralcollapse.lab.runs import RunFolder
+from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.training.agd import AGD
+from neuralcollapse.lab.training.collapse_callback import TableCallback
 
 
 class TrainingLog(TableCallback):

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from neuralcollapse.lab.decoding import EncodedSamples
+from neuralcollapse.lab.data.decoding import EncodedSamples
 
 
 @dataclass(frozen=True)

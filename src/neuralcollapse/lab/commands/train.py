@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from neuralcollapse.lab.config import RunConfig
-from neuralcollapse.lab.preparation import prepare
-from neuralcollapse.lab.recording import ProgressBar, progress_bar
-from neuralcollapse.lab.report import Report, report_run
-from neuralcollapse.lab.runs import RunFolder
-from neuralcollapse.lab.training import train
+from neuralcollapse.lab.figures.summary import Report, report_run
+from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.training.logs import ProgressBar, progress_bar
+from neuralcollapse.lab.training.many_runs import prepare
+from neuralcollapse.lab.training.one_run import train
 
 
 def train_single(

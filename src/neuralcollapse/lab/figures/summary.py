@@ -9,8 +9,8 @@ from pathlib import Path
 import pandas as pd
 
 from neuralcollapse.lab.config import CompareConfig, RunConfig
-from neuralcollapse.lab.figures import draw_figures
-from neuralcollapse.lab.runs import RunFolder, read_settings, write_whole
+from neuralcollapse.lab.figures.curves import draw_figures
+from neuralcollapse.lab.results.folder import RunFolder, read_settings, write_whole
 
 GOAL = 0.99
 # Heading of a column of the table: split, metric, format. All of the last epoch.

@@ -14,17 +14,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from neuralcollapse.heads import AttachedHead, Head
-from neuralcollapse.lab.batches import EpochBatches, EvaluationBatches, batch_shape
-from neuralcollapse.lab.callback import CollapseCallback
 from neuralcollapse.lab.config import RunConfig
-from neuralcollapse.lab.loggers import build_loggers, finish_loggers
-from neuralcollapse.lab.models import build_model
-from neuralcollapse.lab.objective import batch_loss, penalty
-from neuralcollapse.lab.optimizers import build_optimizer, build_schedule
-from neuralcollapse.lab.recording import Checkpointing, GradientLog, TrainingLog
-from neuralcollapse.lab.runs import RunFolder, WholeCheckpoints
+from neuralcollapse.lab.data.batches import EpochBatches, EvaluationBatches, batch_shape
+from neuralcollapse.lab.data.splits import ImageData
+from neuralcollapse.lab.models.building import build_model
+from neuralcollapse.lab.results.folder import RunFolder, WholeCheckpoints
 from neuralcollapse.lab.seeds import derived_seed
-from neuralcollapse.lab.splits import ImageData
+from neuralcollapse.lab.training.collapse_callback import CollapseCallback
+from neuralcollapse.lab.training.loggers import build_loggers, finish_loggers
+from neuralcollapse.lab.training.logs import Checkpointing, GradientLog, TrainingLog
+from neuralcollapse.lab.training.objective import batch_loss, penalty
+from neuralcollapse.lab.training.optimizers import build_optimizer, build_schedule
 from neuralcollapse.metrics import ClassMoments
 from neuralcollapse.metrics.nc3 import alignment
 

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
-from neuralcollapse.lab.runs import RunFolder
+from neuralcollapse.lab.results.folder import RunFolder
 
 
 def check_loggers(names: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ import pandas as pd
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from neuralcollapse.lab.runs import write_whole
+from neuralcollapse.lab.results.folder import write_whole
 from neuralcollapse.metrics import measure
 
 COLUMNS = ["epoch", "split", "metric", "value"]

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import pandas as pd
 import torch
 
-from neuralcollapse.lab.batches import EvaluationBatches, evaluation_batches
 from neuralcollapse.lab.config import CompareConfig, RunConfig
-from neuralcollapse.lab.data import load_data
-from neuralcollapse.lab.loggers import check_loggers
-from neuralcollapse.lab.models import resolve_device
-from neuralcollapse.lab.runs import RunFolder, write_whole
-from neuralcollapse.lab.splits import ImageData
-from neuralcollapse.lab.training import check_model
+from neuralcollapse.lab.data.batches import EvaluationBatches, evaluation_batches
+from neuralcollapse.lab.data.loading import load_data
+from neuralcollapse.lab.data.splits import ImageData
+from neuralcollapse.lab.results.folder import RunFolder, write_whole
+from neuralcollapse.lab.training.devices import resolve_device
+from neuralcollapse.lab.training.loggers import check_loggers
+from neuralcollapse.lab.training.one_run import check_model
 
 
 def prepare(
