@@ -28,7 +28,7 @@ LAB = {  # room or module of lab -> what it may import of the others
     "config": {"settings"},
     "settings": set(),
     "seeds": set(),
-    "recipes": set(),
+    "recipes": {"settings"},
     "experiments": {"config", "settings", "recipes"},
     "data": GROUND,
     "models": GROUND,
@@ -79,11 +79,27 @@ def test_no_file_of_the_laboratory_needs_a_table_of_contents():
         assert len(path.read_text().splitlines()) <= 300, path
 
 
-def test_importing_the_package_pulls_in_torch_and_no_more():
-    script = "import sys, neuralcollapse; print(*{name.split('.')[0] for name in sys.modules})"
-    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+def loaded_by(statement: str) -> set[str]:
+    script = f"import sys; {statement}; print(*{{name.split('.')[0] for name in sys.modules}})"
+    return set(
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    )
+
+
+def test_importing_the_package_waits_for_nothing():
+    assert not (HEAVY | {"torch"}) & loaded_by("import neuralcollapse")
+
+
+def test_using_a_name_pulls_in_torch_and_no_more():
+    loaded = loaded_by("import neuralcollapse; neuralcollapse.nearest_simplex_etf")
     assert "torch" in loaded
-    assert not HEAVY & set(loaded)
+    assert not HEAVY & loaded
+
+
+def test_opening_a_run_folder_imports_neither_lightning_nor_datasets():
+    assert not {"torch", "lightning", "datasets"} & loaded_by(
+        "from neuralcollapse.lab import RunFolder; RunFolder('nowhere')"
+    )
 
 
 def test_public_names_exist_and_say_what_they_are():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from neuralcollapse._checks import check_at_least, check_finite, check_floating, check_targets
+from neuralcollapse.metrics.doors import check_device, check_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class ClassMoments:
         num_batches: Updates so far.
 
     Raises:
-        ValueError: ``num_classes`` under 2, ``feature_dim`` under 1, or an unknown dtype.
+        ValueError: ``num_classes`` under 2, ``feature_dim`` under 1, or an unknown dtype or device.
 
     Example:
         >>> moments = ClassMoments(num_classes=2, feature_dim=3)
@@ -97,6 +98,7 @@ class ClassMoments:
         check_at_least("feature_dim", feature_dim, 1)
         if dtype not in (torch.float64, torch.float32, "mixed"):
             raise ValueError(f"dtype must be torch.float64, torch.float32 or 'mixed', got {dtype!r}")
+        check_device(device)
         self.dtype = dtype
         if class_scatter:
             needed = self.required_bytes(num_classes, feature_dim, dtype=dtype, class_scatter=True)
@@ -200,6 +202,41 @@ class ClassMoments:
         moved.num_batches = self.num_batches
         return moved
 
+    @torch.no_grad()
+    def about(self, means: Tensor) -> ClassMoments:
+        """The same samples, with their scatter and traces taken about other class means than their own.
+
+        A test split about the train split's means, ``test.about(train.means)``, is what some publications measure.
+        S + Σ_k n_k Δ_kΔ_kᵀ and t_k + n_k‖Δ_k‖² with Δ = M − means are exact; the result's means are the given ones.
+
+        Args:
+            means: (K, d) finite.
+
+        Returns:
+            New moments, without per-class scatter, to be measured but not updated.
+
+        Raises:
+            ValueError: ``means`` of another shape or type, or not finite.
+
+        Example:
+            >>> moments = ClassMoments(num_classes=2, feature_dim=1)
+            >>> moments.update(torch.tensor([[1.0], [3], [5]]), torch.tensor([0, 0, 1]))
+            >>> moments.about(torch.tensor([[0.0], [5]])).within_class_trace
+            tensor([10.,  0.], dtype=torch.float64)
+        """
+        check_shapes(moments=(self.means, "K d"), means=(means, "K d"))
+        check_finite("means", means)
+        means = means.to(self.means)
+        counts, difference = self.counts.to(means.dtype), self.means - means
+        weighted = counts.sqrt()[:, None] * difference
+        state = {
+            "counts": self.counts.clone(),
+            "means": means.clone(),
+            "within_class_scatter": self.within_class_scatter + weighted.T @ weighted,
+            "within_class_trace": self.within_class_trace + counts * difference.square().sum(dim=1),
+        }
+        return ClassMoments.from_state(state, dtype=self.dtype)
+
     def reset(self) -> None:
         """Forget everything."""
         for tensor in self.state.values():
@@ -226,8 +263,9 @@ class ClassMoments:
         check_floating("features", features)
         if features.ndim < 2 or features.shape[-1] != self.feature_dim:
             raise ValueError(f"features must be of shape (N, {self.feature_dim}), got {tuple(features.shape)}")
-        if targets.shape != features.shape[:-1]:
-            raise ValueError(f"targets must be of shape {tuple(features.shape[:-1])}, got {tuple(targets.shape)}")
+        if not isinstance(targets, Tensor) or targets.shape != features.shape[:-1]:
+            got = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
+            raise ValueError(f"targets must be a tensor of shape {tuple(features.shape[:-1])}, got {got}")
         features = features.reshape(-1, self.feature_dim).to(self.device)
         targets = targets.reshape(-1).to(self.device)
         if ignore_index is not None:
@@ -295,6 +333,8 @@ class ClassMoments:
         Raises:
             ValueError: ``other`` has another K or d, or only one of the two keeps per-class scatter.
         """
+        if not isinstance(other, ClassMoments):
+            raise ValueError(f"other must be ClassMoments, got {type(other).__name__}")
         if other.means.shape != self.means.shape:
             raise ValueError(
                 f"other must have K, d = {tuple(self.means.shape)} as these moments do, got {tuple(other.means.shape)}"

@@ -8,10 +8,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from neuralcollapse._checks import check_at_least
+from neuralcollapse.metrics.doors import check_sample_bounds
 from neuralcollapse.metrics.moments import ClassMoments
 
 Center = Literal["samples", "classes"]
+
+
+def check_center(center: object) -> None:
+    """Raise unless the argument is a `Center`."""
+    if center not in ("samples", "classes"):
+        raise ValueError(f"center must be 'samples' or 'classes', got {center!r}")
 
 
 @dataclass(frozen=True)
@@ -40,18 +46,21 @@ class ClassStatistics:
     class_scatter: Tensor | None
 
 
-def class_statistics(moments: ClassMoments, *, center: Center = "samples", min_samples: int = 1) -> ClassStatistics:
-    """The statistics of the classes that have at least ``min_samples`` samples.
+def class_statistics(
+    moments: ClassMoments, *, center: Center = "samples", min_samples: int = 1, max_samples: int | None = None
+) -> ClassStatistics:
+    """The statistics of the classes that have from ``min_samples`` to ``max_samples`` samples.
 
     Args:
         moments: The moments of the features.
         center: ``"samples"``: m is the mean of all samples of the measured classes; ``"classes"``: the mean of the
             class means. They differ on unbalanced data.
         min_samples: Classes with fewer are left out of everything. With 0, a class without samples is an error.
+        max_samples: Classes with more are left out of everything; None for no limit.
 
     Raises:
         ValueError: Fewer than two classes or two samples are left, a class has no sample while ``min_samples`` is
-            0, or an unknown ``center``.
+            0, ``max_samples`` is under ``min_samples``, an unknown ``center``, or an argument of another type.
 
     Example:
         >>> moments = ClassMoments(3, 2)
@@ -59,18 +68,22 @@ def class_statistics(moments: ClassMoments, *, center: Center = "samples", min_s
         >>> class_statistics(moments).classes
         tensor([0, 2])
     """
-    check_at_least("min_samples", min_samples, 0)
-    if center not in ("samples", "classes"):
-        raise ValueError(f"center must be 'samples' or 'classes', got {center!r}")
+    if not isinstance(moments, ClassMoments):
+        raise ValueError(f"moments must be ClassMoments, got {type(moments).__name__}")
+    check_sample_bounds(min_samples, max_samples)
+    check_center(center)
     if min_samples == 0 and (moments.counts == 0).any():
         absent = (moments.counts == 0).nonzero().flatten().tolist()
         names = ", ".join(map(str, absent[:10])) + (", …" if len(absent) > 10 else "")
         raise ValueError(f"every class must have a sample, got none of class {names}; min_samples=1 leaves it out")
     measured = moments.counts >= max(min_samples, 1)
+    if max_samples is not None:
+        measured &= moments.counts <= max_samples
     classes = measured.nonzero().flatten()
     if len(classes) < 2:
+        limit = "" if max_samples is None else f" to max_samples = {max_samples}"
         raise ValueError(
-            f"moments must hold at least 2 classes of min_samples = {max(min_samples, 1)} samples, "
+            f"moments must hold at least 2 classes of min_samples = {max(min_samples, 1)}{limit} samples, "
             f"got {len(classes)} (and {int(moments.counts.sum())} samples in all)"
         )
     everything = len(classes) == moments.num_classes

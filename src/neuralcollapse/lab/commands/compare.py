@@ -1,44 +1,44 @@
-"""Train every method with every seed: the command ``neuralcollapse compare``."""
+"""`neuralcollapse compare`: methods over seeds."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from jsonargparse import ArgumentParser, Namespace
 
-from neuralcollapse.lab.config import CompareConfig
-from neuralcollapse.lab.figures.summary import Report, report_comparison
-from neuralcollapse.lab.results.folder import RunFolder
-from neuralcollapse.lab.training.logs import ProgressBar, progress_bar
-from neuralcollapse.lab.training.many_runs import prepare
-from neuralcollapse.lab.training.one_run import train
+from neuralcollapse.lab.commands.arguments import add_output, add_sections, asked_for
+from neuralcollapse.lab.commands.training import finish, show_config, stored_settings
+from neuralcollapse.lab.config import OneRun, RunConfig
+from neuralcollapse.lab.experiments import Comparison, common_settings, comparison_of, comparison_runs
+
+SUMMARY = "train the methods over several seeds, print a table, draw figures"
+USAGE = "[--recipe FAMILY] [--methods A,B] [--seeds N] [--SETTING VALUE ...] [--out FOLDER] [--resume | --overwrite]"
+DESCRIPTION = (
+    "Train standard, fixed and implicit over several seeds, from the same weights and batches for each seed; print the "
+    "table, write the figures. Everything is measured in evaluation mode on un-augmented data."
+)
+SHARED = tuple(section for section in reversed(RunConfig.__bases__) if section is not OneRun)
+SECTIONS = (Comparison, *SHARED)
 
 
-def compare(
-    config: CompareConfig, out: Path, *, resume: bool = False, overwrite: bool = False, progress: bool = True
-) -> Report:
-    """Train every method with every seed, from the same weights and the same batches for each seed.
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add what the command takes."""
+    add_sections(parser, *SECTIONS)
+    add_output(parser, "runs/compare, or runs/RECIPE")
 
-    Args:
-        config: All settings.
-        out: The folder to write.
-        resume: Go on with what the folder holds.
-        overwrite: Delete what the folder holds.
-        progress: Show progress bars.
 
-    Raises:
-        ValueError: Settings, data or a folder that cannot be used.
-        KeyboardInterrupt: The user stopped it; it can be resumed.
-    """
-    folder = RunFolder(out)
-    models = [config.run(method, 0) for method in config.method_names]
-    data, evaluation = prepare(config, models, folder, resume=resume, overwrite=overwrite, progress=progress)
-    runs = [(method, seed) for seed in range(config.seeds) for method in config.method_names]
-    with progress_bar(shown=progress) as bar:
-        for position, (method, seed) in enumerate(runs):
-            run_config, run_folder = config.run(method, seed), folder.run(method, seed)
-            run_folder.open(run_config, resume=True)
-            shown = ProgressBar(bar, f"{method} seed {seed}", position, len(runs))
-            try:
-                train(run_config, data, evaluation, run_folder, shown)
-            except ValueError as error:
-                raise ValueError(f"{method} seed {seed}: {error}") from error
-    return report_comparison(config, folder, f"{config.backbone} on {data}")
+def run(settings: Namespace) -> None:
+    """Train every method with every seed, and say what was written."""
+    given = asked_for(settings, *SECTIONS)
+    out = settings.get("out") or f"runs/{given.get('recipe', 'compare')}"
+    given, base = stored_settings(settings, given, out)
+    comparison = comparison_of((base or {}) | given)
+    shared = {name: value for name, value in given.items() if name not in comparison.__dataclass_fields__}
+    runs = comparison_runs(comparison, shared, base)
+    config = comparison.in_force() | common_settings(runs)
+    if settings.get("print_config"):
+        show_config(config)
+        return
+
+    from neuralcollapse.lab.training.many_runs import train_runs  # seconds: not for a mistake in a flag
+
+    options = {"resume": bool(settings.get("resume")), "overwrite": bool(settings.get("overwrite"))}
+    finish(train_runs(runs, out, settings=config, **options), "compare")

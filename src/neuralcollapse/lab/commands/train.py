@@ -1,35 +1,41 @@
-"""Train one run: the command ``neuralcollapse train``."""
+"""`neuralcollapse train`: one run."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from jsonargparse import ArgumentParser, Namespace
 
+from neuralcollapse.lab.commands.arguments import add_output, add_sections, asked_for
+from neuralcollapse.lab.commands.training import finish, show_config, stored_settings
 from neuralcollapse.lab.config import RunConfig
-from neuralcollapse.lab.figures.summary import Report, report_run
-from neuralcollapse.lab.results.folder import RunFolder
-from neuralcollapse.lab.training.logs import ProgressBar, progress_bar
-from neuralcollapse.lab.training.many_runs import prepare
-from neuralcollapse.lab.training.one_run import train
+from neuralcollapse.lab.experiments import single_run
+
+SUMMARY = "train one run, from the recipe of a published experiment or any settings"
+USAGE = "[--recipe NAME] [--SETTING VALUE ...] [--out FOLDER] [--resume | --overwrite]"
+DESCRIPTION = (
+    "Train one run, from the recipe of a published experiment or from any settings; print the table, write the "
+    "figures. Everything is measured in evaluation mode on un-augmented data."
+)
+SECTIONS = tuple(reversed(RunConfig.__bases__))
 
 
-def train_single(
-    config: RunConfig, out: Path, *, resume: bool = False, overwrite: bool = False, progress: bool = True
-) -> Report:
-    """Train one run, from a recipe's settings or any others.
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add what the command takes."""
+    add_sections(parser, *SECTIONS)
+    add_output(parser, "runs/train, or runs/RECIPE")
 
-    Args:
-        config: All settings.
-        out: The folder to write.
-        resume: Go on with what the folder holds.
-        overwrite: Delete what the folder holds.
-        progress: Show progress bars.
 
-    Raises:
-        ValueError: Settings, data or a folder that cannot be used.
-        KeyboardInterrupt: The user stopped it; it can be resumed.
-    """
-    folder = RunFolder(out)
-    data, evaluation = prepare(config, [config], folder, resume=resume, overwrite=overwrite, progress=progress)
-    with progress_bar(shown=progress) as bar:
-        train(config, data, evaluation, folder, ProgressBar(bar, config.method))
-    return report_run(config, folder, f"{config.backbone} on {data}")
+def run(settings: Namespace) -> None:
+    """Train, and say what was written."""
+    given = asked_for(settings, *SECTIONS)
+    out = settings.get("out") or f"runs/{given.get('recipe', 'train')}"
+    given, base = stored_settings(settings, given, out)
+    config = single_run(given, base)
+    if settings.get("print_config"):
+        show_config(config.in_force())
+        return
+
+    from neuralcollapse.lab.training.many_runs import train_runs  # seconds: not for a mistake in a flag
+
+    finish(
+        train_runs(config, out, resume=bool(settings.get("resume")), overwrite=bool(settings.get("overwrite"))), "train"
+    )

@@ -131,7 +131,7 @@ def decode(images: Images, rows: Tensor, form: Format, *, progress: bool = True)
         total=len(needed),
         desc=f"decoding {images.description}",
         unit="image",
-        disable=not progress,
+        disable=None if progress else True,  # None: where there is no terminal
         delay=0.5,
     )
     decoded = stack([form(image) for image in bar], images.description)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import os
 
-from neuralcollapse.lab.config import Data
+from neuralcollapse.lab.config import DataSettings
 from neuralcollapse.lab.data.decoding import EncodedSamples, Format, decode, one_size
-from neuralcollapse.lab.data.selection import choose_test, choose_train, count_classes
+from neuralcollapse.lab.data.selection import choose_test, choose_train, choose_validation, count_classes
 from neuralcollapse.lab.data.sources import Table, digits, hugging_face
 from neuralcollapse.lab.data.splits import AnySplit, ImageData, Split, StreamedSplit
 
 _MOST_WORKERS = 16
 
 
-def load_data(config: Data, *, progress: bool = True) -> ImageData:
+def load_data(config: DataSettings, *, progress: bool = True) -> ImageData:
     """Load a data set.
 
     Where it has no test split, one image in five is held out, the same ones always. Data over the memory budget stay
@@ -30,34 +30,48 @@ def load_data(config: Data, *, progress: bool = True) -> ImageData:
     """
     source = digits() if config.data == "digits" else hugging_face(config)
     num_classes = count_classes(source.num_classes, config.digits_per_image)
-    train = Table(source.train.images, choose_train(source.train.samples, source.num_classes, config))
-    test = Table(source.test.images, choose_test(source.test.samples, source.num_classes, config))
-    _check_samples(config.data, train, test)
+    chosen = {
+        "train": (source.train, choose_train(source.train.samples, source.num_classes, config)),
+        "validation": (source.train, choose_validation(source.train.samples, source.num_classes, config)),
+        "test": (source.test, choose_test(source.test.samples, source.num_classes, config)),
+    }
+    tables = {name: Table(table.images, samples) for name, (table, samples) in chosen.items() if samples is not None}
+    _check_samples(config.data, tables)
 
     # The first image of each split tells what all take when decoded; if some are of another size, decoding says so.
     form = Format(config.image_size, config.channels)
-    (channels, *train_size), (_, *test_size) = (_first_image_shape(table, form) for table in (train, test))
-    height, width = one_size({tuple(train_size), tuple(test_size)}, config.data)
+    shapes = [_first_image_shape(table, form) for table in tables.values()]
+    channels = shapes[0][0]
+    height, width = one_size({(height, width) for _, height, width in shapes}, config.data)
     shape = (channels, height, config.digits_per_image * width)
-    required = (len(train.samples) + len(test.samples)) * math.prod(shape)
+    required = sum(len(table.samples) for table in tables.values()) * math.prod(shape)
 
-    train_split: AnySplit
-    test_split: AnySplit
+    splits: dict[str, AnySplit]
     if required > config.memory_budget * 2**30:
         form = Format(config.image_size, channels)
         workers = _default_workers() if config.workers is None else config.workers
-        train_split, test_split = (
-            StreamedSplit(EncodedSamples(images, samples.rows, form, (height, width)), samples.labels, shape, workers)
-            for images, samples in ((train.images, train.samples), (test.images, test.samples))
-        )
+        splits = {
+            name: StreamedSplit(
+                EncodedSamples(table.images, table.samples.rows, form, (height, width)),
+                table.samples.labels,
+                shape,
+                workers,
+            )
+            for name, table in tables.items()
+        }
     else:
-        train_split, test_split = _alike(_decoded(train, form, progress), _decoded(test, form, progress))
+        if config.workers is not None:
+            raise ValueError(
+                f"workers belongs to data over memory_budget; {config.data!r} takes {required / 2**30:.2g} GiB "
+                f"and the budget is {config.memory_budget:g} GiB"
+            )
+        splits = _alike({name: _decoded(table, form, progress) for name, table in tables.items()})
     relabelled = config.random_labels or config.label_noise > 0
-    return ImageData(config.data, train_split, test_split, num_classes, relabelled)
+    return ImageData(config.data, num_classes=num_classes, relabelled=relabelled, **splits)
 
 
-def _check_samples(data: str, train: Table, test: Table) -> None:
-    for name, table in (("train", train), ("test", test)):
+def _check_samples(data: str, tables: dict[str, Table]) -> None:
+    for name, table in tables.items():
         if not len(table.samples):
             raise ValueError(f"data {data!r} must have at least one image in its {name} split")
         present = len(table.samples.labels.unique())
@@ -75,12 +89,15 @@ def _decoded(table: Table, form: Format, progress: bool) -> Split:
     return Split(decode(table.images, table.samples.rows, form, progress=progress), table.samples.labels)
 
 
-def _alike(train: Split, test: Split) -> tuple[Split, Split]:
-    """The two splits, both in colour if one is."""
-    if train.image_shape[0] == test.image_shape[0]:
-        return train, test
-    in_colour = [Split(split.images.expand(-1, 3, -1, -1).contiguous(), split.labels) for split in (train, test)]
-    return in_colour[0], in_colour[1]
+def _alike(splits: dict[str, Split]) -> dict[str, AnySplit]:
+    """The splits, all of them in colour if one is."""
+    channels = max(split.image_shape[0] for split in splits.values())
+    return {
+        name: split
+        if split.image_shape[0] == channels
+        else Split(split.images.expand(-1, channels, -1, -1).contiguous(), split.labels)
+        for name, split in splits.items()
+    }
 
 
 def _default_workers() -> int:

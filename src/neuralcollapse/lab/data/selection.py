@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from neuralcollapse.lab.config import Data
+from neuralcollapse.lab.config import DataSettings
 from neuralcollapse.lab.seeds import derived_seed
 
 # Parts of a data set are drawn with this seed, so that which images they hold never changes.
@@ -46,7 +46,7 @@ def count_classes(num_classes: int, digits_per_image: int) -> int:
     return total
 
 
-def choose_train(source: Samples, num_classes: int, config: Data) -> Samples:
+def choose_train(source: Samples, num_classes: int, config: DataSettings) -> Samples:
     """The samples to train on, out of those of the train split.
 
     Args:
@@ -54,13 +54,10 @@ def choose_train(source: Samples, num_classes: int, config: Data) -> Samples:
         num_classes: Of the source.
         config: What to make of them.
     """
-    samples = _side_by_side(source, num_classes, config, config.train_samples, "train")
+    samples = _selected(source, num_classes, config)
     num_classes **= config.digits_per_image
-    if config.samples_per_class is not None:
-        samples = samples.take(first_of_each_class(samples.labels, config.samples_per_class))
-    if config.imbalance != "none":
-        samples = samples.take(long_tail(samples.labels, num_classes, config))
-    samples = samples.take(subset(samples.labels, config.train_samples))
+    if config.validation_share is not None:
+        samples = samples.take(_validation_parts(samples.labels, config)[0])
     labels = samples.labels
     if config.random_labels:
         labels = labels[torch.randperm(len(labels), generator=_generator(config.data_seed, "random labels"))]
@@ -69,7 +66,15 @@ def choose_train(source: Samples, num_classes: int, config: Data) -> Samples:
     return Samples(samples.rows, labels)
 
 
-def choose_test(source: Samples, num_classes: int, config: Data) -> Samples:
+def choose_validation(source: Samples, num_classes: int, config: DataSettings) -> Samples | None:
+    """The samples held out of the train split, with their true labels; None where none are."""
+    if config.validation_share is None:
+        return None
+    samples = _selected(source, num_classes, config)
+    return samples.take(_validation_parts(samples.labels, config)[1])
+
+
+def choose_test(source: Samples, num_classes: int, config: DataSettings) -> Samples:
     """The samples to test on, out of those of the test split; their labels are always the true ones."""
     samples = _side_by_side(source, num_classes, config, config.test_samples, "test")
     return samples.take(subset(samples.labels, config.test_samples))
@@ -86,9 +91,9 @@ def stratified_order(labels: Tensor, generator: torch.Generator) -> Tensor:
     return shuffled[((_rank_in_class(codes) + start[codes]) / counts[codes]).argsort(stable=True)]
 
 
-def hold_out(labels: Tensor, share: float = 0.2) -> tuple[Tensor, Tensor]:
-    """Indices of a train and of a test part, every class in proportion."""
-    order = stratified_order(labels, torch.Generator().manual_seed(_PART_SEED))
+def hold_out(labels: Tensor, share: float = 0.2, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """Indices of a part to keep and of one that is held out, every class in proportion; the same ones by default."""
+    order = stratified_order(labels, generator or torch.Generator().manual_seed(_PART_SEED))
     held_out = round(len(labels) * share)
     return order[held_out:].sort().values, order[:held_out].sort().values
 
@@ -105,7 +110,7 @@ def first_of_each_class(labels: Tensor, number: int) -> Tensor:
     return (_rank_in_class(labels) < number).nonzero().flatten()
 
 
-def long_tail(labels: Tensor, num_classes: int, config: Data) -> Tensor:
+def long_tail(labels: Tensor, num_classes: int, config: DataSettings) -> Tensor:
     """Indices of samples whose classes differ in size as in Cao et al. (2019); no class is left without.
 
     With n the size of the largest class and f the factor, class k of K keeps n·f^(k/(K−1)) samples (exponential); or
@@ -116,7 +121,8 @@ def long_tail(labels: Tensor, num_classes: int, config: Data) -> Tensor:
     exponential = config.imbalance == "exponential"
     exponent = position / max(num_classes - 1, 1) if exponential else (position >= num_classes // 2).double()
     # Cut off as in the published code, but 100·0.29 is 29 though its floating-point product is less.
-    kept = (largest * config.imbalance_factor**exponent + 1e-9).long().clamp(min=1)
+    factor = 1.0 if config.imbalance_factor is None else config.imbalance_factor
+    kept = (largest * factor**exponent + 1e-9).long().clamp(min=1)
     shuffled = torch.randperm(len(labels), generator=_generator(config.data_seed, "long tail"))
     return shuffled[_rank_in_class(labels[shuffled]) < kept[labels[shuffled]]].sort().values
 
@@ -132,7 +138,21 @@ def noisy_labels(labels: Tensor, num_classes: int, level: float, generator: torc
     return labels.index_copy(0, replaced, drawn[replaced])
 
 
-def _side_by_side(source: Samples, num_classes: int, config: Data, number: int | None, split: str) -> Samples:
+def _selected(source: Samples, num_classes: int, config: DataSettings) -> Samples:
+    """Those of the train split that the settings leave, with their true labels."""
+    samples = _side_by_side(source, num_classes, config, config.train_samples, "train")
+    if config.samples_per_class is not None:
+        samples = samples.take(first_of_each_class(samples.labels, config.samples_per_class))
+    if config.imbalance != "none":
+        samples = samples.take(long_tail(samples.labels, num_classes**config.digits_per_image, config))
+    return samples.take(subset(samples.labels, config.train_samples))
+
+
+def _validation_parts(labels: Tensor, config: DataSettings) -> tuple[Tensor, Tensor]:
+    return hold_out(labels, config.validation_share or 0.0, _generator(config.data_seed, "validation"))
+
+
+def _side_by_side(source: Samples, num_classes: int, config: DataSettings, number: int | None, split: str) -> Samples:
     """Samples of k images each, drawn one by one; their labels are the digits, to base C, of the sample's label."""
     if config.digits_per_image == 1:
         return source
@@ -150,6 +170,6 @@ def _rank_in_class(labels: Tensor) -> Tensor:
     return torch.empty_like(ranks).index_copy_(0, by_class, ranks)
 
 
-def _generator(seed: int, purpose: str) -> torch.Generator:
+def _generator(seed: int | None, purpose: str) -> torch.Generator:
     """A generator of its own for each purpose, so that asking for one thing more changes nothing else."""
-    return torch.Generator().manual_seed(derived_seed(seed, *purpose.encode()))
+    return torch.Generator().manual_seed(derived_seed(seed or 0, *purpose.encode()))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neuralcollapse.lab.config import Data
+from neuralcollapse.lab.config import DataSettings
 from neuralcollapse.lab.data.decoding import ArrayImages, EncodedImages, Images
 from neuralcollapse.lab.data.selection import Samples, hold_out
 
@@ -77,7 +77,7 @@ def digits() -> Source:
     )
 
 
-def hugging_face(config: Data) -> Source:
+def hugging_face(config: DataSettings) -> Source:
     """A folder or a data set of the hub; where it has no test split, one image in five is held out.
 
     Raises:
@@ -111,7 +111,7 @@ def _samples(labels: Tensor, rows: Tensor) -> Samples:
     return Samples(rows[:, None], labels[rows])
 
 
-def _resolve(config: Data) -> HubDataSet:
+def _resolve(config: DataSettings) -> HubDataSet:
     """What is asked for. A known name is the hub's data set, even if a folder here is called so too."""
     known = KNOWN | {data_set.path: data_set for data_set in KNOWN.values()}
     asked = {

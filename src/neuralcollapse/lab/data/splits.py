@@ -85,7 +85,7 @@ AnySplit = Split | StreamedSplit
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set with its train and test split."""
+    """A data set with its train and test split, and a validation split if one is held out of the train split."""
 
     name: str
     train: AnySplit
@@ -93,6 +93,13 @@ class ImageData:
     num_classes: int
     relabelled: bool = False
     """All or some of the train labels are random."""
+    validation: AnySplit | None = None
+
+    @property
+    def splits(self) -> dict[str, AnySplit]:
+        """All of them, by name."""
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: split for name, split in splits.items() if split is not None}
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -101,7 +108,7 @@ class ImageData:
 
     def to(self, device: torch.device) -> ImageData:
         """The same on another device."""
-        return replace(self, train=self.train.to(device), test=self.test.to(device))
+        return replace(self, **{name: split.to(device) for name, split in self.splits.items()})  # type: ignore[arg-type]
 
     def with_train_labels(self, labels: Tensor) -> ImageData:
         """The same with these labels (N,) of the training images, such as those that a run kept.
@@ -122,4 +129,5 @@ class ImageData:
     def __str__(self) -> str:
         shape, name = "×".join(map(str, self.image_shape)), Path(self.name).name
         kind = "random train labels" if self.relabelled else "classes"
-        return f"{name}: {len(self.train)} train and {len(self.test)} test images {shape}, {self.num_classes} {kind}"
+        *parts, last = (f"{len(split)} {name}" for name, split in self.splits.items())
+        return f"{name}: {', '.join(parts)} and {last} images {shape}, {self.num_classes} {kind}"

@@ -1,4 +1,4 @@
-"""What a run or a comparison found: its table, its tidy metrics, its summary and figures."""
+"""What a run or a comparison found: its table, its summary and its figures, from its folder alone."""
 
 from __future__ import annotations
 
@@ -8,24 +8,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from neuralcollapse.lab.config import CompareConfig, RunConfig
 from neuralcollapse.lab.figures.curves import draw_figures
-from neuralcollapse.lab.results.folder import RunFolder, read_settings, write_whole
-
-GOAL = 0.99
-# Heading of a column of the table: split, metric, format. All of the last epoch.
-_COLUMNS = {
-    "train acc": ("train", "accuracy", "{:.2%}"),
-    "test acc": ("test", "accuracy", "{:.2%}"),
-    "nc1_quotient": ("train", "nc1_quotient", "{:.2g}"),
-    "nc2_etf_means": ("train", "nc2_etf_means", "{:.3f}"),
-    "nc3_duality": ("train", "nc3_duality", "{:.3f}"),
-    "nc4_ncc_mismatch": ("train", "nc4_ncc_mismatch", "{:.2%}"),
-}
+from neuralcollapse.lab.results.files import write_whole
+from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.results.tables import aligned, gather, results_table
 
 
 @dataclass(frozen=True)
-class Report:
+class Summary:
     """What one run, or a comparison of several, found.
 
     Attributes:
@@ -39,87 +29,36 @@ class Report:
     written: list[Path]
 
 
-def report_comparison(config: CompareConfig, folder: RunFolder, title: str) -> Report:
-    """Gather what the runs of a comparison wrote, and write the comparison's own files."""
-    runs = {(method, seed): folder.run(method, seed) for method in config.method_names for seed in range(config.seeds)}
-    metrics = _gather({run: files.metrics for run, files in runs.items()})
-    log = _gather({run: files.training_log for run, files in runs.items()})
-    for table, path in ((metrics, folder.metrics), (log, folder.training_log)):
-        write_whole(path, partial(table.to_csv, index=False, na_rep="nan"))
-    return _report(folder, title, "compare", metrics, log)
+def summarise(folder: RunFolder, command: str) -> Summary:
+    """Gather what the runs of a folder wrote, and write the folder's own table, summary and figures.
 
-
-def report_run(config: RunConfig, folder: RunFolder, title: str) -> Report:
-    """Read what a run wrote, and write its summary and figures."""
-    run = (config.method, config.seed)
-    return _report(folder, title, "train", _gather({run: folder.metrics}), _gather({run: folder.training_log}))
-
-
-def _report(folder: RunFolder, title: str, command: str, metrics: pd.DataFrame, log: pd.DataFrame) -> Report:
-    text = _aligned(_table(metrics, log, list(metrics["method"].unique())))
+    Args:
+        folder: Of one run, or of several.
+        command: The command that runs it again.
+    """
+    runs = folder.run_folders()
+    metrics, log = gather(runs, "metrics"), gather(runs, "training_log")
+    if runs != [folder]:
+        for gathered, path in ((metrics, folder.metrics), (log, folder.training_log)):
+            write_whole(path, partial(gathered.to_csv, index=False, na_rep="nan"))
+    settings = [run.settings() for run in runs]
+    recipes = {one["method"]: one["recipe"] for one in settings if one.get("recipe")}
+    table = aligned(results_table(metrics, log, recipes))
+    title = f"{settings[0]['backbone']} on {folder.read_environment().get('data', settings[0]['data'])}"
+    seeds = list(dict.fromkeys(one["seed"] for one in settings))
     figures = draw_figures(metrics, folder.figures, title)
-    summary = _summary(folder, title, command, text, figures, seeds=metrics["seed"].nunique())
-    write_whole(folder.summary, lambda path: path.write_text(summary))
+    text = _summary(folder, title, command, table, figures, seeds)
+    write_whole(folder.summary, lambda path: path.write_text(text, encoding="utf-8"))
     tables = [table for table in (folder.metrics, folder.training_log, folder.gradients) if table.exists()]
-    return Report(text, metrics, [folder.summary, *figures, *tables, folder.config])
+    return Summary(table, metrics, [folder.summary, *figures, *tables, folder.config])
 
 
-def _gather(files: dict[tuple[str, int], Path]) -> pd.DataFrame:
-    """The tables of several runs in one, with the method and the seed in front."""
-    tables = []
-    for (method, seed), file in files.items():
-        table = pd.read_csv(file, converters={"value": float})  # the default parser is not exact
-        table.insert(0, "method", method)
-        table.insert(1, "seed", seed)
-        tables.append(table)
-    return pd.concat(tables, ignore_index=True)
-
-
-def _table(metrics: pd.DataFrame, log: pd.DataFrame, methods: list[str]) -> pd.DataFrame:
-    """One row a method; mean ± standard deviation over seeds."""
-    last = metrics[metrics["epoch"] == metrics["epoch"].max()]
-    rows = []
-    for method in methods:
-        row = {
-            "method": method,
-            f"epochs to {GOAL:.0%} train acc": _epochs_to_goal(metrics[metrics["method"] == method]),
-        }
-        for heading, (split, metric, form) in _COLUMNS.items():
-            chosen = last[(last["method"] == method) & (last["split"] == split) & (last["metric"] == metric)]
-            row[heading] = _spread(chosen["value"], form)
-        seconds = log[log["method"] == method].groupby("seed")["seconds"].mean()
-        rows.append(row | {"s/epoch": _spread(seconds, "{:.2f}")})
-    return pd.DataFrame(rows)
-
-
-def _epochs_to_goal(metrics: pd.DataFrame) -> str:
-    accuracy = metrics[(metrics["split"] == "train") & (metrics["metric"] == "accuracy")]
-    reached = accuracy[accuracy["value"] >= GOAL].groupby("seed")["epoch"].min()
-    seeds = accuracy["seed"].nunique()
-    if reached.empty:
-        return "not reached"
-    return _spread(reached, "{:.1f}") + ("" if len(reached) == seeds else f" ({len(reached)} of {seeds} seeds)")
-
-
-def _spread(values: pd.Series, form: str) -> str:
-    mean = form.format(values.mean())
-    return mean if len(values) < 2 else f"{mean} ± {form.format(values.std())}"
-
-
-def _aligned(table: pd.DataFrame) -> str:
-    """A Markdown table whose columns line up in a terminal, too."""
-    columns = [[str(name), *map(str, table[name])] for name in table]
-    widths = [max(map(len, column)) for column in columns]
-    rule = ["-" * width for width in widths]
-    rows = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in zip(*columns, strict=True)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], rule, *rows[1:]])
-
-
-def _summary(folder: RunFolder, title: str, command: str, table: str, figures: list[Path], *, seeds: int) -> str:
-    made = read_settings(folder.config)["environment"]
+def _summary(folder: RunFolder, title: str, command: str, table: str, figures: list[Path], seeds: list[int]) -> str:
+    made = folder.read_environment()
     packages = ", ".join(f"{name} {number}" for name, number in made["packages"].items())
     pictures = "\n".join(f"![{figure.stem}]({figure.relative_to(folder.path)})" for figure in figures)
-    spread = "Mean ± standard deviation over seeds. " if seeds > 1 else ""
+    over = f"seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}"
+    spread = f"Mean ± standard deviation over {over}. " if len(seeds) > 1 else f"Of {over}. "
     return f"""# {title}
 
 {table}

@@ -21,47 +21,55 @@ from neuralcollapse.heads import (
     NearestETFClassifier,
     attach_head,
 )
-from neuralcollapse.lab.config import METHODS, Model, RunConfig
+from neuralcollapse.lab.config import ModelSettings, RunConfig
 from neuralcollapse.lab.models.backbones import MLP, VGG13, Backbone, ConvNet, ImageShape, ResNet
 
 
-def build_model(config: RunConfig, image_shape: tuple[int, int, int], num_classes: int) -> AttachedHead:
-    """A backbone and the method's head. The backbone's first weights follow from the seed, whatever the method."""
+def build_model(config: RunConfig, image_shape: ImageShape, num_classes: int) -> AttachedHead:
+    """A backbone with the head of its method. The backbone's first weights follow from the seed, whatever the method.
+
+    Args:
+        config: The settings.
+        image_shape: Channels, height and width.
+        num_classes: K.
+
+    Returns:
+        A module from images (N, C, H, W) to logits (N, K), ``forward(images, targets=None)``.
+
+    Raises:
+        ValueError: Settings that do not fit the images or the number of classes.
+
+    Example:
+        >>> model = build_model(RunConfig(backbone="mlp", width=16), (1, 8, 8), 10)
+        >>> model.eval()(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         backbone = build_backbone(config, image_shape)
         place = nn.Linear(backbone.feature_dim, num_classes)
-        head = build_head(config, config.method, place.in_features, num_classes)
-        if isinstance(head, LearnedClassifier) and head.unit_weight:
-            head.project_weight()
+        head = build_head(config, place.in_features, num_classes)
     return attach_head(nn.Sequential(backbone, place), head)
 
 
-def build_head(config: Model, method: str, feature_dim: int, num_classes: int) -> Head:
+def build_head(config: RunConfig, feature_dim: int, num_classes: int) -> Head:
     """The head of a method: standard, fixed or implicit.
 
     Raises:
-        ValueError: There is no such method, or the head cannot be built with these settings.
+        ValueError: The head cannot be built with these settings.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    bias = config.classifier_bias
-    if bias == "auto":
-        bias = "learned" if method == "standard" else "centring"
-    if (method, bias) in (("standard", "centring"), ("implicit", "learned")):
-        possible = "learned or none" if method == "standard" else "centring or none"
-        raise ValueError(f"classifier_bias must be {possible} for method {method}, got {bias!r}")
     norm = None if config.feature_norm == "none" else config.feature_norm
     options: dict[str, Any] = {"in_features": feature_dim, "num_classes": num_classes, "feature_norm": norm}
-    if method == "standard":
-        return LearnedClassifier(unit_weight=config.unit_weight, bias=bias == "learned", **options)
-    options["bias"] = bias
+    if config.method == "standard":
+        return LearnedClassifier(
+            unit_weight=bool(config.unit_weight), bias=config.classifier_bias == "learned", **options
+        )
+    options["bias"] = config.classifier_bias
     if config.means_momentum is not None:
         options["momentum"] = config.means_momentum
-    if method == "fixed":
+    if config.method == "fixed":
         return FixedETFClassifier(**options)
-    if config.proximal_weight is not None:
-        options["proximal_weight"] = config.proximal_weight
+    options["proximal_weight"] = config.proximal_weight
     return NearestETFClassifier(**options)
 
 
@@ -108,34 +116,30 @@ _BACKBONES: dict[str, tuple[Callable[..., Backbone], tuple[str, ...]]] = {
 }
 
 
-def build_backbone(config: Model, image_shape: ImageShape) -> Backbone:
+def build_backbone(config: ModelSettings, image_shape: ImageShape) -> Backbone:
     """The backbone that the settings ask for, with weights from torch's global generator.
 
     Raises:
         ValueError: There is no backbone of that name, or the user's own class cannot be made or used.
     """
     if "." in config.backbone:
-        return _own_backbone(config.backbone, config.backbone_options, config.feature_dim, image_shape)
+        return _own_backbone(config.backbone, config.backbone_options or {}, image_shape)
     if config.backbone not in _BACKBONES:
         raise ValueError(
             f"backbone must be one of {', '.join(_BACKBONES)}, or the dotted path of your own class, "
             f"got {config.backbone!r}"
         )
-    if config.backbone_options:
-        raise ValueError(f"backbone_options are of your own class, and backbone is {config.backbone!r}")
     backbone, names = _BACKBONES[config.backbone]
     options: dict[str, Any] = {name: getattr(config, name) for name in (*names, "feature_dim")}
     options = {name: value for name, value in options.items() if value is not None}
-    return backbone(image_shape, affine=config.batch_norm_affine, **options)
+    return backbone(image_shape, affine=bool(config.batch_norm_affine), **options)
 
 
-def _own_backbone(path: str, options: dict[str, Any], feature_dim: int | None, image_shape: ImageShape) -> Backbone:
+def _own_backbone(path: str, options: dict[str, Any], image_shape: ImageShape) -> Backbone:
     """The user's class, looked for in the folder of work as well; given ``image_shape`` if it has such an argument."""
     module_name, _, name = path.rpartition(".")
     if "/" in path or not all(path.split(".")):
         raise ValueError(f"backbone must be a dotted path such as package.module.Class, got {path!r}")
-    if feature_dim is not None:
-        raise ValueError(f"feature_dim of your own backbone {path!r} is set in backbone_options")
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:

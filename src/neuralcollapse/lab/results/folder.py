@@ -1,32 +1,27 @@
-"""Run folders: what is in them, and how it gets there whole even if the run is killed."""
+"""Run folders: what is in them, and who may write there."""
 
 from __future__ import annotations
 
-import os
-import platform
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
-from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
-import yaml
-from lightning.pytorch.plugins.io import TorchCheckpointIO
+from neuralcollapse.lab.results.files import read_yaml, write_yaml
+from neuralcollapse.lab.results.provenance import environment
 
-from neuralcollapse.lab.config import CompareConfig, RunConfig
+# Number of the format that is written. 0 had settings and environment in one file, and settings without effect as well.
+FORMAT = 1
 
 
 class RunFolder:
-    """The folder of one training run, or of a comparison, which keeps its runs in a folder of theirs.
+    """The folder of one training run, or of several, which are then in a folder of theirs.
 
     Attributes:
         path: The folder.
-        config: Resolved settings and environment, enough to run it again.
-        metrics: What was measured after each epoch: epoch, split, metric, value.
+        config: The settings that were in force, enough to run it again, and the format's number.
+        environment: What a result depends on beside them.
+        metrics: What was measured: epoch, split, metric, value.
         training_log: What training itself saw in each epoch, never compared: seconds, loss, accuracy, alignment,
             learning rate (of AGD: its step η).
         gradients: Size of each parameter's gradient at the end of each epoch.
@@ -34,31 +29,98 @@ class RunFolder:
         summary: The table of results.
         checkpoints: One file for each saved epoch, and the last one, from which a run is resumed.
         figures: PNG files.
-        runs: The runs of a comparison.
+        runs: The runs, where there are several.
+
+    Example:
+        >>> RunFolder("runs/digits").metrics.name
+        'metrics.csv'
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.config = path / "config.yaml"
-        self.metrics = path / "metrics.csv"
-        self.training_log = path / "training.csv"
-        self.gradients = path / "gradients.csv"
-        self.train_labels = path / "train_labels.csv"
-        self.summary = path / "summary.md"
-        self.checkpoints = path / "checkpoints"
-        self.last_checkpoint = self.checkpoints / "last.ckpt"
-        self.figures = path / "figures"
-        self.runs = path / "runs"
+    FILES: ClassVar[dict[str, str]] = {
+        "config": "config.yaml",
+        "environment": "environment.yaml",
+        "metrics": "metrics.csv",
+        "training_log": "training.csv",
+        "gradients": "gradients.csv",
+        "train_labels": "train_labels.csv",
+        "summary": "summary.md",
+    }
+    FOLDERS: ClassVar[dict[str, str]] = {
+        "checkpoints": "checkpoints",
+        "figures": "figures",
+        "runs": "runs",
+        "tensorboard": "tensorboard",
+        "wandb": "wandb",
+    }
+    config: Path
+    environment: Path
+    metrics: Path
+    training_log: Path
+    gradients: Path
+    train_labels: Path
+    summary: Path
+    checkpoints: Path
+    figures: Path
+    runs: Path
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        for name, place in (self.FILES | self.FOLDERS).items():
+            setattr(self, name, self.path / place)
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """The checkpoint that a run goes on from."""
+        return self.checkpoints / "last.ckpt"
 
     def checkpoint(self, epoch: int) -> Path:
         """The checkpoint kept of an epoch, counted from 1 as in the tables."""
         return self.checkpoints / f"epoch{epoch:04d}.ckpt"
 
-    def run(self, method: str, seed: int) -> RunFolder:
-        """The folder of one of a comparison's runs."""
-        return RunFolder(self.runs / f"{method}-seed{seed}")
+    def run(self, name: str) -> RunFolder:
+        """The folder of one of several runs."""
+        return RunFolder(self.runs / name)
 
-    def check(self, config: RunConfig | CompareConfig, *, resume: bool = False, overwrite: bool = False) -> None:
+    def run_folders(self) -> list[RunFolder]:
+        """The folders of its runs, in the order in which they are trained; of one run, itself.
+
+        Raises:
+            ValueError: It is no run's folder.
+        """
+        self.settings()
+        if not self.runs.is_dir():
+            return [self]
+        names = self.read_environment().get("runs") or sorted(path.name for path in self.runs.iterdir())
+        return [self.run(name) for name in names]
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that were in force; of format 0, all there were.
+
+        Raises:
+            ValueError: It is no run's folder, or one of a newer format.
+        """
+        if not self.config.exists():
+            raise ValueError(f"{str(self.path)!r} must be the folder of a run, and has no {self.config.name}")
+        stored = read_yaml(self.config)
+        if stored is None or not {"format", "environment"} & set(stored):
+            raise ValueError(
+                f"{str(self.config)!r} must be a run's settings, and is not; --overwrite starts that run again"
+            )
+        number = stored.pop("format", 0)
+        if not isinstance(number, int) or number > FORMAT:
+            raise ValueError(
+                f"{str(self.path)!r} is a run of format {number}, and this version of neuralcollapse reads up to "
+                f"{FORMAT}: install a newer one"
+            )
+        return _from_format_0(stored) if number == 0 else stored
+
+    def read_environment(self) -> dict[str, Any]:
+        """What the result depends on beside its settings."""
+        path = self.environment if self.environment.exists() else self.config
+        stored = read_yaml(path) or {}
+        return stored.get("environment", stored)
+
+    def check(self, settings: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False) -> None:
         """See whether a run with these settings may use the folder; change nothing.
 
         Raises:
@@ -68,7 +130,7 @@ class RunFolder:
         if self.config.exists() and overwrite:
             return
         if self.config.exists() and resume:
-            self._check_same(config)
+            self._check_same(settings)
         elif self.config.exists():
             raise ValueError(
                 f"out must not hold a run, and {str(self.path)!r} does: --resume goes on with it, "
@@ -77,94 +139,48 @@ class RunFolder:
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.glob("[!.]*"))):
             raise ValueError(f"out must be a new folder, an empty one or a run's; {str(self.path)!r} holds other files")
 
-    def open(self, config: RunConfig | CompareConfig, *, resume: bool = False, overwrite: bool = False) -> None:
-        """Make the folder ready for a run with these settings, after the same check."""
-        self.check(config, resume=resume, overwrite=overwrite)
+    def start(
+        self, settings: Mapping[str, Any], *, overwrite: bool = False, facts: Mapping[str, Any] | None = None
+    ) -> None:
+        """Make the folder ready for a run with these settings, after `check`.
+
+        Args:
+            settings: To keep in it.
+            overwrite: Delete the run that it holds.
+            facts: To keep beside its environment.
+        """
         if self.config.exists() and overwrite:
             self._clear()
         if not self.config.exists():
-            self.path.mkdir(parents=True, exist_ok=True)
-            content = asdict(config) | {"environment": environment()}
-            write_whole(self.config, lambda path: path.write_text(yaml.safe_dump(content, sort_keys=False)))
+            write_yaml(self.environment, {**environment(), **(facts or {})})
+            write_yaml(self.config, {"format": FORMAT, **settings})  # last: this makes it a run's folder
 
     def _clear(self) -> None:
-        files = (self.config, self.metrics, self.training_log, self.gradients, self.train_labels, self.summary)
-        for path in files:
-            path.unlink(missing_ok=True)
-        for path in (self.checkpoints, self.figures, self.runs, self.path / "tensorboard", self.path / "wandb"):
-            shutil.rmtree(path, ignore_errors=True)
+        for place in self.FILES.values():
+            (self.path / place).unlink(missing_ok=True)
+        for place in self.FOLDERS.values():
+            shutil.rmtree(self.path / place, ignore_errors=True)
 
-    def _check_same(self, config: RunConfig | CompareConfig) -> None:
-        stored = read_settings(self.config)
-        for name, value in asdict(config).items():
-            if name not in stored or stored[name] != value:
+    def _check_same(self, settings: Mapping[str, Any]) -> None:
+        stored = self.settings()
+        if "environment" in stored:  # format 0 says less of what is in force, and more of what is not
+            compared = [name for name in settings if stored.get(name) is not None]
+        else:
+            compared = [*settings, *(name for name in stored if name not in settings)]
+        for name in compared:
+            if settings.get(name) != stored.get(name):
                 raise ValueError(
-                    f"{name} must stay {stored.get(name)!r} to resume the run in {str(self.path)!r}, got {value!r}"
+                    f"{name} must stay {stored.get(name)!r} to resume the run in {str(self.path)!r}, "
+                    f"got {settings.get(name)!r}"
                 )
 
 
-class WholeCheckpoints(TorchCheckpointIO):
-    """Checkpoints of tensors and plain values, that replace the last one only when they are complete."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(Path(path), lambda partial: torch.save(checkpoint, partial))
-
-    def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
-        """Read a checkpoint; raises ValueError if it cannot be read."""
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # truncated files fail in many ways
-            reason = str(error).split("\n")[0]
-            raise ValueError(
-                f"checkpoint {str(path)!r} cannot be read ({reason}); delete it to start that run again"
-            ) from error
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Have a file written under another name, then put it in place: a kill leaves the old file or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    write(partial)
-    os.replace(partial, path)
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """The settings and the environment in a run's config.yaml.
-
-    Raises:
-        ValueError: It holds something else.
-    """
-    stored = yaml.safe_load(path.read_text())
-    if not isinstance(stored, dict) or "environment" not in stored:
-        raise ValueError(f"{str(path)!r} must be a run's settings, and is not; --overwrite starts that run again")
-    return stored
-
-
-def environment() -> dict[str, Any]:
-    """What a result depends on beside its settings."""
-    return {
-        "neuralcollapse": version("neuralcollapse"),
-        "git_commit": _git_commit(),
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in ("torch", "lightning", "datasets", "numpy", "scikit-learn")},
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _git_commit() -> str | None:
-    """The commit of this package, if it runs from a checkout; marked if files differ from it."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
+def _from_format_0(stored: dict[str, Any]) -> dict[str, Any]:
+    """Settings of today's types; the environment stays among them, which tells that some may have no effect."""
+    changed: dict[str, Any] = {}
+    for name in ("methods", "loggers"):
+        if isinstance(stored.get(name), str):
+            changed[name] = [item.strip() for item in stored[name].split(",") if item.strip()]
+    if stored.get("classifier_bias") == "auto":
+        changed["classifier_bias"] = None
+    return stored | changed

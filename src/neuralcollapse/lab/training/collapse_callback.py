@@ -6,45 +6,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from neuralcollapse.lab.results.folder import write_whole
+from neuralcollapse.lab.training.logs import TableCallback
 from neuralcollapse.metrics import measure
 
 COLUMNS = ["epoch", "split", "metric", "value"]
-
-
-class TableCallback(Callback):
-    """Rows gathered during training, written to a CSV file and kept in checkpoints, so that a resumed run goes on.
-
-    Args:
-        path: The file; None for none.
-        columns: Names of what is in a row, where rows do not name it themselves.
-
-    Attributes:
-        rows: What was gathered so far.
-    """
-
-    def __init__(self, path: Path | None, columns: list[str] | None = None) -> None:
-        self.path = path
-        self.columns = columns
-        self.rows: list[Any] = []
-
-    def write(self, trainer: Trainer) -> None:
-        """Write all rows so far."""
-        if self.path is not None and trainer.is_global_zero:
-            table = pd.DataFrame(self.rows, columns=self.columns)
-            write_whole(self.path, lambda path: table.to_csv(path, index=False, na_rep="nan"))
-
-    def state_dict(self) -> dict[str, Any]:
-        """The rows."""
-        return {"rows": self.rows}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the rows of a checkpoint."""
-        self.rows = list(state_dict["rows"])
 
 
 class CollapseCallback(TableCallback):

@@ -1,21 +1,50 @@
-"""What a run writes while it trains: its log, its gradients, its checkpoints, a progress bar."""
+"""What a run writes while it trains: tables of what happened in each epoch."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
-from tqdm.auto import tqdm
 
-from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.results.files import write_whole
 from neuralcollapse.lab.training.agd import AGD
-from neuralcollapse.lab.training.collapse_callback import TableCallback
+
+
+class TableCallback(Callback):
+    """Rows gathered during training, written to a CSV file and kept in checkpoints, so that a resumed run goes on.
+
+    Args:
+        path: The file; None for none.
+        columns: Names of what is in a row, where rows do not name it themselves.
+
+    Attributes:
+        rows: What was gathered so far.
+    """
+
+    def __init__(self, path: Path | None, columns: list[str] | None = None) -> None:
+        self.path = path
+        self.columns = columns
+        self.rows: list[Any] = []
+
+    def write(self, trainer: Trainer) -> None:
+        """Write all rows so far."""
+        if self.path is not None and trainer.is_global_zero:
+            table = pd.DataFrame(self.rows, columns=self.columns)
+            write_whole(self.path, lambda path: table.to_csv(path, index=False, na_rep="nan"))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the rows of a checkpoint."""
+        self.rows = list(state_dict["rows"])
 
 
 class TrainingLog(TableCallback):
@@ -78,68 +107,3 @@ class GradientLog(TableCallback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write."""
         self.write(trainer)
-
-
-class Checkpointing(Callback):
-    """Saves the last epoch, from which a run goes on, and those to keep. Comes after what has a state to save."""
-
-    def __init__(self, folder: RunFolder, keep_every: int | None, keep: Sequence[int]) -> None:
-        self.folder = folder
-        self.keep_every = keep_every
-        self.keep = set(keep)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save."""
-        epoch = trainer.current_epoch + 1
-        if epoch in self.keep or (self.keep_every is not None and epoch % self.keep_every == 0):
-            trainer.save_checkpoint(self.folder.checkpoint(epoch))
-        trainer.save_checkpoint(self.folder.last_checkpoint)  # last: a run that is killed here makes the other again
-
-
-class ProgressBar(Callback):
-    """Moves a bar that counts the batches of one run after another.
-
-    Args:
-        bar: The bar.
-        name: What is said of this run.
-        position: Runs that came before it.
-        runs: Runs in all.
-    """
-
-    def __init__(self, bar: tqdm, name: str, position: int = 0, runs: int = 1) -> None:
-        self.bar = bar
-        self.name = name
-        self.position = position
-        self.runs = runs
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stand where the run begins, or goes on."""
-        batches = int(trainer.estimated_stepping_batches)
-        done = self.position * batches + trainer.global_step
-        if not self.bar.total:
-            self.bar.initial = done  # what was done before this start does not count for the estimate
-        self.bar.total, self.bar.n = self.runs * batches, done
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_index: int) -> None:
-        """Say which epoch it is."""
-        if batch_index == 0:
-            self._describe(trainer)
-
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """One more; after the last one, what takes time is measuring."""
-        self.bar.update()
-        if trainer.is_last_batch:
-            self._describe(trainer, ", measuring")
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the last test accuracy measured."""
-        if (accuracy := trainer.callback_metrics.get("test/accuracy")) is not None:
-            self.bar.set_postfix_str(f"test accuracy {float(accuracy):.1%}")
-
-    def _describe(self, trainer: Trainer, doing: str = "") -> None:
-        self.bar.set_description(f"{self.name}, epoch {trainer.current_epoch + 1}/{trainer.max_epochs}{doing}")
-
-
-def progress_bar(*, shown: bool) -> tqdm:
-    """The bar that a `ProgressBar` moves."""
-    return tqdm(disable=not shown, unit="batch", unit_scale=True, smoothing=0.02, dynamic_ncols=True)

@@ -22,7 +22,7 @@ def batch_loss(config: Optimisation, logits: Tensor, targets: Tensor) -> Tensor:
     if config.loss == "dot-regression":
         true_logit = logits.gather(1, targets[:, None])
         return 0.5 * (true_logit - 1).square().mean()
-    return functional.cross_entropy(logits, targets, label_smoothing=config.label_smoothing)
+    return functional.cross_entropy(logits, targets, label_smoothing=config.label_smoothing or 0.0)
 
 
 def penalty(config: Optimisation, model: AttachedHead, features: Tensor) -> Tensor | None:
@@ -40,9 +40,9 @@ def penalty(config: Optimisation, model: AttachedHead, features: Tensor) -> Tens
         if config.published_quirk:
             features = functional.normalize(features)
         of_features = 0.5 * config.feature_decay * features.square().sum()
-        return of_features + _half_square(model.head, config.weight_decay, features)
+        return of_features + _half_square(model.head, config.weight_decay or 0.0, features)
     if config.optimizer == "lbfgs":
-        return _half_square(model, config.weight_decay, features)
+        return _half_square(model, config.weight_decay or 0.0, features)
     return None
 
 

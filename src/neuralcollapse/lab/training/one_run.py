@@ -6,23 +6,24 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from neuralcollapse.heads import AttachedHead, Head
+from neuralcollapse.heads import Head
 from neuralcollapse.lab.config import RunConfig
-from neuralcollapse.lab.data.batches import EpochBatches, EvaluationBatches, batch_shape
+from neuralcollapse.lab.data.augmentation import batch_shape
+from neuralcollapse.lab.data.batches import EpochBatches, EvaluationBatches, evaluation_batches
 from neuralcollapse.lab.data.splits import ImageData
 from neuralcollapse.lab.models.building import build_model
-from neuralcollapse.lab.results.folder import RunFolder, WholeCheckpoints
+from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.seeds import derived_seed
+from neuralcollapse.lab.training.checkpoints import Checkpointing, WholeCheckpoints
 from neuralcollapse.lab.training.collapse_callback import CollapseCallback
 from neuralcollapse.lab.training.loggers import build_loggers, finish_loggers
-from neuralcollapse.lab.training.logs import Checkpointing, GradientLog, TrainingLog
+from neuralcollapse.lab.training.logs import GradientLog, TrainingLog
 from neuralcollapse.lab.training.objective import batch_loss, penalty
 from neuralcollapse.lab.training.optimizers import build_optimizer, build_schedule
 from neuralcollapse.metrics import ClassMoments
@@ -40,17 +41,22 @@ class ClassifierTraining(LightningModule):
 
     Args:
         config: All settings.
-        model: The model.
         data: What to train on.
-        evaluation: The train split's un-augmented batches, whose standardisation is taken.
+        evaluation: The splits' un-augmented batches, to measure on; by default those of the data.
+
+    Raises:
+        ValueError: Settings that do not fit together, or do not fit the data.
     """
 
-    def __init__(self, config: RunConfig, model: AttachedHead, data: ImageData, evaluation: EvaluationBatches) -> None:
+    def __init__(
+        self, config: RunConfig, data: ImageData, evaluation: Mapping[str, EvaluationBatches] | None = None
+    ) -> None:
         super().__init__()
         self.config = config
-        self.model = model
-        self.split = data.train
-        self.standardise = evaluation.standardise
+        self.data = data
+        self.evaluation = evaluation_batches(data, config) if evaluation is None else evaluation
+        self.model = build_model(config, batch_shape(data.image_shape, config), data.num_classes)
+        self._optimizer = build_optimizer(config, self.model)
         self._logged = (-1, -1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -82,11 +88,10 @@ class ClassifierTraining(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimiser and its schedule, by the step."""
-        optimizer = build_optimizer(self.config, self.model)
-        schedule = build_schedule(self.config, optimizer, len(self._batches(0)))
+        schedule = build_schedule(self.config, self._optimizer, len(self._batches(0)))
         if schedule is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+            return self._optimizer
+        return {"optimizer": self._optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     @property
     def head(self) -> Head:
@@ -94,7 +99,8 @@ class ClassifierTraining(LightningModule):
         return self.model.head  # type: ignore[return-value]
 
     def _batches(self, epoch: int) -> EpochBatches:
-        return EpochBatches(self.split, self.standardise, self.config, self.config.seed, epoch)
+        standardise = self.evaluation["train"].standardise
+        return EpochBatches(self.data.train, standardise, self.config, self.config.seed, epoch)
 
     @torch.no_grad()
     def _figures(self, loss: Tensor, logits: Tensor, features: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -107,60 +113,29 @@ class ClassifierTraining(LightningModule):
         return figures | ({"batch_accuracy_top5": answers.any(1).float().mean()} if logits.shape[1] > 5 else {})
 
 
-def check_model(config: RunConfig, data: ImageData) -> None:
-    """Build the model and its optimiser once, to see before anything is written that they fit together and the data.
-
-    Raises:
-        ValueError: They do not.
-    """
-    build_optimizer(config, build_model(config, batch_shape(data.image_shape, config), data.num_classes))
-
-
-def train(
-    config: RunConfig,
-    data: ImageData,
-    evaluation: Mapping[str, EvaluationBatches],
-    folder: RunFolder,
-    *callbacks: Callback,
-) -> None:
+def train(module: ClassifierTraining, folder: RunFolder, *callbacks: Callback) -> None:
     """Train one run to its end, from its last checkpoint if there is one.
 
     Args:
-        config: All settings.
-        data: On the device to train on.
-        evaluation: What to measure on, with a split called ``"train"``.
-        folder: The run's, opened.
+        module: The model and what to train it on.
+        folder: The run's, started.
         callbacks: Further callbacks of lightning.
 
     Raises:
-        ValueError: Settings that do not fit the data, a checkpoint that cannot be read or is of another model, or
-            a loss that is not finite.
+        ValueError: A checkpoint that cannot be read or is of another model, or a loss that is not finite.
         KeyboardInterrupt: The user stopped it.
     """
-    model = build_model(config, batch_shape(data.image_shape, config), data.num_classes)
-    module = ClassifierTraining(config, model, data, evaluation["train"])
-    weight: Any = model.head.weight
-    scatter = ClassMoments.required_bytes(*weight.shape, class_scatter=True) <= _CLASS_SCATTER_BYTES
-    collapse = CollapseCallback(
-        evaluation,
-        every_n_epochs=config.measure_every,
-        csv=folder.metrics,
-        classifier=model.head,
-        class_scatter=scatter,
-    )
-    logs = [TrainingLog(folder.training_log), GradientLog(folder.gradients)]
-    checkpointing = Checkpointing(folder, config.checkpoint_every, config.checkpoint_epochs)
-    loggers = build_loggers(config.logger_names, folder)
+    config, last = module.config, folder.last_checkpoint
+    loggers = build_loggers(config.loggers, folder)
     for logger in loggers:
-        logger.log_hyperparams(asdict(config))
-    device = data.train.labels.device
-    accelerators = [device] if device.type == "cuda" else []
+        logger.log_hyperparams(config.in_force())
+    device = module.data.train.labels.device
     with quiet_lightning():
         trainer = Trainer(
             accelerator=device.type,
             devices=1,
             max_epochs=config.epochs,
-            callbacks=[*logs, collapse, *callbacks, checkpointing],
+            callbacks=[*_records(module, folder), *callbacks, Checkpointing(folder, config)],
             plugins=[WholeCheckpoints()],
             reload_dataloaders_every_n_epochs=1,
             logger=loggers or False,
@@ -169,9 +144,8 @@ def train(
             enable_model_summary=False,
             default_root_dir=folder.path,
         )
-        last = folder.last_checkpoint
         try:
-            with torch.random.fork_rng(devices=accelerators):
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 trainer.fit(module, ckpt_path=last if last.exists() else None, weights_only=True)
         except SystemExit as exit:  # lightning's answer to Ctrl-C
             if isinstance(exit.__context__, KeyboardInterrupt):
@@ -181,11 +155,24 @@ def train(
             if "size mismatch" not in str(error):
                 raise
             raise ValueError(
-                f"checkpoint {str(last)!r} is of a model of other sizes than {data.num_classes} classes of images "
-                f"{data.image_shape} need: give the data that the run began with"
+                f"checkpoint {str(last)!r} is of a model of other sizes than {module.data.num_classes} classes of "
+                f"images {module.data.image_shape} need: give the data that the run began with"
             ) from error
         finally:
             finish_loggers(loggers)
+
+
+def _records(module: ClassifierTraining, folder: RunFolder) -> list[Callback]:
+    """What writes the run's tables."""
+    weight: Any = module.head.weight
+    collapse = CollapseCallback(
+        module.evaluation,
+        every_n_epochs=module.config.measure_every,
+        csv=folder.metrics,
+        classifier=module.head,
+        class_scatter=ClassMoments.required_bytes(*weight.shape, class_scatter=True) <= _CLASS_SCATTER_BYTES,
+    )
+    return [TrainingLog(folder.training_log), GradientLog(folder.gradients), collapse]
 
 
 @contextmanager

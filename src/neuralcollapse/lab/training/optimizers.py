@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch.optim import lr_scheduler
 
-from neuralcollapse.heads import AttachedHead, LearnedClassifier, NearestETFClassifier, project_after_step
+from neuralcollapse.heads import AttachedHead, LearnedClassifier, project_after_step
 from neuralcollapse.lab.config import Optimisation, RunConfig
 from neuralcollapse.lab.seeds import derived_seed
 from neuralcollapse.lab.training.agd import AGD, orthogonal_start
 
+_T = TypeVar("_T")
 # Beside a run's seed, this one gives the seed of first weights that the optimiser asks for.
 _START = 2
 
@@ -24,48 +25,39 @@ def build_optimizer(config: RunConfig, model: AttachedHead) -> torch.optim.Optim
     Raises:
         ValueError: The optimiser cannot train this model.
     """
-    if config.feature_decay and not config.published_quirk and model.head.feature_norm is not None:
-        raise ValueError("feature_decay needs feature_norm none: of normalised features it is a constant")
     optimizer = _optimizer(config, model)
     if config.optimizer == "agd":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derived_seed(config.seed, _START))
             orthogonal_start(model)
-        if isinstance(model.head, LearnedClassifier) and model.head.unit_weight:
-            model.head.project_weight()
-    if isinstance(model.head, LearnedClassifier) and model.head.unit_weight:
-        project_after_step(optimizer, model.head)
+    head = model.head
+    if isinstance(head, LearnedClassifier) and head.unit_weight:
+        head.project_weight()
+        project_after_step(optimizer, head)
     return optimizer
 
 
-def _optimizer(config: Optimisation, model: AttachedHead) -> torch.optim.Optimizer:
+def _optimizer(config: RunConfig, model: AttachedHead) -> torch.optim.Optimizer:
     if config.optimizer == "agd":
         try:
-            return AGD(model.named_parameters(), gain=config.gain)
+            return AGD(model.named_parameters(), gain=_value(config.gain))
         except ValueError as error:
             raise ValueError(f"{error} (batch_norm_affine false, classifier_bias centring or none)") from error
-    parameters = model.parameters()
+    parameters, rate = model.parameters(), _value(config.lr)
     if config.optimizer == "lbfgs":
-        if isinstance(model.head, NearestETFClassifier):
-            raise ValueError(
-                "optimizer lbfgs cannot train the method implicit, whose ETF would move under its line search: "
-                "take method fixed or standard, or another optimiser"
-            )
-        if isinstance(model.head, LearnedClassifier) and model.head.unit_weight:
-            raise ValueError("optimizer lbfgs needs unit_weight false: it cannot keep the rows at unit norm")
         return torch.optim.LBFGS(
             parameters,
-            lr=config.lr,
-            max_iter=config.lbfgs_iterations,
-            history_size=config.lbfgs_history,
+            lr=rate,
+            max_iter=_value(config.lbfgs_iterations),
+            history_size=_value(config.lbfgs_history),
             line_search_fn="strong_wolfe",
         )
     # With a feature decay, the weight decay is part of the loss.
-    weight_decay = config.weight_decay if config.feature_decay is None else 0.0
-    rates: dict[str, Any] = {"lr": config.lr, "weight_decay": weight_decay}
+    weight_decay = _value(config.weight_decay) if config.feature_decay is None else 0.0
     if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, momentum=config.momentum, **rates)
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](parameters, **rates)
+        return torch.optim.SGD(parameters, lr=rate, momentum=_value(config.momentum), weight_decay=weight_decay)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+    return kind(parameters, lr=rate, weight_decay=weight_decay)
 
 
 def build_schedule(
@@ -78,24 +70,23 @@ def build_schedule(
         optimizer: Theirs.
         batches: In an epoch.
     """
-    if config.optimizer == "agd":
+    if config.schedule is None:
         return None
     steps = config.epochs * batches
     if config.schedule == "cosine":
         return lr_scheduler.CosineAnnealingLR(optimizer, steps)
     if config.schedule == "step":
-        return lr_scheduler.StepLR(optimizer, config.step_epochs * batches, config.lr_factor)
+        return lr_scheduler.StepLR(optimizer, _value(config.step_epochs) * batches, _value(config.lr_factor))
     if config.schedule == "multistep":
-        milestones = [epoch * batches for epoch in _milestones(config)]
-        return lr_scheduler.MultiStepLR(optimizer, milestones, config.lr_factor)
+        milestones = [epoch * batches for epoch in _value(config.milestones)]
+        return lr_scheduler.MultiStepLR(optimizer, milestones, _value(config.lr_factor))
     if config.schedule == "one-cycle":
         # Momentum stays, as the settings say.
-        return lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=max(steps, 2), cycle_momentum=False)
+        return lr_scheduler.OneCycleLR(optimizer, _value(config.lr), total_steps=max(steps, 2), cycle_momentum=False)
     return lr_scheduler.ConstantLR(optimizer, factor=1.0)
 
 
-def _milestones(config: Optimisation) -> list[int]:
-    """Epochs after which `multistep` multiplies the rate: one and two thirds of them, if the settings name none."""
-    if config.milestones is not None:
-        return config.milestones
-    return sorted({config.epochs // 3, 2 * config.epochs // 3} - {0})
+def _value(setting: _T | None) -> _T:
+    """A setting that is in force here."""
+    assert setting is not None
+    return setting

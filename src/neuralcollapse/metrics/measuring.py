@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from neuralcollapse.classifier import resolve_classifier
 from neuralcollapse.metrics.cache import FeatureCache
-from neuralcollapse.metrics.from_moments import collapse_metrics
+from neuralcollapse.metrics.collapse import collapse_metrics
+from neuralcollapse.metrics.doors import check_device
 from neuralcollapse.metrics.model_run import ModelRun, Outputs, Pooling, Unpack, evaluation_mode, unpack_pair
 from neuralcollapse.metrics.moments import ClassMoments
 from neuralcollapse.metrics.nc2 import cos_margins
@@ -59,6 +60,7 @@ def measure(
     device: torch.device | str | None = None,
     center: Center = "samples",
     min_samples: int = 1,
+    max_samples: int | None = None,
     ignore_index: int | None = None,
     dtype: torch.dtype | Literal["mixed"] = torch.float64,
     class_scatter: bool = False,
@@ -90,6 +92,7 @@ def measure(
         device: Where to run: the model is moved there. By default where the model is.
         center: As for `collapse_metrics`.
         min_samples: As for `collapse_metrics`.
+        max_samples: As for `collapse_metrics`.
         ignore_index: Samples of this target are left out.
         dtype: As for `ClassMoments`.
         class_scatter: Keep per-class scatter, K d² numbers, for ``nc1_numerical_rank``.
@@ -111,6 +114,7 @@ def measure(
     """
     if train_loader is not None and train_moments is not None:
         raise ValueError("train_loader and train_moments must not both be given")
+    _check_types(model, loader, layers, classifier, unpack, device)
     name, head = resolve_classifier(model, classifier)
     if device is not None:
         model.to(device)
@@ -143,7 +147,7 @@ def measure(
                 train_moments.update(outputs.features, outputs.targets, ignore_index=ignore_index)
         ood_mean = None if ood_loader is None else run.mean_feature(ood_loader, feature_dim)
 
-        options: dict[str, Any] = {"center": center, "min_samples": min_samples}
+        options: dict[str, Any] = {"center": center, "min_samples": min_samples, "max_samples": max_samples}
         metrics = collapse_metrics(moments, weight, bias, ood_mean=ood_mean, pairwise=pairwise, **options)
         shares = hits.cumsum(0).double() / moments.counts.sum().cpu()
         metrics |= {"accuracy": float(shares[0])} | ({"accuracy_top5": float(shares[4])} if num_classes > 5 else {})
@@ -160,6 +164,22 @@ def measure(
         layers={layer: collapse_metrics(layer_moments[layer], pairwise=pairwise, **options) for layer in layers},
         train_moments=train_moments,
     )
+
+
+def _check_types(
+    model: object, loader: object, layers: object, classifier: object, unpack: object, device: object
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be an nn.Module, got {type(model).__name__}")
+    if not isinstance(loader, Iterable):
+        raise ValueError(f"loader must be an iterable of batches, got {type(loader).__name__}")
+    if isinstance(layers, str) or not isinstance(layers, Sequence):
+        raise ValueError(f"layers must be a list of names, got {layers!r}")
+    if classifier is not None and not isinstance(classifier, str | nn.Module):
+        raise ValueError(f"classifier must be a module or its dotted name, got {type(classifier).__name__}")
+    if unpack is not None and not callable(unpack):
+        raise ValueError(f"unpack must be a function of a batch, got {type(unpack).__name__}")
+    check_device(device)
 
 
 def _parameters(classifier: Any) -> tuple[Tensor, Tensor | None]:
