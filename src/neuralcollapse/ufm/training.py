@@ -65,7 +65,7 @@ def train_free_features(
         model.train()
         optimizer.zero_grad(set_to_none=True)
         objective = model.objective()
-        objective.backward()  # type: ignore[no-untyped-call]
+        objective.backward()
         optimizer.step()
         seconds += perf_counter() - started
         if iteration not in measure_at:

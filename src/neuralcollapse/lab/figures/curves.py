@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; line styles do without colour.
-_STYLES = {"standard": ("#0072B2", "-"), "fixed": ("#D55E00", "--"), "implicit": ("#009E73", "-.")}
+METHOD_STYLES = {"standard": ("#0072B2", "-"), "fixed": ("#D55E00", "--"), "implicit": ("#009E73", "-.")}
 # File name: metric, label of its axis, kind of axis.
 _FIGURES = {
     "accuracy.png": ("accuracy", "accuracy", "percent"),
@@ -91,7 +91,7 @@ def _draw_lines(axes: Axes, values: pd.DataFrame) -> None:
     """One line a method, the mean over seeds, with a band from the least to the greatest."""
     for method, group in values.groupby("method", sort=False):
         by_epoch = group.groupby("epoch")["value"].agg(["mean", "min", "max"])
-        color, style = _STYLES[str(method)]
+        color, style = METHOD_STYLES[str(method)]
         marker = "o" if len(by_epoch) == 1 else None
         axes.plot(by_epoch.index, by_epoch["mean"], style, color=color, label=method, linewidth=1.6, marker=marker)
         axes.fill_between(by_epoch.index, by_epoch["min"], by_epoch["max"], color=color, alpha=0.18, linewidth=0)
