@@ -16,7 +16,7 @@ from neuralcollapse.lab.commands.arguments import lists_in_brackets
 from neuralcollapse.lab.settings import nearest, type_hints
 
 # In the order of the list that `--help` prints.
-_COMMANDS = ("compare", "train", "recipes", "ufm")
+_COMMANDS = ("compare", "train", "recipes", "ufm", "landscape")
 _USER_ERROR, _INTERRUPTED = 2, 130
 
 

@@ -10,6 +10,7 @@ from neuralcollapse.ufm.landscape import CriticalPoint, Escape, classify_critica
 from neuralcollapse.ufm.model import UnconstrainedFeatures
 from neuralcollapse.ufm.optimum import GlobalOptimum, decay_strength, global_optimum
 from neuralcollapse.ufm.saddles import origin_curvature, symmetric_saddle
+from neuralcollapse.ufm.survey import Visit, loss_slice, survey
 from neuralcollapse.ufm.training import Snapshot, measure_free_features, train_free_features
 
 __all__ = [
@@ -20,15 +21,18 @@ __all__ = [
     "HessianExtremes",
     "Snapshot",
     "UnconstrainedFeatures",
+    "Visit",
     "classify_critical_point",
     "decay_strength",
     "escape",
     "global_optimum",
     "hessian_extremes",
     "known_optimum",
+    "loss_slice",
     "measure_free_features",
     "minimize",
     "origin_curvature",
+    "survey",
     "symmetric_saddle",
     "train_free_features",
 ]
