@@ -12,7 +12,6 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
-from neuralcollapse.lab.commands.arguments import lists_in_brackets
 from neuralcollapse.lab.settings import nearest, type_hints
 
 # In the order of the list that `--help` prints.
@@ -33,8 +32,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         name, command = _chosen(arguments)
         parser = _parser(name)
-        if command is not None:
-            arguments = lists_in_brackets(arguments, *command.SECTIONS)
         chosen = _parse(parser, command, arguments)
         command.run(chosen[chosen.subcommand])
     except (ArgumentError, ValueError, OSError) as error:

@@ -17,7 +17,7 @@ COMMAND = [sys.executable, "-c", "import sys; from neuralcollapse.cli import mai
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("--methods standard,explicit", "--methods: Expected"),
+        ("--methods standard,explicit", "methods must be a list, each item one of standard, fixed, implicit, got"),
         ("--methods fixed,fixed", "methods must be different ones of"),
         (
             "--backbone vgg",

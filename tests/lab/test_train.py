@@ -165,7 +165,7 @@ def test_a_recipe_trains_on_another_folder(tmp_path, monkeypatch, real_data, cap
         (["--method", "explicit"], "--method: Expected one of 'standard', 'fixed', 'implicit'"),
         (["--classifier_bias", "learned"], "classifier_bias must be centring or none for method implicit"),
         (["--data", "./missing"], "'./missing' is no folder"),
-        (["--loggers", "wandb,paper"], "--loggers: Expected"),
+        (["--loggers", "wandb,paper"], "loggers must be a list, each item one of tensorboard, wandb, got"),
     ],
 )
 def test_what_does_not_fit_together_is_one_line_and_writes_nothing(arguments, expected, tmp_path, monkeypatch, capsys):

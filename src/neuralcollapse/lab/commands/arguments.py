@@ -6,10 +6,11 @@ import ast
 import inspect
 import textwrap
 from argparse import SUPPRESS
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import Field, fields
 from typing import Any, get_args, get_origin
 
+import yaml
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 
 from neuralcollapse.lab.settings import Settings, describe, type_hints
@@ -29,7 +30,8 @@ def add_sections(parser: ArgumentParser, *sections: type[Settings]) -> None:
             if bool in (hints[one.name], *get_args(hints[one.name])):
                 group.add_argument(f"--{one.name}", action=ActionYesNo(no_prefix="no-"), nargs="?", help=text)
             else:
-                group.add_argument(f"--{one.name}", type=hints[one.name], metavar=one.name.upper(), help=text)
+                hint = hints[one.name] | str if _is_list(hints[one.name]) else hints[one.name]
+                group.add_argument(f"--{one.name}", type=hint, metavar=one.name.upper(), help=text)
     # In the config.yaml of a run, which can be given as --config.
     parser.add_argument("--format", type=int, default=SUPPRESS, help=SUPPRESS)
     parser.add_argument("--environment", type=dict[str, Any], default=SUPPRESS, help=SUPPRESS)
@@ -44,32 +46,23 @@ def add_output(parser: ArgumentParser, default: str) -> None:
     output.add_argument("--print_config", action="store_true", help="print the settings in force as YAML, and exit")
 
 
-def lists_in_brackets(arguments: Sequence[str], *sections: type[Settings]) -> list[str]:
-    """The arguments, with brackets around lists that are given with commas alone: ``a,b`` is ``[a,b]``."""
-    hints = {name: hint for section in sections for name, hint in type_hints(section).items()}
-    alone = {f"--{name}" for name, hint in hints.items() if _is_list(hint)}
-    commas = {f"--{name}" for name, hint in hints.items() if any(map(_is_list, (hint, *get_args(hint))))}
-    changed, before = [], ""
-    for argument in arguments:
-        flag, equals, value = argument.partition("=") if argument.startswith("--") else (before, "", argument)
-        if (equals or before) and not value.startswith("[") and (flag in alone or (flag in commas and "," in value)):
-            argument = f"{flag}=[{value}]" if equals else f"[{value}]"
-        before = argument if argument.startswith("--") and not equals else ""
-        changed.append(argument)
-    return changed
-
-
 def asked_for(settings: Namespace, *sections: type[Settings]) -> dict[str, Any]:
     """The settings of these sections that somebody gave, in a file or as a flag."""
     if settings.get("resume") and settings.get("overwrite"):
         raise ValueError("resume and overwrite must not both be given")
     given: Mapping[str, Any] = settings.as_dict()
-    names = [one.name for section in sections for one in fields(section)]
-    return {name: given[name] for name in names if given.get(name) is not None}
+    hints = {name: hint for section in sections for name, hint in type_hints(section).items()}
+    found = {name: given[name] for name in hints if given.get(name) is not None}
+    return {name: _items(value) if _is_list(hints[name]) else value for name, value in found.items()}
+
+
+def _items(value: Any) -> Any:
+    """The items of a list that is written with commas alone."""
+    return yaml.safe_load(f"[{value}]") if isinstance(value, str) else value
 
 
 def _is_list(hint: Any) -> bool:
-    return get_origin(hint) is list
+    return any(get_origin(one) is list for one in (hint, *get_args(hint)))
 
 
 def _descriptions(section: type[Settings]) -> dict[str, str]:

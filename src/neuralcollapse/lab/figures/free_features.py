@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from neuralcollapse.lab.figures.curves import METHOD_STYLES
+from neuralcollapse.lab.figures.curves import line_styles
 from neuralcollapse.lab.results.files import write_whole
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.tables import aligned
@@ -87,12 +87,13 @@ def draw_free_features(metrics: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def _draw(axes: Axes, values: pd.DataFrame) -> None:
+    styles = line_styles(list(values["method"].unique()))
     for method, group in values.groupby("method", sort=False):
         shown = group.assign(value=group["value"].clip(lower=_FLOOR))
         by_iteration = shown.groupby("iteration")["value"]
         middle = by_iteration.agg(lambda of_seeds: math.exp(sum(map(math.log, of_seeds)) / len(of_seeds)))
-        color, style = METHOD_STYLES[str(method)]
-        axes.plot(middle.index, middle, style, color=color, label=method, linewidth=1.5)
+        color, line = styles[str(method)]
+        axes.plot(middle.index, middle, linestyle=line, color=color, label=method, linewidth=1.5)
         axes.fill_between(middle.index, by_iteration.min(), by_iteration.max(), color=color, alpha=0.18, linewidth=0)
     axes.set(xscale="log", yscale="log")
     axes.grid(alpha=0.3, linewidth=0.5)

@@ -44,9 +44,10 @@ def summarise(folder: RunFolder, command: str) -> Summary:
     settings = [run.settings() for run in runs]
     recipes = {one["method"]: one["recipe"] for one in settings if one.get("recipe")}
     table = aligned(results_table(metrics, log, recipes))
-    title = f"{settings[0]['backbone']} on {folder.read_environment().get('data', settings[0]['data'])}"
+    made = folder.read_environment()
+    title = f"{settings[0]['backbone']} on {made.get('data', settings[0]['data'])}"
     seeds = list(dict.fromkeys(one["seed"] for one in settings))
-    figures = draw_figures(metrics, folder.figures, title)
+    figures = draw_figures(metrics, folder.figures, title, made.get("num_classes"))
     text = _summary(folder, title, command, table, figures, seeds)
     write_whole(folder.summary, lambda path: path.write_text(text, encoding="utf-8"))
     tables = [table for table in (folder.metrics, folder.training_log, folder.gradients) if table.exists()]

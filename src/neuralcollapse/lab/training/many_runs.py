@@ -70,7 +70,8 @@ def train_runs(
     whole.check(settings, resume=resume, overwrite=overwrite)
     prepared = _Prepared(whole if resume else None, progress=progress)
     modules = {_kind(run): prepared.module(run, place) for place, run in reversed(places.items())}
-    facts: dict[str, Any] = {"data": str(next(iter(modules.values())).data)}
+    data = next(iter(modules.values())).data
+    facts: dict[str, Any] = {"data": str(data), "num_classes": data.num_classes}
     names = {} if whole in places else {"runs": [place.path.name for place in places]}
     whole.start(settings, overwrite=overwrite, facts=facts | names)
     bar = Progress(len(places), shown=progress)
