@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from neuralcollapse.lab.settings import nearest, type_hints
 
 # In the order of the list that `--help` prints.
-_COMMANDS = ("compare", "train", "recipes")
+_COMMANDS = ("compare", "train", "recipes", "ufm", "landscape")
 _USER_ERROR, _INTERRUPTED = 2, 130
 
 

@@ -72,8 +72,19 @@ def _polar(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             if matrix.dtype == torch.float64:  # one Newton–Schulz step restores what squaring the condition lost
                 factor = 1.5 * factor - 0.5 * (factor @ factor.mT) @ factor
             return factor.to(matrix.dtype), left.to(matrix.dtype), singular.to(matrix.dtype)
-    left, singular, right = torch.linalg.svd(matrix, full_matrices=False)
+    left, singular, right = _singular_vectors(matrix)
     return left @ right, left.contiguous(), singular
+
+
+def _singular_vectors(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The thin SVD. In fp32 it can fail to converge on singular values that are almost equal, as at collapse."""
+    try:
+        return torch.linalg.svd(matrix, full_matrices=False)
+    except torch.linalg.LinAlgError:
+        if matrix.dtype == torch.float64:
+            raise
+        left, singular, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+        return left.to(matrix.dtype), singular.to(matrix.dtype), right.to(matrix.dtype)
 
 
 @_polar.register_fake
