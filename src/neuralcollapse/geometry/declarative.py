@@ -127,9 +127,8 @@ def argmin_on_stiefel(cost: ParametricCost, parameters: Parameters, initial: Ten
     if not bool(solution.converged.all()):
         warnings.warn(f"argmin_on_stiefel: not converged: {solution.reason}", RuntimeWarning, stacklevel=2)
     record = AdjointRecord()
-    point: Tensor = _Argmin.apply(  # type: ignore[no-untyped-call]
-        lambda point, *values: cost(point, pack(values)), solution, record, solution.point, *tensors
-    )
+    attach: Callable[..., Tensor] = _Argmin.apply
+    point = attach(lambda point, *values: cost(point, pack(values)), solution, record, solution.point, *tensors)
     found = {entry.name: getattr(solution, entry.name) for entry in fields(solution)}
     return ArgminSolution(**(found | {"point": point}), adjoint=record)
 
