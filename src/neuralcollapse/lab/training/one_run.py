@@ -169,6 +169,7 @@ def _records(module: ClassifierTraining, folder: RunFolder) -> list[Callback]:
         module.evaluation,
         every_n_epochs=module.config.measure_every,
         csv=folder.metrics,
+        moments=folder.moments,
         classifier=module.head,
         class_scatter=ClassMoments.required_bytes(*weight.shape, class_scatter=True) <= _CLASS_SCATTER_BYTES,
     )
