@@ -23,7 +23,7 @@ def table(train: float, test: float) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["method", "seed", "epoch", "split", "metric", "value"])
 
 
-@pytest.mark.parametrize(("train", "test"), [(0.1, 0.9), (0.9, 0.1), (1e-6, 1.0), (1.0, 1.0), (0.0, 0.5)])
+@pytest.mark.parametrize(("train", "test"), [(0.1, 0.9), (0.0, 1.0)])
 def test_any_course_of_any_metric_can_be_drawn(train, test, tmp_path):
     files = draw_figures(table(train, test), tmp_path, "a run", 10)
     assert [file.name for file in files] == [

@@ -172,6 +172,10 @@ class RunFolder:
             write_yaml(self.environment, {**environment(), **(facts or {})})
             write_yaml(self.config, {"format": FORMAT, **settings})  # last: this makes it a run's folder
 
+    def add_facts(self, **facts: Any) -> None:
+        """Keep more of what is known of the run beside its environment."""
+        write_yaml(self.environment, self.read_environment() | facts)
+
     def _clear(self) -> None:
         for place in self.FILES.values():
             (self.path / place).unlink(missing_ok=True)

@@ -9,10 +9,9 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
+from neuralcollapse.lab.results.tables import COLUMNS
 from neuralcollapse.lab.training.logs import TableCallback
 from neuralcollapse.metrics import Measurement, measure
-
-COLUMNS = ["epoch", "split", "metric", "value"]
 
 
 class CollapseCallback(TableCallback):
@@ -69,7 +68,8 @@ class CollapseCallback(TableCallback):
         epoch = trainer.current_epoch + 1
         if epoch % self.every_n_epochs and epoch != trainer.max_epochs:
             return
-        for split, measurement in self._measure(pl_module, epoch).items():
+        found = measure_splits(pl_module, self.loaders, classifier=self.classifier, epoch=epoch, **self.options)
+        for split, measurement in found.items():
             if self.moments is not None and trainer.is_global_zero:
                 self.moments.mkdir(parents=True, exist_ok=True)
                 measurement.save(self.moments / f"epoch{epoch:04d}-{split}.safetensors")
@@ -78,17 +78,17 @@ class CollapseCallback(TableCallback):
             pl_module.log_dict(named, rank_zero_only=True)
         self.write(trainer)
 
-    def _measure(self, model: nn.Module, epoch: int) -> dict[str, Measurement]:
-        train_moments, found = None, {}
-        for split in sorted(self.loaders, key=lambda split: split != "train"):
-            found[split] = measure(
-                model,
-                self.loaders[split],
-                classifier=self.classifier,
-                train_moments=train_moments,
-                epoch=epoch,
-                split=split,
-                **self.options,
-            )
-            train_moments = found[split].moments if split == "train" else train_moments
-        return found
+
+def measure_splits(model: nn.Module, loaders: Mapping[str, Iterable[Any]], **options: Any) -> dict[str, Measurement]:
+    """Measure every split; the one called ``"train"`` first, and the others against its class means.
+
+    Args:
+        model: The model.
+        loaders: Name of each split to its batches.
+        options: What else `neuralcollapse.measure` takes.
+    """
+    train_moments, found = None, {}
+    for split in sorted(loaders, key=lambda split: split != "train"):
+        found[split] = measure(model, loaders[split], train_moments=train_moments, split=split, **options)
+        train_moments = found[split].moments if split == "train" else train_moments
+    return found
