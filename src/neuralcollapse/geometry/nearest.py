@@ -7,9 +7,16 @@ import math
 import torch
 from torch import Tensor
 
-from neuralcollapse._checks import check_etf_sizes, check_finite, check_floating, compute_dtype, values_readable
+from neuralcollapse._checks import (
+    check_etf_sizes,
+    check_finite,
+    check_floating,
+    check_not_negative,
+    compute_dtype,
+    values_readable,
+)
 from neuralcollapse.geometry.polar import polar_factor
-from neuralcollapse.geometry.simplex import expand, reduce
+from neuralcollapse.geometry.simplex import check_simplex_etf, expand, reduce
 
 
 def nearest_simplex_etf(
@@ -32,18 +39,19 @@ def nearest_simplex_etf(
 
     Args:
         class_means: (..., K, d) floating, d ≥ K−1. fp16 and bf16 are computed in fp32.
-        anchor: (..., K, d), a unit simplex ETF E₀ to stay close to (the last solution); used if γ > 0.
+        anchor: (K, d) or (..., K, d), a unit simplex ETF E₀ to stay close to (the last solution); used if γ > 0.
         proximal_weight: γ ≥ 0, in units in which the singular values of the data term are 1 at collapse.
         class_weights: (K,) or (..., K), ω ≥ 0 up to a common factor; equal if not given.
-        check_values: Check finiteness and that the means are not all equal (on an accelerator this waits
-            for the device).
+        check_values: Check finiteness, that the means are not all equal, and that the anchor is an ETF (on an
+            accelerator this waits for the device).
 
     Returns:
         (..., K, d), unit rows with pairwise cosine −1/(K−1), in the dtype of ``class_means``.
 
     Raises:
-        ValueError: K < 2, d < K−1, shapes that do not match, non-finite values, negative weights, γ > 0
-            without an anchor, or means that are all equal with no anchor to decide.
+        ValueError: An argument of another kind, K < 2, d < K−1, shapes that do not match, non-finite values,
+            negative weights, γ > 0 without an anchor, an anchor that is no simplex ETF, or means that are all
+            equal with no anchor to decide.
 
     Source: after Markou, Ajanthan, Gould, "Guiding Neural Collapse" (NeurIPS 2024), reduced to the complement
     of the all-ones vector.
@@ -93,8 +101,12 @@ def nearest_etf_diagnostics(
         >>> abs(diagnostics["objective"]) < 1e-6, round(diagnostics["least_singular_value"], 6)
         (True, 1.0)
     """
+    check_floating("class_means", class_means)
+    check_floating("etf", etf)
     if class_means.ndim != 2 or etf.shape != class_means.shape:
-        raise ValueError(f"etf must be of the shape (K, d) of class_means {tuple(class_means.shape)}, got {etf.shape}")
+        raise ValueError(
+            f"etf must be of the shape (K, d) of class_means {tuple(class_means.shape)}, got {tuple(etf.shape)}"
+        )
     target, unit, weighted = _target(class_means.double(), anchor, proximal_weight, class_weights, False)
     others = class_means.shape[0] - 1
     frame = math.sqrt(others / (others + 1)) * reduce(etf.double())
@@ -121,8 +133,11 @@ def _target(
         raise ValueError(f"class_means must be of shape (..., K, d), got {tuple(class_means.shape)}")
     num_classes, feature_dim = class_means.shape[-2:]
     check_etf_sizes(num_classes, feature_dim)
-    if not (math.isfinite(proximal_weight) and proximal_weight >= 0):
-        raise ValueError(f"proximal_weight must be finite and at least 0, got {proximal_weight}")
+    check_not_negative("proximal_weight", proximal_weight)
+    if anchor is not None:
+        _check_like("anchor", anchor, class_means, (num_classes, feature_dim))
+        if check_values:
+            check_simplex_etf("anchor", anchor)
     if proximal_weight > 0 and anchor is None:
         raise ValueError(f"proximal_weight = {proximal_weight} needs an anchor, got None")
     if check_values:
@@ -138,19 +153,26 @@ def _target(
     weighted = unit if weights is None else weights * unit
     target = math.sqrt(num_classes - 1) * reduce(weighted)
     if anchor is not None and proximal_weight > 0:
-        if anchor.shape[-2:] != class_means.shape[-2:]:
-            raise ValueError(f"anchor must end in the shape {(num_classes, feature_dim)}, got {tuple(anchor.shape)}")
-        if check_values:
-            check_finite("anchor", anchor)
         anchor_weight = proximal_weight * math.sqrt((num_classes - 1) / num_classes)
         target = target + anchor_weight * reduce(anchor.to(means.dtype))
     return target, unit, weighted
 
 
+def _check_like(name: str, tensor: Tensor, means: Tensor, ending: tuple[int, ...]) -> None:
+    """Raise unless the tensor is floating and of that ending shape, with no batch dimensions but those of the means."""
+    check_floating(name, tensor)
+    if tensor.shape[tensor.ndim - len(ending) :] != ending or tensor.ndim < len(ending):
+        raise ValueError(f"{name} must end in the shape {ending}, got {tuple(tensor.shape)}")
+    batch, whole = tensor.shape[: tensor.ndim - len(ending)], means.shape[:-2]
+    if len(batch) > len(whole) or any(
+        size not in (1, want) for size, want in zip(batch[::-1], whole[::-1], strict=False)
+    ):
+        raise ValueError(f"{name} must have the leading dimensions {tuple(whole)} or none, got {tuple(batch)}")
+
+
 def _unit_mean(class_weights: Tensor, means: Tensor, check_values: bool) -> Tensor:
     """The weights as (..., K, 1) with mean 1."""
-    if class_weights.ndim < 1 or class_weights.shape[-1] != means.shape[-2]:
-        raise ValueError(f"class_weights must end in the shape ({means.shape[-2]},), got {tuple(class_weights.shape)}")
+    _check_like("class_weights", class_weights, means, (means.shape[-2],))
     weights = class_weights.to(means)
     if check_values and values_readable(weights):
         check_finite("class_weights", weights)

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, distributed, nn
 
-from neuralcollapse._checks import check_at_least, check_features, check_finite, check_targets
+from neuralcollapse._checks import check_at_least, check_features, check_finite, check_targets, is_number
 
 Momentum = float | Literal["cumulative", "published"]
 # The best of those compared on a validation split at K = 10 and K = 100: docs/heads.md.
@@ -49,7 +49,8 @@ class MovingMean(KeepsFullPrecision):
 
     def __init__(self, rows: int, feature_dim: int, momentum: Momentum) -> None:
         super().__init__()
-        if momentum not in ("cumulative", "published") and (isinstance(momentum, str) or not 0 < momentum <= 1):
+        named = isinstance(momentum, str) and momentum in ("cumulative", "published")
+        if not (named or (is_number(momentum) and 0 < momentum <= 1)):
             raise ValueError(f"momentum must lie in (0, 1] or be 'cumulative' or 'published', got {momentum!r}")
         self.momentum = momentum
         self.register_buffer("mean", torch.zeros(rows, feature_dim, dtype=torch.float32))
@@ -90,7 +91,7 @@ class ClassMeans(nn.Module):
             part only, so they scale with α.
 
     Raises:
-        ValueError: K < 2, or a momentum of another kind.
+        ValueError: K < 2, d < 1, or a momentum of another kind.
 
     Source: Markou, Ajanthan, Gould (NeurIPS 2024), section 3.
 
@@ -111,7 +112,7 @@ class ClassMeans(nn.Module):
         self.overall = MovingMean(1, feature_dim, momentum)
 
     @property
-    def class_means(self) -> Tensor:
+    def centred_means(self) -> Tensor:
         """The moving centred class means C̄ (K, d), detached."""
         return self.centred.mean
 
@@ -141,7 +142,7 @@ class ClassMeans(nn.Module):
         check_targets(targets, features.shape[0], self.num_classes, values=readable)
         # One tensor [S | n], so that ranks meet once. Counts are exact in fp32 up to 2²⁴ samples a batch.
         rows = torch.cat([features, torch.ones_like(features[:, :1])], 1)
-        totals = sum_over_ranks(rows.new_zeros(self.num_classes, rows.shape[1]).index_add(0, targets, rows))
+        totals = sum_over_ranks(rows.new_zeros(self.num_classes, rows.shape[1]).index_add(0, targets.long(), rows))
         sums, counts = totals[:, :-1], totals[:, -1:].detach()
         batch_mean = sums.sum(0) / counts.sum().clamp_min(1)
         centred = sums / counts.clamp_min(1) - batch_mean

@@ -7,8 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from neuralcollapse._checks import check_etf_sizes, compute_dtype
+from neuralcollapse._checks import check_choice, check_etf_sizes, check_factory, check_floating, compute_dtype
 from neuralcollapse.geometry import random_simplex_etf, simplex_etf
+from neuralcollapse.geometry.simplex import check_simplex_etf
 from neuralcollapse.heads.class_means import DEFAULT_MOMENTUM, Momentum, MovingMean, sum_over_ranks
 from neuralcollapse.heads.head import Head
 
@@ -58,8 +59,7 @@ class FixedETFClassifier(Head):
         super().__init__(in_features, num_classes, feature_norm)
         check_etf_sizes(num_classes, in_features)
         self.register_buffer("weight", _oriented(orientation, num_classes, in_features, generator))
-        if bias not in ("centring", "learned", "none"):
-            raise ValueError(f"bias must be 'centring', 'learned' or 'none', got {bias!r}")
+        check_choice("bias", bias, ("centring", "learned", "none"))
         self.learned_bias = nn.Parameter(torch.zeros(num_classes)) if bias == "learned" else None
         self.global_mean = MovingMean(1, in_features, momentum) if bias == "centring" else None
 
@@ -89,17 +89,16 @@ def _oriented(
     orientation: str | Tensor, num_classes: int, feature_dim: int, generator: torch.Generator | None
 ) -> Tensor:
     if isinstance(orientation, Tensor):
+        check_floating("orientation", orientation)
         if orientation.shape != (num_classes, feature_dim):
             raise ValueError(
                 f"orientation must be of shape {(num_classes, feature_dim)}, got {tuple(orientation.shape)}"
             )
-        cosines = orientation.double() @ orientation.double().mT
-        expected = simplex_etf(num_classes, dtype=torch.float64, device=orientation.device)
-        if not torch.allclose(cosines, expected @ expected.mT, atol=1e-4):
-            raise ValueError("orientation must be a unit simplex ETF: unit rows with pairwise cosine -1/(K-1)")
+        check_simplex_etf("orientation", orientation)
         return orientation.detach().clone()
+    if not isinstance(orientation, str) or orientation not in ("canonical", "random"):
+        raise ValueError(f"orientation must be 'canonical', 'random' or a (K, d) tensor, got {orientation!r}")
+    check_factory(None, None, generator)
     if orientation == "canonical":
         return simplex_etf(num_classes, feature_dim)
-    if orientation == "random":
-        return random_simplex_etf(num_classes, feature_dim, generator=generator)
-    raise ValueError(f"orientation must be 'canonical', 'random' or a (K, d) tensor, got {orientation!r}")
+    return random_simplex_etf(num_classes, feature_dim, generator=generator)

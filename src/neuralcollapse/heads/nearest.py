@@ -10,7 +10,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from neuralcollapse._checks import check_etf_sizes, compute_dtype
+from neuralcollapse._checks import (
+    check_bool,
+    check_choice,
+    check_etf_sizes,
+    check_integral,
+    check_not_negative,
+    compute_dtype,
+)
 from neuralcollapse.geometry import nearest_etf_diagnostics, nearest_simplex_etf, random_simplex_etf, simplex_etf
 from neuralcollapse.heads.class_means import DEFAULT_MOMENTUM, ClassMeans, KeepsFullPrecision, Momentum
 from neuralcollapse.heads.head import Head
@@ -76,10 +83,11 @@ class NearestETFClassifier(KeepsFullPrecision, Head):
     ) -> None:
         super().__init__(in_features, num_classes, feature_norm)
         check_etf_sizes(num_classes, in_features)
-        if bias not in ("centring", "none"):
-            raise ValueError(f"bias must be 'centring' or 'none', got {bias!r}")
-        if not 0 <= proximal_weight < float("inf"):
-            raise ValueError(f"proximal_weight must be finite and at least 0, got {proximal_weight}")
+        check_choice("bias", bias, ("centring", "none"))
+        check_not_negative("proximal_weight", proximal_weight)
+        check_bool("implicit_gradient", implicit_gradient)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise ValueError(f"generator must be a torch.Generator, got {type(generator).__name__}")
         self.centring = bias == "centring"
         self.proximal_weight = proximal_weight
         self.implicit_gradient = implicit_gradient
@@ -111,6 +119,7 @@ class NearestETFClassifier(KeepsFullPrecision, Head):
                 "targets must be given in training mode: head(features, targets), or `with head.use_targets(targets):` "
                 "around the model; `with head.frozen():` (or evaluation mode) needs none and updates nothing"
             )
+        check_integral("targets", targets)
         # Means and the solve stay in fp32 under autocast.
         with torch.autocast(features.device.type, enabled=False):
             flat = features.reshape(-1, self.in_features).to(compute_dtype(features.dtype))
@@ -145,7 +154,12 @@ class NearestETFClassifier(KeepsFullPrecision, Head):
 
     @contextmanager
     def use_targets(self, targets: Tensor) -> Iterator[None]:
-        """Within it, forward takes these targets where it is given none: for loops that cannot pass them."""
+        """Within it, forward takes these targets where it is given none: for loops that cannot pass them.
+
+        Raises:
+            ValueError: Targets that are no tensor of integers.
+        """
+        check_integral("targets", targets)
         before, self._targets = self._targets, targets
         try:
             yield
