@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from neuralcollapse._checks import (
+    check_choice,
     check_etf_sizes,
     check_finite,
     check_floating,
@@ -15,8 +16,9 @@ from neuralcollapse._checks import (
     compute_dtype,
     values_readable,
 )
-from neuralcollapse.geometry.polar import polar_factor
-from neuralcollapse.geometry.simplex import check_simplex_etf, expand, reduce
+from neuralcollapse.geometry.polar import METHODS, Method, polar
+from neuralcollapse.geometry.simplex import check_simplex_etf, reduce
+from neuralcollapse.geometry.watch import Watch
 
 
 def nearest_simplex_etf(
@@ -25,6 +27,7 @@ def nearest_simplex_etf(
     anchor: Tensor | None = None,
     proximal_weight: float = 0.0,
     class_weights: Tensor | None = None,
+    method: Method = "auto",
     check_values: bool = True,
 ) -> Tensor:
     r"""The unit simplex ETF nearest to the class means, differentiable in them.
@@ -42,8 +45,9 @@ def nearest_simplex_etf(
         anchor: (K, d) or (..., K, d), a unit simplex ETF E₀ to stay close to (the last solution); used if γ > 0.
         proximal_weight: γ ≥ 0, in units in which the singular values of the data term are 1 at collapse.
         class_weights: (K,) or (..., K), ω ≥ 0 up to a common factor; equal if not given.
-        check_values: Check finiteness, that the means are not all equal, and that the anchor is an ETF (on an
-            accelerator this waits for the device).
+        method: How the polar factor is found, as for `polar_factor`.
+        check_values: Check finiteness, that the means are not all equal, that the anchor is an ETF and that products
+            converged (on an accelerator this waits for the device).
 
     Returns:
         (..., K, d), unit rows with pairwise cosine −1/(K−1), in the dtype of ``class_means``.
@@ -62,10 +66,34 @@ def nearest_simplex_etf(
         >>> bool(torch.allclose(nearest_simplex_etf(5 * etf + 2), etf, atol=1e-5))
         True
     """
-    target, _, _ = _target(class_means, anchor, proximal_weight, class_weights, check_values)
-    frame = polar_factor(target, check_values=False)
-    num_classes = class_means.shape[-2]
-    return (math.sqrt(num_classes / (num_classes - 1)) * expand(frame)).to(class_means.dtype)
+    _check(class_means, anchor, proximal_weight, class_weights, method)
+    if check_values:
+        _check_values(anchor, class_weights)
+    means = class_means.to(compute_dtype(class_means.dtype))
+    watch = Watch.AT_ONCE if check_values else 0
+    etf = solve(means, anchor, proximal_weight, class_weights, method, watch, check_values, proximal_weight)
+    return etf.to(class_means.dtype)
+
+
+def solve(
+    means: Tensor,
+    anchor: Tensor | None,
+    proximal_weight: float | Tensor,
+    class_weights: Tensor | None = None,
+    method: Method = "auto",
+    watch: int = 0,
+    check_values: bool = False,
+    greatest_weight: float = 0.0,
+) -> Tensor:
+    """`nearest_simplex_etf` behind its door, of fp32 or fp64 means; γ may be a tensor; `watch` is that of `polar`."""
+    num_classes = means.shape[-2]
+    if isinstance(proximal_weight, float | int) and proximal_weight == 0:
+        anchor = None
+    weighted = _unit_means(means, class_weights, check_values, anchor is None)[1]
+    # σ of the size that singular values have at collapse, where those of the data are 1.
+    scale = 1 + (0.0 if anchor is None else greatest_weight)
+    factor = polar(_target(weighted, anchor, proximal_weight), null=scale * scale, method=method, watch=watch)
+    return math.sqrt(num_classes / (num_classes - 1)) * factor
 
 
 @torch.no_grad()
@@ -107,7 +135,9 @@ def nearest_etf_diagnostics(
         raise ValueError(
             f"etf must be of the shape (K, d) of class_means {tuple(class_means.shape)}, got {tuple(etf.shape)}"
         )
-    target, unit, weighted = _target(class_means.double(), anchor, proximal_weight, class_weights, False)
+    _check(class_means, anchor, proximal_weight, class_weights, "auto")
+    unit, weighted = _unit_means(class_means.double(), class_weights, False)
+    target = reduce(_target(weighted, anchor if proximal_weight > 0 else None, proximal_weight))
     others = class_means.shape[0] - 1
     frame = math.sqrt(others / (others + 1)) * reduce(etf.double())
     product = target @ frame.mT
@@ -120,15 +150,53 @@ def nearest_etf_diagnostics(
     }
 
 
-def _target(
+def _target(weighted: Tensor, anchor: Tensor | None, proximal_weight: float | Tensor) -> Tensor:
+    """Ã = √(K−1) diag(ω) Ĉ + γ √((K−1)/K) E₀, whose columns sum to zero; the objective is a constant − ⟨BᵀÃ, Q⟩."""
+    num_classes = weighted.shape[-2]
+    target = math.sqrt(num_classes - 1) * weighted
+    if anchor is None:
+        return target
+    return target + proximal_weight * math.sqrt((num_classes - 1) / num_classes) * anchor.to(weighted.dtype)
+
+
+def _unit_means(
+    means: Tensor, class_weights: Tensor | None, check_values: bool, must_differ: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Ĉ = C/‖C‖_F and diag(ω) Ĉ, C centred at the ω-weighted mean."""
+    if class_weights is None:
+        unit = _unit_frobenius(means - means.mean(-2, keepdim=True), means, check_values, must_differ)
+        return unit, unit
+    weights = class_weights.to(means)
+    weights = (weights / weights.mean(-1, keepdim=True)).unsqueeze(-1)
+    unit = _unit_frobenius(means - (weights * means).mean(-2, keepdim=True), means, check_values, must_differ)
+    return unit, weights * unit
+
+
+def _unit_frobenius(centred: Tensor, means: Tensor, check_values: bool, must_differ: bool) -> Tensor:
+    """C/‖C‖_F; zero, with a zero gradient, where C is nothing but the rounding error of the centring."""
+    norm = torch.linalg.vector_norm(centred, dim=(-2, -1), keepdim=True)
+    rounding = 4 * torch.finfo(means.dtype).eps * torch.linalg.vector_norm(means.detach(), dim=(-2, -1), keepdim=True)
+    differ = norm > rounding
+    if check_values and values_readable(differ) and not bool(differ.all()):  # a NaN or infinity is not greater either
+        check_finite("class_means", means)
+        if must_differ:
+            raise ValueError(
+                "class_means must not be all equal (centred, they are all zero), "
+                "unless an anchor with a positive proximal_weight decides the orientation"
+            )
+    return centred / torch.where(differ, norm, math.inf)
+
+
+def _check(
     class_means: Tensor,
     anchor: Tensor | None,
     proximal_weight: float,
     class_weights: Tensor | None,
-    check_values: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A = √(K−1) Bᵀ diag(ω) Ĉ + γ Q₀, with which the objective is a constant − ⟨A, Q⟩; Ĉ; and diag(ω) Ĉ."""
+    method: str,
+) -> None:
+    """What can be said without reading values."""
     check_floating("class_means", class_means)
+    check_choice("method", method, METHODS)
     if class_means.ndim < 2:
         raise ValueError(f"class_means must be of shape (..., K, d), got {tuple(class_means.shape)}")
     num_classes, feature_dim = class_means.shape[-2:]
@@ -136,26 +204,20 @@ def _target(
     check_not_negative("proximal_weight", proximal_weight)
     if anchor is not None:
         _check_like("anchor", anchor, class_means, (num_classes, feature_dim))
-        if check_values:
-            check_simplex_etf("anchor", anchor)
+    if class_weights is not None:
+        _check_like("class_weights", class_weights, class_means, (num_classes,))
     if proximal_weight > 0 and anchor is None:
         raise ValueError(f"proximal_weight = {proximal_weight} needs an anchor, got None")
-    if check_values:
-        check_finite("class_means", class_means)
 
-    means = class_means.to(compute_dtype(class_means.dtype))
-    weights = None if class_weights is None else _unit_mean(class_weights, means, check_values)
-    if weights is None:
-        centred = means - means.mean(-2, keepdim=True)
-    else:
-        centred = means - (weights * means).mean(-2, keepdim=True)
-    unit = _unit_frobenius(centred, means, check_values=check_values and (anchor is None or proximal_weight == 0))
-    weighted = unit if weights is None else weights * unit
-    target = math.sqrt(num_classes - 1) * reduce(weighted)
-    if anchor is not None and proximal_weight > 0:
-        anchor_weight = proximal_weight * math.sqrt((num_classes - 1) / num_classes)
-        target = target + anchor_weight * reduce(anchor.to(means.dtype))
-    return target, unit, weighted
+
+def _check_values(anchor: Tensor | None, class_weights: Tensor | None) -> None:
+    """What their values say, where they can be read; those of the means are looked at where their norm is."""
+    if anchor is not None:
+        check_simplex_etf("anchor", anchor)
+    if class_weights is not None and values_readable(class_weights):
+        check_finite("class_weights", class_weights)
+        if bool((class_weights < 0).any()) or bool((class_weights.sum(-1) == 0).any()):
+            raise ValueError("class_weights must be at least 0 with a positive sum")
 
 
 def _check_like(name: str, tensor: Tensor, means: Tensor, ending: tuple[int, ...]) -> None:
@@ -168,27 +230,3 @@ def _check_like(name: str, tensor: Tensor, means: Tensor, ending: tuple[int, ...
         size not in (1, want) for size, want in zip(batch[::-1], whole[::-1], strict=False)
     ):
         raise ValueError(f"{name} must have the leading dimensions {tuple(whole)} or none, got {tuple(batch)}")
-
-
-def _unit_mean(class_weights: Tensor, means: Tensor, check_values: bool) -> Tensor:
-    """The weights as (..., K, 1) with mean 1."""
-    _check_like("class_weights", class_weights, means, (means.shape[-2],))
-    weights = class_weights.to(means)
-    if check_values and values_readable(weights):
-        check_finite("class_weights", weights)
-        if bool((weights < 0).any()) or bool((weights.sum(-1) == 0).any()):
-            raise ValueError("class_weights must be at least 0 with a positive sum")
-    return (weights / weights.mean(-1, keepdim=True)).unsqueeze(-1)
-
-
-def _unit_frobenius(centred: Tensor, means: Tensor, *, check_values: bool) -> Tensor:
-    """C/‖C‖_F; zero, with a zero gradient, where C is nothing but the rounding error of the centring."""
-    norm = torch.linalg.matrix_norm(centred, keepdim=True)
-    rounding = 4 * torch.finfo(means.dtype).eps * torch.linalg.matrix_norm(means.detach(), keepdim=True)
-    degenerate = norm <= rounding
-    if check_values and values_readable(degenerate) and bool(degenerate.any()):
-        raise ValueError(
-            "class_means must not be all equal (centred, they are all zero), "
-            "unless an anchor with a positive proximal_weight decides the orientation"
-        )
-    return torch.where(degenerate, 0, centred) / torch.where(degenerate, 1, norm)
