@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from neuralcollapse._checks import (
     compute_dtype,
     values_readable,
 )
-from neuralcollapse.geometry.polar import METHODS, Method, polar
+from neuralcollapse.geometry.polar import METHODS, Method, decompose, polar, takes_products, vector_jacobian
 from neuralcollapse.geometry.simplex import check_simplex_etf, reduce
 from neuralcollapse.geometry.watch import Watch
 
@@ -86,14 +87,52 @@ def solve(
     greatest_weight: float = 0.0,
 ) -> Tensor:
     """`nearest_simplex_etf` behind its door, of fp32 or fp64 means; γ may be a tensor; `watch` is that of `polar`."""
-    num_classes = means.shape[-2]
     if isinstance(proximal_weight, float | int) and proximal_weight == 0:
         anchor = None
-    weighted = _unit_means(means, class_weights, check_values, anchor is None)[1]
     # σ of the size that singular values have at collapse, where those of the data are 1.
-    scale = 1 + (0.0 if anchor is None else greatest_weight)
-    factor = polar(_target(weighted, anchor, proximal_weight), null=scale * scale, method=method, watch=watch)
-    return math.sqrt(num_classes / (num_classes - 1)) * factor
+    null = (1 + (0.0 if anchor is None else greatest_weight)) ** 2
+    if class_weights is None and values_readable(means) and (anchor is None or not anchor.requires_grad):
+        by_products = takes_products(method, means)
+        etf: Tensor = _EagerNearest.apply(means, anchor, proximal_weight, null, by_products, watch, check_values)
+        return etf
+    centred, norm, weights = _centre(means, class_weights, check_values, anchor is None)
+    target = _target(centred if weights is None else weights * centred, norm, anchor, proximal_weight)
+    return _expansion(means) * polar(target, null=null, method=method, watch=watch)
+
+
+class _EagerNearest(torch.autograd.Function):
+    """The same in one node, where nothing is transformed or compiled and classes weigh the same: half the overhead."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        means: Tensor,
+        anchor: Tensor | None,
+        proximal_weight: float | Tensor,
+        null: float,
+        by_products: bool,
+        watch: int,
+        check_values: bool,
+    ) -> Tensor:
+        centred, norm, _ = _centre(means, None, check_values, anchor is None)
+        parts = decompose(_target(centred, norm, anchor, proximal_weight), null, by_products, watch)
+        ctx.save_for_backward(centred, norm, *parts)
+        ctx.by_products = by_products
+        return _expansion(means) * parts[0]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        centred, norm, *parts = ctx.saved_tensors
+        inner = vector_jacobian(ctx.by_products, gradient, *parts)
+        # That of √(K−1) C/‖C‖, and that of the centring.
+        inner = inner - (centred * inner).sum((-2, -1), keepdim=True) / norm.square() * centred
+        inner = (inner - inner.mean(-2, keepdim=True)) * (math.sqrt(centred.shape[-2]) / norm)
+        return inner, None, None, None, None, None, None
+
+
+def _expansion(means: Tensor) -> float:
+    """√(K/(K−1)), of unit rows over orthonormal ones."""
+    return math.sqrt(means.shape[-2] / (means.shape[-2] - 1))
 
 
 @torch.no_grad()
@@ -136,47 +175,39 @@ def nearest_etf_diagnostics(
             f"etf must be of the shape (K, d) of class_means {tuple(class_means.shape)}, got {tuple(etf.shape)}"
         )
     _check(class_means, anchor, proximal_weight, class_weights, "auto")
-    unit, weighted = _unit_means(class_means.double(), class_weights, False)
-    target = reduce(_target(weighted, anchor if proximal_weight > 0 else None, proximal_weight))
+    centred, norm, weights = _centre(class_means.double(), class_weights, False, False)
+    weighted = centred if weights is None else weights * centred
+    target = reduce(_target(weighted, norm, anchor if proximal_weight > 0 else None, proximal_weight))
     others = class_means.shape[0] - 1
     frame = math.sqrt(others / (others + 1)) * reduce(etf.double())
     product = target @ frame.mT
     gradient = target - 0.5 * (product + product.mT) @ frame
     return {
-        "objective": float(others / 2 * ((unit * weighted).sum() + 1) + proximal_weight * others - product.trace()),
+        "objective": float(
+            others / 2 * ((centred * weighted).sum() / norm**2 + 1) + proximal_weight * others - product.trace()
+        ),
         "gradient_norm": float(torch.linalg.matrix_norm(gradient)),
         "least_singular_value": float(torch.linalg.svdvals(target)[-1]),
         "distance_to_anchor": math.nan if anchor is None else float((etf - anchor).double().norm()),
     }
 
 
-def _target(weighted: Tensor, anchor: Tensor | None, proximal_weight: float | Tensor) -> Tensor:
-    """Ã = √(K−1) diag(ω) Ĉ + γ √((K−1)/K) E₀, whose columns sum to zero; the objective is a constant − ⟨BᵀÃ, Q⟩."""
-    num_classes = weighted.shape[-2]
-    target = math.sqrt(num_classes - 1) * weighted
-    if anchor is None:
-        return target
-    return target + proximal_weight * math.sqrt((num_classes - 1) / num_classes) * anchor.to(weighted.dtype)
+def _centre(
+    means: Tensor, class_weights: Tensor | None, check_values: bool, must_differ: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """C, centred at the ω-weighted mean; ‖C‖_F as (..., 1, 1); and ω as (..., K, 1) with mean 1, if given.
 
-
-def _unit_means(
-    means: Tensor, class_weights: Tensor | None, check_values: bool, must_differ: bool = True
-) -> tuple[Tensor, Tensor]:
-    """Ĉ = C/‖C‖_F and diag(ω) Ĉ, C centred at the ω-weighted mean."""
-    if class_weights is None:
-        unit = _unit_frobenius(means - means.mean(-2, keepdim=True), means, check_values, must_differ)
-        return unit, unit
-    weights = class_weights.to(means)
-    weights = (weights / weights.mean(-1, keepdim=True)).unsqueeze(-1)
-    unit = _unit_frobenius(means - (weights * means).mean(-2, keepdim=True), means, check_values, must_differ)
-    return unit, weights * unit
-
-
-def _unit_frobenius(centred: Tensor, means: Tensor, check_values: bool, must_differ: bool) -> Tensor:
-    """C/‖C‖_F; zero, with a zero gradient, where C is nothing but the rounding error of the centring."""
+    Where C is nothing but the rounding error of the centring, the norm is infinite: Ĉ is zero, with a zero gradient.
+    """
+    weights = None
+    if class_weights is not None:
+        weights = class_weights.to(means)
+        weights = (weights / weights.mean(-1, keepdim=True)).unsqueeze(-1)
+    mean = (means if weights is None else weights * means).mean(-2, keepdim=True)
+    centred = means - mean
     norm = torch.linalg.vector_norm(centred, dim=(-2, -1), keepdim=True)
-    rounding = 4 * torch.finfo(means.dtype).eps * torch.linalg.vector_norm(means.detach(), dim=(-2, -1), keepdim=True)
-    differ = norm > rounding
+    rounding = 4 * torch.finfo(means.dtype).eps * math.sqrt(means.shape[-2])
+    differ = norm > rounding * torch.linalg.vector_norm(mean.detach(), dim=-1, keepdim=True)
     if check_values and values_readable(differ) and not bool(differ.all()):  # a NaN or infinity is not greater either
         check_finite("class_means", means)
         if must_differ:
@@ -184,7 +215,16 @@ def _unit_frobenius(centred: Tensor, means: Tensor, check_values: bool, must_dif
                 "class_means must not be all equal (centred, they are all zero), "
                 "unless an anchor with a positive proximal_weight decides the orientation"
             )
-    return centred / torch.where(differ, norm, math.inf)
+    return centred, torch.where(differ, norm, math.inf), weights
+
+
+def _target(weighted: Tensor, norm: Tensor, anchor: Tensor | None, proximal_weight: float | Tensor) -> Tensor:
+    """Ã = √(K−1) diag(ω) Ĉ + γ √((K−1)/K) E₀, whose columns sum to zero; the objective is a constant − ⟨BᵀÃ, Q⟩."""
+    num_classes = weighted.shape[-2]
+    target = weighted * (math.sqrt(num_classes - 1) / norm)
+    if anchor is None:
+        return target
+    return target + proximal_weight * math.sqrt((num_classes - 1) / num_classes) * anchor.to(weighted.dtype)
 
 
 def _check(

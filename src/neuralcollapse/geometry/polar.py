@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from neuralcollapse._checks import check_choice, check_finite, check_floating, compute_dtype
+from neuralcollapse._checks import check_choice, check_finite, check_floating, compute_dtype, values_readable
 from neuralcollapse.geometry import products, spectral
 from neuralcollapse.geometry.watch import Watch
 
@@ -76,21 +76,29 @@ def polar(matrix: Tensor, *, null: float = 0.0, method: Method = "auto", watch: 
         method: As for `polar_factor`.
         watch: Who looks whether products converged: the handle of a `Watch`, ``Watch.AT_ONCE``, or 0 for nobody.
     """
-    by_products = method == "products" or (method == "auto" and matrix.device.type != "cpu")
-    factor: Tensor = _Polar.apply(matrix, null, by_products, watch)[0]
+    by_products = takes_products(method, matrix)
+    if values_readable(matrix):
+        factor: Tensor = _EagerPolar.apply(matrix, null, by_products, watch)
+    else:
+        factor = _Polar.apply(matrix, null, by_products, watch)[0]
     return factor
+
+
+def takes_products(method: Method, matrix: Tensor) -> bool:
+    """Whether the method means products for a matrix on that device."""
+    return method == "products" or (method == "auto" and matrix.device.type != "cpu")
 
 
 Parts = tuple[Tensor, Tensor, Tensor]
 
 
-def _decompose(matrix: Tensor, null: float, by_products: bool, watch: int) -> Parts:
+def decompose(matrix: Tensor, null: float, by_products: bool, watch: int) -> Parts:
     """Q and what its derivative needs: Uᵀ and the singular values, or (AAᵀ)^(−1/2) and AAᵀ."""
     return products.decompose(matrix, null, watch) if by_products else spectral.decompose(matrix, null)
 
 
-# One opaque operator while compiling, so that choosing the way by value breaks no graph; called directly otherwise.
-_operator = torch.library.custom_op("neuralcollapse::polar_factor", _decompose, mutates_args=())
+# One opaque operator while compiling, so that choosing the way by value breaks no graph.
+_operator = torch.library.custom_op("neuralcollapse::polar_factor", decompose, mutates_args=())
 
 
 @_operator.register_fake
@@ -108,8 +116,8 @@ class _Polar(torch.autograd.Function):
 
     @staticmethod
     def forward(matrix: Tensor, null: float, by_products: bool, watch: int) -> Parts:
-        decompose = _operator if torch.compiler.is_compiling() else _decompose
-        return decompose(matrix, null, by_products, watch)
+        call = _operator if torch.compiler.is_compiling() else decompose
+        return call(matrix, null, by_products, watch)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, float, bool, int], output: Parts) -> None:
@@ -122,9 +130,7 @@ class _Polar(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, None, None, None]:
         if gradient is None:
             return None, None, None, None
-        if torch.is_grad_enabled():  # a node of its own, so that a second derivative meets a clear error
-            return _Gradient.apply(ctx.by_products, gradient, *ctx.saved_tensors), None, None, None
-        return _vector_jacobian(ctx.by_products, gradient, *ctx.saved_tensors), None, None, None
+        return vector_jacobian(ctx.by_products, gradient, *ctx.saved_tensors), None, None, None
 
     @staticmethod
     def vmap(
@@ -133,17 +139,35 @@ class _Polar(torch.autograd.Function):
         return _Polar.apply(matrix.movedim(in_dims[0], 0), null, by_products, watch), (0, 0, 0)
 
 
-def _vector_jacobian(by_products: bool, gradient: Tensor, factor: Tensor, first: Tensor, second: Tensor) -> Tensor:
+def vector_jacobian(by_products: bool, gradient: Tensor, *parts: Tensor) -> Tensor:
+    """∂A for the gradient of Q, of what `decompose` returned."""
+    if torch.is_grad_enabled():  # a node of its own, so that a second derivative meets a clear error
+        inner: Tensor = _Gradient.apply(by_products, gradient, *parts)
+        return inner
     way = products.vector_jacobian if by_products else spectral.vector_jacobian
-    return way(gradient, factor, first, second)
+    return way(gradient, *parts)
+
+
+class _EagerPolar(_Polar):
+    """The same where nothing is transformed or compiled, for half the overhead."""
+
+    setup_context = torch.autograd.Function.setup_context
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, null: float, by_products: bool, watch: int) -> Tensor:  # type: ignore[override]
+        output = decompose(matrix, null, by_products, watch)
+        ctx.save_for_backward(*output)
+        ctx.by_products = by_products
+        return output[0]
 
 
 class _Gradient(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(by_products: bool, gradient: Tensor, factor: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        return _vector_jacobian(by_products, gradient, factor, first, second)
+    def forward(by_products: bool, gradient: Tensor, *parts: Tensor) -> Tensor:
+        with torch.no_grad():
+            return vector_jacobian(by_products, gradient, *parts)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

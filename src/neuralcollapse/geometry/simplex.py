@@ -143,9 +143,11 @@ def check_simplex_etf(name: str, etf: Tensor) -> None:
         return
     exact = etf.detach().to(compute_dtype(etf.dtype))
     num_classes = exact.shape[-2]
-    probe = torch.linspace(0.5, 2, num_classes, dtype=exact.dtype, device=exact.device).square().unsqueeze(-1)
-    error = exact @ (exact.mT @ probe) - num_classes / (num_classes - 1) * (probe - probe.mean())
-    if not bool((error.abs() <= (1e-3 if etf.dtype == exact.dtype else 3e-2)).all()):  # NaN is refused, too
+    ratio = num_classes / (num_classes - 1)
+    probe = torch.arange(num_classes, dtype=exact.dtype, device=exact.device).remainder_(2).unsqueeze_(-1)
+    constant = torch.sub(exact @ (exact.mT @ probe), probe, alpha=ratio)  # −K/(K−1) times the mean of 0, 1, 0, 1, …
+    expected, tolerance = -ratio * (num_classes // 2) / num_classes, 1e-3 if etf.dtype == exact.dtype else 3e-2
+    if not all(abs(float(extreme) - expected) <= tolerance for extreme in torch.aminmax(constant)):  # nor NaN
         raise ValueError(f"{name} must be a unit simplex ETF: unit rows with pairwise cosine -1/(K-1)")
 
 

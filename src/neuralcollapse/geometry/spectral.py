@@ -36,7 +36,8 @@ def _by_gram(matrix: Tensor, null: float) -> tuple[Tensor, Tensor, Tensor] | Non
         wide, least = matrix.double(), _GRAM_RATIO[dtype]
         gram = gram_matrix(wide, null)
     eigenvalues, left = torch.linalg.eigh(gram)
-    ratio = float((eigenvalues[..., 0] / eigenvalues[..., -1]).amin())
+    ratios = eigenvalues[..., 0] / eigenvalues[..., -1]
+    ratio = float(ratios.amin() if ratios.ndim else ratios)
     if not ratio > least:
         return None
     singular, vectors = eigenvalues.sqrt(), left.mT
@@ -80,15 +81,14 @@ def vector_jacobian(gradient: Tensor, factor: Tensor, vectors: Tensor, singular:
     With a null direction it is that of [A | σ/√m · 1] less its last column, and right up to multiples of 1 along the
     columns, which the centring that comes before takes away.
     """
-    rows, columns = factor.shape[-2:]
-    cutoff = torch.finfo(factor.dtype).eps * max(rows, columns) * singular.amax(-1, keepdim=True)
+    cutoff = torch.finfo(factor.dtype).eps * max(factor.shape[-2:]) * singular.amax(-1, keepdim=True)
     sums = singular.unsqueeze(-1) + singular.unsqueeze(-2)
-    inverse = torch.where(singular > cutoff, 1 / singular, 0)
+    sums = torch.where(sums > cutoff.unsqueeze(-1), sums, math.inf)
+    stretch = torch.where(singular > cutoff, singular, math.inf).unsqueeze(-1)
 
     outer = gradient @ factor.mT  # G Qᵀ
-    rotation = vectors @ (outer - outer.mT) @ vectors.mT
-    rotation.mul_(torch.where(sums > cutoff.unsqueeze(-1), 1 / sums, 0))
-    inverse_stretch = vectors.mT @ (vectors * inverse.unsqueeze(-1))  # U S⁻¹ Uᵀ
+    rotated = vectors @ outer @ vectors.mT
     # G(I − QᵀQ) = G − (G Qᵀ)Q, so every (m, n) product is used once; in place, since these are most of the memory.
-    along = (vectors.mT @ rotation @ vectors).sub_(inverse_stretch @ outer)
+    along = vectors.mT @ ((rotated - rotated.mT).div_(sums) - rotated / stretch) @ vectors
+    inverse_stretch = vectors.mT @ (vectors / stretch)  # U S⁻¹ Uᵀ
     return (along @ factor).add_(inverse_stretch @ gradient)
