@@ -33,6 +33,12 @@ def check_not_negative(name: str, value: float) -> None:
         raise ValueError(f"{name} must be finite and at least 0, got {value!r}")
 
 
+def check_ignore_index(ignore_index: int | None) -> None:
+    """Raise unless it is an integer or None."""
+    if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, int)):
+        raise ValueError(f"ignore_index must be an integer or None, got {ignore_index!r}")
+
+
 def check_bool(name: str, value: bool) -> None:
     """Raise unless ``value`` is True or False."""
     if not isinstance(value, bool):
@@ -97,12 +103,21 @@ def check_features(features: Tensor, feature_dim: int) -> None:
         raise ValueError(f"features must be of shape (N, {feature_dim}), got {tuple(features.shape)}")
 
 
-def check_targets(targets: Tensor, num_samples: int, num_classes: int, *, values: bool = True) -> None:
-    """Raise unless ``targets`` is (num_samples,) integers, in [0, num_classes) where ``values`` are to be checked."""
+def check_targets(
+    targets: Tensor, num_samples: int, num_classes: int, *, values: bool = True, ignore_index: int | None = None
+) -> None:
+    """Raise unless ``targets`` is (num_samples,) integers, in [0, num_classes) where ``values`` are to be checked.
+
+    Targets equal to ``ignore_index`` may be anything else.
+    """
     check_integral("targets", targets)
     if targets.shape != (num_samples,):
         raise ValueError(f"targets must be of shape ({num_samples},), got {tuple(targets.shape)}")
-    if values and num_samples and values_readable(targets):
+    if not (values and num_samples and values_readable(targets)):
+        return
+    if ignore_index is not None:
+        targets = targets[targets != ignore_index]
+    if targets.numel():
         low, high = (int(bound) for bound in torch.aminmax(targets))
         if low < 0 or high >= num_classes:
             raise ValueError(f"targets must lie in [0, {num_classes}), got labels from {low} to {high}")

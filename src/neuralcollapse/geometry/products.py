@@ -95,12 +95,15 @@ def _even_part(polynomial: tuple[float, float, float], matrix: Tensor, square: T
 
 
 def _norm_bound(symmetric: Tensor) -> Tensor:
-    """A bound of the greatest eigenvalue, at most m^(1/8) too large, (..., 1, 1): a Schatten norm, by two products."""
+    """A bound of the greatest eigenvalue, (..., 1, 1), at most m^(1/8) times it: a Schatten norm, by two products.
+
+    1 for a zero matrix.
+    """
     scale = symmetric.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(torch.finfo(symmetric.dtype).tiny)
     unit = symmetric / scale[..., None, None]
     square = unit @ unit
     bound = scale * torch.linalg.matrix_norm(square @ square).pow(0.25)
-    return bound[..., None, None]
+    return torch.where(bound > 0, bound, 1)[..., None, None]
 
 
 def _solve_sylvester(stretch: Tensor, right: Tensor) -> Tensor:

@@ -7,10 +7,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from neuralcollapse._checks import check_choice, check_etf_sizes, check_factory, check_floating, compute_dtype
+from neuralcollapse._checks import (
+    check_choice,
+    check_etf_sizes,
+    check_factory,
+    check_floating,
+    check_integral,
+    compute_dtype,
+)
 from neuralcollapse.geometry import random_simplex_etf, simplex_etf
 from neuralcollapse.geometry.simplex import check_simplex_etf
-from neuralcollapse.heads.class_means import DEFAULT_MOMENTUM, Momentum, MovingMean, sum_over_ranks
+from neuralcollapse.heads.class_means import DEFAULT_MOMENTUM, Momentum, MovingMean, sums_over_ranks
 from neuralcollapse.heads.head import Head
 
 Bias = Literal["centring", "learned", "none"]
@@ -27,6 +34,7 @@ class FixedETFClassifier(Head):
         bias: ``"centring"``: −W·m with the global mean m of the features, of the (whole, distributed) batch and
             without gradient in training, a moving mean in evaluation; ``"learned"``; ``"none"``.
         momentum: The weight of a new batch in that moving mean, as for `ClassMeans`.
+        ignore_index: Where targets are given, features whose target is this do not count in that mean.
         generator: Source of randomness for ``orientation="random"``.
 
     Shape: features (..., d) to logits (..., K).
@@ -54,9 +62,10 @@ class FixedETFClassifier(Head):
         feature_norm: float | Literal["auto"] | None = "auto",
         bias: Bias = "centring",
         momentum: Momentum = DEFAULT_MOMENTUM,
+        ignore_index: int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(in_features, num_classes, feature_norm)
+        super().__init__(in_features, num_classes, feature_norm, ignore_index)
         check_etf_sizes(num_classes, in_features)
         self.register_buffer("weight", _oriented(orientation, num_classes, in_features, generator))
         check_choice("bias", bias, ("centring", "learned", "none"))
@@ -70,19 +79,21 @@ class FixedETFClassifier(Head):
             return -(self.weight @ self.global_mean.mean[0].to(self.weight))
         return self.learned_bias
 
-    def forward(self, features: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits (..., K) of features (..., d). Targets are accepted and not needed."""
+    def prepare(self, features: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As `Head.prepare`; the weight is fixed, the bias in training mode that of the batch."""
         features = self.features(features)
         if not (self.training and self.global_mean is not None):
-            return self.decide(features, self.weight, self.bias)
+            return features, self.weight, self.bias
         with torch.autocast(features.device.type, enabled=False):
             flat = features.detach().reshape(-1, self.in_features).to(compute_dtype(features.dtype))
-            total = sum_over_ranks(torch.cat([flat.sum(0), flat.new_tensor([flat.shape[0]])]))
-            count = total[-1:].to(torch.int64)
-            batch_mean = total[:-1] / count.clamp_min(1)
-            self.global_mean(batch_mean.unsqueeze(0), count)
-            bias = -(self.weight.to(batch_mean) @ batch_mean)
-        return self.decide(features, self.weight, bias)
+            if targets is not None and self.ignore_index is not None:
+                check_integral("targets", targets)
+                flat = flat[targets.reshape(-1) != self.ignore_index]
+            sums, counts = sums_over_ranks(flat.sum(0, keepdim=True), flat.new_tensor([flat.shape[0]]))
+            batch_mean = sums / counts.clamp_min(1)
+            self.global_mean(batch_mean, counts)
+            bias = -(self.weight.to(batch_mean) @ batch_mean[0])
+        return features, self.weight, bias
 
 
 def _oriented(

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from neuralcollapse._checks import check_at_least, check_factory, check_floating, compute_dtype, is_number
+from neuralcollapse._checks import (
+    check_at_least,
+    check_factory,
+    check_floating,
+    check_ignore_index,
+    compute_dtype,
+    is_number,
+)
 
 
 class FeatureNorm(nn.Module):
@@ -78,8 +85,16 @@ class Head(nn.Module):
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, in_features: int, num_classes: int, feature_norm: float | Literal["auto"] | None) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        feature_norm: float | Literal["auto"] | None,
+        ignore_index: int | None = None,
+    ) -> None:
         super().__init__()
+        check_ignore_index(ignore_index)
+        self.ignore_index = ignore_index
         check_at_least("in_features", in_features, 1)
         check_at_least("num_classes", num_classes, 2)
         self.in_features = in_features
@@ -100,7 +115,20 @@ class Head(nn.Module):
 
     def forward(self, features: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits (..., K) of features (..., d). Targets are accepted and not needed."""
-        return self.decide(self.features(features), self.weight, self.bias)
+        return self.decide(*self.prepare(features, targets))
+
+    def prepare(self, features: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the logits are made of, with its graph; in training mode it is a step, as `forward` is.
+
+        Args:
+            features: (..., d).
+            targets: (...) integers, for the heads that need them.
+
+        Returns:
+            The tensor that the weight multiplies (..., d), the weight (K, d) and the bias (K,) or None. A loss of
+            these reaches every gradient path that `forward` has.
+        """
+        return self.features(features), self.weight, self.bias
 
     @staticmethod
     def decide(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -26,6 +26,7 @@ class LearnedClassifier(Head):
         bias: Whether to train a bias.
         feature_norm: τ, the norm that features are given; ``"auto"``: `collapse_radius`; ``None``: left as they are.
         unit_weight: Start with rows of unit norm. `project_after_step` keeps them so.
+        ignore_index: Accepted as by the other heads; this one counts no targets.
 
     Shape: features (..., d) to logits (..., K).
 
@@ -45,8 +46,9 @@ class LearnedClassifier(Head):
         bias: bool = True,
         feature_norm: float | Literal["auto"] | None = None,
         unit_weight: bool = False,
+        ignore_index: int | None = None,
     ) -> None:
-        super().__init__(in_features, num_classes, feature_norm)
+        super().__init__(in_features, num_classes, feature_norm, ignore_index)
         check_bool("bias", bias)
         check_bool("unit_weight", unit_weight)
         self.unit_weight = unit_weight
