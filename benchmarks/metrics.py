@@ -11,6 +11,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from datetime import date
 from functools import partial
 from typing import Any
 
@@ -265,7 +266,7 @@ def merged(new: list[dict[str, Any]]) -> list[dict[str, Any]]:
     }
     for row in new:
         key = row["method"], row["K"], row.get("backbone")
-        rows[key] = rows.get(key, {}) | row
+        rows[key] = rows.get(key, {}) | row | {"date": date.today().isoformat()}
     return list(rows.values())
 
 
