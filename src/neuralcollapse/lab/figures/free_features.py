@@ -37,7 +37,7 @@ _GOALS = {
 
 
 def free_features_table(metrics: pd.DataFrame) -> pd.DataFrame:
-    """Iterations until each goal is reached and stays so for that measurement: the mean, least and greatest over seeds.
+    """The measured iteration from which on each goal is kept: the mean, least and greatest over seeds.
 
     Args:
         metrics: Columns classes, optimizer, method, seed, rate, iteration, metric, value.
@@ -100,13 +100,21 @@ def _draw(axes: Axes, values: pd.DataFrame) -> None:
 
 
 def _iterations_to(values: pd.DataFrame, level: float) -> str:
-    reached = values[values["value"] <= level].groupby("seed")["iteration"].min()
+    reached = [kept for _, group in values.groupby("seed") if (kept := _kept_from(group, level)) is not None]
     seeds = values["seed"].nunique()
-    if reached.empty:
+    if not reached:
         return "–"
-    low, high = int(reached.min()), int(reached.max())
-    spread = f"{reached.mean():.0f}" + (f" ({low}–{high})" if low < high else "")
+    low, high = min(reached), max(reached)
+    spread = f"{sum(reached) / len(reached):.0f}" + (f" ({low}–{high})" if low < high else "")
     return spread + ("" if len(reached) == seeds else f", {len(reached)} of {seeds}")
+
+
+def _kept_from(of_seed: pd.DataFrame, level: float) -> int | None:
+    """The first measured iteration after the last one above the level, if there is one."""
+    ordered = of_seed.sort_values("iteration")
+    above = ordered["value"] > level
+    kept = ordered.loc[~above[::-1].cummax()[::-1], "iteration"]
+    return None if kept.empty else int(kept.iloc[0])
 
 
 def report_free_features(
@@ -125,9 +133,8 @@ def report_free_features(
 
 {table}
 
-Iterations until the loss is within 0.01 and 0.001 of the least possible, and until a measure of collapse is at its
-level: mean over {metrics["seed"].nunique()} seeds, and their range where they differ; – where no seed reaches it.
-Measured in evaluation mode, at iterations evenly spaced in their logarithm. A rate was chosen for each row from the
+The iteration from which on the loss stays within 0.01 and 0.001 of the least possible, and a measure of collapse at its
+level: mean over {metrics["seed"].nunique()} seeds, and their range where they differ; – where no seed gets there. Measured in evaluation mode, at iterations evenly spaced in their logarithm. A rate was chosen for each row from the
 candidates in `tuning.csv`, on a seed that is not compared. Milliseconds an iteration are of training alone.
 
 {listed}
