@@ -76,7 +76,7 @@ def _parse(parser: ArgumentParser, command: Any, arguments: list[str]) -> Namesp
     try:
         return parser.parse_args(arguments, defaults=False)
     except ArgumentError as error:
-        unknown = re.search(r"unrecognized arguments: (--[^\s=]+)", str(error))
+        unknown = re.search(r"(?i)unrecognized arguments: (--[^\s=]+)", str(error))
         if unknown is None or command is None:
             raise
         flags = [f"--{name}" for section in command.SECTIONS for name in type_hints(section)]

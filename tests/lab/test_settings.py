@@ -210,3 +210,8 @@ def test_a_family_whose_recipes_differ_in_data_is_refused(monkeypatch):
     monkeypatch.setattr(experiments, "recipe_family", lambda name: family)
     with pytest.raises(ValueError, match="of the same data, and those of 'markou2024-mnist' differ in image_size"):
         comparison_runs(Comparison(recipe="markou2024-mnist"), {})
+
+
+def test_null_asks_for_the_default_and_not_for_the_recipes_value():
+    assert single_run({"recipe": "papyan2020-cifar10", "epochs": 9}).milestones == [116, 233]
+    assert single_run({"recipe": "papyan2020-cifar10", "epochs": 9, "milestones": None}).milestones == [3, 6]

@@ -80,7 +80,7 @@ def _singular_vectors(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The thin SVD. In fp32 it can fail to converge on singular values that are almost equal, as at collapse."""
     try:
         return torch.linalg.svd(matrix, full_matrices=False)
-    except RuntimeError:  # LinAlgError
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         if matrix.dtype == torch.float64:
             raise
         left, singular, right = torch.linalg.svd(matrix.double(), full_matrices=False)

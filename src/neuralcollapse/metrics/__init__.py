@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from neuralcollapse.metrics.collapse import collapse_metrics
     from neuralcollapse.metrics.distances import etf_distances
     from neuralcollapse.metrics.features import feature_norm, rank_me
-    from neuralcollapse.metrics.measuring import Measurement, measure
+    from neuralcollapse.metrics.measurement import Measurement
+    from neuralcollapse.metrics.measuring import measure
     from neuralcollapse.metrics.metric import NeuralCollapse
     from neuralcollapse.metrics.moments import ClassMoments
     from neuralcollapse.metrics.nc0 import nc0_weight_sum
@@ -36,7 +37,8 @@ _HOMES = {
     "collapse": ["collapse_metrics"],
     "distances": ["etf_distances"],
     "features": ["feature_norm", "rank_me"],
-    "measuring": ["Measurement", "measure"],
+    "measurement": ["Measurement"],
+    "measuring": ["measure"],
     "metric": ["NeuralCollapse"],
     "moments": ["ClassMoments"],
     "nc0": ["nc0_weight_sum"],
