@@ -104,7 +104,7 @@ def _scale(axes: Axes, values: pd.Series, name: str) -> None:
         axes.yaxis.set_major_locator(LogLocator(numticks=5))
         if values.max() > 10 * values.min():
             axes.yaxis.set_minor_formatter(NullFormatter())
-    elif scale != "percent":
+    elif scale != "percent" and axes.get_yscale() == "linear":  # a panel shares its axis with one drawn before
         axes.yaxis.set_major_locator(MaxNLocator(5))
         size = max(abs(values.min()), abs(values.max()), _ROUNDING)
         if values.max() - values.min() < _ROUNDING * size or size == _ROUNDING:

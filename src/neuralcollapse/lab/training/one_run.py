@@ -98,6 +98,12 @@ class ClassifierTraining(LightningModule):
         """The model's head."""
         return self.model.head  # type: ignore[return-value]
 
+    @property
+    def class_scatter(self) -> bool:
+        """Whether each class's own scatter is measured."""
+        weight: Any = self.head.weight
+        return ClassMoments.required_bytes(*weight.shape, class_scatter=True) <= _CLASS_SCATTER_BYTES
+
     def _batches(self, epoch: int) -> EpochBatches:
         standardise = self.evaluation["train"].standardise
         return EpochBatches(self.data.train, standardise, self.config, self.config.seed, epoch)
@@ -164,13 +170,13 @@ def train(module: ClassifierTraining, folder: RunFolder, *callbacks: Callback) -
 
 def _records(module: ClassifierTraining, folder: RunFolder) -> list[Callback]:
     """What writes the run's tables."""
-    weight: Any = module.head.weight
     collapse = CollapseCallback(
         module.evaluation,
         every_n_epochs=module.config.measure_every,
         csv=folder.metrics,
+        moments=folder.moments,
         classifier=module.head,
-        class_scatter=ClassMoments.required_bytes(*weight.shape, class_scatter=True) <= _CLASS_SCATTER_BYTES,
+        class_scatter=module.class_scatter,
     )
     return [TrainingLog(folder.training_log), GradientLog(folder.gradients), collapse]
 
