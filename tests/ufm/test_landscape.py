@@ -181,7 +181,8 @@ def test_heads_that_move_class_means_are_analysed_in_evaluation_mode():
             ValueError, match="NearestETFClassifier moves class means in training mode: call model.eval"
         ):
             function(model)
-    minimize(model.eval())
+    before = float(model.eval().objective().detach())
+    assert minimize(model, max_iterations=20).objective < before
     fixed = UnconstrainedFeatures(4, 3, 5, FixedETFClassifier(5, 4, bias="learned", feature_norm=None)).double()
     assert float(hessian_extremes(fixed).least[0]) >= -1e-12  # convex in the features
 
