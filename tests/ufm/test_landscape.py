@@ -14,8 +14,10 @@ from neuralcollapse.ufm import (
     escape,
     global_optimum,
     hessian_extremes,
+    loss_slice,
     minimize,
     origin_curvature,
+    survey,
     symmetric_saddle,
 )
 from ufm.models import SETTINGS, random_model
@@ -179,7 +181,8 @@ def test_heads_that_move_class_means_are_analysed_in_evaluation_mode():
             ValueError, match="NearestETFClassifier moves class means in training mode: call model.eval"
         ):
             function(model)
-    minimize(model.eval())
+    before = float(model.eval().objective().detach())
+    assert minimize(model, max_iterations=20).objective < before
     fixed = UnconstrainedFeatures(4, 3, 5, FixedETFClassifier(5, 4, bias="learned", feature_norm=None)).double()
     assert float(hessian_extremes(fixed).least[0]) >= -1e-12  # convex in the features
 
@@ -203,6 +206,13 @@ def test_the_model_is_not_changed_by_looking_at_it():
         (lambda: symmetric_saddle(6, 2, 2, 0.01, -1.0), "feature_decay must be a finite number of at least 0"),
         (lambda: symmetric_saddle(6, 2, 2, 0.01, 0.01, feature_dim=4), "feature_dim must be at least num_classes - 1"),
         (lambda: symmetric_saddle(6, 2, 2, 0.5, 0.5), r"weight_decay \* feature_decay must be less than 1/\(K²n\)"),
+        (lambda: next(survey(6, 2, 0.5, 0.5)), r"weight_decay \* feature_decay must be less than 1/\(K²n\)"),
+        (lambda: next(survey(6, 2, 0.01, 0.01, starts=-1)), "starts must be at least 0, got -1"),
+        (lambda: next(survey(6, 2, 0.01, 0.01, feature_dim=4)), "feature_dim must be at least num_classes - 1 = 5"),
+        (
+            lambda: loss_slice(random_model(4, 3, 5, 0.01, 0.01), torch.zeros(3), torch.zeros(2)),
+            r"direction must be of shape \(84,\), got \(3,\)",
+        ),
         (lambda: origin_curvature(6, 2, 0.0, 0.5), "weight_decay must be greater than 0, got 0.0"),
         (lambda: escape(random_model(4, 3, 5, 0.01, 0.01)), "model must be at a critical point: the gradient's norm"),
         (lambda: escape(symmetric_saddle(4, 1, 3, 0.5, 0.5)), r"be at a strict saddle: .* \(global optimum\)"),

@@ -45,7 +45,7 @@ def test_the_objective_is_the_mean_loss_and_the_decay_of_each_parameter(loss, op
     ]
     weight, bias, features = model.head.weight, model.head.bias, model.features
     decay = 0.1 * weight.square().sum() + 0.3 * bias.square().sum() + 0.2 * features.square().sum()
-    assert float(model.objective()) == pytest.approx(sum(losses) / 6 + 0.5 * float(decay), rel=1e-12)
+    assert model.objective().item() == pytest.approx(sum(losses) / 6 + 0.5 * decay.item(), rel=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from itertools import chain
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -66,8 +68,6 @@ def run(settings: Namespace) -> None:
     if settings.get("resume"):
         raise ValueError("resume must not be given: landscape takes seconds, --overwrite starts it again")
 
-    from itertools import chain
-
     import torch  # seconds: not for a mistake in a flag
     from tqdm.auto import tqdm
 
@@ -84,7 +84,8 @@ def run(settings: Namespace) -> None:
     folder.check(config.in_force(), overwrite=bool(settings.get("overwrite")))
     folder.start(config.in_force(), overwrite=bool(settings.get("overwrite")))
     groups = sum(config.num_classes % number == 0 for number in range(1, config.num_classes))
-    bar = tqdm(chain([first], visits), total=config.starts + 2 * groups, unit="point", dynamic_ncols=True)
+    total, quiet = config.starts + 2 * groups, not sys.stderr.isatty()
+    bar = tqdm(chain([first], visits), total=total, unit="point", dynamic_ncols=True, disable=quiet)
     tables = tabulate(bar, generator)
     points, spectrum, slices = tables.frames()
     known = {"optimum": tables.optimum, "bound": origin_curvature(*sizes)}

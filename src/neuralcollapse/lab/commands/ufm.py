@@ -46,9 +46,9 @@ class FreeFeatures(Settings):
     feature_norm: Literal["auto"] | float = setting(5.0, above=0)
     """Norm of the features, the published one by default; auto follows from K."""
     iterations: int | None = setting(at_least=1)
-    """Steps, each of all samples. By default the published 2000, and 200 for more than 200 classes."""
+    """Steps, each of all samples. By default the published 2000, and 100 for more than 200 classes."""
     tuning_iterations: int | None = setting(at_least=1)
-    """The rate chosen has the least loss after so many. By default 100, and 50 for more than 200 classes."""
+    """The rate chosen has the least loss after so many. By default 100, and 20 for more than 200 classes."""
     sgd_rates: list[float] = setting(lambda _: [0.01, 0.03, 0.1, 0.3, 1.0], above=0)
     """Learning rates to choose from, in units of a sample's own gradient. By default 0.01,0.03,0.1,0.3,1."""
     agd_gains: list[float] = setting(lambda _: [3.0, 10.0, 30.0, 100.0, 300.0], above=0)
@@ -91,8 +91,8 @@ class FreeFeatures(Settings):
 
         large = num_classes > 200  # where measuring takes seconds
         rates = {"sgd": self.sgd_rates, "agd": self.agd_gains}
-        iterations = self.iterations or (200 if large else 2000)
-        tuning_iterations = self.tuning_iterations or (50 if large else 100)
+        iterations = self.iterations or (100 if large else 2000)
+        tuning_iterations = self.tuning_iterations or (20 if large else 100)
         return Schedule(iterations, 8 if large else 20, min(tuning_iterations, iterations), rates)
 
 

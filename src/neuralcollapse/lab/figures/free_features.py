@@ -37,7 +37,7 @@ _GOALS = {
 
 
 def free_features_table(metrics: pd.DataFrame) -> pd.DataFrame:
-    """Iterations until each goal is reached and stays so for that measurement: the mean, least and greatest over seeds.
+    """The measured iteration from which on each goal is kept: the mean, least and greatest over seeds.
 
     Args:
         metrics: Columns classes, optimizer, method, seed, rate, iteration, metric, value.
@@ -67,8 +67,13 @@ def draw_free_features(metrics: pd.DataFrame, folder: Path) -> list[Path]:
     written = []
     for classes, of_size in metrics.groupby("classes", sort=False):
         optimizers = list(of_size["optimizer"].unique())
-        figure = Figure(figsize=(16, 3.1 * len(optimizers) + 0.6), layout="constrained")
-        panels = figure.subplots(len(optimizers), len(_PANELS), squeeze=False, sharex=True)
+        height = 3.1 * len(optimizers) + 0.9
+        figure = Figure(figsize=(16, height))
+        # Margins by hand: matplotlib's layout engine takes seconds for so many panels, as do minor ticks.
+        margins = {"left": 0.04, "right": 0.99, "bottom": 0.5 / height, "top": 1 - 0.65 / height}
+        panels = figure.subplots(
+            len(optimizers), len(_PANELS), squeeze=False, sharex=True, gridspec_kw={"wspace": 0.2, **margins}
+        )
         for row, optimizer in zip(panels, optimizers, strict=True):
             of_optimizer = of_size[of_size["optimizer"] == optimizer]
             for axes, (metric, label) in zip(row, _PANELS.items(), strict=True):
@@ -96,17 +101,26 @@ def _draw(axes: Axes, values: pd.DataFrame) -> None:
         axes.plot(middle.index, middle, linestyle=line, color=color, label=method, linewidth=1.5)
         axes.fill_between(middle.index, by_iteration.min(), by_iteration.max(), color=color, alpha=0.18, linewidth=0)
     axes.set(xscale="log", yscale="log")
+    axes.minorticks_off()
     axes.grid(alpha=0.3, linewidth=0.5)
 
 
 def _iterations_to(values: pd.DataFrame, level: float) -> str:
-    reached = values[values["value"] <= level].groupby("seed")["iteration"].min()
+    reached = [kept for _, group in values.groupby("seed") if (kept := _kept_from(group, level)) is not None]
     seeds = values["seed"].nunique()
-    if reached.empty:
+    if not reached:
         return "–"
-    low, high = int(reached.min()), int(reached.max())
-    spread = f"{reached.mean():.0f}" + (f" ({low}–{high})" if low < high else "")
+    low, high = min(reached), max(reached)
+    spread = f"{sum(reached) / len(reached):.0f}" + (f" ({low}–{high})" if low < high else "")
     return spread + ("" if len(reached) == seeds else f", {len(reached)} of {seeds}")
+
+
+def _kept_from(of_seed: pd.DataFrame, level: float) -> int | None:
+    """The first measured iteration after the last one above the level, if there is one."""
+    ordered = of_seed.sort_values("iteration")
+    above = ordered["value"] > level
+    kept = ordered.loc[~above[::-1].cummax()[::-1], "iteration"]
+    return None if kept.empty else int(kept.iloc[0])
 
 
 def report_free_features(
@@ -125,8 +139,8 @@ def report_free_features(
 
 {table}
 
-Iterations until the loss is within 0.01 and 0.001 of the least possible, and until a measure of collapse is at its
-level: mean over {metrics["seed"].nunique()} seeds, and their range where they differ; – where no seed reaches it.
+The iteration from which on the loss stays within 0.01 and 0.001 of the least possible, and a measure of collapse at its
+level: mean over {metrics["seed"].nunique()} seeds, and their range where they differ; – where no seed gets there.
 Measured in evaluation mode, at iterations evenly spaced in their logarithm. A rate was chosen for each row from the
 candidates in `tuning.csv`, on a seed that is not compared. Milliseconds an iteration are of training alone.
 

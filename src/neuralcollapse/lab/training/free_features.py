@@ -121,7 +121,8 @@ def _model(run: FreeRun) -> UnconstrainedFeatures:
             generator=torch.Generator().manual_seed(derived_seed(run.seed, 1)),
         )
         if run.optimizer == "agd":
-            orthogonal_start(model)
+            torch.manual_seed(derived_seed(run.seed, 2))
+            orthogonal_start(model)  # features come first, the same whatever the head
     if isinstance(model.head, LearnedClassifier):
         model.head.project_weight()
     return model
