@@ -1,4 +1,4 @@
-"""A training step of the nearest-ETF head over an nn.Linear: forward and backward, batch 128, fp32, one thread.
+"""What a training step of the nearest-ETF head costs over an nn.Linear: batch 128, fp32, one thread, both passes.
 
 The unit is a bare solve without a basis. `--before CHECKOUT` times an older checkout's head in the same rounds.
 """

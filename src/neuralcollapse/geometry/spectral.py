@@ -14,7 +14,7 @@ _GRAM_RATIO = {torch.float32: 1e-8, torch.float64: 1e-4}
 # From this many rows on an fp32 Gram matrix and its eigenvectors, at half the price, are worth a look at the condition.
 _SINGLE_ROWS = 256
 # The ratio at which those are as good as fp32 asks for, and that at which a product with the fp32 inverse root is.
-_SINGLE_RATIO, _SINGLE_PRODUCT_RATIO = 1 / 64, 1e-4
+_SINGLE_RATIO, _SINGLE_PRODUCT_RATIO = 1 / 16, 1e-4
 
 
 def decompose(matrix: Tensor, null: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,7 +56,7 @@ def gram_matrix(matrix: Tensor, null: float) -> Tensor:
 
 
 def _is_well_conditioned(gram: Tensor) -> bool:
-    """Whether the Gram matrix less its greatest eigenvalue/64 (by ten power iterations) has a Cholesky factor."""
+    """Whether the Gram matrix less a 16th of its greatest eigenvalue (ten power iterations) has a Cholesky factor."""
     vector = gram.sum(-1, keepdim=True) + gram[..., :1]
     for _ in range(10):
         vector = gram @ (vector / torch.linalg.vector_norm(vector, dim=-2, keepdim=True))
