@@ -15,7 +15,17 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from neuralcollapse.lab.settings import nearest, type_hints
 
 # In the order of the list that `--help` prints.
-_COMMANDS = ("compare", "train", "recipes")
+_COMMANDS = (
+    "compare",
+    "train",
+    "recipes",
+    "measure",
+    "distance",
+    "aggregate",
+    "plot",
+    "ufm",
+    "landscape",
+)
 _USER_ERROR, _INTERRUPTED = 2, 130
 
 
@@ -33,14 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name, command = _chosen(arguments)
         parser = _parser(name)
         chosen = _parse(parser, command, arguments)
-        command.run(chosen[chosen.subcommand])
+        return command.run(chosen[chosen.subcommand]) or 0
     except (ArgumentError, ValueError, OSError) as error:
         print(f"neuralcollapse: error: {_one_line(str(error))}", file=sys.stderr)
         return _USER_ERROR
     except KeyboardInterrupt:
         print("\nneuralcollapse: interrupted; with --resume, without --overwrite, it goes on", file=sys.stderr)
         return _INTERRUPTED
-    return 0
 
 
 def _command(name: str) -> Any:
@@ -76,7 +85,7 @@ def _parse(parser: ArgumentParser, command: Any, arguments: list[str]) -> Namesp
     try:
         return parser.parse_args(arguments, defaults=False)
     except ArgumentError as error:
-        unknown = re.search(r"unrecognized arguments: (--[^\s=]+)", str(error))
+        unknown = re.search(r"(?i)unrecognized arguments: (--[^\s=]+)", str(error))
         if unknown is None or command is None:
             raise
         flags = [f"--{name}" for section in command.SECTIONS for name in type_hints(section)]

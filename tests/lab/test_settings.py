@@ -150,7 +150,7 @@ def test_what_a_run_says_is_in_force_makes_the_same_run(name):
         ({"optimizer": "agd", "weight_decay": 0.0}, "weight_decay belongs to an optimizer other than agd"),
         (
             {"backbone": "mlp", "stem": "7x7"},
-            "stem belongs to backbone resnet18, resnet34, resnet50, resnet101, resnet152, resnext50-32x4d or wide-resnet50-2",
+            "stem belongs to backbone resnet18, resnet34, resnet50, resnet101, resnet152, resnext50-32x4d or wide-resn",
         ),
         ({"loss": "mse", "label_smoothing": 0.0}, "label_smoothing belongs to loss cross-entropy; here loss is mse"),
         ({"method": "standard", "proximal_weight": 0.1}, "proximal_weight belongs to method implicit"),
@@ -221,3 +221,8 @@ def test_a_family_whose_recipes_differ_in_data_is_refused(monkeypatch):
     monkeypatch.setattr(experiments, "recipe_family", lambda name: family)
     with pytest.raises(ValueError, match="of the same data, and those of 'markou2024-mnist' differ in image_size"):
         comparison_runs(Comparison(recipe="markou2024-mnist"), {})
+
+
+def test_null_asks_for_the_default_and_not_for_the_recipes_value():
+    assert single_run({"recipe": "papyan2020-cifar10", "epochs": 9}).milestones == [116, 233]
+    assert single_run({"recipe": "papyan2020-cifar10", "epochs": 9, "milestones": None}).milestones == [3, 6]

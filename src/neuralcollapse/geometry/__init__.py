@@ -3,15 +3,30 @@
 Class vectors are rows, ``(..., K, d)``.
 """
 
+from neuralcollapse.geometry import stiefel
+from neuralcollapse.geometry.declarative import ArgminSolution, argmin_on_stiefel
 from neuralcollapse.geometry.nearest import nearest_etf_diagnostics, nearest_simplex_etf
 from neuralcollapse.geometry.polar import polar_factor
 from neuralcollapse.geometry.simplex import random_simplex_etf, simplex_basis, simplex_etf
+from neuralcollapse.geometry.softmax_code import anneal_code, one_vs_rest_margins, softmax_code
+from neuralcollapse.geometry.solution import Iteration, StiefelSolution, Stop
+from neuralcollapse.geometry.trust_region import minimize_on_stiefel
 
 __all__ = [
+    "ArgminSolution",
+    "Iteration",
+    "StiefelSolution",
+    "Stop",
+    "anneal_code",
+    "argmin_on_stiefel",
+    "minimize_on_stiefel",
     "nearest_etf_diagnostics",
     "nearest_simplex_etf",
+    "one_vs_rest_margins",
     "polar_factor",
     "random_simplex_etf",
     "simplex_basis",
     "simplex_etf",
+    "softmax_code",
+    "stiefel",
 ]

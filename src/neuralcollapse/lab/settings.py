@@ -78,7 +78,7 @@ def resolve(kind: type[Settings], given: Values, base: Values | None = None) -> 
 
     Args:
         kind: Which settings there are.
-        given: Values that somebody asked for; None is one that nobody asked for.
+        given: Values that somebody asked for; None asks for the default.
         base: Values to take where none is given, such as a recipe's; they count only where they have an effect.
 
     Returns:
@@ -90,7 +90,7 @@ def resolve(kind: type[Settings], given: Values, base: Values | None = None) -> 
     for one in fields(kind):
         condition: Condition | None = one.metadata.get("belongs_to")
         default = one.metadata.get("default", one.default)
-        value = next((source[one.name] for source in (given, base or {}) if source.get(one.name) is not None), None)
+        value = (given if one.name in given else base or {}).get(one.name)
         reads_all = condition is None or all(name in values for name in condition.reads)
         if condition is not None and reads_all and not condition.holds(values):
             if given.get(one.name) is not None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from neuralcollapse.classifier import resolve_classifier
 from neuralcollapse.metrics.cache import FeatureCache
+from neuralcollapse.metrics.catalogue import in_order
 from neuralcollapse.metrics.collapse import collapse_metrics
 from neuralcollapse.metrics.doors import check_device
+from neuralcollapse.metrics.measurement import LabelFingerprint, Measurement, Options, Provenance
 from neuralcollapse.metrics.model_run import ModelRun, Outputs, Pooling, Unpack, evaluation_mode, unpack_pair
 from neuralcollapse.metrics.moments import ClassMoments
 from neuralcollapse.metrics.nc2 import cos_margins
@@ -20,29 +23,7 @@ from neuralcollapse.metrics.nc3 import alignment
 from neuralcollapse.metrics.nc4 import nearest_class_mean
 from neuralcollapse.metrics.statistics import Center, ClassStatistics, class_statistics
 
-
-@dataclass(frozen=True)
-class Measurement:
-    """What `measure` found.
-
-    Attributes:
-        metrics: Name to value: all of `collapse_metrics`; ``accuracy`` and (for K > 5) ``accuracy_top5`` of the
-            classifier itself; and of single samples ``alignment``, ``nc2_cos_margin``, ``nc4_ncc_mismatch`` and
-            ``nc4_ncc_mismatch_class_mean`` (averaged over classes).
-        moments: Class moments of the features.
-        cos_margins: (N,) cosine margins of all samples, ascending.
-        ncc_mismatch: (K,) share of each class's samples whose nearest class mean is not the classifier's answer;
-            NaN for a class without samples.
-        layers: For each layer named, its metrics.
-        train_moments: Class moments of the train split that was the reference, if ``loader`` was another.
-    """
-
-    metrics: dict[str, float]
-    moments: ClassMoments
-    cos_margins: Tensor
-    ncc_mismatch: Tensor
-    layers: dict[str, dict[str, float]] = field(default_factory=dict)
-    train_moments: ClassMoments | None = None
+SAMPLE_SIZE = 1000  # features kept for pictures
 
 
 @torch.no_grad()  # not inference_mode: what a model caches of its own must stay usable in training
@@ -66,6 +47,9 @@ def measure(
     class_scatter: bool = False,
     pairwise: bool = True,
     per_sample: bool = True,
+    epoch: int | None = None,
+    split: str | None = None,
+    model_name: str | None = None,
     cache_bytes: int = 2**31,
     progress: bool = True,
 ) -> Measurement:
@@ -98,6 +82,9 @@ def measure(
         class_scatter: Keep per-class scatter, K d² numbers, for ``nc1_numerical_rank``.
         pairwise: As for `collapse_metrics`.
         per_sample: Measure what needs single samples, O(N K d); without it features are not kept.
+        epoch: For the record: epochs trained.
+        split: For the record: what of the data ``loader`` is.
+        model_name: For the record; by default the model's class.
         cache_bytes: Features kept in memory at most; what goes beyond is memory-mapped to a temporary file.
         progress: Show a progress bar.
 
@@ -112,6 +99,8 @@ def measure(
         >>> measurement.cos_margins.shape
         torch.Size([48])
     """
+    from neuralcollapse import __version__
+
     if train_loader is not None and train_moments is not None:
         raise ValueError("train_loader and train_moments must not both be given")
     _check_types(model, loader, layers, classifier, unpack, device)
@@ -119,51 +108,86 @@ def measure(
     if device is not None:
         model.to(device)
     weight, bias = _parameters(head)
-    num_classes, feature_dim = weight.shape
     if train_moments is not None and train_moments.means.shape != weight.shape:
         raise ValueError(
             f"train_moments must be of K, d = {tuple(weight.shape)}, got {tuple(train_moments.means.shape)}"
         )
     run = ModelRun(model, name, head, layers, layer_pooling, unpack or unpack_pair, weight.device, progress)
-    new: dict[str, Any] = {"dtype": dtype, "class_scatter": class_scatter, "device": weight.device}
-    moments = ClassMoments(num_classes, feature_dim, **new)
-    layer_moments: dict[str, ClassMoments] = {}
-    hits = torch.zeros(min(5, num_classes), dtype=torch.int64)
-
+    options = Options(center, min_samples, max_samples, pairwise)
     with FeatureCache(cache_bytes if per_sample else 0) as cache, evaluation_mode(model):
+        gathered = _Gathered(weight, cache if per_sample else None, ignore_index, dtype, class_scatter)
         for outputs in run.over(loader, "loader"):
-            moments.update(outputs.features, outputs.targets, ignore_index=ignore_index)
-            for layer, values in outputs.layers.items():
-                if layer not in layer_moments:
-                    layer_moments[layer] = ClassMoments(num_classes, values.shape[-1], **new)
-                layer_moments[layer].update(values, outputs.targets, ignore_index=ignore_index)
-            features, targets, answers = _samples(outputs, ignore_index, len(hits))
-            hits += (answers == targets[:, None]).sum(dim=0).cpu()
-            if per_sample:
-                cache.append(features, targets, answers[:, 0])
+            gathered.take(outputs)
         if train_loader is not None:
-            train_moments = ClassMoments(num_classes, feature_dim, **new)
+            train_moments = gathered.new_moments(*weight.shape)
             for outputs in run.over(train_loader, "train_loader"):
                 train_moments.update(outputs.features, outputs.targets, ignore_index=ignore_index)
-        ood_mean = None if ood_loader is None else run.mean_feature(ood_loader, feature_dim)
-
-        options: dict[str, Any] = {"center": center, "min_samples": min_samples, "max_samples": max_samples}
-        metrics = collapse_metrics(moments, weight, bias, ood_mean=ood_mean, pairwise=pairwise, **options)
-        shares = hits.cumsum(0).double() / moments.counts.sum().cpu()
-        metrics |= {"accuracy": float(shares[0])} | ({"accuracy_top5": float(shares[4])} if num_classes > 5 else {})
-        margins, mismatch = torch.empty(0), torch.full((num_classes,), torch.nan)
+        ood_means = {} if ood_loader is None else run.mean_features(ood_loader)
+        moments = gathered.moments
+        metrics = collapse_metrics(moments, weight, bias, ood_mean=ood_means.get(""), **asdict(options))
+        metrics |= gathered.accuracies()
+        samples = _PerSample(torch.empty(0), torch.full((len(weight),), torch.nan), *FeatureCache().sample(0))
         if per_sample:
-            reference = class_statistics(train_moments or moments, **options)
-            values_of_samples, margins, mismatch = _per_sample(cache, weight, reference)
-            metrics |= values_of_samples
+            reference = class_statistics(
+                train_moments or moments, center=center, min_samples=min_samples, max_samples=max_samples
+            )
+            values, samples = _per_sample(cache, weight, reference)
+            metrics |= values
     return Measurement(
-        metrics=metrics,
+        metrics=in_order(metrics),
         moments=moments,
-        cos_margins=margins,
-        ncc_mismatch=mismatch,
-        layers={layer: collapse_metrics(layer_moments[layer], pairwise=pairwise, **options) for layer in layers},
+        weight=weight.cpu().clone(),
+        bias=None if bias is None else bias.cpu().clone(),
+        **samples._asdict(),
+        layers={
+            layer: collapse_metrics(gathered.layers[layer], ood_mean=ood_means.get(layer), **asdict(options))
+            for layer in layers
+        },
+        layer_moments={layer: gathered.layers[layer] for layer in layers},
+        ood_means=ood_means,
         train_moments=train_moments,
+        provenance=Provenance(epoch, split, model_name or type(model).__name__, str(gathered.labels), __version__),
+        options=options,
     )
+
+
+class _Gathered:
+    """What one run over a loader leaves: moments of the features and of layers, hits, labels, kept samples."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        cache: FeatureCache | None,
+        ignore_index: int | None,
+        dtype: torch.dtype | Literal["mixed"],
+        class_scatter: bool,
+    ) -> None:
+        num_classes, feature_dim = weight.shape
+        self.new_moments = partial(ClassMoments, dtype=dtype, class_scatter=class_scatter, device=weight.device)
+        self.moments = self.new_moments(num_classes, feature_dim)
+        self.layers: dict[str, ClassMoments] = {}
+        self.labels = LabelFingerprint()
+        self.hits = torch.zeros(min(5, num_classes), dtype=torch.int64, device=weight.device)
+        self.cache = cache
+        self.ignore_index = ignore_index
+
+    def take(self, outputs: Outputs) -> None:
+        """Take in a batch."""
+        self.moments.update(outputs.features, outputs.targets, ignore_index=self.ignore_index)
+        for layer, values in outputs.layers.items():
+            if layer not in self.layers:
+                self.layers[layer] = self.new_moments(self.moments.num_classes, values.shape[-1])
+            self.layers[layer].update(values, outputs.targets, ignore_index=self.ignore_index)
+        features, targets, answers = _samples(outputs, self.ignore_index, len(self.hits))
+        self.hits += (answers == targets[:, None]).sum(dim=0)
+        self.labels.update(targets)
+        if self.cache is not None:
+            self.cache.append(features, targets, answers[:, 0])
+
+    def accuracies(self) -> dict[str, float]:
+        """Of the classifier itself."""
+        shares = (self.hits.cumsum(0).double() / self.moments.counts.sum()).tolist()
+        return {"accuracy": shares[0]} | ({"accuracy_top5": shares[4]} if self.moments.num_classes > 5 else {})
 
 
 def _check_types(
@@ -195,10 +219,17 @@ def _samples(outputs: Outputs, ignore_index: int | None, answers: int) -> tuple[
     return outputs.features.flatten(0, -2)[kept], targets[kept], ranked
 
 
-def _per_sample(
-    cache: FeatureCache, weight: Tensor, reference: ClassStatistics
-) -> tuple[dict[str, float], Tensor, Tensor]:
-    """The metrics of single samples, their sorted margins, and the NCC mismatch of each class."""
+class _PerSample(NamedTuple):
+    """What single samples gave, besides their metrics; see `Measurement`."""
+
+    cos_margins: Tensor
+    ncc_mismatch: Tensor
+    sample_features: Tensor
+    sample_targets: Tensor
+
+
+def _per_sample(cache: FeatureCache, weight: Tensor, reference: ClassStatistics) -> tuple[dict[str, float], _PerSample]:
+    """The metrics of single samples, and what else they gave."""
     num_classes, device = len(weight), weight.device
     rows = weight.double()[reference.classes]
     place = torch.full((num_classes,), -1, device=device)  # of a class among those measured
@@ -224,4 +255,4 @@ def _per_sample(
         "nc4_ncc_mismatch": float(mismatches.sum() / samples.sum()),
         "nc4_ncc_mismatch_class_mean": float(by_class.nanmean()),
     }
-    return values, all_margins, by_class.cpu()
+    return values, _PerSample(all_margins, by_class.cpu(), *cache.sample(SAMPLE_SIZE))

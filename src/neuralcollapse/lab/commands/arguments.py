@@ -47,12 +47,12 @@ def add_output(parser: ArgumentParser, default: str) -> None:
 
 
 def asked_for(settings: Namespace, *sections: type[Settings]) -> dict[str, Any]:
-    """The settings of these sections that somebody gave, in a file or as a flag."""
+    """The settings of these sections that somebody gave, in a file or as a flag; null asks for the default."""
     if settings.get("resume") and settings.get("overwrite"):
         raise ValueError("resume and overwrite must not both be given")
     given: Mapping[str, Any] = settings.as_dict()
     hints = {name: hint for section in sections for name, hint in type_hints(section).items()}
-    found = {name: given[name] for name in hints if given.get(name) is not None}
+    found = {name: given[name] for name in hints if name in given}
     return {name: _items(value) if _is_list(hints[name]) else value for name, value in found.items()}
 
 

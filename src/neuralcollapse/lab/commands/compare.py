@@ -28,7 +28,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(settings: Namespace) -> None:
     """Train every method with every seed, and say what was written."""
     given = asked_for(settings, *SECTIONS)
-    out = settings.get("out") or f"runs/{given.get('recipe', 'compare')}"
+    out = settings.get("out") or f"runs/{given.get('recipe') or 'compare'}"
     given, base = stored_settings(settings, given, out)
     comparison = comparison_of((base or {}) | given)
     shared = {name: value for name, value in given.items() if name not in comparison.__dataclass_fields__}

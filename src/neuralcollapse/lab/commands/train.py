@@ -27,7 +27,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(settings: Namespace) -> None:
     """Train, and say what was written."""
     given = asked_for(settings, *SECTIONS)
-    out = settings.get("out") or f"runs/{given.get('recipe', 'train')}"
+    out = settings.get("out") or f"runs/{given.get('recipe') or 'train'}"
     given, base = stored_settings(settings, given, out)
     config = single_run(given, base)
     if settings.get("print_config"):

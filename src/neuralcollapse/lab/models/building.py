@@ -139,7 +139,7 @@ def build_backbone(config: ModelSettings, image_shape: ImageShape, *, initialisa
         ValueError: There is no backbone of that name, or the user's own class cannot be made or used.
     """
     if "." in config.backbone:
-        return _own_backbone(config.backbone, config.backbone_options or {}, image_shape)
+        return OwnBackbone(own_module(config.backbone, config.backbone_options or {}, image_shape), image_shape)
     if config.backbone not in _BACKBONES:
         raise ValueError(
             f"backbone must be one of {', '.join(_BACKBONES)}, or the dotted path of your own class, "
@@ -152,8 +152,17 @@ def build_backbone(config: ModelSettings, image_shape: ImageShape, *, initialisa
     return backbone(image_shape, affine=bool(config.batch_norm_affine), **options)
 
 
-def _own_backbone(path: str, options: dict[str, Any], image_shape: ImageShape) -> Backbone:
-    """The user's class, looked for in the folder of work as well; given ``image_shape`` if it has such an argument."""
+def own_module(path: str, options: dict[str, Any], image_shape: ImageShape) -> nn.Module:
+    """A module of the user's class, looked for in the folder of work as well.
+
+    Args:
+        path: package.module.Class.
+        options: Keyword arguments of the class; ``image_shape`` is among them if it has such an argument.
+        image_shape: Channels, height and width.
+
+    Raises:
+        ValueError: It cannot be imported or made.
+    """
     module_name, _, name = path.rpartition(".")
     if "/" in path or not all(path.split(".")):
         raise ValueError(f"backbone must be a dotted path such as package.module.Class, got {path!r}")
@@ -172,4 +181,4 @@ def _own_backbone(path: str, options: dict[str, Any], image_shape: ImageShape) -
         raise ValueError(f"backbone {path!r} cannot be made with backbone_options {options}: {error}") from error
     if not isinstance(made, nn.Module):
         raise ValueError(f"backbone {path!r} must make a torch.nn.Module, it made a {type(made).__name__}")
-    return OwnBackbone(made, image_shape)
+    return made

@@ -27,6 +27,8 @@ class RunFolder:
         gradients: Size of each parameter's gradient at the end of each epoch.
         train_labels: The labels trained on, where they are not the data set's own.
         summary: The table of results.
+        moments: One file for each measured epoch and split: a `Measurement`, from which every metric and figure can be
+            made again.
         checkpoints: One file for each saved epoch, and the last one, from which a run is resumed.
         figures: PNG files.
         runs: The runs, where there are several.
@@ -46,6 +48,7 @@ class RunFolder:
         "summary": "summary.md",
     }
     FOLDERS: ClassVar[dict[str, str]] = {
+        "moments": "moments",
         "checkpoints": "checkpoints",
         "figures": "figures",
         "runs": "runs",
@@ -59,6 +62,7 @@ class RunFolder:
     gradients: Path
     train_labels: Path
     summary: Path
+    moments: Path
     checkpoints: Path
     figures: Path
     runs: Path
@@ -76,6 +80,19 @@ class RunFolder:
     def checkpoint(self, epoch: int) -> Path:
         """The checkpoint kept of an epoch, counted from 1 as in the tables."""
         return self.checkpoints / f"epoch{epoch:04d}.ckpt"
+
+    def measurement(self, epoch: int, split: str) -> Path:
+        """The record of what was measured of a split after an epoch, counted from 1."""
+        return self.moments / f"epoch{epoch:04d}-{split}.safetensors"
+
+    def measured(self) -> dict[tuple[int, str], Path]:
+        """All such records, by epoch and split, in order of epochs."""
+        found = {}
+        for path in sorted(self.moments.glob("epoch*-*.safetensors")):
+            epoch, _, split = path.stem.removeprefix("epoch").partition("-")
+            if epoch.isdecimal():
+                found[int(epoch), split] = path
+        return found
 
     def run(self, name: str) -> RunFolder:
         """The folder of one of several runs."""
@@ -154,6 +171,10 @@ class RunFolder:
         if not self.config.exists():
             write_yaml(self.environment, {**environment(), **(facts or {})})
             write_yaml(self.config, {"format": FORMAT, **settings})  # last: this makes it a run's folder
+
+    def add_facts(self, **facts: Any) -> None:
+        """Keep more of what is known of the run beside its environment."""
+        write_yaml(self.environment, self.read_environment() | facts)
 
     def _clear(self) -> None:
         for place in self.FILES.values():

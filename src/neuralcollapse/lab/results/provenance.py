@@ -28,6 +28,18 @@ def environment() -> dict[str, Any]:
     }
 
 
+def peak_memory() -> float:
+    """MiB that were in use at most: of the accelerator if there is one, else of this process so far."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    import resource  # not on every system
+
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from neuralcollapse.lab.results.files import write_whole
 from neuralcollapse.lab.results.folder import RunFolder
 
+COLUMNS = ["epoch", "split", "metric", "value"]
 GOAL = 0.99
 # Heading of a column of the table: split, metric, format. All of the last epoch.
 _COLUMNS = {
@@ -42,6 +44,14 @@ def gather(runs: Sequence[RunFolder], table: str) -> pd.DataFrame:
 def read_table(path: Path) -> pd.DataFrame:
     """A table of a run's folder, with every value as it was written."""
     return pd.read_csv(path, converters={"value": float})  # the default parser is not exact
+
+
+def add_rows(path: Path, rows: Sequence[tuple[int, str, str, float]]) -> None:
+    """Add measured values to a run's table, in order of epochs; they replace those of the same name."""
+    added = pd.DataFrame(rows, columns=COLUMNS)
+    table = pd.concat([read_table(path), added]) if path.exists() else added
+    table = table.drop_duplicates(COLUMNS[:3], keep="last").sort_values("epoch", kind="stable")
+    write_whole(path, lambda partial: table.to_csv(partial, index=False, na_rep="nan"))
 
 
 def results_table(metrics: pd.DataFrame, log: pd.DataFrame, recipes: Mapping[str, str] | None = None) -> pd.DataFrame:

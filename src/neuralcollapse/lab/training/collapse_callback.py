@@ -9,11 +9,10 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
+from neuralcollapse.lab.results.tables import COLUMNS
 from neuralcollapse.lab.training.epochs import is_due
 from neuralcollapse.lab.training.logs import TableCallback
-from neuralcollapse.metrics import measure
-
-COLUMNS = ["epoch", "split", "metric", "value"]
+from neuralcollapse.metrics import Measurement, measure
 
 
 class CollapseCallback(TableCallback):
@@ -30,6 +29,8 @@ class CollapseCallback(TableCallback):
             10, ...
         last_epoch: Measure after the last epoch as well.
         csv: File to write: epoch, split, metric, value.
+        moments: Folder to write each `Measurement` to, as ``epoch0005-train.safetensors``: from it every metric can be
+            computed again.
         classifier: The classifier, or its dotted name in the `LightningModule`, where `find_classifier` does not
             find it.
         options: What else `neuralcollapse.measure` takes.
@@ -52,7 +53,8 @@ class CollapseCallback(TableCallback):
         every_n_epochs: int = 1,
         first_epoch: int | None = None,
         last_epoch: bool = True,
-        csv: Path | None = None,
+        csv: str | Path | None = None,
+        moments: str | Path | None = None,
         classifier: str | nn.Module | None = None,
         **options: Any,
     ) -> None:
@@ -62,7 +64,8 @@ class CollapseCallback(TableCallback):
             raise ValueError(f"every_n_epochs must be at least 1, got {every_n_epochs}")
         if first_epoch is not None and first_epoch < 1:
             raise ValueError(f"first_epoch must be at least 1, got {first_epoch}")
-        super().__init__(csv, COLUMNS)
+        super().__init__(None if csv is None else Path(csv), COLUMNS)
+        self.moments = None if moments is None else Path(moments)
         self.loaders = dict(loaders)
         self.every_n_epochs = every_n_epochs
         self.first_epoch = first_epoch
@@ -76,17 +79,27 @@ class CollapseCallback(TableCallback):
         last = self.last_epoch and epoch == trainer.max_epochs
         if not (last or is_due(epoch, self.every_n_epochs, self.first_epoch)):
             return
-        for split, metrics in self._measure(pl_module).items():
-            self.rows += [(epoch, split, name, value) for name, value in metrics.items()]
-            pl_module.log_dict({f"{split}/{name}": value for name, value in metrics.items()}, rank_zero_only=True)
+        found = measure_splits(pl_module, self.loaders, classifier=self.classifier, epoch=epoch, **self.options)
+        for split, measurement in found.items():
+            if self.moments is not None and trainer.is_global_zero:
+                self.moments.mkdir(parents=True, exist_ok=True)
+                measurement.save(self.moments / f"epoch{epoch:04d}-{split}.safetensors")
+            self.rows += [(epoch, split, name, value) for name, value in measurement.metrics.items()]
+            named = {f"{split}/{name}": value for name, value in measurement.metrics.items()}
+            pl_module.log_dict(named, rank_zero_only=True)
         self.write(trainer)
 
-    def _measure(self, model: nn.Module) -> dict[str, dict[str, float]]:
-        train_moments, found = None, {}
-        for split in sorted(self.loaders, key=lambda split: split != "train"):
-            measurement = measure(
-                model, self.loaders[split], classifier=self.classifier, train_moments=train_moments, **self.options
-            )
-            train_moments = measurement.moments if split == "train" else train_moments
-            found[split] = measurement.metrics
-        return found
+
+def measure_splits(model: nn.Module, loaders: Mapping[str, Iterable[Any]], **options: Any) -> dict[str, Measurement]:
+    """Measure every split; the one called ``"train"`` first, and the others against its class means.
+
+    Args:
+        model: The model.
+        loaders: Name of each split to its batches.
+        options: What else `neuralcollapse.measure` takes.
+    """
+    train_moments, found = None, {}
+    for split in sorted(loaders, key=lambda split: split != "train"):
+        found[split] = measure(model, loaders[split], train_moments=train_moments, split=split, **options)
+        train_moments = found[split].moments if split == "train" else train_moments
+    return found

@@ -18,6 +18,7 @@ from neuralcollapse.lab.data.splits import ImageData
 from neuralcollapse.lab.experiments import common_settings
 from neuralcollapse.lab.results.files import write_whole
 from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.results.provenance import peak_memory
 from neuralcollapse.lab.training.devices import resolve_device
 from neuralcollapse.lab.training.loggers import check_loggers
 from neuralcollapse.lab.training.one_run import ClassifierTraining, train
@@ -68,8 +69,8 @@ def train_runs(
         places, own = {whole.run(name): run for name, run in _named(runs).items()}, common_settings(runs)
     settings = own if settings is None else settings
     whole.check(settings, resume=resume, overwrite=overwrite)
-    prepared = _Prepared(whole if resume else None, progress=progress)
-    modules = {_kind(run): prepared.module(run, place) for place, run in reversed(places.items())}
+    preparation = Preparation(whole if resume else None, progress=progress)
+    modules = {_kind(run): preparation.module(run, place) for place, run in reversed(places.items())}
     data = next(iter(modules.values())).data
     facts: dict[str, Any] = {"data": str(data), "num_classes": data.num_classes}
     names = {} if whole in places else {"runs": [place.path.name for place in places]}
@@ -77,7 +78,7 @@ def train_runs(
     bar = Progress(len(places), shown=progress)
     try:
         for position, (place, run) in enumerate(places.items()):
-            module = modules.pop(_kind(run), None) or prepared.module(run, place)
+            module = modules.pop(_kind(run), None) or preparation.module(run, place)
             place.start(run.in_force(), facts=facts)
             _keep_labels(module.data, place)
             name = run.method if place is whole else place.path.name
@@ -85,13 +86,20 @@ def train_runs(
                 train(module, place, bar.next_run(name, position))
             except ValueError as error:
                 raise ValueError(str(error) if place is whole else f"{name}: {error}") from error
+            parameters = sum(parameter.numel() for parameter in module.model.parameters())
+            place.add_facts(parameters=parameters, peak_memory_mib=round(peak_memory()))
     finally:
         bar.close()
     return whole
 
 
-class _Prepared:
-    """Data on the training device, loaded and standardised once, however many runs share them."""
+class Preparation:
+    """Data on the training device, loaded and standardised once, however many runs share them.
+
+    Args:
+        resumed: The folder that is gone on with, if there is one: the labels that its runs keep are taken.
+        progress: Show a progress bar while decoding.
+    """
 
     def __init__(self, resumed: RunFolder | None, *, progress: bool) -> None:
         self.resumed = resumed

@@ -98,6 +98,17 @@ class ClassifierTraining(LightningModule):
         """The model's head."""
         return self.model.head  # type: ignore[return-value]
 
+    @property
+    def measuring(self) -> dict[str, Any]:
+        """How its model is measured, during training and after it.
+
+        Scatter products are taken in fp32, means and sums in fp64: at K = 10 in half the time of fp64 alone, with
+        errors of about 1e-9 in metrics that are compared to three digits.
+        """
+        weight: Any = self.head.weight
+        scatter = ClassMoments.required_bytes(*weight.shape, class_scatter=True) <= _CLASS_SCATTER_BYTES
+        return {"classifier": self.head, "class_scatter": scatter, "dtype": "mixed"}
+
     def _batches(self, epoch: int) -> EpochBatches:
         standardise = self.evaluation["train"].standardise
         return EpochBatches(self.data.train, standardise, self.config, self.config.seed, epoch)
@@ -164,15 +175,14 @@ def train(module: ClassifierTraining, folder: RunFolder, *callbacks: Callback) -
 
 def _records(module: ClassifierTraining, folder: RunFolder) -> list[Callback]:
     """What writes the run's tables."""
-    weight: Any = module.head.weight
     collapse = CollapseCallback(
         module.evaluation,
         every_n_epochs=module.config.measure_every,
         first_epoch=module.config.measure_from,
         last_epoch=module.config.measure_last is not False,
         csv=folder.metrics,
-        classifier=module.head,
-        class_scatter=ClassMoments.required_bytes(*weight.shape, class_scatter=True) <= _CLASS_SCATTER_BYTES,
+        moments=folder.moments,
+        **module.measuring,
     )
     return [TrainingLog(folder.training_log), GradientLog(folder.gradients), collapse]
 

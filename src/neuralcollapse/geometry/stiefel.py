@@ -1,0 +1,192 @@
+"""The Stiefel manifold of matrices with orthonormal rows, as a submanifold of Euclidean space.
+
+A point Q (p, d), p ≤ d, has QQᵀ = I. A tangent vector V at Q has VQᵀ skew. The inner product is the Euclidean one.
+All functions take leading batch dimensions.
+
+Source: Absil, Mahony, Sepulchre, Optimization Algorithms on Matrix Manifolds (2008); Absil, Mahony, Trumpf, "An
+extrinsic look at the Riemannian Hessian" (2013).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from neuralcollapse._checks import check_at_least, check_finite, check_floating, compute_dtype
+from neuralcollapse.geometry.polar import polar_factor
+
+Retraction = Literal["qr", "polar"]
+
+
+def inner(first: Tensor, second: Tensor) -> Tensor:
+    """⟨X, Y⟩ of (..., p, d) matrices, kept as (..., 1, 1) so that it scales them.
+
+    Example:
+        >>> inner(torch.ones(2, 3), torch.ones(2, 3))
+        tensor([[6.]])
+    """
+    product: Tensor = torch.linalg.vecdot(first.flatten(-2), second.flatten(-2))
+    return product[..., None, None]
+
+
+def symmetric(square: Tensor) -> Tensor:
+    """The symmetric part ½(X + Xᵀ)."""
+    return 0.5 * (square + square.mT)
+
+
+def project(point: Tensor, ambient: Tensor) -> Tensor:
+    """The tangent vector at Q nearest to Z: Z − ½(ZQᵀ + QZᵀ)Q.
+
+    Args:
+        point: Q, (..., p, d).
+        ambient: Z, (..., p, d).
+
+    Returns:
+        (..., p, d).
+
+    Example:
+        >>> project(torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, 4.0]]))
+        tensor([[0., 4.]])
+    """
+    return ambient - symmetric(ambient @ point.mT) @ point
+
+
+def retract(point: Tensor, tangent: Tensor, method: Retraction = "qr") -> Tensor:
+    """The point reached from Q along V: the orthonormal factor of Q + V.
+
+    ``"qr"`` takes it by a Cholesky factor of (Q+V)(Q+V)ᵀ = I + VVᵀ. That matrix is never near singular, so this is as
+    accurate as Householder's QR and costs two matrix products. ``"polar"`` is the nearest point to Q + V and agrees
+    with the geodesic to second order.
+
+    Args:
+        point: Q, (..., p, d).
+        tangent: V, (..., p, d), tangent at Q.
+        method: ``"qr"`` or ``"polar"``.
+
+    Returns:
+        (..., p, d).
+
+    Raises:
+        ValueError: Another method.
+
+    Example:
+        >>> retract(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.75]]))
+        tensor([[0.8000, 0.6000]])
+    """
+    moved = point + tangent
+    if method == "polar":
+        return polar_factor(moved, check_values=False)
+    if method != "qr":
+        raise ValueError(f"retraction must be 'qr' or 'polar', got {method!r}")
+    factor, _ = torch.linalg.cholesky_ex(moved @ moved.mT)
+    reached: Tensor = torch.linalg.solve_triangular(factor, moved, upper=False)
+    return reached
+
+
+def transport(tangent: Tensor, to: Tensor) -> Tensor:
+    """A tangent vector carried to another point, by projection on the tangent space there.
+
+    Args:
+        tangent: (..., p, d).
+        to: The point (..., p, d) whose tangent space it is carried to.
+
+    Returns:
+        (..., p, d).
+
+    Example:
+        >>> transport(torch.tensor([[0.0, 1.0]]), to=torch.tensor([[0.6, 0.8]]))
+        tensor([[-0.4800,  0.3600]])
+    """
+    return project(to, tangent)
+
+
+def distance(first: Tensor, second: Tensor) -> Tensor:
+    """The chordal distance ‖Q₁ − Q₂‖_F, (...) of (..., p, d).
+
+    Example:
+        >>> distance(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.6, 0.8]]))
+        tensor(0.8944)
+    """
+    chord: Tensor = torch.linalg.matrix_norm(first - second)
+    return chord
+
+
+def random_point(
+    *shape: int,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """A Haar-uniform point: the polar factor of a Gaussian matrix.
+
+    Args:
+        *shape: ..., p, d with p ≤ d.
+        generator: Source of randomness, on ``device``.
+        dtype: Floating dtype; the default dtype if not given.
+        device: Where to create it.
+
+    Returns:
+        Tensor of the given shape, rows orthonormal.
+
+    Raises:
+        ValueError: Fewer than two sizes, a size below 1, or p > d.
+
+    Example:
+        >>> point = random_point(2, 4, generator=torch.Generator().manual_seed(0))
+        >>> bool(torch.allclose(point @ point.T, torch.eye(2), atol=1e-6))
+        True
+    """
+    if len(shape) < 2:
+        raise ValueError(f"shape must be (..., p, d), got {shape}")
+    for size in shape:
+        check_at_least("every size of shape", size, 1)
+    if shape[-2] > shape[-1]:
+        raise ValueError(f"shape must be (..., p, d) with p <= d, got {shape}")
+    dtype = dtype or torch.get_default_dtype()
+    gaussian = torch.randn(shape, generator=generator, dtype=compute_dtype(dtype), device=device)
+    return polar_factor(gaussian, check_values=False).to(dtype)
+
+
+def check_point(point: Tensor, name: str = "point") -> None:
+    """Raise unless the rows of every matrix are orthonormal, to the square root of the dtype's resolution.
+
+    Args:
+        point: (..., p, d) of fp32 or fp64.
+        name: What the message calls it.
+
+    Raises:
+        ValueError: Not floating, another dtype or shape, not finite, or rows that are not orthonormal; the message
+            says which row or pair of rows is furthest off.
+
+    Example:
+        >>> check_point(torch.tensor([[1.0, 0.0], [0.6, 0.8]]))
+        Traceback (most recent call last):
+        ...
+        ValueError: point must have orthonormal rows; rows 0 and 1 have inner product 0.6
+    """
+    check_floating(name, point)
+    if point.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{name} must be of float32 or float64, got {point.dtype}")
+    if point.ndim < 2 or not 1 <= point.shape[-2] <= point.shape[-1]:
+        raise ValueError(f"{name} must be of shape (..., p, d) with 1 <= p <= d, got {tuple(point.shape)}")
+    if point.numel() == 0:
+        raise ValueError(f"{name} must hold at least one matrix, got shape {tuple(point.shape)}")
+    check_finite(name, point)
+    point = point.detach()
+    gram = point @ point.mT
+    excess = gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    worst = int(excess.abs().argmax())
+    if abs(float(excess.flatten()[worst])) <= torch.finfo(point.dtype).eps ** 0.5:
+        return
+    index = torch.unravel_index(torch.tensor(worst), gram.shape)
+    *batch, row, other = (int(i) for i in index)
+    value = float(gram.flatten()[worst])
+    where = f" of matrix {tuple(batch)}" if batch else ""
+    found = (
+        f"row {row}{where} has norm {max(value, 0) ** 0.5:.6g}"
+        if row == other
+        else f"rows {row} and {other}{where} have inner product {value:.6g}"
+    )
+    raise ValueError(f"{name} must have orthonormal rows; {found}")
