@@ -172,7 +172,9 @@ def test_checkpoints_of_epochs_are_kept_on_request(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.start(config.in_force())
     train(ClassifierTraining(config, data), folder)
-    assert {path.name for path in folder.checkpoints.iterdir()} == {"epoch0002.ckpt", "epoch0004.ckpt", "last.ckpt"}
+    assert {path.name for path in folder.checkpoints.iterdir()} == {
+        *("epoch0001.ckpt", "epoch0002.ckpt", "epoch0004.ckpt", "last.ckpt")
+    }
 
 
 def trained(folder: Path, **settings) -> RunFolder:
