@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import generator
-from neuralcollapse.metrics import ClassMoments, collapse_metrics
+from neuralcollapse.metrics import ClassMoments, accumulation, collapse_metrics
+from neuralcollapse.metrics import moments as moments_module
 
 FEATURES = torch.randn(200, 12, generator=generator(1)) + 3 * torch.randn(12, generator=generator(2))
 TARGETS = torch.randint(5, (200,), generator=generator(3))
@@ -91,19 +92,20 @@ def test_tokens_are_flattened_and_ignored_ones_left_out():
     assert_same_state(expected, tokens, 1e-12)
 
 
-def test_accelerator_grouping_gives_the_same(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float64, "mixed"])
+def test_accelerator_grouping_gives_the_same(monkeypatch, dtype):
     """Accelerators look at all classes, so as not to wait for the ones that are present."""
     expected = moments_of(FEATURES, TARGETS, num_classes=7)
 
-    def all_classes(self, targets):
-        counts = torch.zeros_like(self.counts).index_add_(0, targets, torch.ones_like(targets))
-        return torch.arange(self.num_classes), targets, counts
+    def all_classes(targets, num_classes):
+        counts = torch.zeros(num_classes, dtype=torch.int64).index_add_(0, targets, torch.ones_like(targets))
+        return accumulation.Group(torch.arange(num_classes), targets, counts)
 
-    monkeypatch.setattr(ClassMoments, "_group", all_classes)
-    moments = ClassMoments(7, 12)
+    monkeypatch.setattr(moments_module, "group_by_class", all_classes)
+    moments = ClassMoments(7, 12, dtype=dtype)
     for batch, labels in zip(FEATURES.split(9), TARGETS.split(9), strict=True):
         moments.update(batch, labels)
-    assert_same_state(expected, moments, 1e-12)
+    assert_same_state(expected, moments, 1e-6 if dtype == "mixed" else 1e-12)
 
 
 def test_state_saves_and_resumes(tmp_path):

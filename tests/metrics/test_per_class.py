@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers import generator
-from neuralcollapse.metrics import ClassMoments, class_values, collapse_metrics, pair_matrices
+from neuralcollapse.metrics import ClassMoments, class_values, collapse_metrics, moments_about, pair_matrices
 
 K, D = 5, 7
 TARGETS = torch.tensor([0, 1, 2, 3, 4, 4, 4, 3, 3, 1, 0, 0])
@@ -86,7 +86,7 @@ def test_bad_arguments_of_matrices(options, message):
 
 def test_a_test_split_about_the_means_of_the_train_split():
     train, test = moments_of(FEATURES, TARGETS), moments_of(FEATURES.flip(1)[:9], TARGETS[:9])
-    about = test.about(train.means)
+    about = moments_about(test, train.means)
     deviations = FEATURES.flip(1)[:9] - train.means[TARGETS[:9]]
     torch.testing.assert_close(about.within_class_scatter, deviations.T @ deviations)
     traces = torch.zeros(K).double().index_add_(0, TARGETS[:9], deviations.square().sum(1))
@@ -96,6 +96,6 @@ def test_a_test_split_about_the_means_of_the_train_split():
     expected = float(deviations.square().sum() / 9 / between)
     assert collapse_metrics(about)["nc1_quotient"] == pytest.approx(expected)
     with pytest.raises(ValueError, match=r"means must be of shape \(K, d\) = \(5, 7\), got \(4, 7\)"):
-        test.about(train.means[1:])
+        moments_about(test, train.means[1:])
     with pytest.raises(ValueError, match="means must be finite"):
-        test.about(train.means * torch.nan)
+        moments_about(test, train.means * torch.nan)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from neuralcollapse.metrics.nc4 import nc4_bias, nc4_ncc_mismatch, nearest_class_mean
     from neuralcollapse.metrics.nc5 import nc5_ood
     from neuralcollapse.metrics.per_class import ClassValues, class_values, pair_matrices
-    from neuralcollapse.metrics.statistics import ClassStatistics, class_statistics
+    from neuralcollapse.metrics.statistics import ClassStatistics, class_statistics, moments_about
 
 _HOMES = {
     "collapse": ["collapse_metrics"],
@@ -57,7 +57,7 @@ _HOMES = {
     "nc4": ["nc4_bias", "nc4_ncc_mismatch", "nearest_class_mean"],
     "nc5": ["nc5_ood"],
     "per_class": ["ClassValues", "class_values", "pair_matrices"],
-    "statistics": ["ClassStatistics", "class_statistics"],
+    "statistics": ["ClassStatistics", "class_statistics", "moments_about"],
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -75,6 +75,7 @@ __all__ = [
     "etf_distances",
     "feature_norm",
     "measure",
+    "moments_about",
     "nc0_weight_sum",
     "nc1_cdnv",
     "nc1_numerical_rank",

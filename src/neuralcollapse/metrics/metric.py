@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from neuralcollapse.classifier import is_classifier
+from neuralcollapse.metrics.accumulation import Workspace
 from neuralcollapse.metrics.collapse import collapse_metrics
-from neuralcollapse.metrics.moments import ClassMoments, Workspace
+from neuralcollapse.metrics.moments import ClassMoments
 from neuralcollapse.metrics.statistics import Center
 
 

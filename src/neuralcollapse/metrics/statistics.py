@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from neuralcollapse.metrics.doors import check_sample_bounds
+from neuralcollapse._checks import check_finite
+from neuralcollapse.metrics.doors import check_sample_bounds, check_shapes
 from neuralcollapse.metrics.moments import ClassMoments
 
 Center = Literal["samples", "classes"]
@@ -96,7 +97,9 @@ def class_statistics(
     )
     mean = weights @ class_means
     trace = moments.within_class_trace[classes].double()
-    scatter = moments.class_scatter if moments.class_scatter is None or everything else moments.class_scatter[classes]
+    scatter = moments.class_scatter
+    if scatter is not None and not everything:
+        scatter = scatter[classes]
 
     pooled: Tensor | None = moments.within_class_scatter
     if (moments.within_class_trace[~measured] > 0).any():
@@ -111,3 +114,40 @@ def class_statistics(
         within_class_covariance=None if pooled is None else pooled.double() / counts.sum(),
         class_scatter=None if scatter is None else scatter.double(),
     )
+
+
+@torch.no_grad()
+def moments_about(moments: ClassMoments, means: Tensor) -> ClassMoments:
+    """The same samples, with their scatter and traces taken about other class means than their own.
+
+    A test split about the train split's means, ``moments_about(test, train.means)``, is what some publications measure.
+    S + Σ_k n_k Δ_kΔ_kᵀ and t_k + n_k‖Δ_k‖² with Δ = M − means are exact; the result's means are the given ones.
+
+    Args:
+        moments: The samples' moments.
+        means: (K, d) finite.
+
+    Returns:
+        New moments, without per-class scatter, to be measured but not updated.
+
+    Raises:
+        ValueError: ``means`` of another shape or type, or not finite.
+
+    Example:
+        >>> moments = ClassMoments(num_classes=2, feature_dim=1)
+        >>> moments.update(torch.tensor([[1.0], [3], [5]]), torch.tensor([0, 0, 1]))
+        >>> moments_about(moments, torch.tensor([[0.0], [5]])).within_class_trace
+        tensor([10.,  0.], dtype=torch.float64)
+    """
+    check_shapes(moments=(moments.means, "K d"), means=(means, "K d"))
+    check_finite("means", means)
+    means = means.to(moments.means)
+    counts, difference = moments.counts.to(means.dtype), moments.means - means
+    weighted = counts.sqrt()[:, None] * difference
+    state = {
+        "counts": moments.counts.clone(),
+        "means": means.clone(),
+        "within_class_scatter": moments.within_class_scatter + weighted.T @ weighted,
+        "within_class_trace": moments.within_class_trace + counts * difference.square().sum(dim=1),
+    }
+    return ClassMoments.from_state(state, dtype=moments.dtype)
