@@ -159,7 +159,7 @@ def one_vs_rest_margins(code: Tensor, *, max_iterations: int = 2000, tolerance: 
     Raises:
         ValueError: A code of another shape, not finite or with a zero row.
 
-    Source: Jiang et al. (ICML 2024) for the distance; Beck, Teboulle (2009) with the restart of O'Donoghue, Candès (2015).
+    Source: Jiang et al. (ICML 2024); Beck, Teboulle (2009) with the restart of O'Donoghue, Candès (2015).
 
     Example:
         >>> one_vs_rest_margins(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]]))

@@ -185,7 +185,7 @@ def check_point(point: Tensor, name: str = "point") -> None:
     value = float(gram.flatten()[worst])
     where = f" of matrix {tuple(batch)}" if batch else ""
     found = (
-        f"row {row}{where} has norm {max(value, 0) ** 0.5:.6g}"
+        f"row {row}{where} has norm {max(value, 0) ** 0.5:.9g}"
         if row == other
         else f"rows {row} and {other}{where} have inner product {value:.6g}"
     )
