@@ -69,7 +69,7 @@ def test_composes_with_what_stands_before_and_behind():
 
 
 def test_a_singular_hessian_gives_the_gradient_of_least_norm_and_says_so():
-    """With equal weights the Brockett cost does not see rotations of the rows; the reference is a dense pseudo-inverse."""
+    """With equal weights the Brockett cost does not see rotations of the rows; reference: a dense pseudo-inverse."""
     matrix = brockett(3, 6).parameters[0].clone().requires_grad_()
     weights, upstream = torch.ones(3, dtype=torch.float64), normal(3, 6, seed=3)
     cost = brockett(3, 6).cost
