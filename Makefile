@@ -2,6 +2,8 @@
 # pyproject.toml and constraints.txt stay as they are.
 PYTHON ?= python3
 BIN := .venv/bin
+# One process a core, one thread each: more threads than cores slow each other down.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 .PHONY: demo test test-slow lint bench clean
 
@@ -9,10 +11,10 @@ demo: .venv/.lab-installed
 	$(BIN)/neuralcollapse compare --out runs/demo --overwrite
 
 test: .venv/.dev-installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: .venv/.dev-installed
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 lint: .venv/.dev-installed
 	$(BIN)/ruff check .

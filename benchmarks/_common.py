@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
+import math
 import multiprocessing
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -64,6 +68,36 @@ def medians(functions: dict[str, Callable[[], Any]], *, repeats: int) -> dict[st
             if round_number:
                 times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def load_before(checkout: Path) -> ModuleType:
+    """The package of another checkout, beside this one's: for timings before and after in one run."""
+    import neuralcollapse
+
+    ours = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "neuralcollapse"}
+    for name in ours:
+        del sys.modules[name]
+    sys.path.insert(0, str(checkout / "src"))
+    try:
+        before = importlib.import_module("neuralcollapse")
+    finally:
+        sys.path.pop(0)
+        for name in [name for name in sys.modules if name.split(".")[0] == "neuralcollapse"]:
+            del sys.modules[name]
+        sys.modules.update(ours)
+    if before.__file__ == neuralcollapse.__file__:
+        raise SystemExit(f"{checkout} is this checkout")
+    return before
+
+
+def bare_solve(means: torch.Tensor, anchor: torch.Tensor, proximal_weight: float) -> torch.Tensor:
+    """The nearest ETF without a basis (formulas §1), unbatched, unchecked, without a derivative."""
+    count = means.shape[0]
+    centred = means - means.mean(0)
+    target = centred * (math.sqrt(count - 1) / centred.norm())
+    wide = (target + proximal_weight * math.sqrt((count - 1) / count) * anchor).double()
+    eigenvalues, vectors = torch.linalg.eigh(wide @ wide.T + 1 / count)
+    return (math.sqrt(count / (count - 1)) * ((vectors * eigenvalues.rsqrt()) @ vectors.T @ wide)).to(means.dtype)
 
 
 def peak_growth(prepare: Callable[..., Callable[[], Any]], *arguments: Any) -> float:

@@ -26,10 +26,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from neuralcollapse.lab.batches import EpochBatches, Standardisation, standardisation
-from neuralcollapse.lab.config import Batches, Data
-from neuralcollapse.lab.data import load_data
-from neuralcollapse.lab.splits import AnySplit
+from neuralcollapse.lab.config import BatchSettings, DataSettings
+from neuralcollapse.lab.data.batches import EpochBatches
+from neuralcollapse.lab.data.loading import load_data
+from neuralcollapse.lab.data.splits import AnySplit
+from neuralcollapse.lab.data.standardisation import Standardisation, standardisation
 
 BATCH, WORKERS, IMAGES, REPEATS = 128, 2, 20_000, 5
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -106,7 +107,7 @@ def sources(memory: AnySplit, streamed: AnySplit, pngs: list[bytes], labels: lis
     """What is measured, by name of the path and of the augmentation."""
 
     def batches(split: AnySplit, augmentation: str) -> EpochBatches:
-        return EpochBatches(split, standardise, Batches(batch_size=BATCH, **SETTINGS[augmentation]), 0, 0)
+        return EpochBatches(split, standardise, BatchSettings(batch_size=BATCH, **SETTINGS[augmentation]), 0, 0)
 
     for augmentation in SETTINGS:
         images = PILImages(pngs, labels, standardise, augmentation)
@@ -121,9 +122,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         pngs, labels = save_pngs(Path(folder))
         memory, streamed = (
-            load_data(Data(data=folder, memory_budget=budget, workers=WORKERS), progress=False) for budget in (4, 0)
+            load_data(DataSettings(data=folder, **how), progress=False)
+            for how in ({}, {"memory_budget": 0, "workers": WORKERS})
         )
-        standardise = standardisation(memory, Batches())
+        standardise = standardisation(memory, BatchSettings())
         measured = list(sources(memory.train, streamed.train, pngs, labels, standardise))
         rates: list[list[float]] = [[] for _ in measured]
         for _ in range(REPEATS):  # interleaved, so that what else the machine does falls on all alike

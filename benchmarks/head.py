@@ -1,42 +1,63 @@
-"""What a training step of the nearest-ETF head costs over an nn.Linear: forward and backward, batch 128, fp32."""
+"""What a training step of the nearest-ETF head costs over an nn.Linear: batch 128, fp32, one thread, both passes.
+
+The unit is a bare solve without a basis. `--before CHECKOUT` times an older checkout's head in the same rounds.
+"""
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
+from types import ModuleType
+
 import torch
-from _common import medians, write
+from _common import bare_solve, load_before, medians, write
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from neuralcollapse import NearestETFClassifier
+import neuralcollapse
+from neuralcollapse import nearest_simplex_etf
 
 SHAPES = [(10, 512), (100, 512), (100, 2048), (1000, 2048)]
 BATCH = 128
 
 
-def measure(num_classes: int, feature_dim: int) -> dict[str, object]:
+def measure(num_classes: int, feature_dim: int, versions: dict[str, ModuleType]) -> dict[str, object]:
     torch.manual_seed(0)
-    linear, head = nn.Linear(feature_dim, num_classes), NearestETFClassifier(feature_dim, num_classes)
     features = torch.randn(BATCH, feature_dim, requires_grad=True)
     targets = torch.arange(BATCH) % num_classes
-    functions = {
-        "linear": lambda: cross_entropy(linear(features), targets).backward(),
-        "nearest_etf": lambda: cross_entropy(head(features, targets), targets).backward(),
-    }
-    seconds = medians(functions, repeats=9 if num_classes == 1000 else 101)
+    means = torch.randn(num_classes, feature_dim)
+    anchor = nearest_simplex_etf(means)
+
+    def step(module: nn.Module, *labels: torch.Tensor) -> None:
+        cross_entropy(module(features, *labels), targets).backward()
+
+    linear = nn.Linear(feature_dim, num_classes)
+    functions = {"bare_solve": lambda: bare_solve(means, anchor, 0.5), "linear": lambda: step(linear)}
+    for name, version in versions.items():
+        head = version.NearestETFClassifier(feature_dim, num_classes)
+        functions[name] = lambda head=head: step(head, targets)
+    seconds = medians(functions, repeats=5 if num_classes == 1000 else 201)
+    over = {name: seconds[name] - seconds["linear"] for name in versions}
     return {
         "num_classes": num_classes,
         "feature_dim": feature_dim,
         "batch": BATCH,
         **{f"{name}_ms": 1e3 * value for name, value in seconds.items()},
-        "head_minus_linear_ms": 1e3 * (seconds["nearest_etf"] - seconds["linear"]),
+        **{f"{name}_minus_linear_ms": 1e3 * value for name, value in over.items()},
+        **{f"{name}_minus_linear_in_bare_solves": value / seconds["bare_solve"] for name, value in over.items()},
     }
 
 
 def main() -> None:
-    rows = [measure(*shape) for shape in SHAPES]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--before", type=Path, help="a checkout to compare with")
+    before = parser.parse_args().before
+    torch.set_num_threads(1)
+    versions = {"nearest_etf": neuralcollapse} | ({"before": load_before(before)} if before else {})
+    rows = [measure(*shape, versions) for shape in SHAPES]
     for row in rows:
         print(
-            f"K={row['num_classes']:5} d={row['feature_dim']:5}: {row['head_minus_linear_ms']:8.2f} ms over nn.Linear"
+            {name: value for name, value in row.items() if name.endswith(("d_dim", "classes", "linear_ms", "solves"))}
         )
     write("head", rows)
 

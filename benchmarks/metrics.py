@@ -7,14 +7,16 @@ in batches of 512. Errors are relative, of `nc1_quotient` and of the pooled scat
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Callable
+from datetime import date
 from functools import partial
 from typing import Any
 
 import torch
-from _common import medians, peak_growth, write
+from _common import RESULTS, medians, peak_growth, write
 from torch import Tensor
 from torch.nn.functional import one_hot
 
@@ -84,8 +86,10 @@ def two_passes(kind: Callable[..., IndexAdd], features: Tensor, targets: Tensor,
     return state
 
 
-def one_pass(features: Tensor, targets: Tensor, num_classes: int, dtype: torch.dtype | str) -> ClassMoments:
-    moments = ClassMoments(num_classes, features.shape[1], dtype=dtype)
+def one_pass(
+    features: Tensor, targets: Tensor, num_classes: int, dtype: torch.dtype | str, class_scatter: bool = False
+) -> ClassMoments:
+    moments = ClassMoments(num_classes, features.shape[1], dtype=dtype, class_scatter=class_scatter)
     for batch in batches(features, targets):
         moments.update(*batch)
     return moments
@@ -128,11 +132,16 @@ METHODS: dict[str, Callable[[Tensor, Tensor, int], Any]] = {
     "index_add_fp64": partial(two_passes, IndexAdd, dtype=torch.float64),
     "one_hot_fp32": partial(two_passes, OneHot),
 }
+# With each class's scatter apart: K d² numbers.
+CLASS_SCATTER_METHODS: dict[str, Callable[[Tensor, Tensor, int], Any]] = {
+    "one_pass_fp64_class_scatter": partial(one_pass, dtype=torch.float64, class_scatter=True),
+    "one_pass_mixed_class_scatter": partial(one_pass, dtype="mixed", class_scatter=True),
+}
 
 
 def prepare_accumulation(method: str, *shape: int) -> Callable[[], Any]:
     features, targets, _ = data(*shape)
-    return lambda: METHODS[method](features, targets, shape[0])
+    return lambda: (METHODS | CLASS_SCATTER_METHODS)[method](features, targets, shape[0])
 
 
 def prepare_everything(method: str, pairwise: bool, *shape: int) -> Callable[[], Any]:
@@ -168,11 +177,14 @@ def errors(state: Any, reference: IndexAdd) -> dict[str, float]:
 def measure(num_classes: int, feature_dim: int, samples: int) -> list[dict[str, Any]]:
     shape = (num_classes, feature_dim, samples)
     features, targets, weight = data(*shape)
-    accumulations = {name: partial(run, features, targets, num_classes) for name, run in METHODS.items()}
+    methods = METHODS | CLASS_SCATTER_METHODS if num_classes == 10 else METHODS
+    if "--quick" in sys.argv and num_classes > 1000:  # the others take minutes, and nobody changed them
+        methods = {name: run for name, run in methods.items() if not name.startswith("one_hot")}
+    accumulations = {name: partial(run, features, targets, num_classes) for name, run in methods.items()}
     seconds = medians(accumulations, repeats=9 if num_classes == 10 else 3)
     reference = METHODS["index_add_fp64"](features, targets, num_classes)
     rows = []
-    for method, run in METHODS.items():
+    for method, run in methods.items():
         state = run(features, targets, num_classes)
         row: dict[str, Any] = {
             "method": method,
@@ -186,11 +198,14 @@ def measure(num_classes: int, feature_dim: int, samples: int) -> list[dict[str, 
         ours = isinstance(state, ClassMoments)
         if method in ("one_pass_fp64", "one_hot_fp32") and (ours or num_classes <= DENSE_LIMIT):
             for name, pairwise in {"compute_s": False, "compute_with_pairs_s": True}.items():
+                if pairwise and num_classes > 1000 and "--quick" in sys.argv:
+                    continue
                 compute = partial(collapse_metrics, state, weight, pairwise=pairwise) if ours else None
                 compute = compute or partial(dense_metrics, state, weight, pairwise)
                 repeats = 1 if num_classes > 1000 and pairwise else 3
                 row[name] = medians({"compute": compute}, repeats=repeats)["compute"]
-            row["everything_peak_mb"] = peak_growth(prepare_everything, method, True, *shape)
+            if "compute_with_pairs_s" in row:
+                row["everything_peak_mb"] = peak_growth(prepare_everything, method, True, *shape)
         rows.append(row)
         print(
             " ".join(
@@ -235,11 +250,24 @@ def measure_with_backbone(samples: int = 2048) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    shapes = [shape for shape in SHAPES if len(sys.argv) == 1 or str(shape[0]) in sys.argv[1:]]
-    rows = [row for shape in shapes for row in measure(*shape)]
-    if len(sys.argv) == 1:
+    """All rows; or those of the K (and ``backbone``) named, into the rows that are there; with ``--quick`` fewer."""
+    chosen = [argument for argument in sys.argv[1:] if argument != "--quick"]
+    rows = [row for shape in SHAPES if not chosen or str(shape[0]) in chosen for row in measure(*shape)]
+    if not chosen or "backbone" in chosen:
         rows += measure_with_backbone()
-        write("metrics", rows)
+    write("metrics", merged(rows) if sys.argv[1:] else rows)
+
+
+def merged(new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows on disk, those measured again renewed (what was not measured again stays), new ones at the end."""
+    rows = {
+        (row["method"], row["K"], row.get("backbone")): row
+        for row in json.loads((RESULTS / "metrics.json").read_text())["rows"]
+    }
+    for row in new:
+        key = row["method"], row["K"], row.get("backbone")
+        rows[key] = rows.get(key, {}) | row | {"date": date.today().isoformat()}
+    return list(rows.values())
 
 
 if __name__ == "__main__":

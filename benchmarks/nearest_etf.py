@@ -7,13 +7,16 @@ from the last solution after the class means have moved by 1e-2 relative. The re
 
 from __future__ import annotations
 
+import argparse
 import math
 import time
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pymanopt
 import torch
-from _common import medians, peak_growth, write
+from _common import bare_solve, load_before, medians, peak_growth, write
 from pymanopt.manifolds import Stiefel
 from pymanopt.optimizers import TrustRegions
 
@@ -112,17 +115,28 @@ def prepare(num_classes: int, feature_dim: int, dtype: torch.dtype, backward: bo
     return lambda: torch.autograd.grad(etf, means, upstream)
 
 
-def measure(num_classes: int, feature_dim: int, dtype: torch.dtype) -> dict[str, object]:
+def measure(num_classes: int, feature_dim: int, dtype: torch.dtype, before: ModuleType | None) -> dict[str, object]:
     means, anchor, upstream = problem(num_classes, feature_dim, dtype)
     ours, svd = closed_form(means, anchor), svd_autograd(means, anchor)
+    others = {}
+    if before is not None:
+        old = before.nearest_simplex_etf(means, anchor=anchor, proximal_weight=gamma(num_classes))
+        others = {
+            "before_forward": lambda: before.nearest_simplex_etf(
+                means, anchor=anchor, proximal_weight=gamma(num_classes)
+            ),
+            "before_backward": lambda: torch.autograd.grad(old, means, upstream, retain_graph=True),
+        }
     seconds = medians(
         {
+            "bare_solve": lambda: bare_solve(means.detach(), anchor, gamma(num_classes)),
+            **others,
             "forward": lambda: closed_form(means, anchor),
             "backward": lambda: torch.autograd.grad(ours, means, upstream, retain_graph=True),
             "svd_forward": lambda: svd_autograd(means, anchor),
             "svd_backward": lambda: torch.autograd.grad(svd, means, upstream, retain_graph=True),
         },
-        repeats=7 if num_classes == 1000 else 51,
+        repeats=5 if num_classes == 1000 else 51,
     )
     runs = [trust_region(means, anchor) for _ in range(2 if num_classes == 1000 else 5)]
     published, solver_seconds = runs[0][0], sorted(taken for _, taken in runs)[len(runs) // 2]
@@ -133,6 +147,7 @@ def measure(num_classes: int, feature_dim: int, dtype: torch.dtype) -> dict[str,
         **{f"{name}_ms": 1e3 * value for name, value in seconds.items()},
         "trust_region_fp64_forward_ms": 1e3 * solver_seconds,
         "forward_speedup_over_trust_region_fp64": solver_seconds / seconds["forward"],
+        "forward_in_bare_solves": seconds["forward"] / seconds["bare_solve"],
         "backward_over_forward": seconds["backward"] / seconds["forward"],
         "objective_minus_trust_regions": reduced_objective(means, ours, anchor)
         - reduced_objective(means, published, anchor),
@@ -143,10 +158,15 @@ def measure(num_classes: int, feature_dim: int, dtype: torch.dtype) -> dict[str,
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--before", type=Path, help="a checkout to compare with")
+    checkout = parser.parse_args().before
+    torch.set_num_threads(1)
+    before = load_before(checkout) if checkout else None
     rows = []
     for dtype in (torch.float32, torch.float64):
         for shape in SHAPES:
-            rows.append(measure(*shape, dtype))
+            rows.append(measure(*shape, dtype, before))
             row = rows[-1]
             print(
                 f"K={shape[0]:5} d={shape[1]:5} {row['dtype']}: forward {row['forward_ms']:8.2f} ms, "

@@ -23,6 +23,21 @@ ALLOWED = {  # folder or module -> what it may import of the package
     "cli": {"lab"},
     "__init__": {"geometry", "classifier", "heads", "metrics"},
 }
+GROUND = {"config", "settings", "seeds", "recipes", "experiments"}
+LAB = {  # room or module of lab -> what it may import of the others
+    "config": {"settings"},
+    "settings": set(),
+    "seeds": set(),
+    "recipes": {"settings"},
+    "experiments": {"config", "settings", "recipes"},
+    "data": GROUND,
+    "models": GROUND,
+    "results": GROUND,
+    "training": GROUND | {"data", "models", "results"},
+    "figures": GROUND | {"results"},
+    "commands": GROUND | {"data", "models", "results", "training", "figures"},
+    "__init__": GROUND | {"data", "models", "results", "training"},
+}
 LAB_ONLY = {"lightning", "datasets", "matplotlib", "pandas", "kornia", "plotly", "sklearn", "jsonargparse", "yaml"}
 HEAVY = (LAB_ONLY | {"torchmetrics", "scipy"}) - {"yaml"}  # torch itself may import yaml
 
@@ -50,11 +65,41 @@ def test_arrows_point_one_way(path):
             assert package not in LAB_ONLY, f"{path} imports {name}"
 
 
-def test_importing_the_package_pulls_in_torch_and_no_more():
-    script = "import sys, neuralcollapse; print(*{name.split('.')[0] for name in sys.modules})"
-    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+@pytest.mark.parametrize("path", sorted((ROOT / "lab").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_arrows_between_the_rooms_of_the_laboratory_point_one_way(path):
+    room = path.relative_to(ROOT / "lab").parts[0].removesuffix(".py")
+    for name in imports(path):
+        if name.startswith("neuralcollapse.lab."):
+            other = name.split(".")[2]
+            assert other == room or other in LAB[room], f"{path} imports {name}"
+
+
+def test_no_file_of_the_laboratory_needs_a_table_of_contents():
+    for path in (ROOT / "lab").rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 300, path
+
+
+def loaded_by(statement: str) -> set[str]:
+    script = f"import sys; {statement}; print(*{{name.split('.')[0] for name in sys.modules}})"
+    return set(
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    )
+
+
+def test_importing_the_package_waits_for_nothing():
+    assert not (HEAVY | {"torch"}) & loaded_by("import neuralcollapse")
+
+
+def test_using_a_name_pulls_in_torch_and_no_more():
+    loaded = loaded_by("import neuralcollapse; neuralcollapse.nearest_simplex_etf")
     assert "torch" in loaded
-    assert not HEAVY & set(loaded)
+    assert not HEAVY & loaded
+
+
+def test_opening_a_run_folder_imports_neither_lightning_nor_datasets():
+    assert not {"torch", "lightning", "datasets"} & loaded_by(
+        "from neuralcollapse.lab import RunFolder; RunFolder('nowhere')"
+    )
 
 
 def test_public_names_exist_and_say_what_they_are():

@@ -1,22 +1,34 @@
-"""Measure, induce and guide neural collapse in PyTorch classifiers."""
+"""Measure, induce and guide neural collapse in PyTorch classifiers. Each name is looked up when it is used."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from neuralcollapse.classifier import find_classifier
-from neuralcollapse.geometry import nearest_simplex_etf, polar_factor, random_simplex_etf, simplex_basis, simplex_etf
-from neuralcollapse.heads import (
-    ClassMeans,
-    FixedETFClassifier,
-    LearnedClassifier,
-    NearestETFClassifier,
-    attach_head,
-    collapse_radius,
-    project_after_step,
-)
-from neuralcollapse.metrics import ClassMoments, Measurement, collapse_metrics, etf_distances, measure
-
 if TYPE_CHECKING:
-    from neuralcollapse.metrics import NeuralCollapse
+    from neuralcollapse.classifier import find_classifier
+    from neuralcollapse.geometry import (
+        nearest_simplex_etf,
+        polar_factor,
+        random_simplex_etf,
+        simplex_basis,
+        simplex_etf,
+    )
+    from neuralcollapse.heads import (
+        ClassMeans,
+        FixedETFClassifier,
+        LearnedClassifier,
+        NearestETFClassifier,
+        attach_head,
+        collapse_radius,
+        project_after_step,
+    )
+    from neuralcollapse.metrics import (
+        ClassMoments,
+        Measurement,
+        NeuralCollapse,
+        collapse_metrics,
+        etf_distances,
+        measure,
+    )
 
 __version__ = "0.1.0"
 
@@ -43,9 +55,30 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "NeuralCollapse":  # torchmetrics takes seconds to import
-        from neuralcollapse.metrics import NeuralCollapse
+_PLACES = {
+    "classifier": ("find_classifier",),
+    "geometry": ("nearest_simplex_etf", "polar_factor", "random_simplex_etf", "simplex_basis", "simplex_etf"),
+    "heads": (
+        "ClassMeans",
+        "FixedETFClassifier",
+        "LearnedClassifier",
+        "NearestETFClassifier",
+        "attach_head",
+        "collapse_radius",
+        "project_after_step",
+    ),
+    "metrics": ("ClassMoments", "Measurement", "NeuralCollapse", "collapse_metrics", "etf_distances", "measure"),
+}
 
-        return NeuralCollapse
+
+def __getattr__(name: str) -> Any:
+    for place, names in _PLACES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{place}"), name)
+    if name in ("geometry", "heads", "metrics", "lab"):
+        return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from neuralcollapse._checks import check_module
+
 _CONVENTIONAL_NAMES = ("classifier", "fc", "head", "heads", "linear", "output", "lm_head", "score")
 
 
@@ -41,7 +43,8 @@ def find_classifier(model: nn.Module) -> tuple[str, nn.Module]:
         an ``nn.Linear``, or any module with ``.weight`` (K, d), ``.bias`` and ``.features(x)``.
 
     Raises:
-        ValueError: There is no classifier, or several modules could be it; the message names them.
+        ValueError: ``model`` is no module, there is no classifier, or several modules could be it; the message
+            names them.
 
     Example:
         >>> from torch import nn
@@ -49,6 +52,7 @@ def find_classifier(model: nn.Module) -> tuple[str, nn.Module]:
         >>> find_classifier(model)
         ('2', Linear(in_features=16, out_features=3, bias=True))
     """
+    check_module("model", model)
     candidates = _candidates("", model)
     if len(candidates) == 1:
         return candidates[0]
@@ -66,6 +70,7 @@ def find_classifier(model: nn.Module) -> tuple[str, nn.Module]:
 
 def resolve_classifier(model: nn.Module, classifier: str | nn.Module | None = None) -> tuple[str, nn.Module]:
     """The classifier that the caller named or handed over, else the one that `find_classifier` finds."""
+    check_module("model", model)
     if classifier is None:
         return find_classifier(model)
     if isinstance(classifier, nn.Module):
@@ -73,6 +78,8 @@ def resolve_classifier(model: nn.Module, classifier: str | nn.Module | None = No
         if not names:
             raise ValueError(f"classifier ({type(classifier).__name__}) must be a module of the model; it is not in it")
         name, module = names[0], classifier
+    elif not isinstance(classifier, str):
+        raise ValueError(f"classifier must be a dotted name or a module of the model, got {classifier!r}")
     else:
         name = classifier
         try:

@@ -74,6 +74,23 @@ def test_gradient_is_exact_at_equal_singular_values(shape):
     assert gradcheck(polar_factor, orthonormal)
 
 
+def test_singular_values_that_fp32_cannot_tell_apart_are_solved_in_fp64(monkeypatch):
+    """LAPACK's fp32 SVD fails on some matrices of free features at collapse; here it is made to."""
+    solve, tried = torch.linalg.svd, []
+
+    def svd(matrix, **options):
+        tried.append(matrix.dtype)
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("failed to converge")
+        return solve(matrix, **options)
+
+    matrix = with_condition(20, 25, 1.001).float()
+    expected = polar_factor(matrix)
+    monkeypatch.setattr(torch.linalg, "svd", svd)
+    assert torch.allclose(polar_factor(matrix), expected, atol=1e-6)
+    assert tried == [torch.float32, torch.float64]
+
+
 def test_batches_equal_one_by_one():
     matrices = normal(2, 3, 4, 11)
     expected = torch.stack([torch.stack([polar_factor(matrix) for matrix in row]) for row in matrices])

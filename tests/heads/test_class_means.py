@@ -23,7 +23,7 @@ def test_first_batch_sets_the_means():
     centred, batch_mean = means(features, targets)
     assert torch.allclose(centred, centred_means(features, targets))
     assert torch.allclose(batch_mean, features.mean(0))
-    assert torch.equal(means.class_means, centred)
+    assert torch.equal(means.centred_means, centred)
     assert torch.equal(means.global_mean, batch_mean)
 
 
@@ -34,7 +34,7 @@ def test_exponential_means_follow_the_formula():
         current = centred_means(*batch(seed))
         expected = current if expected is None else 0.7 * expected + 0.3 * current
         means(*batch(seed))
-    assert torch.allclose(means.class_means, expected)
+    assert torch.allclose(means.centred_means, expected)
 
 
 def test_cumulative_means_weigh_every_sample_the_same():
@@ -46,7 +46,7 @@ def test_cumulative_means_weigh_every_sample_the_same():
         total += counts[:, None] * centred_means(features, targets)
         count += counts
         means(features, targets)
-    assert torch.allclose(means.class_means, total / count[:, None].double())
+    assert torch.allclose(means.centred_means, total / count[:, None].double())
     everything = torch.cat([batch(seed, size=20 + 10 * seed)[0] for seed in range(5)])
     assert torch.allclose(means.global_mean, everything.mean(0))
 
@@ -58,11 +58,11 @@ def test_published_weight_is_two_over_t_plus_one():
         weight = 2 / (seed + 2)
         expected = (1 - weight) * expected + weight * centred_means(*batch(seed))
         means(*batch(seed))
-    assert torch.allclose(means.class_means, expected)
+    assert torch.allclose(means.centred_means, expected)
     means.centred.batches = torch.tensor(10**6)
-    before = means.class_means
+    before = means.centred_means
     means(*batch(9))
-    assert torch.allclose(means.class_means, before + 1e-4 * (centred_means(*batch(9)) - before))
+    assert torch.allclose(means.centred_means, before + 1e-4 * (centred_means(*batch(9)) - before))
 
 
 @pytest.mark.parametrize("momentum", [0.2, "cumulative", "published"])
@@ -70,13 +70,13 @@ def test_absent_class_keeps_its_mean_and_first_sight_sets_it(momentum):
     means = ClassMeans(4, 3, momentum=momentum).double()
     for _ in range(3):
         means(torch.ones(2, 3, dtype=torch.float64) * torch.tensor([[1.0], [3.0]]), torch.tensor([0, 1]))
-    assert (means.class_means[2:] == 0).all()
-    kept = means.class_means[0]
+    assert (means.centred_means[2:] == 0).all()
+    kept = means.centred_means[0]
     features = normal(6, 3)
     means(features, torch.tensor([1, 1, 2, 2, 2, 1]))
-    assert torch.equal(means.class_means[0], kept)
-    assert torch.allclose(means.class_means[2], features[2:5].mean(0) - features.mean(0))
-    assert (means.class_means[3] == 0).all()
+    assert torch.equal(means.centred_means[0], kept)
+    assert torch.allclose(means.centred_means[2], features[2:5].mean(0) - features.mean(0))
+    assert (means.centred_means[3] == 0).all()
 
 
 def test_gradient_is_scaled_by_the_momentum():
@@ -94,20 +94,20 @@ def test_gradient_is_scaled_by_the_momentum():
 def test_buffers_keep_fp32_in_a_low_precision_module(dtype):
     means = ClassMeans(4, 3, momentum=2**-10)
     means(normal(8, 3, dtype=torch.float32), torch.arange(8) % 4)
-    before = means.class_means
+    before = means.centred_means
     means = means.to(dtype)
-    assert means.class_means.dtype == torch.float32
-    assert torch.equal(means.class_means, before)
+    assert means.centred_means.dtype == torch.float32
+    assert torch.equal(means.centred_means, before)
     means(normal(8, 3, seed=1, dtype=dtype), torch.arange(8) % 4)
-    assert not torch.equal(means.class_means, before)
+    assert not torch.equal(means.centred_means, before)
 
 
 def test_empty_batch_changes_nothing_but_the_clock():
     means = ClassMeans(4, 3).double()
     means(*batch(0))
-    before = means.class_means
+    before = means.centred_means
     means(torch.zeros(0, 3, dtype=torch.float64), torch.zeros(0, dtype=torch.int64))
-    assert torch.equal(means.class_means, before)
+    assert torch.equal(means.centred_means, before)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.autograd import gradcheck
 from torch.nn.functional import cross_entropy
 
 from helpers import generator, normal, simplex_gram
-from neuralcollapse import NearestETFClassifier, nearest_simplex_etf, random_simplex_etf, simplex_etf
+from neuralcollapse import NearestETFClassifier, nearest_simplex_etf, random_simplex_etf
 
 
 def batch(seed, size=40, dtype=torch.float64):
@@ -21,16 +22,16 @@ def centred(features, targets):
 
 
 def test_training_logits_are_those_of_the_nearest_etf():
-    """Two steps written out: moving means, the last ETF as anchor, bias −E m."""
+    """Three steps written out: moving means, no anchor in the first and then the last ETF, bias −E m."""
     head = NearestETFClassifier(12, 5, feature_norm=3.0, momentum=0.4, proximal_weight=0.2).double()
-    etf, moving = simplex_etf(5, 12, dtype=torch.float64), None
-    for seed in range(2):
+    etf, moving = None, None
+    for seed in range(3):
         features, targets = batch(seed)
         features = 3.0 * features / features.norm(dim=1, keepdim=True)
         moving = centred(features, targets) if moving is None else 0.6 * moving + 0.4 * centred(features, targets)
-        etf = nearest_simplex_etf(moving, anchor=etf, proximal_weight=0.2)
+        etf = nearest_simplex_etf(moving, anchor=etf, proximal_weight=0.0 if etf is None else 0.2)
         logits = head(*batch(seed))
-        assert torch.allclose(logits, (features - features.mean(0)) @ etf.T, atol=1e-6)  # the first ETF is kept in fp32
+        assert torch.allclose(logits, (features - features.mean(0)) @ etf.T, atol=1e-6)  # the anchor is kept in fp32
         assert torch.allclose(head.weight, etf, atol=1e-6)
 
 
@@ -118,19 +119,28 @@ def test_autocast_keeps_means_and_solve_in_fp32():
     assert torch.isfinite(backbone.weight.grad).all()
 
 
-@pytest.mark.parametrize("momentum", [0.1, "cumulative", "published"])
-def test_training_forward_compiles_with_at_most_one_graph_break(momentum):
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("c++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize(
+    ("backend", "options"),
+    [
+        ("aot_eager", {}),
+        ("aot_eager", {"momentum": "cumulative", "method": "products"}),
+        ("aot_eager", {"momentum": "published"}),
+        ("inductor", {}),
+        pytest.param("inductor", {"method": "products", "ignore_index": 3}, marks=pytest.mark.slow),
+    ],
+)
+def test_the_whole_training_forward_compiles_into_one_graph(backend, options):
     def model():
         torch.manual_seed(0)
-        return nn.ModuleList([nn.Linear(12, 12), NearestETFClassifier(12, 5, momentum=momentum)])
+        return nn.ModuleList([nn.Linear(12, 12), NearestETFClassifier(12, 5, **options)])
 
     def step(parts, features, targets):
         return cross_entropy(parts[1](parts[0](features), targets), targets)
 
+    torch._dynamo.reset()
     eager, compiled = model(), model()
-    explained = torch._dynamo.explain(lambda *data: step(model(), *data))(*batch(0, dtype=torch.float32))
-    assert explained.graph_break_count <= 1
-    run = torch.compile(step, backend="aot_eager")
+    run = torch.compile(step, fullgraph=True, backend=backend)
     for seed in range(3):
         data = batch(seed, dtype=torch.float32)
         losses = step(eager, *data), run(compiled, *data)
@@ -139,6 +149,57 @@ def test_training_forward_compiles_with_at_most_one_graph_break(momentum):
             loss.backward()
     assert torch.allclose(eager[0].weight.grad, compiled[0].weight.grad, atol=1e-5)
     assert torch.allclose(eager[1].weight, compiled[1].weight, atol=1e-6)
+
+
+def test_the_first_solve_has_no_anchor_where_the_data_decide():
+    features, targets = batch(0)
+    heads = [NearestETFClassifier(12, 5, proximal_weight=weight, feature_norm=None).double() for weight in (0.0, 0.5)]
+    for head in heads:
+        head(features, targets)
+    assert torch.allclose(heads[0].weight, heads[1].weight, atol=1e-12)
+    assert torch.allclose(heads[0].weight, nearest_simplex_etf(centred(features, targets)), atol=1e-12)
+    for head in heads:
+        head(*batch(1))
+    assert not torch.allclose(heads[0].weight, heads[1].weight, atol=1e-2)
+
+
+def test_the_first_solve_leaves_to_its_start_only_what_missing_classes_leave_open():
+    """Three of five classes seen: they lie as their own ETF would, up to 1e-3; the other two are near the start's."""
+    head = NearestETFClassifier(12, 5, feature_norm=None, proximal_weight=8.0, generator=generator(2)).double()
+    start = head.weight.clone()
+    features, targets = batch(0)
+    head(features, targets % 3)
+    assert torch.allclose(head.weight @ head.weight.T, simplex_gram(5), atol=1e-10)
+    moving = head.class_means.centred_means
+    tiny = nearest_simplex_etf(moving, anchor=start, proximal_weight=1e-6)
+    assert (head.weight - tiny).norm() < 5e-3
+    anchored = nearest_simplex_etf(moving, anchor=start, proximal_weight=8.0)
+    assert (head.weight - anchored).norm() > 0.1
+
+
+@pytest.mark.parametrize("ignore_index", [-100, 0])
+def test_ignored_tokens_count_nowhere(ignore_index):
+    features, targets = batch(0)
+    targets = targets % 4 + 1
+    expected = NearestETFClassifier(12, 6).double()
+    padded = NearestETFClassifier(12, 6, ignore_index=ignore_index).double()
+    tokens = torch.cat([features, torch.full((8, 12), 1e3, dtype=torch.float64)]).reshape(4, 12, 12)
+    labels = torch.cat([targets, torch.full((8,), ignore_index)]).reshape(4, 12)
+    logits = padded(tokens, labels)
+    assert logits.shape == (4, 12, 6)
+    assert torch.allclose(logits.reshape(48, 6)[:40], expected(features, targets), atol=1e-6)
+    for name, value in expected.state_dict().items():
+        assert torch.allclose(padded.state_dict()[name], value), name
+    with pytest.raises(ValueError, match="targets must lie in"):
+        padded(tokens, labels - 200)
+
+
+def test_forward_is_prepare_and_a_linear_map():
+    heads = [NearestETFClassifier(12, 5).double() for _ in range(2)]
+    data = batch(0)
+    features, weight, bias = heads[0].prepare(*data)
+    assert torch.equal(torch.nn.functional.linear(features, weight, bias), heads[1](*data))
+    assert torch.allclose(weight, heads[0].weight.double(), atol=1e-6)
 
 
 def test_one_class_in_the_first_batch_keeps_the_first_etf():

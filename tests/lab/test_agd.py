@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from helpers import generator
-from neuralcollapse.lab.agd import AGD, orthogonal_start
+from neuralcollapse.lab.training.agd import AGD, orthogonal_start
 
 SHAPES = {"linear": (7, 5), "wide": (4, 9), "convolution": (6, 3, 3, 2), "one_by_one": (5, 8, 1, 1)}
 

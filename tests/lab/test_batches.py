@@ -4,20 +4,11 @@ import pytest
 import torch
 
 from helpers import generator
-from neuralcollapse.lab.batches import (
-    EpochBatches,
-    EvaluationBatches,
-    Standardisation,
-    augment,
-    batch_shape,
-    centre_crop,
-    crop,
-    evaluation_batches,
-    rotate,
-    standardisation,
-)
-from neuralcollapse.lab.config import Batches
-from neuralcollapse.lab.splits import ImageData, Split
+from neuralcollapse.lab.config import BatchSettings
+from neuralcollapse.lab.data.augmentation import augment, batch_shape, centre_crop, crop, rotate
+from neuralcollapse.lab.data.batches import EpochBatches, EvaluationBatches, evaluation_batches
+from neuralcollapse.lab.data.splits import ImageData, Split
+from neuralcollapse.lab.data.standardisation import Standardisation, standardisation
 
 
 def images_of(number: int = 20, channels: int = 3, height: int = 7, width: int = 5) -> torch.Tensor:
@@ -32,7 +23,9 @@ def numbered_split(counts: tuple[int, ...] = (30, 50, 20)) -> Split:
 
 def epoch_of(seed: int = 0, epoch: int = 0, split: Split | None = None, **settings) -> list[list[int]]:
     identity = Standardisation(torch.zeros(1, 1, 1), torch.ones(1, 1, 1))
-    batches = EpochBatches(split or numbered_split(), identity, Batches(**{"batch_size": 10} | settings), seed, epoch)
+    batches = EpochBatches(
+        split or numbered_split(), identity, BatchSettings(**{"batch_size": 10} | settings), seed, epoch
+    )
     return [images.flatten().int().tolist() for images, _ in batches]
 
 
@@ -117,7 +110,7 @@ def test_rotation_keeps_the_shape_of_things_in_oblong_images():
 
 def test_flips_mirror_about_half_of_the_images_and_leave_the_others():
     images = images_of(400)
-    flipped = augment(images, Batches(flip=True), generator(3))
+    flipped = augment(images, BatchSettings(flip=True), generator(3))
     same = (flipped == images).flatten(1).all(1)
     mirrored = (flipped == images.flip(-1)).flatten(1).all(1)
     assert bool((same ^ mirrored).all())
@@ -127,13 +120,13 @@ def test_flips_mirror_about_half_of_the_images_and_leave_the_others():
 def test_random_crops_reach_every_offset():
     image = torch.zeros(500, 1, 5, 5, dtype=torch.uint8)
     image[..., 2, 2] = 1
-    places = augment(image, Batches(crop_padding=1), generator()).flatten(1).argmax(1)
+    places = augment(image, BatchSettings(crop_padding=1), generator()).flatten(1).argmax(1)
     assert set(places.tolist()) == {row * 5 + column for row in (1, 2, 3) for column in (1, 2, 3)}
 
 
 def test_no_augmentation_by_default():
     images = images_of()
-    assert torch.equal(augment(images, Batches(), generator()), images)
+    assert torch.equal(augment(images, BatchSettings(), generator()), images)
 
 
 def data_of(images: torch.Tensor) -> ImageData:
@@ -143,7 +136,7 @@ def data_of(images: torch.Tensor) -> ImageData:
 
 def test_statistics_are_those_of_all_training_images():
     images = images_of(50)
-    standardise = standardisation(data_of(images), Batches())
+    standardise = standardisation(data_of(images), BatchSettings())
     pixels = images.double().transpose(0, 1).flatten(1)
     assert torch.allclose(standardise.mean.flatten(), pixels.mean(1).float())
     assert torch.allclose(standardise.std.flatten(), pixels.std(1, correction=0).float())
@@ -151,14 +144,16 @@ def test_statistics_are_those_of_all_training_images():
 
 def test_a_mean_and_a_standard_deviation_that_are_set_are_of_pixels_up_to_1():
     images = images_of(4)
-    settings = Batches(pixel_mean=[0.4, 0.5, 0.6], pixel_std=[0.25])
+    settings = BatchSettings(pixel_mean=[0.4, 0.5, 0.6], pixel_std=[0.25])
     expected = (images / 255 - torch.tensor([0.4, 0.5, 0.6])[:, None, None]) / 0.25
     assert torch.allclose(standardisation(data_of(images), settings)(images), expected, atol=1e-5)
 
 
 def test_only_what_is_not_set_is_taken_from_the_images():
     data = data_of(images_of(4))
-    assert torch.equal(standardisation(data, Batches(pixel_mean=[0])).std, standardisation(data, Batches()).std)
+    assert torch.equal(
+        standardisation(data, BatchSettings(pixel_mean=[0])).std, standardisation(data, BatchSettings()).std
+    )
 
 
 @pytest.mark.parametrize(
@@ -172,13 +167,13 @@ def test_only_what_is_not_set_is_taken_from_the_images():
 )
 def test_settings_that_do_not_fit_the_images_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        evaluation_batches(data_of(images_of()), Batches(**settings))
+        evaluation_batches(data_of(images_of()), BatchSettings(**settings))
 
 
 def test_random_windows_of_a_given_size_lie_anywhere_in_the_padded_image():
     image = torch.zeros(600, 1, 4, 4, dtype=torch.uint8)
     image[:, 0] = torch.arange(1, 17).reshape(4, 4)
-    settings = Batches(crop_size=3, crop_padding=1)
+    settings = BatchSettings(crop_size=3, crop_padding=1)
     windows = augment(image, settings, generator())
     padded = torch.zeros(6, 6, dtype=torch.uint8)
     padded[1:5, 1:5] = image[0, 0]
@@ -188,20 +183,20 @@ def test_random_windows_of_a_given_size_lie_anywhere_in_the_padded_image():
 
 
 def test_a_window_smaller_than_the_image_is_random_without_padding_too():
-    windows = augment(images_of(1).expand(60, -1, -1, -1), Batches(crop_size=5), generator())
+    windows = augment(images_of(1).expand(60, -1, -1, -1), BatchSettings(crop_size=5), generator())
     assert len(windows.flatten(1).unique(dim=0)) == 3  # three places along the height, one along the width
 
 
 def test_a_window_as_large_as_the_padded_image_is_all_of_it():
     images = images_of()[:, :, :5]
-    windows = augment(images, Batches(crop_size=7, crop_padding=1), generator())
+    windows = augment(images, BatchSettings(crop_size=7, crop_padding=1), generator())
     assert torch.equal(windows, torch.nn.functional.pad(images, (1, 1, 1, 1)))
 
 
 @pytest.mark.parametrize(("size", "rows", "columns"), [(3, slice(2, 5), slice(1, 4)), (2, slice(2, 4), slice(1, 3))])
 def test_evaluation_takes_the_centre(size, rows, columns):
     images = images_of()
-    batches = evaluation_batches(data_of(images), Batches(crop_size=size, pixel_mean=[0], pixel_std=[1 / 255]))
+    batches = evaluation_batches(data_of(images), BatchSettings(crop_size=size, pixel_mean=[0], pixel_std=[1 / 255]))
     assert torch.equal(torch.cat([batch for batch, _ in batches["train"]]), images[:, :, rows, columns].float())
 
 
@@ -214,4 +209,4 @@ def test_the_centre_of_a_smaller_image_is_padded():
 
 
 def test_batches_without_a_crop_have_the_shape_of_the_images():
-    assert batch_shape((3, 7, 5), Batches(crop_padding=2)) == (3, 7, 5)
+    assert batch_shape((3, 7, 5), BatchSettings(crop_padding=2)) == (3, 7, 5)

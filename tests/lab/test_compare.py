@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from neuralcollapse.cli import main
-from neuralcollapse.lab.runs import RunFolder
+from neuralcollapse.lab.results.folder import RunFolder
 
 COMMAND = [sys.executable, "-c", "import sys; from neuralcollapse.cli import main; sys.exit(main())", "compare"]
 SMALL = ["--backbone=mlp", "--width=24", "--depth=1", "--train_samples=200", "--test_samples=60", "--batch_size=50"]
@@ -79,8 +79,9 @@ def test_figures_are_pictures(finished):
 
 def test_the_config_says_enough_to_run_it_again(finished, tmp_path):
     stored = yaml.safe_load((finished / "config.yaml").read_text())
-    assert stored["seeds"] == 2
-    assert {"torch", "lightning"} <= set(stored["environment"]["packages"])
+    assert (stored["format"], stored["seeds"]) == (1, 2)
+    environment = yaml.safe_load((finished / "environment.yaml").read_text())
+    assert {"torch", "lightning"} <= set(environment["packages"])
     run = yaml.safe_load((finished / "runs" / "implicit-seed1" / "config.yaml").read_text())
     assert (run["method"], run["seed"]) == ("implicit", 1)
     assert main(["compare", "--config", str(finished / "config.yaml"), "--out", str(tmp_path / "again")]) == 0
@@ -92,8 +93,8 @@ def test_a_seeds_methods_differ_in_nothing_but_the_head(finished):
         method: pd.read_csv(finished / "runs" / f"{method}-seed0" / "training.csv") for method in ("standard", "fixed")
     }
     settings = [yaml.safe_load((finished / "runs" / f"{m}-seed0" / "config.yaml").read_text()) for m in logs]
-    different = {name for name in settings[0] if settings[0][name] != settings[1][name]}
-    assert different <= {"method", "environment"}
+    different = {name for name in settings[0].keys() | settings[1] if settings[0].get(name) != settings[1].get(name)}
+    assert different == {"method", "classifier_bias", "unit_weight", "means_momentum"}
 
 
 def test_a_run_is_never_overwritten_unasked(finished, tmp_path, capsys):
@@ -135,7 +136,7 @@ def test_resuming_a_finished_comparison_changes_nothing(finished):
 def test_a_truncated_checkpoint_says_what_to_do(tmp_path, capsys):
     out = tmp_path / "out"
     assert compare(out, "--seeds", "1", "--epochs", "1", "--methods", "fixed") == 0
-    checkpoint = RunFolder(out).run("fixed", 0).last_checkpoint
+    checkpoint = RunFolder(out).run("fixed-seed0").last_checkpoint
     checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
     capsys.readouterr()
     assert main(["compare", "--resume", "--out", str(out)]) == 2
@@ -151,14 +152,14 @@ def test_training_that_diverges_is_one_line_that_names_the_run(tmp_path, capsys)
     assert compare(tmp_path / "out", *flags) == 2
     line = capsys.readouterr().err.strip().split("\n")[-1]
     assert line == (
-        "neuralcollapse: error: standard seed 0: lr must be smaller: "
+        "neuralcollapse: error: standard-seed0: lr must be smaller: "
         "training diverged in epoch 1, its loss is not finite"
     )
 
 
 def test_killed_and_resumed_it_ends_with_the_same_metrics(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    flags = ["--seeds=2", "--epochs=12", "--methods=standard,implicit", "--flip=true", "--schedule=cosine"]
+    flags = ["--seeds=2", "--epochs=12", "--methods=standard,implicit", "--flip", "--schedule=cosine"]
     assert compare(whole, *flags) == 0
 
     def stop(run: str, epoch: int, with_signal: int, *arguments: str) -> subprocess.CompletedProcess[str]:

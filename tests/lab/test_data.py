@@ -9,15 +9,18 @@ import pytest
 import torch
 from PIL import Image
 
-from neuralcollapse.lab import batches
-from neuralcollapse.lab.batches import EpochBatches, evaluation_batches, standardisation
-from neuralcollapse.lab.config import Batches, Data
-from neuralcollapse.lab.data import load_data
-from neuralcollapse.lab.splits import Split, StreamedSplit
+from neuralcollapse.lab.config import BatchSettings, DataSettings
+from neuralcollapse.lab.data import standardisation as room
+from neuralcollapse.lab.data.batches import EpochBatches, evaluation_batches
+from neuralcollapse.lab.data.loading import load_data
+from neuralcollapse.lab.data.splits import Split, StreamedSplit
+from neuralcollapse.lab.data.standardisation import standardisation
+
+STREAMED = {"memory_budget": 0, "workers": 0}
 
 
 def load(source: Path | str, **settings):
-    return load_data(Data(data=str(source), **settings), progress=False)
+    return load_data(DataSettings(data=str(source), **settings), progress=False)
 
 
 def save_images(folder: Path, classes: dict[str, int], size: tuple[int, int] = (6, 4), mode: str = "RGB") -> None:
@@ -279,7 +282,7 @@ def asked_of_the_hub(monkeypatch) -> list[tuple[str | None, ...]]:
 )
 def test_what_is_asked_of_the_hub(asked_of_the_hub, settings, path, config):
     with pytest.raises(ValueError, match=f"'{path}' could not be fetched from the hub .*--data FOLDER") as caught:
-        load_data(Data(**settings), progress=False)
+        load_data(DataSettings(**settings), progress=False)
     assert f"{settings['data']!r}" in str(caught.value)
     assert asked_of_the_hub == [(path, config)]
 
@@ -336,7 +339,7 @@ def test_a_class_without_any_image_is_refused(tmp_path):
 
 def batches_of(data, **settings) -> list[torch.Tensor]:
     """Two epochs of training and the evaluation, after one another."""
-    config = Batches(batch_size=16, crop_padding=1, flip=True, **settings)
+    config = BatchSettings(batch_size=16, crop_padding=1, flip=True, **settings)
     evaluation = evaluation_batches(data, config)
     training = [EpochBatches(data.train, evaluation["train"].standardise, config, 3, epoch) for epoch in (0, 1)]
     return [tensor for part in (*training, *evaluation.values()) for batch in part for tensor in batch]
@@ -360,7 +363,7 @@ def test_streamed_batches_are_those_from_memory(real_data, workers, settings):
 
 def test_streamed_data_take_other_labels_as_well():
     labels = torch.arange(1438) % 10
-    in_memory, streamed = (load("digits", memory_budget=budget, workers=0) for budget in (1, 0))
+    in_memory, streamed = (load("digits", **budget) for budget in ({}, STREAMED))
     batches = [batches_of(data.with_train_labels(labels)) for data in (in_memory, streamed)]
     assert same(*batches)
 
@@ -423,9 +426,9 @@ def test_whether_streamed_images_are_grey_is_taken_from_the_first(tmp_path):
 
 
 def test_statistics_of_many_streamed_images_are_those_of_some_of_them(monkeypatch):
-    monkeypatch.setattr(batches, "_STATISTICS_SAMPLES", 300)
-    in_memory, streamed = (load("digits", memory_budget=budget, workers=0) for budget in (1, 0))
-    exact, estimated = (standardisation(data, Batches()) for data in (in_memory, streamed))
+    monkeypatch.setattr(room, "_STATISTICS_SAMPLES", 300)
+    in_memory, streamed = (load("digits", **budget) for budget in ({}, STREAMED))
+    exact, estimated = (standardisation(data, BatchSettings()) for data in (in_memory, streamed))
     assert not torch.equal(exact.mean, estimated.mean)
     assert estimated.mean.item() == pytest.approx(exact.mean.item(), rel=0.03)
     assert estimated.std.item() == pytest.approx(exact.std.item(), rel=0.03)

@@ -9,22 +9,19 @@ import datasets
 import numpy as np
 import pytest
 import torch
-import yaml
 from lightning.pytorch import Trainer
 
-from neuralcollapse.lab.batches import batch_shape, evaluation_batches
 from neuralcollapse.lab.config import RunConfig
-from neuralcollapse.lab.data import load_data
-from neuralcollapse.lab.models import build_model
-from neuralcollapse.lab.recipes import recipe_names, recipe_path
-from neuralcollapse.lab.training import ClassifierTraining, quiet_lightning
+from neuralcollapse.lab.data.loading import load_data
+from neuralcollapse.lab.recipes import load_recipe, recipe_names
+from neuralcollapse.lab.training.one_run import ClassifierTraining, quiet_lightning
 
 # Of the data sets that are not at hand: height and width of an image, and classes.
 STAND_INS = {"cifar100": (32, 100), "stl10": (96, 10), "imagenet": (256, 1000)}
 
 
 def recipe(name: str) -> dict:
-    return yaml.safe_load(recipe_path(name).read_text())
+    return load_recipe(name).settings
 
 
 def representatives() -> list:
@@ -61,12 +58,14 @@ def test_a_recipe_takes_two_steps(name, request, tmp_path):
         folder = request.getfixturevalue("stand_ins")[settings["data"]]
     else:
         folder = request.getfixturevalue("real_data") / settings["data"]
-    short = {"data": str(folder), "batch_size": 4, "train_samples": 8, "test_samples": 4, "lbfgs_iterations": 2}
+    short = {"data": str(folder), "batch_size": 4, "train_samples": 8, "test_samples": 4}
+    if settings["optimizer"] == "lbfgs":
+        short["lbfgs_iterations"] = 2
     config = RunConfig(**settings | short)
     data = load_data(config, progress=False)
-    model = build_model(config, batch_shape(data.image_shape, config), data.num_classes)
+    module = ClassifierTraining(config, data)
+    model = module.model
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    module = ClassifierTraining(config, model, data, evaluation_batches(data, config)["train"])
     with quiet_lightning():
         trainer = Trainer(
             accelerator="cpu",

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from jsonargparse import ArgumentParser
 
+from neuralcollapse.lab.commands.arguments import add_sections
 from neuralcollapse.lab.config import RunConfig
 from neuralcollapse.lab.recipes import load_recipe, recipe_names, recipe_path, recipes, recipes_table
 
@@ -101,8 +102,6 @@ MARKOU = {
     "epochs": 200,
     "loss": "cross-entropy",
     "gain": 10.0,
-    "weight_decay": 0.0,
-    "schedule": "constant",
     "checkpoint_every": 1,
 }
 MARKOU_MNIST = {
@@ -117,7 +116,7 @@ MARKOU_MNIST = {
     "batch_norm_affine": False,
     "feature_norm": 5.0,
     "optimizer": "agd",
-    "seed": 1,
+    "seeds": [1, 2, 3],
     "measure_every": 5,
 }
 MARKOU_CIFAR10 = {**MARKOU, **CROPPED_AND_FLIPPED, "data": "cifar10", **CIFAR10_PIXELS}
@@ -215,8 +214,9 @@ def test_the_recipes_are_those_of_the_published_experiments():
 
 @every_recipe
 def test_a_recipe_resolves_to_the_published_values(name):
-    config = RunConfig(**values(name))
-    assert {field: getattr(config, field) for field in PUBLISHED[name]} == PUBLISHED[name]
+    recipe = load_recipe(name)
+    found = RunConfig(**recipe.settings).in_force() | {"seeds": recipe.seeds}
+    assert {field: found[field] for field in PUBLISHED[name]} == PUBLISHED[name]
 
 
 @every_recipe
@@ -240,12 +240,12 @@ def test_every_field_has_a_source(name):
 
 @every_recipe
 def test_fields_are_settings_of_a_run_and_of_their_types(name):
-    assert set(values(name)) <= SETTINGS
+    given = load_recipe(name).settings
+    assert set(given) <= SETTINGS
     parser = ArgumentParser(exit_on_error=False)
-    for section in reversed(RunConfig.__bases__):
-        parser.add_class_arguments(section)
-    parsed = parser.parse_object(values(name))
-    assert RunConfig(**{field: parsed[field] for field in SETTINGS}) == RunConfig(**values(name))
+    add_sections(parser, *reversed(RunConfig.__bases__))
+    parsed = parser.parse_object(given, defaults=False)
+    assert RunConfig(**parsed.as_dict()) == RunConfig(**given)
 
 
 @every_recipe
@@ -256,19 +256,19 @@ def test_a_recipe_gives_every_field_that_decides_its_result(name):
 
 def deciding(given: dict) -> set[str]:
     names = {"data", "batch_size", "stratified", "crop_padding", "flip", "rotation", "backbone", "batch_norm_affine"}
-    names |= {"method", "feature_norm", "classifier_bias", "epochs", "loss", "optimizer", "weight_decay", "schedule"}
-    names |= {"seed", "measure_every", "checkpoint_every"}
+    names |= {"method", "feature_norm", "classifier_bias", "epochs", "loss", "optimizer"}
+    names |= {"seeds" if "seeds" in given else "seed", "measure_every", "checkpoint_every"}
     names |= {
-        "sgd": {"lr", "momentum"},
-        "adam": {"lr"},
-        "lbfgs": {"lr", "lbfgs_history", "lbfgs_iterations"},
+        "sgd": {"lr", "momentum", "weight_decay", "schedule"},
+        "adam": {"lr", "weight_decay", "schedule"},
+        "lbfgs": {"lr", "lbfgs_history", "lbfgs_iterations", "weight_decay", "schedule"},
         "agd": {"gain"},
     }[given["optimizer"]]
     names |= {
         "constant": set(),
         "step": {"step_epochs", "lr_factor"},
         "multistep": {"milestones", "lr_factor"},
-    }[given["schedule"]]
+    }[given.get("schedule", "constant")]
     names |= {"standard": {"unit_weight"}, "fixed": set(), "implicit": {"proximal_weight"}}[given["method"]]
     if given["classifier_bias"] == "centring":
         names.add("means_momentum")
@@ -319,15 +319,16 @@ def test_the_table_says_of_each_recipe_what_it_is_and_how_much_is_our_choice():
     assert {len(line) for line in (header, rule, *rows)} == {len(header)}
     for recipe, row in zip(recipes(), rows, strict=True):
         name, *_, data, model, method, epochs, choices = row.split()
-        assert (name, data, model, method) == (recipe.name, recipe.data, recipe.model, recipe.method)
-        assert (int(epochs), int(choices)) == (recipe.epochs, recipe.choices)
+        settings = recipe.settings
+        assert (name, data, model, method) == (recipe.name, settings["data"], settings["backbone"], settings["method"])
+        assert (int(epochs), int(choices)) == (settings["epochs"], recipe.choices)
         assert recipe.reproduces in row
 
 
 def test_listing_recipes_is_light():
     script = "import sys, neuralcollapse.lab.recipes as r; r.recipes_table(); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"lightning", "pandas", "datasets", "matplotlib", "sklearn"} & set(loaded)
+    assert not {"torch", "lightning", "pandas", "datasets", "matplotlib", "sklearn"} & set(loaded)
 
 
 @every_recipe

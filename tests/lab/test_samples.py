@@ -4,8 +4,15 @@ import pytest
 import torch
 
 from helpers import generator
-from neuralcollapse.lab.config import Data
-from neuralcollapse.lab.samples import Samples, choose_test, choose_train, count_classes, hold_out, stratified_order
+from neuralcollapse.lab.config import DataSettings
+from neuralcollapse.lab.data.selection import (
+    Samples,
+    choose_test,
+    choose_train,
+    count_classes,
+    hold_out,
+    stratified_order,
+)
 
 
 def source_of(*counts: int) -> Samples:
@@ -16,7 +23,7 @@ def source_of(*counts: int) -> Samples:
 
 
 def train(source: Samples, num_classes: int, **settings) -> Samples:
-    return choose_train(source, num_classes, Data(**settings))
+    return choose_train(source, num_classes, DataSettings(**settings))
 
 
 def counts_of(samples: Samples) -> list[int]:
@@ -102,12 +109,12 @@ def test_images_are_put_side_by_side_uniformly():
 def test_as_many_images_side_by_side_are_drawn_as_there_are_single_ones():
     source = source_of(8, 9)
     assert len(train(source, 2, digits_per_image=2)) == 17
-    assert len(choose_test(source, 2, Data(digits_per_image=2))) == 17
-    assert len(choose_test(source, 2, Data(digits_per_image=2, test_samples=30))) == 30
+    assert len(choose_test(source, 2, DataSettings(digits_per_image=2))) == 17
+    assert len(choose_test(source, 2, DataSettings(digits_per_image=2, test_samples=30))) == 30
 
 
 def test_train_and_test_are_drawn_independently_from_the_data_seed():
-    source, config = source_of(50, 50), Data(digits_per_image=2)
+    source, config = source_of(50, 50), DataSettings(digits_per_image=2)
     assert not same_images(choose_train(source, 2, config), choose_test(source, 2, config))
     assert same_images(choose_train(source, 2, config), choose_train(source, 2, config))
     assert not same_images(train(source, 2, digits_per_image=2, data_seed=1), choose_train(source, 2, config))
@@ -149,7 +156,7 @@ def test_what_is_noise_at_one_level_is_the_same_noise_at_a_higher_one():
 
 def test_the_test_split_keeps_its_labels_and_its_classes():
     source = source_of(60, 40)
-    config = Data(random_labels=True, label_noise=0.5, imbalance="step", samples_per_class=3, test_samples=50)
+    config = DataSettings(random_labels=True, label_noise=0.5, imbalance="step", samples_per_class=3, test_samples=50)
     samples = choose_test(source, 2, config)
     assert counts_of(samples) == [30, 20]
     assert torch.equal(samples.labels, source.labels[samples.rows.flatten() - 1000])

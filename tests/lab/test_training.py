@@ -11,19 +11,18 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from helpers import generator
 from neuralcollapse import measure
-from neuralcollapse.lab.backbones import build_backbone
-from neuralcollapse.lab.batches import EpochBatches, evaluation_batches
-from neuralcollapse.lab.callback import CollapseCallback
-from neuralcollapse.lab.config import METHODS, Data, Model, RunConfig
-from neuralcollapse.lab.data import load_data
-from neuralcollapse.lab.loggers import check_loggers
-from neuralcollapse.lab.models import build_model, resolve_device
-from neuralcollapse.lab.runs import RunFolder
-from neuralcollapse.lab.training import quiet_lightning, train
+from neuralcollapse.lab.config import METHODS, DataSettings, ModelSettings, RunConfig
+from neuralcollapse.lab.data.batches import EpochBatches, evaluation_batches
+from neuralcollapse.lab.data.loading import load_data
+from neuralcollapse.lab.models.building import build_backbone, build_model
+from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.training.collapse_callback import CollapseCallback
+from neuralcollapse.lab.training.devices import resolve_device
+from neuralcollapse.lab.training.loggers import check_loggers
+from neuralcollapse.lab.training.one_run import ClassifierTraining, quiet_lightning, train
 
 SMALL = {"backbone": "mlp", "width": 24, "depth": 1, "train_samples": 200, "test_samples": 60, "epochs": 2}
-
-
+OWN_CLASS = {name: value for name, value in SMALL.items() if name not in ("backbone", "width", "depth")}
 BACKBONES = ["convnet", "mlp", "resnet18", "resnet34", "resnet50", "vgg13"]
 
 
@@ -31,7 +30,7 @@ BACKBONES = ["convnet", "mlp", "resnet18", "resnet34", "resnet50", "vgg13"]
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 33, 20)])
 @pytest.mark.parametrize("feature_dim", [None, 11])
 def test_backbones_give_features_of_the_dimension_they_say(backbone, shape, feature_dim):
-    network = build_backbone(Model(backbone=backbone, width=8, feature_dim=feature_dim), shape)
+    network = build_backbone(ModelSettings(backbone=backbone, width=8, feature_dim=feature_dim), shape)
     features = network(torch.randn(2, *shape))
     assert features.shape == (2, network.feature_dim)
     assert feature_dim in (None, network.feature_dim)
@@ -39,7 +38,7 @@ def test_backbones_give_features_of_the_dimension_they_say(backbone, shape, feat
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_batch_norm_without_scale_leaves_no_vector(backbone):
-    network = build_backbone(Model(backbone=backbone, width=8, batch_norm_affine=False), (1, 8, 8))
+    network = build_backbone(ModelSettings(backbone=backbone, width=8, batch_norm_affine=False), (1, 8, 8))
     assert all(parameter.ndim >= 2 for parameter in network.parameters())
 
 
@@ -49,13 +48,13 @@ def test_batch_norm_without_scale_leaves_no_vector(backbone):
     [("resnet18", 11_176_512, 512), ("resnet34", 21_284_672, 512), ("resnet50", 23_508_032, 2048)],
 )
 def test_resnets_are_the_published_ones(backbone, parameters, feature_dim):
-    network = build_backbone(Model(backbone=backbone), (3, 32, 32))
+    network = build_backbone(ModelSettings(backbone=backbone), (3, 32, 32))
     assert sum(parameter.numel() for parameter in network.parameters()) == parameters
     assert network.feature_dim == feature_dim
 
 
 def test_vgg13_is_the_published_one():
-    network = build_backbone(Model(backbone="vgg13"), (3, 32, 32))
+    network = build_backbone(ModelSettings(backbone="vgg13"), (3, 32, 32))
     kernels = [parameter for parameter in network.parameters() if parameter.ndim == 4]
     assert [len(kernel) for kernel in kernels] == [64, 64, 128, 128, 256, 256, 512, 512, 512, 512]
     # 133,047,848 of torchvision's vgg13 with its linear layers of 123,642,856; its convolutions have biases.
@@ -64,12 +63,12 @@ def test_vgg13_is_the_published_one():
 
 @pytest.mark.parametrize(("stem", "smallest"), [("7x7", 1), ("3x3", 4)])
 def test_the_stem_of_a_resnet(stem, smallest):
-    network = build_backbone(Model(backbone="resnet18", stem=stem), (3, 32, 32))
+    network = build_backbone(ModelSettings(backbone="resnet18", stem=stem), (3, 32, 32))
     assert network.layers[:-2](torch.randn(2, 3, 32, 32)).shape == (2, 512, smallest, smallest)
 
 
 def test_a_width_scales_every_stage_of_a_resnet():
-    network = build_backbone(Model(backbone="resnet18", width=5), (3, 32, 32))
+    network = build_backbone(ModelSettings(backbone="resnet18", width=5), (3, 32, 32))
     assert [stage[-1].residual[-1][0].out_channels for stage in network.layers[1:5]] == [5, 10, 20, 40]
 
 
@@ -105,12 +104,12 @@ def test_a_class_of_the_users_own(tmp_path, monkeypatch):
         ("my_own_nets.Wrong", {}, r"must take images .*, of C, H, W = \(1, 8, 7\); Wrong fails"),
         ("./my_own_nets.py", {}, "backbone must be a dotted path"),
         (".my_own_nets.Net", {}, "backbone must be a dotted path"),
-        ("vgg", {}, "backbone must be one of convnet, .*vgg13, or the dotted path"),
-        ("mlp", {"neurons": 3}, "backbone_options are of your own class"),
+        ("vgg", None, "backbone must be one of convnet, .*vgg13, or the dotted path"),
+        ("mlp", {"neurons": 3}, "backbone_options belongs to a backbone of your own; here backbone is mlp"),
     ]
     for path, options, message in wrong:
         with pytest.raises(ValueError, match=message):
-            build_backbone(Model(backbone=path, backbone_options=options), (1, 8, 7))
+            build_backbone(ModelSettings(backbone=path, backbone_options=options), (1, 8, 7))
 
 
 @pytest.mark.parametrize("backbone", ["convnet", "mlp", "resnet18"])
@@ -138,42 +137,42 @@ def test_a_device_that_is_not_there_is_refused():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_with_every_optimiser(method, tmp_path):
-    data = load_data(Data(train_samples=200, test_samples=60))
+    data = load_data(DataSettings(train_samples=200, test_samples=60))
     for optimizer, rate in (("sgd", 0.05), ("adamw", 3e-3)):
         settings = {"method": method, "optimizer": optimizer, "lr": rate, "epochs": 6, "batch_size": 20}
         config = RunConfig(**SMALL | settings)
         folder = RunFolder(tmp_path / optimizer)
-        folder.open(config)
-        train(config, data, evaluation_batches(data, config), folder)
+        folder.start(config.in_force())
+        train(ClassifierTraining(config, data), folder)
         last = pd.read_csv(folder.metrics).query("epoch == 6 and split == 'train' and metric == 'accuracy'")
         assert last["value"].item() > 0.6
 
 
 def test_standard_keeps_unit_rows_through_lightning(tmp_path):
-    data = load_data(Data(train_samples=200, test_samples=60))
+    data = load_data(DataSettings(train_samples=200, test_samples=60))
     config = RunConfig(**SMALL, method="standard")
     folder = RunFolder(tmp_path / "run")
-    folder.open(config)
-    train(config, data, evaluation_batches(data, config), folder)
+    folder.start(config.in_force())
+    train(ClassifierTraining(config, data), folder)
     state = torch.load(folder.last_checkpoint, weights_only=True)["state_dict"]
     assert torch.allclose(state["model.head.weight"].norm(dim=1), torch.ones(10), atol=1e-6)
 
 
 def test_checkpoints_of_epochs_are_kept_on_request(tmp_path):
-    data = load_data(Data(train_samples=200, test_samples=60))
+    data = load_data(DataSettings(train_samples=200, test_samples=60))
     config = RunConfig(**SMALL | {"epochs": 5}, checkpoint_every=2)
     folder = RunFolder(tmp_path / "run")
-    folder.open(config)
-    train(config, data, evaluation_batches(data, config), folder)
+    folder.start(config.in_force())
+    train(ClassifierTraining(config, data), folder)
     assert {path.name for path in folder.checkpoints.iterdir()} == {"epoch0002.ckpt", "epoch0004.ckpt", "last.ckpt"}
 
 
 def trained(folder: Path, **settings) -> RunFolder:
-    config = RunConfig(**SMALL | settings)
+    config = RunConfig(**(OWN_CLASS if "." in settings.get("backbone", "") else SMALL) | settings)
     data = load_data(config)
     run = RunFolder(folder)
-    run.open(config, resume=True)
-    train(config, data, evaluation_batches(data, config), run)
+    run.start(config.in_force())
+    train(ClassifierTraining(config, data), run)
     return run
 
 
@@ -248,7 +247,7 @@ def test_tensorboard_sees_what_the_tables_say(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run = trained(tmp_path / "run", loggers="tensorboard")
+    run = trained(tmp_path / "run", loggers=["tensorboard"])
     events = EventAccumulator(str(run.path / "tensorboard"))
     events.Reload()
     metrics = pd.read_csv(run.metrics).query("split == 'test' and metric == 'accuracy'")["value"]
@@ -260,12 +259,12 @@ def test_two_runs_of_one_process_are_two_runs_of_wandb(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     for name in ("first", "second"):
-        run = trained(tmp_path / name, loggers="wandb", epochs=1)
+        run = trained(tmp_path / name, loggers=["wandb"], epochs=1)
         assert len(list((run.path / "wandb").glob("offline-run-*/*.wandb"))) == 1
 
 
 def test_a_logger_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setattr("neuralcollapse.lab.loggers.find_spec", lambda name: None)
+    monkeypatch.setattr("neuralcollapse.lab.training.loggers.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="wandb where it is installed, and it is not: pip install wandb"):
         check_loggers(["wandb"])
 
@@ -273,9 +272,9 @@ def test_a_logger_that_is_not_installed_is_named(monkeypatch):
 def test_a_checkpoint_of_other_data_is_refused(tmp_path):
     trained(tmp_path / "run", epochs=1)
     config = RunConfig(**SMALL | {"epochs": 2})
-    data = load_data(Data(image_size=12, train_samples=200, test_samples=60))
+    data = load_data(DataSettings(image_size=12, train_samples=200, test_samples=60))
     with pytest.raises(ValueError, match="checkpoint .* is of a model of other sizes than 10 classes"):
-        train(config, data, evaluation_batches(data, config), RunFolder(tmp_path / "run"))
+        train(ClassifierTraining(config, data), RunFolder(tmp_path / "run"))
 
 
 class PlainTraining(LightningModule):

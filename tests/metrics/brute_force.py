@@ -45,7 +45,15 @@ def dense_metrics(
     variances = [(group - mean).square().sum(1).mean() for group, mean in zip(groups, means, strict=True)]
     pairs = list(itertools.combinations(range(count), 2))
 
+    singular_values = torch.linalg.svdvals(features)
+    singular_values = singular_values[
+        singular_values > (dim * torch.finfo(torch.float64).eps) ** 0.5 * singular_values[0]
+    ]
+    spectrum = singular_values / singular_values.sum()
     result = {
+        "nc0_weight_sum": weight.sum(0).norm() / weight.norm(),
+        "feature_norm": features.square().sum(1).mean().sqrt(),
+        "rank_me": (-spectrum * spectrum.log()).sum().exp(),
         "nc1_pinv": torch.trace(within @ pinv) / count,
         "nc1_vci": precise_vci(groups, origin),
         "nc1_quotient": within.trace() / between.trace(),

@@ -4,73 +4,48 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from helpers import generator
 from neuralcollapse.geometry import random_simplex_etf
-from neuralcollapse.metrics import (
-    ClassMoments,
-    alignment,
-    class_statistics,
-    collapse_metrics,
-    etf_distances,
-    nc2_cos_margin,
-    nc4_ncc_mismatch,
-)
+from neuralcollapse.metrics import ClassMoments, collapse_metrics, etf_distances, measure
+from neuralcollapse.metrics.catalogue import METRICS
 
 K, D = 10, 16
 MNIST_COUNTS = torch.tensor([5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949])
 ETF = random_simplex_etf(K, D, generator=generator(), dtype=torch.float64)
+REFERENCE = random_simplex_etf(K, D, generator=generator(9), dtype=torch.float64)
 BIAS = torch.zeros(K, dtype=torch.float64)
 # Out of distribution: orthogonal to every class mean.
 OOD = torch.linalg.svd(ETF)[2][-1]
 
-AT_COLLAPSE = {
-    "nc1_pinv": 0,
-    "nc1_quotient": 0,
-    "nc1_cdnv": 0,
-    "nc1_vci": 0,
-    "nc1_numerical_rank": 1,
-    "nc2_etf_means": 0,
-    "nc2_etf_weights": 0,
-    "nc2_equinorm_means": 0,
-    "nc2_equinorm_weights": 0,
-    "nc2_equinorm_difference": 0,
-    "nc2_equiangular_means": 0,
-    "nc2_equiangular_weights": 0,
-    "nc2_max_angle_means": 0,
-    "nc2_max_angle_weights": 0,
-    "nc2_hyperspherical_dist_mean": (2 * K / (K - 1)) ** 0.5,
-    "nc2_hyperspherical_dist_variance": 0,
-    "nc2_hyperspherical_log_variance": 0,
-    "nc2_hyperspherical_riesz_variance": 0,
-    "nc2_cos_margin": K / (K - 1),
-    "nc3_duality": 0,
-    "nc3_distance": 0,
-    "nc3_uniform": 0,
-    "nc3_uniform_cos": 0,
-    "alignment": 1,
-    "nc4_ncc_mismatch": 0,
-    "nc4_bias": 0,
-    "nc5_ood": 0,
-}
+AT_COLLAPSE = {name: value for name, metric in METRICS.items() if (value := metric.value_at_collapse(K)) is not None}
 
 
 def all_metrics(features, targets, weight, center):
-    moments = ClassMoments(K, D, class_scatter=True)
-    moments.update(features, targets)
-    statistics = class_statistics(moments, center=center)
-    values = collapse_metrics(moments, weight, BIAS, center=center, ood_mean=OOD)
-    values["nc2_cos_margin"] = float(nc2_cos_margin(features, targets, weight, statistics.center))
-    values["alignment"] = float(alignment(features, targets, weight, statistics.center))
-    predictions = (features @ weight.T).argmax(dim=1)
-    values["nc4_ncc_mismatch"] = float(nc4_ncc_mismatch(features, predictions, statistics.class_means))
-    return values
+    """Everything that can be measured: of a model that is its classifier, and the distances to ETFs."""
+    model = nn.Sequential(nn.Identity(), nn.Linear(D, K, dtype=torch.float64))
+    model[1].weight.data, model[1].bias.data = weight, BIAS
+    measurement = measure(
+        model, [(features, targets)], center=center, ood_loader=[OOD[None]], class_scatter=True, progress=False
+    )
+    moments = measurement.moments
+    return measurement.metrics | etf_distances(
+        weight,
+        moments.means,
+        center=center,
+        class_counts=moments.counts,
+        reference_weight=REFERENCE,
+        reference_means=REFERENCE,
+    )
 
 
-def assert_collapsed(values):
+def assert_collapsed(values, balanced=True):
+    assert values.keys() == METRICS.keys()
     for name, value in AT_COLLAPSE.items():
         tolerance = 1e-6 if name == "nc1_numerical_rank" else 1e-12
-        assert values[name] == pytest.approx(value, abs=tolerance), name
+        if balanced or METRICS[name].center != "balanced":
+            assert values[name] == pytest.approx(value, abs=tolerance), name
 
 
 @pytest.mark.parametrize("center", ["samples", "classes"])
@@ -81,7 +56,7 @@ def test_balanced_exact_etf(center):
 
 def test_mnist_counts_need_the_centre_of_the_classes():
     targets = torch.repeat_interleave(torch.arange(K), MNIST_COUNTS)
-    assert_collapsed(all_metrics(3 * ETF[targets], targets, ETF, "classes"))
+    assert_collapsed(all_metrics(3 * ETF[targets], targets, ETF, "classes"), balanced=False)
     moments = ClassMoments(K, D)
     moments.update(3 * ETF[targets], targets)
     assert collapse_metrics(moments, ETF)["nc2_etf_means"] == pytest.approx(0.025, abs=0.001)
@@ -96,38 +71,74 @@ def test_random_features_are_not_collapsed():
 
 
 def test_scale_does_not_matter():
-    """Every metric but those with units (nc3_uniform, nc4_bias) is the same for features a trillion times smaller."""
+    """Every metric but those with units (nc3_uniform, nc4_bias, feature_norm) does not change with scale."""
     targets = torch.arange(K).repeat(30)
     features = torch.randn(len(targets), D, generator=generator(5)).double()
     weight = torch.randn(K, D, generator=generator(6)).double()
     ordinary = all_metrics(features, targets, weight, "samples")
     tiny = all_metrics(1e-12 * features, targets, weight, "samples")
-    for name in ordinary.keys() - {"nc3_uniform", "nc4_bias"}:
+    for name in ordinary.keys() - {"nc3_uniform", "nc4_bias", "feature_norm"}:
         assert tiny[name] == pytest.approx(ordinary[name], rel=1e-8), name
 
 
 def test_etf_distances_vanish_at_collapse_only():
-    distances = etf_distances(2 * ETF, 3 * ETF + 5, reference=ETF)
-    assert max(distances.values()) < 1e-7
-    other = random_simplex_etf(K, D, generator=generator(9), dtype=torch.float64)
-    away = etf_distances(2 * ETF, other, reference=ETF)
-    assert away["weight_to_etf"] < 1e-12
-    assert away["means_to_etf"] < 1e-12
-    assert away["weight_etf_to_reference"] < 1e-12
-    expected = float((ETF / ETF.norm() - other / other.norm()).square().sum())
-    for name in ("etf_to_etf", "weight_to_means", "means_etf_to_reference"):
+    near = etf_distances(2 * ETF, 3 * ETF + 5, reference_weight=ETF, reference_means=ETF - 1)
+    assert list(near) == [name for name in METRICS if name.startswith("etf_")]
+    assert max(near.values()) < 1e-7
+    away = etf_distances(2 * ETF, REFERENCE, reference_weight=ETF, reference_means=ETF)
+    for name in ("etf_weights", "etf_means", "etf_weights_reference"):
+        assert away[name] < 1e-12, name
+    expected = float((ETF / ETF.norm() - REFERENCE / REFERENCE.norm()).square().sum())
+    for name in ("etf_between", "etf_means_reference"):
         assert away[name] == pytest.approx(expected), name
 
 
+def test_etf_distances_against_a_minimisation_over_orthogonal_matrices():
+    """The nearest ETF, found by the definition of Procrustes in fp64: no basis, no anchor, scaled to norm 1."""
+
+    def nearest(rows):
+        u, _, v = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
+        etf = u[:, : K - 1] @ v[: K - 1]
+        return etf / etf.norm()
+
+    weight, means, weight_0, means_0 = torch.randn(4, K, D, generator=generator(4)).double()
+    origin = MNIST_COUNTS.double() @ means / MNIST_COUNTS.sum()
+    origin_0 = MNIST_COUNTS.double() @ means_0 / MNIST_COUNTS.sum()
+    centred, centred_0 = means - origin, means_0 - origin_0
+    expected = {
+        "etf_weights": nearest(weight) - weight / weight.norm(),
+        "etf_means": nearest(centred) - centred / centred.norm(),
+        "etf_between": nearest(weight) - nearest(centred),
+        "etf_weights_reference": nearest(weight) - nearest(weight_0),
+        "etf_means_reference": nearest(centred) - nearest(centred_0),
+    }
+    measured = etf_distances(
+        weight, means, class_counts=MNIST_COUNTS, reference_weight=weight_0, reference_means=means_0
+    )
+    assert measured == pytest.approx({name: float(value.square().sum()) for name, value in expected.items()}, rel=1e-8)
+    of_classes = etf_distances(weight, means, center="classes", class_counts=MNIST_COUNTS)
+    assert of_classes == etf_distances(weight, means)
+    assert of_classes["etf_means"] != measured["etf_means"]
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "options", "message"),
     [
-        ((ETF[:, :-1], ETF), r"weight must be of shape \(10, 16\) \(K, d\), got \(10, 15\)"),
-        ((ETF, ETF, ETF[:-1]), r"reference must be of shape \(10, 16\) \(K, d\), got \(9, 16\)"),
-        ((torch.full_like(ETF, torch.nan), ETF), "weight must be finite"),
-        ((ETF, [1, 2]), "class_means must be a floating-point tensor"),
+        ((ETF[:, :-1], ETF), {}, r"weight must be of shape \(K, d\) = \(10, 16\), got \(10, 15\)"),
+        ((ETF, ETF), {"reference_weight": ETF[:-1]}, r"reference_weight must be of shape .* got \(9, 16\)"),
+        ((ETF, ETF), {"reference_means": "epoch 1"}, "reference_means must be a floating-point tensor, got str"),
+        ((torch.full_like(ETF, torch.nan), ETF), {}, "weight must be finite"),
+        ((ETF, [1, 2]), {}, "class_means must be a floating-point tensor, got list"),
+        ((ETF, ETF), {"center": "mean"}, "center must be 'samples' or 'classes', got 'mean'"),
+        ((ETF, ETF), {"class_counts": torch.ones(K)}, "class_counts must be integer"),
+        (
+            (ETF, ETF),
+            {"class_counts": torch.zeros(K, dtype=torch.long)},
+            "class_counts must be at least 0, and not all 0",
+        ),
+        ((ETF[:, :8], ETF[:, :8]), {}, "feature_dim|num_classes - 1"),
     ],
 )
-def test_bad_arguments_of_etf_distances(arguments, message):
+def test_bad_arguments_of_etf_distances(arguments, options, message):
     with pytest.raises(ValueError, match=message):
-        etf_distances(*arguments)
+        etf_distances(*arguments, **options)

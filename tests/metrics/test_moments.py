@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import generator
-from neuralcollapse.metrics import ClassMoments, collapse_metrics
+from neuralcollapse.metrics import ClassMoments, accumulation, collapse_metrics
+from neuralcollapse.metrics import moments as moments_module
 
 FEATURES = torch.randn(200, 12, generator=generator(1)) + 3 * torch.randn(12, generator=generator(2))
 TARGETS = torch.randint(5, (200,), generator=generator(3))
@@ -91,19 +92,20 @@ def test_tokens_are_flattened_and_ignored_ones_left_out():
     assert_same_state(expected, tokens, 1e-12)
 
 
-def test_accelerator_grouping_gives_the_same(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float64, "mixed"])
+def test_accelerator_grouping_gives_the_same(monkeypatch, dtype):
     """Accelerators look at all classes, so as not to wait for the ones that are present."""
     expected = moments_of(FEATURES, TARGETS, num_classes=7)
 
-    def all_classes(self, targets):
-        counts = torch.zeros_like(self.counts).index_add_(0, targets, torch.ones_like(targets))
-        return torch.arange(self.num_classes), targets, counts
+    def all_classes(targets, num_classes):
+        counts = torch.zeros(num_classes, dtype=torch.int64).index_add_(0, targets, torch.ones_like(targets))
+        return accumulation.Group(torch.arange(num_classes), targets, counts)
 
-    monkeypatch.setattr(ClassMoments, "_group", all_classes)
-    moments = ClassMoments(7, 12)
+    monkeypatch.setattr(moments_module, "group_by_class", all_classes)
+    moments = ClassMoments(7, 12, dtype=dtype)
     for batch, labels in zip(FEATURES.split(9), TARGETS.split(9), strict=True):
         moments.update(batch, labels)
-    assert_same_state(expected, moments, 1e-12)
+    assert_same_state(expected, moments, 1e-6 if dtype == "mixed" else 1e-12)
 
 
 def test_state_saves_and_resumes(tmp_path):
@@ -141,7 +143,9 @@ def test_per_class_scatter_states_its_memory_first(caplog):
         (torch.zeros(3, 5), torch.zeros(3, dtype=torch.long), r"features must be of shape \(N, 12\), got \(3, 5\)"),
         (torch.zeros(12), torch.zeros((), dtype=torch.long), r"features must be of shape \(N, 12\), got \(12,\)"),
         (torch.zeros(3, 12, dtype=torch.long), torch.zeros(3, dtype=torch.long), "features must be a floating-point"),
-        (torch.zeros(3, 12), torch.zeros(4, dtype=torch.long), r"targets must be of shape \(3,\), got \(4,\)"),
+        (torch.zeros(3, 12), torch.zeros(4, dtype=torch.long), r"targets must be a tensor of shape \(3,\), got \(4,\)"),
+        (torch.zeros(3, 12), [0, 1, 2], r"targets must be a tensor of shape \(3,\), got list"),
+        ([[0.0] * 12], torch.zeros(1, dtype=torch.long), "features must be a floating-point tensor, got list"),
         (torch.zeros(3, 12), torch.zeros(3), "targets must be integer class indices, got torch.float32"),
         (torch.zeros(3, 12), torch.tensor([0, 5, 1]), r"targets must lie in \[0, 5\), got labels from 0 to 5"),
         (torch.zeros(3, 12), torch.tensor([0, -1, 1]), r"targets must lie in \[0, 5\), got labels from -1 to 1"),
@@ -167,6 +171,8 @@ def test_large_finite_features_are_not_taken_for_nan():
         ((1, 12), {}, "num_classes must be at least 2, got 1"),
         ((5, 0), {}, "feature_dim must be at least 1, got 0"),
         ((5, 12), {"dtype": torch.float16}, "dtype must be torch.float64, torch.float32 or 'mixed', got torch.float16"),
+        (("5", 12), {}, "num_classes must be an integer, got '5'"),
+        ((5, 12), {"device": "gpu"}, "device must be a torch.device or the name of one, got 'gpu'"),
     ],
 )
 def test_bad_sizes(arguments, options, message):
@@ -179,6 +185,8 @@ def test_moments_of_other_sizes_do_not_merge(num_classes, feature_dim):
     other = ClassMoments(num_classes, feature_dim)
     with pytest.raises(ValueError, match=rf"other must have K, d = \(5, 12\).*got \({num_classes}, {feature_dim}\)"):
         ClassMoments(5, 12).merge(other)
+    with pytest.raises(ValueError, match="other must be ClassMoments, got dict"):
+        ClassMoments(5, 12).merge({})
     with pytest.raises(ValueError, match="per-class scatter"):
         ClassMoments(5, 12, class_scatter=True).merge(ClassMoments(5, 12))
 
@@ -193,6 +201,9 @@ def test_incomplete_state_is_refused():
     [
         ({"min_samples": 0}, "every class must have a sample, got none of class 2, 6"),
         ({"min_samples": 1000}, "moments must hold at least 2 classes of min_samples = 1000 samples, got 0"),
+        ({"max_samples": 9}, "at least 2 classes of min_samples = 1 to max_samples = 9 samples"),
+        ({"min_samples": 9, "max_samples": 8}, "max_samples must be at least min_samples = 9, got 8"),
+        ({"max_samples": 8.5}, "max_samples must be an integer, got 8.5"),
         ({"center": "mean"}, "center must be 'samples' or 'classes', got 'mean'"),
         ({"weight": torch.zeros(5, 12)}, r"weight must be of shape \(7, 12\), got \(5, 12\)"),
         ({"bias": torch.zeros(5)}, r"bias must be of shape \(7,\), got \(5,\)"),
@@ -204,6 +215,11 @@ def test_bad_arguments_of_collapse_metrics(options, message):
     targets = torch.tensor([0, 1, 3, 4, 5])[TARGETS]
     with pytest.raises(ValueError, match=message):
         collapse_metrics(moments_of(FEATURES, targets, num_classes=7), **options)
+
+
+def test_collapse_metrics_of_something_else_than_moments():
+    with pytest.raises(ValueError, match="moments must be ClassMoments, got Tensor"):
+        collapse_metrics(FEATURES)
 
 
 def test_one_sample_in_all_is_refused():

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from neuralcollapse._checks import check_etf_sizes, check_finite, check_floating, compute_dtype, values_readable
-from neuralcollapse.geometry.polar import polar_factor
-from neuralcollapse.geometry.simplex import expand, reduce
+from neuralcollapse._checks import (
+    check_choice,
+    check_etf_sizes,
+    check_finite,
+    check_floating,
+    check_not_negative,
+    compute_dtype,
+    values_readable,
+)
+from neuralcollapse.geometry.polar import METHODS, Method, decompose, polar, takes_products, vector_jacobian
+from neuralcollapse.geometry.simplex import check_simplex_etf, reduce
+from neuralcollapse.geometry.watch import Watch
 
 
 def nearest_simplex_etf(
@@ -18,6 +28,7 @@ def nearest_simplex_etf(
     anchor: Tensor | None = None,
     proximal_weight: float = 0.0,
     class_weights: Tensor | None = None,
+    method: Method = "auto",
     check_values: bool = True,
 ) -> Tensor:
     r"""The unit simplex ETF nearest to the class means, differentiable in them.
@@ -32,18 +43,20 @@ def nearest_simplex_etf(
 
     Args:
         class_means: (..., K, d) floating, d ≥ K−1. fp16 and bf16 are computed in fp32.
-        anchor: (..., K, d), a unit simplex ETF E₀ to stay close to (the last solution); used if γ > 0.
+        anchor: (K, d) or (..., K, d), a unit simplex ETF E₀ to stay close to (the last solution); used if γ > 0.
         proximal_weight: γ ≥ 0, in units in which the singular values of the data term are 1 at collapse.
         class_weights: (K,) or (..., K), ω ≥ 0 up to a common factor; equal if not given.
-        check_values: Check finiteness and that the means are not all equal (on an accelerator this waits
-            for the device).
+        method: How the polar factor is found, as for `polar_factor`.
+        check_values: Check finiteness, that the means are not all equal, that the anchor is an ETF and that products
+            converged (on an accelerator this waits for the device).
 
     Returns:
         (..., K, d), unit rows with pairwise cosine −1/(K−1), in the dtype of ``class_means``.
 
     Raises:
-        ValueError: K < 2, d < K−1, shapes that do not match, non-finite values, negative weights, γ > 0
-            without an anchor, or means that are all equal with no anchor to decide.
+        ValueError: An argument of another kind, K < 2, d < K−1, shapes that do not match, non-finite values,
+            negative weights, γ > 0 without an anchor, an anchor that is no simplex ETF, or means that are all
+            equal with no anchor to decide.
 
     Source: after Markou, Ajanthan, Gould, "Guiding Neural Collapse" (NeurIPS 2024), reduced to the complement
     of the all-ones vector.
@@ -54,10 +67,72 @@ def nearest_simplex_etf(
         >>> bool(torch.allclose(nearest_simplex_etf(5 * etf + 2), etf, atol=1e-5))
         True
     """
-    target, _, _ = _target(class_means, anchor, proximal_weight, class_weights, check_values)
-    frame = polar_factor(target, check_values=False)
-    num_classes = class_means.shape[-2]
-    return (math.sqrt(num_classes / (num_classes - 1)) * expand(frame)).to(class_means.dtype)
+    _check(class_means, anchor, proximal_weight, class_weights, method)
+    if check_values:
+        _check_values(anchor, class_weights)
+    means = class_means.to(compute_dtype(class_means.dtype))
+    watch = Watch.AT_ONCE if check_values else 0
+    etf = solve(means, anchor, proximal_weight, class_weights, method, watch, check_values, proximal_weight)
+    return etf.to(class_means.dtype)
+
+
+def solve(
+    means: Tensor,
+    anchor: Tensor | None,
+    proximal_weight: float | Tensor,
+    class_weights: Tensor | None = None,
+    method: Method = "auto",
+    watch: int = 0,
+    check_values: bool = False,
+    greatest_weight: float = 0.0,
+) -> Tensor:
+    """`nearest_simplex_etf` behind its door, of fp32 or fp64 means; γ may be a tensor; `watch` is that of `polar`."""
+    if isinstance(proximal_weight, float | int) and proximal_weight == 0:
+        anchor = None
+    # σ of the size that singular values have at collapse, where those of the data are 1.
+    null = (1 + (0.0 if anchor is None else greatest_weight)) ** 2
+    if class_weights is None and values_readable(means) and (anchor is None or not anchor.requires_grad):
+        by_products = takes_products(method, means)
+        etf: Tensor = _EagerNearest.apply(means, anchor, proximal_weight, null, by_products, watch, check_values)
+        return etf
+    centred, norm, weights = _centre(means, class_weights, check_values, anchor is None)
+    target = _target(centred if weights is None else weights * centred, norm, anchor, proximal_weight)
+    return _expansion(means) * polar(target, null=null, method=method, watch=watch)
+
+
+class _EagerNearest(torch.autograd.Function):
+    """The same in one node, where nothing is transformed or compiled and classes weigh the same: half the overhead."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        means: Tensor,
+        anchor: Tensor | None,
+        proximal_weight: float | Tensor,
+        null: float,
+        by_products: bool,
+        watch: int,
+        check_values: bool,
+    ) -> Tensor:
+        centred, norm, _ = _centre(means, None, check_values, anchor is None)
+        parts = decompose(_target(centred, norm, anchor, proximal_weight), null, by_products, watch)
+        ctx.save_for_backward(centred, norm, *parts)
+        ctx.by_products = by_products
+        return _expansion(means) * parts[0]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        centred, norm, *parts = ctx.saved_tensors
+        inner = vector_jacobian(ctx.by_products, gradient, *parts)
+        # That of √(K−1) C/‖C‖, and that of the centring.
+        inner = inner - (centred * inner).sum((-2, -1), keepdim=True) / norm.square() * centred
+        inner = (inner - inner.mean(-2, keepdim=True)) * (math.sqrt(centred.shape[-2]) / norm)
+        return inner, None, None, None, None, None, None
+
+
+def _expansion(means: Tensor) -> float:
+    """√(K/(K−1)), of unit rows over orthonormal ones."""
+    return math.sqrt(means.shape[-2] / (means.shape[-2] - 1))
 
 
 @torch.no_grad()
@@ -93,80 +168,105 @@ def nearest_etf_diagnostics(
         >>> abs(diagnostics["objective"]) < 1e-6, round(diagnostics["least_singular_value"], 6)
         (True, 1.0)
     """
+    check_floating("class_means", class_means)
+    check_floating("etf", etf)
     if class_means.ndim != 2 or etf.shape != class_means.shape:
-        raise ValueError(f"etf must be of the shape (K, d) of class_means {tuple(class_means.shape)}, got {etf.shape}")
-    target, unit, weighted = _target(class_means.double(), anchor, proximal_weight, class_weights, False)
+        raise ValueError(
+            f"etf must be of the shape (K, d) of class_means {tuple(class_means.shape)}, got {tuple(etf.shape)}"
+        )
+    _check(class_means, anchor, proximal_weight, class_weights, "auto")
+    centred, norm, weights = _centre(class_means.double(), class_weights, False, False)
+    weighted = centred if weights is None else weights * centred
+    target = reduce(_target(weighted, norm, anchor if proximal_weight > 0 else None, proximal_weight))
     others = class_means.shape[0] - 1
     frame = math.sqrt(others / (others + 1)) * reduce(etf.double())
     product = target @ frame.mT
     gradient = target - 0.5 * (product + product.mT) @ frame
     return {
-        "objective": float(others / 2 * ((unit * weighted).sum() + 1) + proximal_weight * others - product.trace()),
+        "objective": float(
+            others / 2 * ((centred * weighted).sum() / norm**2 + 1) + proximal_weight * others - product.trace()
+        ),
         "gradient_norm": float(torch.linalg.matrix_norm(gradient)),
         "least_singular_value": float(torch.linalg.svdvals(target)[-1]),
         "distance_to_anchor": math.nan if anchor is None else float((etf - anchor).double().norm()),
     }
 
 
-def _target(
+def _centre(
+    means: Tensor, class_weights: Tensor | None, check_values: bool, must_differ: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """C, centred at the ω-weighted mean; ‖C‖_F as (..., 1, 1); and ω as (..., K, 1) with mean 1, if given.
+
+    Where C is nothing but the rounding error of the centring, the norm is infinite: Ĉ is zero, with a zero gradient.
+    """
+    weights = None
+    if class_weights is not None:
+        weights = class_weights.to(means)
+        weights = (weights / weights.mean(-1, keepdim=True)).unsqueeze(-1)
+    mean = (means if weights is None else weights * means).mean(-2, keepdim=True)
+    centred = means - mean
+    norm = torch.linalg.vector_norm(centred, dim=(-2, -1), keepdim=True)
+    rounding = 4 * torch.finfo(means.dtype).eps * math.sqrt(means.shape[-2])
+    differ = norm > rounding * torch.linalg.vector_norm(mean.detach(), dim=-1, keepdim=True)
+    if check_values and values_readable(differ) and not bool(differ.all()):  # a NaN or infinity is not greater either
+        check_finite("class_means", means)
+        if must_differ:
+            raise ValueError(
+                "class_means must not be all equal (centred, they are all zero), "
+                "unless an anchor with a positive proximal_weight decides the orientation"
+            )
+    return centred, torch.where(differ, norm, math.inf), weights
+
+
+def _target(weighted: Tensor, norm: Tensor, anchor: Tensor | None, proximal_weight: float | Tensor) -> Tensor:
+    """Ã = √(K−1) diag(ω) Ĉ + γ √((K−1)/K) E₀, whose columns sum to zero; the objective is a constant − ⟨BᵀÃ, Q⟩."""
+    num_classes = weighted.shape[-2]
+    target = weighted * (math.sqrt(num_classes - 1) / norm)
+    if anchor is None:
+        return target
+    return target + proximal_weight * math.sqrt((num_classes - 1) / num_classes) * anchor.to(weighted.dtype)
+
+
+def _check(
     class_means: Tensor,
     anchor: Tensor | None,
     proximal_weight: float,
     class_weights: Tensor | None,
-    check_values: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A = √(K−1) Bᵀ diag(ω) Ĉ + γ Q₀, with which the objective is a constant − ⟨A, Q⟩; Ĉ; and diag(ω) Ĉ."""
+    method: str,
+) -> None:
+    """What can be said without reading values."""
     check_floating("class_means", class_means)
+    check_choice("method", method, METHODS)
     if class_means.ndim < 2:
         raise ValueError(f"class_means must be of shape (..., K, d), got {tuple(class_means.shape)}")
     num_classes, feature_dim = class_means.shape[-2:]
     check_etf_sizes(num_classes, feature_dim)
-    if not (math.isfinite(proximal_weight) and proximal_weight >= 0):
-        raise ValueError(f"proximal_weight must be finite and at least 0, got {proximal_weight}")
+    check_not_negative("proximal_weight", proximal_weight)
+    if anchor is not None:
+        _check_like("anchor", anchor, class_means, (num_classes, feature_dim))
+    if class_weights is not None:
+        _check_like("class_weights", class_weights, class_means, (num_classes,))
     if proximal_weight > 0 and anchor is None:
         raise ValueError(f"proximal_weight = {proximal_weight} needs an anchor, got None")
-    if check_values:
-        check_finite("class_means", class_means)
-
-    means = class_means.to(compute_dtype(class_means.dtype))
-    weights = None if class_weights is None else _unit_mean(class_weights, means, check_values)
-    if weights is None:
-        centred = means - means.mean(-2, keepdim=True)
-    else:
-        centred = means - (weights * means).mean(-2, keepdim=True)
-    unit = _unit_frobenius(centred, means, check_values=check_values and (anchor is None or proximal_weight == 0))
-    weighted = unit if weights is None else weights * unit
-    target = math.sqrt(num_classes - 1) * reduce(weighted)
-    if anchor is not None and proximal_weight > 0:
-        if anchor.shape[-2:] != class_means.shape[-2:]:
-            raise ValueError(f"anchor must end in the shape {(num_classes, feature_dim)}, got {tuple(anchor.shape)}")
-        if check_values:
-            check_finite("anchor", anchor)
-        anchor_weight = proximal_weight * math.sqrt((num_classes - 1) / num_classes)
-        target = target + anchor_weight * reduce(anchor.to(means.dtype))
-    return target, unit, weighted
 
 
-def _unit_mean(class_weights: Tensor, means: Tensor, check_values: bool) -> Tensor:
-    """The weights as (..., K, 1) with mean 1."""
-    if class_weights.ndim < 1 or class_weights.shape[-1] != means.shape[-2]:
-        raise ValueError(f"class_weights must end in the shape ({means.shape[-2]},), got {tuple(class_weights.shape)}")
-    weights = class_weights.to(means)
-    if check_values and values_readable(weights):
-        check_finite("class_weights", weights)
-        if bool((weights < 0).any()) or bool((weights.sum(-1) == 0).any()):
+def _check_values(anchor: Tensor | None, class_weights: Tensor | None) -> None:
+    """What their values say, where they can be read; those of the means are looked at where their norm is."""
+    if anchor is not None:
+        check_simplex_etf("anchor", anchor)
+    if class_weights is not None and values_readable(class_weights):
+        check_finite("class_weights", class_weights)
+        if bool((class_weights < 0).any()) or bool((class_weights.sum(-1) == 0).any()):
             raise ValueError("class_weights must be at least 0 with a positive sum")
-    return (weights / weights.mean(-1, keepdim=True)).unsqueeze(-1)
 
 
-def _unit_frobenius(centred: Tensor, means: Tensor, *, check_values: bool) -> Tensor:
-    """C/‖C‖_F; zero, with a zero gradient, where C is nothing but the rounding error of the centring."""
-    norm = torch.linalg.matrix_norm(centred, keepdim=True)
-    rounding = 4 * torch.finfo(means.dtype).eps * torch.linalg.matrix_norm(means.detach(), keepdim=True)
-    degenerate = norm <= rounding
-    if check_values and values_readable(degenerate) and bool(degenerate.any()):
-        raise ValueError(
-            "class_means must not be all equal (centred, they are all zero), "
-            "unless an anchor with a positive proximal_weight decides the orientation"
-        )
-    return torch.where(degenerate, 0, centred) / torch.where(degenerate, 1, norm)
+def _check_like(name: str, tensor: Tensor, means: Tensor, ending: tuple[int, ...]) -> None:
+    """Raise unless the tensor is floating and of that ending shape, with no batch dimensions but those of the means."""
+    check_floating(name, tensor)
+    if tensor.shape[tensor.ndim - len(ending) :] != ending or tensor.ndim < len(ending):
+        raise ValueError(f"{name} must end in the shape {ending}, got {tuple(tensor.shape)}")
+    batch, whole = tensor.shape[: tensor.ndim - len(ending)], means.shape[:-2]
+    if len(batch) > len(whole) or any(
+        size not in (1, want) for size, want in zip(batch[::-1], whole[::-1], strict=False)
+    ):
+        raise ValueError(f"{name} must have the leading dimensions {tuple(whole)} or none, got {tuple(batch)}")

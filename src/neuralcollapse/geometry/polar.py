@@ -2,24 +2,28 @@
 
 For A (m, n) with m ≤ n and thin SVD A = U S Vᵀ, the polar factor Q = U Vᵀ is the nearest matrix with
 orthonormal rows, and the maximiser of ⟨A, Q⟩ over them.
+
+A **centred** matrix, whose columns sum to zero, has the all-ones vector as a null direction. There the polar factor of
+[A | σ/√m · 1] is taken, for any σ > 0: that direction gets a singular value of its own, and the first n columns are the
+polar factor on the rest, Q with QQᵀ = I − 11ᵀ/m. This spares a basis of that rest.
 """
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import torch
 from torch import Tensor
 
-from neuralcollapse._checks import check_finite, check_floating, compute_dtype
+from neuralcollapse._checks import check_choice, check_finite, check_floating, compute_dtype, values_readable
+from neuralcollapse.geometry import products, spectral
+from neuralcollapse.geometry.watch import Watch
 
-# The Gram matrix is worth its squared condition number only when the SVD is much dearer. Measured on two cores,
-# fp32, ms: (9, 9) SVD 0.02, Gram 0.03 · (9, 512) 0.11, 0.06 · (100, 100) 0.8, 0.7 · (100, 2048) 4.9, 2.3 ·
-# (1000, 1000) 157, 218 · (1000, 2048) 306, 238; in fp64 (1000, 2048) 499, 347.
-_GRAM_ASPECT = 2
-# Least ratio of extreme eigenvalues of the Gram matrix at which its error, eps₆₄·condition², is within the dtype's own.
-_GRAM_CONDITION = {torch.float32: 1e-8, torch.float64: 1e-4}
+Method = Literal["auto", "spectral", "products"]
+METHODS = ("auto", "spectral", "products")
 
 
-def polar_factor(matrix: Tensor, *, check_values: bool = True) -> Tensor:
+def polar_factor(matrix: Tensor, *, method: Method = "auto", check_values: bool = True) -> Tensor:
     r"""The orthonormal polar factor Q = U Vᵀ of A = U S Vᵀ, differentiable.
 
     The derivative is exact where A has full row rank, and holds at equal singular values, where
@@ -32,7 +36,12 @@ def polar_factor(matrix: Tensor, *, check_values: bool = True) -> Tensor:
 
     Args:
         matrix: (..., m, n) floating, m ≤ n. fp16 and bf16 are computed in fp32.
-        check_values: Check that the entries are finite (on an accelerator this waits for the device).
+        method: ``"spectral"``: eigenvectors of the Gram matrix in fp64, or an SVD where its condition does not allow
+            that; ``"products"``: matrix products in fp64 only, which an accelerator is made for, up to a condition of
+            about 5,000, then an SVD (fp64 input comes out right to 1e-8); ``"auto"``: the first on a CPU, the second
+            elsewhere.
+        check_values: Check that the entries are finite and, with products, that they converged (on an accelerator
+            this waits for the device). If False, products are taken as they come.
 
     Returns:
         (..., m, n), orthonormal rows, in the dtype of ``matrix``. Differentiable once; works under
@@ -40,7 +49,7 @@ def polar_factor(matrix: Tensor, *, check_values: bool = True) -> Tensor:
 
     Raises:
         ValueError: ``matrix`` is not floating, has fewer than two dimensions, more rows than columns, no
-            rows, or NaN or infinite entries.
+            rows, or NaN or infinite entries; or there is no such method.
 
     Source: Higham, Functions of Matrices (2008), chapter 8; the derivative is that of the Sylvester equation there.
 
@@ -50,87 +59,121 @@ def polar_factor(matrix: Tensor, *, check_values: bool = True) -> Tensor:
         tensor([[0.6000, 0.0000, 0.8000]])
     """
     check_floating("matrix", matrix)
+    check_choice("method", method, METHODS)
     if matrix.ndim < 2 or not 1 <= matrix.shape[-2] <= matrix.shape[-1]:
         raise ValueError(f"matrix must be of shape (..., m, n) with 1 <= m <= n, got {tuple(matrix.shape)}")
     if check_values:
         check_finite("matrix", matrix)
-    factor, _, _ = _PolarFactor.apply(matrix.to(compute_dtype(matrix.dtype)))
+    factor = polar(matrix.to(compute_dtype(matrix.dtype)), method=method, watch=Watch.AT_ONCE if check_values else 0)
     return factor.to(matrix.dtype)
 
 
-@torch.library.custom_op("neuralcollapse::polar", mutates_args=())
-def _polar(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Q, U and the singular values. One opaque operator, so that choosing the way by value breaks no compiled graph."""
-    rows, columns = matrix.shape[-2:]
-    if columns >= _GRAM_ASPECT * rows:
-        wide = matrix.double()
-        eigenvalues, left = torch.linalg.eigh(wide @ wide.mT)
-        # eigh has waited for the device already; on an accelerator this reads one more scalar.
-        if bool((eigenvalues[..., 0] > _GRAM_CONDITION[matrix.dtype] * eigenvalues[..., -1]).all()):
-            singular = eigenvalues.sqrt()
-            factor = ((left / singular.unsqueeze(-2)) @ left.mT) @ wide
-            if matrix.dtype == torch.float64:  # one Newton–Schulz step restores what squaring the condition lost
-                factor = 1.5 * factor - 0.5 * (factor @ factor.mT) @ factor
-            return factor.to(matrix.dtype), left.to(matrix.dtype), singular.to(matrix.dtype)
-    left, singular, right = torch.linalg.svd(matrix, full_matrices=False)
-    return left @ right, left.contiguous(), singular
+def polar(matrix: Tensor, *, null: float = 0.0, method: Method = "auto", watch: int = 0) -> Tensor:
+    """The polar factor of an fp32 or fp64 matrix, or the one on the complement of 1 of a centred matrix; unchecked.
+
+    Args:
+        matrix: (..., m, n).
+        null: 0, or σ² > 0 for a matrix whose columns sum to zero; of the size of its squared singular values.
+        method: As for `polar_factor`.
+        watch: Who looks whether products converged: the handle of a `Watch`, ``Watch.AT_ONCE``, or 0 for nobody.
+    """
+    by_products = takes_products(method, matrix)
+    if values_readable(matrix):
+        factor: Tensor = _EagerPolar.apply(matrix, null, by_products, watch)
+    else:
+        factor = _Polar.apply(matrix, null, by_products, watch)[0]
+    return factor
 
 
-@_polar.register_fake
-def _(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    rows = matrix.shape[-2]
-    return (
-        torch.empty_like(matrix, memory_format=torch.contiguous_format),
-        matrix.new_empty(*matrix.shape[:-1], rows),
-        matrix.new_empty(matrix.shape[:-1]),
-    )
+def takes_products(method: Method, matrix: Tensor) -> bool:
+    """Whether the method means products for a matrix on that device."""
+    return method == "products" or (method == "auto" and matrix.device.type != "cpu")
 
 
-class _PolarFactor(torch.autograd.Function):
-    """Q with its derivative; U and the singular values come along for the backward pass and carry no gradient."""
+Parts = tuple[Tensor, Tensor, Tensor]
+
+
+def decompose(matrix: Tensor, null: float, by_products: bool, watch: int) -> Parts:
+    """Q and what its derivative needs: Uᵀ and the singular values, or (AAᵀ)^(−1/2) and AAᵀ."""
+    return products.decompose(matrix, null, watch) if by_products else spectral.decompose(matrix, null)
+
+
+# One opaque operator while compiling, so that choosing the way by value breaks no graph.
+_operator = torch.library.custom_op("neuralcollapse::polar_factor", decompose, mutates_args=())
+
+
+@_operator.register_fake
+def _(matrix: Tensor, null: float, by_products: bool, watch: int) -> Parts:
+    batch, rows = matrix.shape[:-2], matrix.shape[-2]
+    factor = matrix.new_empty(matrix.shape)
+    if by_products:
+        square = (*batch, rows, rows)
+        return factor, matrix.new_empty(square, dtype=torch.float64), matrix.new_empty(square, dtype=torch.float64)
+    return factor, matrix.new_empty(*batch, rows, rows), matrix.new_empty(*batch, rows)
+
+
+class _Polar(torch.autograd.Function):
+    """Q with its derivative; the other two come along for the backward pass and carry no gradient."""
 
     @staticmethod
-    def forward(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return _polar(matrix)
+    def forward(matrix: Tensor, null: float, by_products: bool, watch: int) -> Parts:
+        call = _operator if torch.compiler.is_compiling() else decompose
+        return call(matrix, null, by_products, watch)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float, bool, int], output: Parts) -> None:
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*output)
+        ctx.by_products = inputs[2]
 
     @staticmethod
-    def backward(ctx, gradient: Tensor, *_: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        return _PolarGradient.apply(gradient, *ctx.saved_tensors)
+    def backward(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, None, None, None]:
+        if gradient is None:
+            return None, None, None, None
+        return vector_jacobian(ctx.by_products, gradient, *ctx.saved_tensors), None, None, None
 
     @staticmethod
-    def vmap(info, in_dims, matrix: Tensor):  # type: ignore[no-untyped-def]
-        return _PolarFactor.apply(matrix.movedim(in_dims[0], 0)), (0, 0, 0)
+    def vmap(
+        info: Any, in_dims: tuple[int, None, None, None], matrix: Tensor, null: float, by_products: bool, watch: int
+    ) -> tuple[Any, tuple[int, int, int]]:
+        return _Polar.apply(matrix.movedim(in_dims[0], 0), null, by_products, watch), (0, 0, 0)
 
 
-class _PolarGradient(torch.autograd.Function):
-    """The vector–Jacobian product, a node of its own so that a second derivative meets a clear error."""
+def vector_jacobian(by_products: bool, gradient: Tensor, *parts: Tensor) -> Tensor:
+    """∂A for the gradient of Q, of what `decompose` returned."""
+    if torch.is_grad_enabled():  # a node of its own, so that a second derivative meets a clear error
+        inner: Tensor = _Gradient.apply(by_products, gradient, *parts)
+        return inner
+    way = products.vector_jacobian if by_products else spectral.vector_jacobian
+    return way(gradient, *parts)
 
+
+class _EagerPolar(_Polar):
+    """The same where nothing is transformed or compiled, for half the overhead."""
+
+    setup_context = torch.autograd.Function.setup_context
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, null: float, by_products: bool, watch: int) -> Tensor:  # type: ignore[override]
+        output = decompose(matrix, null, by_products, watch)
+        ctx.save_for_backward(*output)
+        ctx.by_products = by_products
+        return output[0]
+
+
+class _Gradient(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(gradient: Tensor, factor: Tensor, left: Tensor, singular: Tensor) -> Tensor:
-        rows, columns = factor.shape[-2:]
-        cutoff = torch.finfo(factor.dtype).eps * max(rows, columns) * singular.amax(-1, keepdim=True)
-        sums = singular.unsqueeze(-1) + singular.unsqueeze(-2)
-        inverse = torch.where(singular > cutoff, 1 / singular, 0)
-
-        outer = gradient @ factor.mT  # G Qᵀ
-        rotation = left.mT @ (outer - outer.mT) @ left
-        rotation.mul_(torch.where(sums > cutoff.unsqueeze(-1), 1 / sums, 0))
-        inverse_stretch = (left * inverse.unsqueeze(-2)) @ left.mT  # U S⁻¹ Uᵀ
-        # G(I − QᵀQ) = G − (G Qᵀ)Q, so every (m, n) product is used once; in place, since these are most of the memory.
-        along = (left @ rotation @ left.mT).sub_(inverse_stretch @ outer)
-        return (along @ factor).add_(inverse_stretch @ gradient)
+    def forward(by_products: bool, gradient: Tensor, *parts: Tensor) -> Tensor:
+        with torch.no_grad():
+            return vector_jacobian(by_products, gradient, *parts)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         pass
 
     @staticmethod
-    def backward(ctx, _: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, _: Tensor) -> Any:
         raise NotImplementedError("polar_factor is differentiable once; its second derivative is not implemented")

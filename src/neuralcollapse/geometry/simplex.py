@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from neuralcollapse._checks import check_at_least, check_etf_sizes, compute_dtype
+from neuralcollapse._checks import check_at_least, check_etf_sizes, check_factory, compute_dtype, values_readable
 
 
 def simplex_etf(
@@ -37,7 +37,7 @@ def simplex_etf(
         (K, d).
 
     Raises:
-        ValueError: K < 2 or d < K−1.
+        ValueError: K < 2, d < K−1, a dtype that is not floating, or no device of that name.
 
     Source: Papyan, Han, Donoho (PNAS 2020), definition of the simplex ETF.
 
@@ -50,12 +50,12 @@ def simplex_etf(
     """
     feature_dim = num_classes if feature_dim is None else feature_dim
     check_etf_sizes(num_classes, feature_dim)
+    check_factory(dtype, device)
     dtype = dtype or torch.get_default_dtype()
-    working = {"dtype": compute_dtype(dtype), "device": device}
-    etf = torch.zeros(num_classes, feature_dim, **working)  # type: ignore[arg-type]
     if feature_dim == num_classes - 1:
-        etf = expand(torch.eye(feature_dim, **working))  # type: ignore[arg-type]
+        etf = expand(torch.eye(feature_dim, dtype=compute_dtype(dtype), device=device))
     else:
+        etf = torch.zeros(num_classes, feature_dim, dtype=compute_dtype(dtype), device=device)
         etf.fill_diagonal_(1)
         etf[:, :num_classes] -= 1 / num_classes
     return etf.mul_(math.sqrt(num_classes / (num_classes - 1))).to(dtype)
@@ -85,7 +85,8 @@ def random_simplex_etf(
         (K, d).
 
     Raises:
-        ValueError: K < 2 or d < K−1.
+        ValueError: K < 2, d < K−1, a dtype that is not floating, no device of that name, or a generator of
+            another kind or on another device.
 
     Source: Mezzadri, "How to generate random matrices from the classical compact groups" (2007).
 
@@ -95,6 +96,7 @@ def random_simplex_etf(
         (torch.Size([4, 8]), -0.3333)
     """
     check_etf_sizes(num_classes, feature_dim)
+    check_factory(dtype, device, generator)
     dtype = dtype or torch.get_default_dtype()
     gaussian = torch.randn(feature_dim, num_classes - 1, generator=generator, dtype=compute_dtype(dtype), device=device)
     orthonormal, triangular = torch.linalg.qr(gaussian)
@@ -118,7 +120,7 @@ def simplex_basis(
         (K, K−1).
 
     Raises:
-        ValueError: K < 2.
+        ValueError: K < 2, a dtype that is not floating, or no device of that name.
 
     Example:
         >>> simplex_basis(3)
@@ -127,7 +129,26 @@ def simplex_basis(
                 [ 0.0000, -0.8165]])
     """
     check_at_least("num_classes", num_classes, 2)
+    check_factory(dtype, device)
     return expand(torch.eye(num_classes - 1, dtype=dtype, device=device))
+
+
+def check_simplex_etf(name: str, etf: Tensor) -> None:
+    """Raise unless (..., K, d) class vectors are a unit simplex ETF, where their values can be read.
+
+    Its Gram matrix is K/(K−1) Π, which is compared in its action on one fixed vector (Freivalds' check): O(Kd), and
+    no (K, K) matrix.
+    """
+    if not values_readable(etf):
+        return
+    exact = etf.detach().to(compute_dtype(etf.dtype))
+    num_classes = exact.shape[-2]
+    ratio = num_classes / (num_classes - 1)
+    probe = torch.arange(num_classes, dtype=exact.dtype, device=exact.device).remainder_(2).unsqueeze_(-1)
+    constant = torch.sub(exact @ (exact.mT @ probe), probe, alpha=ratio)  # −K/(K−1) times the mean of 0, 1, 0, 1, …
+    expected, tolerance = -ratio * (num_classes // 2) / num_classes, 1e-3 if etf.dtype == exact.dtype else 3e-2
+    if not all(abs(float(extreme) - expected) <= tolerance for extreme in torch.aminmax(constant)):  # nor NaN
+        raise ValueError(f"{name} must be a unit simplex ETF: unit rows with pairwise cosine -1/(K-1)")
 
 
 def reduce(class_vectors: Tensor) -> Tensor:

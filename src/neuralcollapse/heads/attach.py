@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neuralcollapse._checks import check_integral, check_module
 from neuralcollapse.classifier import resolve_classifier
 from neuralcollapse.heads.head import Head
 
@@ -24,9 +25,13 @@ class AttachedHead(nn.Module):
         self._name = name
         self._output = output
         self._verified = False
+        self._spent = False
 
     def forward(self, *args: Any, targets: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Logits (..., K) of the model's arguments; a head that learns from targets is given them in training."""
+        self._check_not_spent()
+        if targets is not None:
+            check_integral("targets", targets)
         if self._verified or torch.compiler.is_compiling():
             features = self._select(self.model(*args, **kwargs))
         else:
@@ -34,14 +39,29 @@ class AttachedHead(nn.Module):
         return self.head(features) if targets is None else self.head(features, targets)
 
     def to_inference(self, **kwargs: Any) -> nn.Module:
-        """The model itself (changed), with the head's ``to_inference(**kwargs)`` in its classifier's place."""
+        """The model itself (changed), with the head's ``to_inference(**kwargs)`` in its classifier's place.
+
+        The attached model is spent by it: a further call raises, since the model now decides by itself.
+
+        Raises:
+            ValueError: A head without ``to_inference``, or a second call.
+        """
+        self._check_not_spent()
         if not isinstance(self.head, Head):
             raise ValueError(f"head must have to_inference(), got {type(self.head).__name__}")
         plain = self.head.to_inference(**kwargs).train(self.training)
         if not self._name:
             return plain
         self.model.set_submodule(self._name, plain)
+        self._spent = True
         return self.model
+
+    def _check_not_spent(self) -> None:
+        if self._spent:
+            raise ValueError(
+                "to_inference() has put a plain classifier into the attached model, which is spent: "
+                "call the model that it returned, or attach a head to that"
+            )
 
     def _select(self, returned: Any) -> Tensor:
         """The logits' place in what the model returned."""
@@ -49,7 +69,13 @@ class AttachedHead(nn.Module):
             return self._output(returned)
         if self._output is not None:
             by_name = isinstance(self._output, str) and not isinstance(returned, dict)
-            return getattr(returned, self._output) if by_name else returned[self._output]  # type: ignore[arg-type]
+            try:
+                return getattr(returned, self._output) if by_name else returned[self._output]  # type: ignore[arg-type]
+            except (AttributeError, KeyError, IndexError, TypeError):
+                raise ValueError(
+                    f"output must say where the logits are in the {type(returned).__name__} that the model returned; "
+                    f"it has no {self._output!r}"
+                ) from None
         if not isinstance(returned, Tensor):
             raise ValueError(
                 f"output must say where the logits are in the {type(returned).__name__} that the model returned, "
@@ -95,8 +121,8 @@ def attach_head(
         Its ``to_inference()`` is the model again, with plain modules in the classifier's place.
 
     Raises:
-        ValueError: No classifier, several candidates, or a head for another feature dimension; at the first
-            call, a model that does something after its classifier.
+        ValueError: An argument of another kind, no classifier, several candidates, or a head for another feature
+            dimension; at the first call, a model that does something after its classifier.
 
     Example:
         >>> from neuralcollapse import NearestETFClassifier, attach_head
@@ -105,6 +131,9 @@ def attach_head(
         >>> model(torch.randn(32, 20), targets=torch.randint(10, (32,))).shape
         torch.Size([32, 10])
     """
+    check_module("head", head)
+    if output is not None and (isinstance(output, bool) or not (isinstance(output, str | int) or callable(output))):
+        raise ValueError(f"output must be a name, an index or a function, got {output!r}")
     name, found = resolve_classifier(model, classifier)
     expected = found.weight.shape[1]  # type: ignore[index]
     given = getattr(head, "in_features", expected)

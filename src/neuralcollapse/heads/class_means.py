@@ -7,7 +7,15 @@ from typing import Literal
 import torch
 from torch import Tensor, distributed, nn
 
-from neuralcollapse._checks import check_at_least, check_features, check_finite, check_targets
+from neuralcollapse._checks import (
+    check_at_least,
+    check_features,
+    check_finite,
+    check_ignore_index,
+    check_targets,
+    is_number,
+    values_readable,
+)
 
 Momentum = float | Literal["cumulative", "published"]
 # The best of those compared on a validation split at K = 10 and K = 100: docs/heads.md.
@@ -49,7 +57,8 @@ class MovingMean(KeepsFullPrecision):
 
     def __init__(self, rows: int, feature_dim: int, momentum: Momentum) -> None:
         super().__init__()
-        if momentum not in ("cumulative", "published") and (isinstance(momentum, str) or not 0 < momentum <= 1):
+        named = isinstance(momentum, str) and momentum in ("cumulative", "published")
+        if not (named or (is_number(momentum) and 0 < momentum <= 1)):
             raise ValueError(f"momentum must lie in (0, 1] or be 'cumulative' or 'published', got {momentum!r}")
         self.momentum = momentum
         self.register_buffer("mean", torch.zeros(rows, feature_dim, dtype=torch.float32))
@@ -59,17 +68,18 @@ class MovingMean(KeepsFullPrecision):
     def forward(self, batch_mean: Tensor, batch_count: Tensor) -> Tensor:
         """Take in means (rows, d) and counts (rows,) of a batch; return the moving means, differentiable in these."""
         self.batches = self.batches + 1
+        weight: Tensor | float
         if self.momentum == "cumulative":
             weight = batch_count / (batch_count + self.seen).clamp_min(1)
         elif self.momentum == "published":
             weight = (2 / (self.batches + 1)).clamp_min(1e-4)
         else:
-            weight = torch.full_like(batch_mean[:, 0], self.momentum)
-        weight = torch.where(self.seen == 0, 1, weight).where(batch_count > 0, 0).unsqueeze(-1)
+            weight = float(self.momentum)
+        weight = torch.where(self.seen == 0, 1.0, weight).where(batch_count > 0, 0).unsqueeze(-1)
         moved = torch.lerp(self.mean.to(batch_mean), batch_mean, weight.to(batch_mean))
         # A copy: what restores or broadcasts buffers writes into them, and the graph holds `moved`.
         self.mean = moved.detach().to(self.mean.dtype, copy=True)
-        self.seen = self.seen + batch_count
+        self.seen = self.seen + batch_count.to(torch.int64)
         return moved
 
 
@@ -88,9 +98,10 @@ class ClassMeans(nn.Module):
         momentum: α in (0, 1], the weight of the new batch; ``"cumulative"``, n_k/(n_k + seen_k); or
             ``"published"``, 2/(t+1) after t batches and never below 1e-4. Gradients flow through the batch's
             part only, so they scale with α.
+        ignore_index: Targets of this value count nowhere.
 
     Raises:
-        ValueError: K < 2, or a momentum of another kind.
+        ValueError: K < 2, d < 1, or a momentum of another kind.
 
     Source: Markou, Ajanthan, Gould (NeurIPS 2024), section 3.
 
@@ -101,8 +112,17 @@ class ClassMeans(nn.Module):
         ([-2.0, 4.0], [4.0])
     """
 
-    def __init__(self, num_classes: int, feature_dim: int, *, momentum: Momentum = DEFAULT_MOMENTUM) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        feature_dim: int,
+        *,
+        momentum: Momentum = DEFAULT_MOMENTUM,
+        ignore_index: int | None = None,
+    ) -> None:
         super().__init__()
+        check_ignore_index(ignore_index)
+        self.ignore_index = ignore_index
         check_at_least("num_classes", num_classes, 2)
         check_at_least("feature_dim", feature_dim, 1)
         self.num_classes = num_classes
@@ -111,7 +131,7 @@ class ClassMeans(nn.Module):
         self.overall = MovingMean(1, feature_dim, momentum)
 
     @property
-    def class_means(self) -> Tensor:
+    def centred_means(self) -> Tensor:
         """The moving centred class means C̄ (K, d), detached."""
         return self.centred.mean
 
@@ -125,7 +145,7 @@ class ClassMeans(nn.Module):
 
         Args:
             features: (N, d) floating.
-            targets: (N,) integers in [0, K).
+            targets: (N,) integers in [0, K), or ``ignore_index``.
 
         Returns:
             The moving centred class means C̄ (K, d) and the batch's global mean m (d,), both differentiable in
@@ -136,25 +156,37 @@ class ClassMeans(nn.Module):
         """
         check_features(features, self.feature_dim)
         readable = features.device.type == "cpu"  # elsewhere, reading a value would wait for the device at every step
-        if readable:
-            check_finite("features", features)
-        check_targets(targets, features.shape[0], self.num_classes, values=readable)
-        # One tensor [S | n], so that ranks meet once. Counts are exact in fp32 up to 2²⁴ samples a batch.
-        rows = torch.cat([features, torch.ones_like(features[:, :1])], 1)
-        totals = sum_over_ranks(rows.new_zeros(self.num_classes, rows.shape[1]).index_add(0, targets, rows))
-        sums, counts = totals[:, :-1], totals[:, -1:].detach()
-        batch_mean = sums.sum(0) / counts.sum().clamp_min(1)
-        centred = sums / counts.clamp_min(1) - batch_mean
-        counts = counts[:, 0].to(torch.int64)
-        self.overall(batch_mean.detach().unsqueeze(0), counts.sum().unsqueeze(0))
+        check_targets(targets, features.shape[0], self.num_classes, values=readable, ignore_index=self.ignore_index)
+        sums, counts = sums_over_ranks(*class_sums(features, targets, self.num_classes, self.ignore_index))
+        total = counts.sum()
+        batch_mean = sums.sum(0) / total.clamp_min(1)
+        if readable and values_readable(batch_mean) and not bool(torch.isfinite(batch_mean).all()):
+            check_finite("features", features)  # which one pass over the mean has seen already
+        centred = sums / counts.clamp_min(1).unsqueeze(-1) - batch_mean
+        self.overall(batch_mean.detach().unsqueeze(0), total.unsqueeze(0))
         return self.centred(centred, counts), batch_mean
 
 
-def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """The sum over the default process group, differentiable: its gradient is summed over the ranks, too."""
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        return _SumOverRanks.apply(tensor)
-    return tensor
+def class_sums(features: Tensor, targets: Tensor, num_classes: int, ignore_index: int | None) -> tuple[Tensor, Tensor]:
+    """Sums S (K, d) and counts n (K,) of each class's features; the counts in the features' dtype, exact up to 2²⁴."""
+    index, rows = targets.long(), num_classes
+    if ignore_index is not None:  # what is ignored is summed in a row of its own, which is dropped
+        index, rows = index.masked_fill(index == ignore_index, num_classes), num_classes + 1
+    counts = features.new_zeros(rows).index_add(0, index, features.new_ones(len(index)))
+    sums = features.new_zeros(rows, features.shape[1]).index_add(0, index, features)
+    return sums[:num_classes], counts[:num_classes]
+
+
+def sums_over_ranks(sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Both over the default process group, where ranks meet once. The gradient of the sums is summed over them, too."""
+    if not _distributed():
+        return sums, counts
+    totals = _SumOverRanks.apply(torch.cat([sums, counts.unsqueeze(-1)], -1))
+    return totals[..., :-1], totals[..., -1].detach()
+
+
+def _distributed() -> bool:
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 class _SumOverRanks(torch.autograd.Function):

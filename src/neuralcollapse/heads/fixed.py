@@ -7,9 +7,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from neuralcollapse._checks import check_etf_sizes, compute_dtype
+from neuralcollapse._checks import (
+    check_choice,
+    check_etf_sizes,
+    check_factory,
+    check_floating,
+    check_integral,
+    compute_dtype,
+)
 from neuralcollapse.geometry import random_simplex_etf, simplex_etf
-from neuralcollapse.heads.class_means import DEFAULT_MOMENTUM, Momentum, MovingMean, sum_over_ranks
+from neuralcollapse.geometry.simplex import check_simplex_etf
+from neuralcollapse.heads.class_means import DEFAULT_MOMENTUM, Momentum, MovingMean, sums_over_ranks
 from neuralcollapse.heads.head import Head
 
 Bias = Literal["centring", "learned", "none"]
@@ -26,6 +34,7 @@ class FixedETFClassifier(Head):
         bias: ``"centring"``: −W·m with the global mean m of the features, of the (whole, distributed) batch and
             without gradient in training, a moving mean in evaluation; ``"learned"``; ``"none"``.
         momentum: The weight of a new batch in that moving mean, as for `ClassMeans`.
+        ignore_index: Where targets are given, features whose target is this do not count in that mean.
         generator: Source of randomness for ``orientation="random"``.
 
     Shape: features (..., d) to logits (..., K).
@@ -53,13 +62,13 @@ class FixedETFClassifier(Head):
         feature_norm: float | Literal["auto"] | None = "auto",
         bias: Bias = "centring",
         momentum: Momentum = DEFAULT_MOMENTUM,
+        ignore_index: int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(in_features, num_classes, feature_norm)
+        super().__init__(in_features, num_classes, feature_norm, ignore_index)
         check_etf_sizes(num_classes, in_features)
         self.register_buffer("weight", _oriented(orientation, num_classes, in_features, generator))
-        if bias not in ("centring", "learned", "none"):
-            raise ValueError(f"bias must be 'centring', 'learned' or 'none', got {bias!r}")
+        check_choice("bias", bias, ("centring", "learned", "none"))
         self.learned_bias = nn.Parameter(torch.zeros(num_classes)) if bias == "learned" else None
         self.global_mean = MovingMean(1, in_features, momentum) if bias == "centring" else None
 
@@ -70,36 +79,37 @@ class FixedETFClassifier(Head):
             return -(self.weight @ self.global_mean.mean[0].to(self.weight))
         return self.learned_bias
 
-    def forward(self, features: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits (..., K) of features (..., d). Targets are accepted and not needed."""
+    def prepare(self, features: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As `Head.prepare`; the weight is fixed, the bias in training mode that of the batch."""
         features = self.features(features)
         if not (self.training and self.global_mean is not None):
-            return self.decide(features, self.weight, self.bias)
+            return features, self.weight, self.bias
         with torch.autocast(features.device.type, enabled=False):
             flat = features.detach().reshape(-1, self.in_features).to(compute_dtype(features.dtype))
-            total = sum_over_ranks(torch.cat([flat.sum(0), flat.new_tensor([flat.shape[0]])]))
-            count = total[-1:].to(torch.int64)
-            batch_mean = total[:-1] / count.clamp_min(1)
-            self.global_mean(batch_mean.unsqueeze(0), count)
-            bias = -(self.weight.to(batch_mean) @ batch_mean)
-        return self.decide(features, self.weight, bias)
+            if targets is not None and self.ignore_index is not None:
+                check_integral("targets", targets)
+                flat = flat[targets.reshape(-1) != self.ignore_index]
+            sums, counts = sums_over_ranks(flat.sum(0, keepdim=True), flat.new_tensor([flat.shape[0]]))
+            batch_mean = sums / counts.clamp_min(1)
+            self.global_mean(batch_mean, counts)
+            bias = -(self.weight.to(batch_mean) @ batch_mean[0])
+        return features, self.weight, bias
 
 
 def _oriented(
     orientation: str | Tensor, num_classes: int, feature_dim: int, generator: torch.Generator | None
 ) -> Tensor:
     if isinstance(orientation, Tensor):
+        check_floating("orientation", orientation)
         if orientation.shape != (num_classes, feature_dim):
             raise ValueError(
                 f"orientation must be of shape {(num_classes, feature_dim)}, got {tuple(orientation.shape)}"
             )
-        cosines = orientation.double() @ orientation.double().mT
-        expected = simplex_etf(num_classes, dtype=torch.float64, device=orientation.device)
-        if not torch.allclose(cosines, expected @ expected.mT, atol=1e-4):
-            raise ValueError("orientation must be a unit simplex ETF: unit rows with pairwise cosine -1/(K-1)")
+        check_simplex_etf("orientation", orientation)
         return orientation.detach().clone()
+    if not isinstance(orientation, str) or orientation not in ("canonical", "random"):
+        raise ValueError(f"orientation must be 'canonical', 'random' or a (K, d) tensor, got {orientation!r}")
+    check_factory(None, None, generator)
     if orientation == "canonical":
         return simplex_etf(num_classes, feature_dim)
-    if orientation == "random":
-        return random_simplex_etf(num_classes, feature_dim, generator=generator)
-    raise ValueError(f"orientation must be 'canonical', 'random' or a (K, d) tensor, got {orientation!r}")
+    return random_simplex_etf(num_classes, feature_dim, generator=generator)

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from neuralcollapse._checks import check_at_least, compute_dtype
+from neuralcollapse._checks import (
+    check_at_least,
+    check_factory,
+    check_floating,
+    check_ignore_index,
+    compute_dtype,
+    is_number,
+)
 
 
 class FeatureNorm(nn.Module):
@@ -17,6 +24,9 @@ class FeatureNorm(nn.Module):
 
     Args:
         radius: τ > 0.
+
+    Raises:
+        ValueError: Another radius, or an input that is no floating-point tensor.
 
     Shape: (..., d) to (..., d), in the dtype of the input (fp16 and bf16 are computed in fp32).
 
@@ -27,9 +37,12 @@ class FeatureNorm(nn.Module):
 
     def __init__(self, radius: float) -> None:
         super().__init__()
+        if not (is_number(radius) and radius > 0):
+            raise ValueError(f"radius must be a positive number, got {radius!r}")
         self.radius = radius
 
     def forward(self, features: Tensor) -> Tensor:
+        check_floating("features", features)
         exact = features.to(compute_dtype(features.dtype))
         norm = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
         return (exact * (self.radius / torch.where(norm > 0, norm, 1))).to(features.dtype)
@@ -58,8 +71,8 @@ def collapse_radius(num_classes: int, probability: float = 0.99) -> float:
         [6.1, 9.1, 11.5]
     """
     check_at_least("num_classes", num_classes, 2)
-    if not 1 / num_classes < probability < 1:
-        raise ValueError(f"probability must lie in (1/num_classes, 1), got {probability}")
+    if not (is_number(probability) and 1 / num_classes < probability < 1):
+        raise ValueError(f"probability must lie in (1/num_classes, 1), got {probability!r}")
     return (num_classes - 1) / num_classes * math.log((num_classes - 1) * probability / (1 - probability))
 
 
@@ -72,28 +85,50 @@ class Head(nn.Module):
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, in_features: int, num_classes: int, feature_norm: float | Literal["auto"] | None) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        feature_norm: float | Literal["auto"] | None,
+        ignore_index: int | None = None,
+    ) -> None:
         super().__init__()
+        check_ignore_index(ignore_index)
+        self.ignore_index = ignore_index
         check_at_least("in_features", in_features, 1)
         check_at_least("num_classes", num_classes, 2)
         self.in_features = in_features
         self.num_classes = num_classes
-        if feature_norm == "auto":
+        if isinstance(feature_norm, str) and feature_norm == "auto":
             feature_norm = collapse_radius(num_classes)
-        elif feature_norm is not None and not (isinstance(feature_norm, int | float) and 0 < feature_norm < math.inf):
+        elif feature_norm is not None and not (is_number(feature_norm) and feature_norm > 0):
             raise ValueError(f"feature_norm must be a positive number, 'auto' or None, got {feature_norm!r}")
         self.feature_norm = feature_norm
         self._norm = nn.Identity() if feature_norm is None else FeatureNorm(feature_norm)
 
     def features(self, inputs: Tensor) -> Tensor:
         """The tensor that the weight multiplies: the inputs (..., d), on the sphere where the head normalises."""
+        check_floating("features", inputs)
         if inputs.ndim < 1 or inputs.shape[-1] != self.in_features:
             raise ValueError(f"features must be of shape (..., {self.in_features}), got {tuple(inputs.shape)}")
         return self._norm(inputs)
 
     def forward(self, features: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits (..., K) of features (..., d). Targets are accepted and not needed."""
-        return self.decide(self.features(features), self.weight, self.bias)
+        return self.decide(*self.prepare(features, targets))
+
+    def prepare(self, features: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the logits are made of, with its graph; in training mode it is a step, as `forward` is.
+
+        Args:
+            features: (..., d).
+            targets: (...) integers, for the heads that need them.
+
+        Returns:
+            The tensor that the weight multiplies (..., d), the weight (K, d) and the bias (K,) or None. A loss of
+            these reaches every gradient path that `forward` has.
+        """
+        return self.features(features), self.weight, self.bias
 
     @staticmethod
     def decide(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -109,7 +144,11 @@ class Head(nn.Module):
 
         Returns:
             A module without state of its own beyond weight and bias. It can be exported and compiled whole.
+
+        Raises:
+            ValueError: A dtype that is not floating.
         """
+        check_factory(dtype, None)
         weight, bias = self.weight.detach(), self.bias
         dtype = dtype or weight.dtype
         linear = nn.utils.skip_init(

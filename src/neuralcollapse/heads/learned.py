@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from neuralcollapse._checks import check_bool
 from neuralcollapse.heads.head import Head
 
 
@@ -25,11 +26,12 @@ class LearnedClassifier(Head):
         bias: Whether to train a bias.
         feature_norm: τ, the norm that features are given; ``"auto"``: `collapse_radius`; ``None``: left as they are.
         unit_weight: Start with rows of unit norm. `project_after_step` keeps them so.
+        ignore_index: Accepted as by the other heads; this one counts no targets.
 
     Shape: features (..., d) to logits (..., K).
 
     Raises:
-        ValueError: Sizes out of range, or a ``feature_norm`` of another kind.
+        ValueError: Sizes out of range, or an argument of another kind.
 
     Example:
         >>> LearnedClassifier(64, 10, feature_norm=5.0, unit_weight=True)(torch.randn(32, 64)).shape
@@ -44,8 +46,11 @@ class LearnedClassifier(Head):
         bias: bool = True,
         feature_norm: float | Literal["auto"] | None = None,
         unit_weight: bool = False,
+        ignore_index: int | None = None,
     ) -> None:
-        super().__init__(in_features, num_classes, feature_norm)
+        super().__init__(in_features, num_classes, feature_norm, ignore_index)
+        check_bool("bias", bias)
+        check_bool("unit_weight", unit_weight)
         self.unit_weight = unit_weight
         linear = nn.Linear(in_features, num_classes, bias=bias)
         self.weight = linear.weight
@@ -71,7 +76,7 @@ def project_after_step(optimizer: Optimizer, head: LearnedClassifier) -> Removab
         A handle whose ``remove()`` ends it.
 
     Raises:
-        ValueError: ``head`` is of another kind.
+        ValueError: ``optimizer`` or ``head`` is of another kind.
 
     Example:
         >>> head = LearnedClassifier(8, 3, unit_weight=True)
@@ -82,8 +87,10 @@ def project_after_step(optimizer: Optimizer, head: LearnedClassifier) -> Removab
         >>> bool(torch.allclose(head.weight.norm(dim=1), torch.ones(3)))
         True
     """
+    if not isinstance(optimizer, Optimizer):
+        raise ValueError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     if not (isinstance(head, LearnedClassifier) and head.unit_weight):
-        raise ValueError(f"head must be a LearnedClassifier with unit_weight=True, got {head}")
+        raise ValueError(f"head must be a LearnedClassifier with unit_weight=True, got {head!r}")
     reference = weakref.ref(head)  # the optimiser must not keep a discarded model alive
 
     def project(*_: Any) -> None:

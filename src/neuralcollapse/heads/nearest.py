@@ -10,8 +10,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from neuralcollapse._checks import check_etf_sizes, compute_dtype
-from neuralcollapse.geometry import nearest_etf_diagnostics, nearest_simplex_etf, random_simplex_etf, simplex_etf
+from neuralcollapse._checks import (
+    check_bool,
+    check_choice,
+    check_etf_sizes,
+    check_integral,
+    check_not_negative,
+    compute_dtype,
+)
+from neuralcollapse.geometry import nearest_etf_diagnostics, random_simplex_etf, simplex_etf
+from neuralcollapse.geometry.nearest import solve
+from neuralcollapse.geometry.polar import METHODS, Method
+from neuralcollapse.geometry.watch import Watch
 from neuralcollapse.heads.class_means import DEFAULT_MOMENTUM, ClassMeans, KeepsFullPrecision, Momentum
 from neuralcollapse.heads.head import Head
 
@@ -19,13 +29,16 @@ logger = logging.getLogger(__name__)
 
 # With the momentum, the best of those compared on a validation split at K = 10 and K = 100: docs/heads.md.
 DEFAULT_PROXIMAL_WEIGHT = 0.5
+# In the first solve, where classes are missing in the batch and the data do not decide the ETF alone.
+FIRST_ANCHOR_WEIGHT = 1e-3
 
 
 class NearestETFClassifier(KeepsFullPrecision, Head):
     r"""A classifier whose weight is, at every training step, the simplex ETF nearest to the moving class means.
 
     In training, with targets, it takes the batch into its `ClassMeans`, solves for the nearest ETF with the last
-    one as anchor, and returns logits that carry two gradients: the direct one, and the one through the ETF
+    one as anchor (the first solve has none, since no data has spoken
+    before), and returns logits that carry two gradients: the direct one, and the one through the ETF
     (a differentiable argmin). In evaluation it is a linear classifier and changes nothing.
 
     Training-mode logits know the labels of their batch: compare accuracies in evaluation mode only.
@@ -42,6 +55,9 @@ class NearestETFClassifier(KeepsFullPrecision, Head):
         momentum: The weight α of a new batch in the class means, as for `ClassMeans`. The gradient through the
             ETF scales with α: at ``"published"``, which falls to 1e-4, it is practically off.
         implicit_gradient: Whether the gradient through the ETF is kept.
+        ignore_index: Features whose target is this count in no mean.
+        method: How the nearest ETF is found, as for `polar_factor`. On accelerators nothing waits for the device but
+            the first solve; `svd_fallbacks` counts the solves that needed an SVD.
         generator: If given, the first ETF has a random orientation drawn from it; else the canonical one.
 
     Shape: features (..., d) and targets (...) to logits (..., K).
@@ -72,18 +88,24 @@ class NearestETFClassifier(KeepsFullPrecision, Head):
         proximal_weight: float = DEFAULT_PROXIMAL_WEIGHT,
         momentum: Momentum = DEFAULT_MOMENTUM,
         implicit_gradient: bool = True,
+        ignore_index: int | None = None,
+        method: Method = "auto",
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(in_features, num_classes, feature_norm)
+        super().__init__(in_features, num_classes, feature_norm, ignore_index)
         check_etf_sizes(num_classes, in_features)
-        if bias not in ("centring", "none"):
-            raise ValueError(f"bias must be 'centring' or 'none', got {bias!r}")
-        if not 0 <= proximal_weight < float("inf"):
-            raise ValueError(f"proximal_weight must be finite and at least 0, got {proximal_weight}")
+        check_choice("bias", bias, ("centring", "none"))
+        check_not_negative("proximal_weight", proximal_weight)
+        check_bool("implicit_gradient", implicit_gradient)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise ValueError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+        check_choice("method", method, METHODS)
         self.centring = bias == "centring"
         self.proximal_weight = proximal_weight
         self.implicit_gradient = implicit_gradient
-        self.class_means = ClassMeans(num_classes, in_features, momentum=momentum)
+        self.method = method
+        self._watch = Watch()
+        self.class_means = ClassMeans(num_classes, in_features, momentum=momentum, ignore_index=ignore_index)
         start = (
             simplex_etf(num_classes, in_features, dtype=torch.float32)
             if generator is None
@@ -100,38 +122,63 @@ class NearestETFClassifier(KeepsFullPrecision, Head):
         """(K,), of the moving global mean; None without centring."""
         return -(self.weight @ self.class_means.global_mean.to(self.weight)) if self.centring else None
 
-    def forward(self, features: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits (..., K) of features (..., d); in training mode, targets (...) are needed (or ``with frozen()``)."""
+    @property
+    def svd_fallbacks(self) -> int:
+        """How many solves by products gave way to an SVD; see `polar_factor`."""
+        return self._watch.fallbacks
+
+    def prepare(self, features: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As `Head.prepare`; in training mode, targets (...) are needed (or ``with frozen()``)."""
         features = self.features(features)
         if not self.training or self._frozen:
-            return self.decide(features, self.weight, self.bias)
+            return features, self.weight, self.bias
         targets = self._targets if targets is None else targets
         if targets is None:
             raise ValueError(
                 "targets must be given in training mode: head(features, targets), or `with head.use_targets(targets):` "
                 "around the model; `with head.frozen():` (or evaluation mode) needs none and updates nothing"
             )
+        check_integral("targets", targets)
         # Means and the solve stay in fp32 under autocast.
         with torch.autocast(features.device.type, enabled=False):
             flat = features.reshape(-1, self.in_features).to(compute_dtype(features.dtype))
+            seen = self.class_means.centred.seen
             class_means, batch_mean = self.class_means(flat, targets.reshape(-1))
-            etf = nearest_simplex_etf(
-                class_means if self.implicit_gradient else class_means.detach(),
-                anchor=self.weight,
-                proximal_weight=self.proximal_weight,
-                check_values=False,  # ClassMeans has looked at the batch, before anything changed
-            )
-            if not torch.compiler.is_compiling() and logger.isEnabledFor(logging.DEBUG):
-                self._log_solution(class_means, etf)
-            # A copy: what restores or broadcasts buffers writes into them, and the graph holds `etf`.
-            self.weight = etf.detach().to(self.weight.dtype, copy=True)
+            etf = self._solve(class_means if self.implicit_gradient else class_means.detach(), seen)
             bias = -(etf @ batch_mean) if self.centring else None
-        return self.decide(features, etf, bias)
+        return features, etf, bias
 
-    def _log_solution(self, class_means: Tensor, etf: Tensor) -> None:
-        diagnostics = nearest_etf_diagnostics(
-            class_means, etf, anchor=self.weight, proximal_weight=self.proximal_weight
+    def _solve(self, class_means: Tensor, seen_before: Tensor) -> Tensor:
+        """The nearest ETF, with its graph; the weight is its value from now on."""
+        anchor_weight = self._anchor_weight(seen_before, self.class_means.centred.seen)
+        # Unchecked: ClassMeans has looked at the batch, before anything changed.
+        etf = solve(
+            class_means,
+            self.weight,
+            anchor_weight,
+            method=self.method,
+            watch=self._watch.handle,
+            greatest_weight=self.proximal_weight,
         )
+        if not torch.compiler.is_compiling() and logger.isEnabledFor(logging.DEBUG):
+            self._log_solution(class_means, etf, float(anchor_weight))
+        # A copy: what restores or broadcasts buffers writes into them, and the graph holds `etf`.
+        self.weight = etf.detach().to(self.weight.dtype, copy=True)
+        return etf
+
+    def _anchor_weight(self, seen_before: Tensor, seen: Tensor) -> Tensor | float:
+        """γ, or in the first solve 0; there, if classes are missing, just enough to decide what they leave open.
+
+        Tensors, so that nothing waits for an accelerator.
+        """
+        if self.proximal_weight == 0:
+            return 0.0
+        usual = self.class_means.global_mean.new_full((), self.proximal_weight)
+        first = torch.where(seen.all(), 0.0, usual.clamp_max(FIRST_ANCHOR_WEIGHT))
+        return torch.where(seen_before.any(), usual, first)
+
+    def _log_solution(self, class_means: Tensor, etf: Tensor, anchor_weight: float) -> None:
+        diagnostics = nearest_etf_diagnostics(class_means, etf, anchor=self.weight, proximal_weight=anchor_weight)
         logger.debug("nearest ETF: %s", ", ".join(f"{name} {value:.3e}" for name, value in diagnostics.items()))
 
     @contextmanager
@@ -145,7 +192,12 @@ class NearestETFClassifier(KeepsFullPrecision, Head):
 
     @contextmanager
     def use_targets(self, targets: Tensor) -> Iterator[None]:
-        """Within it, forward takes these targets where it is given none: for loops that cannot pass them."""
+        """Within it, forward takes these targets where it is given none: for loops that cannot pass them.
+
+        Raises:
+            ValueError: Targets that are no tensor of integers.
+        """
+        check_integral("targets", targets)
         before, self._targets = self._targets, targets
         try:
             yield

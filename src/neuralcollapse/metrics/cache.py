@@ -1,4 +1,4 @@
-"""Features kept for a second look without a second run of the model."""
+"""Features kept, where they are, for a second look without a second run of the model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Samples(NamedTuple):
 
 
 class FeatureCache:
-    """Batches of samples, on the host; above ``max_bytes`` their features go to a temporary file.
+    """Batches of samples, on the device that they came from; above ``max_bytes`` features go to a temporary file.
 
     Used as a context, at whose end the file is removed.
 
@@ -57,13 +57,33 @@ class FeatureCache:
 
     def append(self, features: Tensor, targets: Tensor, predictions: Tensor) -> None:
         """Keep a batch."""
-        features = features.detach().cpu().contiguous()
+        features = features.detach()
         size = features.numel() * features.element_size()
         if size and self._bytes + size > self.max_bytes:
-            features = self._to_disk(features)
+            features = self._to_disk(features.cpu().contiguous())
         else:
             self._bytes += size
-        self._held.append(Samples(features, targets.cpu(), predictions.cpu()))
+        self._held.append(Samples(features, targets, predictions))
+
+    def sample(self, size: int) -> tuple[Tensor, Tensor]:
+        """Features and targets of at most ``size`` samples, always the same ones of the same number, in their order.
+
+        Features are fp16, or bf16 where they exceed the range of fp16.
+        """
+        starts = [0]
+        for batch in self._held:
+            starts.append(starts[-1] + len(batch.targets))
+        drawn = torch.randperm(starts[-1], generator=torch.Generator().manual_seed(0))[:size].sort().values
+        features, targets = [], []
+        for start, end, batch in zip(starts, starts[1:], self._held, strict=False):
+            own = drawn[(drawn >= start) & (drawn < end)] - start
+            features.append(batch.features[own.to(batch.features.device)].cpu())
+            targets.append(batch.targets[own.to(batch.targets.device)].cpu().long())
+        if not features:
+            return torch.empty(0, 0, dtype=torch.float16), torch.empty(0, dtype=torch.int64)
+        rows = torch.cat(features)
+        fits = not len(rows) or bool(rows.abs().max() <= torch.finfo(torch.float16).max)
+        return rows.to(torch.float16 if fits else torch.bfloat16), torch.cat(targets)
 
     def __iter__(self) -> Iterator[Samples]:
         return iter(self._held)

@@ -1,149 +1,139 @@
-"""All metrics of moments as one ``torchmetrics.Metric``."""
+"""All metrics that class moments can give."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
-
 import torch
-from torch import Tensor, nn
-from torchmetrics import Metric
+from torch import Tensor
 
-from neuralcollapse.classifier import is_classifier
-from neuralcollapse.metrics.from_moments import collapse_metrics
-from neuralcollapse.metrics.moments import ClassMoments, Workspace
-from neuralcollapse.metrics.statistics import Center
-
-
-class _Reference:
-    """A module held by reference: not a submodule of the holder, and not copied with it."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Reference:
-        return self
+from neuralcollapse._checks import check_finite, check_floating
+from neuralcollapse.metrics import nc0, nc1, nc2, nc3, nc4, nc5
+from neuralcollapse.metrics.catalogue import in_order
+from neuralcollapse.metrics.features import feature_norm, rank_me
+from neuralcollapse.metrics.moments import ClassMoments
+from neuralcollapse.metrics.pairs import PairStatistics, pair_statistics
+from neuralcollapse.metrics.statistics import Center, class_statistics
 
 
-class NeuralCollapse(Metric):
-    """Neural collapse of the features seen, over all ranks: `collapse_metrics` as a ``torchmetrics.Metric``.
+@torch.no_grad()
+def collapse_metrics(
+    moments: ClassMoments,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    center: Center = "samples",
+    min_samples: int = 1,
+    max_samples: int | None = None,
+    ood_mean: Tensor | None = None,
+    pairwise: bool = True,
+) -> dict[str, float]:
+    """Every metric of neural collapse that needs no single samples, in fp64.
 
-    The classifier is held by reference: its parameters are read when `compute` is called, it is not in the
-    metric's ``state_dict`` and not copied by ``clone``. A deep copy of a model that holds the metric therefore still
-    measures the first model's classifier.
-
-    States are the class moments, read as ``metric.moments``. Their merge is exact, so ``full_state_update`` is
-    False: `forward` updates once and merges, ranks are merged in `compute`, and `merge_state` merges any two metrics.
-    Synchronising gathers the (K, d) means and the (d, d) scatter of every rank. `forward` also computes the batch's
-    own metrics, which costs more than updating and needs two classes in the batch; in a training loop call
-    ``update``.
+    What each is, and where it comes from, is said at the function of its name. Metrics of the classifier are there
+    when ``weight`` is given, ``nc5_ood`` when ``ood_mean`` is, ``nc1_numerical_rank`` when the moments keep
+    per-class scatter. ``nc1_pinv``, ``nc1_vci`` and ``rank_me`` are missing when ``min_samples`` or ``max_samples``
+    leaves out classes whose scatter the moments have pooled with the others' (none that has one sample only, and none
+    at all with ``ClassMoments(..., class_scatter=True)``).
 
     Args:
-        num_classes: K.
-        feature_dim: d.
-        classifier: An ``nn.Linear`` or a head; without one the metrics of the weight are left out.
-        dtype: As for `ClassMoments`.
-        class_scatter: Keep per-class scatter, K d² numbers, for ``nc1_numerical_rank``.
-        ignore_index: Samples of this target are left out.
-        check_values: Check that features are finite and targets in range at every update, which on an accelerator
-            waits for the device.
-        center: As for `collapse_metrics`.
-        min_samples: As for `collapse_metrics`.
-        pairwise: As for `collapse_metrics`.
-        **kwargs: Those of every ``torchmetrics.Metric``.
+        moments: The moments of the features that the weight multiplies.
+        weight: W (K, d).
+        bias: b (K,); None is 0.
+        center: ``"samples"``: deviations are taken from the mean of all samples; ``"classes"``: from the mean of
+            the class means, with which an exact ETF measures 0 on unbalanced data too.
+        min_samples: Classes with fewer samples are left out everywhere; 0 makes an absent class an error.
+        max_samples: Classes with more samples are left out everywhere.
+        ood_mean: (d,) mean feature of out-of-distribution data.
+        pairwise: Include the metrics over all pairs of classes, O(K² d).
+
+    Returns:
+        Name to value, in the order of `neuralcollapse.metrics.catalogue.METRICS`.
 
     Raises:
-        ValueError: K or d out of range, or a classifier whose weight is not (K, d).
+        ValueError: Fewer than two classes measured, or an argument of another shape than the moments' or of another
+            type.
 
     Example:
-        >>> from neuralcollapse.metrics import NeuralCollapse
-        >>> metric = NeuralCollapse(num_classes=2, feature_dim=2)
-        >>> metric.update(torch.tensor([[1.0, 0.1], [1, -0.1], [-1, 0.1], [-1, -0.1]]), torch.tensor([0, 0, 1, 1]))
-        >>> metric.compute()["nc1_quotient"]
-        tensor(0.0100, dtype=torch.float64)
+        >>> features = torch.tensor([[1.0, 0.1], [1, -0.1], [-1, 0.1], [-1, -0.1]])
+        >>> moments = ClassMoments(num_classes=2, feature_dim=2)
+        >>> moments.update(features, torch.tensor([0, 0, 1, 1]))
+        >>> metrics = collapse_metrics(moments, weight=torch.tensor([[1.0, 0], [-1, 0]]))
+        >>> print(f"{metrics['nc1_quotient']:.4f} {metrics['nc3_duality']:.4f}")
+        0.0100 0.0000
     """
+    measured = class_statistics(moments, center=center, min_samples=min_samples, max_samples=max_samples)
+    num_classes, feature_dim = moments.means.shape
+    weight = _like_state("weight", weight, (num_classes, feature_dim), moments)
+    bias = _like_state("bias", bias, (num_classes,), moments)
+    ood_mean = _like_state("ood_mean", ood_mean, (feature_dim,), moments)
+    means, variances = measured.centred_means, measured.within_class_variances
+    if weight is not None and len(measured.classes) < num_classes:
+        weight = weight[measured.classes]
+        bias = None if bias is None else bias[measured.classes]
 
-    full_state_update = False
-    is_differentiable = False
-    higher_is_better = None
+    values: dict[str, Tensor] = {}
+    if measured.within_class_covariance is not None:
+        spectrum = nc1.BetweenClassSpectrum.of(means)
+        values["nc1_pinv"] = nc1.nc1_pinv(measured.within_class_covariance, means, spectrum=spectrum)
+        values["nc1_vci"] = nc1.nc1_vci(measured.within_class_covariance, means, spectrum=spectrum)
+        values["rank_me"] = rank_me(measured.within_class_covariance, measured.class_means, measured.counts)
+    within_class_trace = variances @ measured.counts.double() / measured.counts.sum()
+    values["nc1_quotient"] = nc1.nc1_quotient(within_class_trace, means)
+    if measured.class_scatter is not None:
+        values["nc1_numerical_rank"] = nc1.nc1_numerical_rank(
+            measured.class_scatter, measured.class_means, measured.counts
+        )
+    values["feature_norm"] = feature_norm(measured.class_means, variances, measured.counts)
+    values["nc2_etf_means"] = nc2.nc2_etf(means)
+    values["nc2_equinorm_means"] = nc2.nc2_equinorm(means)
+    if pairwise:
+        values |= _pairwise_of_means(means, variances)
+    if weight is not None:
+        values["nc0_weight_sum"] = nc0.nc0_weight_sum(weight)
+        values["nc2_etf_weights"] = nc2.nc2_etf(weight)
+        values["nc2_equinorm_weights"] = nc2.nc2_equinorm(weight)
+        values["nc2_equinorm_difference"] = nc2.nc2_equinorm_difference(means, weight)
+        if pairwise:
+            values |= _angles(pair_statistics(weight, _ANGLES), "weights")
+        values["nc3_duality"] = nc3.nc3_duality(weight, means)
+        values["nc3_distance"] = nc3.nc3_distance(weight, means)
+        values["nc3_uniform"] = nc3.nc3_uniform(weight, means)
+        values["nc3_uniform_cos"] = nc3.nc3_uniform_cos(weight, means)
+        values["nc4_bias"] = nc4.nc4_bias(weight, bias, measured.center)
+    if ood_mean is not None:
+        values["nc5_ood"] = nc5.nc5_ood(measured.class_means, ood_mean)
+    # One copy from the device, not one for each metric.
+    return in_order(dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True)))
 
-    counts: Tensor
-    means: Tensor
-    within_class_scatter: Tensor
-    within_class_trace: Tensor
 
-    def __init__(
-        self,
-        num_classes: int,
-        feature_dim: int,
-        classifier: nn.Module | None = None,
-        *,
-        dtype: torch.dtype | Literal["mixed"] = torch.float64,
-        class_scatter: bool = False,
-        ignore_index: int | None = None,
-        check_values: bool = True,
-        center: Center = "samples",
-        min_samples: int = 1,
-        pairwise: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        state = ClassMoments(num_classes, feature_dim, dtype=dtype, class_scatter=class_scatter).state
-        for name, tensor in state.items():
-            self.add_state(name, tensor, dist_reduce_fx=None)
-        if classifier is not None:
-            weight: Any = getattr(classifier, "weight", None)
-            if not is_classifier(classifier):
-                raise ValueError(
-                    "classifier must be an nn.Linear or have weight (K, d), bias and features(x), "
-                    f"got {type(classifier).__name__}"
-                )
-            if weight.shape != (num_classes, feature_dim):
-                raise ValueError(
-                    f"classifier must have a weight of shape ({num_classes}, {feature_dim}), got {tuple(weight.shape)}"
-                )
-        self._classifier = None if classifier is None else _Reference(classifier)
-        self._moments_dtype = dtype
-        self._workspace = Workspace()
-        self.ignore_index = ignore_index
-        self.check_values = check_values
-        self._options: dict[str, Any] = {"center": center, "min_samples": min_samples, "pairwise": pairwise}
+_ANGLES = {"equiangular": nc2.cosines, "max_angle": nc2.distance_to_max_angle}
+_KERNELS = {kernel: nc2.hyperspherical_kernel(kernel) for kernel in nc2.HYPERSPHERICAL_KERNELS}
 
-    @property
-    def moments(self) -> ClassMoments:
-        """The class moments seen so far; they share the metric's memory."""
-        return self._moments_of(self.metric_state)
 
-    def update(self, features: Tensor, target: Tensor) -> None:
-        """Take in a batch.
+def _angles(statistics: dict[str, PairStatistics], suffix: str) -> dict[str, Tensor]:
+    _, variance, count = statistics["equiangular"]
+    return {
+        f"nc2_equiangular_{suffix}": nc2.std_over_ordered_pairs(variance, count),
+        f"nc2_max_angle_{suffix}": statistics["max_angle"].mean,
+    }
 
-        Args:
-            features: (..., d), what the classifier's weight multiplies (``classifier.features(x)`` of a head).
-            target: (...) integer classes.
-        """
-        moments = self.moments
-        moments.num_batches = self._update_count - 1
-        moments.update(features, target, ignore_index=self.ignore_index, check_values=self.check_values)
 
-    def compute(self) -> dict[str, Tensor]:
-        """Every metric by name, as scalars; see `collapse_metrics`."""
-        classifier: Any = None if self._classifier is None else self._classifier.module
-        weight, bias = (None, None) if classifier is None else (classifier.weight, classifier.bias)
-        values = collapse_metrics(self.moments, weight, bias, **self._options)
-        return {name: torch.tensor(value, dtype=self.means.dtype, device=self.device) for name, value in values.items()}
+def _pairwise_of_means(means: Tensor, variances: Tensor) -> dict[str, Tensor]:
+    """All that needs the pairs of class means, in one pass over them."""
+    functions = {"cdnv": nc1.cdnv_of_pairs(variances), **_ANGLES, **_KERNELS}
+    statistics = pair_statistics(means, functions)
+    values = {"nc1_cdnv": statistics["cdnv"].mean} | _angles(statistics, "means")
+    for kernel in _KERNELS:
+        values[f"nc2_hyperspherical_{kernel}_mean"] = statistics[kernel].mean
+        values[f"nc2_hyperspherical_{kernel}_variance"] = statistics[kernel].variance
+    return values
 
-    def _moments_of(self, state: dict[str, Any]) -> ClassMoments:
-        return ClassMoments.from_state(state, dtype=self._moments_dtype, workspace=self._workspace)
 
-    def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
-        """Merge, where torchmetrics would stack (it calls this in `forward` and `merge_state`)."""
-        self.moments.merge(self._moments_of(incoming_state))
-
-    def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
-        """Gather the ranks' states, which torchmetrics stacks, and merge them in the order of ranks."""
-        super()._sync_dist(*args, **kwargs)
-        gathered = self.metric_state
-        merged = self._moments_of({name: states[0].clone() for name, states in gathered.items()})
-        for rank in range(1, len(self.counts)):
-            merged.merge(self._moments_of({name: states[rank] for name, states in gathered.items()}))
-        for name, tensor in merged.state.items():
-            setattr(self, name, tensor)
+def _like_state(name: str, tensor: Tensor | None, shape: tuple[int, ...], moments: ClassMoments) -> Tensor | None:
+    """The argument checked, in fp64, where the moments are."""
+    if tensor is None:
+        return None
+    check_floating(name, tensor)
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must be of shape {shape}, got {tuple(tensor.shape)}")
+    check_finite(name, tensor)
+    return tensor.to(moments.device, torch.float64)

@@ -1,62 +1,91 @@
-"""How far a classifier and its class means are from simplex ETFs, and from each other."""
+"""How far a classifier and its class means are from simplex ETFs, and those from a reference epoch's."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from neuralcollapse._checks import check_finite, check_floating
+from neuralcollapse._checks import check_finite
 from neuralcollapse.geometry import nearest_simplex_etf
-from neuralcollapse.metrics.nc3 import nc3_distance, nc3_duality
+from neuralcollapse.metrics.doors import check_integers, check_shapes
+from neuralcollapse.metrics.nc3 import nc3_distance
+from neuralcollapse.metrics.statistics import Center, check_center
 
 
 @torch.no_grad()
-def etf_distances(weight: Tensor, class_means: Tensor, reference: Tensor | None = None) -> dict[str, float]:
-    """Squared Frobenius distances between W, C, and their nearest simplex ETFs, each scaled to unit Frobenius norm.
+def etf_distances(
+    weight: Tensor,
+    class_means: Tensor,
+    *,
+    center: Center = "samples",
+    class_counts: Tensor | None = None,
+    reference_weight: Tensor | None = None,
+    reference_means: Tensor | None = None,
+) -> dict[str, float]:
+    """Squared Frobenius distances of W, C and their nearest simplex ETFs, each scaled to unit Frobenius norm.
 
-    C are the class means less their mean. Every distance lies in [0, 4]; at collapse all are 0.
-    Source: Markou, Ajanthan & Gould, NeurIPS 2024.
+    C are the class means less their centre. Distances to a nearest ETF lie in [0, 2], those between ETFs in [0, 4].
+    At collapse the first three are 0. Source: Markou, Ajanthan & Gould, NeurIPS 2024.
 
     Args:
         weight: W (K, d), d at least K − 1.
-        class_means: M (K, d).
-        reference: (K, d) class means or weight of a reference epoch.
+        class_means: M (K, d); centred ones will do where the classes are balanced.
+        center: ``"samples"``: C = M less the mean of all samples, as published; ``"classes"``: less the mean of the
+            class means.
+        class_counts: (K,) samples of each class, which give the mean of all samples; None for balanced classes.
+        reference_weight: W₀ (K, d) of a reference epoch.
+        reference_means: M₀ (K, d) of a reference epoch, of the same class counts.
 
     Returns:
-        ``weight_to_etf`` ‖etf(W) − W‖², ``means_to_etf`` ‖etf(C) − C‖², ``etf_to_etf`` ‖etf(W) − etf(C)‖²,
-        ``weight_to_means`` ‖W − C‖², ``duality`` ‖WCᵀ/‖WCᵀ‖ − T‖; with a reference ``weight_etf_to_reference`` and
-        ``means_etf_to_reference``, ‖etf(·) − etf(reference)‖².
+        ``etf_weights`` ‖E(W) − W‖², ``etf_means`` ‖E(C) − C‖², ``etf_between`` ‖E(W) − E(C)‖²; with references
+        ``etf_weights_reference`` ‖E(W) − E(W₀)‖² and ``etf_means_reference`` ‖E(C) − E(C₀)‖².
 
     Raises:
-        ValueError: Shapes that differ, values that are not finite, or d under K − 1.
+        ValueError: Shapes that differ, values that are not finite, negative or all-zero counts, or d under K − 1.
 
     Example:
         >>> from neuralcollapse.geometry import simplex_etf
         >>> distances = etf_distances(simplex_etf(4, 5), 3 * simplex_etf(4, 5) + 1)
-        >>> max(distances.values()) < 1e-6
-        True
+        >>> list(distances), max(distances.values()) < 1e-6
+        (['etf_weights', 'etf_means', 'etf_between'], True)
     """
-    check_floating("class_means", class_means)
-    matrices = {"weight": weight, "class_means": class_means}
-    if reference is not None:
-        matrices["reference"] = reference
+    matrices = {"class_means": class_means, "weight": weight}
+    matrices |= {} if reference_weight is None else {"reference_weight": reference_weight}
+    matrices |= {} if reference_means is None else {"reference_means": reference_means}
+    check_shapes(**{name: (matrix, "K d") for name, matrix in matrices.items()})
     for name, matrix in matrices.items():
-        check_floating(name, matrix)
-        if matrix.ndim != 2 or matrix.shape != class_means.shape:
-            raise ValueError(f"{name} must be of shape {tuple(class_means.shape)} (K, d), got {tuple(matrix.shape)}")
         check_finite(name, matrix)
-    weight, centred_means = weight.double(), class_means.double() - class_means.double().mean(dim=0)
+    check_center(center)
+    shares = _shares(class_counts, class_means) if center == "samples" else _shares(None, class_means)
+
+    weight, centred_means = weight.double(), _centred(class_means, shares)
     weight_etf, means_etf = nearest_simplex_etf(weight), nearest_simplex_etf(centred_means)
     # Of two matrices, nc3_distance is the squared distance at unit Frobenius norm.
     distances = {
-        "weight_to_etf": nc3_distance(weight_etf, weight),
-        "means_to_etf": nc3_distance(means_etf, centred_means),
-        "etf_to_etf": nc3_distance(weight_etf, means_etf),
-        "weight_to_means": nc3_distance(weight, centred_means),
-        "duality": nc3_duality(weight, centred_means),
+        "etf_weights": nc3_distance(weight_etf, weight),
+        "etf_means": nc3_distance(means_etf, centred_means),
+        "etf_between": nc3_distance(weight_etf, means_etf),
     }
-    if reference is not None:
-        reference_etf = nearest_simplex_etf(reference.double())
-        distances["weight_etf_to_reference"] = nc3_distance(weight_etf, reference_etf)
-        distances["means_etf_to_reference"] = nc3_distance(means_etf, reference_etf)
+    if reference_weight is not None:
+        distances["etf_weights_reference"] = nc3_distance(weight_etf, nearest_simplex_etf(reference_weight.double()))
+    if reference_means is not None:
+        reference_etf = nearest_simplex_etf(_centred(reference_means, shares))
+        distances["etf_means_reference"] = nc3_distance(means_etf, reference_etf)
     return {name: float(distance) for name, distance in distances.items()}
+
+
+def _shares(class_counts: Tensor | None, class_means: Tensor) -> Tensor:
+    """(K,) each class's part in the centre."""
+    num_classes = len(class_means)
+    if class_counts is None:
+        return torch.full((num_classes,), 1 / num_classes, dtype=torch.float64, device=class_means.device)
+    check_integers("class_counts", class_counts, num_classes)
+    if (class_counts < 0).any() or not class_counts.any():
+        raise ValueError(f"class_counts must be at least 0, and not all 0, got {class_counts.tolist()[:10]}")
+    counts = class_counts.to(class_means.device, torch.float64)
+    return counts / counts.sum()
+
+
+def _centred(class_means: Tensor, shares: Tensor) -> Tensor:
+    means = class_means.double()
+    return means - shares @ means

@@ -45,18 +45,23 @@ class ModelRun:
             if targets is None:
                 raise ValueError(f"{argument} must yield (input, target) pairs, got no target; see unpack=")
             inputs, logits = calls[self.name]
-            layers = {layer: self._pool(_first_tensor(calls[layer][1]), targets) for layer in self.layers}
             features = classifier_features(self.classifier, inputs)
-            yield Outputs(features, logits, targets.to(self.device), layers)
+            yield Outputs(features, logits, targets.to(self.device), self._pooled(calls, targets.shape))
 
-    def mean_feature(self, loader: Iterable[Any], feature_dim: int) -> Tensor:
-        """(d,) mean feature over a loader."""
-        total, count = torch.zeros(feature_dim, dtype=torch.float64, device=self.device), 0
-        for _, calls in self._calls(loader, "ood_loader", ()):
-            features = classifier_features(self.classifier, calls[self.name][0]).flatten(0, -2).double()
-            total += features.sum(dim=0)
-            count += len(features)
-        return total / count
+    def mean_features(self, loader: Iterable[Any]) -> dict[str, Tensor]:
+        """(d,) mean feature over a loader, under the empty name, and of each layer."""
+        sums: dict[str, Tensor] = {}
+        counts: dict[str, int] = {}
+        for _, calls in self._calls(loader, "ood_loader", self.layers):
+            features = classifier_features(self.classifier, calls[self.name][0])
+            for name, values in {"": features, **self._pooled(calls, features.shape[:-1])}.items():
+                rows = values.flatten(0, -2).double()
+                sums[name] = sums.get(name, torch.zeros_like(rows[0])) + rows.sum(dim=0)
+                counts[name] = counts.get(name, 0) + len(rows)
+        return {name: total / counts[name] for name, total in sums.items()}
+
+    def _pooled(self, calls: dict[str, tuple[Any, Any]], shape: torch.Size) -> dict[str, Tensor]:
+        return {layer: self._pool(_first_tensor(calls[layer][1]), shape) for layer in self.layers}
 
     def _calls(
         self, loader: Iterable[Any], argument: str, layers: Sequence[str]
@@ -89,11 +94,11 @@ class ModelRun:
         else:
             self.model(inputs)
 
-    def _pool(self, output: Tensor, targets: Tensor) -> Tensor:
-        """(B, d), or (B, T, d) where there is a target for each token."""
+    def _pool(self, output: Tensor, shape: torch.Size) -> Tensor:
+        """(B, d), or (B, T, d) where targets have the shape (B, T): one for each token."""
         if callable(self.layer_pooling):
             return self.layer_pooling(output)
-        if output.shape[:-1] == targets.shape:
+        if output.shape[:-1] == shape:
             return output
         if self.layer_pooling == "flatten":
             return output.flatten(1)

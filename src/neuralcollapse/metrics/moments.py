@@ -4,43 +4,28 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from neuralcollapse._checks import check_at_least, check_finite, check_floating, check_targets
+from neuralcollapse._checks import check_at_least, check_finite, check_targets
+from neuralcollapse.metrics.accumulation import (
+    Workspace,
+    add_class_grams,
+    add_gram,
+    deviations_exactly,
+    deviations_in_fp32,
+    flat_batch,
+    group_by_class,
+)
+from neuralcollapse.metrics.doors import check_device
 
 logger = logging.getLogger(__name__)
 
 # An update's temporaries have at most this many elements each, so that they stay in cache.
 _CHUNK_ELEMENTS = {"cpu": 2**19, "accelerator": 2**24}
-_STRIP = 192  # width of the strips in which a symmetric product is formed
-
-
-class Workspace:
-    """Memory for temporaries that outlives an update: on a CPU, fresh pages can cost more than the arithmetic on them.
-
-    Copies and pickles start empty.
-    """
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
-
-    def __reduce__(self) -> tuple[type[Workspace], tuple[()]]:
-        return Workspace, ()
-
-    def take(self, shape: Sequence[int], like: Tensor, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """An uninitialised tensor of this shape, on the device and by default of the dtype of another."""
-        dtype = like.dtype if dtype is None else dtype
-        if like.device.type != "cpu":  # accelerators keep freed memory themselves
-            return torch.empty(*shape, dtype=dtype, device=like.device)
-        size = math.prod(shape)
-        if name not in self._buffers or len(self._buffers[name]) < size:
-            self._buffers[name] = torch.empty(size, dtype=dtype)
-        return self._buffers[name][:size].view(*shape)
 
 
 class ClassMoments:
@@ -57,8 +42,8 @@ class ClassMoments:
     Args:
         num_classes: K.
         feature_dim: d.
-        dtype: ``torch.float64``, ``torch.float32``, or ``"mixed"``: means and sums in fp64, the product of
-            each batch's deviations in fp32 (about twice as fast, accurate to about 1e-6).
+        dtype: ``torch.float64``, ``torch.float32``, or ``"mixed"``: means and merges in fp64, each batch's deviations
+            from its own class means and their product in fp32 (about twice as fast, accurate to about 1e-6).
         class_scatter: Keep the scatter of each class apart as well, which `nc1_numerical_rank` needs. It takes
             K d² numbers: `required_bytes` says how much that is, and a log line does before the memory is taken.
         device: Where the state lives; batches are moved there.
@@ -72,7 +57,7 @@ class ClassMoments:
         num_batches: Updates so far.
 
     Raises:
-        ValueError: ``num_classes`` under 2, ``feature_dim`` under 1, or an unknown dtype.
+        ValueError: ``num_classes`` under 2, ``feature_dim`` under 1, or an unknown dtype or device.
 
     Example:
         >>> moments = ClassMoments(num_classes=2, feature_dim=3)
@@ -97,6 +82,7 @@ class ClassMoments:
         check_at_least("feature_dim", feature_dim, 1)
         if dtype not in (torch.float64, torch.float32, "mixed"):
             raise ValueError(f"dtype must be torch.float64, torch.float32 or 'mixed', got {dtype!r}")
+        check_device(device)
         self.dtype = dtype
         if class_scatter:
             needed = self.required_bytes(num_classes, feature_dim, dtype=dtype, class_scatter=True)
@@ -106,7 +92,7 @@ class ClassMoments:
         self.means = torch.zeros(num_classes, feature_dim, dtype=state_dtype, device=device)
         self.within_class_trace = torch.zeros(num_classes, dtype=state_dtype, device=device)
         self._scatter = torch.zeros(feature_dim, feature_dim, dtype=state_dtype, device=device)
-        self.class_scatter = (
+        self._class_scatter = (
             torch.zeros(num_classes, feature_dim, feature_dim, dtype=state_dtype, device=device)
             if class_scatter
             else None
@@ -137,7 +123,7 @@ class ClassMoments:
             raise ValueError(f"state must hold {', '.join(names)}; {', '.join(missing)} is missing")
         moments = cls.__new__(cls)
         moments.counts, moments.means, moments._scatter, moments.within_class_trace = (state[name] for name in names)
-        moments.class_scatter = state.get("class_scatter")
+        moments._class_scatter = state.get("class_scatter")
         moments.dtype = moments.means.dtype if dtype is None else dtype
         moments.num_batches = 0
         moments._workspace = Workspace() if workspace is None else workspace
@@ -178,8 +164,18 @@ class ClassMoments:
 
     @property
     def within_class_scatter(self) -> Tensor:
-        """(d, d) pooled within-class scatter. Updates write its upper triangle only; reading mirrors it."""
-        return self._scatter.copy_(self._scatter.triu() + self._scatter.triu(1).T)
+        """(d, d) pooled within-class scatter. Updates write upper triangles only; reading mirrors it."""
+        pooled = self._scatter if self._class_scatter is None else self._class_scatter.sum(dim=0)
+        return self._scatter.copy_(pooled.triu() + pooled.triu(1).T)
+
+    @property
+    def class_scatter(self) -> Tensor | None:
+        """(K, d, d) each class's scatter, or None."""
+        if self._class_scatter is not None:
+            for rows in self._class_tiles():
+                scatter = self._class_scatter[rows]
+                scatter.copy_(scatter.triu() + scatter.triu(1).mT)
+        return self._class_scatter
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -223,16 +219,7 @@ class ClassMoments:
             ValueError: Wrong shape or dtype, targets out of range, or features that are not finite (the message
                 says in which batch). The moments are then as they were.
         """
-        check_floating("features", features)
-        if features.ndim < 2 or features.shape[-1] != self.feature_dim:
-            raise ValueError(f"features must be of shape (N, {self.feature_dim}), got {tuple(features.shape)}")
-        if targets.shape != features.shape[:-1]:
-            raise ValueError(f"targets must be of shape {tuple(features.shape[:-1])}, got {tuple(targets.shape)}")
-        features = features.reshape(-1, self.feature_dim).to(self.device)
-        targets = targets.reshape(-1).to(self.device)
-        if ignore_index is not None:
-            kept = targets != ignore_index
-            features, targets = features[kept], targets[kept]
+        features, targets = flat_batch(features, targets, self.feature_dim, self.device, ignore_index)
         check_targets(targets, len(features), self.num_classes, values=check_values)
         # The sum is a cheap test: it is finite only if every entry is (or, rarely, when finite entries overflow).
         if check_values and not torch.isfinite(features.sum()):
@@ -245,48 +232,32 @@ class ClassMoments:
                 self._update_chunk(chunk, labels)
 
     def _update_chunk(self, features: Tensor, targets: Tensor) -> None:
-        present, members, batch_counts = self._group(targets)
-        rows_of_classes = partial(self._workspace.take, (len(present), self.feature_dim), self.means)
-        rows_of_samples = partial(self._workspace.take, features.shape, self.means)
+        group = group_by_class(targets, self.num_classes)
+        counts = self.counts[group.present]
+        means = self._workspace.take((len(group.present), self.feature_dim), self.means, "means")
+        torch.index_select(self.means, 0, group.present, out=means)
+        # Sums in fp32 pay where a class has several samples; with one each they save nothing.
+        fast = self.dtype == "mixed" and 2 * len(group.present) <= len(targets)
+        take_deviations = deviations_in_fp32 if fast else deviations_exactly
+        deviations, means = take_deviations(features, group, means, counts, self._workspace)
+        self.means.index_copy_(0, group.present, means)
+        self.counts.index_add_(0, group.present, group.counts)
 
-        features = rows_of_samples("features").copy_(features)
-        counts = self.counts[present]
-        means = torch.index_select(self.means, 0, present, out=rows_of_classes("means"))
-        sums = rows_of_classes("differences").zero_().index_add_(0, members, features)
-        difference = sums.div_(batch_counts.clamp(min=1)[:, None]).sub_(means)  # Δ
-        total = (counts + batch_counts).clamp(min=1).to(means.dtype)[:, None]
-        share, root = batch_counts[:, None] / total, torch.sqrt(counts[:, None] / total)
-        means.addcmul_(share, difference)
-        self.means.index_copy_(0, present, means)
-        self.counts.index_add_(0, present, batch_counts)
-
-        # Deviations from M' sum to 0 in each class, so those from M' − √(n/(n + n')) Δ give S' + w ΔΔᵀ in one product.
-        # With the new mean M + Δ n'/(n + n') that point is the new mean + (1 − n'/(n + n') − √(n/(n + n'))) Δ.
-        origin = difference.mul_(1 - share - root).add_(means)
-        if self.device.type == "cpu" and not (varies := ((counts > 0) | (batch_counts > 1))[members]).all():
+        classes = targets
+        if self.device.type == "cpu" and not (varies := ((counts > 0) | (group.counts > 1))[group.members]).all():
             kept = varies.nonzero().flatten()  # a class's first sample, alone, does not deviate
-            members = members[kept]
-            features = torch.index_select(features, 0, kept, out=rows_of_samples("kept")[: len(kept)])
-        origins = torch.index_select(origin, 0, members, out=rows_of_samples("origins")[: len(members)])
-        deviations = features.sub_(origins)
-        squared_norms = torch.linalg.vector_norm(deviations, dim=1).square()
-        self.within_class_trace.index_add_(0, present[members], squared_norms)
-        if self.dtype == "mixed":
-            deviations = self._workspace.take(deviations.shape, deviations, "rounded", torch.float32).copy_(deviations)
-        self._add_gram(deviations)
-        if self.class_scatter is not None:
-            for index in members.unique().tolist():
-                own = deviations[members == index]
-                self.class_scatter[present[index]] += own.T @ own
-
-    def _group(self, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Classes to look at, each sample's place among them, and how many samples each has."""
-        if self.device.type == "cpu":
-            return torch.unique(targets, return_inverse=True, return_counts=True)
-        # How many classes are present is known to the device alone; all of them, without waiting for it, is faster.
-        ones = torch.ones_like(targets)
-        counts = torch.zeros_like(self.counts).index_add_(0, targets, ones)
-        return torch.arange(self.num_classes, device=self.device), targets, counts
+            classes = classes[kept]
+            out = self._workspace.take((len(kept), self.feature_dim), deviations, "kept")
+            deviations = torch.index_select(deviations, 0, kept, out=out)
+        if self.dtype == "mixed" and not fast:
+            rounded = self._workspace.take(deviations.shape, deviations, "rounded", torch.float32)
+            deviations = rounded.copy_(deviations)
+        squared_norms = torch.linalg.vector_norm(deviations, dim=1).to(self.means.dtype).square()
+        self.within_class_trace.index_add_(0, classes, squared_norms)
+        if self._class_scatter is None:
+            add_gram(self._scatter, deviations, self._workspace)
+        else:
+            add_class_grams(self._class_scatter, deviations, classes, self._workspace)
 
     @torch.no_grad()
     def merge(self, other: ClassMoments) -> None:
@@ -295,45 +266,36 @@ class ClassMoments:
         Raises:
             ValueError: ``other`` has another K or d, or only one of the two keeps per-class scatter.
         """
+        if not isinstance(other, ClassMoments):
+            raise ValueError(f"other must be ClassMoments, got {type(other).__name__}")
         if other.means.shape != self.means.shape:
             raise ValueError(
                 f"other must have K, d = {tuple(self.means.shape)} as these moments do, got {tuple(other.means.shape)}"
             )
-        if (other.class_scatter is None) != (self.class_scatter is None):
+        if (other._class_scatter is None) != (self._class_scatter is None):
             raise ValueError("other must keep per-class scatter exactly if these moments do (class_scatter=True)")
-        self._scatter += other._scatter.to(self._scatter)
+        if self._class_scatter is None:
+            self._scatter += other._scatter.to(self._scatter)
         self.within_class_trace += other.within_class_trace.to(self.within_class_trace)
-        if self.class_scatter is not None and other.class_scatter is not None:
-            self.class_scatter += other.class_scatter.to(self.class_scatter)
+        if self._class_scatter is not None and other._class_scatter is not None:
+            self._class_scatter += other._class_scatter.to(self._class_scatter)
         for rows in self._class_tiles():
             means = self.means[rows]
             counts, new = self.counts[rows], other.counts[rows].to(self.device)
             share = (new / (counts + new).clamp(min=1).to(means.dtype))[:, None]
             difference = other.means[rows].to(means) - means
             weighted = torch.sqrt(counts[:, None] * share) * difference
-            self._add_gram(weighted)
+            if self._class_scatter is None:
+                add_gram(self._scatter, weighted, self._workspace)
+            else:
+                self._class_scatter[rows] += weighted[:, :, None] * weighted[:, None, :]
             self.within_class_trace[rows] += weighted.square().sum(dim=1)
-            if self.class_scatter is not None:
-                self.class_scatter[rows] += weighted[:, :, None] * weighted[:, None, :]
             means += share * difference
             counts += new
         self.num_batches += other.num_batches
 
-    def _add_gram(self, rows: Tensor) -> None:
-        """Add rowsᵀ rows to the scatter's upper triangle, in strips that save 40% of the work."""
-        for start in range(0, self.feature_dim, _STRIP):
-            strip, left, right = (
-                self._scatter[start : start + _STRIP, start:],
-                rows[:, start : start + _STRIP],
-                rows[:, start:],
-            )
-            if rows.dtype == strip.dtype:
-                strip.addmm_(left.T, right)
-            else:
-                strip += torch.mm(left.T, right, out=self._workspace.take(strip.shape, rows, "product"))
-
     def _class_tiles(self) -> Iterator[slice]:
         """Slices of classes whose temporaries in a merge stay small."""
-        row_elements = self.feature_dim if self.class_scatter is None else self.feature_dim**2
+        row_elements = self.feature_dim if self._class_scatter is None else self.feature_dim**2
         step = max(1, 2**22 // row_elements)
         return (slice(start, start + step) for start in range(0, self.num_classes, step))

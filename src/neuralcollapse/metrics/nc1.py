@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from neuralcollapse.metrics.doors import check_exponent, check_integers, check_shapes
 from neuralcollapse.metrics.pairs import PairTile, pair_statistics
 
 
@@ -49,10 +50,14 @@ def nc1_pinv(
         centred_means: C (K, d).
         spectrum: That of ``centred_means``, when it is known already.
 
+    Raises:
+        ValueError: Another shape or type.
+
     Example:
         >>> nc1_pinv(torch.eye(2), torch.tensor([[1.0, 0], [-1, 0]]))
         tensor(0.5000)
     """
+    check_shapes(centred_means=(centred_means, "K d"), within_class_covariance=(within_class_covariance, "d d"))
     eigenvalues, eigenvectors, num_classes = spectrum or BetweenClassSpectrum.of(centred_means)
     projected = (eigenvectors * (within_class_covariance @ eigenvectors)).sum(dim=0)
     return (projected / eigenvalues).sum() / num_classes
@@ -65,10 +70,14 @@ def nc1_quotient(within_class_trace: Tensor, centred_means: Tensor) -> Tensor:
         within_class_trace: tr Σ_W, a scalar.
         centred_means: C (K, d).
 
+    Raises:
+        ValueError: Another shape or type.
+
     Example:
         >>> nc1_quotient(torch.tensor(2.0), torch.tensor([[1.0, 0], [-1, 0]]))
         tensor(2.)
     """
+    check_shapes(centred_means=(centred_means, "K d"), within_class_trace=(within_class_trace, ""))
     return within_class_trace * len(centred_means) / centred_means.square().sum()
 
 
@@ -82,10 +91,15 @@ def nc1_cdnv(class_means: Tensor, within_class_variances: Tensor, *, power: floa
         within_class_variances: v (K,), each class's mean squared distance to its mean.
         power: p.
 
+    Raises:
+        ValueError: Another shape or type, or a power that is not positive.
+
     Example:
         >>> nc1_cdnv(torch.tensor([[1.0, 0], [-1, 0]]), torch.tensor([1.0, 3.0]))
         tensor(0.5000)
     """
+    check_shapes(class_means=(class_means, "K d"), within_class_variances=(within_class_variances, "K"))
+    check_exponent("power", power)
     ratio = cdnv_of_pairs(within_class_variances, power)
     return pair_statistics(class_means, {"cdnv": ratio})["cdnv"].mean
 
@@ -116,10 +130,14 @@ def nc1_vci(
         centred_means: C (K, d).
         spectrum: That of ``centred_means``, when it is known already.
 
+    Raises:
+        ValueError: Another shape or type.
+
     Example:
         >>> nc1_vci(torch.eye(2), torch.tensor([[1.0, 0], [-1, 0]]))
         tensor(0.5000)
     """
+    check_shapes(centred_means=(centred_means, "K d"), within_class_covariance=(within_class_covariance, "d d"))
     eigenvalues, basis, num_classes = spectrum or BetweenClassSpectrum.of(centred_means)
     feature_dim, found = basis.shape
     rank = min(feature_dim, num_classes - 1)
@@ -146,10 +164,15 @@ def nc1_numerical_rank(class_scatter: Tensor, class_means: Tensor, counts: Tenso
         class_means: M (K, d), not centred.
         counts: n (K,).
 
+    Raises:
+        ValueError: Another shape or type.
+
     Example:
         >>> nc1_numerical_rank(torch.zeros(2, 3, 3), torch.eye(2, 3), torch.tensor([5, 7]))
         tensor(1.)
     """
+    check_shapes(class_means=(class_means, "K d"), class_scatter=(class_scatter, "K d d"))
+    check_integers("counts", counts, len(class_means))
     feature_dim = class_means.shape[1]
     ranks = []
     for scatter, mean, count in zip(class_scatter, class_means, counts.tolist(), strict=True):

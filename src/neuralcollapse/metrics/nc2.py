@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from neuralcollapse.metrics.doors import check_exponent, check_samples, check_shapes
 from neuralcollapse.metrics.pairs import PairTile, pair_statistics
 
 _CANCELLATION = 1e-3  # below this the closed form has lost more than half of its digits
@@ -26,10 +27,14 @@ def nc2_etf(vectors: Tensor) -> Tensor:
     Args:
         vectors: X (K, d).
 
+    Raises:
+        ValueError: Another shape or type.
+
     Example:
         >>> nc2_etf(torch.tensor([[1.0, 0], [-1, 0]]))
         tensor(0.)
     """
+    check_shapes(vectors=(vectors, "K d"))
     return distance_to_simplex_gram(vectors, vectors)
 
 
@@ -68,10 +73,14 @@ def nc2_equinorm(vectors: Tensor) -> Tensor:
     Args:
         vectors: X (K, d).
 
+    Raises:
+        ValueError: Another shape or type.
+
     Example:
         >>> nc2_equinorm(torch.tensor([[1.0, 0], [0, -1]]))
         tensor(0.)
     """
+    check_shapes(vectors=(vectors, "K d"))
     norms = torch.linalg.vector_norm(vectors, dim=1)
     return norms.std() / norms.mean()
 
@@ -83,10 +92,14 @@ def nc2_equinorm_difference(centred_means: Tensor, weight: Tensor) -> Tensor:
         centred_means: C (K, d).
         weight: W (K, d).
 
+    Raises:
+        ValueError: Another shape or type.
+
     Example:
         >>> nc2_equinorm_difference(torch.eye(2), torch.eye(2))
         tensor(0.)
     """
+    check_shapes(centred_means=(centred_means, "K d"), weight=(weight, "K d"))
     return (nc2_equinorm(centred_means) - nc2_equinorm(weight)).abs()
 
 
@@ -96,10 +109,14 @@ def nc2_equiangular(vectors: Tensor) -> Tensor:
     Args:
         vectors: X (K, d).
 
+    Raises:
+        ValueError: Another shape or type.
+
     Example:
         >>> nc2_equiangular(torch.eye(3))
         tensor(0.)
     """
+    check_shapes(vectors=(vectors, "K d"))
     return std_over_ordered_pairs(*pair_statistics(vectors, {"cos": cosines})["cos"][1:])
 
 
@@ -109,35 +126,48 @@ def nc2_max_angle(vectors: Tensor) -> Tensor:
     Args:
         vectors: X (K, d).
 
+    Raises:
+        ValueError: Another shape or type.
+
     Example:
         >>> nc2_max_angle(torch.eye(3))
         tensor(0.5000)
     """
+    check_shapes(vectors=(vectors, "K d"))
     return pair_statistics(vectors, {"angle": distance_to_max_angle})["angle"].mean
 
 
-def nc2_hyperspherical(vectors: Tensor, kernel: str = "dist") -> tuple[Tensor, Tensor]:
+def nc2_hyperspherical(vectors: Tensor, kernel: str = "dist", *, exponent: float = 1.0) -> tuple[Tensor, Tensor]:
     """Mean and variance over pairs of a kernel of the distance r between unit rows; the variance is 0 at collapse.
 
     Source: Liu et al., ICLR 2023; Wu & Papyan, NeurIPS 2024 (GNC2).
 
     Args:
         vectors: X (K, d).
-        kernel: ``"dist"``: r; ``"log"``: −log r; ``"riesz"``: 1/r.
+        kernel: ``"dist"``: r^s; ``"log"``: −log r^s; ``"riesz"``: 1/r^s.
+        exponent: s. The metrics of these names in `collapse_metrics` have s = 1.
 
     Returns:
         Mean and population variance over the pairs k < l.
 
     Raises:
-        ValueError: Another kernel.
+        ValueError: Another kernel, shape or type, or an exponent that is not positive.
 
     Example:
         >>> nc2_hyperspherical(torch.tensor([[1.0, 0], [-3, 0]]))
         (tensor(2.), tensor(0.))
     """
-    if kernel not in HYPERSPHERICAL_KERNELS:
+    check_shapes(vectors=(vectors, "K d"))
+    check_exponent("exponent", exponent)
+    return pair_statistics(vectors, {"kernel": hyperspherical_kernel(kernel, exponent)})["kernel"][:2]
+
+
+def hyperspherical_kernel(kernel: str, exponent: float = 1.0) -> Callable[[PairTile], Tensor]:
+    """The function of a tile of pairs whose mean and variance are `nc2_hyperspherical`."""
+    if not isinstance(kernel, str) or kernel not in HYPERSPHERICAL_KERNELS:
         raise ValueError(f"kernel must be one of {', '.join(HYPERSPHERICAL_KERNELS)}, got {kernel!r}")
-    return pair_statistics(vectors, {kernel: HYPERSPHERICAL_KERNELS[kernel]})[kernel][:2]
+    function = HYPERSPHERICAL_KERNELS[kernel]
+    return lambda tile: function(tile, exponent)
 
 
 def cos_margins(features: Tensor, targets: Tensor, weight: Tensor, center: Tensor) -> Tensor:
@@ -154,11 +184,15 @@ def cos_margins(features: Tensor, targets: Tensor, weight: Tensor, center: Tenso
     Returns:
         (N,) in [−2, 2].
 
+    Raises:
+        ValueError: Another shape or type, or targets out of range.
+
     Example:
         >>> weight = torch.tensor([[1.0, 0], [-1, 0]])
         >>> cos_margins(torch.tensor([[2.0, 1]]), torch.tensor([0]), weight, center=torch.tensor([0, 1.0]))
         tensor([2.])
     """
+    check_samples(features, targets, weight, center)
     tiny = torch.finfo(weight.dtype).tiny
     rows = normalize(weight - weight.mean(dim=0), dim=1, eps=tiny)
     step = max(1, _TILE_ELEMENTS // len(weight))
@@ -178,6 +212,9 @@ def nc2_cos_margin(features: Tensor, targets: Tensor, weight: Tensor, center: Te
         targets: (N,) classes in [0, K).
         weight: W (K, d).
         center: m (d,), the features' centre.
+
+    Raises:
+        ValueError: Another shape or type, or targets out of range.
 
     Example:
         >>> rows = torch.tensor([[1.0, 0], [-1, 0]])
@@ -202,8 +239,8 @@ def std_over_ordered_pairs(variance: Tensor, count: int) -> Tensor:
     return (variance * (2 * count / (2 * count - 1))).sqrt()
 
 
-HYPERSPHERICAL_KERNELS: dict[str, Callable[[PairTile], Tensor]] = {
-    "dist": lambda tile: tile.unit_squared_distances.sqrt(),
-    "log": lambda tile: tile.unit_squared_distances.log().mul(-0.5),
-    "riesz": lambda tile: tile.unit_squared_distances.rsqrt(),
+HYPERSPHERICAL_KERNELS: dict[str, Callable[[PairTile, float], Tensor]] = {
+    "dist": lambda tile, exponent: tile.unit_squared_distances ** (exponent / 2),
+    "log": lambda tile, exponent: tile.unit_squared_distances.log().mul(-exponent / 2),
+    "riesz": lambda tile, exponent: tile.unit_squared_distances ** (-exponent / 2),
 }

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from neuralcollapse.metrics.doors import check_samples, check_shapes
 from neuralcollapse.metrics.nc2 import distance_to_simplex_gram
 
 
@@ -16,10 +17,14 @@ def nc3_duality(weight: Tensor, centred_means: Tensor) -> Tensor:
         weight: W (K, d).
         centred_means: C (K, d).
 
+    Raises:
+        ValueError: Another shape or type.
+
     Example:
         >>> nc3_duality(torch.tensor([[2.0, 0], [-2, 0]]), torch.tensor([[1.0, 0], [-1, 0]]))
         tensor(0.)
     """
+    check_shapes(weight=(weight, "K d"), centred_means=(centred_means, "K d"))
     return distance_to_simplex_gram(weight, centred_means)
 
 
@@ -30,10 +35,14 @@ def nc3_distance(weight: Tensor, centred_means: Tensor) -> Tensor:
         weight: W (K, d).
         centred_means: C (K, d).
 
+    Raises:
+        ValueError: Another shape or type.
+
     Example:
         >>> nc3_distance(torch.eye(2), -torch.eye(2))
         tensor(4.0000)
     """
+    check_shapes(weight=(weight, "K d"), centred_means=(centred_means, "K d"))
     difference = weight / torch.linalg.matrix_norm(weight)
     difference = difference.addcmul_(centred_means, -1 / torch.linalg.matrix_norm(centred_means))
     return torch.linalg.matrix_norm(difference).square()
@@ -46,10 +55,14 @@ def nc3_uniform(weight: Tensor, centred_means: Tensor) -> Tensor:
         weight: W (K, d).
         centred_means: C (K, d).
 
+    Raises:
+        ValueError: Another shape or type.
+
     Example:
         >>> nc3_uniform(torch.eye(2), torch.eye(2))
         tensor(0.)
     """
+    check_shapes(weight=(weight, "K d"), centred_means=(centred_means, "K d"))
     return (weight * centred_means).sum(dim=1).var()
 
 
@@ -60,10 +73,14 @@ def nc3_uniform_cos(weight: Tensor, centred_means: Tensor) -> Tensor:
         weight: W (K, d).
         centred_means: C (K, d).
 
+    Raises:
+        ValueError: Another shape or type.
+
     Example:
         >>> nc3_uniform_cos(torch.eye(2), 3 * torch.eye(2))
         tensor(0.)
     """
+    check_shapes(weight=(weight, "K d"), centred_means=(centred_means, "K d"))
     norms = torch.linalg.vector_norm(weight, dim=1) * torch.linalg.vector_norm(centred_means, dim=1)
     return ((weight * centred_means).sum(dim=1) / norms).var()
 
@@ -77,11 +94,15 @@ def alignment(features: Tensor, targets: Tensor, weight: Tensor, center: Tensor)
         weight: W (K, d).
         center: m (d,), the features' centre.
 
+    Raises:
+        ValueError: Another shape or type, or targets out of range.
+
     Example:
         >>> weight = torch.tensor([[1.0, 0], [-1, 0]])
         >>> alignment(torch.tensor([[2.0, 1]]), torch.tensor([0]), weight, center=torch.tensor([0, 1.0]))
         tensor(1.)
     """
+    check_samples(features, targets, weight, center)
     rows = weight - weight.mean(dim=0)
     centred = (features - center).to(rows.dtype)
     return cosine_similarity(centred, rows[targets], dim=1, eps=torch.finfo(rows.dtype).tiny).mean()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from neuralcollapse.metrics.doors import check_integers, check_shapes
+
 _TILE_ELEMENTS = 2**22
 
 
@@ -18,10 +20,14 @@ def nearest_class_mean(features: Tensor, class_means: Tensor) -> Tensor:
     Returns:
         (N,) indices in [0, K).
 
+    Raises:
+        ValueError: Another shape or type.
+
     Example:
         >>> nearest_class_mean(torch.tensor([[0.9, 0.2]]), torch.eye(2))
         tensor([0])
     """
+    check_shapes(features=(features, "N d"), class_means=(class_means, "K d"))
     center = class_means.mean(dim=0)  # the difference of two distances loses digits far from the origin
     rows = class_means - center
     half_squares = rows.square().sum(dim=1) / 2
@@ -41,10 +47,15 @@ def nc4_ncc_mismatch(features: Tensor, predictions: Tensor, class_means: Tensor)
         predictions: (N,) the classifier's answers.
         class_means: M (K, d), of the train split.
 
+    Raises:
+        ValueError: Another shape or type.
+
     Example:
         >>> nc4_ncc_mismatch(torch.tensor([[0.9, 0.2], [0, 1]]), torch.tensor([0, 0]), torch.eye(2))
         tensor(0.5000, dtype=torch.float64)
     """
+    check_shapes(features=(features, "N d"), class_means=(class_means, "K d"))
+    check_integers("predictions", predictions, len(features))
     return (nearest_class_mean(features, class_means) != predictions).double().mean()
 
 
@@ -56,9 +67,13 @@ def nc4_bias(weight: Tensor, bias: Tensor | None, center: Tensor) -> Tensor:
         bias: b (K,), or None for 0.
         center: m (d,).
 
+    Raises:
+        ValueError: Another shape or type.
+
     Example:
         >>> nc4_bias(torch.eye(2), torch.tensor([-3.0, 4]), torch.tensor([3.0, -4]))
         tensor(0.)
     """
+    check_shapes(weight=(weight, "K d"), center=(center, "d"), **({} if bias is None else {"bias": (bias, "K")}))
     logits = weight @ center
     return torch.linalg.vector_norm(logits if bias is None else logits + bias)

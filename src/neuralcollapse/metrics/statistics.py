@@ -8,10 +8,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from neuralcollapse._checks import check_at_least
+from neuralcollapse._checks import check_finite
+from neuralcollapse.metrics.doors import check_sample_bounds, check_shapes
 from neuralcollapse.metrics.moments import ClassMoments
 
 Center = Literal["samples", "classes"]
+
+
+def check_center(center: object) -> None:
+    """Raise unless the argument is a `Center`."""
+    if center not in ("samples", "classes"):
+        raise ValueError(f"center must be 'samples' or 'classes', got {center!r}")
 
 
 @dataclass(frozen=True)
@@ -40,18 +47,21 @@ class ClassStatistics:
     class_scatter: Tensor | None
 
 
-def class_statistics(moments: ClassMoments, *, center: Center = "samples", min_samples: int = 1) -> ClassStatistics:
-    """The statistics of the classes that have at least ``min_samples`` samples.
+def class_statistics(
+    moments: ClassMoments, *, center: Center = "samples", min_samples: int = 1, max_samples: int | None = None
+) -> ClassStatistics:
+    """The statistics of the classes that have from ``min_samples`` to ``max_samples`` samples.
 
     Args:
         moments: The moments of the features.
         center: ``"samples"``: m is the mean of all samples of the measured classes; ``"classes"``: the mean of the
             class means. They differ on unbalanced data.
         min_samples: Classes with fewer are left out of everything. With 0, a class without samples is an error.
+        max_samples: Classes with more are left out of everything; None for no limit.
 
     Raises:
         ValueError: Fewer than two classes or two samples are left, a class has no sample while ``min_samples`` is
-            0, or an unknown ``center``.
+            0, ``max_samples`` is under ``min_samples``, an unknown ``center``, or an argument of another type.
 
     Example:
         >>> moments = ClassMoments(3, 2)
@@ -59,18 +69,22 @@ def class_statistics(moments: ClassMoments, *, center: Center = "samples", min_s
         >>> class_statistics(moments).classes
         tensor([0, 2])
     """
-    check_at_least("min_samples", min_samples, 0)
-    if center not in ("samples", "classes"):
-        raise ValueError(f"center must be 'samples' or 'classes', got {center!r}")
+    if not isinstance(moments, ClassMoments):
+        raise ValueError(f"moments must be ClassMoments, got {type(moments).__name__}")
+    check_sample_bounds(min_samples, max_samples)
+    check_center(center)
     if min_samples == 0 and (moments.counts == 0).any():
         absent = (moments.counts == 0).nonzero().flatten().tolist()
         names = ", ".join(map(str, absent[:10])) + (", …" if len(absent) > 10 else "")
         raise ValueError(f"every class must have a sample, got none of class {names}; min_samples=1 leaves it out")
     measured = moments.counts >= max(min_samples, 1)
+    if max_samples is not None:
+        measured &= moments.counts <= max_samples
     classes = measured.nonzero().flatten()
     if len(classes) < 2:
+        limit = "" if max_samples is None else f" to max_samples = {max_samples}"
         raise ValueError(
-            f"moments must hold at least 2 classes of min_samples = {max(min_samples, 1)} samples, "
+            f"moments must hold at least 2 classes of min_samples = {max(min_samples, 1)}{limit} samples, "
             f"got {len(classes)} (and {int(moments.counts.sum())} samples in all)"
         )
     everything = len(classes) == moments.num_classes
@@ -83,7 +97,9 @@ def class_statistics(moments: ClassMoments, *, center: Center = "samples", min_s
     )
     mean = weights @ class_means
     trace = moments.within_class_trace[classes].double()
-    scatter = moments.class_scatter if moments.class_scatter is None or everything else moments.class_scatter[classes]
+    scatter = moments.class_scatter
+    if scatter is not None and not everything:
+        scatter = scatter[classes]
 
     pooled: Tensor | None = moments.within_class_scatter
     if (moments.within_class_trace[~measured] > 0).any():
@@ -98,3 +114,40 @@ def class_statistics(moments: ClassMoments, *, center: Center = "samples", min_s
         within_class_covariance=None if pooled is None else pooled.double() / counts.sum(),
         class_scatter=None if scatter is None else scatter.double(),
     )
+
+
+@torch.no_grad()
+def moments_about(moments: ClassMoments, means: Tensor) -> ClassMoments:
+    """The same samples, with their scatter and traces taken about other class means than their own.
+
+    A test split about the train split's means, ``moments_about(test, train.means)``, is what some publications measure.
+    S + Σ_k n_k Δ_kΔ_kᵀ and t_k + n_k‖Δ_k‖² with Δ = M − means are exact; the result's means are the given ones.
+
+    Args:
+        moments: The samples' moments.
+        means: (K, d) finite.
+
+    Returns:
+        New moments, without per-class scatter, to be measured but not updated.
+
+    Raises:
+        ValueError: ``means`` of another shape or type, or not finite.
+
+    Example:
+        >>> moments = ClassMoments(num_classes=2, feature_dim=1)
+        >>> moments.update(torch.tensor([[1.0], [3], [5]]), torch.tensor([0, 0, 1]))
+        >>> moments_about(moments, torch.tensor([[0.0], [5]])).within_class_trace
+        tensor([10.,  0.], dtype=torch.float64)
+    """
+    check_shapes(moments=(moments.means, "K d"), means=(means, "K d"))
+    check_finite("means", means)
+    means = means.to(moments.means)
+    counts, difference = moments.counts.to(means.dtype), moments.means - means
+    weighted = counts.sqrt()[:, None] * difference
+    state = {
+        "counts": moments.counts.clone(),
+        "means": means.clone(),
+        "within_class_scatter": moments.within_class_scatter + weighted.T @ weighted,
+        "within_class_trace": moments.within_class_trace + counts * difference.square().sum(dim=1),
+    }
+    return ClassMoments.from_state(state, dtype=moments.dtype)

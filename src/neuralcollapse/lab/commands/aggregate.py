@@ -1,0 +1,86 @@
+"""`neuralcollapse aggregate`: statistics over seeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jsonargparse import ArgumentParser, Namespace
+
+from neuralcollapse.lab.commands.runs import Outcome, add_runs, runs_of
+from neuralcollapse.lab.settings import Settings
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SUMMARY = "mean, std, median, min and max over seeds, of runs that differ in nothing else"
+USAGE = "RUN [RUN ...] --out FILE.csv|FILE.parquet [--reach METRIC=LEVEL,...] [--split SPLIT] [--overwrite]"
+DESCRIPTION = (
+    "Find the runs that differ only in their seed, and write mean, standard deviation (n - 1), median, least and "
+    "greatest value over seeds, and the number of seeds: for each epoch, split and metric, distances included, and of "
+    "what training itself saw (split `training`). With --reach, also the epochs that each run took to a level of a "
+    "metric, interpolated linearly between measured epochs."
+)
+SECTIONS: tuple[type[Settings], ...] = ()
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add what the command takes."""
+    add_runs(parser)
+    parser.add_argument("--out", type=str, metavar="FILE", help="file to write, ending in .csv or .parquet")
+    parser.add_argument("--reach", type=str, metavar="METRIC=LEVEL,...", help="such as accuracy=0.99,nc3_duality=0.1")
+    parser.add_argument("--split", type=str, metavar="SPLIT", help="of which --reach speaks; by default train")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
+
+
+def run(settings: Namespace) -> int:
+    """Gather, write, and say so."""
+    levels = _levels(settings.get("reach"))
+    out = _file(settings.get("out"), bool(settings.get("overwrite")), "out")
+    reach = _file(str(out.with_name(f"{out.stem}-reach{out.suffix}")), bool(settings.get("overwrite")), "out")
+    runs = runs_of(settings.runs)
+
+    from neuralcollapse.lab.results.aggregation import epochs_to_reach, gather_groups, group_runs, statistics_over_seeds
+
+    groups = group_runs(runs)
+    values = gather_groups(groups)
+    outcome = Outcome()
+    _write(statistics_over_seeds(values), out, outcome)
+    print("\n".join(f"{label}: {len(found)} runs" for label, found in groups.items()), end="\n\n")
+    if levels:
+        epochs = epochs_to_reach(values, levels, settings.get("split") or "train")
+        _write(epochs, reach, outcome)
+        table = epochs.groupby(["group", "metric", "level"], sort=False)["epoch"].agg(
+            ["mean", "std", "min", "max", "count"]
+        )
+        print("Epochs to a level, interpolated between measured epochs; count: seeds that reached it")
+        print(table.to_string(float_format="{:.2f}".format), end="\n\n")
+    return outcome.report("")
+
+
+def _levels(text: str | None) -> dict[str, float]:
+    levels = {}
+    for item in filter(None, (text or "").split(",")):
+        name, _, level = item.partition("=")
+        try:
+            levels[name.strip()] = float(level)
+        except ValueError:
+            raise ValueError(f"reach must be METRIC=LEVEL, such as accuracy=0.99, got {item!r}") from None
+    return levels
+
+
+def _file(name: str | None, overwrite: bool, setting: str) -> Path:
+    path = Path(name or "")
+    if path.suffix not in (".csv", ".parquet"):
+        raise ValueError(f"{setting} must be a file ending in .csv or .parquet, got {name!r}")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{setting} must be a new file, and {str(path)!r} exists: --overwrite replaces it")
+    return path
+
+
+def _write(table: pd.DataFrame, path: Path, outcome: Outcome) -> None:
+    from neuralcollapse.lab.results.files import write_whole
+
+    parquet = path.suffix == ".parquet"
+    write_whole(path, lambda partial: table.to_parquet(partial) if parquet else table.to_csv(partial, index=False))
+    outcome.written.append(path)

@@ -1,0 +1,44 @@
+"""`neuralcollapse compare`: methods over seeds."""
+
+from __future__ import annotations
+
+from jsonargparse import ArgumentParser, Namespace
+
+from neuralcollapse.lab.commands.arguments import add_output, add_sections, asked_for
+from neuralcollapse.lab.commands.training import finish, show_config, stored_settings
+from neuralcollapse.lab.config import OneRun, RunConfig
+from neuralcollapse.lab.experiments import Comparison, common_settings, comparison_of, comparison_runs
+
+SUMMARY = "train the methods over several seeds, print a table, draw figures"
+USAGE = "[--recipe FAMILY] [--methods A,B] [--seeds N] [--SETTING VALUE ...] [--out FOLDER] [--resume | --overwrite]"
+DESCRIPTION = (
+    "Train standard, fixed and implicit over several seeds, from the same weights and batches for each seed; print the "
+    "table, write the figures. Everything is measured in evaluation mode on un-augmented data."
+)
+SHARED = tuple(section for section in reversed(RunConfig.__bases__) if section is not OneRun)
+SECTIONS = (Comparison, *SHARED)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add what the command takes."""
+    add_sections(parser, *SECTIONS)
+    add_output(parser, "runs/compare, or runs/RECIPE")
+
+
+def run(settings: Namespace) -> None:
+    """Train every method with every seed, and say what was written."""
+    given = asked_for(settings, *SECTIONS)
+    out = settings.get("out") or f"runs/{given.get('recipe') or 'compare'}"
+    given, base = stored_settings(settings, given, out)
+    comparison = comparison_of((base or {}) | given)
+    shared = {name: value for name, value in given.items() if name not in comparison.__dataclass_fields__}
+    runs = comparison_runs(comparison, shared, base)
+    config = comparison.in_force() | common_settings(runs)
+    if settings.get("print_config"):
+        show_config(config)
+        return
+
+    from neuralcollapse.lab.training.many_runs import train_runs  # seconds: not for a mistake in a flag
+
+    options = {"resume": bool(settings.get("resume")), "overwrite": bool(settings.get("overwrite"))}
+    finish(train_runs(runs, out, settings=config, **options), "compare")

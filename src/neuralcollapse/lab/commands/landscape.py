@@ -1,0 +1,95 @@
+"""`neuralcollapse landscape`: critical points of the unconstrained features model."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from itertools import chain
+
+from jsonargparse import ArgumentParser, Namespace
+
+from neuralcollapse.lab.commands.arguments import add_output, add_sections, asked_for
+from neuralcollapse.lab.commands.training import show_config
+from neuralcollapse.lab.config import MOST_SEED
+from neuralcollapse.lab.settings import Settings, setting
+
+SUMMARY = "critical points of the free features: the global optimum, strict saddles"
+USAGE = "[--num_classes K] [--SETTING VALUE ...] [--out FOLDER] [--overwrite]"
+DESCRIPTION = (
+    "Find critical points of the unconstrained features model with cross-entropy: descend from random starts, "
+    "construct saddles, classify each by gradient and curvature, escape from every saddle; draw the edge of the "
+    "Hessian's spectrum and the loss along the way out."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Landscape(Settings):
+    """Landscape."""
+
+    num_classes: int = setting(6, at_least=2)
+    """K."""
+    samples_per_class: int = setting(3, at_least=1)
+    """n."""
+    feature_dim: int | None = setting(lambda values: values["num_classes"], at_least=1)
+    """d, at least K - 1. By default K."""
+    weight_decay: float = setting(0.01, above=0)
+    """Decay of W. Times feature_decay it must be less than 1/(K²n), for there to be more than the origin."""
+    feature_decay: float = setting(0.01, above=0)
+    """Decay of H."""
+    starts: int = setting(20, at_least=0)
+    """Random starts."""
+    seed: int = setting(0, at_least=0, at_most=MOST_SEED)
+    """From which they follow, and the ways out of saddles."""
+
+    @property
+    def title(self) -> str:
+        """The model, for figures."""
+        return (
+            f"K = {self.num_classes}, n = {self.samples_per_class}, d = {self.feature_dim}, "
+            f"λ_W = {self.weight_decay:g}, λ_H = {self.feature_decay:g}"
+        )
+
+
+SECTIONS: tuple[type[Settings], ...] = (Landscape,)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add what the command takes."""
+    add_sections(parser, *SECTIONS)
+    add_output(parser, "runs/landscape")
+
+
+def run(settings: Namespace) -> None:
+    """Find, classify, draw, and say what was written."""
+    config = Landscape(**asked_for(settings, Landscape))
+    if settings.get("print_config"):
+        show_config(config.in_force())
+        return
+    if settings.get("resume"):
+        raise ValueError("resume must not be given: landscape takes seconds, --overwrite starts it again")
+
+    import torch  # seconds: not for a mistake in a flag
+    from tqdm.auto import tqdm
+
+    from neuralcollapse.lab.figures.landscape import report_landscape
+    from neuralcollapse.lab.results.folder import RunFolder
+    from neuralcollapse.lab.training.landscape import tabulate
+    from neuralcollapse.ufm import origin_curvature, survey
+
+    sizes = (config.num_classes, config.samples_per_class, config.weight_decay, config.feature_decay)
+    generator = torch.Generator().manual_seed(config.seed)
+    visits = survey(*sizes, feature_dim=config.feature_dim, starts=config.starts, generator=generator)
+    first = next(visits)  # what is wrong with the sizes shows here, before anything is deleted
+    folder = RunFolder(settings.get("out") or "runs/landscape")
+    folder.check(config.in_force(), overwrite=bool(settings.get("overwrite")))
+    folder.start(config.in_force(), overwrite=bool(settings.get("overwrite")))
+    groups = sum(config.num_classes % number == 0 for number in range(1, config.num_classes))
+    total, quiet = config.starts + 2 * groups, not sys.stderr.isatty()
+    bar = tqdm(chain([first], visits), total=total, unit="point", dynamic_ncols=True, disable=quiet)
+    tables = tabulate(bar, generator)
+    points, spectrum, slices = tables.frames()
+    known = {"optimum": tables.optimum, "bound": origin_curvature(*sizes)}
+    table, written = report_landscape(folder, points, spectrum, slices, config.title, **known)
+    print(f"\n{table}\n\nwrote {written[0]}")
+    for path in written[1:]:
+        print(f"      {path}")

@@ -1,0 +1,132 @@
+"""`neuralcollapse ufm`: the unconstrained features model under the methods."""
+
+# ruff: noqa: RUF009 -- `setting` makes fields
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from jsonargparse import ArgumentParser, Namespace
+
+from neuralcollapse.lab.commands.arguments import add_output, add_sections, asked_for
+from neuralcollapse.lab.commands.training import show_config
+from neuralcollapse.lab.config import METHODS, Method
+from neuralcollapse.lab.settings import Settings, setting
+
+if TYPE_CHECKING:
+    from neuralcollapse.lab.training.free_comparison import Schedule
+    from neuralcollapse.lab.training.free_features import FreeRun
+
+SUMMARY = "free features under the methods: UFM-10, -100, -200, -1000"
+USAGE = "[--classes 10,100] [--methods A,B] [--optimizers sgd,agd] [--seeds N] [--out FOLDER] [--resume | --overwrite]"
+DESCRIPTION = (
+    "Train free features, with no network, under standard, fixed and implicit, each with sgd and agd; print after how "
+    "many iterations each reaches which loss and which collapse, and draw them over seeds. The rate of each method, "
+    "optimiser and size is first chosen from the same candidates, on a seed that is not compared."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreeFeatures(Settings):
+    """Free features."""
+
+    classes: list[int] = setting(lambda _: [10, 100, 200], at_least=2)
+    """Sizes of the model: numbers of classes K. By default 10,100,200."""
+    methods: list[Method] = setting(lambda _: list(METHODS))
+    """Which to train. By default all."""
+    optimizers: list[Literal["sgd", "agd"]] = setting(lambda _: ["sgd", "agd"])
+    """Each with every method. By default both."""
+    seeds: int = setting(3, at_least=1)
+    """Number of seeds. Of a seed, methods and rates start from the same features."""
+    samples_per_class: int | None = setting(at_least=1)
+    """n. By default 1000/K, at least 2 and at most 10."""
+    feature_dim: int | None = setting(at_least=1)
+    """d, at least K - 1. By default the least power of two that is at least K and 64."""
+    feature_norm: Literal["auto"] | float = setting(5.0, above=0)
+    """Norm of the features, the published one by default; auto follows from K."""
+    iterations: int | None = setting(at_least=1)
+    """Steps, each of all samples. By default the published 2000, and 100 for more than 200 classes."""
+    tuning_iterations: int | None = setting(at_least=1)
+    """The rate chosen has the least loss after so many. By default 100, and 20 for more than 200 classes."""
+    sgd_rates: list[float] = setting(lambda _: [0.01, 0.03, 0.1, 0.3, 1.0], above=0)
+    """Learning rates to choose from, in units of a sample's own gradient. By default 0.01,0.03,0.1,0.3,1."""
+    agd_gains: list[float] = setting(lambda _: [3.0, 10.0, 30.0, 100.0, 300.0], above=0)
+    """Gains to choose from. By default 3,10,30,100,300."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("classes", "methods", "optimizers", "sgd_rates", "agd_gains"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name} must be different ones, at least one, got {values}")
+        for num_classes in self.classes:
+            if self.feature_dim is not None and self.feature_dim < num_classes - 1:
+                raise ValueError(f"feature_dim must be at least K - 1 = {num_classes - 1}, got {self.feature_dim}")
+
+    def runs(self) -> list[tuple[FreeRun, Schedule]]:
+        """What to train, with any seed."""
+        from neuralcollapse.lab.training.free_features import FreeRun, feature_radius
+
+        return [
+            (
+                FreeRun(
+                    method,
+                    optimizer,
+                    num_classes,
+                    self.samples_per_class or min(10, max(2, 1000 // num_classes)),
+                    self.feature_dim or max(64, 1 << (num_classes - 1).bit_length()),
+                    feature_radius(self.feature_norm, num_classes),
+                    0,
+                ),
+                self._schedule(num_classes),
+            )
+            for num_classes in self.classes
+            for optimizer in self.optimizers
+            for method in self.methods
+        ]
+
+    def _schedule(self, num_classes: int) -> Schedule:
+        from neuralcollapse.lab.training.free_comparison import Schedule
+
+        large = num_classes > 200  # where measuring takes seconds
+        rates = {"sgd": self.sgd_rates, "agd": self.agd_gains}
+        iterations = self.iterations or (100 if large else 2000)
+        tuning_iterations = self.tuning_iterations or (20 if large else 100)
+        return Schedule(iterations, 8 if large else 20, min(tuning_iterations, iterations), rates)
+
+
+SECTIONS: tuple[type[Settings], ...] = (FreeFeatures,)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add what the command takes."""
+    add_sections(parser, *SECTIONS)
+    add_output(parser, "runs/ufm")
+
+
+def run(settings: Namespace) -> None:
+    """Train every method, optimiser, size and seed, and say what was written."""
+    config = FreeFeatures(**asked_for(settings, FreeFeatures))
+    if settings.get("print_config"):
+        show_config(config.in_force())
+        return
+
+    from neuralcollapse.lab.figures.free_features import report_free_features  # seconds: not for a mistake in a flag
+    from neuralcollapse.lab.results.folder import RunFolder
+    from neuralcollapse.lab.training.free_comparison import compare_free_features
+
+    folder = RunFolder(settings.get("out") or "runs/ufm")
+    folder.check(config.in_force(), resume=bool(settings.get("resume")), overwrite=bool(settings.get("overwrite")))
+    folder.start(config.in_force(), overwrite=bool(settings.get("overwrite")))
+    runs = config.runs()
+    metrics, tuning = compare_free_features(runs, range(config.seeds), folder.runs)
+    sizes = dict.fromkeys(
+        f"UFM-{one.num_classes}: n = {one.samples_per_class}, d = {one.feature_dim}, "
+        f"feature norm {one.feature_norm:g}, {schedule.iterations} iterations"
+        for one, schedule in runs
+    )
+    table, written = report_free_features(folder, metrics, tuning, list(sizes))
+    print(f"\n{table}\n\nwrote {written[0]}")
+    for path in written[1:]:
+        print(f"      {path}")

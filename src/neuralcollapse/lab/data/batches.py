@@ -1,0 +1,73 @@
+"""Batches on the training device: those of an epoch of training, and those to measure on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from neuralcollapse.lab.config import BatchSettings
+from neuralcollapse.lab.data.augmentation import augment, batch_shape, centre_crop
+from neuralcollapse.lab.data.selection import stratified_order
+from neuralcollapse.lab.data.splits import AnySplit, ImageData
+from neuralcollapse.lab.data.standardisation import Standardisation, handy_batch_size, standardisation
+from neuralcollapse.lab.seeds import derived_seed
+
+
+@dataclass(frozen=True)
+class EpochBatches:
+    """The batches of one epoch of training: a function of the data, the settings, the seed and the epoch alone.
+
+    A last batch that is not full is left out, for batch norm's and class means' sake, unless it is the only one.
+    """
+
+    split: AnySplit
+    standardise: Standardisation
+    settings: BatchSettings
+    seed: int
+    epoch: int
+
+    def __len__(self) -> int:
+        return max(1, len(self.split) // self.settings.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        # Drawn on the CPU, so that every device sees the same batches.
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
+        labels = self.split.labels.cpu()
+        stratified = self.settings.stratified
+        order = stratified_order(labels, generator) if stratified else torch.randperm(len(labels), generator=generator)
+        for images, targets in self.split.batches(order.split(self.settings.batch_size)[: len(self)]):
+            yield self.standardise(augment(images, self.settings, generator)), targets
+
+
+@dataclass(frozen=True)
+class EvaluationBatches:
+    """All samples of a split in order, as they are, or cropped at the centre to a square."""
+
+    split: AnySplit
+    standardise: Standardisation
+    batch_size: int = 512
+    crop_size: int | None = None
+
+    def __len__(self) -> int:
+        return -(-len(self.split) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in self.split.batches(torch.arange(len(self.split)).split(self.batch_size)):
+            yield self.standardise(images if self.crop_size is None else centre_crop(images, self.crop_size)), labels
+
+
+def evaluation_batches(data: ImageData, settings: BatchSettings) -> dict[str, EvaluationBatches]:
+    """Every split, un-augmented, standardised alike.
+
+    Raises:
+        ValueError: Settings that do not fit the images.
+    """
+    batch_shape(data.image_shape, settings)
+    standardise, batch_size = standardisation(data, settings), handy_batch_size(data.image_shape)
+    return {
+        name: EvaluationBatches(split, standardise, batch_size, settings.crop_size)
+        for name, split in data.splits.items()
+    }

@@ -1,0 +1,105 @@
+"""Load a data set: choose its samples by their labels, then decode them at once, or leave that to worker processes."""
+
+from __future__ import annotations
+
+import math
+import os
+
+from neuralcollapse.lab.config import DataSettings
+from neuralcollapse.lab.data.decoding import EncodedSamples, Format, decode, one_size
+from neuralcollapse.lab.data.selection import choose_test, choose_train, choose_validation, count_classes
+from neuralcollapse.lab.data.sources import Table, digits, hugging_face
+from neuralcollapse.lab.data.splits import AnySplit, ImageData, Split, StreamedSplit
+
+_MOST_WORKERS = 16
+
+
+def load_data(config: DataSettings, *, progress: bool = True) -> ImageData:
+    """Load a data set.
+
+    Where it has no test split, one image in five is held out, the same ones always. Data over the memory budget stay
+    encoded; whether they are grey is then taken from the first training image, and all others are made so.
+
+    Args:
+        config: Which, how much of it, and what to make of it.
+        progress: Show a progress bar while decoding.
+
+    Raises:
+        ValueError: There is no such data set, or it has no images, no labels, labels that do not fit, images that
+            cannot be read, or images of different size while ``image_size`` is not given.
+    """
+    source = digits() if config.data == "digits" else hugging_face(config)
+    num_classes = count_classes(source.num_classes, config.digits_per_image)
+    chosen = {
+        "train": (source.train, choose_train(source.train.samples, source.num_classes, config)),
+        "validation": (source.train, choose_validation(source.train.samples, source.num_classes, config)),
+        "test": (source.test, choose_test(source.test.samples, source.num_classes, config)),
+    }
+    tables = {name: Table(table.images, samples) for name, (table, samples) in chosen.items() if samples is not None}
+    _check_samples(config.data, tables)
+
+    # The first image of each split tells what all take when decoded; if some are of another size, decoding says so.
+    form = Format(config.image_size, config.channels)
+    shapes = [_first_image_shape(table, form) for table in tables.values()]
+    channels = shapes[0][0]
+    height, width = one_size({(height, width) for _, height, width in shapes}, config.data)
+    shape = (channels, height, config.digits_per_image * width)
+    required = sum(len(table.samples) for table in tables.values()) * math.prod(shape)
+
+    splits: dict[str, AnySplit]
+    if required > config.memory_budget * 2**30:
+        form = Format(config.image_size, channels)
+        workers = _default_workers() if config.workers is None else config.workers
+        splits = {
+            name: StreamedSplit(
+                EncodedSamples(table.images, table.samples.rows, form, (height, width)),
+                table.samples.labels,
+                shape,
+                workers,
+            )
+            for name, table in tables.items()
+        }
+    else:
+        if config.workers is not None:
+            raise ValueError(
+                f"workers belongs to data over memory_budget; {config.data!r} takes {required / 2**30:.2g} GiB "
+                f"and the budget is {config.memory_budget:g} GiB"
+            )
+        splits = _alike({name: _decoded(table, form, progress) for name, table in tables.items()})
+    relabelled = config.random_labels or config.label_noise > 0
+    return ImageData(config.data, num_classes=num_classes, relabelled=relabelled, **splits)
+
+
+def _check_samples(data: str, tables: dict[str, Table]) -> None:
+    for name, table in tables.items():
+        if not len(table.samples):
+            raise ValueError(f"data {data!r} must have at least one image in its {name} split")
+        present = len(table.samples.labels.unique())
+        if present < 2:
+            raise ValueError(f"data must have {name} images of at least 2 classes, {data!r} has {present}")
+
+
+def _first_image_shape(table: Table, form: Format) -> tuple[int, int, int]:
+    (pixels,) = table.images.read(table.samples.rows[0, :1].tolist())
+    height, width, channels = form(pixels).shape
+    return channels, height, width
+
+
+def _decoded(table: Table, form: Format, progress: bool) -> Split:
+    return Split(decode(table.images, table.samples.rows, form, progress=progress), table.samples.labels)
+
+
+def _alike(splits: dict[str, Split]) -> dict[str, AnySplit]:
+    """The splits, all of them in colour if one is."""
+    channels = max(split.image_shape[0] for split in splits.values())
+    return {
+        name: split
+        if split.image_shape[0] == channels
+        else Split(split.images.expand(-1, channels, -1, -1).contiguous(), split.labels)
+        for name, split in splits.items()
+    }
+
+
+def _default_workers() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, _MOST_WORKERS)

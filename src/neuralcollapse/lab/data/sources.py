@@ -1,0 +1,236 @@
+"""Where images and labels come from: scikit-learn's digits, a folder, or a data set of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from neuralcollapse.lab.config import DataSettings
+from neuralcollapse.lab.data.decoding import ArrayImages, EncodedImages, Images
+from neuralcollapse.lab.data.selection import Samples, hold_out
+
+_TEST_SPLITS = ("test", "validation", "valid", "val", "dev")
+
+
+@dataclass(frozen=True)
+class HubDataSet:
+    """A data set of the hub, or a folder, and what has to be said to get its images and labels."""
+
+    path: str
+    config: str | None = None
+    label_column: str | None = None
+    train_split: str | None = None
+    test_split: str | None = None
+
+
+KNOWN = {
+    "mnist": HubDataSet("ylecun/mnist"),
+    "fashion-mnist": HubDataSet("zalando-datasets/fashion_mnist"),
+    "svhn": HubDataSet("ufldl-stanford/svhn", config="cropped_digits"),
+    # The copies best known hold IDX files or a loading script, which `datasets` does not read. Characters may lie on
+    # their side, as NIST's own files have them.
+    "emnist-balanced": HubDataSet("claudiogsc/emnist_balanced"),
+    "cifar10": HubDataSet("uoft-cs/cifar10"),
+    "cifar100": HubDataSet("uoft-cs/cifar100", label_column="fine_label"),
+    "stl10": HubDataSet("tanganke/stl10", train_split="train", test_split="test"),
+    "tiny-imagenet": HubDataSet("zh-plus/tiny-imagenet", test_split="valid"),
+    # The labels of its split `test` are not public.
+    "imagenet": HubDataSet("ILSVRC/imagenet-1k", test_split="validation"),
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Images, and which of them with which labels make a split."""
+
+    images: Images
+    samples: Samples
+
+
+@dataclass(frozen=True)
+class Source:
+    """All there is to train and to test on, one image a sample."""
+
+    train: Table
+    test: Table
+    num_classes: int
+
+
+def digits() -> Source:
+    """Scikit-learn's digits: 1797 images of 8x8 grey pixels."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    arrays = [(image * (255 / 16)).round().astype(np.uint8)[..., None] for image in bunch.images]
+    images, labels = ArrayImages(arrays, "digits"), torch.from_numpy(bunch.target).long()
+    kept, held_out = hold_out(labels)
+    return Source(
+        Table(images, _samples(labels, kept)), Table(images, _samples(labels, held_out)), len(bunch.target_names)
+    )
+
+
+def hugging_face(config: DataSettings) -> Source:
+    """A folder or a data set of the hub; where it has no test split, one image in five is held out.
+
+    Raises:
+        ValueError: There is no such data set, or it has no images, no labels, or labels that do not fit.
+    """
+    wanted = _resolve(config)
+    splits = _load_splits(config.data, wanted)
+    train, test = _split_names(config.data, wanted, list(splits))
+    features = splits[train].features
+    image_column = _image_column(config.data, features)
+    label_column = _label_column(config.data, wanted.label_column, features)
+    names = getattr(features[label_column], "names", None)
+
+    labels = {name: _labels(config.data, name, splits[name], label_column) for name in (train, test or train)}
+    num_classes = len(names) if names else int(labels[train].max()) + 1
+    _check_labels(config.data, labels, num_classes)
+
+    def table(split: str, rows: Tensor) -> Table:
+        images = EncodedImages(splits[split], image_column, f"{Path(config.data).name} ({split})")
+        return Table(images, _samples(labels[split], rows))
+
+    if test is None:
+        kept, held_out = hold_out(labels[train])
+        return Source(table(train, kept), table(train, held_out), num_classes)
+    return Source(
+        table(train, torch.arange(len(labels[train]))), table(test, torch.arange(len(labels[test]))), num_classes
+    )
+
+
+def _samples(labels: Tensor, rows: Tensor) -> Samples:
+    return Samples(rows[:, None], labels[rows])
+
+
+def _resolve(config: DataSettings) -> HubDataSet:
+    """What is asked for. A known name is the hub's data set, even if a folder here is called so too."""
+    known = KNOWN | {data_set.path: data_set for data_set in KNOWN.values()}
+    asked = {
+        "config": config.data_config,
+        "label_column": config.label_column,
+        "train_split": config.train_split,
+        "test_split": config.test_split,
+    }
+    found = known.get(config.data) or HubDataSet(config.data)
+    return replace(found, **{name: value for name, value in asked.items() if value is not None})
+
+
+def _load_splits(data: str, wanted: HubDataSet) -> Any:
+    """The splits of a folder or of a data set of the hub, or a ValueError that says what was wrong."""
+    import datasets
+
+    if not data:
+        raise ValueError("data must name a data set or a folder, got ''")
+    folder = Path(wanted.path).expanduser()
+    is_folder = folder.is_dir()
+    if not is_folder and (folder.exists() or folder.is_absolute() or data.startswith((".", "~"))):
+        raise ValueError(f"data must be 'digits', a folder, or a data set's id on the hub; {data!r} is no folder")
+    try:
+        with _quiet_hub():
+            return datasets.load_dataset(str(folder) if is_folder else wanted.path, wanted.config)
+    except (datasets.exceptions.DatasetGenerationError, RuntimeError, ValueError) as error:
+        raise ValueError(f"data {data!r} cannot be read: {_reason(error.__cause__ or error)}") from error
+    except OSError as error:  # no connection; or no files: in an empty folder, or a name that the hub does not have
+        if is_folder:
+            raise ValueError(f"data must have images, but the folder {data!r} has none: {_reason(error)}") from error
+        name = "" if data == wanted.path else f"{data!r}, "
+        raise ValueError(
+            f"data set {name}{wanted.path!r} could not be fetched from the hub ({_reason(error)}); "
+            "without a network, give data a folder that holds it: --data FOLDER"
+        ) from error
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Without the hub's warnings of every attempt that failed: the last one is an error, of which we say more."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _reason(error: BaseException) -> str:
+    """The first two lines: of a configuration that is missing, the second says which there are."""
+    return " ".join(str(error).strip().split("\n")[:2])
+
+
+def _split_names(data: str, wanted: HubDataSet, names: list[str]) -> tuple[str, str | None]:
+    """The names of the train split and of the test split, if there is one."""
+    for setting, name in (("train_split", wanted.train_split), ("test_split", wanted.test_split)):
+        if name is not None and name not in names:
+            raise ValueError(f"{setting} must be a split of {data!r}, which has {', '.join(names)}; got {name!r}")
+    train = wanted.train_split or ("train" if "train" in names else names[0])
+    if wanted.train_split is None and train != "train" and len(names) > 1:
+        raise ValueError(f"train_split must say which split of {data!r} to train on: {', '.join(names)}")
+    test = wanted.test_split or next((name for name in _TEST_SPLITS if name in names and name != train), None)
+    if train == test:
+        raise ValueError(f"test_split must be another split than train_split, got {test!r} for both")
+    return train, test
+
+
+def _image_column(data: str, features: Any) -> str:
+    import datasets
+
+    for name, feature in features.items():
+        if isinstance(feature, datasets.Image):
+            return name
+    raise ValueError(f"data must have images, but {data!r} has only the columns {', '.join(features)}")
+
+
+def _label_column(data: str, wanted: str | None, features: Any) -> str:
+    """The column asked for; else the one of class labels, or of integers if it is called so."""
+    import datasets
+
+    if wanted is not None:
+        candidates = [name for name in features if name == wanted]
+    else:
+        candidates = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+        candidates = candidates or [name for name in features if name in ("label", "labels")]
+        candidates = ["label"] if "label" in candidates else candidates
+    if len(candidates) > 1:
+        raise ValueError(f"label_column must say which labels of {data!r} to take: {', '.join(candidates)}")
+    if not candidates or "int" not in str(getattr(features[candidates[0]], "dtype", "")):
+        kind = f"of class labels called {wanted!r}" if wanted else "of class labels"
+        raise ValueError(
+            f"data {data!r} must have a column {kind}, or be a folder with a sub-folder of images for each "
+            f"class; its columns are {', '.join(features)}"
+        )
+    return candidates[0]
+
+
+def _labels(data: str, split: str, rows: Any, column: str) -> Tensor:
+    if column not in rows.features:
+        raise ValueError(f"data {data!r} must have labels in each split, its {split} split has no column {column!r}")
+    labels = rows[column][:]
+    if not labels:
+        raise ValueError(f"data {data!r} must have at least one image in its {split} split")
+    if None in labels:
+        raise ValueError(f"data {data!r} must have a label for each image, its {split} split has images without")
+    return torch.tensor(labels)
+
+
+def _check_labels(data: str, labels: dict[str, Tensor], num_classes: int) -> None:
+    for split, values in labels.items():
+        low, high = (int(bound) for bound in torch.aminmax(values))
+        if low < 0 or high >= num_classes:
+            raise ValueError(
+                f"data {data!r} must have labels in [0, {num_classes}), its {split} split has {low} to {high}"
+            )
+    missing = (torch.cat(list(labels.values())).bincount(minlength=num_classes) == 0).nonzero().flatten().tolist()
+    if missing:
+        listed = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        raise ValueError(
+            f"data {data!r} must have images of each of its {num_classes} classes, it has none of {listed}"
+        )

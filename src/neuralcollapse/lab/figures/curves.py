@@ -1,0 +1,148 @@
+"""Figures of runs: metrics against the epoch, one line for each method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+
+from neuralcollapse.metrics.catalogue import METRICS
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's colours, which the colour-blind can tell apart; line styles do without colour.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+# File name and metric.
+_FIGURES = {
+    "accuracy.png": "accuracy",
+    "nc1.png": "nc1_quotient",
+    "nc2.png": "nc2_etf_means",
+    "nc3.png": "nc3_duality",
+    "nc4.png": "nc4_ncc_mismatch",
+}
+_COLUMNS = 5
+# Values that differ by less than this share of their size are equal but for rounding.
+_ROUNDING = 1e-5
+
+
+def draw_figures(metrics: pd.DataFrame, folder: Path, title: str, num_classes: int | None = None) -> list[Path]:
+    """Draw the figures of a run or a comparison.
+
+    Args:
+        metrics: Columns method, seed, epoch, split, metric, value.
+        folder: Where to write them.
+        title: What was trained on what.
+        num_classes: K, for values at collapse that depend on it.
+
+    Returns:
+        The files written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    seeds = metrics["seed"].nunique()
+    title += f"; mean, and range of {seeds} seeds" if seeds > 1 else ""
+    for file, name in _FIGURES.items():
+        figure = Figure(figsize=(9, 3.8), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, split in zip(panels, ("train", "test"), strict=True):
+            draw_metric(axes, metrics[metrics["split"] == split], name, num_classes)
+            axes.set(title=f"{split} split", xlabel="epoch")
+        panels[0].set_ylabel(METRICS[name].label)
+        panels[1].legend(frameon=False)
+        figure.suptitle(title, fontsize=10)
+        figure.savefig(folder / file, dpi=150)
+    overview = folder / "all_metrics.png"
+    _draw_all(metrics[metrics["split"] == "train"], overview, title, num_classes)
+    return [*(folder / name for name in _FIGURES), overview]
+
+
+def draw_metric(axes: Axes, metrics: pd.DataFrame, name: str, num_classes: int | None = None) -> None:
+    """One line a method: the mean over seeds, with a band from the least to the greatest; and the value at collapse.
+
+    Args:
+        axes: Where to draw.
+        metrics: Of one split: columns method, seed, epoch, metric, value.
+        name: The metric, of the catalogue.
+        num_classes: K.
+    """
+    values = metrics[metrics["metric"] == name]
+    styles = line_styles(list(metrics["method"].unique()))
+    for method, group in values.groupby("method", sort=False):
+        by_epoch = group.groupby("epoch")["value"].agg(["mean", "min", "max"])
+        color, line = styles[str(method)]
+        marker = "o" if len(by_epoch) == 1 else None
+        axes.plot(
+            by_epoch.index, by_epoch["mean"], linestyle=line, color=color, label=method, linewidth=1.6, marker=marker
+        )
+        axes.fill_between(by_epoch.index, by_epoch["min"], by_epoch["max"], color=color, alpha=0.18, linewidth=0)
+    _scale(axes, values["value"], name)
+    at_collapse = _at_collapse(name, num_classes)
+    if at_collapse is not None and axes.get_yscale() == "linear":
+        axes.axhline(at_collapse, color="0.4", linewidth=0.8, linestyle=(0, (1, 2)), zorder=0)
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.grid(alpha=0.3, linewidth=0.5)
+
+
+def line_styles(methods: Sequence[str]) -> dict[str, tuple[str, Any]]:
+    """Colour and line of each method: those of the three published ones are always the same."""
+    order = [*("standard", "fixed", "implicit"), *(m for m in methods if m not in ("standard", "fixed", "implicit"))]
+    return {name: (_COLORS[i % len(_COLORS)], _LINES[i % len(_LINES)]) for i, name in enumerate(order)}
+
+
+def _scale(axes: Axes, values: pd.Series, name: str) -> None:
+    """The axis that the catalogue asks for; logarithmic only where all is positive and spread."""
+    scale = METRICS[name].scale
+    if scale == "percent":
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    if scale == "log" and values.min() > 0 and values.max() > 3 * values.min():
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(numticks=5))
+        if values.max() > 10 * values.min():
+            axes.yaxis.set_minor_formatter(NullFormatter())
+    elif scale != "percent" and axes.get_yscale() == "linear":  # a panel shares its axis with one drawn before
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        size = max(abs(values.min()), abs(values.max()), _ROUNDING)
+        if values.max() - values.min() < _ROUNDING * size or size == _ROUNDING:
+            axes.set_ylim(values.mean() - 0.1 * size, values.mean() + 0.1 * size)
+        axes.ticklabel_format(axis="y", useOffset=False)
+
+
+def _at_collapse(name: str, num_classes: int | None) -> float | None:
+    metric = METRICS[name]
+    if num_classes is None and callable(metric.at_collapse):
+        return None
+    return metric.value_at_collapse(num_classes or 0)
+
+
+def _draw_all(metrics: pd.DataFrame, path: Path, title: str, num_classes: int | None) -> None:
+    """Every metric, a small panel each, a block of rows for each group."""
+    there = set(metrics["metric"])
+    groups: dict[str, list[str]] = {}
+    for name, metric in METRICS.items():
+        if name in there:
+            groups.setdefault(metric.group, []).append(name)
+    rows = [(group, names[i : i + _COLUMNS]) for group, names in groups.items() for i in range(0, len(names), _COLUMNS)]
+    height = 2.3 * len(rows) + 1.2
+    figure = Figure(figsize=(3.3 * _COLUMNS, height))
+    # Margins by hand: matplotlib's layout engine takes seconds for so many panels.
+    margins = {"left": 0.06, "right": 0.99, "bottom": 0.7 / height, "top": 1 - 0.9 / height, "wspace": 0.3}
+    panels = figure.subplots(len(rows), _COLUMNS, squeeze=False, gridspec_kw={"hspace": 0.62, **margins})
+    for number, ((group, names), line) in enumerate(zip(rows, panels, strict=True)):
+        for axes, name in zip(line, names, strict=False):
+            draw_metric(axes, metrics, name, num_classes)
+            axes.set_title(METRICS[name].label.replace("  $", "\n$"), fontsize=8)
+            axes.tick_params(labelsize=7, which="both")
+        for axes in line[len(names) :]:
+            axes.remove()
+        if number == 0 or rows[number - 1][0] != group:
+            box = line[0].get_position()
+            figure.text(0.012, (box.y0 + box.y1) / 2, group, fontsize=12, weight="bold", rotation=90, va="center")
+    figure.suptitle(f"{title}; train split, against the epoch", fontsize=10, y=1 - 0.3 / height, va="center")
+    handles = panels[0][0].get_legend_handles_labels()
+    figure.legend(*handles, loc="lower center", ncols=len(handles[0]), frameon=False)
+    figure.savefig(path, dpi=100)

@@ -1,0 +1,103 @@
+"""The landscape of the unconstrained features model: its table, the spectrum's edge, the way out of each saddle."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from neuralcollapse.lab.results.files import write_whole
+from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.results.tables import aligned
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_STYLES = ("-", "--", "-.", ":")
+
+
+def report_landscape(
+    folder: RunFolder,
+    points: pd.DataFrame,
+    spectrum: pd.DataFrame,
+    slices: pd.DataFrame,
+    title: str,
+    *,
+    optimum: float,
+    bound: float,
+) -> tuple[str, list[Path]]:
+    """Write the tables, the summary and the figure; return the table and what was written, most telling first.
+
+    Args:
+        folder: Where to.
+        points: Columns name, kind, objective, excess, gradient_norm, least_eigenvalue, iterations.
+        spectrum: Columns name, index, eigenvalue: the least of each point's Hessian.
+        slices: Columns name, step, objective: along the direction of most negative curvature.
+        title: The model.
+        optimum: The least f.
+        bound: The formula's least eigenvalue at the origin.
+    """
+    paths = {name: folder.path / f"{name}.csv" for name in ("points", "spectrum", "slices")}
+    for one, path in zip((points, spectrum, slices), paths.values(), strict=True):
+        write_whole(path, partial(one.to_csv, index=False, na_rep="nan"))
+    folder.figures.mkdir(parents=True, exist_ok=True)
+    figure = folder.figures / "landscape.png"
+    _draw(spectrum, slices, title, optimum, bound, figure)
+    table, made = aligned(_table(points)), folder.read_environment()
+    text = f"""# The landscape: {title}
+
+{table}
+
+`excess` is f less the global optimum's, {optimum:.10g}, in closed form. Random starts are in one row, with the largest
+of each column (of the least eigenvalues the least). The formula's least eigenvalue at the origin is {bound:.6g}.
+
+![landscape]({figure.relative_to(folder.path)})
+
+Made by `{made["command"]}` with neuralcollapse {made["neuralcollapse"]} (torch {made["packages"]["torch"]}).
+"""
+    write_whole(folder.summary, lambda path: path.write_text(text, encoding="utf-8"))
+    return table, [folder.summary, figure, *paths.values(), folder.config]
+
+
+def _table(points: pd.DataFrame) -> pd.DataFrame:
+    """One row for all random starts of a kind, and one for every other point."""
+    random = points["name"].str.startswith("start ")
+    groups = [
+        (f"{len(group)} random starts", kind, group) for kind, group in points[random].groupby("kind", sort=False)
+    ]
+    groups += [
+        (row["name"].iloc[0], row["kind"].iloc[0], row) for _, row in points[~random].groupby("name", sort=False)
+    ]
+    return pd.DataFrame(
+        [
+            {
+                "point": name,
+                "kind": kind,
+                "excess": f"{group['excess'].max():.2g}",
+                "gradient norm": f"{group['gradient_norm'].max():.1e}",
+                "least eigenvalue": f"{group['least_eigenvalue'].min():.3g}",
+                "iterations": f"{group['iterations'].max():.0f}",
+            }
+            for name, kind, group in groups
+        ]
+    )
+
+
+def _draw(spectrum: pd.DataFrame, slices: pd.DataFrame, title: str, optimum: float, bound: float, path: Path) -> None:
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    edge, line = figure.subplots(1, 2)
+    for number, (name, group) in enumerate(spectrum.groupby("name", sort=False)):
+        look = {"color": _COLOURS[number % 7], "linestyle": _STYLES[number % 4], "linewidth": 1.5}
+        edge.plot(group["index"], group["eigenvalue"], label=name, **look)
+        along = slices[slices["name"] == name]
+        if not along.empty:
+            line.plot(along["step"], along["objective"], label=name, **look)
+    edge.axhline(bound, color="grey", linewidth=0.8, linestyle=":", label="the formula at the origin")
+    edge.set(title="the least eigenvalues of the Hessian", xlabel="number", ylabel="eigenvalue")
+    line.axhline(optimum, color="grey", linewidth=0.8, linestyle=":", label="the global optimum")
+    line.set(title="f along the most negative curvature", xlabel="step", ylabel="f")
+    for axes in (edge, line):
+        axes.grid(alpha=0.3, linewidth=0.5)
+        axes.legend(frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=130)

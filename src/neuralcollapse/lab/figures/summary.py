@@ -1,0 +1,76 @@
+"""What a run or a comparison found: its table, its summary and its figures, from its folder alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+
+from neuralcollapse.lab.figures.curves import draw_figures
+from neuralcollapse.lab.results.files import write_whole
+from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.results.tables import aligned, gather, results_table
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What one run, or a comparison of several, found.
+
+    Attributes:
+        table: One row a method, as text.
+        metrics: Columns method, seed, epoch, split, metric, value.
+        written: The files written, most telling first.
+    """
+
+    table: str
+    metrics: pd.DataFrame
+    written: list[Path]
+
+
+def summarise(folder: RunFolder, command: str) -> Summary:
+    """Gather what the runs of a folder wrote, and write the folder's own table, summary and figures.
+
+    Args:
+        folder: Of one run, or of several.
+        command: The command that runs it again.
+    """
+    runs = folder.run_folders()
+    metrics, log = gather(runs, "metrics"), gather(runs, "training_log")
+    if runs != [folder]:
+        for gathered, path in ((metrics, folder.metrics), (log, folder.training_log)):
+            write_whole(path, partial(gathered.to_csv, index=False, na_rep="nan"))
+    settings = [run.settings() for run in runs]
+    recipes = {one["method"]: one["recipe"] for one in settings if one.get("recipe")}
+    table = aligned(results_table(metrics, log, recipes))
+    made = folder.read_environment()
+    title = f"{settings[0]['backbone']} on {made.get('data', settings[0]['data'])}"
+    seeds = list(dict.fromkeys(one["seed"] for one in settings))
+    figures = draw_figures(metrics, folder.figures, title, made.get("num_classes"))
+    text = _summary(folder, title, command, table, figures, seeds)
+    write_whole(folder.summary, lambda path: path.write_text(text, encoding="utf-8"))
+    tables = [table for table in (folder.metrics, folder.training_log, folder.gradients) if table.exists()]
+    return Summary(table, metrics, [folder.summary, *figures, *tables, folder.config])
+
+
+def _summary(folder: RunFolder, title: str, command: str, table: str, figures: list[Path], seeds: list[int]) -> str:
+    made = folder.read_environment()
+    packages = ", ".join(f"{name} {number}" for name, number in made["packages"].items())
+    pictures = "\n".join(f"![{figure.stem}]({figure.relative_to(folder.path)})" for figure in figures)
+    over = f"seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}"
+    spread = f"Mean ± standard deviation over {over}. " if len(seeds) > 1 else f"Of {over}. "
+    return f"""# {title}
+
+{table}
+
+{spread}Accuracies and collapse metrics are those of the last epoch, on the train split
+unless said otherwise, taken in evaluation mode, without targets, on images without augmentation; `metrics.csv` has all
+of them for each epoch measured. Seconds an epoch are of training alone, without measuring.
+
+{pictures}
+
+Made by `{made["command"]}` with neuralcollapse {made["neuralcollapse"]} ({packages})
+on {made["accelerator"] or made["machine"]}.
+`neuralcollapse {command} --config {folder.config.name} --out FOLDER` runs it again.
+"""

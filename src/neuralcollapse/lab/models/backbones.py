@@ -1,0 +1,207 @@
+"""Networks from images to features (N, feature_dim)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+ImageShape = tuple[int, int, int]
+
+
+class Backbone(nn.Module):
+    """From images (N, C, H, W) to features (N, feature_dim)."""
+
+    feature_dim: int
+    layers: nn.Module
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images)
+
+
+class ConvNet(Backbone):
+    """Four 3×3 convolutions with batch norm, pooled once half-way and averaged at the end.
+
+    Args:
+        image_shape: Channels, height and width.
+        width: Channels of the first two convolutions; the others have twice as many.
+        feature_dim: Channels of the last convolution, if not twice ``width``.
+        affine: Batch norm trains a scale and a shift.
+    """
+
+    def __init__(
+        self, image_shape: ImageShape, *, width: int = 32, feature_dim: int | None = None, affine: bool = True
+    ) -> None:
+        super().__init__()
+        channels = (image_shape[0], width, width, 2 * width, feature_dim or 2 * width)
+        blocks = [_convolution(*pair, affine=affine) for pair in itertools.pairwise(channels)]
+        pooling = nn.MaxPool2d(2, ceil_mode=True)
+        self.layers = nn.Sequential(*blocks[:2], pooling, *blocks[2:], nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.feature_dim = channels[-1]
+
+
+class MLP(Backbone):
+    """Fully connected layers with batch norm.
+
+    Args:
+        image_shape: Channels, height and width.
+        width: Neurons of each layer.
+        depth: Number of layers.
+        feature_dim: Neurons of the last layer, if not ``width``.
+        affine: Batch norm trains a scale and a shift.
+    """
+
+    def __init__(
+        self,
+        image_shape: ImageShape,
+        *,
+        width: int = 512,
+        depth: int = 3,
+        feature_dim: int | None = None,
+        affine: bool = True,
+    ) -> None:
+        super().__init__()
+        sizes = [math.prod(image_shape)] + [width] * (depth - 1) + [feature_dim or width]
+        layers = [
+            nn.Sequential(nn.Linear(*pair, bias=False), nn.BatchNorm1d(pair[1], affine=affine), nn.ReLU())
+            for pair in itertools.pairwise(sizes)
+        ]
+        self.layers = nn.Sequential(nn.Flatten(), *layers)
+        self.feature_dim = sizes[-1]
+
+
+class ResNet(Backbone):
+    """A residual network of He et al. (CVPR 2016), section 4.1, without its classifier.
+
+    Args:
+        image_shape: Channels, height and width.
+        blocks: Residual blocks of each of the four stages.
+        bottleneck: Blocks of three convolutions, whose output has four times the channels, in place of two.
+        width: Channels k of the first stage; the others have 2k, 4k and 8k.
+        stem: ``"7x7"`` of stride 2, then max-pooling, as published; or ``"3x3"`` of stride 1, for small images.
+        feature_dim: Channels that the last stage puts out, if not its own 8k (32k with bottlenecks).
+        affine: Batch norm trains a scale and a shift.
+    """
+
+    def __init__(
+        self,
+        image_shape: ImageShape,
+        *,
+        blocks: Iterable[int],
+        bottleneck: bool = False,
+        width: int = 64,
+        stem: str = "7x7",
+        feature_dim: int | None = None,
+        affine: bool = True,
+    ) -> None:
+        super().__init__()
+        if stem == "7x7":
+            convolution = _convolution(image_shape[0], width, size=7, stride=2, affine=affine)
+            first = nn.Sequential(convolution, nn.MaxPool2d(3, 2, padding=1))
+        else:
+            first = _convolution(image_shape[0], width, affine=affine)
+        expansion = 4 if bottleneck else 1
+        outputs = [expansion * width * 2**stage for stage in range(4)]
+        outputs[-1] = feature_dim or outputs[-1]
+        stages, before = [], width
+        for number, after, stride in zip(blocks, outputs, (1, 2, 2, 2), strict=True):
+            inner = -(-after // expansion)
+            stages.append(
+                nn.Sequential(
+                    *(
+                        ResidualBlock(before if i == 0 else after, inner, after, stride if i == 0 else 1, affine)
+                        for i in range(number)
+                    )
+                )
+            )
+            before = after
+        self.layers = nn.Sequential(first, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.feature_dim = outputs[-1]
+        _initialise(self)
+
+
+class ResidualBlock(nn.Module):
+    """relu(x + f(x)); where the shape changes, x goes through a 1×1 convolution (option B).
+
+    f is two 3×3 convolutions, or 1×1, 3×3 and 1×1 where the inner convolutions have fewer channels than the output
+    (a bottleneck, with the stride at the 3×3 convolution).
+    """
+
+    def __init__(
+        self, in_channels: int, inner_channels: int, out_channels: int, stride: int = 1, affine: bool = True
+    ) -> None:
+        super().__init__()
+        convolution = partial(_convolution, affine=affine)
+        if inner_channels == out_channels:
+            self.residual = nn.Sequential(
+                convolution(in_channels, inner_channels, stride=stride),
+                convolution(inner_channels, out_channels, activation=False),
+            )
+        else:
+            self.residual = nn.Sequential(
+                convolution(in_channels, inner_channels, size=1),
+                convolution(inner_channels, inner_channels, stride=stride),
+                convolution(inner_channels, out_channels, size=1, activation=False),
+            )
+        same = in_channels == out_channels and stride == 1
+        self.shortcut = (
+            nn.Identity() if same else convolution(in_channels, out_channels, size=1, stride=stride, activation=False)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.relu(self.shortcut(images) + self.residual(images))
+
+
+class VGG13(Backbone):
+    """Configuration B of Simonyan and Zisserman (ICLR 2015), with batch norm, averaged at the end.
+
+    Ten 3×3 convolutions, two before each of five max-poolings; images that are small already are pooled less often.
+
+    Args:
+        image_shape: Channels, height and width.
+        width: Channels k of the first stage; the others have 2k, 4k, 8k and 8k.
+        feature_dim: Channels of the last convolution, if not 8k.
+        affine: Batch norm trains a scale and a shift.
+    """
+
+    def __init__(
+        self, image_shape: ImageShape, *, width: int = 64, feature_dim: int | None = None, affine: bool = True
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        before = image_shape[0]
+        for stage, scale in enumerate((1, 2, 4, 8, 8)):
+            after = scale * width
+            last = feature_dim or after if stage == 4 else after
+            layers += [_convolution(before, after, affine=affine), _convolution(after, last, affine=affine)]
+            layers += [nn.MaxPool2d(2, ceil_mode=True)]
+            before = last
+        self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.feature_dim = before
+        _initialise(self)
+
+
+def _convolution(
+    in_channels: int,
+    out_channels: int,
+    *,
+    size: int = 3,
+    stride: int = 1,
+    activation: bool = True,
+    affine: bool = True,
+) -> nn.Sequential:
+    """Convolution, batch norm and, if asked for, ReLU."""
+    convolution = nn.Conv2d(in_channels, out_channels, size, stride, padding=size // 2, bias=False)
+    layers: list[nn.Module] = [convolution, nn.BatchNorm2d(out_channels, affine=affine)]
+    return nn.Sequential(*layers, nn.ReLU()) if activation else nn.Sequential(*layers)
+
+
+def _initialise(network: nn.Module) -> None:
+    """Weights of convolutions after He et al. (ICCV 2015), by the fan-out."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -1,0 +1,167 @@
+"""A backbone with the head of a training method, and which backbone a name is."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neuralcollapse.heads import (
+    AttachedHead,
+    FixedETFClassifier,
+    Head,
+    LearnedClassifier,
+    NearestETFClassifier,
+    attach_head,
+)
+from neuralcollapse.lab.config import ModelSettings, RunConfig
+from neuralcollapse.lab.models.backbones import MLP, VGG13, Backbone, ConvNet, ImageShape, ResNet
+
+
+def build_model(config: RunConfig, image_shape: ImageShape, num_classes: int) -> AttachedHead:
+    """A backbone with the head of its method. The backbone's first weights follow from the seed, whatever the method.
+
+    Args:
+        config: The settings.
+        image_shape: Channels, height and width.
+        num_classes: K.
+
+    Returns:
+        A module from images (N, C, H, W) to logits (N, K), ``forward(images, targets=None)``.
+
+    Raises:
+        ValueError: Settings that do not fit the images or the number of classes.
+
+    Example:
+        >>> model = build_model(RunConfig(backbone="mlp", width=16), (1, 8, 8), 10)
+        >>> model.eval()(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        backbone = build_backbone(config, image_shape)
+        place = nn.Linear(backbone.feature_dim, num_classes)
+        head = build_head(config, place.in_features, num_classes)
+    return attach_head(nn.Sequential(backbone, place), head)
+
+
+def build_head(config: RunConfig, feature_dim: int, num_classes: int) -> Head:
+    """The head of a method: standard, fixed or implicit.
+
+    Raises:
+        ValueError: The head cannot be built with these settings.
+    """
+    norm = None if config.feature_norm == "none" else config.feature_norm
+    options: dict[str, Any] = {"in_features": feature_dim, "num_classes": num_classes, "feature_norm": norm}
+    if config.method == "standard":
+        return LearnedClassifier(
+            unit_weight=bool(config.unit_weight), bias=config.classifier_bias == "learned", **options
+        )
+    options["bias"] = config.classifier_bias
+    if config.means_momentum is not None:
+        options["momentum"] = config.means_momentum
+    if config.method == "fixed":
+        return FixedETFClassifier(**options)
+    options["proximal_weight"] = config.proximal_weight
+    return NearestETFClassifier(**options)
+
+
+class OwnBackbone(Backbone):
+    """A user's own module, whose feature dimension is found by a call.
+
+    Args:
+        module: From images (N, C, H, W) to features (N, feature_dim).
+        image_shape: Channels, height and width.
+
+    Raises:
+        ValueError: The module gives something else.
+    """
+
+    def __init__(self, module: nn.Module, image_shape: ImageShape) -> None:
+        super().__init__()
+        self.layers = module
+        training = module.training
+        with torch.no_grad():
+            try:
+                features = module.eval()(torch.zeros(2, *image_shape))
+            except Exception as error:
+                raise ValueError(
+                    f"backbone must take images (N, C, H, W), of C, H, W = {image_shape}; "
+                    f"{type(module).__name__} fails: {error}"
+                ) from error
+        module.train(training)
+        if not (isinstance(features, Tensor) and features.ndim == 2 and len(features) == 2):
+            found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise ValueError(
+                f"backbone must give features of shape (N, feature_dim), {type(module).__name__} gives {found}"
+            )
+        self.feature_dim = features.shape[1]
+
+
+# Each with those of the settings that it takes beside the dimension of its features and the kind of its batch norm.
+_BACKBONES: dict[str, tuple[Callable[..., Backbone], tuple[str, ...]]] = {
+    "convnet": (ConvNet, ("width",)),
+    "mlp": (MLP, ("width", "depth")),
+    "resnet18": (partial(ResNet, blocks=(2, 2, 2, 2)), ("width", "stem")),
+    "resnet34": (partial(ResNet, blocks=(3, 4, 6, 3)), ("width", "stem")),
+    "resnet50": (partial(ResNet, blocks=(3, 4, 6, 3), bottleneck=True), ("width", "stem")),
+    "vgg13": (VGG13, ("width",)),
+}
+
+
+def build_backbone(config: ModelSettings, image_shape: ImageShape) -> Backbone:
+    """The backbone that the settings ask for, with weights from torch's global generator.
+
+    Raises:
+        ValueError: There is no backbone of that name, or the user's own class cannot be made or used.
+    """
+    if "." in config.backbone:
+        return OwnBackbone(own_module(config.backbone, config.backbone_options or {}, image_shape), image_shape)
+    if config.backbone not in _BACKBONES:
+        raise ValueError(
+            f"backbone must be one of {', '.join(_BACKBONES)}, or the dotted path of your own class, "
+            f"got {config.backbone!r}"
+        )
+    backbone, names = _BACKBONES[config.backbone]
+    options: dict[str, Any] = {name: getattr(config, name) for name in (*names, "feature_dim")}
+    options = {name: value for name, value in options.items() if value is not None}
+    return backbone(image_shape, affine=bool(config.batch_norm_affine), **options)
+
+
+def own_module(path: str, options: dict[str, Any], image_shape: ImageShape) -> nn.Module:
+    """A module of the user's class, looked for in the folder of work as well.
+
+    Args:
+        path: package.module.Class.
+        options: Keyword arguments of the class; ``image_shape`` is among them if it has such an argument.
+        image_shape: Channels, height and width.
+
+    Raises:
+        ValueError: It cannot be imported or made.
+    """
+    module_name, _, name = path.rpartition(".")
+    if "/" in path or not all(path.split(".")):
+        raise ValueError(f"backbone must be a dotted path such as package.module.Class, got {path!r}")
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        make = getattr(importlib.import_module(module_name), name)
+    except Exception as error:  # the user's code may fail in any way, here and below
+        raise ValueError(f"backbone {path!r} cannot be imported: {error}") from error
+    finally:
+        sys.path.remove(here)
+    try:
+        takes_shape = "image_shape" in inspect.signature(make).parameters
+        made = make(**options, **({"image_shape": image_shape} if takes_shape else {}))
+    except Exception as error:
+        raise ValueError(f"backbone {path!r} cannot be made with backbone_options {options}: {error}") from error
+    if not isinstance(made, nn.Module):
+        raise ValueError(f"backbone {path!r} must make a torch.nn.Module, it made a {type(made).__name__}")
+    return made

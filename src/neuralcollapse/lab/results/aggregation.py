@@ -1,0 +1,135 @@
+"""Statistics over seeds: runs that differ in nothing else, gathered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+
+from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.results.tables import COLUMNS, read_table
+
+# The columns of the training log that are aggregated as well, as metrics of the split "training".
+TRAINING = "training"
+
+
+def group_runs(runs: Sequence[RunFolder]) -> dict[str, list[RunFolder]]:
+    """Runs that differ in their seed alone, under a name that says in what the groups differ.
+
+    Raises:
+        ValueError: A run twice, or one whose seed is another's with the same settings.
+    """
+    settings = [run.settings() for run in runs]
+    own = ("seed", "environment", "recipe", "method", "loggers", "device")
+    names = {name for one in settings for name in one if name not in own}
+    varied = sorted(name for name in names if any(one.get(name) != settings[0].get(name) for one in settings))
+    by_method = {str(one["method"]) for one in settings}
+    # What follows from the method need not be said beside it.
+    telling = [
+        name
+        for name in varied
+        if any(len({str(one.get(name)) for one in settings if one["method"] == method}) > 1 for method in by_method)
+    ]
+    groups: dict[str, list[RunFolder]] = {}
+    seen: dict[str, set[int]] = {}
+    for run, one in zip(runs, settings, strict=True):
+        label = " ".join([str(one["method"]), *(f"{name}={one.get(name)}" for name in telling)])
+        if one["seed"] in seen.setdefault(label, set()):
+            raise ValueError(
+                f"runs must differ, and two of {label!r} have seed {one['seed']}: {str(run.path)!r} is one"
+            )
+        seen[label].add(one["seed"])
+        groups.setdefault(label, []).append(run)
+    return groups
+
+
+def gather_groups(groups: Mapping[str, Sequence[RunFolder]]) -> pd.DataFrame:
+    """All values of all runs: columns group, seed, epoch, split, metric, value.
+
+    What training itself saw (loss, alignment, accuracy of its batches, never compared) has the split ``"training"``.
+
+    Raises:
+        ValueError: A run without a table, which is named.
+    """
+    tables = []
+    for label, runs in groups.items():
+        for run in runs:
+            if not run.metrics.exists():
+                raise ValueError(f"run {str(run.path)!r} must have a {run.metrics.name}, and has none: measure it")
+            table = pd.concat([read_table(run.metrics), _training(run)], ignore_index=True)
+            table.insert(0, "group", label)
+            table.insert(1, "seed", run.settings()["seed"])
+            tables.append(table)
+    return pd.concat(tables, ignore_index=True)
+
+
+def statistics_over_seeds(values: pd.DataFrame) -> pd.DataFrame:
+    """Mean, standard deviation (of n − 1), median, least and greatest value over seeds, and their number.
+
+    Args:
+        values: As `gather_groups` gives them.
+
+    Returns:
+        Columns group, epoch, split, metric, mean, std, median, min, max, seeds.
+    """
+    keys = ["group", "epoch", "split", "metric"]
+    grouped = values.groupby(keys, sort=False)["value"]
+    return (
+        grouped.agg(["mean", "std", "median", "min", "max", "count"]).reset_index().rename(columns={"count": "seeds"})
+    )
+
+
+def epochs_to_reach(values: pd.DataFrame, levels: Mapping[str, float], split: str = "train") -> pd.DataFrame:
+    """The epoch at which each run first reaches a level of a metric.
+
+    Between two measured epochs it is interpolated linearly; a run that begins beyond the level has its first epoch, one
+    that never reaches it has none (NaN).
+
+    Args:
+        values: As `gather_groups` gives them.
+        levels: Metric to level. Reached from below or from above: whichever side the catalogue calls worse.
+        split: Of the data.
+
+    Returns:
+        Columns group, seed, metric, level, epoch.
+
+    Raises:
+        ValueError: A metric that was not measured.
+    """
+    rows = []
+    chosen = values[values["split"] == split]
+    for metric, level in levels.items():
+        measured = chosen[chosen["metric"] == metric]
+        if measured.empty:
+            there = ", ".join(sorted(chosen["metric"].unique()))
+            raise ValueError(
+                f"reach must name a metric that was measured on the {split} split ({there}), got {metric!r}"
+            )
+        for (group, seed), course in measured.groupby(["group", "seed"], sort=False):
+            epochs = course.sort_values("epoch")
+            rows.append((group, seed, metric, level, _crossing(epochs, metric, level)))
+    return pd.DataFrame(rows, columns=["group", "seed", "metric", "level", "epoch"])
+
+
+def _crossing(course: pd.DataFrame, metric: str, level: float) -> float:
+    from neuralcollapse.metrics.catalogue import METRICS
+
+    rising = METRICS[metric].better == "higher" if metric in METRICS else False
+    epochs, values = course["epoch"].to_numpy(float), course["value"].to_numpy(float)
+    beyond = values >= level if rising else values <= level
+    if not beyond.any():
+        return float("nan")
+    first = int(beyond.argmax())
+    if first == 0:
+        return float(epochs[0])
+    before, after = values[first - 1], values[first]
+    return float(epochs[first - 1] + (epochs[first] - epochs[first - 1]) * (level - before) / (after - before))
+
+
+def _training(run: RunFolder) -> pd.DataFrame:
+    if not run.training_log.exists():
+        return pd.DataFrame(columns=COLUMNS)
+    log = pd.read_csv(run.training_log)
+    tidy = log.melt("epoch", var_name="metric", value_name="value")
+    tidy.insert(1, "split", TRAINING)
+    return tidy

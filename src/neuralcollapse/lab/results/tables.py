@@ -1,0 +1,99 @@
+"""Tables of runs: what they measured gathered in one, and the table that is printed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from neuralcollapse.lab.results.files import write_whole
+from neuralcollapse.lab.results.folder import RunFolder
+
+COLUMNS = ["epoch", "split", "metric", "value"]
+GOAL = 0.99
+# Heading of a column of the table: split, metric, format. All of the last epoch.
+_COLUMNS = {
+    "train acc": ("train", "accuracy", "{:.2%}"),
+    "validation acc": ("validation", "accuracy", "{:.2%}"),
+    "test acc": ("test", "accuracy", "{:.2%}"),
+    "nc1_quotient": ("train", "nc1_quotient", "{:.2g}"),
+    "nc2_etf_means": ("train", "nc2_etf_means", "{:.3f}"),
+    "nc3_duality": ("train", "nc3_duality", "{:.3f}"),
+    "nc4_ncc_mismatch": ("train", "nc4_ncc_mismatch", "{:.2%}"),
+}
+
+
+def gather(runs: Sequence[RunFolder], table: str) -> pd.DataFrame:
+    """One table of several runs, with the method and the seed in front.
+
+    Args:
+        runs: Their folders.
+        table: Which, of those of a `RunFolder`: ``"metrics"``, ``"training_log"`` or ``"gradients"``.
+    """
+    tables = []
+    for run in runs:
+        settings = run.settings()
+        one = read_table(getattr(run, table))
+        one.insert(0, "method", settings["method"])
+        one.insert(1, "seed", settings["seed"])
+        tables.append(one)
+    return pd.concat(tables, ignore_index=True)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A table of a run's folder, with every value as it was written."""
+    return pd.read_csv(path, converters={"value": float})  # the default parser is not exact
+
+
+def add_rows(path: Path, rows: Sequence[tuple[int, str, str, float]]) -> None:
+    """Add measured values to a run's table, in order of epochs; they replace those of the same name."""
+    added = pd.DataFrame(rows, columns=COLUMNS)
+    table = pd.concat([read_table(path), added]) if path.exists() else added
+    table = table.drop_duplicates(COLUMNS[:3], keep="last").sort_values("epoch", kind="stable")
+    write_whole(path, lambda partial: table.to_csv(partial, index=False, na_rep="nan"))
+
+
+def results_table(metrics: pd.DataFrame, log: pd.DataFrame, recipes: Mapping[str, str] | None = None) -> pd.DataFrame:
+    """One row a method; mean ± standard deviation over seeds.
+
+    Args:
+        metrics: What was measured, gathered.
+        log: What training itself saw, gathered.
+        recipes: For each method the recipe whose settings it has, if it is of one.
+    """
+    last = metrics[metrics["epoch"] == metrics["epoch"].max()]
+    columns = {name: column for name, column in _COLUMNS.items() if column[0] in set(metrics["split"])}
+    rows = []
+    for method in metrics["method"].unique():
+        row = {"method": method} | ({"recipe": recipes[method]} if recipes else {})
+        row[f"epochs to {GOAL:.0%} train acc"] = _epochs_to_goal(metrics[metrics["method"] == method])
+        for heading, (split, metric, form) in columns.items():
+            chosen = last[(last["method"] == method) & (last["split"] == split) & (last["metric"] == metric)]
+            row[heading] = _spread(chosen["value"], form)
+        seconds = log[log["method"] == method].groupby("seed")["seconds"].mean()
+        rows.append(row | {"s/epoch": _spread(seconds, "{:.2f}")})
+    return pd.DataFrame(rows)
+
+
+def aligned(table: pd.DataFrame) -> str:
+    """A Markdown table whose columns line up in a terminal, too."""
+    columns = [[str(name), *map(str, table[name])] for name in table]
+    widths = [max(map(len, column)) for column in columns]
+    rule = ["-" * width for width in widths]
+    rows = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in zip(*columns, strict=True)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], rule, *rows[1:]])
+
+
+def _epochs_to_goal(metrics: pd.DataFrame) -> str:
+    accuracy = metrics[(metrics["split"] == "train") & (metrics["metric"] == "accuracy")]
+    reached = accuracy[accuracy["value"] >= GOAL].groupby("seed")["epoch"].min()
+    seeds = accuracy["seed"].nunique()
+    if reached.empty:
+        return "not reached"
+    return _spread(reached, "{:.1f}") + ("" if len(reached) == seeds else f" ({len(reached)} of {seeds} seeds)")
+
+
+def _spread(values: pd.Series, form: str) -> str:
+    mean = form.format(values.mean())
+    return mean if len(values) < 2 else f"{mean} ± {form.format(values.std())}"

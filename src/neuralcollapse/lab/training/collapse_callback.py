@@ -1,0 +1,94 @@
+"""Measure neural collapse during training: a lightning callback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+
+from neuralcollapse.lab.results.tables import COLUMNS
+from neuralcollapse.lab.training.logs import TableCallback
+from neuralcollapse.metrics import Measurement, measure
+
+
+class CollapseCallback(TableCallback):
+    """Measures a model on loaders after epochs of training, in evaluation mode and without targets.
+
+    What is measured is logged as ``SPLIT/METRIC`` and written to a table. The table is part of the checkpoints, so
+    that a run that is stopped and resumed ends with the same one.
+
+    Args:
+        loaders: Name of each split to its batches. Give un-augmented data. Where one is called ``"train"``, it is
+            measured first, and the others against its class means.
+        every_n_epochs: Measure after every so many epochs, and after the last.
+        csv: File to write: epoch, split, metric, value.
+        moments: Folder to write each `Measurement` to, as ``epoch0005-train.safetensors``: from it every metric can be
+            computed again.
+        classifier: The classifier, or its dotted name in the `LightningModule`, where `find_classifier` does not
+            find it.
+        options: What else `neuralcollapse.measure` takes.
+
+    Attributes:
+        rows: What was measured so far, as (epoch, split, metric, value).
+
+    Example:
+        >>> import torch
+        >>> from lightning.pytorch import Trainer
+        >>> batches = [(torch.randn(16, 4), torch.arange(16) % 2)]
+        >>> callback = CollapseCallback({"train": batches}, every_n_epochs=5)
+        >>> trainer = Trainer(max_epochs=10, callbacks=[callback], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self,
+        loaders: Mapping[str, Iterable[Any]],
+        *,
+        every_n_epochs: int = 1,
+        csv: str | Path | None = None,
+        moments: str | Path | None = None,
+        classifier: str | nn.Module | None = None,
+        **options: Any,
+    ) -> None:
+        if not loaders:
+            raise ValueError("loaders must name at least one split")
+        if every_n_epochs < 1:
+            raise ValueError(f"every_n_epochs must be at least 1, got {every_n_epochs}")
+        super().__init__(None if csv is None else Path(csv), COLUMNS)
+        self.moments = None if moments is None else Path(moments)
+        self.loaders = dict(loaders)
+        self.every_n_epochs = every_n_epochs
+        self.classifier = classifier
+        self.options: dict[str, Any] = {"progress": False} | options
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure, log and write."""
+        epoch = trainer.current_epoch + 1
+        if epoch % self.every_n_epochs and epoch != trainer.max_epochs:
+            return
+        found = measure_splits(pl_module, self.loaders, classifier=self.classifier, epoch=epoch, **self.options)
+        for split, measurement in found.items():
+            if self.moments is not None and trainer.is_global_zero:
+                self.moments.mkdir(parents=True, exist_ok=True)
+                measurement.save(self.moments / f"epoch{epoch:04d}-{split}.safetensors")
+            self.rows += [(epoch, split, name, value) for name, value in measurement.metrics.items()]
+            named = {f"{split}/{name}": value for name, value in measurement.metrics.items()}
+            pl_module.log_dict(named, rank_zero_only=True)
+        self.write(trainer)
+
+
+def measure_splits(model: nn.Module, loaders: Mapping[str, Iterable[Any]], **options: Any) -> dict[str, Measurement]:
+    """Measure every split; the one called ``"train"`` first, and the others against its class means.
+
+    Args:
+        model: The model.
+        loaders: Name of each split to its batches.
+        options: What else `neuralcollapse.measure` takes.
+    """
+    train_moments, found = None, {}
+    for split in sorted(loaders, key=lambda split: split != "train"):
+        found[split] = measure(model, loaders[split], train_moments=train_moments, split=split, **options)
+        train_moments = found[split].moments if split == "train" else train_moments
+    return found

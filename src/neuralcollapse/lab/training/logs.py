@@ -1,0 +1,109 @@
+"""What a run writes while it trains: tables of what happened in each epoch."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
+
+from neuralcollapse.lab.results.files import write_whole
+from neuralcollapse.lab.training.agd import AGD
+
+
+class TableCallback(Callback):
+    """Rows gathered during training, written to a CSV file and kept in checkpoints, so that a resumed run goes on.
+
+    Args:
+        path: The file; None for none.
+        columns: Names of what is in a row, where rows do not name it themselves.
+
+    Attributes:
+        rows: What was gathered so far.
+    """
+
+    def __init__(self, path: Path | None, columns: list[str] | None = None) -> None:
+        self.path = path
+        self.columns = columns
+        self.rows: list[Any] = []
+
+    def write(self, trainer: Trainer) -> None:
+        """Write all rows so far."""
+        if self.path is not None and trainer.is_global_zero:
+            table = pd.DataFrame(self.rows, columns=self.columns)
+            write_whole(self.path, lambda path: table.to_csv(path, index=False, na_rep="nan"))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the rows of a checkpoint."""
+        self.rows = list(state_dict["rows"])
+
+
+class TrainingLog(TableCallback):
+    """What training itself saw in each epoch, and how long it took without measuring."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._started = 0.0
+        self._rate = 0.0
+        self._etas: list[torch.Tensor] = []
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
+        self._etas = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_index: int) -> None:
+        """Keep the learning rate that the epoch begins with; AGD has none."""
+        if batch_index == 0:
+            self._rate = trainer.optimizers[0].param_groups[0].get("lr", math.nan)
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Keep AGD's step."""
+        optimizer = trainer.optimizers[0]
+        if isinstance(optimizer, AGD) and optimizer.eta is not None:
+            self._etas.append(optimizer.eta)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock, and write; a loss that is not finite ends the run."""
+        epoch = trainer.current_epoch + 1
+        figures = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("batch_")}
+        seconds = time.perf_counter() - self._started  # after the figures, which wait for the accelerator
+        if not math.isfinite(figures["batch_loss"]):
+            setting = "gain" if self._etas else "lr"
+            raise ValueError(f"{setting} must be smaller: training diverged in epoch {epoch}, its loss is not finite")
+        if self._etas:
+            figures["agd_eta"] = float(torch.stack(self._etas).mean())
+        else:
+            figures["lr"] = self._rate
+        self.rows.append({"epoch": epoch, "seconds": seconds} | figures)
+        self.write(trainer)
+
+
+class GradientLog(TableCallback):
+    """Size of each parameter's gradient at the last batch of each epoch: mean and largest magnitude, and norm."""
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Look at the gradients; an optimiser that evaluates them more often leaves the last ones."""
+        if not trainer.is_last_batch:
+            return
+        epoch = trainer.current_epoch + 1
+        self.rows = [row for row in self.rows if row["epoch"] < epoch]
+        for name, parameter in pl_module.named_parameters():
+            if parameter.grad is not None:
+                size = parameter.grad.abs()
+                figures = torch.stack([size.mean(), size.max(), torch.linalg.vector_norm(size)]).tolist()
+                row = dict(zip(("mean", "max", "norm"), figures, strict=True))
+                self.rows.append({"epoch": epoch, "parameter": name.removeprefix("model.")} | row)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write."""
+        self.write(trainer)

@@ -1,0 +1,164 @@
+"""Train a list of runs: what `train`, `compare` and a notebook call."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from neuralcollapse.lab.config import BatchSettings, DataSettings, RunConfig
+from neuralcollapse.lab.data.batches import EvaluationBatches, evaluation_batches
+from neuralcollapse.lab.data.loading import load_data
+from neuralcollapse.lab.data.splits import ImageData
+from neuralcollapse.lab.experiments import common_settings
+from neuralcollapse.lab.results.files import write_whole
+from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.results.provenance import peak_memory
+from neuralcollapse.lab.training.devices import resolve_device
+from neuralcollapse.lab.training.loggers import check_loggers
+from neuralcollapse.lab.training.one_run import ClassifierTraining, train
+from neuralcollapse.lab.training.progress import Progress
+
+
+def train_runs(
+    runs: RunConfig | Sequence[RunConfig],
+    folder: str | Path,
+    *,
+    settings: dict[str, Any] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> RunFolder:
+    """Train one run, or one after another.
+
+    Settings, data, models and folders are checked for all of them before anything is written. A run that is finished
+    is left as it is, one that was stopped goes on.
+
+    Args:
+        runs: The settings of one run, whose folder it will be; or of several, each with a folder of its own in
+            ``runs/``.
+        folder: Where to write.
+        settings: What the folder keeps as the settings of several runs; by default what they have in common.
+        resume: Go on with what the folder holds.
+        overwrite: Delete what the folder holds.
+        progress: Show progress.
+
+    Returns:
+        The folder, whose `run_folders` are those of the runs.
+
+    Raises:
+        ValueError: Settings, data or a folder that cannot be used; or a run that failed, which is named.
+        KeyboardInterrupt: The user stopped it; it can be resumed.
+
+    Example:
+        >>> from neuralcollapse.lab import RunConfig, train_runs
+        >>> runs = [RunConfig(method="fixed", epochs=1, backbone="mlp", width=16, seed=seed) for seed in (1, 2)]
+        >>> folder = train_runs(runs, getfixture("tmp_path") / "digits", progress=False)
+        >>> [run.path.name for run in folder.run_folders()]
+        ['fixed-seed1', 'fixed-seed2']
+    """
+    whole = RunFolder(folder)
+    if isinstance(runs, RunConfig):
+        places, own = {whole: runs}, runs.in_force()
+    else:
+        places, own = {whole.run(name): run for name, run in _named(runs).items()}, common_settings(runs)
+    settings = own if settings is None else settings
+    whole.check(settings, resume=resume, overwrite=overwrite)
+    preparation = Preparation(whole if resume else None, progress=progress)
+    modules = {_kind(run): preparation.module(run, place) for place, run in reversed(places.items())}
+    data = next(iter(modules.values())).data
+    facts: dict[str, Any] = {"data": str(data), "num_classes": data.num_classes}
+    names = {} if whole in places else {"runs": [place.path.name for place in places]}
+    whole.start(settings, overwrite=overwrite, facts=facts | names)
+    bar = Progress(len(places), shown=progress)
+    try:
+        for position, (place, run) in enumerate(places.items()):
+            module = modules.pop(_kind(run), None) or preparation.module(run, place)
+            place.start(run.in_force(), facts=facts)
+            _keep_labels(module.data, place)
+            name = run.method if place is whole else place.path.name
+            try:
+                train(module, place, bar.next_run(name, position))
+            except ValueError as error:
+                raise ValueError(str(error) if place is whole else f"{name}: {error}") from error
+            parameters = sum(parameter.numel() for parameter in module.model.parameters())
+            place.add_facts(parameters=parameters, peak_memory_mib=round(peak_memory()))
+    finally:
+        bar.close()
+    return whole
+
+
+class Preparation:
+    """Data on the training device, loaded and standardised once, however many runs share them.
+
+    Args:
+        resumed: The folder that is gone on with, if there is one: the labels that its runs keep are taken.
+        progress: Show a progress bar while decoding.
+    """
+
+    def __init__(self, resumed: RunFolder | None, *, progress: bool) -> None:
+        self.resumed = resumed
+        self.progress = progress
+        self._data: dict[str, ImageData] = {}
+        self._evaluation: dict[str, dict[str, EvaluationBatches]] = {}
+
+    def module(self, run: RunConfig, place: RunFolder) -> ClassifierTraining:
+        """What trains a run, on the labels that its folder keeps if it is resumed."""
+        check_loggers(run.loggers)
+        asked = f"{run.section(DataSettings)} {run.device}"
+        if asked not in self._data:
+            self._data[asked] = load_data(run, progress=self.progress).to(resolve_device(run.device))
+        data = self._data[asked]
+        if data.relabelled and self.resumed is not None:
+            # In format 0 the folder of several runs kept their labels.
+            kept = next((one.train_labels for one in (place, self.resumed) if one.train_labels.exists()), None)
+            if kept is not None:
+                return ClassifierTraining(run, data.with_train_labels(_read_labels(kept)))
+        asked += str(run.section(BatchSettings))
+        if asked not in self._evaluation:
+            self._evaluation[asked] = evaluation_batches(data, run)
+        return ClassifierTraining(run, data, self._evaluation[asked])
+
+
+def _named(runs: Sequence[RunConfig]) -> dict[str, RunConfig]:
+    """The runs by the names of their folders, which say in what they differ."""
+    if not runs:
+        raise ValueError("runs must hold at least one run")
+    own = {"method", "seed"}
+    varied = [
+        name
+        for name in runs[0].__dataclass_fields__
+        if name not in own and any(getattr(run, name) != getattr(runs[0], name) for run in runs)
+    ]
+    names = [f"{run.method}-seed{run.seed}" for run in runs]
+    if len(set(names)) < len(names):
+        names = [
+            "-".join([run.method, *(f"{name}{getattr(run, name)}" for name in varied), f"seed{run.seed}"])
+            for run in runs
+        ]
+    if len(set(names)) < len(names):
+        raise ValueError("runs must be different ones, got one of them twice")
+    return {re.sub(r"[^\w.=-]+", "_", name): run for name, run in zip(names, runs, strict=True)}
+
+
+def _kind(run: RunConfig) -> str:
+    """Runs of one kind differ in their seed alone."""
+    return repr(replace(run, seed=0))
+
+
+def _keep_labels(data: ImageData, place: RunFolder) -> None:
+    if data.relabelled and not place.train_labels.exists():
+        labels = pd.DataFrame({"label": data.train.labels.cpu().numpy()})
+        write_whole(place.train_labels, lambda path: labels.to_csv(path, index_label="image"))
+
+
+def _read_labels(path: Path) -> torch.Tensor:
+    try:
+        return torch.tensor(pd.read_csv(path)["label"].tolist())
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{str(path)!r} must hold the labels trained on: {error}") from error

@@ -1,0 +1,83 @@
+"""Measure the checkpoints of a run after the fact, as they would have been measured while it trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from neuralcollapse.lab.experiments import single_run
+from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.results.tables import add_rows
+from neuralcollapse.lab.training.checkpoints import WholeCheckpoints, epoch_of
+from neuralcollapse.lab.training.collapse_callback import measure_splits
+from neuralcollapse.lab.training.many_runs import Preparation
+from neuralcollapse.metrics import Measurement
+
+
+def measure_run(
+    run: RunFolder,
+    preparation: Preparation,
+    *,
+    every: int = 1,
+    splits: Sequence[str] | None = None,
+    layers: Sequence[str] = (),
+    progress: bool = True,
+) -> Iterator[Path | ValueError]:
+    """Measure every saved checkpoint of a run that is not measured yet, and write tables and records.
+
+    Args:
+        run: Its folder.
+        preparation: Of the data.
+        every: Every so many of the saved checkpoints only, from the first on, and the last.
+        splits: Which to measure; by default all.
+        layers: Dotted names of modules of the model whose outputs are measured as well.
+        progress: Show a progress bar.
+
+    Yields:
+        Each record written; or what was wrong with a checkpoint, which is left out.
+
+    Raises:
+        ValueError: The run has no checkpoints or no such split, or its data cannot be had.
+    """
+    checkpoints = sorted(run.checkpoints.glob("*.ckpt"), key=lambda path: (path == run.last_checkpoint, path.name))
+    if not checkpoints:
+        raise ValueError(f"run {str(run.path)!r} must have checkpoints to measure, and has none")
+    module = preparation.module(single_run({}, run.settings()), run)
+    wanted = list(module.evaluation) if splits is None else list(splits)
+    if unknown := [split for split in wanted if split not in module.evaluation]:
+        raise ValueError(f"split must be of {', '.join(module.evaluation)}, got {unknown[0]!r}")
+    chosen = [path for place, path in enumerate(checkpoints) if place % every == 0 or path == checkpoints[-1]]
+    # The class means of the train split are what the others are measured against.
+    loaders = {split: module.evaluation[split] for split in module.evaluation if split in {"train", *wanted}}
+    for path in tqdm(chosen, desc=run.path.name, unit="checkpoint", disable=None if progress else True):
+        try:
+            epoch = epoch_of(path)
+            if all(_is_there(run.measurement(epoch, split), layers) for split in wanted):
+                continue
+            module.load_state_dict(WholeCheckpoints().load_checkpoint(path)["state_dict"])
+        except (ValueError, KeyError, RuntimeError) as error:
+            yield ValueError(f"{str(path)!r} cannot be measured: {str(error).splitlines()[0]}")
+            continue
+        found = measure_splits(
+            module,
+            loaders,
+            classifier=module.head,
+            class_scatter=module.class_scatter,
+            layers=[f"model.{name}" for name in layers],
+            epoch=epoch,
+            progress=False,
+        )
+        rows = []
+        for split in wanted:
+            found[split].save(run.measurement(epoch, split))
+            rows += [(epoch, split, name, value) for name, value in found[split].metrics.items()]
+            yield run.measurement(epoch, split)
+        add_rows(run.metrics, rows)
+
+
+def _is_there(path: Path, layers: Sequence[str]) -> bool:
+    if not path.exists():
+        return False
+    return not layers or {f"model.{name}" for name in layers} <= set(Measurement.load(path).layers)

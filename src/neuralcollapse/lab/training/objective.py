@@ -1,0 +1,53 @@
+"""What training minimises: the loss of a batch, and the penalties that are part of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from neuralcollapse.heads import AttachedHead
+from neuralcollapse.lab.config import Optimisation
+
+
+def batch_loss(config: Optimisation, logits: Tensor, targets: Tensor) -> Tensor:
+    """The loss of logits (N, K) and targets (N,), a mean over the batch.
+
+    - ``"cross-entropy"``, with the share ``label_smoothing`` of each target spread over all classes;
+    - ``"mse"``: mean over samples and classes of (logit − one-hot)² (Zhu et al., NeurIPS 2021);
+    - ``"dot-regression"``: ½(w_y·h + b_y − 1)² (Markou, Ajanthan, Gould, NeurIPS 2024).
+    """
+    if config.loss == "mse":
+        return functional.mse_loss(logits, functional.one_hot(targets, logits.shape[1]).to(logits.dtype))
+    if config.loss == "dot-regression":
+        true_logit = logits.gather(1, targets[:, None])
+        return 0.5 * (true_logit - 1).square().mean()
+    return functional.cross_entropy(logits, targets, label_smoothing=config.label_smoothing or 0.0)
+
+
+def penalty(config: Optimisation, model: AttachedHead, features: Tensor) -> Tensor | None:
+    """What is added to the loss of a batch, or None.
+
+    With a ``feature_decay`` λ_H, λ/2 (‖W‖² + ‖b‖²) of the classifier and λ_H/2 Σ‖h‖² over the batch (separate decay,
+    Zhu et al., NeurIPS 2021); for L-BFGS without it, λ/2 of the squared norm of all parameters.
+
+    Args:
+        config: The settings.
+        model: The model.
+        features: h (N, d), what the classifier's weight multiplies.
+    """
+    if config.feature_decay is not None:
+        if config.published_quirk:
+            features = functional.normalize(features)
+        of_features = 0.5 * config.feature_decay * features.square().sum()
+        return of_features + _half_square(model.head, config.weight_decay or 0.0, features)
+    if config.optimizer == "lbfgs":
+        return _half_square(model, config.weight_decay or 0.0, features)
+    return None
+
+
+def _half_square(module: nn.Module, decay: float, like: Tensor) -> Tensor:
+    total = like.new_zeros(())
+    for parameter in module.parameters():
+        total = total + torch.sum(parameter.square())
+    return 0.5 * decay * total

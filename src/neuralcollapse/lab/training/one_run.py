@@ -1,0 +1,205 @@
+"""One training run: a model, trained by lightning, measured after epochs."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from neuralcollapse.heads import Head
+from neuralcollapse.lab.config import RunConfig
+from neuralcollapse.lab.data.augmentation import batch_shape
+from neuralcollapse.lab.data.batches import EpochBatches, EvaluationBatches, evaluation_batches
+from neuralcollapse.lab.data.splits import ImageData
+from neuralcollapse.lab.models.building import build_model
+from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.seeds import derived_seed
+from neuralcollapse.lab.training.checkpoints import Checkpointing, WholeCheckpoints
+from neuralcollapse.lab.training.collapse_callback import CollapseCallback
+from neuralcollapse.lab.training.loggers import build_loggers, finish_loggers
+from neuralcollapse.lab.training.logs import GradientLog, TrainingLog
+from neuralcollapse.lab.training.objective import batch_loss, penalty
+from neuralcollapse.lab.training.optimizers import build_optimizer, build_schedule
+from neuralcollapse.metrics import ClassMoments
+from neuralcollapse.metrics.nc3 import alignment
+
+# The numerical rank needs each class's own scatter, K d² numbers: it is measured where they take no more than this.
+_CLASS_SCATTER_BYTES = 2**28
+
+
+class ClassifierTraining(LightningModule):
+    """Training of a model that ends in a head.
+
+    Logged as ``batch_...`` is what training batches gave in training mode: loss (with penalties), accuracy, top-5
+    accuracy and alignment. They are never compared: the head of the method `implicit` knows the labels of its batch.
+
+    Args:
+        config: All settings.
+        data: What to train on.
+        evaluation: The splits' un-augmented batches, to measure on; by default those of the data.
+
+    Raises:
+        ValueError: Settings that do not fit together, or do not fit the data.
+    """
+
+    def __init__(
+        self, config: RunConfig, data: ImageData, evaluation: Mapping[str, EvaluationBatches] | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.data = data
+        self.evaluation = evaluation_batches(data, config) if evaluation is None else evaluation
+        self.model = build_model(config, batch_shape(data.image_shape, config), data.num_classes)
+        self._optimizer = build_optimizer(config, self.model)
+        self._logged = (-1, -1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits."""
+        return self.model(images)
+
+    def train_dataloader(self) -> EpochBatches:
+        """The coming epoch's batches: lightning asks for them at every epoch."""
+        return self._batches(self.current_epoch)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+        """The loss of one batch."""
+        images, targets = batch
+        with _inputs_of(self.head) as seen:
+            logits = self.model(images, targets=targets)
+        features = self.head.features(seen[-1])
+        loss = batch_loss(self.config, logits, targets)
+        penalties = penalty(self.config, self.model, features)
+        loss = loss if penalties is None else loss + penalties
+        place = (self.current_epoch, batch_index)
+        if place != self._logged:  # L-BFGS tries several points for a batch: the first counts
+            self._logged = place
+            self.log_dict(self._figures(loss, logits, features, targets), on_step=False, on_epoch=True)
+        return loss
+
+    def on_train_epoch_start(self) -> None:
+        """Make what the network draws, as dropout does, follow from the seed and the epoch alone."""
+        torch.manual_seed(derived_seed(self.config.seed, self.current_epoch, 1))
+
+    def configure_optimizers(self) -> Any:
+        """The optimiser and its schedule, by the step."""
+        schedule = build_schedule(self.config, self._optimizer, len(self._batches(0)))
+        if schedule is None:
+            return self._optimizer
+        return {"optimizer": self._optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @property
+    def head(self) -> Head:
+        """The model's head."""
+        return self.model.head  # type: ignore[return-value]
+
+    @property
+    def class_scatter(self) -> bool:
+        """Whether each class's own scatter is measured."""
+        weight: Any = self.head.weight
+        return ClassMoments.required_bytes(*weight.shape, class_scatter=True) <= _CLASS_SCATTER_BYTES
+
+    def _batches(self, epoch: int) -> EpochBatches:
+        standardise = self.evaluation["train"].standardise
+        return EpochBatches(self.data.train, standardise, self.config, self.config.seed, epoch)
+
+    @torch.no_grad()
+    def _figures(self, loss: Tensor, logits: Tensor, features: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        answers = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+        figures = {
+            "batch_loss": loss.detach(),
+            "batch_accuracy": answers[:, 0].float().mean(),
+            "batch_alignment": alignment(features, targets, self.head.weight, features.mean(0)),
+        }
+        return figures | ({"batch_accuracy_top5": answers.any(1).float().mean()} if logits.shape[1] > 5 else {})
+
+
+def train(module: ClassifierTraining, folder: RunFolder, *callbacks: Callback) -> None:
+    """Train one run to its end, from its last checkpoint if there is one.
+
+    Args:
+        module: The model and what to train it on.
+        folder: The run's, started.
+        callbacks: Further callbacks of lightning.
+
+    Raises:
+        ValueError: A checkpoint that cannot be read or is of another model, or a loss that is not finite.
+        KeyboardInterrupt: The user stopped it.
+    """
+    config, last = module.config, folder.last_checkpoint
+    loggers = build_loggers(config.loggers, folder)
+    for logger in loggers:
+        logger.log_hyperparams(config.in_force())
+    device = module.data.train.labels.device
+    with quiet_lightning():
+        trainer = Trainer(
+            accelerator=device.type,
+            devices=1,
+            max_epochs=config.epochs,
+            callbacks=[*_records(module, folder), *callbacks, Checkpointing(folder, config)],
+            plugins=[WholeCheckpoints()],
+            reload_dataloaders_every_n_epochs=1,
+            logger=loggers or False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=folder.path,
+        )
+        try:
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                trainer.fit(module, ckpt_path=last if last.exists() else None, weights_only=True)
+        except SystemExit as exit:  # lightning's answer to Ctrl-C
+            if isinstance(exit.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from exit
+            raise
+        except RuntimeError as error:
+            if "size mismatch" not in str(error):
+                raise
+            raise ValueError(
+                f"checkpoint {str(last)!r} is of a model of other sizes than {module.data.num_classes} classes of "
+                f"images {module.data.image_shape} need: give the data that the run began with"
+            ) from error
+        finally:
+            finish_loggers(loggers)
+
+
+def _records(module: ClassifierTraining, folder: RunFolder) -> list[Callback]:
+    """What writes the run's tables."""
+    collapse = CollapseCallback(
+        module.evaluation,
+        every_n_epochs=module.config.measure_every,
+        csv=folder.metrics,
+        moments=folder.moments,
+        classifier=module.head,
+        class_scatter=module.class_scatter,
+    )
+    return [TrainingLog(folder.training_log), GradientLog(folder.gradients), collapse]
+
+
+@contextmanager
+def _inputs_of(module: torch.nn.Module) -> Iterator[list[Tensor]]:
+    """The first arguments that the module is called with inside."""
+    seen: list[Tensor] = []
+    with module.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0])):
+        yield seen
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Without lightning's tips and its advice on data loaders; errors are shown."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

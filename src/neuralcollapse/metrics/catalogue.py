@@ -1,0 +1,255 @@
+"""What each metric is, once for all who show it: figures, tables, documentation and tests.
+
+Importing it pulls in neither torch nor matplotlib. K classes, d dimensions, N samples, n_k of class k; W (K, d) the
+classifier's weight, b its bias, M (K, d) class means, m the centre, C = M − m, h a feature, Σ_W = S/N the pooled
+within-class covariance, Σ_B = CᵀC/K, v_k the mean of ‖h − M_k‖² over class k, T = (I − 11ᵀ/K)/√(K − 1).
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+Value = TypeVar("Value")
+Center = Literal["any", "classes", "balanced"]
+
+
+@dataclass(frozen=True)
+class OfClasses:
+    """A number that depends on K, and how it is written."""
+
+    formula: str
+    function: Callable[[int], float]
+
+    def __call__(self, num_classes: int) -> float:
+        return self.function(num_classes)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a metric is.
+
+    Attributes:
+        name: Its key wherever metrics are returned or written.
+        label: Words and symbols for an axis of a figure, with mathematics as matplotlib reads it.
+        group: NC0 to NC5, ``"accuracy"`` or ``"other"``.
+        formula: Its definition in plain characters.
+        range: Its least and greatest value.
+        at_collapse: Its value at perfect collapse: a number, a function of K, or None where there is none.
+        scale: The axis that shows it best; ``"percent"`` for shares.
+        better: Which way collapse (or a better classifier) lies; None for neither.
+        source: Where it was first published.
+        cost: Order of the work after the moments, or what else it needs.
+        center: With which centre an exact ETF of unequal n_k still has its value at collapse;
+            ``"balanced"`` for none.
+    """
+
+    name: str
+    label: str
+    group: str
+    formula: str
+    range: tuple[float, float | OfClasses]
+    at_collapse: float | OfClasses | None
+    scale: Literal["log", "linear", "percent"]
+    better: Literal["lower", "higher"] | None
+    source: str
+    cost: str = "Kd"
+    center: Center = "any"
+
+    def value_at_collapse(self, num_classes: int) -> float | None:
+        """The value at perfect collapse of K classes, or None where there is none.
+
+        Example:
+            >>> METRICS["nc2_cos_margin"].value_at_collapse(5)
+            1.25
+        """
+        return self.at_collapse(num_classes) if isinstance(self.at_collapse, OfClasses) else self.at_collapse
+
+
+PAPYAN = "Papyan, Han & Donoho 2020"
+ZHU = "Zhu et al. 2021"
+MARKOU = "Markou, Ajanthan & Gould 2024"
+UNIFORMITY = "Liu et al. 2023; Wu & Papyan 2024"
+WU = "Wu & Papyan 2024"
+ZHOU = "Zhou et al. 2022"
+
+_MARGIN = OfClasses("K/(K−1)", lambda k: k / (k - 1))
+_ROOT_K = OfClasses("√K", math.sqrt)
+_SPREAD_OF_COSINES = OfClasses("≈1", lambda k: math.sqrt(k * (k - 1) / (k * (k - 1) - 1)))
+_SIMPLEX_DISTANCE = OfClasses("√(2K/(K−1))", lambda k: math.sqrt(2 * k / (k - 1)))
+_SIMPLEX_LOG = OfClasses("−½log(2K/(K−1))", lambda k: -0.5 * math.log(2 * k / (k - 1)))
+_SIMPLEX_RIESZ = OfClasses("√((K−1)/2K)", lambda k: math.sqrt((k - 1) / (2 * k)))
+_INF = math.inf
+
+
+def _of_means_and_weights(
+    name: str,
+    words: str,
+    symbols: Callable[[str, str], str],
+    formula: Callable[[str], str],
+    upper: float | OfClasses,
+    source: str,
+    cost: str,
+) -> list[Metric]:
+    """A figure of NC2 of the centred class means C and of the classifier's rows W: 0 at collapse, never negative."""
+    sets: list[tuple[str, str, str, Center]] = [("means", "C", "c", "classes"), ("weights", "W", "w", "any")]
+    return [
+        Metric(f"{name}_{of}", f"{words} of {of}  ${symbols(rows, row)}$", "NC2", formula(rows), (0, upper), 0,
+               "linear", "lower", source, cost, center)
+        for of, rows, row, center in sets
+    ]  # fmt: skip
+
+
+def _of_kernel(
+    kernel: str, symbols: str, formula: str, lowest: float, upper: float, at_collapse: OfClasses
+) -> list[Metric]:
+    """Mean and variance over the pairs of classes of a kernel of the distance r between unit centred means."""
+    better: Literal["lower", "higher"] = "higher" if kernel == "dist" else "lower"
+    shared: tuple[str, str, Center] = (UNIFORMITY, "K²d (pairs)", "classes")
+    return [
+        Metric(f"nc2_hyperspherical_{kernel}_mean", f"uniformity: mean of ${symbols}$", "NC2",
+               f"mean over pairs of {formula}, r = ‖ĉ_k − ĉ_l‖", (lowest, upper), at_collapse, "linear", better,
+               *shared),
+        Metric(f"nc2_hyperspherical_{kernel}_variance", f"uniformity: variance of ${symbols}$", "NC2",
+               f"variance over pairs of {formula}", (0, 1 if kernel == "dist" else _INF), 0, "linear", "lower",
+               *shared),
+    ]  # fmt: skip
+
+
+def _etf_distance(name: str, words: str, symbols: str, formula: str, upper: float, at_collapse: float | None) -> Metric:
+    """A squared distance between matrices of unit Frobenius norm, of which E(X) is the nearest simplex ETF."""
+    better: Literal["lower"] | None = None if at_collapse is None else "lower"
+    return Metric(name, f"{words}  ${symbols}$", "other", formula, (0, upper), at_collapse, "linear", better, MARKOU,
+                  "nearest ETF", "classes" if "C" in formula else "any")  # fmt: skip
+
+
+_ALL = [
+    Metric("nc0_weight_sum", r"sum of weights  $\|\sum_k w_k\|/\|W\|_F$", "NC0", "‖Σ_k w_k‖₂/‖W‖_F", (0, _ROOT_K), 0,
+           "linear", "lower", "NC0 of arXiv 2602.16642, made scale-free"),
+    Metric("nc1_pinv", r"variability  $\mathrm{tr}(\Sigma_W\Sigma_B^\dagger)/K$", "NC1", "tr(Σ_W Σ_B†)/K", (0, _INF), 0,
+           "log", "lower", f"{PAPYAN} (Fig. 6)", "SVD of C"),
+    Metric("nc1_quotient", r"variability  $\mathrm{tr}\,\Sigma_W\,/\,\mathrm{tr}\,\Sigma_B$", "NC1", "tr Σ_W / tr Σ_B",
+           (0, _INF), 0, "log", "lower", "Tirer, Huang & Niles-Weed 2023"),
+    Metric("nc1_cdnv", r"CDNV  $(v_k+v_l)\,/\,2\|M_k-M_l\|^2$", "NC1", "mean over pairs of (v_k + v_l)/(2‖M_k − M_l‖²)",
+           (0, _INF), 0, "log", "lower", "Galanti, György & Hutter 2021", "K²d (pairs)"),
+    Metric("nc1_vci", r"VCI  $1-\mathrm{tr}((\Sigma_W+\Sigma_B)^\dagger\Sigma_B)/r$", "NC1",
+           "1 − tr((Σ_W + Σ_B)†Σ_B)/r, r = min(d, K−1)", (0, 1), 0, "log", "lower", "Xu & Liu 2023", "SVD of C, d³"),
+    Metric("nc1_numerical_rank", r"numerical rank  $(\|H_k\|_*/\|H_k\|_F)^2$", "NC1",
+           "mean over k of (‖H_k‖_*/‖H_k‖_F)², H_k the features of class k", (1, _INF), 1, "linear", "lower", ZHOU,
+           "Kd³, and Kd² memory"),
+    *_of_means_and_weights("nc2_etf", "Gram", lambda x, _: rf"\|{x}{x}^\top/\|{x}{x}^\top\|_F-T\|_F",
+                           lambda x: f"‖{x}{x}ᵀ/‖{x}{x}ᵀ‖_F − T‖_F", 2, f"{ZHU} (NC2)", "Kd·min(K, d)"),
+    *_of_means_and_weights("nc2_equinorm", "norms",
+                           lambda _, x: rf"\mathrm{{std}}\|{x}_k\|\,/\,\mathrm{{mean}}\|{x}_k\|",
+                           lambda x: f"std/mean over k of ‖{x.lower()}_k‖", _ROOT_K, f"{PAPYAN} (Fig. 2)", "Kd"),
+    Metric("nc2_equinorm_difference", "norms: means against weights", "NC2", "abs(equinorm of C − equinorm of W)",
+           (0, _ROOT_K), 0, "linear", "lower", MARKOU, "Kd", "classes"),
+    *_of_means_and_weights("nc2_equiangular", "angles", lambda _, x: rf"\mathrm{{std}}\,\cos({x}_k,{x}_l)",
+                           lambda x: f"std over k ≠ l of cos({x.lower()}_k, {x.lower()}_l)", _SPREAD_OF_COSINES,
+                           f"{PAPYAN} (Fig. 3)", "K²d (pairs)"),
+    *_of_means_and_weights("nc2_max_angle", "angles", lambda _, x: rf"|\cos({x}_k,{x}_l)+\frac{{1}}{{K-1}}|",
+                           lambda x: f"mean over pairs of abs(cos({x.lower()}_k, {x.lower()}_l) + 1/(K−1))", _MARGIN,
+                           f"{PAPYAN} (Fig. 4)", "K²d (pairs)"),
+    *_of_kernel("dist", "r", "r", 0, 2, _SIMPLEX_DISTANCE),
+    *_of_kernel("log", r"-\log r", "−log r", -math.log(2), _INF, _SIMPLEX_LOG),
+    *_of_kernel("riesz", "1/r", "1/r", 0.5, _INF, _SIMPLEX_RIESZ),
+    Metric("nc2_cos_margin", r"cosine margin  $\cos(h,w_y)-\max_{k\neq y}\cos(h,w_k)$", "NC2",
+           "mean over samples of cos(h−m, w_y−w̄) − max over k≠y of cos(h−m, w_k−w̄)", (-2, 2), _MARGIN, "linear",
+           "higher", ZHOU, "NKd (samples)", "classes"),
+    Metric("nc3_duality", r"duality  $\|WC^\top/\|WC^\top\|_F-T\|_F$", "NC3", "‖WCᵀ/‖WCᵀ‖_F − T‖_F", (0, 2), 0,
+           "linear", "lower", f"{ZHU} (NC3)", "Kd·min(K, d)", "classes"),
+    Metric("nc3_distance", r"means to weights  $\|\hat W-\hat C\|_F^2$", "NC3", "‖W/‖W‖_F − C/‖C‖_F‖_F²", (0, 4), 0,
+           "linear", "lower", f"{PAPYAN} (Fig. 5)", "Kd", "classes"),
+    Metric("nc3_uniform", r"uniform duality  $\mathrm{var}_k\,w_k\cdot c_k$", "NC3", "variance over k of w_k·c_k",
+           (0, _INF), 0, "linear", "lower", f"{WU} (UNC3)", "Kd", "classes"),
+    Metric("nc3_uniform_cos", r"uniform duality  $\mathrm{var}_k\cos(w_k,c_k)$", "NC3",
+           "variance over k of cos(w_k, c_k)", (0, 2), 0, "linear", "lower", f"{WU} (UNC3)", "Kd", "classes"),
+    Metric("alignment", r"alignment  $\cos(h-m,w_y-\bar w)$", "NC3", "mean over samples of cos(h−m, w_y−w̄)", (-1, 1), 1,
+           "linear", "higher", MARKOU, "Nd (samples)", "classes"),
+    Metric("nc4_ncc_mismatch", "nearest class mean disagrees", "NC4",
+           "share of samples whose nearest class mean is not the classifier's answer", (0, 1), 0, "percent", "lower",
+           f"{PAPYAN} (Fig. 7)", "NKd (samples)"),
+    Metric("nc4_ncc_mismatch_class_mean", "nearest class mean disagrees, over classes", "NC4",
+           "mean over classes of each one's share of such samples", (0, 1), 0, "percent", "lower",
+           f"{PAPYAN} (Fig. 7); {WU}", "NKd (samples)"),
+    Metric("nc4_bias", r"logits at the centre  $\|Wm+b\|_2$", "NC4", "‖Wm + b‖₂", (0, _INF), 0, "linear", "lower",
+           f"{ZHU} (NC4)", "Kd", "classes"),
+    Metric("nc5_ood", r"out of distribution  $|\cos(M_k,m_{\mathrm{ood}})|$", "NC5",
+           "mean over k of abs cos(M_k, m_ood)", (0, 1), 0, "linear", "lower", "Ammar et al. 2024 (NECO)"),
+    Metric("accuracy", "accuracy", "accuracy", "of the classifier itself", (0, 1), 1, "percent", "higher", "–", "–"),
+    Metric("accuracy_top5", "top-5 accuracy", "accuracy", "target among the five greatest logits", (0, 1), 1, "percent",
+           "higher", "–", "–"),
+    Metric("feature_norm", r"feature norm  $\sqrt{\langle\|h\|^2\rangle}$", "other", "√(Σ‖h‖²/N)", (0, _INF), None,
+           "linear", None, "–"),
+    Metric("rank_me", r"RankMe  $\exp(-\sum_i p_i\log p_i)$", "other",
+           "exp(−Σ p_i log p_i), p_i = σ_i/Σσ, σ_i the singular values of all h", (1, _INF),
+           OfClasses("K−1 (m = 0)", lambda k: k - 1), "linear", None, "Garrido et al. 2023", "d³", "balanced"),
+    _etf_distance("etf_weights", "weights to nearest ETF", r"\|E(W)-W\|_F^2", "‖E(W) − W‖_F²", 2, 0),
+    _etf_distance("etf_means", "means to nearest ETF", r"\|E(C)-C\|_F^2", "‖E(C) − C‖_F²", 2, 0),
+    _etf_distance("etf_between", "ETF of weights to ETF of means", r"\|E(W)-E(C)\|_F^2", "‖E(W) − E(C)‖_F²", 4, 0),
+    _etf_distance("etf_weights_reference", "ETF of weights to reference", r"\|E(W)-E(W_0)\|_F^2",
+                  "‖E(W) − E(W₀)‖_F², W₀ of a reference epoch", 4, None),
+    _etf_distance("etf_means_reference", "ETF of means to reference", r"\|E(C)-E(C_0)\|_F^2",
+                  "‖E(C) − E(C₀)‖_F², C₀ of a reference epoch", 4, None),
+]  # fmt: skip
+
+METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
+"""Every metric by name, in the order in which metrics are returned and shown."""
+
+
+def in_order(values: Mapping[str, Value]) -> dict[str, Value]:
+    """The same values in the order of `METRICS`; names that are not in it come last, as they came.
+
+    Example:
+        >>> in_order({"nc4_bias": 1.0, "nc1_vci": 2.0})
+        {'nc1_vci': 2.0, 'nc4_bias': 1.0}
+    """
+    place = {name: index for index, name in enumerate(METRICS)}
+    return dict(sorted(values.items(), key=lambda item: place.get(item[0], len(place))))
+
+
+def table() -> str:
+    """All metrics as a Markdown table, as in docs/metrics.md."""
+    heading = "| name | formula | range | at collapse | better | cost | centre | source |"
+    rows = [
+        f"| `{m.name}` | {m.formula} | {_interval(m)} | {_written(m.at_collapse)} | {m.better or '–'} | {m.cost} "
+        f"| {m.center} | {m.source} |"
+        for m in METRICS.values()
+    ]
+    return "\n".join([heading, "|---" * heading.count(" | ") + "|---|", *rows])
+
+
+BEGIN, END = "<!-- table of the catalogue: begin -->", "<!-- table of the catalogue: end -->"
+
+
+def with_table(document: str) -> str:
+    """A document with `table` between its two markers.
+
+    Raises:
+        ValueError: A marker is missing.
+    """
+    if BEGIN not in document or END not in document:
+        raise ValueError(f"document must hold {BEGIN!r} and {END!r}")
+    return f"{document.partition(BEGIN)[0]}{BEGIN}\n\n{table()}\n\n{END}{document.partition(END)[2]}"
+
+
+def _interval(metric: Metric) -> str:
+    low, high = metric.range
+    return f"[{_written(low)}, ∞)" if high == math.inf else f"[{_written(low)}, {_written(high)}]"
+
+
+def _written(value: float | OfClasses | None) -> str:
+    if isinstance(value, OfClasses):
+        return value.formula
+    names = {None: "–", -math.log(2): "−log 2", 0.5: "½"}
+    return names[value] if value in names else f"{value:g}".replace("-", "−")
+
+
+if __name__ == "__main__":  # python -m neuralcollapse.metrics.catalogue docs/metrics.md
+    for name in sys.argv[1:]:
+        path = Path(name)
+        path.write_text(with_table(path.read_text()))

@@ -1,0 +1,57 @@
+"""What features are like apart from collapse: their size, and how many directions they fill."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from neuralcollapse.metrics.doors import check_integers, check_shapes
+
+
+def feature_norm(class_means: Tensor, within_class_variances: Tensor, counts: Tensor) -> Tensor:
+    """Root mean square √(Σ‖h‖²/N) of the features' norms, from Σ‖h‖² = Σ_k n_k(v_k + ‖M_k‖²).
+
+    Args:
+        class_means: M (K, d), not centred.
+        within_class_variances: v (K,), each class's mean squared distance to its mean.
+        counts: n (K,).
+
+    Raises:
+        ValueError: Another shape or type.
+
+    Example:
+        >>> feature_norm(torch.tensor([[3.0, 0], [0, 4]]), torch.zeros(2), torch.tensor([8, 8]))
+        tensor(3.5355)
+    """
+    check_shapes(class_means=(class_means, "K d"), within_class_variances=(within_class_variances, "K"))
+    check_integers("counts", counts, len(class_means))
+    squares = within_class_variances + class_means.square().sum(dim=1)
+    return (squares @ counts.to(squares.dtype) / counts.sum()).sqrt()
+
+
+def rank_me(within_class_covariance: Tensor, class_means: Tensor, counts: Tensor) -> Tensor:
+    """RankMe, exp(−Σ p_i log p_i) with p_i = σ_i/Σσ, σ the singular values of the features (N, d).
+
+    They are the roots of the eigenvalues of S + Σ n_k M_kM_kᵀ; eigenvalues under d·eps·λ₁ count as 0. K − 1 at collapse
+    of balanced classes whose global mean is 0, min(N, d) at most. Source: Garrido et al., ICML 2023.
+
+    Args:
+        within_class_covariance: Σ_W = S/N (d, d).
+        class_means: M (K, d), not centred.
+        counts: n (K,).
+
+    Raises:
+        ValueError: Another shape or type.
+
+    Example:
+        >>> rank_me(torch.zeros(3, 3), torch.eye(2, 3), torch.tensor([5, 5]))
+        tensor(2.)
+    """
+    check_shapes(within_class_covariance=(within_class_covariance, "d d"), class_means=(class_means, "K d"))
+    check_integers("counts", counts, len(class_means))
+    shares = counts.to(class_means.dtype) / counts.sum()
+    second_moment = within_class_covariance + class_means.T @ (shares[:, None] * class_means)
+    eigenvalues = torch.linalg.eigvalsh(second_moment)
+    zero = len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps * eigenvalues[-1]
+    singular_values = eigenvalues[eigenvalues > zero].sqrt()
+    return torch.distributions.Categorical(probs=singular_values, validate_args=False).entropy().exp()

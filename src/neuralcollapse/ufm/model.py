@@ -1,0 +1,222 @@
+"""The unconstrained features model: the features are parameters, no network makes them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from neuralcollapse._checks import check_at_least, check_finite, check_floating
+from neuralcollapse.heads import Head
+
+Loss = Literal["cross-entropy", "mse", "focal"]
+LOSSES: tuple[Loss, ...] = ("cross-entropy", "mse", "focal")
+
+
+class UnconstrainedFeatures(nn.Module):
+    r"""Free features under a head: what is left of a classifier when its backbone can do anything.
+
+    With N = Kn samples, the features H (N, d) are parameters beside those of the head, and the objective is
+
+        f = (1/N) Σ_i loss(W h_i + b, y_i) + (λ_W/2) ‖W‖² + (λ_H/2) ‖H‖² + (λ_b/2) ‖b‖²
+
+    where the decay is that of the parameters (H as it is, even if the head normalises it), and of a head that trains
+    no weight there is no λ_W term. The loss of logits z with label y is
+
+    - ``"cross-entropy"``: −Σ_k q_k log p_k, p = softmax(z), q = (1−ε) e_y + ε/K with the label smoothing ε;
+    - ``"mse"``: ½ ‖z − e_y‖²;
+    - ``"focal"``: −(1 − p_y)^γ log p_y, with the focusing γ.
+
+    Args:
+        num_classes: K ≥ 2.
+        samples_per_class: n ≥ 1.
+        feature_dim: d ≥ 1. (What is proven here needs d ≥ K−1; such functions check it.)
+        head: A `Head` of K classes in d dimensions. It is used in the mode (training or evaluation) it is in.
+        class_counts: K class sizes that sum to N, in place of n each.
+        loss: See above.
+        label_smoothing: ε in [0, 1), for cross-entropy.
+        focusing: γ ≥ 0, for the focal loss; 2 if not given.
+        weight_decay: λ_W ≥ 0.
+        feature_decay: λ_H ≥ 0.
+        bias_decay: λ_b ≥ 0.
+        generator: Source of the first features, independent normal entries of variance 1/d.
+
+    Attributes:
+        features: H (N, d), in the order of the classes.
+        targets: (N,) the labels.
+        head: The head.
+
+    Raises:
+        ValueError: Sizes out of range or that do not match the head's, class sizes that do not sum to N, or an
+            argument of another kind.
+
+    Source: Mixon, Parshall, Pi (2020); Zhu et al., "A Geometric Analysis of Neural Collapse with Unconstrained
+    Features" (NeurIPS 2021); the losses as in Zhou et al. (ICML 2022: MSE; NeurIPS 2022: focal, smoothed).
+
+    Example:
+        >>> from neuralcollapse.heads import LearnedClassifier
+        >>> from neuralcollapse.ufm import UnconstrainedFeatures
+        >>> model = UnconstrainedFeatures(4, 3, 8, LearnedClassifier(8, 4), weight_decay=5e-3, feature_decay=5e-3)
+        >>> logits, targets = model()
+        >>> logits.shape, targets.tolist()
+        (torch.Size([12, 4]), [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3])
+    """
+
+    targets: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        samples_per_class: int,
+        feature_dim: int,
+        head: Head,
+        *,
+        class_counts: Sequence[int] | None = None,
+        loss: Loss = "cross-entropy",
+        label_smoothing: float = 0.0,
+        focusing: float | None = None,
+        weight_decay: float = 0.0,
+        feature_decay: float = 0.0,
+        bias_decay: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        check_at_least("num_classes", num_classes, 2)
+        check_at_least("samples_per_class", samples_per_class, 1)
+        check_at_least("feature_dim", feature_dim, 1)
+        if not isinstance(head, Head) or (head.num_classes, head.in_features) != (num_classes, feature_dim):
+            raise ValueError(f"head must be a Head of {num_classes} classes in {feature_dim} dimensions, got {head!r}")
+        counts = _class_counts(class_counts, num_classes, samples_per_class)
+        self.num_classes = num_classes
+        self.samples_per_class = samples_per_class
+        self.feature_dim = feature_dim
+        self.balanced = len(set(counts)) == 1
+        self.loss = _known_loss(loss)
+        self.label_smoothing = _smoothing(label_smoothing, loss)
+        self.focusing = _focusing(focusing, loss)
+        self.weight_decay = check_decay("weight_decay", weight_decay)
+        self.feature_decay = check_decay("feature_decay", feature_decay)
+        self.bias_decay = check_decay("bias_decay", bias_decay)
+        device = None if generator is None else generator.device
+        start = torch.randn(num_classes * samples_per_class, feature_dim, generator=generator, device=device)
+        self.features = nn.Parameter(start / math.sqrt(feature_dim))
+        self.head = head
+        labels = torch.arange(num_classes, device=device).repeat_interleave(torch.tensor(counts, device=device))
+        self.register_buffer("targets", labels)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Logits (N, K) of the features, and the labels (N,)."""
+        return self.head(self.features, self.targets), self.targets
+
+    def risk(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss of logits (N, K) with labels (N,), without the decay."""
+        if self.loss == "mse":
+            return 0.5 * (logits - functional.one_hot(targets, self.num_classes)).square().sum(1).mean()
+        log_probabilities = logits.log_softmax(1)
+        of_label = log_probabilities.gather(1, targets[:, None])[:, 0]
+        if self.loss == "focal":
+            return -((-torch.expm1(of_label)).pow(self.focusing) * of_label).mean()
+        smoothed = (1 - self.label_smoothing) * of_label + self.label_smoothing * log_probabilities.mean(1)
+        return -smoothed.mean()
+
+    def decay(self) -> Tensor:
+        """The three terms of decay."""
+        total = self.feature_decay * self.features.square().sum()
+        for parameter in self.head.parameters():
+            rate = self.weight_decay if parameter.ndim > 1 else self.bias_decay
+            if rate > 0:
+                total = total + rate * parameter.square().sum()
+        return 0.5 * total
+
+    def objective(self) -> Tensor:
+        """f, a scalar with its graph."""
+        return self.risk(*self()) + self.decay()
+
+    @torch.no_grad()
+    def place(self, weight: Tensor, features: Tensor, bias: Tensor | None = None) -> None:
+        """Set the parameters.
+
+        Args:
+            weight: W (K, d); the head must train one.
+            features: H (N, d).
+            bias: b (K,); 0 if not given.
+
+        Raises:
+            ValueError: Shapes that do not match, values that are not finite, or a head whose weight is not trained.
+        """
+        if not isinstance(self.head.weight, nn.Parameter):
+            raise ValueError(f"head must train its weight to be placed, and {type(self.head).__name__} does not")
+        trained_bias = self.head.bias
+        if bias is None:
+            bias = weight.new_zeros(self.num_classes)
+        elif not isinstance(trained_bias, nn.Parameter):
+            raise ValueError("bias must be None: the head trains none")
+        given = {"weight": (weight, self.head.weight), "features": (features, self.features)}
+        if isinstance(trained_bias, nn.Parameter):
+            given["bias"] = (bias, trained_bias)
+        for name, (values, parameter) in given.items():
+            check_floating(name, values)
+            if values.shape != parameter.shape:
+                raise ValueError(f"{name} must be of shape {tuple(parameter.shape)}, got {tuple(values.shape)}")
+            check_finite(name, values)
+        for values, parameter in given.values():
+            parameter.copy_(values)
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_classes={self.num_classes}, samples={len(self.targets)}, feature_dim={self.feature_dim}, "
+            f"loss={self.loss}, weight_decay={self.weight_decay:g}, feature_decay={self.feature_decay:g}"
+        )
+
+
+def check_decay(name: str, decay: float, *, positive: bool = False) -> float:
+    """The decay, if it is a finite number ≥ 0, or > 0 where the theory needs it."""
+    if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < math.inf:
+        raise ValueError(f"{name} must be a finite number of at least 0, got {decay!r}")
+    if positive and decay == 0:
+        raise ValueError(f"{name} must be greater than 0, got {decay!r}")
+    return float(decay)
+
+
+def _class_counts(class_counts: Sequence[int] | None, num_classes: int, samples_per_class: int) -> list[int]:
+    if class_counts is None:
+        return [samples_per_class] * num_classes
+    counts = class_counts.tolist() if isinstance(class_counts, Tensor) else list(class_counts)
+    if len(counts) != num_classes:
+        raise ValueError(f"class_counts must be num_classes = {num_classes} sizes, got {len(counts)}")
+    for index, count in enumerate(counts):
+        check_at_least(f"class_counts[{index}]", count, 1)
+    if sum(counts) != num_classes * samples_per_class:
+        raise ValueError(
+            f"class_counts must sum to num_classes * samples_per_class = {num_classes * samples_per_class}, "
+            f"got {sum(counts)}"
+        )
+    return counts
+
+
+def _known_loss(loss: Loss) -> Loss:
+    if loss not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(map(repr, LOSSES))}, got {loss!r}")
+    return loss
+
+
+def _smoothing(label_smoothing: float, loss: Loss) -> float:
+    if not isinstance(label_smoothing, int | float) or not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing!r}")
+    if label_smoothing and loss != "cross-entropy":
+        raise ValueError(f"label_smoothing must be 0 with loss {loss!r}, got {label_smoothing!r}")
+    return float(label_smoothing)
+
+
+def _focusing(focusing: float | None, loss: Loss) -> float:
+    if focusing is None:
+        return 2.0
+    if loss != "focal":
+        raise ValueError(f"focusing must not be given with loss {loss!r}, got {focusing!r}")
+    if not isinstance(focusing, int | float) or not 0 <= focusing < math.inf:
+        raise ValueError(f"focusing must be a finite number of at least 0, got {focusing!r}")
+    return float(focusing)

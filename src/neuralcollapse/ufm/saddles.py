@@ -1,0 +1,117 @@
+"""Critical points of the cross-entropy model that are no minima, in closed form."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from neuralcollapse._checks import check_at_least, check_etf_sizes
+from neuralcollapse.geometry import simplex_etf
+from neuralcollapse.heads import LearnedClassifier
+from neuralcollapse.ufm.model import UnconstrainedFeatures, check_decay
+from neuralcollapse.ufm.optimum import decay_strength
+
+
+def origin_curvature(num_classes: int, samples_per_class: int, weight_decay: float, feature_decay: float) -> float:
+    """The least eigenvalue of the Hessian at the origin.
+
+    (λ_W + λ_H)/2 − √(((λ_W − λ_H)/2)² + 1/(K²n)): negative exactly for λ_W λ_H < 1/(K²n), which is exactly when the
+    global optimum is another point. It bounds the least eigenvalue of every `symmetric_saddle` from above, too: two
+    classes of a group that move apart orthogonally to everything change no logit to first order, and the second-order
+    terms are those of the origin.
+
+    Args:
+        num_classes: K ≥ 2.
+        samples_per_class: n ≥ 1.
+        weight_decay: λ_W > 0.
+        feature_decay: λ_H > 0.
+
+    Raises:
+        ValueError: An argument out of range or of another kind.
+
+    Example:
+        >>> round(origin_curvature(10, 4, 0.01, 0.01), 12), round(origin_curvature(10, 4, 0.05, 0.05), 12)
+        (-0.04, 0.0)
+    """
+    check_at_least("num_classes", num_classes, 2)
+    check_at_least("samples_per_class", samples_per_class, 1)
+    weight_decay = check_decay("weight_decay", weight_decay, positive=True)
+    feature_decay = check_decay("feature_decay", feature_decay, positive=True)
+    coupling = 1 / (num_classes * math.sqrt(samples_per_class))
+    return (weight_decay + feature_decay) / 2 - math.hypot((weight_decay - feature_decay) / 2, coupling)
+
+
+def symmetric_saddle(
+    num_classes: int,
+    groups: int,
+    samples_per_class: int,
+    weight_decay: float,
+    feature_decay: float,
+    *,
+    feature_dim: int | None = None,
+) -> UnconstrainedFeatures:
+    r"""A model at the critical point where the classes are merged into groups, each group one direction.
+
+    With g groups of K/g classes, group G of class k, and a unit simplex ETF v of g vectors, w_k = α v_G and
+    h = √(λ_W/(n λ_H)) α v_G. The gradient vanishes where a feature's margin x over the other groups has
+
+        g/(e^x + g − 1) = s,   s = K √(n λ_W λ_H),   so that   x = log(1 + g (1 − s)/s),
+
+    which is positive for s < 1, and α² = x ((g−1)/g) √(n λ_H/λ_W). The rank is g−1: one group is the origin, and K
+    groups would be the global optimum. It is a strict saddle (see `origin_curvature`).
+
+    Args:
+        num_classes: K ≥ 2.
+        groups: g, a divisor of K less than K.
+        samples_per_class: n ≥ 1.
+        weight_decay: λ_W > 0.
+        feature_decay: λ_H > 0.
+        feature_dim: d ≥ K−1; K if not given.
+
+    Returns:
+        A model in fp64 with cross-entropy and a `LearnedClassifier`, at the saddle.
+
+    Raises:
+        ValueError: An argument out of range, or groups that do not divide the classes; for more than one group also
+            decay so strong that the origin is the only critical point (s ≥ 1).
+
+    Example:
+        >>> model = symmetric_saddle(6, 3, 2, 0.01, 0.01)
+        >>> model.objective().backward()
+        >>> bool(model.features.grad.norm() < 1e-12), int(torch.linalg.matrix_rank(model.features))
+        (True, 2)
+    """
+    feature_dim = num_classes if feature_dim is None else feature_dim
+    check_etf_sizes(num_classes, feature_dim)
+    check_at_least("groups", groups, 1)
+    check_at_least("samples_per_class", samples_per_class, 1)
+    if num_classes % groups or groups == num_classes:
+        raise ValueError(f"groups must divide num_classes = {num_classes} and be fewer, got {groups}")
+    weight_decay = check_decay("weight_decay", weight_decay, positive=True)
+    feature_decay = check_decay("feature_decay", feature_decay, positive=True)
+    strength = decay_strength(num_classes, samples_per_class, weight_decay, feature_decay)
+    weight = torch.zeros(num_classes, feature_dim, dtype=torch.float64)
+    if groups > 1:
+        if strength >= 1:
+            raise ValueError(
+                "weight_decay * feature_decay must be less than 1/(K²n) = "
+                f"{1 / (num_classes**2 * samples_per_class):.3g} for a saddle of {groups} groups, "
+                f"got {weight_decay * feature_decay:.3g}: the origin is the only critical point"
+            )
+        margin = math.log1p(groups * (1 - strength) / strength)
+        ratio = math.sqrt(samples_per_class * feature_decay / weight_decay)
+        length = math.sqrt(margin * (groups - 1) / groups * ratio)
+        directions = simplex_etf(groups, feature_dim, dtype=torch.float64)
+        weight = length * directions.repeat_interleave(num_classes // groups, 0)
+    model = UnconstrainedFeatures(
+        num_classes,
+        samples_per_class,
+        feature_dim,
+        LearnedClassifier(feature_dim, num_classes),
+        weight_decay=weight_decay,
+        feature_decay=feature_decay,
+    ).double()
+    scale = math.sqrt(weight_decay / (samples_per_class * feature_decay))
+    model.place(weight, scale * weight.repeat_interleave(samples_per_class, 0))
+    return model

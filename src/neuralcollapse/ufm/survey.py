@@ -1,0 +1,143 @@
+"""A look at the landscape: critical points from random starts and from constructed saddles, each classified."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from neuralcollapse._checks import check_at_least, check_etf_sizes
+from neuralcollapse.heads import LearnedClassifier
+from neuralcollapse.ufm.descent import minimize
+from neuralcollapse.ufm.flat import FlatObjective
+from neuralcollapse.ufm.landscape import CriticalPoint, classify_critical_point, escape
+from neuralcollapse.ufm.model import UnconstrainedFeatures, check_decay
+from neuralcollapse.ufm.saddles import symmetric_saddle
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A critical point that was reached.
+
+    Attributes:
+        name: How: ``"start 3"``, ``"origin"``, ``"2 groups"``, ``"from origin"``, ``"from 2 groups"``.
+        model: The model there.
+        point: What it is.
+        iterations: Of the descent that ended there.
+        constructed: Whether it was put there, and no descent ended there.
+    """
+
+    name: str
+    model: UnconstrainedFeatures
+    point: CriticalPoint
+    iterations: int = 0
+    constructed: bool = False
+
+
+def survey(
+    num_classes: int,
+    samples_per_class: int,
+    weight_decay: float,
+    feature_decay: float,
+    *,
+    feature_dim: int | None = None,
+    starts: int = 20,
+    generator: torch.Generator | None = None,
+) -> Iterator[Visit]:
+    """Descend from random starts, and from every symmetric saddle after escaping it; classify all that is found.
+
+    Args:
+        num_classes: K ≥ 2.
+        samples_per_class: n ≥ 1.
+        weight_decay: λ_W > 0.
+        feature_decay: λ_H > 0.
+        feature_dim: d ≥ K−1; K if not given.
+        starts: Random starts: normal entries of variance 1/d.
+        generator: Source of randomness.
+
+    Yields:
+        Where each descent from a random start ends; then, for every number of groups that divides K (one group is the
+        origin), the saddle, and where the descent after the escape ends.
+
+    Raises:
+        ValueError: An argument out of range, or λ_W λ_H not less than 1/(K²n): the origin is then the only critical
+            point.
+        ImportError: scipy is not installed.
+
+    Example:
+        >>> visits = list(survey(4, 2, 0.01, 0.01, starts=2))
+        >>> for visit in visits:
+        ...     print(f"{visit.name}: {visit.point.kind}")
+        start 0: global optimum
+        start 1: global optimum
+        origin: strict saddle
+        from origin: global optimum
+        2 groups: strict saddle
+        from 2 groups: global optimum
+    """
+    feature_dim = num_classes if feature_dim is None else feature_dim
+    check_etf_sizes(num_classes, feature_dim)
+    check_at_least("samples_per_class", samples_per_class, 1)
+    check_at_least("starts", starts, 0)
+    weight_decay = check_decay("weight_decay", weight_decay, positive=True)
+    feature_decay = check_decay("feature_decay", feature_decay, positive=True)
+    if num_classes**2 * samples_per_class * weight_decay * feature_decay >= 1:
+        raise ValueError(
+            "weight_decay * feature_decay must be less than 1/(K²n) = "
+            f"{1 / (num_classes**2 * samples_per_class):.3g}, got {weight_decay * feature_decay:.3g}: the origin is "
+            "the only critical point"
+        )
+    sizes = (num_classes, samples_per_class, feature_dim)
+    for start in range(starts):
+        head = LearnedClassifier(feature_dim, num_classes)
+        model = UnconstrainedFeatures(
+            *sizes, head, weight_decay=weight_decay, feature_decay=feature_decay, generator=generator
+        ).double()
+        weight = torch.randn(num_classes, feature_dim, generator=generator, dtype=torch.float64)
+        model.place(weight / feature_dim**0.5, model.features.detach())
+        yield _descended(f"start {start}", model, generator)
+    for groups in range(1, num_classes):
+        if num_classes % groups:
+            continue
+        name = "origin" if groups == 1 else f"{groups} groups"
+        settings = (num_classes, groups, samples_per_class, weight_decay, feature_decay)
+        saddle, model = (symmetric_saddle(*settings, feature_dim=feature_dim) for _ in range(2))
+        yield Visit(name, saddle, classify_critical_point(saddle, generator=generator), constructed=True)
+        escape(model, generator=generator)
+        yield _descended(f"from {name}", model, generator)
+
+
+def _descended(name: str, model: UnconstrainedFeatures, generator: torch.Generator | None) -> Visit:
+    descent = minimize(model)
+    return Visit(name, model, classify_critical_point(model, generator=generator), descent.iterations)
+
+
+@torch.no_grad()
+def loss_slice(model: UnconstrainedFeatures, direction: Tensor, steps: Tensor) -> Tensor:
+    """F along a line through where the model is.
+
+    Args:
+        model: Left where it is.
+        direction: (P,), in the order of ``model.parameters()``.
+        steps: (m,) multiples of it.
+
+    Returns:
+        (m,) fp64.
+
+    Raises:
+        ValueError: A direction of another length.
+
+    Example:
+        >>> model = symmetric_saddle(4, 1, 2, 0.01, 0.01)
+        >>> direction = classify_critical_point(model).direction
+        >>> values = loss_slice(model, direction, torch.tensor([-0.5, 0.0, 0.5]))
+        >>> bool(values[1] > values[0]), bool(values[1] > values[2])
+        (True, True)
+    """
+    objective = FlatObjective(model)
+    if direction.shape != (objective.size,):
+        raise ValueError(f"direction must be of shape ({objective.size},), got {tuple(direction.shape)}")
+    start = objective.point()
+    return torch.stack([objective(start + step * direction.double()) for step in steps.double()])

@@ -1,0 +1,120 @@
+"""Heads, class means and `attach_head` refuse a wrong type as they refuse a wrong value: a ValueError that names it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from neuralcollapse import (
+    ClassMeans,
+    FixedETFClassifier,
+    LearnedClassifier,
+    NearestETFClassifier,
+    attach_head,
+    collapse_radius,
+    find_classifier,
+    project_after_step,
+)
+from neuralcollapse.heads import FeatureNorm
+
+FEATURES, TARGETS = torch.randn(6, 4), torch.arange(6) % 3
+KINDS = (LearnedClassifier, FixedETFClassifier, NearestETFClassifier)
+
+
+def net():
+    return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
+
+
+def attached():
+    return attach_head(net(), NearestETFClassifier(4, 3))
+
+
+DOORS = [
+    *((lambda kind=kind: kind("4", 3), "in_features must be an integer, got '4'") for kind in KINDS),
+    *((lambda kind=kind: kind(4, 3.0), "num_classes must be an integer, got 3.0") for kind in KINDS),
+    *((lambda kind=kind: kind(4, 3, feature_norm=[5]), "feature_norm must be a positive number") for kind in KINDS),
+    *((lambda kind=kind: kind(4, 3, feature_norm=True), "feature_norm must be a positive number") for kind in KINDS),
+    *((lambda kind=kind: kind(4, 3, bias=0), "bias must be") for kind in KINDS),
+    *((lambda kind=kind: kind(4, 3)(FEATURES.tolist(), TARGETS), "features must be a floating") for kind in KINDS),
+    *((lambda kind=kind: kind(4, 3)(TARGETS, TARGETS), "features must be a floating-point") for kind in KINDS),
+    *((lambda kind=kind: kind(4, 3)(torch.tensor(1.0), TARGETS), r"features must be of shape") for kind in KINDS),
+    *((lambda kind=kind: kind(4, 3).to_inference(dtype="fp16"), "dtype must be a floating-point") for kind in KINDS),
+    (lambda: LearnedClassifier(4, 3, unit_weight=1), "unit_weight must be True or False, got 1"),
+    (lambda: FixedETFClassifier(4, 3, orientation=None), "orientation must be 'canonical', 'random' or a"),
+    (lambda: FixedETFClassifier(4, 3, orientation=torch.ones(3, 4).long()), "orientation must be a floating-point"),
+    (lambda: FixedETFClassifier(4, 3, orientation=torch.full((3, 4), torch.nan)), "orientation must be a unit simplex"),
+    (lambda: FixedETFClassifier(4, 3, momentum=None), "momentum must lie in .* got None"),
+    (
+        lambda: FixedETFClassifier(4, 3, orientation="random", generator=1),
+        "generator must be a torch.Generator, got int",
+    ),
+    (lambda: NearestETFClassifier(4, 3, momentum=None), "momentum must lie in .* got None"),
+    (lambda: NearestETFClassifier(4, 3, momentum=["published"]), "momentum must lie in"),
+    (lambda: NearestETFClassifier(4, 3, momentum=True), "momentum must lie in .* got True"),
+    (lambda: NearestETFClassifier(4, 3, proximal_weight=None), "proximal_weight must be finite .* got None"),
+    (lambda: NearestETFClassifier(4, 3, implicit_gradient="no"), "implicit_gradient must be True or False, got 'no'"),
+    (lambda: NearestETFClassifier(4, 3, generator="seed"), "generator must be a torch.Generator, got str"),
+    (lambda: NearestETFClassifier(4, 3)(FEATURES, TARGETS.tolist()), "targets must be integer class indices, got list"),
+    (
+        lambda: NearestETFClassifier(4, 3)(FEATURES, TARGETS > 0),
+        "targets must be integer class indices, got torch.bool",
+    ),
+    (
+        lambda: NearestETFClassifier(4, 3).use_targets([0]).__enter__(),
+        "targets must be integer class indices, got list",
+    ),
+    (lambda: ClassMeans(3, 4)(None, TARGETS), "features must be a floating-point tensor, got NoneType"),
+    (lambda: ClassMeans(3, 4)(FEATURES, TARGETS.tolist()), "targets must be integer class indices, got list"),
+    (lambda: ClassMeans(3, 4)(FEATURES, None), "targets must be integer class indices, got NoneType"),
+    (lambda: ClassMeans(3, 4, momentum=None), "momentum must lie in .* got None"),
+    (lambda: ClassMeans(3, "4"), "feature_dim must be an integer, got '4'"),
+    (lambda: FeatureNorm(None), "radius must be a positive number, got None"),
+    (lambda: FeatureNorm(-1.0), "radius must be a positive number, got -1.0"),
+    (lambda: FeatureNorm(1.0)([1.0]), "features must be a floating-point tensor, got list"),
+    (lambda: collapse_radius("10"), "num_classes must be an integer, got '10'"),
+    (lambda: collapse_radius(10, "high"), "probability must lie in .* got 'high'"),
+    (lambda: project_after_step(None, LearnedClassifier(4, 3, unit_weight=True)), "optimizer must be a torch.optim"),
+    (lambda: project_after_step(torch.optim.SGD(net().parameters()), None), "head must be a LearnedClassifier"),
+    (lambda: find_classifier(None), "model must be an nn.Module, got NoneType"),
+    (lambda: find_classifier(net), "model must be an nn.Module, got function"),
+    (lambda: attach_head("resnet18", NearestETFClassifier(4, 3)), "model must be an nn.Module, got str"),
+    (lambda: attach_head(net(), None), "head must be an nn.Module, got NoneType"),
+    (lambda: attach_head(net(), NearestETFClassifier), "head must be an nn.Module, got type"),
+    (
+        lambda: attach_head(net(), NearestETFClassifier(4, 3), classifier=2),
+        "classifier must be a dotted name or a module",
+    ),
+    (
+        lambda: attach_head(net(), NearestETFClassifier(4, 3), output=1.5),
+        "output must be a name, an index or a function",
+    ),
+    (lambda: attach_head(net(), FixedETFClassifier(4, 3), output="logits")(FEATURES), "it has no 'logits'"),
+    (lambda: attached()(FEATURES, targets=TARGETS.tolist()), "targets must be integer class indices, got list"),
+    (lambda: attach_head(net(), nn.Linear(4, 3)).to_inference(), r"head must have to_inference\(\), got Linear"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), DOORS)
+def test_a_wrong_argument_is_a_value_error_that_names_it(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_an_attached_model_is_spent_once_it_has_become_a_plain_one():
+    model = attached()
+    model(FEATURES, targets=TARGETS)
+    expected = model.eval()(FEATURES)
+    plain = model.to_inference()
+    for call in (lambda: model(FEATURES), model.to_inference):
+        with pytest.raises(ValueError, match=r"to_inference\(\) has put a plain classifier into .* which is spent"):
+            call()
+    assert torch.allclose(plain(FEATURES), expected, atol=1e-6)
+    again = attach_head(plain, NearestETFClassifier(4, 3), classifier="2.1")
+    assert again(FEATURES, targets=TARGETS).shape == (6, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_targets_of_any_integer_dtype_count_the_same(dtype):
+    means, expected = ClassMeans(3, 4), ClassMeans(3, 4)
+    assert torch.equal(means(FEATURES, TARGETS.to(dtype))[0], expected(FEATURES, TARGETS)[0])

@@ -1,0 +1,87 @@
+"""Run folders of today's format and of those before."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from helpers import error_of
+from neuralcollapse.cli import main
+from neuralcollapse.lab import RunConfig, RunFolder, train_runs
+from neuralcollapse.lab.figures.summary import summarise
+from neuralcollapse.lab.results.tables import gather
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+SMALL = {"backbone": "mlp", "width": 12, "depth": 1, "train_samples": 200, "test_samples": 60, "epochs": 1}
+
+
+@pytest.fixture
+def old(tmp_path) -> Path:
+    """Folders that version 0.1.0 wrote, of a run with AGD and noisy labels and of a comparison."""
+    return Path(shutil.copytree(FIXTURES / "format0", tmp_path / "format0"))
+
+
+def test_a_folder_of_format_0_is_read(old):
+    folder = RunFolder(old / "compare")
+    assert {run.path.name for run in folder.run_folders()} == {
+        f"{method}-seed{seed}" for method in ("standard", "implicit") for seed in (0, 1)
+    }
+    metrics = gather(folder.run_folders(), "metrics")
+    assert set(metrics["method"]) == {"standard", "implicit"}
+    assert folder.read_environment()["packages"]["torch"] == "2.13.0+cpu"
+    assert "| implicit" in summarise(folder, "compare").table
+    assert [run.path for run in RunFolder(old / "train").run_folders()] == [old / "train"]
+
+
+def test_a_folder_of_format_0_goes_on_and_is_run_again(old, tmp_path):
+    before = {path: path.read_bytes() for path in (old / "train").glob("*.csv")}
+    assert main(["train", "--resume", "--out", str(old / "train")]) == 0
+    assert {path: path.read_bytes() for path in before} == before
+    assert main(["train", "--config", str(old / "train" / "config.yaml"), "--out", str(tmp_path / "again")]) == 0
+    settings = RunFolder(tmp_path / "again").settings()
+    assert (settings["optimizer"], settings["label_noise"]) == ("agd", 0.1)
+    assert not {"lr", "schedule", "weight_decay", "stem", "proximal_weight"} & set(settings)
+
+
+def test_a_folder_of_a_newer_format_is_refused(tmp_path, capsys):
+    out = tmp_path / "out"
+    train_runs(RunConfig(**SMALL), out, progress=False)
+    settings = yaml.safe_load((out / "config.yaml").read_text())
+    (out / "config.yaml").write_text(yaml.safe_dump(settings | {"format": 99}))
+    message = error_of(capsys, "train", "--resume", "--out", str(out))
+    assert "is a run of format 99, and this version of neuralcollapse reads up to 1: install a newer one" in message
+
+
+def test_what_is_no_run_folder_is_said(tmp_path):
+    with pytest.raises(ValueError, match="must be the folder of a run, and has no config.yaml"):
+        RunFolder(tmp_path).run_folders()
+
+
+def test_a_list_of_runs_trains_each_into_a_folder_named_after_what_it_is(tmp_path):
+    runs = [RunConfig(method="fixed", lr=rate, **SMALL) for rate in (0.1, 0.2)]
+    folder = train_runs(runs, tmp_path / "out", progress=False)
+    assert [run.path.name for run in folder.run_folders()] == ["fixed-lr0.1-seed0", "fixed-lr0.2-seed0"]
+    assert [run.settings()["lr"] for run in folder.run_folders()] == [0.1, 0.2]
+    stored = folder.settings()
+    assert stored["epochs"] == 1
+    assert "lr" not in stored
+    with pytest.raises(ValueError, match="--resume goes on with it"):
+        train_runs(runs, tmp_path / "out", progress=False)
+    with pytest.raises(ValueError, match="runs must be different ones"):
+        train_runs([runs[0], runs[0]], tmp_path / "other", progress=False)
+    with pytest.raises(ValueError, match="runs must hold at least one run"):
+        train_runs([], tmp_path / "other", progress=False)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_part_of_the_training_images_is_held_out_and_measured(tmp_path):
+    config = RunConfig(**SMALL, validation_share=0.25, label_noise=0.5, data_seed=3)
+    folder = train_runs(config, tmp_path / "out", progress=False)
+    metrics = gather([folder], "metrics")
+    assert set(metrics["split"]) == {"train", "validation", "test"}
+    assert folder.read_environment()["data"].startswith("digits: 150 train, 50 validation and 60 test images")
+    assert "validation acc" in summarise(folder, "train").table
+    assert len((tmp_path / "out" / "train_labels.csv").read_text().splitlines()) == 151

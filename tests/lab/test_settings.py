@@ -1,0 +1,217 @@
+"""A setting is in force or refused: never accepted without effect."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import fields
+from functools import cache
+from itertools import product
+
+import pytest
+
+from neuralcollapse.heads import FixedETFClassifier, NearestETFClassifier
+from neuralcollapse.lab.config import RunConfig
+from neuralcollapse.lab.experiments import Comparison, common_settings, comparison_runs, single_run
+
+OPTIMIZERS = ("sgd", "adam", "adamw", "lbfgs", "agd")
+LOSSES = ("cross-entropy", "mse", "dot-regression")
+BACKBONES = ("convnet", "mlp", "resnet18", "vgg13", "package.module.Class")
+METHODS = ("standard", "fixed", "implicit")
+CHOICES = (OPTIMIZERS, LOSSES, BACKBONES, METHODS)
+SCHEDULES = ("constant", "cosine", "step", "multistep", "one-cycle")
+# Of each setting a value that is not its default.
+OTHER = {
+    "recipe": "papyan2020-cifar10",
+    "seed": 5,
+    "data_config": "plain",
+    "train_split": "training",
+    "test_split": "testing",
+    "label_column": "fine",
+    "image_size": 9,
+    "channels": 3,
+    "digits_per_image": 2,
+    "train_samples": 70,
+    "test_samples": 30,
+    "samples_per_class": 4,
+    "imbalance": "step",
+    "imbalance_factor": 0.3,
+    "validation_share": 0.25,
+    "random_labels": True,
+    "label_noise": 0.5,
+    "data_seed": 8,
+    "memory_budget": 0.5,
+    "workers": 3,
+    "batch_size": 32,
+    "stratified": True,
+    "crop_padding": 2,
+    "crop_size": 5,
+    "flip": True,
+    "rotation": 4.0,
+    "pixel_mean": [0.4],
+    "pixel_std": [0.2],
+    "backbone_options": {"neurons": 4},
+    "width": 48,
+    "depth": 2,
+    "feature_dim": 33,
+    "stem": "3x3",
+    "batch_norm_affine": False,
+    "feature_norm": "none",
+    "unit_weight": False,
+    "classifier_bias": "none",
+    "proximal_weight": 0.2,
+    "means_momentum": 0.3,
+    "epochs": 7,
+    "label_smoothing": 0.4,
+    "lr": 0.3,
+    "momentum": 0.2,
+    "feature_decay": 0.1,
+    "published_quirk": True,
+    "weight_decay": 0.1,
+    "gain": 3.0,
+    "lbfgs_history": 4,
+    "lbfgs_iterations": 6,
+    "step_epochs": 3,
+    "milestones": [2],
+    "lr_factor": 0.7,
+    "device": "cpu",
+    "measure_every": 2,
+    "checkpoint_every": 3,
+    "checkpoint_epochs": [2],
+    "loggers": ["tensorboard"],
+}
+CHOSEN = {"data", "optimizer", "loss", "backbone", "method", "schedule"}
+
+
+@cache
+def kinds() -> list[dict]:
+    """Every optimiser, loss, backbone and method together, where they go together; and every schedule."""
+    choices = [{"optimizer": o, "loss": x, "backbone": b, "method": m} for o, x, b, m in product(*CHOICES)]
+    choices += [{"optimizer": "sgd", "method": "standard", "schedule": schedule} for schedule in SCHEDULES]
+    found = []
+    for kind in choices:
+        try:
+            RunConfig(**kind)
+        except ValueError:
+            continue
+        found.append(kind)
+    return found
+
+
+def test_every_setting_has_another_value_to_try():
+    assert {one.name for one in fields(RunConfig)} == OTHER.keys() | CHOSEN
+
+
+@pytest.mark.parametrize("name", sorted(OTHER))
+def test_a_setting_changes_the_resolved_run_or_is_refused(name):
+    accepted, refusals = 0, set()
+    for kind in kinds():
+        plain = RunConfig(**kind).in_force()
+        try:
+            changed = RunConfig(**kind | {name: OTHER[name]}).in_force()
+        except ValueError as error:
+            refusals.add(str(error))
+            continue
+        accepted += 1
+        assert changed[name] == OTHER[name]
+        assert changed != plain
+    reasons = (f"{name} belongs to", "feature_decay needs", "optimizer lbfgs needs", "classifier_bias must be")
+    assert all(reason.startswith(reasons) for reason in refusals)
+    assert accepted or name in {  # these belong to settings that are not among the kinds
+        *("data_config", "train_split", "test_split", "label_column"),
+        *("imbalance_factor", "data_seed", "feature_decay", "published_quirk"),
+    }
+
+
+@pytest.mark.parametrize("name", sorted(OTHER))
+def test_what_a_run_says_is_in_force_makes_the_same_run(name):
+    with_others = {"data": "mnist", "imbalance": "step", "feature_norm": "none", "feature_decay": 0.1}
+    for kind in kinds()[::4]:
+        try:
+            run = RunConfig(**with_others | kind | {name: OTHER[name]})
+        except ValueError:
+            continue
+        assert RunConfig(**run.in_force()) == run
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimizer": "agd", "lr": 9.0}, "lr belongs to optimizer sgd, adam, adamw or lbfgs; here optimizer is agd"),
+        ({"optimizer": "agd", "schedule": "constant"}, "schedule belongs to optimizer"),
+        ({"optimizer": "agd", "weight_decay": 0.0}, "weight_decay belongs to an optimizer other than agd"),
+        ({"backbone": "mlp", "stem": "7x7"}, "stem belongs to backbone resnet18, resnet34 or resnet50"),
+        ({"loss": "mse", "label_smoothing": 0.0}, "label_smoothing belongs to loss cross-entropy; here loss is mse"),
+        ({"method": "standard", "proximal_weight": 0.1}, "proximal_weight belongs to method implicit"),
+        (
+            {"method": "fixed", "classifier_bias": "none", "means_momentum": 0.1},
+            "means_momentum belongs to",
+        ),
+        ({"data_seed": 1}, "data_seed belongs to what is drawn from it"),
+        ({"published_quirk": False}, "published_quirk belongs to feature_decay; here feature_decay is not given"),
+        ({"schedule": "step", "milestones": [1]}, "milestones belongs to schedule multistep; here schedule is step"),
+        ({"lr": "fast"}, "lr must be a number, got 'fast'"),
+        ({"epochs": 2.5}, "epochs must be an integer, got 2.5"),
+        ({"flip": 1}, "flip must be true or false, got 1"),
+        ({"method": "explicit"}, "method must be one of standard, fixed, implicit, got 'explicit'"),
+        ({"loggers": "tensorboard"}, "loggers must be a list, each item one of tensorboard, wandb, got 'tensorboard'"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"pixel_std": [float("inf")]}, "pixel_std must be finite, got [inf]"),
+    ],
+)
+def test_what_is_wrong_is_named(settings, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        RunConfig(**settings)
+
+
+def test_the_defaults_of_the_heads_are_those_of_the_settings():
+    nearest, fixed = (inspect.signature(head).parameters for head in (NearestETFClassifier, FixedETFClassifier))
+    assert RunConfig().proximal_weight == nearest["proximal_weight"].default
+    assert RunConfig().means_momentum == nearest["momentum"].default
+    assert RunConfig(method="fixed").means_momentum == fixed["momentum"].default
+
+
+def test_settings_over_a_recipe_drop_what_has_no_effect_any_more_of_the_recipe_alone():
+    run = single_run({"recipe": "zhu2021-mnist-sgd", "optimizer": "agd", "backbone": "mlp"})
+    assert (run.lr, run.momentum, run.schedule, run.stem) == (None, None, None, None)
+    assert (run.recipe, run.batch_size, run.gain) == ("zhu2021-mnist-sgd", 128, 10.0)
+    with pytest.raises(ValueError, match="lr belongs to"):
+        single_run({"recipe": "zhu2021-mnist-sgd", "optimizer": "agd", "lr": 0.1})
+    with pytest.raises(ValueError, match="colour is no setting; nearest: "):
+        single_run({"colour": "red"})
+
+
+def test_a_comparison_is_methods_times_seeds_each_with_the_settings_that_are_its_own():
+    runs = comparison_runs(Comparison(seeds=[5, 7]), {"proximal_weight": 0.2, "unit_weight": False, "epochs": 3})
+    assert [(run.method, run.seed) for run in runs] == [(method, seed) for seed in (5, 7) for method in METHODS]
+    assert [run.proximal_weight for run in runs[:3]] == [None, None, 0.2]
+    assert [run.unit_weight for run in runs[:3]] == [False, None, None]
+    shared = common_settings(runs)
+    assert (shared["epochs"], shared["proximal_weight"], shared["unit_weight"]) == (3, 0.2, False)
+    assert not {"method", "seed", "classifier_bias"} & set(shared)
+    with pytest.raises(ValueError, match="proximal_weight belongs to method implicit; here method is standard"):
+        comparison_runs(Comparison(methods=["standard", "fixed"]), {"proximal_weight": 0.2})
+    with pytest.raises(ValueError, match="method is no setting"):
+        comparison_runs(Comparison(), {"method": "fixed"})
+
+
+def test_a_family_of_recipes_gives_each_method_its_own():
+    runs = comparison_runs(Comparison(recipe="markou2024-mnist", seeds=[1]), {"epochs": 2})
+    assert [run.recipe for run in runs] == [f"markou2024-mnist-{method}" for method in METHODS]
+    assert [run.stratified for run in runs] == [False, False, True]
+    assert {(run.epochs, run.optimizer, run.feature_norm) for run in runs} == {(2, "agd", 5.0)}
+
+
+def test_a_family_whose_recipes_differ_in_data_is_refused(monkeypatch):
+    from neuralcollapse.lab import experiments
+
+    family = experiments.recipe_family("markou2024-mnist")
+    family["fixed"].settings["image_size"] = 28
+    monkeypatch.setattr(experiments, "recipe_family", lambda name: family)
+    with pytest.raises(ValueError, match="of the same data, and those of 'markou2024-mnist' differ in image_size"):
+        comparison_runs(Comparison(recipe="markou2024-mnist"), {})
+
+
+def test_null_asks_for_the_default_and_not_for_the_recipes_value():
+    assert single_run({"recipe": "papyan2020-cifar10", "epochs": 9}).milestones == [116, 233]
+    assert single_run({"recipe": "papyan2020-cifar10", "epochs": 9, "milestones": None}).milestones == [3, 6]
