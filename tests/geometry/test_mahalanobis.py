@@ -121,3 +121,22 @@ def test_what_is_no_metric_is_refused(bad, message):
     means = normal(4, 7)
     with pytest.raises(ValueError, match=f"metric must be .*{message}"):
         nearest_frame_under_metric(unit(means), bad, closed_form(means))
+
+
+@pytest.mark.parametrize("size", [(5, 4), (5, 9)])
+def test_nearest_simplex_etf_takes_a_metric_and_its_gradient(size):
+    means, matrix = normal(*size).requires_grad_(), metric(size[1])
+    etf = nearest_simplex_etf(means, metric=matrix)
+    frame = math.sqrt(4 / 5) * reduce(etf.detach())
+    stiefel.check_point(frame)
+    assert objective(means.detach(), frame, matrix) < objective(means.detach(), closed_form(means.detach()), matrix)
+    upstream = normal(*size, seed=4)
+    (gradient,) = torch.autograd.grad(etf, means, upstream)
+    step = 1e-5 * normal(*size, seed=3)
+    ahead, behind = (nearest_simplex_etf((means + sign * step).detach(), metric=matrix) for sign in (1, -1))
+    change = float((upstream * (ahead - behind)).sum() / 2)
+    assert float((gradient * step).sum()) == pytest.approx(change, rel=1e-3)
+    assert torch.allclose(nearest_simplex_etf(means.detach(), metric=torch.ones(size[1])), nearest_simplex_etf(means))
+    single = nearest_simplex_etf(means.detach().float(), metric=matrix)
+    assert single.dtype == torch.float32
+    assert torch.allclose(single.double(), etf, atol=1e-2)

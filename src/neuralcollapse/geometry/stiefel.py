@@ -82,7 +82,7 @@ def retract(point: Tensor, tangent: Tensor, method: Retraction = "qr") -> Tensor
         raise ValueError(f"retraction must be 'qr' or 'polar', got {method!r}")
     factor, _ = torch.linalg.cholesky_ex(moved @ moved.mT)
     reached: Tensor = torch.linalg.solve_triangular(factor, moved, upper=False)
-    return reached
+    return reached.contiguous()  # so that a solution that is saved and read again gives the same numbers
 
 
 def transport(tangent: Tensor, to: Tensor) -> Tensor:
