@@ -1,8 +1,8 @@
 """A layer of one's own that is defined by what it minimises: a classifier whose rows stay orthonormal.
 
-Its weight is the orthonormal matrix whose rows are nearest to the batch's class means in sum of distances, which one odd
-class sways less than a sum of squares. That has no closed form; `argmin_on_stiefel` solves it and differentiates
-through the solution.
+Its weight is the orthonormal matrix nearest to the batch's class means in the sum of distances, which one odd class
+sways less than a sum of squares. That has no closed form; `argmin_on_stiefel` solves it and differentiates through the
+solution.
 """
 
 import torch
