@@ -41,7 +41,10 @@ DOORS = [
     *((lambda kind=kind: kind(4, 3)(torch.tensor(1.0), TARGETS), r"features must be of shape") for kind in KINDS),
     *((lambda kind=kind: kind(4, 3).to_inference(dtype="fp16"), "dtype must be a floating-point") for kind in KINDS),
     (lambda: LearnedClassifier(4, 3, unit_weight=1), "unit_weight must be True or False, got 1"),
-    (lambda: FixedETFClassifier(4, 3, orientation=None), "orientation must be 'canonical', 'random' or a"),
+    (
+        lambda: FixedETFClassifier(4, 3, orientation=None),
+        "orientation must be 'canonical', 'random', 'softmax-code' or a",
+    ),
     (lambda: FixedETFClassifier(4, 3, orientation=torch.ones(3, 4).long()), "orientation must be a floating-point"),
     (lambda: FixedETFClassifier(4, 3, orientation=torch.full((3, 4), torch.nan)), "orientation must be a unit simplex"),
     (lambda: FixedETFClassifier(4, 3, momentum=None), "momentum must lie in .* got None"),

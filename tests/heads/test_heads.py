@@ -212,7 +212,7 @@ def test_fixed_weight_is_what_was_asked_for():
 @pytest.mark.parametrize(
     ("orientation", "message"),
     [
-        ("up", "orientation must be 'canonical', 'random' or a"),
+        ("up", "orientation must be 'canonical', 'random', 'softmax-code' or a"),
         (torch.zeros(5, 11), r"orientation must be of shape \(5, 12\), got \(5, 11\)"),
         (torch.eye(5, 12), "orientation must be a unit simplex ETF"),
     ],

@@ -23,7 +23,7 @@ def softmax_code(
     feature_dim: int,
     *,
     generator: torch.Generator | None = None,
-    max_iterations: int = 100,
+    max_iterations: int = 40,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
@@ -71,7 +71,7 @@ def softmax_code(
     return anneal_code(start, max_iterations=max_iterations).to(dtype)
 
 
-def anneal_code(start: Tensor, *, temperatures: tuple[float, ...] = TEMPERATURES, max_iterations: int = 100) -> Tensor:
+def anneal_code(start: Tensor, *, temperatures: tuple[float, ...] = TEMPERATURES, max_iterations: int = 40) -> Tensor:
     r"""Maximise the least one-vs-rest margin from a start, by a smooth objective that is sharpened step by step.
 
     The margin of class k is max over unit h of min_{j≠k} ⟨w_k − w_j, h⟩. With a unit h_k for each class,
@@ -159,8 +159,7 @@ def one_vs_rest_margins(code: Tensor, *, max_iterations: int = 2000, tolerance: 
     Raises:
         ValueError: A code of another shape, not finite or with a zero row.
 
-    Source: Jiang et al. (ICML 2024) for the distance; Beck, Teboulle (2009) with the restart of O'Donoghue, Candès
-    (2015).
+    Source: Jiang et al. (ICML 2024); Beck, Teboulle (2009) with the restart of O'Donoghue, Candès (2015).
 
     Example:
         >>> one_vs_rest_margins(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]]))

@@ -82,7 +82,7 @@ def retract(point: Tensor, tangent: Tensor, method: Retraction = "qr") -> Tensor
         raise ValueError(f"retraction must be 'qr' or 'polar', got {method!r}")
     factor, _ = torch.linalg.cholesky_ex(moved @ moved.mT)
     reached: Tensor = torch.linalg.solve_triangular(factor, moved, upper=False)
-    return reached
+    return reached.contiguous()  # so that a solution that is saved and read again gives the same numbers
 
 
 def transport(tangent: Tensor, to: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ def check_point(point: Tensor, name: str = "point") -> None:
     value = float(gram.flatten()[worst])
     where = f" of matrix {tuple(batch)}" if batch else ""
     found = (
-        f"row {row}{where} has norm {max(value, 0) ** 0.5:.6g}"
+        f"row {row}{where} has norm {max(value, 0) ** 0.5:.9g}"
         if row == other
         else f"rows {row} and {other}{where} have inner product {value:.6g}"
     )

@@ -15,7 +15,7 @@ from neuralcollapse._checks import (
     check_integral,
     compute_dtype,
 )
-from neuralcollapse.geometry import random_simplex_etf, simplex_etf
+from neuralcollapse.geometry import random_simplex_etf, simplex_etf, softmax_code
 from neuralcollapse.geometry.simplex import check_simplex_etf
 from neuralcollapse.heads.class_means import DEFAULT_MOMENTUM, Momentum, MovingMean, sums_over_ranks
 from neuralcollapse.heads.head import Head
@@ -27,15 +27,16 @@ class FixedETFClassifier(Head):
     """A classifier whose weight is a simplex ETF and is not trained.
 
     Args:
-        in_features: d ≥ K−1.
+        in_features: d ≥ K−1; any with ``orientation="softmax-code"``.
         num_classes: K ≥ 2.
-        orientation: ``"canonical"``, ``"random"`` (Haar-uniform, from ``generator``), or the (K, d) ETF itself.
+        orientation: ``"canonical"``, ``"random"`` (Haar-uniform, from ``generator``), or the (K, d) ETF itself; or
+            ``"softmax-code"``, what takes the ETF's place where K > d+1 (`softmax_code`, which takes some time there).
         feature_norm: τ, the norm that features are given; ``"auto"``: `collapse_radius`; ``None``: left as they are.
         bias: ``"centring"``: −W·m with the global mean m of the features, of the (whole, distributed) batch and
             without gradient in training, a moving mean in evaluation; ``"learned"``; ``"none"``.
         momentum: The weight of a new batch in that moving mean, as for `ClassMeans`.
         ignore_index: Where targets are given, features whose target is this do not count in that mean.
-        generator: Source of randomness for ``orientation="random"``.
+        generator: Source of randomness for ``orientation="random"`` and where a softmax code is searched from.
 
     Shape: features (..., d) to logits (..., K).
 
@@ -58,7 +59,7 @@ class FixedETFClassifier(Head):
         in_features: int,
         num_classes: int,
         *,
-        orientation: Literal["canonical", "random"] | Tensor = "canonical",
+        orientation: Literal["canonical", "random", "softmax-code"] | Tensor = "canonical",
         feature_norm: float | Literal["auto"] | None = "auto",
         bias: Bias = "centring",
         momentum: Momentum = DEFAULT_MOMENTUM,
@@ -66,7 +67,8 @@ class FixedETFClassifier(Head):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(in_features, num_classes, feature_norm, ignore_index)
-        check_etf_sizes(num_classes, in_features)
+        if not (isinstance(orientation, str) and orientation == "softmax-code"):
+            check_etf_sizes(num_classes, in_features)
         self.register_buffer("weight", _oriented(orientation, num_classes, in_features, generator))
         check_choice("bias", bias, ("centring", "learned", "none"))
         self.learned_bias = nn.Parameter(torch.zeros(num_classes)) if bias == "learned" else None
@@ -107,9 +109,13 @@ def _oriented(
             )
         check_simplex_etf("orientation", orientation)
         return orientation.detach().clone()
-    if not isinstance(orientation, str) or orientation not in ("canonical", "random"):
-        raise ValueError(f"orientation must be 'canonical', 'random' or a (K, d) tensor, got {orientation!r}")
+    if not isinstance(orientation, str) or orientation not in ("canonical", "random", "softmax-code"):
+        raise ValueError(
+            f"orientation must be 'canonical', 'random', 'softmax-code' or a (K, d) tensor, got {orientation!r}"
+        )
     check_factory(None, None, generator)
+    if orientation == "softmax-code":
+        return softmax_code(num_classes, feature_dim, generator=generator)
     if orientation == "canonical":
         return simplex_etf(num_classes, feature_dim)
     return random_simplex_etf(num_classes, feature_dim, generator=generator)

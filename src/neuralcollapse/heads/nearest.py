@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from neuralcollapse._checks import (
+    check_at_least,
     check_bool,
     check_choice,
     check_etf_sizes,
@@ -21,6 +22,7 @@ from neuralcollapse._checks import (
 from neuralcollapse.geometry import nearest_etf_diagnostics, random_simplex_etf, simplex_etf
 from neuralcollapse.geometry.nearest import solve
 from neuralcollapse.geometry.polar import METHODS, Method
+from neuralcollapse.geometry.published import frame_to_etf, published_nearest_frame
 from neuralcollapse.geometry.watch import Watch
 from neuralcollapse.heads.class_means import DEFAULT_MOMENTUM, ClassMeans, KeepsFullPrecision, Momentum
 from neuralcollapse.heads.head import Head
@@ -56,8 +58,10 @@ class NearestETFClassifier(KeepsFullPrecision, Head):
             ETF scales with α: at ``"published"``, which falls to 1e-4, it is practically off.
         implicit_gradient: Whether the gradient through the ETF is kept.
         ignore_index: Features whose target is this count in no mean.
-        method: How the nearest ETF is found, as for `polar_factor`. On accelerators nothing waits for the device but
-            the first solve; `svd_fallbacks` counts the solves that needed an SVD.
+        solver: ``"closed-form"``; or ``"trust-region"``, the published problem solved as published, for comparison
+            (`published_nearest_frame`, at δ = 2γ/(K−1); d ≥ K; it waits for the device).
+        method: How the closed form finds the nearest ETF, as for `polar_factor`. On accelerators nothing waits for
+            the device but the first solve; `svd_fallbacks` counts the solves that needed an SVD.
         generator: If given, the first ETF has a random orientation drawn from it; else the canonical one.
 
     Shape: features (..., d) and targets (...) to logits (..., K).
@@ -77,6 +81,7 @@ class NearestETFClassifier(KeepsFullPrecision, Head):
 
     _full_precision_buffer = "weight"
     weight: Tensor
+    frame: Tensor  # the published problem's P, with solver="trust-region"
 
     def __init__(
         self,
@@ -89,6 +94,7 @@ class NearestETFClassifier(KeepsFullPrecision, Head):
         momentum: Momentum = DEFAULT_MOMENTUM,
         implicit_gradient: bool = True,
         ignore_index: int | None = None,
+        solver: Literal["closed-form", "trust-region"] = "closed-form",
         method: Method = "auto",
         generator: torch.Generator | None = None,
     ) -> None:
@@ -100,10 +106,12 @@ class NearestETFClassifier(KeepsFullPrecision, Head):
         if generator is not None and not isinstance(generator, torch.Generator):
             raise ValueError(f"generator must be a torch.Generator, got {type(generator).__name__}")
         check_choice("method", method, METHODS)
+        check_choice("solver", solver, ("closed-form", "trust-region"))
         self.centring = bias == "centring"
         self.proximal_weight = proximal_weight
         self.implicit_gradient = implicit_gradient
         self.method = method
+        self.solver = solver
         self._watch = Watch()
         self.class_means = ClassMeans(num_classes, in_features, momentum=momentum, ignore_index=ignore_index)
         start = (
@@ -114,6 +122,9 @@ class NearestETFClassifier(KeepsFullPrecision, Head):
             ).to(self.class_means.global_mean.device)
         )
         self.register_buffer("weight", start)
+        if solver == "trust-region":
+            check_at_least("in_features", in_features, num_classes, "num_classes")
+            self.register_buffer("frame", torch.eye(num_classes, in_features, dtype=torch.float32))
         self._frozen = False
         self._targets: Tensor | None = None
 
@@ -150,6 +161,10 @@ class NearestETFClassifier(KeepsFullPrecision, Head):
 
     def _solve(self, class_means: Tensor, seen_before: Tensor) -> Tensor:
         """The nearest ETF, with its graph; the weight is its value from now on."""
+        if self.solver == "trust-region":
+            etf = self._solve_as_published(class_means, seen_before)
+            self.weight = etf.detach().to(self.weight.dtype, copy=True)
+            return etf
         anchor_weight = self._anchor_weight(seen_before, self.class_means.centred.seen)
         # Unchecked: ClassMeans has looked at the batch, before anything changed.
         etf = solve(
@@ -165,6 +180,13 @@ class NearestETFClassifier(KeepsFullPrecision, Head):
         # A copy: what restores or broadcasts buffers writes into them, and the graph holds `etf`.
         self.weight = etf.detach().to(self.weight.dtype, copy=True)
         return etf
+
+    def _solve_as_published(self, class_means: Tensor, seen_before: Tensor) -> Tensor:
+        last = self.frame.to(class_means) if bool(seen_before.any()) else None
+        weight = 2 * self.proximal_weight / (self.num_classes - 1)
+        frame = published_nearest_frame(class_means, last, proximal_weight=weight).point
+        self.frame = frame.detach().to(self.frame.dtype, copy=True)
+        return frame_to_etf(frame)
 
     def _anchor_weight(self, seen_before: Tensor, seen: Tensor) -> Tensor | float:
         """γ, or in the first solve 0; there, if classes are missing, just enough to decide what they leave open.

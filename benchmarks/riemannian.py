@@ -1,0 +1,182 @@
+"""The Riemannian trust region beside pymanopt's on the same cost, start and tolerance, and the softmax codes.
+
+fp64. Costs: the published one, ½‖A − Q‖², from a random start; and a Mahalanobis one, ½‖A − Q‖² in a metric, from the
+polar factor. pymanopt has its derivatives written out in numpy; ours are automatic, or given where it says so. Each
+solver's runs come in a row: alternating, the thread pools of torch and numpy slow each other down.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pymanopt
+import torch
+from _common import peak_growth, write
+from pymanopt.manifolds import Stiefel
+from pymanopt.optimizers import TrustRegions
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from neuralcollapse import polar_factor
+from neuralcollapse.geometry import anneal_code, argmin_on_stiefel, minimize_on_stiefel, one_vs_rest_margins, stiefel
+
+TOLERANCE = 1e-6
+
+
+@dataclass
+class Problem:
+    """A cost of (Q, θ) with its Euclidean derivatives, and where to start."""
+
+    name: str
+    cost: Callable[[Tensor, Tensor], Tensor]
+    parameters: Tensor
+    gradient: Callable[[Tensor], Tensor]
+    hessian: Callable[[Tensor, Tensor], Tensor]
+    start: Tensor
+    columns_as_points: tuple[Callable[..., Any], ...]  # cost, gradient and Hessian in numpy, as pymanopt has them
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def published(rows: int, columns: int, *, seed: int = 0) -> Problem:
+    target = normal(rows, columns, seed=seed) / math.sqrt(columns)
+    wide = target.mT.contiguous().numpy()
+    return Problem(
+        "published",
+        lambda point, target: 0.5 * (target - point).square().sum((-2, -1)),
+        target,
+        lambda point: point - target,
+        lambda point, tangent: tangent,
+        stiefel.random_point(rows, columns, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64),
+        (lambda point: 0.5 * ((wide - point) ** 2).sum(), lambda point: point - wide, lambda _, tangent: tangent),
+    )
+
+
+def mahalanobis(rows: int, columns: int, *, seed: int = 0) -> Problem:
+    target = normal(rows, columns, seed=seed) / math.sqrt(columns)
+    root = normal(columns, 2 * columns, seed=seed + 2)
+    metric = root @ root.mT / (2 * columns)
+    wide, measure = target.mT.contiguous().numpy(), metric.numpy()
+    return Problem(
+        "mahalanobis",
+        lambda point, target: 0.5 * ((point - target) @ metric * (point - target)).sum((-2, -1)),
+        target,
+        lambda point: (point - target) @ metric,
+        lambda point, tangent: tangent @ metric,
+        polar_factor(target),
+        (
+            lambda point: 0.5 * (measure @ (point - wide) * (point - wide)).sum(),
+            lambda point: measure @ (point - wide),
+            lambda _, tangent: measure @ tangent,
+        ),
+    )
+
+
+def pymanopt_run(problem: Problem) -> tuple[float, float]:
+    """The cost reached, and the seconds taken."""
+    rows, columns = problem.start.shape
+    manifold = Stiefel(columns, rows)
+
+    cost, gradient, hessian = (pymanopt.function.numpy(manifold)(each) for each in problem.columns_as_points)
+    posed = pymanopt.Problem(manifold, cost, euclidean_gradient=gradient, euclidean_hessian=hessian)
+    begin = time.perf_counter()
+    solver = TrustRegions(max_iterations=200, min_gradient_norm=TOLERANCE, verbosity=0)
+    result = solver.run(posed, initial_point=problem.start.mT.contiguous().numpy())
+    return float(result.cost), time.perf_counter() - begin
+
+
+def our_run(problem: Problem, *, given: bool) -> tuple[float, float]:
+    derivatives = {"gradient": problem.gradient, "hessian": problem.hessian} if given else {}
+    begin = time.perf_counter()
+    solution = minimize_on_stiefel(
+        lambda point: problem.cost(point, problem.parameters),
+        problem.start,
+        tolerance=TOLERANCE,
+        max_iterations=200,
+        **derivatives,
+    )
+    seconds = time.perf_counter() - begin
+    assert bool(solution.converged), solution.reason
+    return float(solution.cost), seconds
+
+
+def backward_work(name: str, rows: int, columns: int):
+    problem = {"published": published, "mahalanobis": mahalanobis}[name](rows, columns)
+    target = problem.parameters.clone().requires_grad_()
+    upstream = normal(rows, columns, seed=9)
+    point = argmin_on_stiefel(problem.cost, target, problem.start, tolerance=TOLERANCE, max_iterations=200).point
+    return lambda: torch.autograd.grad(point, target, upstream, retain_graph=True)
+
+
+def solver_row(problem: Problem, repeats: int) -> dict[str, object]:
+    runs: dict[str, list[tuple[float, float]]] = {}
+    for name, run in (
+        ("pymanopt", pymanopt_run),
+        ("automatic", lambda problem: our_run(problem, given=False)),
+        ("given", lambda problem: our_run(problem, given=True)),
+    ):
+        runs[name] = [run(problem) for _ in range(repeats + 1)]  # the first is not counted
+    seconds = {name: statistics.median(taken for _, taken in of[1:] or of) for name, of in runs.items()}
+    rows, columns = problem.start.shape
+    work = backward_work(problem.name, rows, columns)
+    begin = time.perf_counter()
+    work()
+    backward = time.perf_counter() - begin
+    theirs = runs["pymanopt"][0][0]
+    return {
+        "cost": problem.name,
+        "rows": rows,
+        "columns": columns,
+        "forward_s": seconds["automatic"],
+        "forward_given_derivatives_s": seconds["given"],
+        "pymanopt_forward_s": seconds["pymanopt"],
+        "speedup": seconds["pymanopt"] / seconds["automatic"],
+        "speedup_given_derivatives": seconds["pymanopt"] / seconds["given"],
+        "relative_cost_difference": (runs["automatic"][0][0] - theirs) / abs(theirs),
+        "backward_s": backward,
+        "backward_peak_mb": peak_growth(backward_work, problem.name, rows, columns),
+    }
+
+
+def code_row(num_classes: int, feature_dim: int, seed: int, iterations: int) -> dict[str, object]:
+    start = normal(num_classes, feature_dim, seed=seed)
+    begin = time.perf_counter()
+    annealed = anneal_code(start, max_iterations=iterations)
+    seconds = time.perf_counter() - begin
+    direct = anneal_code(start, temperatures=(0.5**12,), max_iterations=13 * iterations)
+    least = {
+        name: float(one_vs_rest_margins(code, tolerance=1e-3, max_iterations=100).min())
+        for name, code in (("annealed", annealed), ("not_annealed", direct), ("random", normalize(start, dim=1)))
+    }
+    return {"num_classes": num_classes, "feature_dim": feature_dim, "seed": seed, "seconds": seconds} | {
+        f"least_margin_{name}": value for name, value in least.items()
+    }
+
+
+def main() -> None:
+    rows = [
+        solver_row(problem, repeats)
+        for problem, repeats in (
+            (published(99, 512), 5),
+            (mahalanobis(99, 512), 1),
+            (published(999, 2048), 0),
+        )
+    ]
+    for row in rows:
+        print(row, flush=True)
+    rows += [code_row(100, 16, seed, 100) for seed in range(3)]
+    rows += [code_row(1000, 64, seed, 20) for seed in range(1)]
+    for row in rows[3:]:
+        print(row, flush=True)
+    write("riemannian", rows, "pymanopt", "numpy")
+
+
+if __name__ == "__main__":
+    main()
