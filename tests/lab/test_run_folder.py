@@ -85,3 +85,18 @@ def test_a_part_of_the_training_images_is_held_out_and_measured(tmp_path):
     assert folder.read_environment()["data"].startswith("digits: 150 train, 50 validation and 60 test images")
     assert "validation acc" in summarise(folder, "train").table
     assert len((tmp_path / "out" / "train_labels.csv").read_text().splitlines()) == 151
+
+
+def test_a_folder_of_format_1_is_read_and_drawn_from(tmp_path):
+    """What version 0.1.0 wrote once settings and environment were apart; one seed has kept its records."""
+    copy = Path(shutil.copytree(FIXTURES / "format1", tmp_path / "format1"))
+    folder = RunFolder(copy)
+    assert [run.path.name for run in folder.run_folders()] == [
+        f"{method}-seed{seed}" for seed in (0, 1) for method in ("standard", "implicit")
+    ]
+    assert folder.settings()["methods"] == ["standard", "implicit"]
+    assert "| implicit" in summarise(folder, "compare").table
+    one = str(folder.run("implicit-seed0").path)
+    assert main(["distance", one]) == 0
+    assert main(["plot", one, "--figure", "margins", "--out", str(tmp_path / "figures")]) == 0
+    assert main(["aggregate", str(copy), "--out", str(tmp_path / "all.csv")]) == 0
