@@ -23,9 +23,10 @@ ALLOWED = {  # folder or module -> what it may import of the package
     "cli": {"lab"},
     "__init__": {"geometry", "classifier", "heads", "metrics"},
 }
-GROUND = {"config", "settings", "seeds", "recipes", "experiments"}
+GROUND = {"config", "conditions", "settings", "seeds", "recipes", "experiments"}
 LAB = {  # room or module of lab -> what it may import of the others
-    "config": {"settings"},
+    "config": {"settings", "conditions"},
+    "conditions": {"settings"},
     "settings": set(),
     "seeds": set(),
     "recipes": {"settings"},

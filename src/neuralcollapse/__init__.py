@@ -11,6 +11,7 @@ if TYPE_CHECKING:
         random_simplex_etf,
         simplex_basis,
         simplex_etf,
+        softmax_code,
     )
     from neuralcollapse.heads import (
         ClassMeans,
@@ -52,12 +53,20 @@ __all__ = [
     "random_simplex_etf",
     "simplex_basis",
     "simplex_etf",
+    "softmax_code",
 ]
 
 
 _PLACES = {
     "classifier": ("find_classifier",),
-    "geometry": ("nearest_simplex_etf", "polar_factor", "random_simplex_etf", "simplex_basis", "simplex_etf"),
+    "geometry": (
+        "nearest_simplex_etf",
+        "polar_factor",
+        "random_simplex_etf",
+        "simplex_basis",
+        "simplex_etf",
+        "softmax_code",
+    ),
     "heads": (
         "ClassMeans",
         "FixedETFClassifier",
@@ -75,7 +84,7 @@ def __getattr__(name: str) -> Any:
     for place, names in _PLACES.items():
         if name in names:
             return getattr(import_module(f"{__name__}.{place}"), name)
-    if name in ("geometry", "heads", "metrics", "lab"):
+    if name in ("geometry", "heads", "metrics", "ufm", "lab"):
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

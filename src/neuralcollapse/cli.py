@@ -15,7 +15,17 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from neuralcollapse.lab.settings import nearest, type_hints
 
 # In the order of the list that `--help` prints.
-_COMMANDS = ("compare", "train", "recipes", "measure", "distance", "aggregate", "ufm", "landscape")
+_COMMANDS = (
+    "compare",
+    "train",
+    "recipes",
+    "measure",
+    "distance",
+    "aggregate",
+    "plot",
+    "ufm",
+    "landscape",
+)
 _USER_ERROR, _INTERRUPTED = 2, 130
 
 

@@ -148,3 +148,27 @@ def test_conventional_names_and_nesting():
     wrapped = nn.Module()
     wrapped.inner = Encoder()
     assert find_classifier(wrapped)[0] == "inner.classifier"
+
+
+def test_padded_tokens_of_an_attached_model_count_nowhere():
+    """(B, T, d) features with targets −100 at the padding: means, ETF and logits are those of the real tokens alone."""
+    heads = [NearestETFClassifier(12, 5, ignore_index=ignored) for ignored in (-100, None)]
+    torch.manual_seed(0)
+    whole = attach_head(Net(), heads[0])
+    torch.manual_seed(0)
+    alone = attach_head(Net(), heads[1])
+    tokens, targets = normal(4, 7, 6, dtype=torch.float32), torch.arange(28).reshape(4, 7) % 5
+    real = torch.arange(7) < torch.tensor([7, 5, 3, 1]).unsqueeze(1)
+    tokens, targets = torch.where(real.unsqueeze(-1), tokens, 1e3), torch.where(real, targets, -100)
+
+    logits, expected = whole(tokens, targets=targets), alone(tokens[real], targets=targets[real])
+    assert logits.shape == (4, 7, 5)
+    assert torch.allclose(logits[real], expected, atol=1e-5)
+    for name, value in heads[1].state_dict().items():
+        assert torch.allclose(heads[0].state_dict()[name], value, atol=1e-5), name
+
+    cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100).backward()
+    cross_entropy(expected, targets[real]).backward()
+    gradient, wanted = (model.model.body[0].weight.grad for model in (whole, alone))
+    assert wanted.abs().max() > 1e-3
+    assert torch.allclose(gradient, wanted, atol=1e-5)

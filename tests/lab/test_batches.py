@@ -50,8 +50,9 @@ def test_an_epoch_holds_every_sample_once(stratified):
     assert sorted(numbers) == list(range(100))
 
 
-def test_a_batch_that_is_not_full_is_left_out_unless_it_is_the_only_one():
-    assert [len(batch) for batch in epoch_of(batch_size=40)] == [40, 40]
+def test_the_last_batch_may_be_smaller_and_one_sample_joins_the_batch_before():
+    assert [len(batch) for batch in epoch_of(batch_size=40)] == [40, 40, 20]
+    assert [len(batch) for batch in epoch_of(batch_size=33)] == [33, 33, 34]
     assert [len(batch) for batch in epoch_of(batch_size=150)] == [100]
 
 

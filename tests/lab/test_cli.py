@@ -21,7 +21,7 @@ COMMAND = [sys.executable, "-c", "import sys; from neuralcollapse.cli import mai
         ("--methods fixed,fixed", "methods must be different ones of"),
         (
             "--backbone vgg",
-            "backbone must be one of convnet, mlp, resnet18, resnet34, resnet50, vgg13, or the dotted path",
+            "backbone must be one of convnet, mlp, resnet18, resnet34, resnet50, resnet101, resnet152, resnext50-32x4d",
         ),
         ("--optimizer lion", "--optimizer: Expected one of 'sgd', 'adam', 'adamw', 'lbfgs', 'agd'. Got value: lion"),
         ("--epochs 0", "epochs must be at least 1, got 0"),

@@ -55,8 +55,10 @@ PAPYAN = {
     "milestones": [116, 233],
     "lr_factor": 0.1,
     "measure_every": 5,
+    "measure_from": 5,
     "checkpoint_every": 5,
-    "checkpoint_epochs": [1],
+    "checkpoint_from": 5,
+    "initialisation": "he",
 }
 
 STEPS = {"schedule": "step", "step_epochs": 40, "lr_factor": 0.1}
@@ -72,6 +74,8 @@ ZHU = {
     "weight_decay": 5e-4,
     "measure_every": 1,
     "checkpoint_every": 1,
+    "initialisation": "he",
+    "seed": 6,
 }
 ZHU_SGD = ZHU | STEPS | {"batch_size": 128, "optimizer": "sgd", "lr": 0.05, "momentum": 0.9}
 ZHU_ADAM = ZHU | STEPS | {"batch_size": 64, "optimizer": "adam", "lr": 1e-3}
@@ -83,7 +87,7 @@ ZHU_LBFGS = ZHU | {
     "lbfgs_iterations": 20,
     "schedule": "constant",
 }
-ZHU_CIFAR10 = {"data": "cifar10", **IMAGENET_PIXELS}
+ZHU_CIFAR10 = {"data": "cifar10", **CIFAR10_PIXELS}
 ZHU_RANDOM = ZHU_SGD | ZHU_CIFAR10 | {"random_labels": True, "batch_size": 64, "lr": 0.01, "weight_decay": 1e-4}
 ZHU_SOTA = ZHU_SGD | CROPPED_AND_FLIPPED | {"data": "cifar10", **CIFAR10_PIXELS, "stem": "3x3"}
 
@@ -94,7 +98,22 @@ def without(values: dict, *names: str) -> dict:
 
 ZHU_FIXED = without(ZHU_SGD, "unit_weight") | ZHU_CIFAR10 | {"method": "fixed"}
 
-MARKOU_STANDARD = {"method": "standard", "unit_weight": True}
+# Without a bias: {MNIST, CIFAR-10} x {SGD, Adam, L-BFGS} x {learned, fixed}.
+ZHU_OPTIMIZERS = {"sgd": ZHU_SGD, "adam": ZHU_ADAM, "lbfgs": ZHU_LBFGS}
+ZHU_MSE = {
+    f"zhu2021-mse-{data}-{optimizer}-{classifier}": {
+        **(values if classifier == "learned" else without(values, "unit_weight")),
+        **pixels,
+        "loss": "mse",
+        "classifier_bias": "none",
+        "method": {"learned": "standard", "fixed": "fixed"}[classifier],
+    }
+    for data, pixels in (("mnist", MNIST), ("cifar10", ZHU_CIFAR10))
+    for optimizer, values in ZHU_OPTIMIZERS.items()
+    for classifier in ("learned", "fixed")
+}
+
+MARKOU_STANDARD = {"method": "standard", "unit_weight": True, "unit_start": False}
 MARKOU_FIXED = {"method": "fixed", "classifier_bias": "centring"}
 MARKOU_IMPLICIT = {"method": "implicit", "classifier_bias": "centring", "means_momentum": "published"}
 MARKOU = {
@@ -118,6 +137,8 @@ MARKOU_MNIST = {
     "optimizer": "agd",
     "seeds": [1, 2, 3],
     "measure_every": 5,
+    "measure_from": 1,
+    "measure_last": False,
 }
 MARKOU_CIFAR10 = {**MARKOU, **CROPPED_AND_FLIPPED, "data": "cifar10", **CIFAR10_PIXELS}
 MARKOU_CIFAR100 = {**MARKOU, **CROPPED_AND_FLIPPED, "data": "cifar100", **CIFAR100_PIXELS}
@@ -148,11 +169,42 @@ PUBLISHED = {
     "zhu2021-fixed-etf": ZHU_FIXED,
     "zhu2021-fixdim": {**ZHU_SGD, **ZHU_CIFAR10, "feature_dim": 10},
     "zhu2021-fixed-etf-fixdim": {**ZHU_FIXED, "feature_dim": 10},
-    "zhu2021-feature-decay": {**without(ZHU_SGD, "lr"), **IMAGENET_PIXELS, "feature_decay": 1e-4},
-    "zhu2021-random-labels-mlp": {**without(ZHU_RANDOM, "stem"), "backbone": "mlp", "width": 1024, "depth": 6},
-    "zhu2021-random-labels-resnet": {**ZHU_RANDOM, "stem": "3x3"},
+    **{
+        f"zhu2021-{kind}-{optimizer}": {**ZHU_OPTIMIZERS[optimizer], **ZHU_CIFAR10, **changes}
+        for optimizer in ("adam", "lbfgs")
+        for kind, changes in (("fixdim", {"feature_dim": 10}),)
+    },
+    **{
+        f"zhu2021-{kind}-{optimizer}": {
+            **without(ZHU_OPTIMIZERS[optimizer], "unit_weight"),
+            **ZHU_CIFAR10,
+            "method": "fixed",
+            **changes,
+        }
+        for optimizer in ("adam", "lbfgs")
+        for kind, changes in (("fixed-etf", {}), ("fixed-etf-fixdim", {"feature_dim": 10}))
+    },
+    **ZHU_MSE,
+    "zhu2021-feature-decay": {**ZHU_SGD, **ZHU_CIFAR10, "batch_size": 64, "feature_decay": 1e-4},
+    "zhu2021-feature-decay-mnist": {**ZHU_SGD, **MNIST, "batch_size": 64, "feature_decay": 1e-4},
+    "zhu2021-random-labels-mlp": {
+        **without(ZHU_RANDOM, "stem", "initialisation"),
+        "backbone": "mlp",
+        "width": 1024,
+        "depth": 6,
+    },
+    "zhu2021-random-labels-resnet": {**ZHU_RANDOM, "stem": "3x3", "initialisation": "torch"},
     "zhu2021-sota-resnet18": ZHU_SOTA,
     "zhu2021-sota-resnet50": {**ZHU_SOTA, "backbone": "resnet50"},
+    **{
+        f"zhu2021-sota-{backbone}{name}": {**values, "backbone": backbone}
+        for backbone in ("resnet18", "resnet50")
+        for name, values in (
+            ("-fixdim", {**ZHU_SOTA, "feature_dim": 10}),
+            ("-fixed", {**without(ZHU_SOTA, "unit_weight"), "method": "fixed"}),
+            ("-fixed-fixdim", {**without(ZHU_SOTA, "unit_weight"), "method": "fixed", "feature_dim": 10}),
+        )
+    },
     "markou2024-mnist-standard": {**MARKOU_MNIST, **MARKOU_STANDARD, "classifier_bias": "none"},
     "markou2024-mnist-fixed": {**MARKOU_MNIST, **MARKOU_FIXED},
     "markou2024-mnist-implicit": {**MARKOU_MNIST, **MARKOU_IMPLICIT, "stratified": True, "proximal_weight": 0.0045},
@@ -209,7 +261,7 @@ def sources(name: str) -> dict[str, str]:
 
 def test_the_recipes_are_those_of_the_published_experiments():
     assert recipe_names() == sorted(PUBLISHED)
-    assert len(PUBLISHED) == 40
+    assert len(PUBLISHED) == 65
 
 
 @every_recipe
@@ -275,6 +327,12 @@ def deciding(given: dict) -> set[str]:
     names |= {"mlp": {"width", "depth"}, "vgg13": set()}.get(given["backbone"], {"stem"})
     if given["data"] in ("mnist", "imagenet"):
         names |= {"image_size", "channels"}
+    if given["backbone"].startswith("resnet") and given["optimizer"] != "agd":
+        names.add("initialisation")
+    if given.get("unit_weight"):
+        names.add("unit_start")
+    if given["measure_every"] > 1:
+        names.add("measure_from")
     if "feature_decay" in given:
         names.add("published_quirk")
     if given.get("random_labels"):

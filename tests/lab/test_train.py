@@ -148,7 +148,7 @@ def test_a_recipe_trains_on_another_folder(tmp_path, monkeypatch, real_data, cap
             ["--optimizer", "agd", "--lr", "9"],
             "lr belongs to optimizer sgd, adam, adamw or lbfgs; here optimizer is agd",
         ),
-        (["--stem", "3x3"], "stem belongs to backbone resnet18, resnet34 or resnet50; here backbone is mlp"),
+        (["--stem", "3x3"], "stem belongs to backbone resnet18, resnet34, resnet50"),
         (
             ["--loss", "mse", "--label_smoothing", "0"],
             "label_smoothing belongs to loss cross-entropy; here loss is mse",

@@ -45,7 +45,15 @@ def test_batch_norm_without_scale_leaves_no_vector(backbone):
 # Parameters of the networks for ImageNet (11,689,512 and so on) without their last layer.
 @pytest.mark.parametrize(
     ("backbone", "parameters", "feature_dim"),
-    [("resnet18", 11_176_512, 512), ("resnet34", 21_284_672, 512), ("resnet50", 23_508_032, 2048)],
+    [
+        ("resnet18", 11_176_512, 512),
+        ("resnet34", 21_284_672, 512),
+        ("resnet50", 23_508_032, 2048),
+        ("resnet101", 42_500_160, 2048),
+        ("resnet152", 58_143_808, 2048),
+        ("resnext50-32x4d", 22_979_904, 2048),
+        ("wide-resnet50-2", 66_834_240, 2048),
+    ],
 )
 def test_resnets_are_the_published_ones(backbone, parameters, feature_dim):
     network = build_backbone(ModelSettings(backbone=backbone), (3, 32, 32))
@@ -164,7 +172,9 @@ def test_checkpoints_of_epochs_are_kept_on_request(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.start(config.in_force())
     train(ClassifierTraining(config, data), folder)
-    assert {path.name for path in folder.checkpoints.iterdir()} == {"epoch0002.ckpt", "epoch0004.ckpt", "last.ckpt"}
+    assert {path.name for path in folder.checkpoints.iterdir()} == {
+        *("epoch0001.ckpt", "epoch0002.ckpt", "epoch0004.ckpt", "last.ckpt")
+    }
 
 
 def trained(folder: Path, **settings) -> RunFolder:
@@ -239,7 +249,7 @@ def test_dropout_follows_from_the_seed_and_the_epoch(tmp_path, monkeypatch):
 
 def test_measuring_and_checkpoints_at_chosen_epochs(tmp_path):
     run = trained(tmp_path / "run", epochs=5, measure_every=2, checkpoint_every=4, checkpoint_epochs=[1])
-    assert pd.read_csv(run.metrics)["epoch"].unique().tolist() == [2, 4, 5]
+    assert pd.read_csv(run.metrics)["epoch"].unique().tolist() == [1, 2, 4, 5]
     assert {path.name for path in run.checkpoints.iterdir()} == {"epoch0001.ckpt", "epoch0004.ckpt", "last.ckpt"}
 
 
@@ -315,7 +325,7 @@ def test_the_callback_measures_any_lightning_training(tmp_path):
         trainer.fit(module, DataLoader(TensorDataset(torch.randn(90, 6), torch.arange(90) % 3), 30))
     table = pd.read_csv(tmp_path / "metrics.csv", converters={"value": float})
     assert list(table.columns) == ["epoch", "split", "metric", "value"]
-    assert table["epoch"].unique().tolist() == [2, 4, 5]
+    assert table["epoch"].unique().tolist() == [1, 2, 4, 5]
     assert module.training
     expected = measure(module, loaders["test"], train_loader=loaders["train"], progress=False).metrics
     last = table.query("epoch == 5 and split == 'test'").set_index("metric")["value"].to_dict()

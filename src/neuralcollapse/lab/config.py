@@ -1,6 +1,7 @@
 """What an experiment is: typed settings, the same as flags, as a YAML file and in Python.
 
-Which setting belongs to which others is said here, and nowhere else: one that has no effect with the others is refused.
+Which setting belongs to which others is said here, in terms of `conditions`, and nowhere else: one that has no effect
+with the others is refused.
 """
 
 from __future__ import annotations
@@ -8,57 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from neuralcollapse.lab.settings import Condition, Settings, Values, setting, where
+from neuralcollapse.lab import conditions as only
+from neuralcollapse.lab.settings import Settings, setting, where
 
 Method = Literal["standard", "fixed", "implicit"]
 METHODS: tuple[Method, ...] = ("standard", "fixed", "implicit")
-RESNETS = ("resnet18", "resnet34", "resnet50")
 MOST_SEED = 2**63 - 1
-
-_NOT_DIGITS = Condition("data other than digits", ("data",), lambda values: values["data"] != "digits")
-_DRAWN = Condition(
-    "what is drawn from it: digits_per_image above 1, imbalance, random_labels, label_noise or validation_share",
-    ("digits_per_image", "imbalance", "random_labels", "label_noise", "validation_share"),
-    lambda values: (
-        values["digits_per_image"] > 1
-        or values["imbalance"] != "none"
-        or values["random_labels"]
-        or values["label_noise"] > 0
-        or values["validation_share"] is not None
-    ),
-)
-_OWN_CLASS = Condition("a backbone of your own", ("backbone",), lambda values: "." in values["backbone"])
-_BUILT_IN = Condition("the backbones that have a name", ("backbone",), lambda values: "." not in values["backbone"])
-_MOVING_MEANS = Condition(
-    "method implicit, or fixed with classifier_bias centring",
-    ("method", "classifier_bias"),
-    lambda values: (
-        values["method"] == "implicit" or (values["method"], values["classifier_bias"]) == ("fixed", "centring")
-    ),
-)
-_WITH_RATE = where(optimizer=("sgd", "adam", "adamw", "lbfgs"))
-_DECAYING = Condition(
-    "an optimizer other than agd; with feature_decay, to a classifier that is trained",
-    ("optimizer", "feature_decay", "method", "classifier_bias"),
-    lambda values: (
-        values["optimizer"] != "agd"
-        if values["feature_decay"] is None
-        else values["method"] == "standard" or values["classifier_bias"] == "learned"
-    ),
-)
-_FEATURE_DECAY = Condition("feature_decay", ("feature_decay",), lambda values: values["feature_decay"] is not None)
-
-
-def _default_bias(values: Values) -> str:
-    return "learned" if values["method"] == "standard" else "centring"
-
-
-def _default_width(values: Values) -> int:
-    return {"convnet": 32, "mlp": 512}.get(values["backbone"], 64)
-
-
-def _thirds(values: Values) -> list[int]:
-    return sorted({values["epochs"] // 3, 2 * values["epochs"] // 3} - {0})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,21 +35,24 @@ class DataSettings(Settings):
     """Data."""
 
     data: str = "digits"
-    """`digits` (embedded), a known data set (mnist, fashion-mnist, svhn, emnist-balanced, cifar10, cifar100, stl10,
-    tiny-imagenet, imagenet: fetched from the Hugging Face hub), a folder (class sub-folders of images, or Parquet
-    files), or any data set's id on the hub."""
-    data_config: str | None = setting(belongs_to=_NOT_DIGITS)
+    """`digits` (embedded), mnist-1d or features (drawn as `generator` says), a known data set (mnist, fashion-mnist,
+    svhn, emnist-balanced, cifar10, cifar100, stl10, tiny-imagenet, imagenet: fetched from the Hugging Face hub), a
+    folder (class sub-folders of images, or Parquet files), or any data set's id on the hub."""
+    generator: Literal["published"] | dict[str, Any] | None = setting(belongs_to=only.GENERATED)
+    """What mnist-1d (`published`, or all of that generator's settings) or features (num_classes, feature_dim,
+    train_per_class, test_per_class, noise, seed) are drawn with. Needed for them."""
+    data_config: str | None = setting(belongs_to=only.STORED)
     """Configuration of a data set on the hub that has several."""
-    train_split: str | None = setting(belongs_to=_NOT_DIGITS)
+    train_split: str | None = setting(belongs_to=only.STORED)
     """Name of the split to train on. By default train, or the only one."""
-    test_split: str | None = setting(belongs_to=_NOT_DIGITS)
+    test_split: str | None = setting(belongs_to=only.STORED)
     """Name of the split to test on. By default test or validation; where there is none, one image in five is held
     out."""
-    label_column: str | None = setting(belongs_to=_NOT_DIGITS)
+    label_column: str | None = setting(belongs_to=only.STORED)
     """The column of labels, where a data set has several."""
-    image_size: int | None = setting(at_least=1)
+    image_size: int | None = setting(belongs_to=only.PICTURES, at_least=1)
     """Scale every image to this height and width. Needed where images differ in size."""
-    channels: Literal[1, 3] | None = None
+    channels: Literal[1, 3] | None = setting(belongs_to=only.PICTURES)
     """Channels of every image. By default 1 if all images are grey, else 3."""
     digits_per_image: int = setting(1, at_least=1, at_most=20)
     """Put this many images k side by side, drawn at random, whose labels together are one of 10^k classes (of C^k,
@@ -118,7 +77,7 @@ class DataSettings(Settings):
     """Permute the labels of the training images at random, once; the run keeps them."""
     label_noise: float = setting(0.0, at_least=0, at_most=1)
     """Share of training images whose label is replaced by one drawn among all classes; the run keeps them."""
-    data_seed: int | None = setting(0, belongs_to=_DRAWN, at_least=0, at_most=MOST_SEED)
+    data_seed: int | None = setting(0, belongs_to=only.DRAWN, at_least=0, at_most=MOST_SEED)
     """Drawn from it: images put side by side, the long tail, the validation images, random and noisy labels. The same
     for every seed."""
     memory_budget: float = setting(4.0, at_least=0)
@@ -126,6 +85,11 @@ class DataSettings(Settings):
     and live on the training device."""
     workers: int | None = setting(at_least=0)
     """Worker processes, for data over the budget alone. By default one for each CPU core, at most 16."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data in only.DRAWN_DATA and self.generator is None:
+            raise ValueError(f"generator must say what data {self.data} is drawn with, and it is not given")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,13 +100,13 @@ class BatchSettings(Settings):
     """Images in a batch."""
     stratified: bool = False
     """Every batch holds the classes in proportion."""
-    crop_padding: int = setting(0, at_least=0)
+    crop_padding: int | None = setting(0, belongs_to=only.PICTURES, at_least=0)
     """Augmentation: pad by this many pixels, then crop at random."""
-    crop_size: int | None = setting(at_least=1)
+    crop_size: int | None = setting(belongs_to=only.PICTURES, at_least=1)
     """Height and width of crops, if not the images' own; images that are not augmented are cropped at the centre."""
-    flip: bool = False
+    flip: bool | None = setting(False, belongs_to=only.PICTURES)
     """Augmentation: mirror at random."""
-    rotation: float = setting(0.0, at_least=0)
+    rotation: float | None = setting(0.0, belongs_to=only.PICTURES, at_least=0)
     """Augmentation: rotate at random by up to this many degrees, either way."""
     pixel_mean: list[float] | None = None
     """Subtracted from each channel of pixels in [0, 1]; one value, or one a channel. By default the training images'
@@ -156,32 +120,35 @@ class ModelSettings(Settings):
     """Model."""
 
     backbone: str = "convnet"
-    """What computes the features: convnet, mlp, resnet18, resnet34, resnet50, vgg13, or the dotted path of your own
-    class, such as package.module.Class, which gives features (N, feature_dim)."""
-    backbone_options: dict[str, Any] | None = setting(lambda _: {}, belongs_to=_OWN_CLASS)
+    """What computes the features: convnet, mlp, resnet18, resnet34, resnet50, resnet101, resnet152, resnext50-32x4d,
+    wide-resnet50-2, vgg13, or the dotted path of your own class, such as package.module.Class, which gives features
+    (N, feature_dim)."""
+    backbone_options: dict[str, Any] | None = setting(lambda _: {}, belongs_to=only.OWN_CLASS)
     """Keyword arguments of your own class."""
-    width: int | None = setting(_default_width, belongs_to=_BUILT_IN, at_least=1)
+    width: int | None = setting(only.default_width, belongs_to=only.BUILT_IN, at_least=1)
     """Channels of the first stage, or neurons of a layer. By default 32 (convnet), 512 (mlp), 64 (resnets, vgg13)."""
     depth: int | None = setting(3, belongs_to=where(backbone="mlp"), at_least=1)
     """Layers."""
-    feature_dim: int | None = setting(belongs_to=_BUILT_IN, at_least=1)
-    """Dimension of the features: output channels of the last stage, or neurons of the last layer. By default the
-    backbone's own."""
-    stem: Literal["7x7", "3x3"] | None = setting("7x7", belongs_to=where(backbone=RESNETS))
+    feature_dim: int | None = setting(belongs_to=only.BUILT_IN, at_least=1)
+    """Dimension of the features: output channels of the last block or convolution, or neurons of the last layer. By
+    default the backbone's own."""
+    stem: Literal["7x7", "3x3"] | None = setting("7x7", belongs_to=where(backbone=only.RESNETS))
     """First layer: 7x7 of stride 2 and max-pooling, or 3x3 of stride 1."""
-    batch_norm_affine: bool | None = setting(True, belongs_to=_BUILT_IN)
+    batch_norm_affine: bool | None = setting(True, belongs_to=only.BUILT_IN)
     """Batch norm trains a scale and a shift."""
     feature_norm: Literal["auto", "none"] | float = setting("auto", above=0)
     """Norm that features are given before the classifier; `auto` follows from the number of classes."""
     unit_weight: bool | None = setting(True, belongs_to=where(method="standard"))
     """Keep the rows of the classifier at unit norm."""
-    classifier_bias: Literal["learned", "centring", "none"] | None = setting(_default_bias)
+    unit_start: bool | None = setting(True, belongs_to=only.UNIT_ROWS)
+    """The rows begin at unit norm; else they are brought to it by the first step."""
+    classifier_bias: Literal["learned", "centring", "none"] | None = setting(only.default_bias)
     """The classifier's bias: learned (standard, fixed), minus weight times mean feature (fixed, implicit), or none. By
     default learned for standard and centring for the others."""
     proximal_weight: float | None = setting(0.5, belongs_to=where(method="implicit"), at_least=0)
     """How strongly the classifier stays with the last one."""
     means_momentum: Literal["cumulative", "published"] | float | None = setting(
-        0.1, belongs_to=_MOVING_MEANS, above=0, at_most=1
+        0.1, belongs_to=only.MOVING_MEANS, above=0, at_most=1
     )
     """Weight of a new batch in the moving means."""
 
@@ -198,16 +165,18 @@ class Optimisation(Settings):
     """Share of the target that is spread over all classes."""
     optimizer: Literal["sgd", "adam", "adamw", "lbfgs", "agd"] = "sgd"
     """Optimiser, of all parameters alike. agd has no learning rate and needs a network without vectors."""
-    lr: float | None = setting(0.05, belongs_to=_WITH_RATE, above=0)
+    initialisation: Literal["he", "torch"] | None = setting("he", belongs_to=only.FIRST_WEIGHTS)
+    """First weights of convolutions: normal by the fan-out (He et al., ICCV 2015), or torch's own. agd has its own."""
+    lr: float | None = setting(0.05, belongs_to=only.WITH_RATE, above=0)
     """Learning rate, at the start; the greatest, of one-cycle."""
     momentum: float | None = setting(0.9, belongs_to=where(optimizer="sgd"), at_least=0)
     """Momentum."""
     feature_decay: float | None = setting(at_least=0)
     """Part of the loss: this over 2 times the sum of squares of a batch's features, which feature_norm must leave as
     they are. weight_decay is then of the classifier alone, and part of the loss too."""
-    published_quirk: bool | None = setting(False, belongs_to=_FEATURE_DECAY)
+    published_quirk: bool | None = setting(False, belongs_to=only.FEATURE_DECAY)
     """Penalise the normalised features, a constant, as the released code of Zhu et al. (2021) does."""
-    weight_decay: float | None = setting(5e-4, belongs_to=_DECAYING, at_least=0)
+    weight_decay: float | None = setting(5e-4, belongs_to=only.DECAYING, at_least=0)
     """Weight decay; of lbfgs it is part of the loss."""
     gain: float | None = setting(10.0, belongs_to=where(optimizer="agd"), above=0)
     """Multiplies every step."""
@@ -216,13 +185,15 @@ class Optimisation(Settings):
     lbfgs_iterations: int | None = setting(20, belongs_to=where(optimizer="lbfgs"), at_least=1)
     """Iterations on each batch, at most."""
     schedule: Literal["constant", "cosine", "step", "multistep", "one-cycle"] | None = setting(
-        "cosine", belongs_to=_WITH_RATE
+        "cosine", belongs_to=only.WITH_RATE
     )
     """The learning rate's: cosine ends at 0; step and multistep multiply it by lr_factor; one-cycle rises, then falls
     to 0."""
+    three_phase: bool | None = setting(False, belongs_to=where(schedule="one-cycle"))
+    """One-cycle falls as fast as it rose, then to 0 in a phase of its own."""
     step_epochs: int | None = setting(40, belongs_to=where(schedule="step"), at_least=1)
     """Multiply after every so many epochs."""
-    milestones: list[int] | None = setting(_thirds, belongs_to=where(schedule="multistep"))
+    milestones: list[int] | None = setting(only.thirds, belongs_to=where(schedule="multistep"))
     """Multiply after these epochs. By default after one and two thirds of all."""
     lr_factor: float | None = setting(0.1, belongs_to=where(schedule=("step", "multistep")), above=0)
     """What the learning rate is multiplied by."""
@@ -239,9 +210,17 @@ class Record(Settings):
     """Record."""
 
     measure_every: int = setting(1, at_least=1)
-    """Measure collapse after every so many epochs, and after the last."""
+    """Measure collapse after every so many epochs, and after the first."""
+    measure_from: int = setting(lambda values: values["measure_every"], at_least=1)
+    """Where these steps begin: 1 of 5 is epochs 1, 6, 11, ... By default where the first step ends: 1, 5, 10, ..."""
+    measure_last: bool | None = setting(True, belongs_to=only.SPARSE)
+    """Measure after the last epoch as well, where the steps do not end there."""
     checkpoint_every: int | None = setting(at_least=1)
-    """Keep a checkpoint of every so many epochs, beside the last."""
+    """Keep a checkpoint of every so many epochs and of the first, beside the last."""
+    checkpoint_from: int | None = setting(
+        lambda values: values["checkpoint_every"], belongs_to=only.CHECKPOINTS, at_least=1
+    )
+    """Where these steps begin. By default where the first step ends."""
     checkpoint_epochs: list[int] = setting(lambda _: [])
     """Keep checkpoints of these epochs as well."""
     loggers: list[Literal["tensorboard", "wandb"]] = setting(lambda _: [])

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import pandas as pd
+from typing import TYPE_CHECKING
+
 from jsonargparse import ArgumentParser, Namespace
 
 from neuralcollapse.lab.commands.runs import Outcome, add_runs, runs_of
 from neuralcollapse.lab.settings import Settings
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SUMMARY = "distances to the nearest simplex ETF over a run's measured epochs"
 USAGE = "RUN [RUN ...] [--reference EPOCH] [--overwrite]"
@@ -27,6 +31,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(settings: Namespace) -> int:
     """Compute, add to the tables, and say so."""
+    import pandas as pd
+
     from neuralcollapse.lab.results.distances import distance_rows
     from neuralcollapse.lab.results.tables import add_rows, read_table
 

@@ -20,7 +20,7 @@ def batch_shape(image_shape: tuple[int, int, int], settings: BatchSettings) -> t
     channels, height, width = image_shape
     if settings.crop_size is None:
         return image_shape
-    most = min(height, width) + 2 * settings.crop_padding
+    most = min(height, width) + 2 * (settings.crop_padding or 0)
     if settings.crop_size > most:
         padded = f" padded by {settings.crop_padding}" if settings.crop_padding else ""
         raise ValueError(
@@ -30,13 +30,14 @@ def batch_shape(image_shape: tuple[int, int, int], settings: BatchSettings) -> t
 
 
 def augment(images: Tensor, settings: BatchSettings, generator: torch.Generator) -> Tensor:
-    """Crop, mirror and rotate a batch of bytes at random; what enters the frame is 0."""
+    """Crop, mirror and rotate a batch at random; what enters the frame is 0."""
     (number, channels, height, width), device = images.shape, images.device
     _, *window = batch_shape((channels, height, width), settings)
-    rooms = [side + 2 * settings.crop_padding - shown for side, shown in zip((height, width), window, strict=True)]
+    padding = settings.crop_padding or 0
+    rooms = [side + 2 * padding - shown for side, shown in zip((height, width), window, strict=True)]
     if any(rooms) or tuple(window) != (height, width):
         top, left = (torch.randint(room + 1, (number,), generator=generator) for room in rooms)
-        images = crop(images, settings.crop_padding, top.to(device), left.to(device), (window[0], window[1]))
+        images = crop(images, padding, top.to(device), left.to(device), (window[0], window[1]))
     if settings.flip:
         mirrored = torch.rand(number, generator=generator) < 0.5
         chosen = torch.arange(number) + number * mirrored

@@ -20,7 +20,8 @@ from neuralcollapse.lab.seeds import derived_seed
 class EpochBatches:
     """The batches of one epoch of training: a function of the data, the settings, the seed and the epoch alone.
 
-    A last batch that is not full is left out, for batch norm's and class means' sake, unless it is the only one.
+    No sample is left out: the last batch may be smaller, and one sample, of which batch norm knows no variance, joins
+    the batch before it. Stratified batches are as many as are full, and differ in size by one at most.
     """
 
     split: AnySplit
@@ -30,7 +31,8 @@ class EpochBatches:
     epoch: int
 
     def __len__(self) -> int:
-        return max(1, len(self.split) // self.settings.batch_size)
+        full, rest = divmod(len(self.split), self.settings.batch_size)
+        return max(1, full + (rest > 1 and not self.settings.stratified))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         # Drawn on the CPU, so that every device sees the same batches.
@@ -38,7 +40,12 @@ class EpochBatches:
         labels = self.split.labels.cpu()
         stratified = self.settings.stratified
         order = stratified_order(labels, generator) if stratified else torch.randperm(len(labels), generator=generator)
-        for images, targets in self.split.batches(order.split(self.settings.batch_size)[: len(self)]):
+        if stratified:
+            chunks = order.tensor_split(len(self))
+        else:
+            ends = [self.settings.batch_size * number for number in range(1, len(self))]
+            chunks = order.tensor_split(ends)
+        for images, targets in self.split.batches(chunks):
             yield self.standardise(augment(images, self.settings, generator)), targets
 
 

@@ -146,7 +146,7 @@ def side_by_side(images: Tensor, places: Tensor) -> Tensor:
 def stack(images: Sequence[np.ndarray], description: str, sizes: Collection[tuple[int, int]] = ()) -> Tensor:
     """Images (H, W, C) of one size, which is that in ``sizes``, as one tensor (N, C, H, W), in colour if one is."""
     height, width = one_size({*sizes, *(image.shape[:2] for image in images)}, description)
-    stacked = np.empty((len(images), max(image.shape[2] for image in images), height, width), dtype=np.uint8)
+    stacked = np.empty((len(images), max(image.shape[2] for image in images), height, width), dtype=images[0].dtype)
     for place, image in zip(stacked, images, strict=True):
         place[:] = image.transpose(2, 0, 1)
     return torch.from_numpy(stacked)

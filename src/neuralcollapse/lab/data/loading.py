@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import os
 
+from neuralcollapse.lab.conditions import DRAWN_DATA
 from neuralcollapse.lab.config import DataSettings
 from neuralcollapse.lab.data.decoding import EncodedSamples, Format, decode, one_size
+from neuralcollapse.lab.data.generated import generated
 from neuralcollapse.lab.data.selection import choose_test, choose_train, choose_validation, count_classes
-from neuralcollapse.lab.data.sources import Table, digits, hugging_face
+from neuralcollapse.lab.data.sources import Source, Table, digits, hugging_face
 from neuralcollapse.lab.data.splits import AnySplit, ImageData, Split, StreamedSplit
 
 _MOST_WORKERS = 16
@@ -28,7 +30,7 @@ def load_data(config: DataSettings, *, progress: bool = True) -> ImageData:
         ValueError: There is no such data set, or it has no images, no labels, labels that do not fit, images that
             cannot be read, or images of different size while ``image_size`` is not given.
     """
-    source = digits() if config.data == "digits" else hugging_face(config)
+    source = _source(config)
     num_classes = count_classes(source.num_classes, config.digits_per_image)
     chosen = {
         "train": (source.train, choose_train(source.train.samples, source.num_classes, config)),
@@ -68,6 +70,12 @@ def load_data(config: DataSettings, *, progress: bool = True) -> ImageData:
         splits = _alike({name: _decoded(table, form, progress) for name, table in tables.items()})
     relabelled = config.random_labels or config.label_noise > 0
     return ImageData(config.data, num_classes=num_classes, relabelled=relabelled, **splits)
+
+
+def _source(config: DataSettings) -> Source:
+    if config.data == "digits":
+        return digits()
+    return generated(config) if config.data in DRAWN_DATA else hugging_face(config)
 
 
 def _check_samples(data: str, tables: dict[str, Table]) -> None:

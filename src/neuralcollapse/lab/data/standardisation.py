@@ -28,11 +28,12 @@ class Standardisation:
 
     @classmethod
     def of(cls, batches: Iterable[Tensor]) -> Standardisation:
-        """By all pixels of batches (N, C, H, W) of bytes; a channel that never varies is centred only."""
+        """By all pixels of batches (N, C, H, W); a channel that never varies is centred only."""
         pixels, sums = 0, torch.zeros(2, 1, dtype=torch.int64)
-        for images in batches:  # in whole numbers, so that the sums are exact on every device
+        for images in batches:  # of bytes in whole numbers, so that the sums are exact on every device
             pixels += images.numel() // images.shape[1]
-            channels = images.transpose(0, 1).flatten(1).int()
+            channels = images.transpose(0, 1).flatten(1)
+            channels = channels.double() if images.is_floating_point() else channels.int()
             sums = sums + torch.stack([channels.sum(1), channels.square().sum(1)]).cpu()
         variances = [(pixels * squares - total**2) / pixels**2 for total, squares in sums.T.tolist()]
         return cls(

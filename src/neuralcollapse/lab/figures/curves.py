@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import (
+    FuncFormatter,
+    LogFormatterSciNotation,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    PercentFormatter,
+)
 
 from neuralcollapse.metrics.catalogue import METRICS
 
@@ -57,7 +64,7 @@ def draw_figures(metrics: pd.DataFrame, folder: Path, title: str, num_classes: i
         figure.suptitle(title, fontsize=10)
         figure.savefig(folder / file, dpi=150)
     overview = folder / "all_metrics.png"
-    _draw_all(metrics[metrics["split"] == "train"], overview, title, num_classes)
+    draw_all(metrics[metrics["split"] == "train"], title, num_classes).savefig(overview, dpi=100)
     return [*(folder / name for name in _FIGURES), overview]
 
 
@@ -70,17 +77,25 @@ def draw_metric(axes: Axes, metrics: pd.DataFrame, name: str, num_classes: int |
         name: The metric, of the catalogue.
         num_classes: K.
     """
-    values = metrics[metrics["metric"] == name]
     styles = line_styles(list(metrics["method"].unique()))
+    values = metrics[metrics["metric"] == name]
     for method, group in values.groupby("method", sort=False):
-        by_epoch = group.groupby("epoch")["value"].agg(["mean", "min", "max"])
         color, line = styles[str(method)]
-        marker = "o" if len(by_epoch) == 1 else None
-        axes.plot(
-            by_epoch.index, by_epoch["mean"], linestyle=line, color=color, label=method, linewidth=1.6, marker=marker
-        )
-        axes.fill_between(by_epoch.index, by_epoch["min"], by_epoch["max"], color=color, alpha=0.18, linewidth=0)
-    _scale(axes, values["value"], name)
+        draw_band(axes, group, color=color, linestyle=line, label=str(method))
+    finish_axes(axes, values["value"], name, num_classes)
+
+
+def draw_band(axes: Axes, values: pd.DataFrame, **style: Any) -> None:
+    """The mean over seeds against the epoch, and a band from the least to the greatest."""
+    by_epoch = values.groupby("epoch")["value"].agg(["mean", "min", "max"])
+    style = {"linewidth": 1.6, "marker": "o" if len(by_epoch) == 1 else None} | style
+    axes.plot(by_epoch.index, by_epoch["mean"], **style)
+    axes.fill_between(by_epoch.index, by_epoch["min"], by_epoch["max"], color=style["color"], alpha=0.18, linewidth=0)
+
+
+def finish_axes(axes: Axes, values: pd.Series, name: str, num_classes: int | None) -> None:
+    """Scale, ticks, grid, and a thin line at the value at collapse, as the catalogue has them of a metric."""
+    _scale(axes, values, name)
     at_collapse = _at_collapse(name, num_classes)
     if at_collapse is not None and axes.get_yscale() == "linear":
         axes.axhline(at_collapse, color="0.4", linewidth=0.8, linestyle=(0, (1, 2)), zorder=0)
@@ -101,9 +116,10 @@ def _scale(axes: Axes, values: pd.Series, name: str) -> None:
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     if scale == "log" and values.min() > 0 and values.max() > 3 * values.min():
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(numticks=5))
-        if values.max() > 10 * values.min():
-            axes.yaxis.set_minor_formatter(NullFormatter())
+        decades = values.max() > 30 * values.min()
+        axes.yaxis.set_major_locator(LogLocator(numticks=5) if decades else LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(LogFormatterSciNotation() if decades else FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     elif scale != "percent" and axes.get_yscale() == "linear":  # a panel shares its axis with one drawn before
         axes.yaxis.set_major_locator(MaxNLocator(5))
         size = max(abs(values.min()), abs(values.max()), _ROUNDING)
@@ -119,7 +135,7 @@ def _at_collapse(name: str, num_classes: int | None) -> float | None:
     return metric.value_at_collapse(num_classes or 0)
 
 
-def _draw_all(metrics: pd.DataFrame, path: Path, title: str, num_classes: int | None) -> None:
+def draw_all(metrics: pd.DataFrame, title: str, num_classes: int | None) -> Figure:
     """Every metric, a small panel each, a block of rows for each group."""
     there = set(metrics["metric"])
     groups: dict[str, list[str]] = {}
@@ -145,4 +161,4 @@ def _draw_all(metrics: pd.DataFrame, path: Path, title: str, num_classes: int | 
     figure.suptitle(f"{title}; train split, against the epoch", fontsize=10, y=1 - 0.3 / height, va="center")
     handles = panels[0][0].get_legend_handles_labels()
     figure.legend(*handles, loc="lower center", ncols=len(handles[0]), frameon=False)
-    figure.savefig(path, dpi=100)
+    return figure

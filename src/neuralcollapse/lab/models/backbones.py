@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -81,10 +80,17 @@ class ResNet(Backbone):
         image_shape: Channels, height and width.
         blocks: Residual blocks of each of the four stages.
         bottleneck: Blocks of three convolutions, whose output has four times the channels, in place of two.
+        widening: Factor of the inner channels of bottlenecks (Zagoruyko and Komodakis, BMVC 2016).
+        groups: Groups of their 3×3 convolutions (Xie et al., CVPR 2017).
         width: Channels k of the first stage; the others have 2k, 4k and 8k.
         stem: ``"7x7"`` of stride 2, then max-pooling, as published; or ``"3x3"`` of stride 1, for small images.
-        feature_dim: Channels that the last stage puts out, if not its own 8k (32k with bottlenecks).
+        feature_dim: Channels that the last block of the last stage puts out, if not 8k (32k with bottlenecks) as the
+            blocks before it do.
         affine: Batch norm trains a scale and a shift.
+        initialisation: ``"he"``, normal by the fan-out (He et al., ICCV 2015), or ``"torch"``, as `nn.Conv2d` does.
+
+    Raises:
+        ValueError: ``width`` does not go into the groups.
     """
 
     def __init__(
@@ -93,67 +99,79 @@ class ResNet(Backbone):
         *,
         blocks: Iterable[int],
         bottleneck: bool = False,
+        widening: int = 1,
+        groups: int = 1,
         width: int = 64,
         stem: str = "7x7",
         feature_dim: int | None = None,
         affine: bool = True,
+        initialisation: str = "he",
     ) -> None:
         super().__init__()
+        if widening * width % groups:
+            raise ValueError(f"width must be such that {widening} x width goes into {groups} groups, got {width}")
         if stem == "7x7":
             convolution = _convolution(image_shape[0], width, size=7, stride=2, affine=affine)
             first = nn.Sequential(convolution, nn.MaxPool2d(3, 2, padding=1))
         else:
             first = _convolution(image_shape[0], width, affine=affine)
         expansion = 4 if bottleneck else 1
-        outputs = [expansion * width * 2**stage for stage in range(4)]
-        outputs[-1] = feature_dim or outputs[-1]
         stages, before = [], width
-        for number, after, stride in zip(blocks, outputs, (1, 2, 2, 2), strict=True):
-            inner = -(-after // expansion)
-            stages.append(
-                nn.Sequential(
-                    *(
-                        ResidualBlock(before if i == 0 else after, inner, after, stride if i == 0 else 1, affine)
-                        for i in range(number)
-                    )
+        for stage, number in enumerate(blocks):
+            inner, after = width * 2**stage, expansion * width * 2**stage
+            outputs = [after] * number
+            if stage == 3 and feature_dim is not None:
+                outputs[-1] = feature_dim
+            stage_blocks = []
+            for i, output in enumerate(outputs):
+                stride = 2 if stage and i == 0 else 1
+                residual = (
+                    _bottleneck(before, widening * inner, output, stride, groups, affine)
+                    if bottleneck
+                    else _two_convolutions(before, inner, output, stride, affine)
                 )
-            )
-            before = after
+                stage_blocks.append(ResidualBlock(residual, before, output, stride, affine))
+                before = output
+            stages.append(nn.Sequential(*stage_blocks))
         self.layers = nn.Sequential(first, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.feature_dim = outputs[-1]
-        _initialise(self)
+        self.feature_dim = before
+        if initialisation == "he":
+            _initialise(self)
 
 
 class ResidualBlock(nn.Module):
-    """relu(x + f(x)); where the shape changes, x goes through a 1×1 convolution (option B).
-
-    f is two 3×3 convolutions, or 1×1, 3×3 and 1×1 where the inner convolutions have fewer channels than the output
-    (a bottleneck, with the stride at the 3×3 convolution).
-    """
+    """relu(x + f(x)); where the shape changes, x goes through a 1×1 convolution (option B)."""
 
     def __init__(
-        self, in_channels: int, inner_channels: int, out_channels: int, stride: int = 1, affine: bool = True
+        self, residual: nn.Module, in_channels: int, out_channels: int, stride: int = 1, affine: bool = True
     ) -> None:
         super().__init__()
-        convolution = partial(_convolution, affine=affine)
-        if inner_channels == out_channels:
-            self.residual = nn.Sequential(
-                convolution(in_channels, inner_channels, stride=stride),
-                convolution(inner_channels, out_channels, activation=False),
-            )
-        else:
-            self.residual = nn.Sequential(
-                convolution(in_channels, inner_channels, size=1),
-                convolution(inner_channels, inner_channels, stride=stride),
-                convolution(inner_channels, out_channels, size=1, activation=False),
-            )
-        same = in_channels == out_channels and stride == 1
+        self.residual = residual
         self.shortcut = (
-            nn.Identity() if same else convolution(in_channels, out_channels, size=1, stride=stride, activation=False)
+            nn.Identity()
+            if in_channels == out_channels and stride == 1
+            else _convolution(in_channels, out_channels, size=1, stride=stride, activation=False, affine=affine)
         )
 
     def forward(self, images: Tensor) -> Tensor:
         return torch.relu(self.shortcut(images) + self.residual(images))
+
+
+def _two_convolutions(before: int, inner: int, after: int, stride: int, affine: bool) -> nn.Sequential:
+    """Two 3×3 convolutions, the first with the stride."""
+    return nn.Sequential(
+        _convolution(before, inner, stride=stride, affine=affine),
+        _convolution(inner, after, activation=False, affine=affine),
+    )
+
+
+def _bottleneck(before: int, inner: int, after: int, stride: int, groups: int, affine: bool) -> nn.Sequential:
+    """1×1, 3×3 with the stride, and 1×1."""
+    return nn.Sequential(
+        _convolution(before, inner, size=1, affine=affine),
+        _convolution(inner, inner, stride=stride, groups=groups, affine=affine),
+        _convolution(inner, after, size=1, activation=False, affine=affine),
+    )
 
 
 class VGG13(Backbone):
@@ -166,10 +184,17 @@ class VGG13(Backbone):
         width: Channels k of the first stage; the others have 2k, 4k, 8k and 8k.
         feature_dim: Channels of the last convolution, if not 8k.
         affine: Batch norm trains a scale and a shift.
+        initialisation: As for `ResNet`.
     """
 
     def __init__(
-        self, image_shape: ImageShape, *, width: int = 64, feature_dim: int | None = None, affine: bool = True
+        self,
+        image_shape: ImageShape,
+        *,
+        width: int = 64,
+        feature_dim: int | None = None,
+        affine: bool = True,
+        initialisation: str = "he",
     ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
@@ -182,7 +207,8 @@ class VGG13(Backbone):
             before = last
         self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.feature_dim = before
-        _initialise(self)
+        if initialisation == "he":
+            _initialise(self)
 
 
 def _convolution(
@@ -191,11 +217,12 @@ def _convolution(
     *,
     size: int = 3,
     stride: int = 1,
+    groups: int = 1,
     activation: bool = True,
     affine: bool = True,
 ) -> nn.Sequential:
     """Convolution, batch norm and, if asked for, ReLU."""
-    convolution = nn.Conv2d(in_channels, out_channels, size, stride, padding=size // 2, bias=False)
+    convolution = nn.Conv2d(in_channels, out_channels, size, stride, size // 2, groups=groups, bias=False)
     layers: list[nn.Module] = [convolution, nn.BatchNorm2d(out_channels, affine=affine)]
     return nn.Sequential(*layers, nn.ReLU()) if activation else nn.Sequential(*layers)
 

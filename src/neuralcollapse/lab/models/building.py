@@ -46,9 +46,13 @@ def build_model(config: RunConfig, image_shape: ImageShape, num_classes: int) ->
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        backbone = build_backbone(config, image_shape)
+        backbone = build_backbone(config, image_shape, initialisation=config.initialisation)
         place = nn.Linear(backbone.feature_dim, num_classes)
         head = build_head(config, place.in_features, num_classes)
+    if isinstance(head, FixedETFClassifier) and head.learned_bias is not None:
+        head.learned_bias = (
+            place.bias
+        )  # as published: the fixed weight alone was put in the place of the linear layer's
     return attach_head(nn.Sequential(backbone, place), head)
 
 
@@ -61,9 +65,11 @@ def build_head(config: RunConfig, feature_dim: int, num_classes: int) -> Head:
     norm = None if config.feature_norm == "none" else config.feature_norm
     options: dict[str, Any] = {"in_features": feature_dim, "num_classes": num_classes, "feature_norm": norm}
     if config.method == "standard":
-        return LearnedClassifier(
-            unit_weight=bool(config.unit_weight), bias=config.classifier_bias == "learned", **options
+        head = LearnedClassifier(
+            unit_weight=config.unit_start is True, bias=config.classifier_bias == "learned", **options
         )
+        head.unit_weight = bool(config.unit_weight)
+        return head
     options["bias"] = config.classifier_bias
     if config.means_momentum is not None:
         options["momentum"] = config.means_momentum
@@ -105,19 +111,29 @@ class OwnBackbone(Backbone):
         self.feature_dim = features.shape[1]
 
 
+_deep = partial(ResNet, bottleneck=True)
 # Each with those of the settings that it takes beside the dimension of its features and the kind of its batch norm.
 _BACKBONES: dict[str, tuple[Callable[..., Backbone], tuple[str, ...]]] = {
     "convnet": (ConvNet, ("width",)),
     "mlp": (MLP, ("width", "depth")),
     "resnet18": (partial(ResNet, blocks=(2, 2, 2, 2)), ("width", "stem")),
     "resnet34": (partial(ResNet, blocks=(3, 4, 6, 3)), ("width", "stem")),
-    "resnet50": (partial(ResNet, blocks=(3, 4, 6, 3), bottleneck=True), ("width", "stem")),
+    "resnet50": (partial(_deep, blocks=(3, 4, 6, 3)), ("width", "stem")),
+    "resnet101": (partial(_deep, blocks=(3, 4, 23, 3)), ("width", "stem")),
+    "resnet152": (partial(_deep, blocks=(3, 8, 36, 3)), ("width", "stem")),
+    "resnext50-32x4d": (partial(_deep, blocks=(3, 4, 6, 3), widening=2, groups=32), ("width", "stem")),
+    "wide-resnet50-2": (partial(_deep, blocks=(3, 4, 6, 3), widening=2), ("width", "stem")),
     "vgg13": (VGG13, ("width",)),
 }
 
 
-def build_backbone(config: ModelSettings, image_shape: ImageShape) -> Backbone:
+def build_backbone(config: ModelSettings, image_shape: ImageShape, *, initialisation: str | None = None) -> Backbone:
     """The backbone that the settings ask for, with weights from torch's global generator.
+
+    Args:
+        config: The settings.
+        image_shape: Channels, height and width.
+        initialisation: How convolutions begin, of backbones for which that is a setting.
 
     Raises:
         ValueError: There is no backbone of that name, or the user's own class cannot be made or used.
@@ -131,6 +147,7 @@ def build_backbone(config: ModelSettings, image_shape: ImageShape) -> Backbone:
         )
     backbone, names = _BACKBONES[config.backbone]
     options: dict[str, Any] = {name: getattr(config, name) for name in (*names, "feature_dim")}
+    options["initialisation"] = initialisation
     options = {name: value for name, value in options.items() if value is not None}
     return backbone(image_shape, affine=bool(config.batch_norm_affine), **options)
 

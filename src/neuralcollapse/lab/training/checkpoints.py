@@ -12,6 +12,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from neuralcollapse.lab.config import Record
 from neuralcollapse.lab.results.files import write_whole
 from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.training.epochs import is_due
 
 
 class Checkpointing(Callback):
@@ -24,8 +25,9 @@ class Checkpointing(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save."""
         epoch = trainer.current_epoch + 1
-        every = self.settings.checkpoint_every
-        if epoch in self.settings.checkpoint_epochs or (every is not None and epoch % every == 0):
+        settings, every = self.settings, self.settings.checkpoint_every
+        due = every is not None and is_due(epoch, every, settings.checkpoint_from)
+        if due or epoch in settings.checkpoint_epochs:
             trainer.save_checkpoint(self.folder.checkpoint(epoch))
         trainer.save_checkpoint(self.folder.last_checkpoint)  # last: a run that is killed here makes the other again
 

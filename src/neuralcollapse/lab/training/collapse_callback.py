@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from neuralcollapse.lab.results.tables import COLUMNS
+from neuralcollapse.lab.training.epochs import is_due
 from neuralcollapse.lab.training.logs import TableCallback
 from neuralcollapse.metrics import Measurement, measure
 
@@ -23,7 +24,10 @@ class CollapseCallback(TableCallback):
     Args:
         loaders: Name of each split to its batches. Give un-augmented data. Where one is called ``"train"``, it is
             measured first, and the others against its class means.
-        every_n_epochs: Measure after every so many epochs, and after the last.
+        every_n_epochs: Measure after every so many epochs, and after the first.
+        first_epoch: Where these steps begin: 1 of 5 is epochs 1, 6, 11, ... By default where the first step ends: 1, 5,
+            10, ...
+        last_epoch: Measure after the last epoch as well.
         csv: File to write: epoch, split, metric, value.
         moments: Folder to write each `Measurement` to, as ``epoch0005-train.safetensors``: from it every metric can be
             computed again.
@@ -47,6 +51,8 @@ class CollapseCallback(TableCallback):
         loaders: Mapping[str, Iterable[Any]],
         *,
         every_n_epochs: int = 1,
+        first_epoch: int | None = None,
+        last_epoch: bool = True,
         csv: str | Path | None = None,
         moments: str | Path | None = None,
         classifier: str | nn.Module | None = None,
@@ -56,17 +62,22 @@ class CollapseCallback(TableCallback):
             raise ValueError("loaders must name at least one split")
         if every_n_epochs < 1:
             raise ValueError(f"every_n_epochs must be at least 1, got {every_n_epochs}")
+        if first_epoch is not None and first_epoch < 1:
+            raise ValueError(f"first_epoch must be at least 1, got {first_epoch}")
         super().__init__(None if csv is None else Path(csv), COLUMNS)
         self.moments = None if moments is None else Path(moments)
         self.loaders = dict(loaders)
         self.every_n_epochs = every_n_epochs
+        self.first_epoch = first_epoch
+        self.last_epoch = last_epoch
         self.classifier = classifier
         self.options: dict[str, Any] = {"progress": False} | options
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure, log and write."""
         epoch = trainer.current_epoch + 1
-        if epoch % self.every_n_epochs and epoch != trainer.max_epochs:
+        last = self.last_epoch and epoch == trainer.max_epochs
+        if not (last or is_due(epoch, self.every_n_epochs, self.first_epoch)):
             return
         found = measure_splits(pl_module, self.loaders, classifier=self.classifier, epoch=epoch, **self.options)
         for split, measurement in found.items():

@@ -63,8 +63,7 @@ def measure_run(
         found = measure_splits(
             module,
             loaders,
-            classifier=module.head,
-            class_scatter=module.class_scatter,
+            **module.measuring,
             layers=[f"model.{name}" for name in layers],
             epoch=epoch,
             progress=False,

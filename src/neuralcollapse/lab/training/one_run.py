@@ -99,10 +99,15 @@ class ClassifierTraining(LightningModule):
         return self.model.head  # type: ignore[return-value]
 
     @property
-    def class_scatter(self) -> bool:
-        """Whether each class's own scatter is measured."""
+    def measuring(self) -> dict[str, Any]:
+        """How its model is measured, during training and after it.
+
+        Scatter products are taken in fp32, means and sums in fp64: at K = 10 in half the time of fp64 alone, with
+        errors of about 1e-9 in metrics that are compared to three digits.
+        """
         weight: Any = self.head.weight
-        return ClassMoments.required_bytes(*weight.shape, class_scatter=True) <= _CLASS_SCATTER_BYTES
+        scatter = ClassMoments.required_bytes(*weight.shape, class_scatter=True) <= _CLASS_SCATTER_BYTES
+        return {"classifier": self.head, "class_scatter": scatter, "dtype": "mixed"}
 
     def _batches(self, epoch: int) -> EpochBatches:
         standardise = self.evaluation["train"].standardise
@@ -173,10 +178,11 @@ def _records(module: ClassifierTraining, folder: RunFolder) -> list[Callback]:
     collapse = CollapseCallback(
         module.evaluation,
         every_n_epochs=module.config.measure_every,
+        first_epoch=module.config.measure_from,
+        last_epoch=module.config.measure_last is not False,
         csv=folder.metrics,
         moments=folder.moments,
-        classifier=module.head,
-        class_scatter=module.class_scatter,
+        **module.measuring,
     )
     return [TrainingLog(folder.training_log), GradientLog(folder.gradients), collapse]
 

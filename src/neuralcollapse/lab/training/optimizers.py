@@ -32,7 +32,8 @@ def build_optimizer(config: RunConfig, model: AttachedHead) -> torch.optim.Optim
             orthogonal_start(model)
     head = model.head
     if isinstance(head, LearnedClassifier) and head.unit_weight:
-        head.project_weight()
+        if config.unit_start:
+            head.project_weight()
         project_after_step(optimizer, head)
     return optimizer
 
@@ -82,7 +83,13 @@ def build_schedule(
         return lr_scheduler.MultiStepLR(optimizer, milestones, _value(config.lr_factor))
     if config.schedule == "one-cycle":
         # Momentum stays, as the settings say.
-        return lr_scheduler.OneCycleLR(optimizer, _value(config.lr), total_steps=max(steps, 2), cycle_momentum=False)
+        return lr_scheduler.OneCycleLR(
+            optimizer,
+            _value(config.lr),
+            total_steps=max(steps, 2),
+            three_phase=_value(config.three_phase),
+            cycle_momentum=False,
+        )
     return lr_scheduler.ConstantLR(optimizer, factor=1.0)
 
 

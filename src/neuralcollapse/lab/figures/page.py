@@ -1,0 +1,160 @@
+"""Panels, and the files they are written to: one each, and a page of all of them."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from neuralcollapse.lab.results.aggregation import gather_groups, group_runs
+from neuralcollapse.lab.results.files import write_whole
+from neuralcollapse.lab.results.folder import RunFolder
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+    from neuralcollapse.metrics import Measurement
+
+_WIDTH, _HEIGHT = 3.4, 2.7  # inches: a column of print
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One set of axes.
+
+    Attributes:
+        name: Of its file.
+        title: What it shows.
+        draw: Draws it; raises ValueError where it cannot be drawn, which is then said in the panel.
+    """
+
+    name: str
+    title: str
+    draw: Callable[[Axes], None]
+
+
+class Runs:
+    """Runs to draw together, in groups that differ in more than the seed.
+
+    Raises:
+        ValueError: They are of different numbers of classes, or one was not measured.
+    """
+
+    def __init__(self, runs: Sequence[RunFolder]) -> None:
+        self.groups = group_runs(runs)
+        found = (run.read_environment().get("num_classes") for run in runs)
+        classes = {number for number in found if number is not None}
+        if len(classes) > 1:
+            raise ValueError(f"runs of one plot must have the same number of classes, got {sorted(classes)}")
+        self.num_classes: int | None = next(iter(classes), None)
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame:
+        """What was measured: columns method (the group's name), seed, epoch, split, metric, value."""
+        return gather_groups(self.groups).rename(columns={"group": "method"})
+
+    def last_records(self, label: str, split: str) -> list[Measurement]:
+        """The last record of each run of a group.
+
+        Raises:
+            ValueError: A run has none, or it cannot be read.
+        """
+        from neuralcollapse.metrics import Measurement
+
+        found = []
+        for run in self.groups[label]:
+            epochs = [path for (_, of), path in run.measured().items() if of == split]
+            if not epochs:
+                raise ValueError(f"no records of the {split} split in {run.path.name}: run `neuralcollapse measure`")
+            found.append(Measurement.load(epochs[-1]))
+        return found
+
+
+def write_panels(
+    name: str, title: str, panels: Sequence[Panel], out: Path, formats: Sequence[str], *, columns: int = 3
+) -> list[Path]:
+    """Write a page of all panels, and each by itself at the width of a column of print.
+
+    Args:
+        name: Of the figure, with which its files' names begin.
+        title: Above the page.
+        panels: What to draw.
+        out: Folder.
+        formats: ``"png"``, ``"pdf"``, ``"svg"``.
+        columns: Of the page.
+
+    Returns:
+        The files written.
+    """
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    page = Figure(figsize=(_WIDTH * columns, _HEIGHT * rows + 0.4), layout="constrained")
+    places = page.subplots(rows, columns, squeeze=False).flat
+    for axes, panel in zip(places, panels, strict=False):
+        _draw(panel, axes)
+    for axes in list(page.axes)[len(panels) :]:
+        if axes.get_label() != "<colorbar>" and not axes.has_data():
+            axes.remove()
+    page.suptitle(title, fontsize=10)
+    figures = {name: page}
+    if len(panels) > 1:
+        for panel in panels:
+            figures[f"{name}-{panel.name}"] = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
+            _draw(panel, figures[f"{name}-{panel.name}"].subplots())
+    return save_figures(figures, out, formats)
+
+
+def files_of(names: Sequence[str], out: Path, formats: Sequence[str]) -> list[Path]:
+    """The files of figures of these names."""
+    return [out / f"{name}.{kind}" for name in names for kind in formats]
+
+
+def save_figures(figures: dict[str, Figure], out: Path, formats: Sequence[str]) -> list[Path]:
+    """Write figures by name, each in every format."""
+    written = []
+    for name, figure in figures.items():
+        thin_ticks(figure)
+        for kind in formats:
+            (path,) = files_of([name], out, [kind])
+            write_whole(path, partial(figure.savefig, format=kind, dpi=150))
+            written.append(path)
+    return written
+
+
+def thin_ticks(figure: Figure) -> None:
+    """Hide tick labels that would overlap the one before them."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            before: Any = None
+            for label in axis.get_ticklabels():
+                box = label.get_window_extent(renderer)
+                if not label.get_text() or not label.get_visible() or label.get_rotation() % 90:
+                    continue
+                if before is not None and box.expanded(1.02, 1.0).overlaps(before):
+                    label.set_visible(False)
+                else:
+                    before = box
+
+
+def _draw(panel: Panel, axes: Axes) -> None:
+    axes.set_title(panel.title, fontsize=9)
+    axes.tick_params(labelsize=8, which="both")
+    try:
+        panel.draw(axes)
+    except ValueError as error:
+        axes.clear()
+        axes.set_title(panel.title, fontsize=9)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        reason = textwrap.fill(str(error), 38)
+        axes.text(0.5, 0.5, reason, ha="center", va="center", fontsize=8, transform=axes.transAxes)

@@ -1,0 +1,141 @@
+"""The figures of the three papers, from tables and records of runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from matplotlib.lines import Line2D
+
+from neuralcollapse.lab.figures.curves import draw_band, finish_axes, line_styles
+from neuralcollapse.lab.figures.page import Panel, Runs
+from neuralcollapse.lab.figures.records import margin_panels
+from neuralcollapse.metrics.catalogue import METRICS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Series = Sequence[tuple[str, str, str]]  # metric, split, words
+_SERIES_LINES: tuple[Any, ...] = ("-", "--", ":", "-.")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+def papyan(runs: Runs) -> list[Panel]:
+    """Figures 1 to 7 of Papyan, Han, Donoho (PNAS 2020)."""
+    rows: list[tuple[str, str, Series]] = [
+        ("1-accuracy", "1: accuracy", [("accuracy", "train", "train"), ("accuracy", "test", "test")]),
+        ("2-equinorm", "2: equal norms", _pair("nc2_equinorm")),
+        ("3-equiangular", "3: equal angles", _pair("nc2_equiangular")),
+        ("4-max-angle", "4: maximal angle", _pair("nc2_max_angle")),
+        ("5-duality", "5: classifier meets means", [("nc3_distance", "train", "")]),
+        ("6-within-class", "6: within-class variation", [("nc1_pinv", "train", "")]),
+        ("7-nearest-mean", "7: nearest class mean", [("nc4_ncc_mismatch", s, s) for s in ("train", "test")]),
+    ]
+    return [Panel(name, title, partial(draw_series, runs=runs, series=series)) for name, title, series in rows]
+
+
+def zhu(runs: Runs) -> list[Panel]:
+    """NC1 to NC4 and accuracies as in Figures 3 and 6 of Zhu et al. (NeurIPS 2021)."""
+    rows: list[tuple[str, str, Series]] = [
+        ("nc1", "NC1", [("nc1_pinv", "train", "")]),
+        ("nc2", "NC2", [("nc2_etf_weights", "train", "")]),
+        ("nc3", "NC3", [("nc3_duality", "train", "")]),
+        ("nc4", "NC4", [("nc4_bias", "train", "")]),
+        ("train-accuracy", "train accuracy", [("accuracy", "train", "")]),
+        ("test-accuracy", "test accuracy", [("accuracy", "test", "")]),
+    ]
+    return [Panel(name, title, partial(draw_series, runs=runs, series=series)) for name, title, series in rows]
+
+
+def markou(runs: Runs) -> list[Panel]:
+    """Accuracy, NC, ETF distances and margins of the methods, as Markou, Ajanthan, Gould (NeurIPS 2024) show them."""
+    names = ["nc1_pinv", "nc1_vci", "nc2_etf_means", "nc2_equinorm_difference", "nc3_duality", "alignment"]
+    names += ["nc4_ncc_mismatch", "nc2_cos_margin"]
+    distances = ["etf_weights", "etf_means", "etf_between", "etf_weights_reference", "etf_means_reference"]
+    rows: list[tuple[str, str, Series]] = [
+        (f"{split}-accuracy", f"{split} accuracy", [("accuracy", split, "")]) for split in ("train", "test")
+    ]
+    rows += [(name, METRICS[name].label.split("  $")[0], [(name, "train", "")]) for name in (*names, *distances)]
+    panels = [Panel(name, title, partial(draw_series, runs=runs, series=series)) for name, title, series in rows]
+    return panels + margin_panels(runs)
+
+
+def gradient_flow(runs: Runs) -> list[Panel]:
+    """Mean and largest gradient of each layer's weight at the end of the last epoch."""
+    return [
+        Panel(label.replace(" ", "-"), label, partial(_draw_gradients, runs=runs, label=label)) for label in runs.groups
+    ]
+
+
+def draw_series(axes: Axes, *, runs: Runs, series: Series) -> None:
+    """Metrics of all groups: of one metric a line style a group; of several a line style a metric, a marker a group."""
+    drawn = []
+    labels = list(runs.groups)
+    styles = line_styles(labels)
+    for place, (name, split, _) in enumerate(series):
+        table = runs.metrics
+        values = table[(table["metric"] == name) & (table["split"] == split)]
+        for label, group in values.groupby("method", sort=False):
+            color, line = styles[str(label)]
+            marker = None
+            if len(series) > 1:
+                line, marker = _SERIES_LINES[place], _MARKERS[labels.index(str(label)) % len(_MARKERS)]
+            every = max(1, group["epoch"].nunique() // 6)
+            style = {"markersize": 4, "markevery": every} | ({"marker": marker} if marker else {})
+            draw_band(axes, group, color=color, linestyle=line, label=str(label), **style)
+        drawn.append(values["value"])
+    name, split, _ = series[0]
+    found = pd.concat(drawn)
+    if found.empty:
+        command = "distance" if name.startswith("etf_") else "measure"
+        raise ValueError(f"{name} was not measured on the {split} split: run `neuralcollapse {command}` on the runs")
+    finish_axes(axes, found, name, runs.num_classes)
+    axes.set_xlabel("epoch", fontsize=8)
+    axes.set_ylabel(METRICS[name].label.replace("  $", "\n$") if len(series) == 1 else "", fontsize=8)
+    axes.legend(handles=_handles(axes, series), frameon=False, fontsize=7)
+
+
+def _handles(axes: Axes, series: Series) -> list[Line2D]:
+    groups = {str(line.get_label()): line for line in axes.get_lines() if not str(line.get_label()).startswith("_")}
+    handles = []
+    for label, line in groups.items():
+        style: dict[str, Any] = {"linestyle": line.get_linestyle() if len(series) == 1 else "-"}
+        handles.append(
+            Line2D([], [], color=line.get_color(), marker=line.get_marker(), markersize=4, label=label, **style)
+        )
+    if len(series) > 1:
+        handles = handles if len(groups) > 1 else []
+        handles += [
+            Line2D([], [], color="0.3", linestyle=_SERIES_LINES[place], label=words)
+            for place, (_, _, words) in enumerate(series)
+        ]
+    return handles
+
+
+def _pair(name: str) -> Series:
+    return [(f"{name}_{of}", "train", of) for of in ("means", "weights")]
+
+
+def _draw_gradients(axes: Axes, *, runs: Runs, label: str) -> None:
+    tables = [pd.read_csv(run.gradients) for run in runs.groups[label] if run.gradients.exists()]
+    if not tables:
+        raise ValueError("no gradients were written: these runs were not trained here")
+    table = pd.concat(tables)
+    last = table[table["epoch"] == table["epoch"].max()]
+    weights = last[~last["parameter"].str.endswith("bias")]
+    sizes = weights.groupby("parameter", sort=False)[["mean", "max"]].mean()
+    places = range(len(sizes))
+    axes.bar(places, sizes["max"], color="#56B4E9", label="largest")
+    axes.bar(places, sizes["mean"], color="#0072B2", label="mean", hatch="//", edgecolor="white", linewidth=0)
+    axes.set_yscale("log")
+    step = max(1, len(sizes) // 8)
+    axes.set_xticks(list(places)[::step], [_short(name) for name in sizes.index[::step]], rotation=60, ha="right")
+    axes.set_ylabel("magnitude of the gradient", fontsize=8)
+    axes.tick_params(axis="x", labelsize=6)
+    axes.legend(frameon=False, fontsize=7)
+
+
+def _short(name: str) -> str:
+    return name.removesuffix(".weight").replace("layers.", "")

@@ -1,0 +1,137 @@
+"""Figures of single records: margins, layers, classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from neuralcollapse.lab.figures.curves import finish_axes, line_styles
+from neuralcollapse.lab.figures.page import Panel, Runs
+from neuralcollapse.metrics.catalogue import METRICS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_OF_LAYERS = ("nc1_quotient", "nc1_cdnv", "nc2_etf_means", "nc2_equiangular_means")
+
+
+def margin_panels(runs: Runs) -> list[Panel]:
+    """The sorted cosine margins of all samples at the last epoch, of either split."""
+    return [
+        Panel(f"margins-{split}", f"cosine margins, {split}", partial(_draw_margins, runs=runs, split=split))
+        for split in ("train", "test")
+    ]
+
+
+def layer_panels(runs: Runs) -> list[Panel]:
+    """Collapse of every layer that was measured, against its depth, at the last epoch."""
+    return [
+        Panel(name, METRICS[name].label.replace("  $", "\n$"), partial(_draw_layers, runs=runs, name=name))
+        for name in _OF_LAYERS
+    ]
+
+
+def class_panels(runs: Runs) -> list[Panel]:
+    """Norms, within-class variances and cosines of every class at the last epoch, of the first run of each group."""
+    panels = []
+    for label in runs.groups:
+        name = label.replace(" ", "-")
+        rows: list[tuple[str, str, Callable[..., None]]] = [
+            ("norms", "norms", _draw_norms),
+            ("variances", "within-class variance", _draw_variances),
+            ("means", "cosines of means", partial(_draw_cosines, of="means")),
+            ("weights", "cosines of weights", partial(_draw_cosines, of="weights")),
+        ]
+        panels += [
+            Panel(f"{name}-{what}", f"{label}: {words}", partial(draw, runs=runs, label=label))
+            for what, words, draw in rows
+        ]
+    return panels
+
+
+def _draw_margins(axes: Axes, *, runs: Runs, split: str) -> None:
+    styles = line_styles(list(runs.groups))
+    values: list[Any] = []
+    for label in runs.groups:
+        margins = [record.cos_margins.numpy() for record in runs.last_records(label, split)]
+        share = np.linspace(0, 1, 400)
+        at_share = np.stack([np.quantile(one, share) for one in margins])
+        color, line = styles[label]
+        axes.plot(100 * share, at_share.mean(0), color=color, linestyle=line, label=label, linewidth=1.6)
+        axes.fill_between(100 * share, at_share.min(0), at_share.max(0), color=color, alpha=0.18, linewidth=0)
+        values += margins
+    if runs.num_classes:
+        collapsed = runs.num_classes / (runs.num_classes - 1)
+        axes.axhline(collapsed, color="0.4", linewidth=0.8, linestyle=(0, (1, 2)), zorder=0)
+    axes.set_xlabel("share of samples below, in %", fontsize=8)
+    axes.set_ylabel("cosine margin", fontsize=8)
+    axes.grid(alpha=0.3, linewidth=0.5)
+    axes.legend(frameon=False, fontsize=7)
+
+
+def _draw_layers(axes: Axes, *, runs: Runs, name: str) -> None:
+    import pandas as pd
+
+    styles, drawn = line_styles(list(runs.groups)), []
+    for label in runs.groups:
+        records = [record for record in runs.last_records(label, "train") if record.layers]
+        if not records:
+            continue
+        courses = np.array(
+            [[*(values[name] for values in record.layers.values()), record.metrics[name]] for record in records]
+        )
+        color, line = styles[label]
+        depth = range(1, courses.shape[1] + 1)
+        axes.plot(depth, courses.mean(0), color=color, linestyle=line, marker="o", markersize=4, label=label)
+        axes.fill_between(depth, courses.min(0), courses.max(0), color=color, alpha=0.18, linewidth=0)
+        drawn.append(courses)
+    if not drawn:
+        raise ValueError("no layers were measured: run `neuralcollapse measure --layers A,B` on the runs")
+    finish_axes(axes, pd.Series(np.concatenate(drawn).ravel()), name, runs.num_classes)
+    axes.set_xlabel("layer, the classifier's features last", fontsize=8)
+    axes.legend(frameon=False, fontsize=7)
+
+
+def _centred(record: Any, of: str) -> Any:
+    if of == "weights":
+        return record.weight.double()
+    moments = record.moments
+    counts = moments.counts.double()
+    return moments.means - (counts[:, None] * moments.means).sum(0) / counts.sum()
+
+
+def _draw_norms(axes: Axes, *, runs: Runs, label: str) -> None:
+    record = runs.last_records(label, "train")[0]
+    means, weights = (_centred(record, of).norm(dim=1).numpy() for of in ("means", "weights"))
+    places = np.arange(len(means))
+    axes.plot(places, means / means.mean(), "o-", color="#0072B2", markersize=3, linewidth=0.8, label="centred means")
+    axes.plot(places, weights / weights.mean(), "s--", color="#D55E00", markersize=3, linewidth=0.8, label="weights")
+    axes.set_ylabel("norm / mean norm", fontsize=8)
+    axes.set_xlabel("class", fontsize=8)
+    axes.grid(alpha=0.3, linewidth=0.5)
+    axes.legend(frameon=False, fontsize=7)
+
+
+def _draw_variances(axes: Axes, *, runs: Runs, label: str) -> None:
+    record = runs.last_records(label, "train")[0]
+    variances = (record.moments.within_class_trace / record.moments.counts).numpy()
+    axes.bar(np.arange(len(variances)), variances, color="#0072B2")
+    axes.set_ylabel("mean squared distance to the mean", fontsize=8)
+    axes.set_xlabel("class", fontsize=8)
+
+
+def _draw_cosines(axes: Axes, *, runs: Runs, label: str, of: str) -> None:
+    rows = _centred(runs.last_records(label, "train")[0], of)
+    unit = rows / rows.norm(dim=1, keepdim=True)
+    cosines = (unit @ unit.T).numpy()
+    np.fill_diagonal(cosines, np.nan)
+    ideal = -1 / (len(cosines) - 1)
+    spread = max(float(np.nanmax(np.abs(cosines - ideal))), 0.02)
+    picture = axes.imshow(cosines, cmap="cividis", vmin=ideal - spread, vmax=ideal + spread)
+    bar = axes.figure.colorbar(picture, ax=axes, shrink=0.85)
+    bar.ax.axhline(ideal, color="white", linewidth=1.5)
+    bar.ax.tick_params(labelsize=7)
+    axes.set_xlabel(f"class; the line at {ideal:.2f} is an ETF's", fontsize=8)

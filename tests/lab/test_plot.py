@@ -1,0 +1,128 @@
+"""The published figures, drawn from run folders alone."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from helpers import error_of
+from neuralcollapse.cli import main
+from neuralcollapse.lab import RunConfig, RunFolder, train_runs
+from neuralcollapse.lab.commands.plot import FIGURES
+from neuralcollapse.lab.figures.page import Panel, Runs, thin_ticks, write_panels
+from neuralcollapse.lab.figures.published import draw_series
+
+SMALL = {"backbone": "mlp", "width": 16, "depth": 1, "train_samples": 150, "test_samples": 60, "epochs": 2}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two methods over two seeds, without checkpoints; one run with distances and layers."""
+    folder = tmp_path_factory.mktemp("runs") / "all"
+    runs = [RunConfig(method=m, seed=s, **SMALL) for s in (0, 1) for m in ("fixed", "implicit")]
+    train_runs(runs, folder, progress=False)
+    shutil.rmtree(folder / "runs" / "fixed-seed0" / "moments")
+    assert main(["measure", str(folder / "runs" / "fixed-seed0"), "--layers", "model.0.layers.1"]) == 0
+    assert main(["distance", str(folder / "runs" / "implicit-seed0"), str(folder / "runs" / "implicit-seed1")]) == 0
+    for run in RunFolder(folder).run_folders():
+        shutil.rmtree(run.checkpoints)
+    return folder
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_each_figure_is_drawn_from_the_folders(name, trained, tmp_path, capsys):
+    out = tmp_path / "figures"
+    assert main(["plot", str(trained), "--figure", name, "--out", str(out), "--format", "png,svg"]) == 0
+    assert f"wrote {out / name}.png" in capsys.readouterr().out
+    with Image.open(out / f"{name}.png") as picture:
+        assert len(picture.convert("RGB").getcolors(10**7)) > 10
+    files = {path.stem for path in out.iterdir()}
+    assert files == {path.stem for path in out.glob("*.png")} == {path.stem for path in out.glob("*.svg")}
+    if name == "papyan":
+        assert len(files) == 8
+
+
+def drawn_ticks(figure: Figure) -> bool:
+    """Whether no two tick labels of an axis overlap."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            labels = [label for label in axis.get_ticklabels() if label.get_text() and label.get_visible()]
+            boxes = [label.get_window_extent(canvas.get_renderer()) for label in labels]
+            if any(first.overlaps(second) for first, second in itertools.combinations(boxes, 2)):
+                return False
+    return True
+
+
+def test_ticks_do_not_overlap():
+    figure = Figure(figsize=(2, 2))
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1])
+    axes.set_xticks([0, 0.1, 0.2, 0.5, 0.52, 1], ["first tick", "second", "third", "fourth", "fifth", "the last tick"])
+    assert not drawn_ticks(figure)
+    thin_ticks(figure)
+    assert drawn_ticks(figure)
+
+
+def test_a_panel_that_cannot_be_drawn_says_why(trained, tmp_path):
+    runs = Runs(RunFolder(trained).run_folders())
+    figure = Figure()
+    with pytest.raises(ValueError, match="nc5_ood was not measured on the train split: run `neuralcollapse measure`"):
+        draw_series(figure.subplots(), runs=runs, series=[("nc5_ood", "train", "")])
+
+    def refuse(axes):
+        raise ValueError("there is nothing")
+
+    (written,) = write_panels("some", "title", [Panel("one", "one", refuse)], tmp_path, ["svg"])
+    assert written.exists()
+
+
+def test_a_line_is_a_group_of_seeds(trained):
+    runs = Runs(RunFolder(trained).run_folders())
+    axes = Figure().subplots()
+    draw_series(axes, runs=runs, series=[("accuracy", "test", "")])
+    lines = [line for line in axes.get_lines() if line.get_label() in ("fixed", "implicit")]
+    assert len(lines) == 2
+    table = runs.metrics.query("method == 'fixed' and epoch == 2 and split == 'test' and metric == 'accuracy'")
+    assert len(table) == 2
+    assert lines[0].get_ydata()[-1] == pytest.approx(table["value"].mean())
+
+
+def test_runs_of_different_classes_are_not_drawn_together(trained, tmp_path):
+    other = train_runs(RunConfig(method="standard", digits_per_image=2, **SMALL), tmp_path / "hundred", progress=False)
+    with pytest.raises(ValueError, match=r"must have the same number of classes, got \[10, 100\]"):
+        Runs([*RunFolder(trained).run_folders(), other])
+
+
+def test_bad_input_is_one_line(trained, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "zhu.png").write_text("mine")
+    for arguments, message in [
+        ([str(trained), "--figure", "papian", "--out", out], "got 'papian'; nearest: papyan"),
+        ([str(trained), "--out", out], "figure must be one of papyan, zhu"),
+        ([str(trained), "--figure", "zhu", "--format", "gif"], "format must be of png, pdf, svg, got 'gif'"),
+        ([str(tmp_path), "--figure", "zhu", "--out", out], "must be the folder of a run, and has no config.yaml"),
+        ([str(trained), "--figure", "zhu", "--out", str(tmp_path / "there")], "exists: --overwrite replaces it"),
+    ]:
+        assert message in error_of(capsys, "plot", *arguments), arguments
+    assert (tmp_path / "there" / "zhu.png").read_text() == "mine"
+    assert not (tmp_path / "out").exists()
+
+
+def test_plotting_imports_neither_lightning_nor_datasets(trained, tmp_path):
+    arguments = ["plot", str(trained), "--figure", "zhu", "--out", str(tmp_path)]
+    code = (
+        f"import sys; from neuralcollapse.cli import main; assert main({arguments!r}) == 0\n"
+        "assert not {'lightning', 'datasets', 'torch', 'sklearn'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
