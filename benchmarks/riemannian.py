@@ -7,8 +7,11 @@ solver's runs come in a row: alternating, the thread pools of torch and numpy sl
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +19,7 @@ from typing import Any
 
 import pymanopt
 import torch
-from _common import peak_growth, write
+from _common import RESULTS, peak_growth, write
 from pymanopt.manifolds import Stiefel
 from pymanopt.optimizers import TrustRegions
 from torch import Tensor
@@ -155,27 +158,31 @@ def code_row(num_classes: int, feature_dim: int, seed: int, iterations: int) -> 
         name: float(one_vs_rest_margins(code, tolerance=1e-3, max_iterations=100).min())
         for name, code in (("annealed", annealed), ("not_annealed", direct), ("random", normalize(start, dim=1)))
     }
-    return {"num_classes": num_classes, "feature_dim": feature_dim, "seed": seed, "seconds": seconds} | {
-        f"least_margin_{name}": value for name, value in least.items()
-    }
+    sizes = {"num_classes": num_classes, "feature_dim": feature_dim, "seed": seed, "iterations": iterations}
+    return sizes | {"seconds": seconds} | {f"least_margin_{name}": value for name, value in least.items()}
+
+
+PARTS: dict[str, Callable[[], list[dict[str, object]]]] = {
+    "published": lambda: [solver_row(published(99, 512), 5)],
+    "mahalanobis": lambda: [solver_row(mahalanobis(99, 512), 1)],
+    "large": lambda: [solver_row(published(999, 2048), 0)],
+    "codes": lambda: [code_row(100, 16, seed, 100) for seed in range(3)],
+    "large-codes": lambda: [code_row(1000, 64, seed, 20) for seed in range(1)],
+}
 
 
 def main() -> None:
-    rows = [
-        solver_row(problem, repeats)
-        for problem, repeats in (
-            (published(99, 512), 5),
-            (mahalanobis(99, 512), 1),
-            (published(999, 2048), 0),
-        )
-    ]
-    for row in rows:
-        print(row, flush=True)
-    rows += [code_row(100, 16, seed, 100) for seed in range(3)]
-    rows += [code_row(1000, 64, seed, 20) for seed in range(1)]
-    for row in rows[3:]:
-        print(row, flush=True)
-    write("riemannian", rows, "pymanopt", "numpy")
+    """All parts, or those named, into the rows that are there."""
+    kept: dict[str, list[dict[str, Any]]] = {}
+    path = RESULTS / "riemannian.json"
+    if sys.argv[1:] and path.exists():
+        for row in json.loads(path.read_text())["rows"]:
+            kept.setdefault(row["part"], []).append(row)
+    for part in sys.argv[1:] or PARTS:
+        load = os.getloadavg()[0]
+        kept[part] = [{"part": part, "load_before": load} | row for row in PARTS[part]()]
+        print(*kept[part], sep="\n", flush=True)
+    write("riemannian", [row for part in PARTS for row in kept.get(part, [])], "pymanopt", "numpy")
 
 
 if __name__ == "__main__":
