@@ -56,6 +56,23 @@ def test_the_last_batch_may_be_smaller_and_one_sample_joins_the_batch_before():
     assert [len(batch) for batch in epoch_of(batch_size=150)] == [100]
 
 
+@pytest.mark.parametrize(
+    ("samples", "batch_size", "stratified", "number", "sizes"),
+    [
+        (60_000, 2048, False, 30, {2048, 608}),  # L-BFGS on MNIST
+        (50_000, 2048, False, 25, {2048, 848}),  # and on CIFAR-10
+        (60_000, 256, True, 234, {256, 257}),  # MNIST
+        (5_000, 256, True, 19, {263, 264}),  # STL-10
+    ],
+)
+def test_the_batches_of_an_epoch_are_the_published_ones(samples, batch_size, stratified, number, sizes):
+    split = Split(torch.zeros(samples, 1, 1, 1, dtype=torch.uint8), torch.arange(samples) % 10)
+    batches = epoch_of(split=split, batch_size=batch_size, stratified=stratified)
+    assert len(batches) == number
+    assert {len(batch) for batch in batches} == sizes
+    assert sum(map(len, batches)) == samples
+
+
 def test_stratified_batches_hold_the_classes_in_proportion():
     split = numbered_split((30, 50, 20))
     for batch in epoch_of(split=split, stratified=True):

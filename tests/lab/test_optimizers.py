@@ -59,6 +59,14 @@ def test_one_cycle_rises_to_the_rate_and_falls_to_nothing():
     assert found[-1] < 1e-3
 
 
+def test_one_cycle_of_three_phases_falls_as_fast_as_it_rose():
+    found = rates(small(method="standard", lr=0.4, epochs=10, schedule="one-cycle", three_phase=True), batches=10)
+    top = found.index(max(found))
+    assert found[: top + 1] == pytest.approx(found[top : 2 * top + 1][::-1], rel=0.05)
+    assert found[2 * top + 2] < found[0]
+    assert found[-1] < 1e-3
+
+
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
 def test_the_optimiser_is_torchs_with_the_settings(name):
     momentum = {"momentum": 0.7} if name == "sgd" else {}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -16,10 +17,12 @@ from neuralcollapse.lab.data.batches import EpochBatches, evaluation_batches
 from neuralcollapse.lab.data.loading import load_data
 from neuralcollapse.lab.models.building import build_backbone, build_model
 from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.training import collapse_callback
 from neuralcollapse.lab.training.collapse_callback import CollapseCallback
 from neuralcollapse.lab.training.devices import resolve_device
 from neuralcollapse.lab.training.loggers import check_loggers
 from neuralcollapse.lab.training.one_run import ClassifierTraining, quiet_lightning, train
+from neuralcollapse.lab.training.optimizers import build_optimizer
 
 SMALL = {"backbone": "mlp", "width": 24, "depth": 1, "train_samples": 200, "test_samples": 60, "epochs": 2}
 OWN_CLASS = {name: value for name, value in SMALL.items() if name not in ("backbone", "width", "depth")}
@@ -59,6 +62,94 @@ def test_resnets_are_the_published_ones(backbone, parameters, feature_dim):
     network = build_backbone(ModelSettings(backbone=backbone), (3, 32, 32))
     assert sum(parameter.numel() for parameter in network.parameters()) == parameters
     assert network.feature_dim == feature_dim
+
+
+BIAS_FREE = {"classifier_bias": "none", "batch_norm_affine": False}
+PLAIN = {"feature_norm": "none", "classifier_bias": "learned"}
+
+
+# Parameters of the released models whose last block alone is narrowed.
+@pytest.mark.parametrize(
+    ("settings", "parameters"),
+    [
+        ({"backbone": "resnet18", "feature_dim": 10, "method": "standard", **PLAIN}, 8_867_542),
+        ({"backbone": "resnet18", "feature_dim": 10, "method": "fixed", **PLAIN}, 8_867_442),
+        ({"backbone": "resnet18", "feature_dim": 11, "method": "standard", **BIAS_FREE}, 8_864_046),
+        ({"backbone": "resnet50", "stem": "3x3", "feature_dim": 10, "method": "standard", **PLAIN}, 22_473_430),
+    ],
+)
+def test_a_feature_dim_narrows_the_last_block_alone(settings, parameters):
+    model = build_model(RunConfig(**settings), (3, 32, 32), 10)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    assert model.head.in_features == settings["feature_dim"]
+
+
+def test_a_feature_dim_or_width_that_a_backbone_cannot_give_is_refused():
+    with pytest.raises(ValueError, match="feature_dim belongs to the backbones that have a name; here backbone is"):
+        ModelSettings(backbone="package.module.Class", feature_dim=10)
+    with pytest.raises(ValueError, match="width must be such that 2 x width goes into 32 groups, got 8"):
+        build_backbone(ModelSettings(backbone="resnext50-32x4d", width=8), (3, 32, 32))
+
+
+def test_first_weights_of_convolutions_are_he_s_or_torch_s():
+    def spread(**settings: str) -> float:
+        model = build_model(RunConfig(backbone="resnet18", method="fixed", **settings), (3, 32, 32), 10)
+        return float(model.model[0].layers[4][1].residual[0][0].weight.detach().std())
+
+    fan = 512 * 9
+    assert spread() == pytest.approx((2 / fan) ** 0.5, rel=0.01)
+    assert spread(initialisation="torch") == pytest.approx((1 / (3 * fan)) ** 0.5, rel=0.01)
+    with pytest.raises(ValueError, match="initialisation belongs to"):
+        RunConfig(backbone="mlp", initialisation="torch")
+
+
+def test_the_bias_of_a_fixed_head_begins_as_that_of_a_linear_layer():
+    config = RunConfig(method="fixed", classifier_bias="learned", backbone="mlp", width=64)
+    bias = build_model(config, (1, 8, 8), 10).head.learned_bias
+    assert bias.requires_grad
+    assert 0 < float(bias.detach().abs().max()) <= 1 / 8
+    assert len(bias.unique()) == 10
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "agd"])
+@pytest.mark.parametrize("unit_start", [True, False])
+def test_unit_rows_begin_so_or_are_brought_to_it_by_the_first_step(optimizer, unit_start):
+    settings = BIAS_FREE | {"optimizer": optimizer, "unit_start": unit_start, "backbone": "mlp", "width": 64}
+    config = RunConfig(method="standard", **settings)
+    model = build_model(config, (1, 8, 8), 10)
+    optimiser = build_optimizer(config, model)
+
+    def unit() -> bool:
+        return torch.allclose(model.head.weight.norm(dim=1), torch.ones(10), atol=1e-5)
+
+    assert unit() is unit_start
+    model(torch.randn(8, 1, 8, 8, generator=generator())).square().sum().backward()
+    optimiser.step()
+    assert unit()
+
+
+@pytest.mark.parametrize(
+    ("settings", "epochs"),
+    [
+        ({"epochs": 200, "measure_every": 5, "measure_from": 1, "measure_last": False}, list(range(1, 200, 5))),
+        ({"epochs": 200, "measure_every": 5, "measure_from": 1}, [*range(1, 200, 5), 200]),
+        ({"epochs": 350, "measure_every": 5}, [1, *range(5, 351, 5)]),
+    ],
+)
+def test_the_published_epochs_are_measured(settings, epochs, monkeypatch):
+    config = RunConfig(**settings)
+    callback = CollapseCallback(
+        {"train": []},
+        every_n_epochs=config.measure_every,
+        first_epoch=config.measure_from,
+        last_epoch=config.measure_last,
+    )
+    measured = []
+    monkeypatch.setattr(collapse_callback, "measure_splits", lambda *_, **__: {})
+    monkeypatch.setattr(callback, "write", lambda trainer: measured.append(trainer.current_epoch + 1))
+    for epoch in range(config.epochs):
+        callback.on_train_epoch_end(SimpleNamespace(current_epoch=epoch, max_epochs=config.epochs), None)
+    assert measured == epochs
 
 
 def test_vgg13_is_the_published_one():
