@@ -59,6 +59,11 @@ def test_features_lie_about_their_class_means():
             {"data": "features", "generator": CLUSTERS | {"noise": -1}},
             "generator's noise must be a number of at least 0",
         ),
+        (
+            {"data": "mnist-1d", "generator": PUBLISHED | {"padding": 36}},
+            "padding must be a least and a greatest number",
+        ),
+        ({"data": "mnist-1d", "generator": PUBLISHED | {"train_split": 2}}, "train_split must be below 1, got 2"),
         ({"generator": "published"}, "generator belongs to data mnist-1d or features; here data is digits"),
         ({"data": "mnist-1d", "image_size": 9}, "image_size belongs to data other than mnist-1d and features"),
     ],

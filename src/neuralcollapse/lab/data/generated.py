@@ -115,4 +115,9 @@ def _checked(config: DataSettings, names: tuple[str, ...]) -> dict[str, Any]:
         numbers = value if isinstance(value, list) else [value]
         if isinstance(value, bool) or not all(isinstance(one, int | float) and one >= 0 for one in numbers):
             raise ValueError(f"generator's {name} must be a number of at least 0, got {value!r}")
+    low_high = given.get("padding", [0, 0])
+    if not isinstance(low_high, list) or len(low_high) != 2 or low_high[0] > low_high[1]:
+        raise ValueError(f"generator's padding must be a least and a greatest number, got {low_high!r}")
+    if not given.get("train_split", 0.5) < 1:
+        raise ValueError(f"generator's train_split must be below 1, got {given['train_split']}")
     return dict(given)
