@@ -217,3 +217,13 @@ def test_resnet18_on_mnist(real_data, tmp_path):
     flags = f"--data {real_data / 'mnist'} --backbone resnet18 --width 16 --train_samples 300 --test_samples 100"
     assert main(["compare", *flags.split(), "--seeds", "1", "--epochs", "1", "--out", str(out)]) == 0
     assert set(read(out)["method"]) == {"standard", "fixed", "implicit"}
+
+
+def test_a_published_comparison_goes_on_with_what_its_folder_keeps(real_data, tmp_path):
+    out = tmp_path / "out"
+    short = ["--train_samples=60", "--test_samples=40", "--epochs=1", "--width=4", "--batch_size=20", "--seeds=1"]
+    data = ["--data", str(real_data / "mnist"), "--methods=standard,implicit"]
+    assert main(["compare", "--recipe", "markou2024-mnist", *data, *short, "--out", str(out)]) == 0
+    before = (out / "metrics.csv").read_bytes()
+    assert main(["compare", "--resume", "--out", str(out)]) == 0
+    assert (out / "metrics.csv").read_bytes() == before

@@ -72,7 +72,7 @@ def comparison_runs(
     Args:
         comparison: Which methods and seeds.
         settings: Those that all runs share; each counts where it has an effect, and is to have one in one run at least.
-        base: Values to take where none is given and no recipe is named.
+        base: Values to take where none is given, before those of a recipe.
 
     Raises:
         ValueError: There are no such recipes, they are of different data, or a setting is wrong or has no effect.
@@ -87,7 +87,7 @@ def comparison_runs(
     names: dict[Method, str | None] = dict.fromkeys(comparison.methods)
     if comparison.recipe is not None:
         family = _family(comparison)
-        bases = {method: recipe.settings for method, recipe in family.items()}
+        bases = {method: {**recipe.settings, **(base or {})} for method, recipe in family.items()}
         names = {method: recipe.name for method, recipe in family.items()}
     chosen, refusals = {}, []
     for method in comparison.methods:

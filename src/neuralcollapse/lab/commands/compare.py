@@ -5,7 +5,7 @@ from __future__ import annotations
 from jsonargparse import ArgumentParser, Namespace
 
 from neuralcollapse.lab.commands.arguments import add_output, add_sections, asked_for
-from neuralcollapse.lab.commands.training import finish, show_config, stored_settings
+from neuralcollapse.lab.commands.training import stored_settings, train_and_report
 from neuralcollapse.lab.config import OneRun, RunConfig
 from neuralcollapse.lab.experiments import Comparison, common_settings, comparison_of, comparison_runs
 
@@ -34,11 +34,4 @@ def run(settings: Namespace) -> None:
     shared = {name: value for name, value in given.items() if name not in comparison.__dataclass_fields__}
     runs = comparison_runs(comparison, shared, base)
     config = comparison.in_force() | common_settings(runs)
-    if settings.get("print_config"):
-        show_config(config)
-        return
-
-    from neuralcollapse.lab.training.many_runs import train_runs  # seconds: not for a mistake in a flag
-
-    options = {"resume": bool(settings.get("resume")), "overwrite": bool(settings.get("overwrite"))}
-    finish(train_runs(runs, out, settings=config, **options), "compare")
+    train_and_report(runs, out, config, settings, "compare")

@@ -9,7 +9,7 @@ from itertools import chain
 from jsonargparse import ArgumentParser, Namespace
 
 from neuralcollapse.lab.commands.arguments import add_output, add_sections, asked_for
-from neuralcollapse.lab.commands.training import show_config
+from neuralcollapse.lab.commands.training import print_table, show_config
 from neuralcollapse.lab.config import MOST_SEED
 from neuralcollapse.lab.settings import Settings, setting
 
@@ -90,6 +90,4 @@ def run(settings: Namespace) -> None:
     points, spectrum, slices = tables.frames()
     known = {"optimum": tables.optimum, "bound": origin_curvature(*sizes)}
     table, written = report_landscape(folder, points, spectrum, slices, config.title, **known)
-    print(f"\n{table}\n\nwrote {written[0]}")
-    for path in written[1:]:
-        print(f"      {path}")
+    print_table(table, written)

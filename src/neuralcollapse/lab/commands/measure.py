@@ -74,7 +74,7 @@ def run(settings: Namespace) -> int:
     from neuralcollapse.lab.training.many_runs import Preparation
     from neuralcollapse.lab.training.measuring import measure_run
 
-    preparation = Preparation(runs[0], progress=True)
+    preparation = Preparation(resumed=True, progress=True)
     for one in runs:
         found = measure_run(one, preparation, every=every, splits=splits, layers=layers or ())
         written = outcome.sound(found)

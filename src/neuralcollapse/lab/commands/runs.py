@@ -30,6 +30,12 @@ def runs_of(paths: Sequence[str]) -> list[RunFolder]:
     return list({run.path.resolve(): run for run in runs}.values())
 
 
+def say_written(paths: Sequence[Path]) -> None:
+    """Say what was written, most telling first."""
+    for place, path in enumerate(paths):
+        print(f"{'wrote' if place == 0 else '     '} {path}")
+
+
 class Outcome:
     """What was written, and what could not be."""
 
@@ -50,8 +56,8 @@ class Outcome:
 
     def report(self, nothing: str) -> int:
         """Say what was written, or that nothing was; the exit code."""
-        for place, path in enumerate(self.written):
-            print(f"{'wrote' if place == 0 else '     '} {path}")
-        if not self.written:
+        if self.written:
+            say_written(self.written)
+        else:
             print(nothing)
         return FAILED_IN_PART if self.problems else 0

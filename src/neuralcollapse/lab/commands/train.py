@@ -5,7 +5,7 @@ from __future__ import annotations
 from jsonargparse import ArgumentParser, Namespace
 
 from neuralcollapse.lab.commands.arguments import add_output, add_sections, asked_for
-from neuralcollapse.lab.commands.training import finish, show_config, stored_settings
+from neuralcollapse.lab.commands.training import stored_settings, train_and_report
 from neuralcollapse.lab.config import RunConfig
 from neuralcollapse.lab.experiments import single_run
 
@@ -30,12 +30,4 @@ def run(settings: Namespace) -> None:
     out = settings.get("out") or f"runs/{given.get('recipe') or 'train'}"
     given, base = stored_settings(settings, given, out)
     config = single_run(given, base)
-    if settings.get("print_config"):
-        show_config(config.in_force())
-        return
-
-    from neuralcollapse.lab.training.many_runs import train_runs  # seconds: not for a mistake in a flag
-
-    finish(
-        train_runs(config, out, resume=bool(settings.get("resume")), overwrite=bool(settings.get("overwrite"))), "train"
-    )
+    train_and_report(config, out, config.in_force(), settings, "train")

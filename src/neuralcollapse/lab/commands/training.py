@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import Namespace
 
+from neuralcollapse.lab.commands.runs import say_written
+from neuralcollapse.lab.config import RunConfig
 from neuralcollapse.lab.results.folder import RunFolder
 
 
@@ -30,11 +34,23 @@ def show_config(settings: dict[str, Any]) -> None:
     print(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), end="")
 
 
-def finish(folder: RunFolder, command: str) -> None:
-    """Write the table, the summary and the figures, and say so."""
-    from neuralcollapse.lab.figures.summary import summarise
+def train_and_report(
+    runs: RunConfig | Sequence[RunConfig], out: str, config: dict[str, Any], settings: Namespace, command: str
+) -> None:
+    """Train, write the table, the summary and the figures, and say so; or show the settings, if that is asked for."""
+    if settings.get("print_config"):
+        show_config(config)
+        return
 
-    summary = summarise(folder, command)
-    print(f"\n{summary.table}\n\nwrote {summary.written[0]}")
-    for path in summary.written[1:]:
-        print(f"      {path}")
+    from neuralcollapse.lab.figures.summary import summarise  # seconds: not for a mistake in a flag
+    from neuralcollapse.lab.training.many_runs import train_runs
+
+    options = {name: bool(settings.get(name)) for name in ("resume", "overwrite")}
+    summary = summarise(train_runs(runs, out, settings=config, **options), command)
+    print_table(summary.table, summary.written)
+
+
+def print_table(table: str, written: Sequence[Path]) -> None:
+    """Print a table, and what was written."""
+    print(f"\n{table}\n")
+    say_written(written)

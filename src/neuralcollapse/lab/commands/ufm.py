@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from neuralcollapse.lab.commands.arguments import add_output, add_sections, asked_for
-from neuralcollapse.lab.commands.training import show_config
+from neuralcollapse.lab.commands.training import print_table, show_config
 from neuralcollapse.lab.config import METHODS, Method
 from neuralcollapse.lab.settings import Settings, setting
 
@@ -127,6 +127,4 @@ def run(settings: Namespace) -> None:
         for one, schedule in runs
     )
     table, written = report_free_features(folder, metrics, tuning, list(sizes))
-    print(f"\n{table}\n\nwrote {written[0]}")
-    for path in written[1:]:
-        print(f"      {path}")
+    print_table(table, written)

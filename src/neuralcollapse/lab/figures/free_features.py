@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -11,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from neuralcollapse.lab.figures.curves import line_styles
-from neuralcollapse.lab.results.files import write_whole
+from neuralcollapse.lab.results.files import write_csv, write_whole
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.tables import aligned
 
@@ -129,7 +128,7 @@ def report_free_features(
     """Write the tables, the summary and the figures; return the table and what was written, most telling first."""
     tuning_path = folder.path / "tuning.csv"
     for one, path in ((metrics, folder.metrics), (tuning, tuning_path)):
-        write_whole(path, partial(one.to_csv, index=False, na_rep="nan"))
+        write_csv(path, one)
     table = aligned(free_features_table(metrics))
     figures = draw_free_features(metrics, folder.figures)
     made = folder.read_environment()

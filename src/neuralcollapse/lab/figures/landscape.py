@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from neuralcollapse.lab.results.files import write_whole
+from neuralcollapse.lab.results.files import write_csv, write_whole
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.tables import aligned
 
@@ -39,7 +38,7 @@ def report_landscape(
     """
     paths = {name: folder.path / f"{name}.csv" for name in ("points", "spectrum", "slices")}
     for one, path in zip((points, spectrum, slices), paths.values(), strict=True):
-        write_whole(path, partial(one.to_csv, index=False, na_rep="nan"))
+        write_csv(path, one)
     folder.figures.mkdir(parents=True, exist_ok=True)
     figure = folder.figures / "landscape.png"
     _draw(spectrum, slices, title, optimum, bound, figure)

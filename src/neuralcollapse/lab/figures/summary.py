@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
 from neuralcollapse.lab.figures.curves import draw_figures
-from neuralcollapse.lab.results.files import write_whole
+from neuralcollapse.lab.results.files import write_csv, write_whole
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.tables import aligned, gather, results_table
 
@@ -40,7 +39,7 @@ def summarise(folder: RunFolder, command: str) -> Summary:
     metrics, log = gather(runs, "metrics"), gather(runs, "training_log")
     if runs != [folder]:
         for gathered, path in ((metrics, folder.metrics), (log, folder.training_log)):
-            write_whole(path, partial(gathered.to_csv, index=False, na_rep="nan"))
+            write_csv(path, gathered)
     settings = [run.settings() for run in runs]
     recipes = {one["method"]: one["recipe"] for one in settings if one.get("recipe")}
     table = aligned(results_table(metrics, log, recipes))

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -24,6 +27,11 @@ def write_yaml(path: Path, content: dict[str, Any]) -> None:
     """Write a mapping of plain values, in its order."""
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def write_csv(path: Path, table: pd.DataFrame) -> None:
+    """Write a table without its index."""
+    write_whole(path, lambda partial: table.to_csv(partial, index=False, na_rep="nan"))
 
 
 def read_yaml(path: Path) -> dict[str, Any] | None:

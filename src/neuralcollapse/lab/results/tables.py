@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from neuralcollapse.lab.results.files import write_whole
+from neuralcollapse.lab.results.files import write_csv
 from neuralcollapse.lab.results.folder import RunFolder
 
 COLUMNS = ["epoch", "split", "metric", "value"]
@@ -51,7 +51,7 @@ def add_rows(path: Path, rows: Sequence[tuple[int, str, str, float]]) -> None:
     added = pd.DataFrame(rows, columns=COLUMNS)
     table = pd.concat([read_table(path), added]) if path.exists() else added
     table = table.drop_duplicates(COLUMNS[:3], keep="last").sort_values("epoch", kind="stable")
-    write_whole(path, lambda partial: table.to_csv(partial, index=False, na_rep="nan"))
+    write_csv(path, table)
 
 
 def results_table(metrics: pd.DataFrame, log: pd.DataFrame, recipes: Mapping[str, str] | None = None) -> pd.DataFrame:

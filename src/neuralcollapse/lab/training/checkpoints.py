@@ -48,15 +48,3 @@ class WholeCheckpoints(TorchCheckpointIO):
             raise ValueError(
                 f"checkpoint {str(path)!r} cannot be read ({reason}); delete it to start that run again"
             ) from error
-
-
-def epoch_of(path: Path) -> int:
-    """The epoch, counted from 1, after which a checkpoint was saved.
-
-    Raises:
-        ValueError: The checkpoint cannot be read.
-    """
-    number = path.stem.removeprefix("epoch")
-    if number.isdecimal():
-        return int(number)
-    return int(WholeCheckpoints().load_checkpoint(path)["epoch"]) + 1

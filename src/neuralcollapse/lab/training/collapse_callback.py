@@ -82,7 +82,6 @@ class CollapseCallback(TableCallback):
         found = measure_splits(pl_module, self.loaders, classifier=self.classifier, epoch=epoch, **self.options)
         for split, measurement in found.items():
             if self.moments is not None and trainer.is_global_zero:
-                self.moments.mkdir(parents=True, exist_ok=True)
                 measurement.save(self.moments / f"epoch{epoch:04d}-{split}.safetensors")
             self.rows += [(epoch, split, name, value) for name, value in measurement.metrics.items()]
             named = {f"{split}/{name}": value for name, value in measurement.metrics.items()}

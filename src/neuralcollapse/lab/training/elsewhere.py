@@ -17,8 +17,8 @@ from neuralcollapse.lab.data.batches import evaluation_batches
 from neuralcollapse.lab.data.loading import load_data
 from neuralcollapse.lab.models.building import build_backbone, own_module
 from neuralcollapse.lab.results.folder import RunFolder
-from neuralcollapse.lab.results.tables import add_rows
 from neuralcollapse.lab.training.collapse_callback import measure_splits
+from neuralcollapse.lab.training.measuring import select_splits, write_measurements
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,25 +67,17 @@ def measure_state_dict(
     folder.check(kept)
     data = load_data(images)
     network = _network(model, model_options or {}, state, batch_shape(data.image_shape, images), data.num_classes)
-    loaders = evaluation_batches(data, images)
-    wanted = list(loaders) if splits is None else list(splits)
-    if unknown := [split for split in wanted if split not in loaders]:
-        raise ValueError(f"split must be of {', '.join(loaders)}, got {unknown[0]!r}")
+    wanted, loaders = select_splits(evaluation_batches(data, images), splits)
     found = measure_splits(
         network,
-        {split: loaders[split] for split in loaders if split in {"train", *wanted}},
+        loaders,
         classifier=classifier,
         layers=list(layers),
         epoch=epoch or 0,
         model_name=f"{model} ({name})",
     )
     folder.start(kept, facts={"data": str(data), "num_classes": data.num_classes})
-    rows = [(epoch or 0, split, metric, value) for split in wanted for metric, value in found[split].metrics.items()]
-    add_rows(folder.metrics, rows)
-    records = [folder.measurement(epoch or 0, split) for split in wanted]
-    folder.moments.mkdir(exist_ok=True)
-    for split, path in zip(wanted, records, strict=True):
-        found[split].save(path)
+    records = write_measurements(folder, epoch or 0, {split: found[split] for split in wanted})
     return [folder.metrics, *records, folder.config]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from neuralcollapse.lab.results.files import write_whole
+from neuralcollapse.lab.results.files import write_csv
 from neuralcollapse.lab.results.tables import read_table
 from neuralcollapse.lab.training.free_features import FreeRun, loss_after, train_run
 
@@ -115,8 +115,7 @@ def _train(run: FreeRun, rate: float, schedule: Schedule, step: Callable[[], Any
 def _kept(path: Path, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
     """The table in a file, made and written first where it is not there."""
     if not path.exists():
-        table = make()
-        write_whole(path, partial(table.to_csv, index=False, na_rep="nan"))
+        write_csv(path, make())
     return read_table(path)
 
 

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
-from neuralcollapse.lab.results.files import write_whole
+from neuralcollapse.lab.results.files import write_csv
 from neuralcollapse.lab.training.agd import AGD
 
 
@@ -35,8 +35,7 @@ class TableCallback(Callback):
     def write(self, trainer: Trainer) -> None:
         """Write all rows so far."""
         if self.path is not None and trainer.is_global_zero:
-            table = pd.DataFrame(self.rows, columns=self.columns)
-            write_whole(self.path, lambda path: table.to_csv(path, index=False, na_rep="nan"))
+            write_csv(self.path, pd.DataFrame(self.rows, columns=self.columns))
 
     def state_dict(self) -> dict[str, Any]:
         """The rows."""

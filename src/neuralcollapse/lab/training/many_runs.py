@@ -69,7 +69,7 @@ def train_runs(
         places, own = {whole.run(name): run for name, run in _named(runs).items()}, common_settings(runs)
     settings = own if settings is None else settings
     whole.check(settings, resume=resume, overwrite=overwrite)
-    preparation = Preparation(whole if resume else None, progress=progress)
+    preparation = Preparation(resumed=resume, progress=progress)
     modules = {_kind(run): preparation.module(run, place) for place, run in reversed(places.items())}
     data = next(iter(modules.values())).data
     facts: dict[str, Any] = {"data": str(data), "num_classes": data.num_classes}
@@ -97,11 +97,11 @@ class Preparation:
     """Data on the training device, loaded and standardised once, however many runs share them.
 
     Args:
-        resumed: The folder that is gone on with, if there is one: the labels that its runs keep are taken.
+        resumed: Whether runs go on: the labels that their folders keep are taken.
         progress: Show a progress bar while decoding.
     """
 
-    def __init__(self, resumed: RunFolder | None, *, progress: bool) -> None:
+    def __init__(self, *, resumed: bool, progress: bool) -> None:
         self.resumed = resumed
         self.progress = progress
         self._data: dict[str, ImageData] = {}
@@ -114,9 +114,10 @@ class Preparation:
         if asked not in self._data:
             self._data[asked] = load_data(run, progress=self.progress).to(resolve_device(run.device))
         data = self._data[asked]
-        if data.relabelled and self.resumed is not None:
-            # In format 0 the folder of several runs kept their labels.
-            kept = next((one.train_labels for one in (place, self.resumed) if one.train_labels.exists()), None)
+        if data.relabelled and self.resumed:
+            # In format 0 the folder of several runs, two above, kept their labels.
+            places = (place, RunFolder(place.path.parent.parent)) if place.path.parent.name == "runs" else (place,)
+            kept = next((one.train_labels for one in places if one.train_labels.exists()), None)
             if kept is not None:
                 return ClassifierTraining(run, data.with_train_labels(_read_labels(kept)))
         asked += str(run.section(BatchSettings))

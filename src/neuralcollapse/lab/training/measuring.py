@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from neuralcollapse.lab.data.batches import EvaluationBatches
 from neuralcollapse.lab.experiments import single_run
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.tables import add_rows
-from neuralcollapse.lab.training.checkpoints import WholeCheckpoints, epoch_of
+from neuralcollapse.lab.training.checkpoints import WholeCheckpoints
 from neuralcollapse.lab.training.collapse_callback import measure_splits
 from neuralcollapse.lab.training.many_runs import Preparation
 from neuralcollapse.metrics import Measurement
@@ -45,18 +46,15 @@ def measure_run(
     if not checkpoints:
         raise ValueError(f"run {str(run.path)!r} must have checkpoints to measure, and has none")
     module = preparation.module(single_run({}, run.settings()), run)
-    wanted = list(module.evaluation) if splits is None else list(splits)
-    if unknown := [split for split in wanted if split not in module.evaluation]:
-        raise ValueError(f"split must be of {', '.join(module.evaluation)}, got {unknown[0]!r}")
+    wanted, loaders = select_splits(module.evaluation, splits)
     chosen = [path for place, path in enumerate(checkpoints) if place % every == 0 or path == checkpoints[-1]]
-    # The class means of the train split are what the others are measured against.
-    loaders = {split: module.evaluation[split] for split in module.evaluation if split in {"train", *wanted}}
     for path in tqdm(chosen, desc=run.path.name, unit="checkpoint", disable=None if progress else True):
         try:
-            epoch = epoch_of(path)
+            checkpoint = None if path != run.last_checkpoint else WholeCheckpoints().load_checkpoint(path)
+            epoch = int(path.stem.removeprefix("epoch")) if checkpoint is None else int(checkpoint["epoch"]) + 1
             if all(_is_there(run.measurement(epoch, split), layers) for split in wanted):
                 continue
-            module.load_state_dict(WholeCheckpoints().load_checkpoint(path)["state_dict"])
+            module.load_state_dict((checkpoint or WholeCheckpoints().load_checkpoint(path))["state_dict"])
         except (ValueError, KeyError, RuntimeError) as error:
             yield ValueError(f"{str(path)!r} cannot be measured: {str(error).splitlines()[0]}")
             continue
@@ -68,12 +66,33 @@ def measure_run(
             epoch=epoch,
             progress=False,
         )
-        rows = []
-        for split in wanted:
-            found[split].save(run.measurement(epoch, split))
-            rows += [(epoch, split, name, value) for name, value in found[split].metrics.items()]
-            yield run.measurement(epoch, split)
-        add_rows(run.metrics, rows)
+        yield from write_measurements(run, epoch, {split: found[split] for split in wanted})
+
+
+def select_splits(
+    loaders: Mapping[str, EvaluationBatches], splits: Sequence[str] | None
+) -> tuple[list[str], dict[str, EvaluationBatches]]:
+    """The splits that are asked for, by default all; and their batches, with those of the train split.
+
+    The class means of the train split are what the others are measured against.
+
+    Raises:
+        ValueError: There is no such split.
+    """
+    wanted = list(loaders) if splits is None else list(splits)
+    if unknown := [split for split in wanted if split not in loaders]:
+        raise ValueError(f"split must be of {', '.join(loaders)}, got {unknown[0]!r}")
+    return wanted, {split: batches for split, batches in loaders.items() if split in {"train", *wanted}}
+
+
+def write_measurements(folder: RunFolder, epoch: int, found: Mapping[str, Measurement]) -> list[Path]:
+    """Write a record of each split, and its metrics into the folder's table; the records."""
+    rows = [(epoch, split, name, value) for split, one in found.items() for name, value in one.metrics.items()]
+    records = [folder.measurement(epoch, split) for split in found]
+    for record, one in zip(records, found.values(), strict=True):
+        one.save(record)
+    add_rows(folder.metrics, rows)
+    return records
 
 
 def _is_there(path: Path, layers: Sequence[str]) -> bool:
