@@ -13,6 +13,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from neuralcollapse.lab.settings import nearest, type_hints
+from neuralcollapse.lab.stopping import TERMINATED, Terminated, on_sigterm, terminate
 
 # In the order of the list that `--help` prints.
 _COMMANDS = (
@@ -40,16 +41,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; errors of the user's are one line on stderr and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        name, command = _chosen(arguments)
-        parser = _parser(name)
-        chosen = _parse(parser, command, arguments)
-        return command.run(chosen[chosen.subcommand]) or 0
+        with on_sigterm(terminate):
+            name, command = _chosen(arguments)
+            parser = _parser(name)
+            chosen = _parse(parser, command, arguments)
+            return command.run(chosen[chosen.subcommand]) or 0
     except (ArgumentError, ValueError, OSError) as error:
         print(f"neuralcollapse: error: {_one_line(str(error))}", file=sys.stderr)
         return _USER_ERROR
     except KeyboardInterrupt:
         print("\nneuralcollapse: interrupted; with --resume, without --overwrite, it goes on", file=sys.stderr)
         return _INTERRUPTED
+    except Terminated:
+        print("\nneuralcollapse: terminated; with --resume, without --overwrite, it goes on", file=sys.stderr)
+        return TERMINATED
 
 
 def _command(name: str) -> Any:

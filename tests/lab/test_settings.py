@@ -78,6 +78,7 @@ OTHER = {
     "step_epochs": 3,
     "milestones": [2],
     "lr_factor": 0.7,
+    "checkpoint_minutes": 3.0,
     "device": "cpu",
     "measure_every": 2,
     "measure_from": 4,

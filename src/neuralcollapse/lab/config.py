@@ -223,6 +223,8 @@ class Record(Settings):
     """Where these steps begin. By default where the first step ends."""
     checkpoint_epochs: list[int] = setting(lambda _: [])
     """Keep checkpoints of these epochs as well."""
+    checkpoint_minutes: float = setting(10.0, above=0)
+    """Inside a long epoch, save where training is after every so many minutes."""
     loggers: list[Literal["tensorboard", "wandb"]] = setting(lambda _: [])
     """Where to log to beside the CSV files."""
 
