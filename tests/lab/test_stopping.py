@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -13,7 +15,7 @@ import torch
 from neuralcollapse.cli import main
 from neuralcollapse.lab import RunConfig, RunFolder, train_runs
 from neuralcollapse.lab.stopping import Terminated
-from neuralcollapse.lab.training import one_run
+from neuralcollapse.lab.training import collapse_callback, one_run
 
 SMALL = {
     "backbone": "convnet",
@@ -47,7 +49,8 @@ def config(name: str, **more: object) -> RunConfig:
     return RunConfig(**SMALL | RUNS[name] | more)
 
 
-def at_batch(monkeypatch: pytest.MonkeyPatch, number: int, act: object) -> None:
+@contextmanager
+def at_batch(number: int, act: Callable[[], None]) -> Iterator[None]:
     """Have something happen while a batch is trained on, counted from 1 over all epochs."""
     seen, loss = [], one_run.batch_loss
 
@@ -57,7 +60,9 @@ def at_batch(monkeypatch: pytest.MonkeyPatch, number: int, act: object) -> None:
             act()
         return loss(*arguments)
 
-    monkeypatch.setattr(one_run, "batch_loss", counted)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(one_run, "batch_loss", counted)
+        yield
 
 
 def sigterm() -> None:
@@ -86,12 +91,11 @@ def own_net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_that_sigterm_stops_inside_an_epoch_goes_on_there(name, tmp_path, monkeypatch):
+def test_a_run_that_sigterm_stops_inside_an_epoch_goes_on_there(name, tmp_path):
     run, out = config(name), tmp_path / "stopped"
     whole = train_runs(run, tmp_path / "whole", progress=False)
     per_batch = 4 if name == "lbfgs" else 1  # evaluations of the loss, at least
-    with monkeypatch.context() as patch, pytest.raises(Terminated) as ended:
-        at_batch(patch, (BATCHES + 3) * per_batch, sigterm)
+    with at_batch((BATCHES + 3) * per_batch, sigterm), pytest.raises(Terminated) as ended:
         train_runs(run, out, progress=False)
     assert ended.value.code == 143
     kept = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["neuralcollapse"]
@@ -100,7 +104,7 @@ def test_a_run_that_sigterm_stops_inside_an_epoch_goes_on_there(name, tmp_path, 
     assert_same(stopped, whole)
 
 
-def test_a_run_that_is_killed_goes_on_from_the_last_minutes(tmp_path, monkeypatch):
+def test_a_run_that_is_killed_goes_on_from_the_last_minutes(tmp_path):
     run, out = config("sgd", checkpoint_minutes=1e-9), tmp_path / "killed"
     whole = train_runs(run, tmp_path / "whole", progress=False)
 
@@ -108,8 +112,7 @@ def test_a_run_that_is_killed_goes_on_from_the_last_minutes(tmp_path, monkeypatc
         raise OSError("pulled the plug")
 
     for batch in (4, 3, BATCHES + 2):  # counted from where it goes on
-        with monkeypatch.context() as patch, pytest.raises(OSError, match="pulled the plug"):
-            at_batch(patch, batch, fail)
+        with at_batch(batch, fail), pytest.raises(OSError, match="pulled the plug"):
             train_runs(run, out, resume=True, progress=False)
     kept = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["neuralcollapse"]
     assert (kept["epoch"], kept["batches"]) == (2, 6)
@@ -127,11 +130,9 @@ def test_sigterm_while_measuring_leaves_the_epoch_before(tmp_path, monkeypatch):
             sigterm()
         return splits(*arguments, **options)
 
-    from neuralcollapse.lab.training import collapse_callback
-
     splits = collapse_callback.measure_splits
-    with monkeypatch.context() as patch, pytest.raises(Terminated):
-        patch.setattr(collapse_callback, "measure_splits", measure)
+    monkeypatch.setattr(collapse_callback, "measure_splits", measure)
+    with pytest.raises(Terminated):
         train_runs(run, out, progress=False)
     kept = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["neuralcollapse"]
     assert kept["epoch"] == 1
@@ -139,11 +140,11 @@ def test_sigterm_while_measuring_leaves_the_epoch_before(tmp_path, monkeypatch):
     assert_same(train_runs(run, out, resume=True, progress=False), whole)
 
 
-def test_the_command_says_how_to_go_on_and_exits_with_143(tmp_path, monkeypatch, capsys):
+def test_the_command_says_how_to_go_on_and_exits_with_143(tmp_path, capsys):
     before = signal.getsignal(signal.SIGTERM)
-    at_batch(monkeypatch, 2, sigterm)
     arguments = ["--backbone=mlp", "--width=12", "--epochs=1", "--train_samples=60", "--batch_size=10"]
-    assert main(["train", *arguments, "--out", str(tmp_path / "out")]) == 143
+    with at_batch(2, sigterm):
+        assert main(["train", *arguments, "--out", str(tmp_path / "out")]) == 143
     assert capsys.readouterr().err.strip().split("\n")[-1] == (
         "neuralcollapse: terminated; with --resume, without --overwrite, it goes on"
     )
@@ -158,10 +159,9 @@ def test_a_checkpoint_says_whose_it_is(tmp_path):
     assert kept["config"] == run.in_force()
 
 
-def test_a_checkpoint_inside_an_epoch_is_not_measured(tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_inside_an_epoch_is_not_measured(tmp_path, capsys):
     out = tmp_path / "out"
-    with monkeypatch.context() as patch, pytest.raises(Terminated):
-        at_batch(patch, 2, sigterm)
+    with at_batch(2, sigterm), pytest.raises(Terminated):
         train_runs(config("sgd"), out, progress=False)
     assert main(["measure", str(out)]) == 1
     assert "the run was stopped inside epoch 1" in capsys.readouterr().err

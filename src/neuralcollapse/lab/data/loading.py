@@ -69,7 +69,7 @@ def load_data(config: DataSettings, *, progress: bool = True) -> ImageData:
             )
         splits = _alike({name: _decoded(table, form, progress) for name, table in tables.items()})
     relabelled = config.random_labels or config.label_noise > 0
-    return ImageData(config.data, num_classes=num_classes, relabelled=relabelled, **splits)
+    return ImageData(config.data, num_classes=num_classes, relabelled=relabelled, revision=source.revision, **splits)
 
 
 def _source(config: DataSettings) -> Source:

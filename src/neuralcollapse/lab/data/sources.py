@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -62,6 +63,8 @@ class Source:
     train: Table
     test: Table
     num_classes: int
+    revision: str | None = None
+    """Of a data set of the hub, the commit."""
 
 
 def digits() -> Source:
@@ -100,11 +103,10 @@ def hugging_face(config: DataSettings) -> Source:
         return Table(images, _samples(labels[split], rows))
 
     if test is None:
-        kept, held_out = hold_out(labels[train])
-        return Source(table(train, kept), table(train, held_out), num_classes)
-    return Source(
-        table(train, torch.arange(len(labels[train]))), table(test, torch.arange(len(labels[test]))), num_classes
-    )
+        first, second = (table(train, rows) for rows in hold_out(labels[train]))
+    else:
+        first, second = (table(split, torch.arange(len(labels[split]))) for split in (train, test))
+    return Source(first, second, num_classes, _revision(splits[train]))
 
 
 def _samples(labels: Tensor, rows: Tensor) -> Samples:
@@ -164,6 +166,12 @@ def _quiet_hub() -> Iterator[None]:
 def _reason(error: BaseException) -> str:
     """The first two lines: of a configuration that is missing, the second says which there are."""
     return " ".join(str(error).strip().split("\n")[:2])
+
+
+def _revision(rows: Any) -> str | None:
+    """The commit of a data set of the hub, which is part of the addresses of its files."""
+    addresses = rows.info.download_checksums or ()
+    return next((found[1] for address in addresses if (found := re.search(r"@([0-9a-f]{40})/", address))), None)
 
 
 def _split_names(data: str, wanted: HubDataSet, names: list[str]) -> tuple[str, str | None]:

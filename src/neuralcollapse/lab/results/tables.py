@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from neuralcollapse.lab.results.files import write_csv
+from neuralcollapse.lab.results.files import check, write_csv
 from neuralcollapse.lab.results.folder import RunFolder
 
 COLUMNS = ["epoch", "split", "metric", "value"]
@@ -42,7 +42,8 @@ def gather(runs: Sequence[RunFolder], table: str) -> pd.DataFrame:
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """A table of a run's folder, with every value as it was written."""
+    """A table of a run's folder, with every value as it was written; raises ValueError if it was changed since."""
+    check(path)
     return pd.read_csv(path, converters={"value": float})  # the default parser is not exact
 
 

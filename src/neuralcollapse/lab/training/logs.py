@@ -70,7 +70,8 @@ class TrainingLog(TableCallback):
         """Add what the batch gave, weighted by its samples, and keep AGD's step."""
         samples, sums = len(batch[1]), self._epoch["sums"]
         self._epoch["samples"] += samples
-        for name, value in pl_module.batch_figures.items():
+        figures: Any = pl_module.batch_figures
+        for name, value in figures.items():
             sums[name] = sums.get(name, 0) + samples * value
         optimizer = trainer.optimizers[0]
         if isinstance(optimizer, AGD) and optimizer.eta is not None:

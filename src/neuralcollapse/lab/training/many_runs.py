@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from neuralcollapse.lab.experiments import common_settings
 from neuralcollapse.lab.results.files import write_whole
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.provenance import peak_memory
+from neuralcollapse.lab.results.tables import read_table
 from neuralcollapse.lab.training.devices import resolve_device
 from neuralcollapse.lab.training.loggers import check_loggers
 from neuralcollapse.lab.training.one_run import ClassifierTraining, train
@@ -71,26 +73,37 @@ def train_runs(
     whole.check(settings, resume=resume, overwrite=overwrite)
     preparation = Preparation(resumed=resume, progress=progress)
     modules = {_kind(run): preparation.module(run, place) for place, run in reversed(places.items())}
-    data = next(iter(modules.values())).data
-    facts: dict[str, Any] = {"data": str(data), "num_classes": data.num_classes}
+    facts = _facts(next(iter(modules.values())))
     names = {} if whole in places else {"runs": [place.path.name for place in places]}
-    whole.start(settings, overwrite=overwrite, facts=facts | names)
     bar = Progress(len(places), shown=progress)
-    try:
+    with closing(bar), whole.writing(settings, resume=resume, overwrite=overwrite, facts=facts | names):
         for position, (place, run) in enumerate(places.items()):
-            module = modules.pop(_kind(run), None) or preparation.module(run, place)
-            place.start(run.in_force(), facts=facts)
-            _keep_labels(module.data, place)
-            name = run.method if place is whole else place.path.name
+            if place is whole:
+                _train_one(modules.pop(_kind(run)), place, bar.next_run(run.method, position))
+                break
+            if place.is_finished(run.in_force()):
+                continue
+            module, name = modules.pop(_kind(run), None) or preparation.module(run, place), place.path.name
             try:
-                train(module, place, bar.next_run(name, position))
+                with place.writing(run.in_force(), resume=True, facts=_facts(module)):
+                    _train_one(module, place, bar.next_run(name, position))
             except ValueError as error:
-                raise ValueError(str(error) if place is whole else f"{name}: {error}") from error
-            parameters = sum(parameter.numel() for parameter in module.model.parameters())
-            place.add_facts(parameters=parameters, peak_memory_mib=round(peak_memory()))
-    finally:
-        bar.close()
+                raise ValueError(f"{name}: {error}") from error
     return whole
+
+
+def _train_one(module: ClassifierTraining, place: RunFolder, bar: Progress) -> None:
+    _keep_labels(module.data, place)
+    train(module, place, bar)
+    parameters = sum(parameter.numel() for parameter in module.model.parameters())
+    place.add_facts(parameters=parameters, peak_memory_mib=round(peak_memory()))
+
+
+def _facts(module: ClassifierTraining) -> dict[str, Any]:
+    """What a run's environment says of its data and where it is trained."""
+    data = module.data
+    found = {"data": str(data), "num_classes": data.num_classes, "data_fingerprint": data.fingerprint()}
+    return found | {"data_revision": data.revision, "device": str(data.train.labels.device)}
 
 
 class Preparation:
@@ -160,6 +173,6 @@ def _keep_labels(data: ImageData, place: RunFolder) -> None:
 
 def _read_labels(path: Path) -> torch.Tensor:
     try:
-        return torch.tensor(pd.read_csv(path)["label"].tolist())
+        return torch.tensor(read_table(path)["label"].tolist())
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{str(path)!r} must hold the labels trained on: {error}") from error

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from neuralcollapse.lab.data.batches import EvaluationBatches
 from neuralcollapse.lab.experiments import single_run
 from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.results.locking import check_free, sole_writer
 from neuralcollapse.lab.results.tables import add_rows
 from neuralcollapse.lab.training.checkpoints import PROVENANCE, WholeCheckpoints
 from neuralcollapse.lab.training.collapse_callback import measure_splits
@@ -42,6 +43,7 @@ def measure_run(
     Raises:
         ValueError: The run has no checkpoints or no such split, or its data cannot be had.
     """
+    check_free(run.path)
     checkpoints = sorted(run.checkpoints.glob("*.ckpt"), key=lambda path: (path == run.last_checkpoint, path.name))
     if not checkpoints:
         raise ValueError(f"run {str(run.path)!r} must have checkpoints to measure, and has none")
@@ -69,7 +71,9 @@ def measure_run(
             epoch=epoch,
             progress=False,
         )
-        yield from write_measurements(run, epoch, {split: found[split] for split in wanted})
+        with sole_writer(run.path):
+            records = write_measurements(run, epoch, {split: found[split] for split in wanted})
+        yield from records
 
 
 def select_splits(

@@ -172,7 +172,7 @@ def train(module: ClassifierTraining, folder: RunFolder, *callbacks: Callback) -
             devices=1,
             max_epochs=config.epochs,
             callbacks=[*_records(module, folder), *callbacks, checkpointing],
-            plugins=[WholeCheckpoints()],
+            plugins=[WholeCheckpoints(module.state_dict())],
             reload_dataloaders_every_n_epochs=1,
             logger=loggers or False,
             enable_checkpointing=False,
@@ -187,13 +187,6 @@ def train(module: ClassifierTraining, folder: RunFolder, *callbacks: Callback) -
             if isinstance(exit.__context__, KeyboardInterrupt):
                 raise KeyboardInterrupt from exit
             raise
-        except RuntimeError as error:
-            if "size mismatch" not in str(error):
-                raise
-            raise ValueError(
-                f"checkpoint {str(last)!r} is of a model of other sizes than {module.data.num_classes} classes of "
-                f"images {module.data.image_shape} need: give the data that the run began with"
-            ) from error
         finally:
             finish_loggers(loggers)
 
