@@ -36,12 +36,12 @@ def check_output(folder: RunFolder, config: dict[str, Any], settings: Namespace)
     """
     folder.check(config, **what_is_there(settings))
     written = all(path.exists() for path in (folder.summary, folder.metrics))
-    if settings.get("resume") and written and folder.read_environment().get("finished"):
-        if folder.settings().get("epochs") == config.get("epochs"):
-            raise ValueError(
-                f"resume goes on with a run, and that in {str(folder.path)!r} is finished: --epochs of more extends "
-                "one that is trained, --overwrite starts it again"
-            )
+    finished = settings.get("resume") and written and folder.read_environment().get("finished")
+    if finished and folder.settings().get("epochs") == config.get("epochs"):
+        raise ValueError(
+            f"resume goes on with a run, and that in {str(folder.path)!r} is finished: --epochs of more extends one "
+            "that is trained, --overwrite starts it again"
+        )
 
 
 def what_is_there(settings: Namespace) -> dict[str, Any]:
