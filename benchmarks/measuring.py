@@ -1,6 +1,6 @@
 """What measuring costs beside an epoch of training: ResNet-18 on MNIST, (K, d) = (10, 512), batch 128, one thread.
 
-An epoch, all that is measured after it (both splits, the records written) and the bare forward passes over both splits in
+An epoch, all that is measured after it (both splits, records written) and the bare forward passes over both splits in
 evaluation mode take turns. MNIST is read from NEURALCOLLAPSE_DATA, else ../shared/data.
 """
 
@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from _common import data_root, medians, write
-from torch import nn
 
 from neuralcollapse.lab import RunConfig, load_data
 from neuralcollapse.lab.training.collapse_callback import measure_splits

@@ -13,7 +13,7 @@ _GRAM_ASPECT = 2
 _GRAM_RATIO = {torch.float32: 1e-8, torch.float64: 1e-4}
 # From this many rows on an fp32 Gram matrix and its eigenvectors, at half the price, are worth a look at the condition.
 _SINGLE_ROWS = 256
-# The ratio at which those are as good as fp32 asks for; that at which their Q is orthonormal to it without a polish; and
+# The ratio at which those are as good as fp32 asks for, that at which their Q is orthonormal without a polish, and
 # that at which a product with the fp32 inverse root is.
 _SINGLE_RATIO, _SINGLE_ORTHONORMAL_RATIO, _SINGLE_PRODUCT_RATIO = 1 / 256, 1 / 16, 1e-4
 
