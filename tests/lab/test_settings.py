@@ -40,6 +40,7 @@ OTHER = {
     "validation_share": 0.25,
     "random_labels": True,
     "label_noise": 0.5,
+    "allow_absent_classes": True,
     "data_seed": 8,
     "memory_budget": 0.5,
     "workers": 3,

@@ -113,6 +113,7 @@ class ImageData:
     relabelled: bool = False
     """All or some of the train labels are random."""
     validation: AnySplit | None = None
+    class_names: tuple[str, ...] | None = None
     revision: str | None = None
     """Of a data set of the hub, the commit."""
 
@@ -130,6 +131,13 @@ class ImageData:
     def to(self, device: torch.device) -> ImageData:
         """The same on another device."""
         return replace(self, **{name: split.to(device) for name, split in self.splits.items()})  # type: ignore[arg-type]
+
+    @property
+    def absent_classes(self) -> list[str]:
+        """The names, or numbers, of the classes that have no training images."""
+        names = self.class_names or tuple(map(str, range(self.num_classes)))
+        counts = self.train.labels.bincount(minlength=self.num_classes)
+        return [names[place] for place in (counts == 0).nonzero().flatten().tolist()]
 
     def fingerprint(self) -> dict[str, dict[str, str]]:
         """SHA-256 of the labels and of the images of each split, as they are decoded; of many streamed ones, a part."""
@@ -154,6 +162,8 @@ class ImageData:
     def __str__(self) -> str:
         shape, name = "×".join(map(str, self.image_shape)), Path(self.name).name
         kind = "random train labels" if self.relabelled else "classes"
+        absent = self.absent_classes
+        kind += f", {len(absent)} of them without training images" if absent else ""
         *parts, last = (f"{len(split)} {name}" for name, split in self.splits.items())
         return f"{name}: {', '.join(parts)} and {last} images {shape}, {self.num_classes} {kind}"
 

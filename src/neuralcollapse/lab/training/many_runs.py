@@ -103,7 +103,8 @@ def _facts(module: ClassifierTraining) -> dict[str, Any]:
     """What a run's environment says of its data and where it is trained."""
     data = module.data
     found = {"data": str(data), "num_classes": data.num_classes, "data_fingerprint": data.fingerprint()}
-    return found | {"data_revision": data.revision, "device": str(data.train.labels.device)}
+    absent = {"absent_classes": data.absent_classes} if data.absent_classes else {}
+    return found | absent | {"data_revision": data.revision, "device": str(data.train.labels.device)}
 
 
 class Preparation:
