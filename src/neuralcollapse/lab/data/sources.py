@@ -20,6 +20,7 @@ from neuralcollapse.lab.data.columns import find_image_column, find_label_column
 from neuralcollapse.lab.data.decoding import ArrayImages, EncodedImages, Images
 from neuralcollapse.lab.data.selection import Samples, hold_out
 
+_HUB_SECONDS = 5.0
 _TEST_SPLITS = ("test", "validation", "valid", "val", "dev")
 
 
@@ -139,15 +140,19 @@ def _load_splits(data: str, wanted: HubDataSet) -> Any:
             tables = _csv_tables(folder) if is_folder else {}
             if tables:
                 return datasets.load_dataset("csv", data_files=tables)
-            return datasets.load_dataset(str(folder) if is_folder else wanted.path, wanted.config)
+            if is_folder:
+                return datasets.load_dataset(str(folder), wanted.config)
+            with _reached(wanted.path):
+                return datasets.load_dataset(wanted.path, wanted.config)
     except (datasets.exceptions.DatasetGenerationError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"data {data!r} cannot be read: {_reason(error.__cause__ or error)}") from error
     except OSError as error:  # no connection; or no files: in an empty folder, or a name that the hub does not have
         if is_folder:
             raise ValueError(f"data must have images, but the folder {data!r} has none: {_reason(error)}") from error
         name = "" if data == wanted.path else f"{data!r}, "
+        reason = "it does not answer" if "OfflineMode" in str(error) else _reason(error)
         raise ValueError(
-            f"data set {name}{wanted.path!r} could not be fetched from the hub ({_reason(error)}); "
+            f"data set {name}{wanted.path!r} could not be fetched from the hub ({reason}); "
             "without a network, give data a folder that holds it: --data FOLDER"
         ) from error
 
@@ -156,6 +161,28 @@ def _csv_tables(folder: Path) -> dict[str, str]:
     """The CSV files of a folder, by split; ``metadata.csv`` belongs to the images beside it."""
     tables = {path.stem: str(path) for path in sorted(folder.glob("*.csv")) if path.stem != "metadata"}
     return {"train": next(iter(tables.values()))} if len(tables) == 1 else tables
+
+
+@contextmanager
+def _reached(path: str) -> Iterator[None]:
+    """Where the hub does not answer at once, without it: only what was fetched before is there."""
+    import datasets
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    offline = [(constants, constants.HF_HUB_OFFLINE), (datasets.config, datasets.config.HF_HUB_OFFLINE)]
+    try:
+        HfApi().dataset_info(path, timeout=_HUB_SECONDS)
+    except HfHubHTTPError:  # an answer
+        pass
+    except Exception:  # of the network, in as many ways as there are HTTP libraries
+        for module, _ in offline:
+            module.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for module, before in offline:
+            module.HF_HUB_OFFLINE = before
 
 
 @contextmanager

@@ -42,7 +42,7 @@ def summarise(folder: RunFolder, command: str) -> Summary:
             write_csv(path, gathered)
     settings = [run.settings() for run in runs]
     recipes = {one["method"]: one["recipe"] for one in settings if one.get("recipe")}
-    table = aligned(results_table(metrics, log, recipes))
+    table = "\n".join([aligned(results_table(metrics, log, recipes)), *_at_chance(runs, metrics)])
     made = folder.read_environment()
     title = f"{settings[0]['backbone']} on {made.get('data', settings[0]['data'])}"
     seeds = list(dict.fromkeys(one["seed"] for one in settings))
@@ -51,6 +51,22 @@ def summarise(folder: RunFolder, command: str) -> Summary:
     write_whole(folder.summary, lambda path: path.write_text(text, encoding="utf-8"))
     tables = [table for table in (folder.metrics, folder.training_log, folder.gradients) if table.exists()]
     return Summary(table, metrics, [folder.summary, *figures, *tables, folder.config])
+
+
+def _at_chance(runs: list[RunFolder], metrics: pd.DataFrame) -> list[str]:
+    """A line on each run that ended no better than by always naming the largest class."""
+    last = metrics[(metrics["split"] == "train") & (metrics["metric"] == "accuracy")]
+    last = last[last["epoch"] == last["epoch"].max()].set_index(["method", "seed"])["value"]
+    lines = []
+    for run in runs:
+        settings, chance = run.settings(), run.read_environment().get("largest_class_share")
+        found = last[last.index == (settings["method"], settings["seed"])]
+        if chance is not None and len(found) == 1 and found.iloc[0] <= 1.05 * chance:
+            lines.append(
+                f"\n{settings['method']}, seed {settings['seed']}, ends at chance: {found.iloc[0]:.1%} of the training "
+                f"images are right, and the largest class is {chance:.1%}. It diverged, or has learnt nothing yet."
+            )
+    return lines
 
 
 def _summary(folder: RunFolder, title: str, command: str, table: str, figures: list[Path], seeds: list[int]) -> str:

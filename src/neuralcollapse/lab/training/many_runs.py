@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -73,9 +74,12 @@ def train_runs(
     whole.check(settings, resume=resume, overwrite=overwrite)
     preparation = Preparation(resumed=resume, progress=progress)
     modules = {_kind(run): preparation.module(run, place) for place, run in reversed(places.items())}
-    facts = _facts(next(iter(modules.values())))
+    data = next(iter(modules.values())).data
+    facts = _facts(data)
     names = {} if whole in places else {"runs": [place.path.name for place in places]}
     bar = Progress(len(places), shown=progress)
+    if progress:
+        _say_of_batches(next(iter(places.values())), len(data.train))
     with closing(bar), whole.writing(settings, resume=resume, overwrite=overwrite, facts=facts | names):
         for position, (place, run) in enumerate(places.items()):
             if place is whole:
@@ -85,7 +89,7 @@ def train_runs(
                 continue
             module, name = modules.pop(_kind(run), None) or preparation.module(run, place), place.path.name
             try:
-                with place.writing(run.in_force(), resume=True, facts=_facts(module)):
+                with place.writing(run.in_force(), resume=True, facts=_facts(module.data)):
                     _train_one(module, place, bar.next_run(name, position))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
@@ -99,12 +103,18 @@ def _train_one(module: ClassifierTraining, place: RunFolder, bar: Progress) -> N
     place.add_facts(parameters=parameters, peak_memory_mib=round(peak_memory()))
 
 
-def _facts(module: ClassifierTraining) -> dict[str, Any]:
+def _say_of_batches(run: RunConfig, images: int) -> None:
+    if run.batch_size > images:
+        print(f"batch_size {run.batch_size} is over the {images} training images: one batch an epoch", file=sys.stderr)
+
+
+def _facts(data: ImageData) -> dict[str, Any]:
     """What a run's environment says of its data and where it is trained."""
-    data = module.data
     found = {"data": str(data), "num_classes": data.num_classes, "data_fingerprint": data.fingerprint()}
-    absent = {"absent_classes": data.absent_classes} if data.absent_classes else {}
-    return found | absent | {"data_revision": data.revision, "device": str(data.train.labels.device)}
+    found |= {"data_revision": data.revision, "device": str(data.train.labels.device)}
+    if data.absent_classes:
+        found["absent_classes"] = data.absent_classes
+    return found | {"largest_class_share": round(float(data.train.labels.bincount().max()) / len(data.train), 6)}
 
 
 class Preparation:
