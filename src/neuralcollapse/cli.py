@@ -8,6 +8,7 @@ from argparse import Action, ArgumentError
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +103,13 @@ def _parse(parser: ArgumentParser, command: Any, arguments: list[str]) -> Namesp
 def _place(message: str, arguments: Sequence[str]) -> str:
     """Where it stands, if what the message is about was given in a file of settings and not as a flag."""
     places: dict[str, str] = {}
-    for flag, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for flag, following in pairwise([*arguments, ""]):
         file = Path(flag.partition("=")[2] or following)
         if flag.partition("=")[0] == "--config" and file.is_file():
             lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
             keys = ((re.match(r"[\"']?(\w+)[\"']?\s*:", line), number) for number, line in enumerate(lines, 1))
             places |= {key[1]: f" ({file}, line {number})" for key, number in keys if key}
-            if "parsing config" in message:
+            if re.search("parsing config|Unexpected config", message):
                 return f" ({file})"
     told = re.search(r"option '(\w+)'", message) or re.search(r"^(?:--)?(\w+)", message)
     flags = {argument.partition("=")[0] for argument in arguments}
