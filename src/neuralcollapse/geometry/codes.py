@@ -105,14 +105,14 @@ def seli_code(class_counts: Tensor, *, dtype: torch.dtype | None = None) -> Tens
 def code_of_means(class_means: Tensor, rank: int | Literal["auto"] = "auto") -> Tensor:
     r"""The tight code of the class means' own r leading directions.
 
-    With the means centred, their rows scaled to norm 1, centred again and = U S Vᵀ, it is √(K/r) · U_r. The nearest frame
-    of that code is the nearest tight frame of rank r that keeps the means' directions; at r = K−1, as at K = 2, it is the
-    nearest simplex ETF. Means that are all zero after centring count as no direction.
+    With the means centred, their rows scaled to norm 1, centred again and = U S Vᵀ, it is √(K/r) · U_r. The nearest
+    frame of that code is the nearest tight frame of rank r that keeps the means' directions; at r = K−1, as at K = 2,
+    it is the nearest simplex ETF. Means that are all zero after centring count as no direction.
 
     Args:
         class_means: (K, d) floating.
-        rank: r, from 1 to min(d, K−1); ``"auto"``: the exponential of the entropy of the squared singular values' shares,
-            rounded (K−1 at collapse to an ETF), which waits for an accelerator.
+        rank: r, from 1 to min(d, K−1); ``"auto"``: the exponential of the entropy of the squared singular values'
+            shares, rounded (K−1 at collapse to an ETF), which waits for an accelerator.
 
     Returns:
         (K, r), detached, in the dtype of ``class_means``.

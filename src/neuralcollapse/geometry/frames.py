@@ -31,29 +31,31 @@ def nearest_frame(
 
         (r/2) Σ_k ω_k ‖ĉ_k − l_kQ/‖L‖_F‖² + (γ/2) ‖Q − Q₀‖_F²
 
-    over Q (r, d) with orthonormal rows. ‖diag(ω)^(1/2) L Q‖_F does not depend on Q, so the minimiser is the polar factor
-    of (r/‖L‖_F) Lᵀ diag(ω) Ĉ + γ Q₀, as for the simplex ETF, whose code `nearest_simplex_etf` has built in. It is unique
-    where that matrix has full rank.
+    over Q (r, d) with orthonormal rows. ‖diag(ω)^(1/2) L Q‖_F does not depend on Q, so the minimiser is the polar
+    factor of (r/‖L‖_F) Lᵀ diag(ω) Ĉ + γ Q₀, as for the simplex ETF, whose code `nearest_simplex_etf` has built in. It
+    is unique where that matrix has full rank.
 
     Args:
         class_means: (..., K, d) floating. fp16 and bf16 are computed in fp32.
         code: L (K, r') floating, a row a class, of rank r ≤ d after centring; a constant. See `code_from_gram`.
-        anchor: (K, d) or (..., K, d), a frame L Q₀ of the same code to stay close to (the last solution); used if γ > 0.
+        anchor: (K, d) or (..., K, d), a frame L Q₀ of the same code to stay close to (the last solution); used if γ >
+            0.
         proximal_weight: γ ≥ 0, in units in which the mean singular value of the data term is 1 at collapse.
         class_weights: (K,) or (..., K), ω ≥ 0 up to a common factor; equal if not given.
         metric: As for `nearest_simplex_etf`.
         method: How the polar factor is found, as for `polar_factor`.
-        check_values: Check finiteness, that the means are not all equal, that the anchor is a frame of the code and that
-            products converged (on an accelerator this waits for the device). The code is always looked at.
+        check_values: Check finiteness, that the means are not all equal, that the anchor is a frame of the code and
+            that products converged (on an accelerator this waits for the device). The code is always looked at.
 
     Returns:
-        (..., K, d), L Q in the dtype of ``class_means``: its Gram is that of the centred code. With class weights the code
-        is centred at their mean, which shifts all rows of L Q alike and changes no softmax.
+        (..., K, d), L Q in the dtype of ``class_means``: its Gram is that of the centred code. With class weights the
+        code is centred at their mean, which shifts all rows of L Q alike and changes no softmax.
 
     Raises:
         ValueError: An argument of another kind, shapes that do not match, non-finite values, negative weights, a code
-            with a zero row, of rank above d (which rank) or that requires a gradient, γ > 0 without an anchor, an anchor
-            that is no frame of the code, means that are all equal with no anchor to decide, or what is no metric.
+            with a zero row, of rank above d (which rank) or that requires a gradient, γ > 0 without an anchor, an
+            anchor that is no frame of the code, means that are all equal with no anchor to decide, or what is no
+            metric.
 
     Source: this project, after Markou, Ajanthan, Gould, "Guiding Neural Collapse" (NeurIPS 2024).
 

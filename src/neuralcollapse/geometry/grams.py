@@ -1,7 +1,7 @@
 """Gram matrices of classes: what they share, where they stand in a tree, how far they are from each other.
 
-Each is (K, K) with a unit diagonal and positive semi-definite; `code_from_gram` makes class vectors of it. What is common
-to all classes changes no decision, so a Gram counts for a classifier as Π G Π with Π = I − 11ᵀ/K only.
+Each is (K, K) with a unit diagonal and positive semi-definite; `code_from_gram` makes class vectors of it. What is
+common to all classes changes no decision, so a Gram counts for a classifier as Π G Π with Π = I − 11ᵀ/K only.
 """
 
 from __future__ import annotations
