@@ -107,7 +107,7 @@ def code_of_means(class_means: Tensor, rank: int | Literal["auto"] = "auto") -> 
 
     With the means centred, their rows scaled to norm 1, centred again and = U S Vᵀ, it is √(K/r) · U_r. The nearest
     frame of that code is the nearest tight frame of rank r that keeps the means' directions; at r = K−1, as at K = 2,
-    it is the nearest simplex ETF. Means that are all zero after centring count as no direction.
+    it is the nearest simplex ETF. A class whose mean is the mean of all has a zero row before the second centring.
 
     Args:
         class_means: (K, d) floating.
@@ -135,7 +135,10 @@ def code_of_means(class_means: Tensor, rank: int | Literal["auto"] = "auto") -> 
     check_at_least("feature_dim", feature_dim, 1)
     check_code_rank(rank, num_classes, feature_dim)
     check_finite("class_means", class_means)
-    return leading_code(class_means.to(compute_dtype(class_means.dtype)), rank).to(class_means.dtype)
+    means = class_means.to(compute_dtype(class_means.dtype))
+    if not bool(means.sub(means[0]).any()):
+        raise ValueError("class_means must not be all equal")
+    return leading_code(means, rank).to(class_means.dtype)
 
 
 def check_code_rank(rank: object, num_classes: int, feature_dim: int) -> None:
@@ -152,17 +155,24 @@ def leading_code(means: Tensor, rank: int | Literal["auto"]) -> Tensor:
     wide = means.detach().double()
     centred = wide - wide.mean(0)
     norms = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
-    rows = reduce(centred / torch.where(norms > 0, norms, 1))
+    rounding = 4 * torch.finfo(means.dtype).eps * torch.linalg.vector_norm(wide, dim=1).amax()
+    rows = reduce(centred / torch.where(norms > rounding, norms, math.inf))
     if len(rows) <= rows.shape[1]:
         eigenvalues, left = torch.linalg.eigh(rows @ rows.T)
         squares, left = eigenvalues.flip(-1).clamp_min(0), left.flip(-1)
     else:
         left, singular, _ = torch.linalg.svd(rows, full_matrices=False)
         squares = singular.square()
-    if not isinstance(rank, int):
-        shares = squares / squares.sum().clamp_min(torch.finfo(squares.dtype).tiny)
-        rank = max(1, round(math.exp(float(torch.special.entr(shares).sum()))))
-    return (math.sqrt(len(means) / rank) * expand(left[:, :rank])).to(means.dtype)
+    kept = rank if isinstance(rank, int) else _effective_rank(squares)
+    return (math.sqrt(len(means) / kept) * expand(left[:, :kept])).to(means.dtype)
+
+
+def _effective_rank(squares: Tensor) -> int:
+    """The exponential of the entropy of their shares, rounded; all of them where they are all zero."""
+    total = squares.sum()
+    if not bool(total > 0):
+        return len(squares)
+    return max(1, round(math.exp(float(torch.special.entr(squares / total).sum()))))
 
 
 def check_code(code: Tensor, num_classes: int | None = None) -> None:

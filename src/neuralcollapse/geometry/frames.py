@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from neuralcollapse._checks import check_choice, check_floating, check_not_negative, compute_dtype, values_readable
+from neuralcollapse.geometry import stiefel
 from neuralcollapse.geometry.centring import centre, check_like, check_weight_values
 from neuralcollapse.geometry.codes import check_code, coordinates, principal_code
 from neuralcollapse.geometry.mahalanobis import nearest_frame_under_metric
@@ -110,6 +111,15 @@ def solve_frame(
     if anchor is not None:
         target = target + proximal_weight * coordinates(code, anchor.to(means.dtype))
     return own @ polar(target, method=method, watch=watch)
+
+
+def placed(code: Tensor, feature_dim: int, generator: torch.Generator | None = None) -> Tensor:
+    """A principal code (K, r) as a frame (K, d): its coordinates come first, or are turned Haar-uniformly."""
+    rank = code.shape[-1]
+    if generator is None:
+        return torch.nn.functional.pad(code, (0, feature_dim - rank))
+    rotation = stiefel.random_point(rank, feature_dim, generator=generator, dtype=code.dtype, device=generator.device)
+    return code @ rotation.to(code.device)
 
 
 def _under_metric(
