@@ -219,7 +219,8 @@ def embedding_gram(embeddings: Tensor) -> Tensor:
     if not bool((norms > rounding).all()):
         raise ValueError(f"embeddings must differ from their mean; row {int(norms.argmin())} does not")
     unit = centred / norms
-    return (unit @ unit.T).fill_diagonal_(1).to(embeddings.dtype)
+    gram = unit @ unit.T
+    return (0.5 * (gram + gram.T)).fill_diagonal_(1).to(embeddings.dtype)
 
 
 def check_square(name: str, matrix: Tensor) -> None:
@@ -251,7 +252,8 @@ def _made_semidefinite(name: str, gram: Tensor) -> Tensor:
         return gram
     root = vectors * eigenvalues.clamp_min(0).sqrt()
     root = root / torch.linalg.vector_norm(root, dim=1, keepdim=True)
-    return root @ root.T
+    rebuilt = root @ root.T
+    return (0.5 * (rebuilt + rebuilt.T)).fill_diagonal_(1)
 
 
 def _edges_to_root(parents: Tensor) -> Tensor:
