@@ -179,7 +179,9 @@ class NearestFrameClassifier(KeepsFullPrecision, LearnsFromTargets):
         if self.geometry == "simplex":
             greatest = self.proximal_weight
             return solve(class_means, self.weight, anchor_weight, method=method, watch=watch, greatest_weight=greatest)
-        code = leading_code(class_means, self.rank) if self.geometry == "means" else self.code.to(class_means)
+        # A copy, for the same reason as that of the weight.
+        of_means = self.geometry == "means"
+        code = leading_code(class_means, self.rank) if of_means else self.code.to(class_means, copy=True)
         return solve_frame(class_means, code, self.weight, anchor_weight, method=method, watch=watch)
 
     def _anchor_weight(self, seen_before: Tensor, seen: Tensor) -> Tensor | float:
