@@ -51,6 +51,7 @@ class NeuralCollapse(Metric):
         min_samples: As for `collapse_metrics`.
         max_samples: As for `collapse_metrics`.
         pairwise: As for `collapse_metrics`.
+        code: As for `collapse_metrics`.
         **kwargs: Those of every ``torchmetrics.Metric``.
 
     Raises:
@@ -87,6 +88,7 @@ class NeuralCollapse(Metric):
         min_samples: int = 1,
         max_samples: int | None = None,
         pairwise: bool = True,
+        code: Tensor | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -114,6 +116,7 @@ class NeuralCollapse(Metric):
             "min_samples": min_samples,
             "max_samples": max_samples,
             "pairwise": pairwise,
+            "code": code,
         }
 
     @property
