@@ -8,7 +8,7 @@ from torch import Tensor
 from neuralcollapse._checks import check_finite, check_floating
 from neuralcollapse.metrics import gram, nc0, nc1, nc2, nc3, nc4, nc5
 from neuralcollapse.metrics.catalogue import in_order
-from neuralcollapse.metrics.doors import check_shapes
+from neuralcollapse.metrics.doors import check_code
 from neuralcollapse.metrics.features import effective_rank, feature_norm, rank_me
 from neuralcollapse.metrics.moments import ClassMoments
 from neuralcollapse.metrics.pairs import PairStatistics, pair_statistics
@@ -69,9 +69,8 @@ def collapse_metrics(
     weight = _like_state("weight", weight, (num_classes, feature_dim), moments)
     bias = _like_state("bias", bias, (num_classes,), moments)
     ood_mean = _like_state("ood_mean", ood_mean, (feature_dim,), moments)
+    check_code(code, num_classes)
     if code is not None:
-        check_shapes(moments=(moments.means, "K d"), code=(code, "K r"))
-        check_finite("code", code)
         code = code.to(moments.device, torch.float64)[measured.classes]
     means, variances = measured.centred_means, measured.within_class_variances
     if weight is not None and len(measured.classes) < num_classes:

@@ -11,6 +11,7 @@ from torchmetrics import Metric
 from neuralcollapse.classifier import is_classifier
 from neuralcollapse.metrics.accumulation import Workspace
 from neuralcollapse.metrics.collapse import collapse_metrics
+from neuralcollapse.metrics.doors import check_code
 from neuralcollapse.metrics.moments import ClassMoments
 from neuralcollapse.metrics.statistics import Center
 
@@ -55,7 +56,7 @@ class NeuralCollapse(Metric):
         **kwargs: Those of every ``torchmetrics.Metric``.
 
     Raises:
-        ValueError: K or d out of range, or a classifier whose weight is not (K, d).
+        ValueError: K or d out of range, a classifier whose weight is not (K, d), or a code that is not (K, r).
 
     Example:
         >>> from neuralcollapse.metrics import NeuralCollapse
@@ -106,6 +107,7 @@ class NeuralCollapse(Metric):
                 raise ValueError(
                     f"classifier must have a weight of shape ({num_classes}, {feature_dim}), got {tuple(weight.shape)}"
                 )
+        check_code(code, num_classes)
         self._classifier = None if classifier is None else _Reference(classifier)
         self._moments_dtype = dtype
         self._workspace = Workspace()
