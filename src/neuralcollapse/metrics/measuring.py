@@ -24,7 +24,8 @@ from neuralcollapse.metrics.nc3 import alignment
 from neuralcollapse.metrics.nc4 import nearest_class_mean
 from neuralcollapse.metrics.statistics import Center, ClassStatistics, class_statistics
 
-SAMPLE_SIZE = 1000  # features kept for pictures, and for entropies
+SAMPLE_SIZE = 1000  # features kept for pictures
+INFORMATION_SIZE = 512  # samples of MIR and HDR, which take the eigenvalues of a matrix of that size
 RELEASED_CLASSES = 4096  # above which the K × K kernels of the released MIR and HDR are not formed
 
 
@@ -256,7 +257,7 @@ def _per_sample(cache: FeatureCache, weight: Tensor, reference: ClassStatistics)
         samples.index_add_(0, targets, torch.ones_like(targets, dtype=torch.float64))
         mismatches.index_add_(0, targets, (nearest != predictions).double())
     present = samples[reference.classes] > 0
-    drawn, labels = (tensor.to(device) for tensor in cache.draw(SAMPLE_SIZE, place >= 0))
+    drawn, labels = (tensor.to(device) for tensor in cache.draw(INFORMATION_SIZE, place >= 0))
     information = {"": sphere.matrix_information(drawn, place[labels], rows)}
     if len(rows) <= RELEASED_CLASSES:
         information["_released"] = sphere.released_information_of_sums(unit_sums[present], rows[present])
