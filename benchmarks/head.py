@@ -1,6 +1,7 @@
-"""What a training step of the heads that are solved for costs over an nn.Linear: batch 128, fp32, one thread, both passes.
+"""What a training step of the nearest frames costs over an nn.Linear: batch 128, fp32, one thread, both passes.
 
-The unit is a bare solve without a basis. Frames are of random codes of rank min(d, K−1)/2, those of the means of that rank. `--before CHECKOUT` times an older checkout's head in the same rounds.
+The unit is a bare solve without a basis. Frames are of random codes of rank min(d, K−1)/2, and of the means at that
+rank. `--before CHECKOUT` times an older checkout's nearest-ETF head in the same rounds.
 """
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ class FixedFrameClassifier(FixedWeight):
         check_at_least("num_classes", num_classes, 2)
         check_code(code, num_classes)
         check_factory(None, None, generator)
-        weight = placed(principal_code(code, in_features), in_features, generator).to(code.dtype)
+        weight = placed(principal_code(code, in_features), in_features, generator).to(torch.get_default_dtype())
         super().__init__(weight, feature_norm, bias, momentum, ignore_index)
 
 
