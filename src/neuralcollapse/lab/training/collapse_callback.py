@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
+from neuralcollapse.lab.models.backbones import evaluation_layout
 from neuralcollapse.lab.results.tables import COLUMNS
 from neuralcollapse.lab.training.epochs import is_due
 from neuralcollapse.lab.training.logs import TableCallback
@@ -98,7 +99,8 @@ def measure_splits(model: nn.Module, loaders: Mapping[str, Iterable[Any]], **opt
         options: What else `neuralcollapse.measure` takes.
     """
     train_moments, found = None, {}
-    for split in sorted(loaders, key=lambda split: split != "train"):
-        found[split] = measure(model, loaders[split], train_moments=train_moments, split=split, **options)
-        train_moments = found[split].moments if split == "train" else train_moments
+    with evaluation_layout(model):
+        for split in sorted(loaders, key=lambda split: split != "train"):
+            found[split] = measure(model, loaders[split], train_moments=train_moments, split=split, **options)
+            train_moments = found[split].moments if split == "train" else train_moments
     return found
