@@ -43,7 +43,8 @@ def counts_once(step: Callable[..., Result]) -> Callable[..., Result]:
             beginning = _Beginning(before, _fingerprint(features))
             _BEGINNINGS.setdefault(self, weakref.WeakSet()).add(beginning)
             for node in nodes:
-                node.metadata.setdefault("neuralcollapse", []).append(beginning)
+                metadata: Any = node.metadata
+                metadata.setdefault("neuralcollapse", []).append(beginning)
         return result
 
     return wrapped
