@@ -109,6 +109,11 @@ def _said(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """What the model itself calls its classifier."""
     get_classifier = getattr(model, "get_classifier", None)
     said = get_classifier() if callable(get_classifier) else None
+    if isinstance(said, nn.Identity):
+        raise ValueError(
+            f"model ({type(model).__name__}) must end in a classifier; its get_classifier() is an nn.Identity. "
+            "Make it with a number of classes, or name a module with classifier='dotted.name'"
+        )
     if not (isinstance(said, nn.Module) and is_classifier(said)):
         return []
     return [(name, module) for name, module in model.named_modules() if module is said]
