@@ -188,11 +188,8 @@ class NeuralCollapse(Metric):
             >>> {name: round(float(value), 4) for name, value in collection.compute().items()}
             {'val/nc1_quotient': 0.01, 'val/nc2_etf_means': 0.0}
         """
-        example = NeuralCollapse(2, 2, **options)
-        example.update(torch.tensor([[1.0, 0], [1, 1], [-1, 0], [-1, -1]]), torch.tensor([0, 0, 1, 1]))
-        weight = None if classifier is None else torch.eye(2)
-        known = {"min_samples": 1, "max_samples": None}
-        possible = list(collapse_metrics(example.moments, weight, **example._options | known))
+        whole = NeuralCollapse(num_classes, feature_dim, classifier, **options)
+        possible = whole._names()
         names = possible if metrics is None else [metrics] if isinstance(metrics, str) else list(metrics)
         if unknown := [name for name in names if name not in possible] if names else [names]:
             raise ValueError(f"metrics must be names among {', '.join(possible)}; got {unknown[0]!r}")
@@ -201,6 +198,13 @@ class NeuralCollapse(Metric):
             name: CollapseScalar(name, last, num_classes, feature_dim, classifier, **options) for name in names
         }
         return MetricCollection(scalars, prefix=prefix, postfix=postfix, compute_groups=[names])
+
+    def _names(self) -> list[str]:
+        """The metrics that `compute` returns, seen on two classes in two dimensions."""
+        moments = ClassMoments(2, 2, class_scatter=self.moments.class_scatter is not None)
+        moments.update(torch.tensor([[1.0, 0], [1, 1], [-1, 0], [-1, -1]]), torch.tensor([0, 0, 1, 1]))
+        weight = None if self._classifier is None else torch.eye(2)
+        return list(collapse_metrics(moments, weight, **self._options | {"min_samples": 1, "max_samples": None}))
 
     def _weight_and_bias(self) -> tuple[Tensor | None, Tensor | None]:
         classifier: Any = None if self._classifier is None else self._classifier.module
