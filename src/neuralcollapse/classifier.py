@@ -97,12 +97,17 @@ def resolve_classifier(model: nn.Module, classifier: str | nn.Module | None = No
             f"classifier {name!r} must be an nn.Linear or have weight (K, d), bias and features(x); "
             f"got {type(module).__name__}"
         )
-    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+    check_not_lazy(repr(name), module)
+    return name, module
+
+
+def check_not_lazy(name: str, classifier: nn.Module) -> None:
+    """Raise where the classifier does not know yet how many features it takes."""
+    if isinstance(classifier, LazyModuleMixin) and classifier.has_uninitialized_params():
         raise ValueError(
-            f"classifier {name!r} must know its number of features, got a {type(module).__name__} that has seen no "
+            f"classifier {name} must know its number of features, got a {type(classifier).__name__} that has seen no "
             "input: run the model on a batch first"
         )
-    return name, module
 
 
 def _said(model: nn.Module) -> list[tuple[str, nn.Module]]:

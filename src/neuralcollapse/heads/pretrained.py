@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
+from neuralcollapse._checks import check_targets
+
 
 def with_loss(
     returned: Any, logits: Tensor, labels: Tensor, ignore_index: int | None, num_items_in_batch: Tensor | int | None
@@ -21,9 +23,13 @@ def with_loss(
         labels: (...) integers.
         ignore_index: Labels of this value do not count; −100 if None.
         num_items_in_batch: What the sum over labels is divided by, where batches accumulate; else their number.
+
+    Raises:
+        ValueError: Labels of another shape than the logits', or out of range.
     """
     ignored = -100 if ignore_index is None else ignore_index
     flat, labels = logits.flatten(0, -2).float(), labels.flatten().long()
+    check_targets(labels, *flat.shape, values=labels.device.type == "cpu", ignore_index=ignored)
     if num_items_in_batch is None:
         loss = functional.cross_entropy(flat, labels, ignore_index=ignored)
     else:

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from neuralcollapse.classifier import is_classifier
+from neuralcollapse._checks import check_bool, check_choice, check_ignore_index
+from neuralcollapse.classifier import check_not_lazy, is_classifier
 from neuralcollapse.metrics.accumulation import Workspace
 from neuralcollapse.metrics.catalogue import METRICS
 from neuralcollapse.metrics.collapse import collapse_metrics
+from neuralcollapse.metrics.doors import check_sample_bounds
 from neuralcollapse.metrics.moments import ClassMoments
 from neuralcollapse.metrics.statistics import Center
 
@@ -56,7 +58,7 @@ class NeuralCollapse(Metric):
         **kwargs: Those of every ``torchmetrics.Metric``.
 
     Raises:
-        ValueError: K or d out of range, or a classifier whose weight is not (K, d).
+        ValueError: K or d out of range, an argument of another kind, or a classifier whose weight is not (K, d).
 
     Example:
         >>> from neuralcollapse.metrics import NeuralCollapse
@@ -92,6 +94,11 @@ class NeuralCollapse(Metric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        for name, value in {"class_scatter": class_scatter, "check_values": check_values, "pairwise": pairwise}.items():
+            check_bool(name, value)
+        check_choice("center", center, ("samples", "classes"))
+        check_sample_bounds(min_samples, max_samples)
+        check_ignore_index(ignore_index)
         state = ClassMoments(num_classes, feature_dim, dtype=dtype, class_scatter=class_scatter).state
         for name, tensor in state.items():
             self.add_state(name, tensor, dist_reduce_fx=None)
@@ -102,6 +109,7 @@ class NeuralCollapse(Metric):
                     "classifier must be an nn.Linear or have weight (K, d), bias and features(x), "
                     f"got {type(classifier).__name__}"
                 )
+            check_not_lazy("of the metric", classifier)
             if weight.shape != (num_classes, feature_dim):
                 raise ValueError(
                     f"classifier must have a weight of shape ({num_classes}, {feature_dim}), got {tuple(weight.shape)}"
@@ -190,9 +198,10 @@ class NeuralCollapse(Metric):
         """
         whole = NeuralCollapse(num_classes, feature_dim, classifier, **options)
         possible = whole._names()
-        names = possible if metrics is None else [metrics] if isinstance(metrics, str) else list(metrics)
-        if unknown := [name for name in names if name not in possible] if names else [names]:
-            raise ValueError(f"metrics must be names among {', '.join(possible)}; got {unknown[0]!r}")
+        names = possible if metrics is None else metrics
+        if isinstance(names, str) or not isinstance(names, Sequence) or not names or not set(names) <= set(possible):
+            raise ValueError(f"metrics must be a list of names among {', '.join(possible)}; got {metrics!r}")
+        names = list(dict.fromkeys(names))
         last = _LastValues()
         scalars: dict[str, Any] = {
             name: CollapseScalar(name, last, num_classes, feature_dim, classifier, **options) for name in names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
+from neuralcollapse._checks import check_at_least, check_bool
 from neuralcollapse.classifier import resolve_classifier
 from neuralcollapse.lab.results.tables import COLUMNS
 from neuralcollapse.lab.training.epochs import is_due
@@ -68,12 +70,22 @@ class CollapseCallback(TableCallback):
         classifier: str | nn.Module | None = None,
         **options: Any,
     ) -> None:
-        if not loaders:
-            raise ValueError("loaders must name at least one split")
-        if every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs must be at least 1, got {every_n_epochs}")
-        if first_epoch is not None and first_epoch < 1:
-            raise ValueError(f"first_epoch must be at least 1, got {first_epoch}")
+        if not isinstance(loaders, Mapping) or not loaders:
+            raise ValueError(f"loaders must name at least one split, as {{'train': loader}}, got {loaders!r}")
+        for split, loader in loaders.items():
+            if not isinstance(loader, Iterable):
+                raise ValueError(f"loaders must be iterables of batches, got {type(loader).__name__} for {split!r}")
+        check_at_least("every_n_epochs", every_n_epochs, 1)
+        if first_epoch is not None:
+            check_at_least("first_epoch", first_epoch, 1)
+        check_bool("last_epoch", last_epoch)
+        if model is not None and not isinstance(model, str):
+            raise ValueError(f"model must be a dotted name in the LightningModule, got {type(model).__name__}")
+        if classifier is not None and not isinstance(classifier, str | nn.Module):
+            raise ValueError(f"classifier must be a module or its dotted name, got {type(classifier).__name__}")
+        known = set(inspect.signature(measure).parameters) - {"model", "loader", "train_moments", "epoch", "split"}
+        if unknown := options.keys() - known:
+            raise ValueError(f"options must be arguments of measure, got {', '.join(sorted(unknown))}")
         super().__init__(None if csv is None else Path(csv), COLUMNS)
         self.moments = None if moments is None else Path(moments)
         self.loaders = dict(loaders)
