@@ -1,4 +1,4 @@
-"""lightning: the same training in a LightningModule that logs every metric of collapse by one log_dict."""
+"""lightning: the same training in a LightningModule that logs every metric of collapse; a callback measures, too."""
 
 import lightning
 import torch
@@ -10,6 +10,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from transformers import ViTConfig, ViTForImageClassification
 
 import neuralcollapse as nc
+from neuralcollapse.lab import CollapseCallback
 
 
 class Training(lightning.LightningModule):
@@ -28,7 +29,7 @@ class Training(lightning.LightningModule):
         head = nc.NearestETFClassifier(64, num_classes=10)
         self.model = nc.attach_head(ViTForImageClassification(config), head, output="logits")
         self.accuracy = MulticlassAccuracy(10, average="micro")
-        self.collapse = nc.NeuralCollapse.collection(10, 64, head, prefix="test/")
+        self.collapse = nc.NeuralCollapse.collection(10, 64, head, prefix="val/")
 
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
         images, labels = batch
@@ -39,7 +40,7 @@ class Training(lightning.LightningModule):
         features = self.model.head.features(self.model.model(images).logits)  # what the head's weight multiplies
         self.accuracy.update(self.model.head(features), labels)
         self.collapse.update(features, labels)  # one state for all of them
-        self.log("test/accuracy", self.accuracy)
+        self.log("val/accuracy", self.accuracy)
         self.log_dict(self.collapse)  # computed at the end of the epoch, and reset
 
     def configure_optimizers(self) -> dict:
@@ -55,10 +56,12 @@ images, labels = torch.tensor(digits.images / 16, dtype=torch.float32).unsqueeze
 train = DataLoader(TensorDataset(images[:1500], labels[:1500]), batch_size=50, shuffle=True)
 test = DataLoader(TensorDataset(images[1500:], labels[1500:]), batch_size=100)
 
+callback = CollapseCallback({"train": train, "test": test}, every_n_epochs=5)  # measures self.model, as nc.measure does
 trainer = lightning.Trainer(
     max_epochs=5,
     accumulate_grad_batches=2,
     precision="bf16-mixed",
+    callbacks=[callback],
     accelerator="cpu",
     check_val_every_n_epoch=5,
     num_sanity_val_steps=0,
@@ -70,5 +73,5 @@ trainer = lightning.Trainer(
 trainer.fit(Training(), train, test)
 
 logged = trainer.callback_metrics
-print(f"test accuracy {float(logged['test/accuracy']):.1%}, nc1_quotient {float(logged['test/nc1_quotient']):.3f}")
-print(f"{len(logged)} figures logged")
+print(f"test accuracy {float(logged['val/accuracy']):.1%}, nc1_quotient {float(logged['val/nc1_quotient']):.3f}")
+print(f"{len(logged)} figures logged, and in epochs 1 and 5 {len(callback.rows)} by the callback")

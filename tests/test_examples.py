@@ -29,9 +29,8 @@ def test_example_runs(example):
 
 
 def test_one_model_reaches_the_same_accuracy_in_every_loop():
-    """Of 297 images: one in a hundred is the spread over seeds, and a binomial standard error is 1.6."""
+    """The plain loop's over six seeds, on 297 images, is 91.2% with a standard deviation of 1.0."""
     accuracy = {
         example: float(re.search(r"test accuracy ([\d.]+)%", printed_by(example))[1]) for example in SAME_TRAINING
     }
-    assert min(accuracy.values()) > 87, accuracy
-    assert max(accuracy.values()) - min(accuracy.values()) < 4, accuracy
+    assert accuracy == pytest.approx(dict.fromkeys(SAME_TRAINING, 91.2), abs=4)

@@ -44,6 +44,7 @@ class CollapseCallback(TableCallback):
 
     Attributes:
         rows: What was measured so far, as (epoch, split, metric, value).
+        measured: Name of the module that is measured, known when training begins; empty for the `LightningModule`.
 
     Raises:
         ValueError: Arguments out of range; when training begins, no module or several that could be meant, or no
@@ -93,16 +94,16 @@ class CollapseCallback(TableCallback):
         self.first_epoch = first_epoch
         self.last_epoch = last_epoch
         self.model = model
+        self.measured = ""
         self.classifier = classifier
         self.options: dict[str, Any] = {"progress": False} | options
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what will be measured, before anything is trained."""
-        name, model = measured_module(pl_module, self.model)
+        self.measured, model = measured_module(pl_module, self.model)
         classifier, _ = resolve_classifier(model, self.classifier)
-        logger.info(
-            "measuring %s (%s) and its classifier %r", name or "the LightningModule", type(model).__name__, classifier
-        )
+        name = self.measured or "the LightningModule"
+        logger.info("measuring %s (%s) and its classifier %r", name, type(model).__name__, classifier)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure, log and write."""
@@ -110,7 +111,7 @@ class CollapseCallback(TableCallback):
         last = self.last_epoch and epoch == trainer.max_epochs
         if not (last or is_due(epoch, self.every_n_epochs, self.first_epoch)):
             return
-        _, model = measured_module(pl_module, self.model)
+        model = pl_module.get_submodule(self.measured) if self.measured else pl_module
         found = measure_splits(model, self.loaders, classifier=self.classifier, epoch=epoch, **self.options)
         for split, measurement in found.items():
             if self.moments is not None and trainer.is_global_zero:
