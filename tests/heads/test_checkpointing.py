@@ -11,12 +11,13 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from helpers import normal
-from neuralcollapse import ClassMeans, FixedETFClassifier, NearestETFClassifier
+from neuralcollapse import ClassMeans, FixedETFClassifier, NearestETFClassifier, NearestFrameClassifier
 
 HEADS = [
     NearestETFClassifier,
     partial(NearestETFClassifier, implicit_gradient=False),
     partial(NearestETFClassifier, implicit_gradient=False, bias="none", feature_norm=None),
+    partial(NearestFrameClassifier, geometry="means"),
     FixedETFClassifier,
 ]
 

@@ -9,8 +9,10 @@ from torch import nn
 from neuralcollapse import (
     ClassMeans,
     FixedETFClassifier,
+    FixedFrameClassifier,
     LearnedClassifier,
     NearestETFClassifier,
+    NearestFrameClassifier,
     attach_head,
     collapse_radius,
     find_classifier,
@@ -19,7 +21,13 @@ from neuralcollapse import (
 from neuralcollapse.heads import FeatureNorm
 
 FEATURES, TARGETS = torch.randn(6, 4), torch.arange(6) % 3
-KINDS = (LearnedClassifier, FixedETFClassifier, NearestETFClassifier)
+
+
+def fixed_frame(in_features, num_classes, **options):
+    return FixedFrameClassifier(in_features, num_classes, torch.eye(3)[:, :2] + 1, **options)
+
+
+KINDS = (LearnedClassifier, FixedETFClassifier, NearestETFClassifier, NearestFrameClassifier, fixed_frame)
 
 
 def net():

@@ -330,3 +330,18 @@ def test_lightning_logs_a_collection_and_resets_it(tmp_path):
         assert logged == pytest.approx({f"val/{name}": value for name, value in fresh.items()}, rel=1e-6)
     first, second = (logged["val/nc1_quotient"] for logged, _ in module.logged)
     assert first != pytest.approx(second, rel=1e-3)
+
+
+def test_a_code_adds_what_is_relative_to_its_gram(classifier):
+    code = torch.randn(4, 2, generator=generator(4))
+    values = as_floats(updated(NeuralCollapse(4, 8, classifier, code=code)).compute())
+    moments = ClassMoments(4, 8)
+    moments.update(FEATURES, TARGETS)
+    assert values == pytest.approx(collapse_metrics(moments, classifier.weight, classifier.bias, code=code), rel=1e-10)
+    assert {"nc2_gram_means", "nc2_gram_weights", "nc3_gram_duality"} <= values.keys()
+    collection = NeuralCollapse.collection(4, 8, classifier, code=code)
+    collection.update(FEATURES, TARGETS)
+    assert as_floats(collection.compute()) == pytest.approx(values, rel=1e-10)
+    assert all(scalar.higher_is_better in (True, False, None) for scalar in collection.values())
+    with pytest.raises(ValueError, match=r"code must be of shape \(K, r\)"):
+        NeuralCollapse(4, 8, classifier, code=code[:3])

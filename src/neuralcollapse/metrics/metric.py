@@ -14,7 +14,7 @@ from neuralcollapse.classifier import check_not_lazy, is_classifier
 from neuralcollapse.metrics.accumulation import Workspace
 from neuralcollapse.metrics.catalogue import METRICS
 from neuralcollapse.metrics.collapse import collapse_metrics
-from neuralcollapse.metrics.doors import check_sample_bounds
+from neuralcollapse.metrics.doors import check_code, check_sample_bounds
 from neuralcollapse.metrics.moments import ClassMoments
 from neuralcollapse.metrics.statistics import Center
 
@@ -55,10 +55,12 @@ class NeuralCollapse(Metric):
         min_samples: As for `collapse_metrics`.
         max_samples: As for `collapse_metrics`.
         pairwise: As for `collapse_metrics`.
+        code: As for `collapse_metrics`.
         **kwargs: Those of every ``torchmetrics.Metric``.
 
     Raises:
-        ValueError: K or d out of range, an argument of another kind, or a classifier whose weight is not (K, d).
+        ValueError: K or d out of range, an argument of another kind, a classifier whose weight is not (K, d), or a code
+            that is not (K, r).
 
     Example:
         >>> from neuralcollapse.metrics import NeuralCollapse
@@ -91,6 +93,7 @@ class NeuralCollapse(Metric):
         min_samples: int = 1,
         max_samples: int | None = None,
         pairwise: bool = True,
+        code: Tensor | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -114,6 +117,7 @@ class NeuralCollapse(Metric):
                 raise ValueError(
                     f"classifier must have a weight of shape ({num_classes}, {feature_dim}), got {tuple(weight.shape)}"
                 )
+        check_code(code, num_classes)
         self._classifier = None if classifier is None else _Reference(classifier)
         self._moments_dtype = dtype
         self._workspace = Workspace()
@@ -124,6 +128,7 @@ class NeuralCollapse(Metric):
             "min_samples": min_samples,
             "max_samples": max_samples,
             "pairwise": pairwise,
+            "code": code,
         }
 
     @property
@@ -213,7 +218,9 @@ class NeuralCollapse(Metric):
         moments = ClassMoments(2, 2, class_scatter=self.moments.class_scatter is not None)
         moments.update(torch.tensor([[1.0, 0], [1, 1], [-1, 0], [-1, -1]]), torch.tensor([0, 0, 1, 1]))
         weight = None if self._classifier is None else torch.eye(2)
-        return list(collapse_metrics(moments, weight, **self._options | {"min_samples": 1, "max_samples": None}))
+        code = None if self._options["code"] is None else torch.eye(2)
+        small = {"min_samples": 1, "max_samples": None, "code": code}
+        return list(collapse_metrics(moments, weight, **self._options | small))
 
     def _weight_and_bias(self) -> tuple[Tensor | None, Tensor | None]:
         classifier: Any = None if self._classifier is None else self._classifier.module

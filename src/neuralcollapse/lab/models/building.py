@@ -150,7 +150,8 @@ def build_backbone(config: ModelSettings, image_shape: ImageShape, *, initialisa
     options["initialisation"] = initialisation
     options = {name: value for name, value in options.items() if value is not None}
     network = backbone(image_shape, affine=bool(config.batch_norm_affine), **options)
-    return network.to(memory_format=torch.channels_last)  # faster on a CPU: benchmarks/measuring.py
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster: benchmarks/measuring.py
+    return network
 
 
 def own_module(path: str, options: dict[str, Any], image_shape: ImageShape) -> nn.Module:
