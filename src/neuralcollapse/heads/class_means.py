@@ -16,6 +16,7 @@ from neuralcollapse._checks import (
     is_number,
     values_readable,
 )
+from neuralcollapse.heads.recompute import counts_once
 
 Momentum = float | Literal["cumulative", "published"]
 # The best of those compared on a validation split at K = 10 and K = 100: docs/heads.md.
@@ -141,6 +142,7 @@ class ClassMeans(nn.Module):
         """The moving global mean m̄ (d,), detached."""
         return self.overall.mean[0]
 
+    @counts_once
     def forward(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Take a batch in.
 

@@ -22,6 +22,7 @@ from neuralcollapse.geometry.frames import placed
 from neuralcollapse.geometry.simplex import check_simplex_etf
 from neuralcollapse.heads.class_means import DEFAULT_MOMENTUM, Momentum, MovingMean, sums_over_ranks
 from neuralcollapse.heads.head import Head
+from neuralcollapse.heads.recompute import is_recomputing
 
 Bias = Literal["centring", "learned", "none"]
 
@@ -65,7 +66,8 @@ class FixedWeight(Head):
                 flat = flat[targets.reshape(-1) != self.ignore_index]
             sums, counts = sums_over_ranks(flat.sum(0, keepdim=True), flat.new_tensor([flat.shape[0]]))
             batch_mean = sums / counts.clamp_min(1)
-            self.global_mean(batch_mean, counts)
+            if not is_recomputing():
+                self.global_mean(batch_mean, counts)
             bias = -(self.weight.to(batch_mean) @ batch_mean[0])
         return features, self.weight, bias
 

@@ -26,6 +26,7 @@ from neuralcollapse.geometry.published import frame_to_etf, published_nearest_fr
 from neuralcollapse.geometry.watch import Watch
 from neuralcollapse.heads.class_means import DEFAULT_MOMENTUM, ClassMeans, KeepsFullPrecision, Momentum
 from neuralcollapse.heads.head import LearnsFromTargets
+from neuralcollapse.heads.recompute import counts_once
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +149,7 @@ class NearestFrameClassifier(KeepsFullPrecision, LearnsFromTargets):
         """How many solves by products gave way to an SVD; see `polar_factor`."""
         return self._watch.fallbacks
 
+    @counts_once
     def prepare(self, features: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """As `Head.prepare`; in training mode, targets (...) are needed (or ``with frozen()``)."""
         features = self.features(features)

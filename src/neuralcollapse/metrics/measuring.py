@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from neuralcollapse._checks import check_at_least, check_ignore_index
 from neuralcollapse.classifier import resolve_classifier
 from neuralcollapse.metrics import sphere
 from neuralcollapse.metrics.cache import FeatureCache
@@ -109,6 +110,7 @@ def measure(
     if train_loader is not None and train_moments is not None:
         raise ValueError("train_loader and train_moments must not both be given")
     _check_types(model, loader, layers, classifier, unpack, device)
+    _check_options(train_moments, layer_pooling, ignore_index, epoch, cache_bytes)
     name, head = resolve_classifier(model, classifier)
     if device is not None:
         model.to(device)
@@ -210,6 +212,19 @@ def _check_types(
     if unpack is not None and not callable(unpack):
         raise ValueError(f"unpack must be a function of a batch, got {type(unpack).__name__}")
     check_device(device)
+
+
+def _check_options(
+    train_moments: object, layer_pooling: object, ignore_index: int | None, epoch: int | None, cache_bytes: int
+) -> None:
+    if train_moments is not None and not isinstance(train_moments, ClassMoments):
+        raise ValueError(f"train_moments must be ClassMoments, got {type(train_moments).__name__}")
+    if not callable(layer_pooling) and layer_pooling not in ("mean", "flatten"):
+        raise ValueError(f"layer_pooling must be 'mean', 'flatten' or a function, got {layer_pooling!r}")
+    check_ignore_index(ignore_index)
+    if epoch is not None:
+        check_at_least("epoch", epoch, 0)
+    check_at_least("cache_bytes", cache_bytes, 0)
 
 
 def _parameters(classifier: Any) -> tuple[Tensor, Tensor | None]:
