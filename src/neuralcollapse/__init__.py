@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         softmax_code,
     )
     from neuralcollapse.heads import (
+        ClassMeanClassifier,
         ClassMeans,
         FixedETFClassifier,
         LearnedClassifier,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ClassMeanClassifier",
     "ClassMeans",
     "ClassMoments",
     "FixedETFClassifier",
@@ -68,6 +70,7 @@ _PLACES = {
         "softmax_code",
     ),
     "heads": (
+        "ClassMeanClassifier",
         "ClassMeans",
         "FixedETFClassifier",
         "LearnedClassifier",
@@ -84,7 +87,7 @@ def __getattr__(name: str) -> Any:
     for place, names in _PLACES.items():
         if name in names:
             return getattr(import_module(f"{__name__}.{place}"), name)
-    if name in ("geometry", "heads", "metrics", "ufm", "lab"):
+    if name in ("geometry", "heads", "losses", "metrics", "ufm", "lab"):
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

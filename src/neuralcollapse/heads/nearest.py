@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -15,7 +13,6 @@ from neuralcollapse._checks import (
     check_bool,
     check_choice,
     check_etf_sizes,
-    check_integral,
     check_not_negative,
     compute_dtype,
 )
@@ -25,7 +22,7 @@ from neuralcollapse.geometry.polar import METHODS, Method
 from neuralcollapse.geometry.published import frame_to_etf, published_nearest_frame
 from neuralcollapse.geometry.watch import Watch
 from neuralcollapse.heads.class_means import DEFAULT_MOMENTUM, ClassMeans, KeepsFullPrecision, Momentum
-from neuralcollapse.heads.head import Head
+from neuralcollapse.heads.head import LearnsFromTargets
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +32,7 @@ DEFAULT_PROXIMAL_WEIGHT = 0.5
 FIRST_ANCHOR_WEIGHT = 1e-3
 
 
-class NearestETFClassifier(KeepsFullPrecision, Head):
+class NearestETFClassifier(KeepsFullPrecision, LearnsFromTargets):
     r"""A classifier whose weight is, at every training step, the simplex ETF nearest to the moving class means.
 
     In training, with targets, it takes the batch into its `ClassMeans`, solves for the nearest ETF with the last
@@ -125,8 +122,6 @@ class NearestETFClassifier(KeepsFullPrecision, Head):
         if solver == "trust-region":
             check_at_least("in_features", in_features, num_classes, "num_classes")
             self.register_buffer("frame", torch.eye(num_classes, in_features, dtype=torch.float32))
-        self._frozen = False
-        self._targets: Tensor | None = None
 
     @property
     def bias(self) -> Tensor | None:  # type: ignore[override]
@@ -141,15 +136,9 @@ class NearestETFClassifier(KeepsFullPrecision, Head):
     def prepare(self, features: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """As `Head.prepare`; in training mode, targets (...) are needed (or ``with frozen()``)."""
         features = self.features(features)
-        if not self.training or self._frozen:
-            return features, self.weight, self.bias
-        targets = self._targets if targets is None else targets
+        targets = self.step_targets(targets)
         if targets is None:
-            raise ValueError(
-                "targets must be given in training mode: head(features, targets), or `with head.use_targets(targets):` "
-                "around the model; `with head.frozen():` (or evaluation mode) needs none and updates nothing"
-            )
-        check_integral("targets", targets)
+            return features, self.weight, self.bias
         # Means and the solve stay in fp32 under autocast.
         with torch.autocast(features.device.type, enabled=False):
             flat = features.reshape(-1, self.in_features).to(compute_dtype(features.dtype))
@@ -202,26 +191,3 @@ class NearestETFClassifier(KeepsFullPrecision, Head):
     def _log_solution(self, class_means: Tensor, etf: Tensor, anchor_weight: float) -> None:
         diagnostics = nearest_etf_diagnostics(class_means, etf, anchor=self.weight, proximal_weight=anchor_weight)
         logger.debug("nearest ETF: %s", ", ".join(f"{name} {value:.3e}" for name, value in diagnostics.items()))
-
-    @contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Within it, training mode needs no targets, updates nothing, and decides as in evaluation mode."""
-        before, self._frozen = self._frozen, True
-        try:
-            yield
-        finally:
-            self._frozen = before
-
-    @contextmanager
-    def use_targets(self, targets: Tensor) -> Iterator[None]:
-        """Within it, forward takes these targets where it is given none: for loops that cannot pass them.
-
-        Raises:
-            ValueError: Targets that are no tensor of integers.
-        """
-        check_integral("targets", targets)
-        before, self._targets = self._targets, targets
-        try:
-            yield
-        finally:
-            self._targets = before
