@@ -19,13 +19,18 @@ from neuralcollapse.lab.settings import Settings, describe, type_hints
 def add_sections(parser: ArgumentParser, *sections: type[Settings]) -> None:
     """Add the settings of each section as a group of flags, and `--config`.
 
-    No flag has a default, so that what is parsed is what was asked for.
+    No flag has a default, so that what is parsed is what was asked for. Of a setting that two sections have, the first
+    one's meaning counts.
     """
     parser.add_argument("--config", action="config", help="YAML file of settings; flags go over it")
+    there: set[str] = set()
     for section in sections:
         group = parser.add_argument_group(str(section.__doc__).split("\n")[0].rstrip("."))
         described, hints = _descriptions(section), type_hints(section)
         for one in fields(section):
+            if one.name in there:
+                continue
+            there.add(one.name)
             text = f"{described[one.name]} ({_meaning(hints[one.name], one)})"
             if bool in (hints[one.name], *get_args(hints[one.name])):
                 group.add_argument(f"--{one.name}", action=ActionYesNo(no_prefix="no-"), nargs="?", help=text)
