@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import textwrap
 from argparse import SUPPRESS
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ import yaml
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 
 from neuralcollapse.lab.settings import Settings, describe, type_hints
+
+_EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 
 
 def add_sections(parser: ArgumentParser, *sections: type[Settings]) -> None:
@@ -63,7 +66,10 @@ def asked_for(settings: Namespace, *sections: type[Settings]) -> dict[str, Any]:
 
 def _items(value: Any) -> Any:
     """The items of a list that is written with commas alone."""
-    return yaml.safe_load(f"[{value}]") if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    # YAML 1.1 takes 1e-3, without a point, for a text.
+    return [float(item) if _EXPONENT.fullmatch(str(item)) else item for item in yaml.safe_load(f"[{value}]")]
 
 
 def _is_list(hint: Any) -> bool:
