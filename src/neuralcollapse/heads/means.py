@@ -28,8 +28,9 @@ class ClassMeanClassifier(KeepsFullPrecision, LearnsFromTargets):
             they do not know its labels; ``"current"``: those with the batch in them; ``"differentiable"``: these, with
             their gradient.
         feature_norm: τ, the norm that features are given; ``"auto"``: `collapse_radius`; ``None``: left as they are.
-        bias: ``"centring"``: −W·m with the global mean m of the batch in training (with gradient), a moving mean in
-            evaluation, for cross-entropy; ``"none"``, for the losses on the sphere (`neuralcollapse.losses`).
+        bias: ``"centring"``: −W·m with the global mean m of the batch in training (with gradient where the means have
+            theirs), a moving mean in evaluation, for cross-entropy; ``"none"``, for the losses on the sphere
+            (`neuralcollapse.losses`).
         momentum: The weight α of a new batch in the class means, as for `ClassMeans`.
         ignore_index: Features whose target is this count in no mean.
         generator: Source of the rows of classes not seen yet; by default one seeded with 0.
@@ -87,11 +88,11 @@ class ClassMeanClassifier(KeepsFullPrecision, LearnsFromTargets):
         # Means stay in fp32 under autocast.
         with torch.autocast(features.device.type, enabled=False):
             flat = features.reshape(-1, self.in_features).to(compute_dtype(features.dtype))
-            if self.means != "differentiable" and not self.centring:
-                flat = flat.detach()
             before = self.weight
-            class_means, batch_mean = self.class_means(flat, targets.reshape(-1))
-            weight = self._unit_rows(class_means if self.means == "differentiable" else class_means.detach())
+            class_means, batch_mean = self.class_means(
+                flat if self.means == "differentiable" else flat.detach(), targets.reshape(-1)
+            )
+            weight = self._unit_rows(class_means)
             # A copy: what restores or broadcasts buffers writes into them, and the graph holds `weight`.
             self.weight = weight.detach().to(self.weight.dtype, copy=True)
             if self.means == "previous":
