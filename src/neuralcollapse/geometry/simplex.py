@@ -144,14 +144,12 @@ def check_simplex_etf(name: str, etf: Tensor) -> None:
     exact = etf.detach().to(compute_dtype(etf.dtype))
     num_classes = exact.shape[-2]
     ratio, share = num_classes / (num_classes - 1), num_classes // 2 / num_classes
-    probed = (exact @ exact[..., 1::2, :].sum(-2).unsqueeze(-1)).squeeze(-1)  # of the vector 0, 1, 0, 1, …
+    probed = exact @ exact[..., 1::2, :].sum(-2, keepdim=True).mT  # of the vector 0, 1, 0, 1, …
     tolerance = 1e-3 if etf.dtype == exact.dtype else 3e-2
     # Python's floats, since each operation on tensors would cost as much as the product.
-    if not all(
-        abs(value - ratio * (parity - share)) <= tolerance  # nor NaN
-        for parity in (0, 1)
-        for value in probed[..., parity::2].flatten().tolist()
-    ):
+    expected = [-ratio * share, ratio * (1 - share)]
+    found = probed.flatten().tolist()
+    if not all(abs(value - expected[place % num_classes % 2]) <= tolerance for place, value in enumerate(found)):
         raise ValueError(f"{name} must be a unit simplex ETF: unit rows with pairwise cosine -1/(K-1)")
 
 

@@ -13,8 +13,9 @@ _GRAM_ASPECT = 2
 _GRAM_RATIO = {torch.float32: 1e-8, torch.float64: 1e-4}
 # From this many rows on an fp32 Gram matrix and its eigenvectors, at half the price, are worth a look at the condition.
 _SINGLE_ROWS = 256
-# The ratio at which those are as good as fp32 asks for, and that at which a product with the fp32 inverse root is.
-_SINGLE_RATIO, _SINGLE_PRODUCT_RATIO = 1 / 16, 1e-4
+# The ratio at which those are as good as fp32 asks for, that at which their Q is orthonormal without a polish, and
+# that at which a product with the fp32 inverse root is.
+_SINGLE_RATIO, _SINGLE_ORTHONORMAL_RATIO, _SINGLE_PRODUCT_RATIO = 1 / 256, 1 / 16, 1e-4
 
 
 def decompose(matrix: Tensor, null: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,7 +45,8 @@ def _by_gram(matrix: Tensor, null: float) -> tuple[Tensor, Tensor, Tensor] | Non
     inverse = left @ (vectors / singular.unsqueeze(-1))
     product_dtype = dtype if ratio > _SINGLE_PRODUCT_RATIO else wide.dtype
     factor = inverse.to(product_dtype) @ (matrix if product_dtype == dtype else wide)
-    if dtype == torch.float64:  # one Newton–Schulz step restores what squaring the condition lost
+    # One Newton–Schulz step restores what squaring the condition lost.
+    if dtype == torch.float64 or (gram.dtype == torch.float32 and ratio < _SINGLE_ORTHONORMAL_RATIO):
         factor = 1.5 * factor - 0.5 * (factor @ factor.mT) @ factor
     return factor.to(dtype), vectors.to(dtype).contiguous(), singular.to(dtype)
 
@@ -56,7 +58,7 @@ def gram_matrix(matrix: Tensor, null: float) -> Tensor:
 
 
 def _is_well_conditioned(gram: Tensor) -> bool:
-    """Whether the Gram matrix less a 16th of its greatest eigenvalue (ten power iterations) has a Cholesky factor."""
+    """Whether the Gram matrix less a 256th of its greatest eigenvalue (ten power iterations) has a Cholesky factor."""
     vector = gram.sum(-1, keepdim=True) + gram[..., :1]
     for _ in range(10):
         vector = gram @ (vector / torch.linalg.vector_norm(vector, dim=-2, keepdim=True))

@@ -1,0 +1,81 @@
+"""What measuring costs beside an epoch of training: ResNet-18 on MNIST, (K, d) = (10, 512), batch 128, one thread.
+
+An epoch, all that is measured after it (both splits, records written) and the bare forward passes over both splits in
+evaluation mode take turns. MNIST is read from NEURALCOLLAPSE_DATA, else ../shared/data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+from _common import data_root, medians, write
+
+from neuralcollapse.lab import RunConfig, load_data
+from neuralcollapse.lab.training.collapse_callback import measure_splits
+from neuralcollapse.lab.training.one_run import ClassifierTraining
+
+
+def measure(module: ClassifierTraining, folder: Path, repeats: int) -> dict[str, float]:
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9)
+    module.log_dict = lambda *_, **__: None  # lightning's, which needs its trainer
+
+    def epoch() -> None:
+        module.train()
+        for number, batch in enumerate(module._batches(0)):
+            optimizer.zero_grad()
+            module.training_step(batch, number).backward()
+            optimizer.step()
+
+    def measured() -> None:
+        for split, found in measure_splits(module, module.evaluation, progress=False, **module.measuring).items():
+            found.save(folder / f"{split}.safetensors")
+
+    @torch.no_grad()
+    def forward() -> None:
+        module.eval()
+        for batches in module.evaluation.values():
+            for images, _ in batches:
+                module(images)
+
+    return medians({"epoch": epoch, "measured": measured, "forward": forward}, repeats=repeats)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--train_samples", type=int, default=6000)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for method in ("standard", "implicit"):
+        config = RunConfig(
+            data=str(data_root() / "mnist"),
+            backbone="resnet18",
+            method=method,
+            train_samples=options.train_samples,
+            test_samples=options.train_samples // 6,
+        )
+        data = load_data(config)
+        for layout in ("as they come", "channels last"):
+            module = ClassifierTraining(config, data)
+            if layout == "as they come":
+                module.to(memory_format=torch.contiguous_format)
+            with tempfile.TemporaryDirectory() as folder:
+                seconds = measure(module, Path(folder), options.repeats)
+            rows.append(
+                {"method": method, "weights": layout, "train_samples": options.train_samples}
+                | {f"{name}_s": value for name, value in seconds.items()}
+                | {
+                    "measured_over_epoch": seconds["measured"] / seconds["epoch"],
+                    "measured_over_forward": seconds["measured"] / seconds["forward"],
+                }
+            )
+            print(rows[-1], flush=True)
+    write("measuring", rows)
+
+
+if __name__ == "__main__":
+    main()
