@@ -10,8 +10,10 @@ from neuralcollapse import (
     ClassMeanClassifier,
     ClassMeans,
     FixedETFClassifier,
+    FixedFrameClassifier,
     LearnedClassifier,
     NearestETFClassifier,
+    NearestFrameClassifier,
     attach_head,
     collapse_radius,
     find_classifier,
@@ -20,7 +22,20 @@ from neuralcollapse import (
 from neuralcollapse.heads import FeatureNorm
 
 FEATURES, TARGETS = torch.randn(6, 4), torch.arange(6) % 3
-KINDS = (LearnedClassifier, FixedETFClassifier, NearestETFClassifier, ClassMeanClassifier)
+
+
+def fixed_frame(in_features, num_classes, **options):
+    return FixedFrameClassifier(in_features, num_classes, torch.eye(3)[:, :2] + 1, **options)
+
+
+KINDS = (
+    LearnedClassifier,
+    FixedETFClassifier,
+    NearestETFClassifier,
+    NearestFrameClassifier,
+    fixed_frame,
+    ClassMeanClassifier,
+)
 
 
 def net():

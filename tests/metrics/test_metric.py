@@ -214,3 +214,14 @@ def test_importing_metrics_leaves_torchmetrics_out():
     code = "import sys, neuralcollapse.metrics; print([m for m in ('torchmetrics', 'lightning') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_a_code_adds_what_is_relative_to_its_gram(classifier):
+    code = torch.randn(4, 2, generator=generator(4))
+    values = as_floats(updated(NeuralCollapse(4, 8, classifier, code=code)).compute())
+    moments = ClassMoments(4, 8)
+    moments.update(FEATURES, TARGETS)
+    assert values == pytest.approx(collapse_metrics(moments, classifier.weight, classifier.bias, code=code), rel=1e-10)
+    assert {"nc2_gram_means", "nc2_gram_weights", "nc3_gram_duality"} <= values.keys()
+    with pytest.raises(ValueError, match=r"code must be of shape \(K, r\)"):
+        NeuralCollapse(4, 8, classifier, code=code[:3])

@@ -24,16 +24,17 @@ DEFAULT_MOMENTUM: Momentum = 0.1
 
 
 class KeepsFullPrecision(nn.Module):
-    """A module of which one buffer stays in at least fp32, whatever dtype the module is cast to."""
+    """A module of which some buffers stay in at least fp32, whatever dtype the module is cast to."""
 
-    _full_precision_buffer: str
+    _full_precision_buffers: tuple[str, ...]
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        before = getattr(self, self._full_precision_buffer)
+        before = {name: getattr(self, name) for name in self._full_precision_buffers}
         super()._apply(fn, recurse)
-        after = getattr(self, self._full_precision_buffer)
-        if after.dtype in (torch.bfloat16, torch.float16):
-            setattr(self, self._full_precision_buffer, before.to(after.device))
+        for name, buffer in before.items():
+            after = getattr(self, name)
+            if after is not None and after.dtype in (torch.bfloat16, torch.float16):
+                setattr(self, name, buffer.to(after.device))
         return self
 
 
@@ -51,7 +52,7 @@ class MovingMean(KeepsFullPrecision):
             ``"published"``, 2/(t+1) after t batches and never below 1e-4.
     """
 
-    _full_precision_buffer = "mean"
+    _full_precision_buffers = ("mean",)
     mean: Tensor
     seen: Tensor
     batches: Tensor

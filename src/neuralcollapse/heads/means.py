@@ -48,7 +48,7 @@ class ClassMeanClassifier(KeepsFullPrecision, LearnsFromTargets):
         torch.Size([32, 1000])
     """
 
-    _full_precision_buffer = "weight"
+    _full_precision_buffers = ("weight",)
     weight: Tensor
 
     def __init__(

@@ -11,6 +11,7 @@ from torchmetrics import Metric
 from neuralcollapse.classifier import is_classifier
 from neuralcollapse.metrics.accumulation import Workspace
 from neuralcollapse.metrics.collapse import collapse_metrics
+from neuralcollapse.metrics.doors import check_code
 from neuralcollapse.metrics.moments import ClassMoments
 from neuralcollapse.metrics.statistics import Center
 
@@ -51,10 +52,11 @@ class NeuralCollapse(Metric):
         min_samples: As for `collapse_metrics`.
         max_samples: As for `collapse_metrics`.
         pairwise: As for `collapse_metrics`.
+        code: As for `collapse_metrics`.
         **kwargs: Those of every ``torchmetrics.Metric``.
 
     Raises:
-        ValueError: K or d out of range, or a classifier whose weight is not (K, d).
+        ValueError: K or d out of range, a classifier whose weight is not (K, d), or a code that is not (K, r).
 
     Example:
         >>> from neuralcollapse.metrics import NeuralCollapse
@@ -87,6 +89,7 @@ class NeuralCollapse(Metric):
         min_samples: int = 1,
         max_samples: int | None = None,
         pairwise: bool = True,
+        code: Tensor | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -104,6 +107,7 @@ class NeuralCollapse(Metric):
                 raise ValueError(
                     f"classifier must have a weight of shape ({num_classes}, {feature_dim}), got {tuple(weight.shape)}"
                 )
+        check_code(code, num_classes)
         self._classifier = None if classifier is None else _Reference(classifier)
         self._moments_dtype = dtype
         self._workspace = Workspace()
@@ -114,6 +118,7 @@ class NeuralCollapse(Metric):
             "min_samples": min_samples,
             "max_samples": max_samples,
             "pairwise": pairwise,
+            "code": code,
         }
 
     @property
