@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         tree_gram,
     )
     from neuralcollapse.heads import (
+        ClassMeanClassifier,
         ClassMeans,
         FixedETFClassifier,
         FixedFrameClassifier,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ClassMeanClassifier",
     "ClassMeans",
     "ClassMoments",
     "FixedETFClassifier",
@@ -99,6 +101,7 @@ _PLACES = {
         "tree_gram",
     ),
     "heads": (
+        "ClassMeanClassifier",
         "ClassMeans",
         "FixedETFClassifier",
         "FixedFrameClassifier",
@@ -117,7 +120,7 @@ def __getattr__(name: str) -> Any:
     for place, names in _PLACES.items():
         if name in names:
             return getattr(import_module(f"{__name__}.{place}"), name)
-    if name in ("geometry", "heads", "metrics", "ufm", "lab"):
+    if name in ("geometry", "heads", "losses", "metrics", "ufm", "lab"):
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from neuralcollapse._checks import (
     check_at_least,
@@ -16,6 +16,7 @@ from neuralcollapse._checks import (
     is_number,
     values_readable,
 )
+from neuralcollapse._ranks import number_of_ranks, sum_over_ranks
 from neuralcollapse.heads.recompute import counts_once
 
 Momentum = float | Literal["cumulative", "published"]
@@ -182,23 +183,7 @@ def class_sums(features: Tensor, targets: Tensor, num_classes: int, ignore_index
 
 def sums_over_ranks(sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Both over the default process group, where ranks meet once. The gradient of the sums is summed over them, too."""
-    if not _distributed():
+    if number_of_ranks() == 1:
         return sums, counts
-    totals = _SumOverRanks.apply(torch.cat([sums, counts.unsqueeze(-1)], -1))
+    totals = sum_over_ranks(torch.cat([sums, counts.unsqueeze(-1)], -1))
     return totals[..., :-1], totals[..., -1].detach()
-
-
-def _distributed() -> bool:
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-
-
-class _SumOverRanks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, tensor: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        total = tensor.clone(memory_format=torch.contiguous_format)
-        distributed.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        return _SumOverRanks.apply(gradient)

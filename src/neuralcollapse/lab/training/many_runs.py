@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from neuralcollapse.lab.config import BatchSettings, DataSettings, RunConfig
 from neuralcollapse.lab.data.batches import EvaluationBatches, evaluation_batches
 from neuralcollapse.lab.data.loading import load_data
 from neuralcollapse.lab.data.splits import ImageData
-from neuralcollapse.lab.experiments import common_settings
+from neuralcollapse.lab.experiments import common_settings, tell_apart
 from neuralcollapse.lab.results.files import write_whole
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.provenance import peak_memory
@@ -33,6 +34,8 @@ def train_runs(
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
+    leave_out_failed: bool = False,
+    before_writing: Callable[[], None] | None = None,
 ) -> RunFolder:
     """Train one run, or one after another.
 
@@ -47,6 +50,8 @@ def train_runs(
         resume: Go on with what the folder holds.
         overwrite: Delete what the folder holds.
         progress: Show progress.
+        leave_out_failed: Name a run that fails on stderr, and go on with the next one.
+        before_writing: Called when everything is checked.
 
     Returns:
         The folder, whose `run_folders` are those of the runs.
@@ -70,21 +75,27 @@ def train_runs(
     settings = own if settings is None else settings
     whole.check(settings, resume=resume, overwrite=overwrite)
     preparation = Preparation(resumed=resume, progress=progress)
-    modules = {_kind(run): preparation.module(run, place) for place, run in reversed(places.items())}
-    data = next(iter(modules.values())).data
+    kinds = {_kind(run): (run, place) for place, run in reversed(places.items())}
+    data = [preparation.module(*kind).data for kind in kinds.values()][-1]
     facts: dict[str, Any] = {"data": str(data), "num_classes": data.num_classes}
     names = {} if whole in places else {"runs": [place.path.name for place in places]}
-    whole.start(settings, overwrite=overwrite, facts=facts | names)
+    if before_writing is not None:
+        before_writing()
+    whole.start(settings, overwrite=overwrite)
+    whole.add_facts(**facts, **names)
     bar = Progress(len(places), shown=progress)
     try:
         for position, (place, run) in enumerate(places.items()):
-            module = modules.pop(_kind(run), None) or preparation.module(run, place)
+            module = preparation.module(run, place)
             place.start(run.in_force(), facts=facts)
             _keep_labels(module.data, place)
             name = run.method if place is whole else place.path.name
             try:
                 train(module, place, bar.next_run(name, position))
             except ValueError as error:
+                if leave_out_failed:
+                    print(f"neuralcollapse: left out: {name}: {error}", file=sys.stderr)
+                    continue
                 raise ValueError(str(error) if place is whole else f"{name}: {error}") from error
             parameters = sum(parameter.numel() for parameter in module.model.parameters())
             place.add_facts(parameters=parameters, peak_memory_mib=round(peak_memory()))
@@ -130,18 +141,13 @@ def _named(runs: Sequence[RunConfig]) -> dict[str, RunConfig]:
     """The runs by the names of their folders, which say in what they differ."""
     if not runs:
         raise ValueError("runs must hold at least one run")
-    own = {"method", "seed"}
-    varied = [
-        name
-        for name in runs[0].__dataclass_fields__
-        if name not in own and any(getattr(run, name) != getattr(runs[0], name) for run in runs)
-    ]
     names = [f"{run.method}-seed{run.seed}" for run in runs]
     if len(set(names)) < len(names):
-        names = [
-            "-".join([run.method, *(f"{name}{getattr(run, name)}" for name in varied), f"seed{run.seed}"])
-            for run in runs
+        parts = [
+            [str(value) if name in ("method", "loss") else f"{name}{value}" for name, value in telling.items()]
+            for telling in tell_apart([run.in_force() for run in runs])
         ]
+        names = ["-".join([*part, f"seed{run.seed}"]) for part, run in zip(parts, runs, strict=True)]
     if len(set(names)) < len(names):
         raise ValueError("runs must be different ones, got one of them twice")
     return {re.sub(r"[^\w.=-]+", "_", name): run for name, run in zip(names, runs, strict=True)}
