@@ -25,12 +25,13 @@ ALLOWED = {  # folder or module -> what it may import of the package
     "cli": {"lab"},
     "__init__": {"geometry", "classifier", "heads", "metrics"},
 }
-GROUND = {"config", "conditions", "settings", "seeds", "recipes", "experiments"}
+GROUND = {"config", "conditions", "settings", "seeds", "recipes", "experiments", "stopping"}
 LAB = {  # room or module of lab -> what it may import of the others
     "config": {"settings", "conditions"},
     "conditions": {"settings"},
     "settings": set(),
     "seeds": set(),
+    "stopping": set(),
     "recipes": {"settings"},
     "experiments": {"config", "settings", "recipes"},
     "data": GROUND,

@@ -101,6 +101,8 @@ class DataSettings(Settings):
     """Permute the labels of the training images at random, once; the run keeps them."""
     label_noise: float = setting(0.0, at_least=0, at_most=1)
     """Share of training images whose label is replaced by one drawn among all classes; the run keeps them."""
+    allow_absent_classes: bool = False
+    """Go on where classes have no training images: figures are then over the others, and say so."""
     data_seed: int | None = setting(0, belongs_to=only.DRAWN, at_least=0, at_most=MOST_SEED)
     """Drawn from it: images put side by side, the long tail, the validation images, random and noisy labels. The same
     for every seed."""
@@ -249,6 +251,8 @@ class Record(Settings):
     """Where these steps begin. By default where the first step ends."""
     checkpoint_epochs: list[int] = setting(lambda _: [])
     """Keep checkpoints of these epochs as well."""
+    checkpoint_minutes: float = setting(10.0, above=0)
+    """Inside a long epoch, save where training is after every so many minutes."""
     loggers: list[Literal["tensorboard", "wandb"]] = setting(lambda _: [])
     """Where to log to beside the CSV files."""
 

@@ -78,6 +78,7 @@ def single_run(settings: Mapping[str, Any], base: Mapping[str, Any] | None = Non
     values, refused = resolve(RunConfig, settings, base)
     if refused:
         raise ValueError(next(iter(refused.values())))
+    _check_reached(settings, values)
     return RunConfig(**values)
 
 
@@ -115,6 +116,7 @@ def comparison_runs(
         for loss in comparison.losses or (None,):
             asked = {**settings, "method": method} | ({} if loss is None else {"loss": loss})
             values, refused = resolve(RunConfig, asked, bases[method])
+            _check_reached(settings, values)
             chosen.append(values | {"recipe": names[method]})
             refusals.append(refused)
     everywhere = set.intersection(*map(set, refusals))
@@ -189,6 +191,14 @@ def _family(comparison: Comparison) -> dict[Method, Recipe]:
             f"{', '.join(differing)}"
         )
     return {method: family[method] for method in comparison.methods}
+
+
+def _check_reached(settings: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Epochs that are asked for must come; those of a recipe need not, where it is cut short."""
+    for name in ("checkpoint_epochs", "milestones"):
+        beyond = [epoch for epoch in settings.get(name) or [] if epoch > values["epochs"]]
+        if beyond and values[name] is not None:
+            raise ValueError(f"{name} must be at most epochs, which is {values['epochs']}, got {beyond[0]}")
 
 
 def _check_names(settings: Mapping[str, Any], *, without: Iterable[str] = ()) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jsonargparse import ArgumentParser, Namespace
 
 from neuralcollapse.lab.commands.arguments import add_output, add_sections, asked_for
-from neuralcollapse.lab.commands.training import stored_settings, train_and_report
+from neuralcollapse.lab.commands.training import output_folder, stored_settings, train_and_report
 from neuralcollapse.lab.config import OneRun, RunConfig
 from neuralcollapse.lab.experiments import Comparison, common_settings, comparison_of, comparison_runs
 
@@ -32,7 +32,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(settings: Namespace) -> None:
     """Train every method with every loss and seed, and say what was written."""
     given = asked_for(settings, *SECTIONS)
-    out = settings.get("out") or f"runs/{given.get('recipe') or 'compare'}"
+    out = output_folder(settings, f"runs/{given.get('recipe') or 'compare'}")
     given, base = stored_settings(settings, given, out)
     comparison = comparison_of((base or {}) | given)
     auto = comparison.lr == "auto"

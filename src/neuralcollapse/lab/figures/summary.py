@@ -59,6 +59,7 @@ def summarise(folder: RunFolder, command: str) -> Summary:
     sooner = sooner_table(metrics)
     if sooner is not None:
         table += f"\n\n{_SOONER.format(epochs=_listed_epochs(metrics))}\n\n{aligned(sooner)}"
+    table = "\n".join([table, *_at_chance(runs, metrics)])
     made = folder.read_environment()
     title = f"{settings[0]['backbone']} on {made.get('data', settings[0]['data'])}"
     seeds = list(dict.fromkeys(one["seed"] for one in settings))
@@ -75,6 +76,22 @@ def _listed_epochs(metrics: pd.DataFrame) -> str:
     if len(epochs) > 6 and len(steps) == 1:
         return f"{epochs[0]}, {epochs[1]}, ..., {epochs[-1]}"
     return ", ".join(map(str, epochs))
+
+
+def _at_chance(runs: list[RunFolder], metrics: pd.DataFrame) -> list[str]:
+    """A line on each run that ended no better than by always naming the largest class."""
+    last = metrics[(metrics["split"] == "train") & (metrics["metric"] == "accuracy")]
+    last = last[last["epoch"] == last["epoch"].max()].set_index(["method", "seed"])["value"]
+    lines = []
+    for method, run in zip(methods_of(runs), runs, strict=True):
+        seed, chance = run.settings()["seed"], run.read_environment().get("largest_class_share")
+        found = last[last.index == (method, seed)]
+        if chance is not None and len(found) == 1 and found.iloc[0] <= 1.05 * chance:
+            lines.append(
+                f"\n{method}, seed {seed}, ends at chance: {found.iloc[0]:.1%} of the training "
+                f"images are right, and the largest class is {chance:.1%}. It diverged, or has learnt nothing yet."
+            )
+    return lines
 
 
 def _summary(folder: RunFolder, title: str, command: str, table: str, figures: list[Path], seeds: list[int]) -> str:

@@ -120,7 +120,7 @@ def _crossing(course: pd.DataFrame, metric: str, level: float) -> float:
 def _training(run: RunFolder) -> pd.DataFrame:
     if not run.training_log.exists():
         return pd.DataFrame(columns=COLUMNS)
-    log = pd.read_csv(run.training_log)
+    log = read_table(run.training_log)
     tidy = log.melt("epoch", var_name="metric", value_name="value")
     tidy.insert(1, "split", TRAINING)
     return tidy

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from neuralcollapse.lab.experiments import label_of, tell_apart
-from neuralcollapse.lab.results.files import write_csv
+from neuralcollapse.lab.results.files import check, write_csv
 from neuralcollapse.lab.results.folder import RunFolder
 
 COLUMNS = ["epoch", "split", "metric", "value"]
@@ -47,7 +47,8 @@ def methods_of(runs: Sequence[RunFolder]) -> list[str]:
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """A table of a run's folder, with every value as it was written."""
+    """A table of a run's folder, with every value as it was written; raises ValueError if it was changed since."""
+    check(path)
     return pd.read_csv(path, converters={"value": float})  # the default parser is not exact
 
 

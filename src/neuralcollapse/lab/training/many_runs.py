@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from neuralcollapse.lab.experiments import common_settings, tell_apart
 from neuralcollapse.lab.results.files import write_whole
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.provenance import peak_memory
+from neuralcollapse.lab.results.tables import read_table
 from neuralcollapse.lab.training.devices import resolve_device
 from neuralcollapse.lab.training.loggers import check_loggers
 from neuralcollapse.lab.training.one_run import ClassifierTraining, train
@@ -77,31 +79,49 @@ def train_runs(
     preparation = Preparation(resumed=resume, progress=progress)
     kinds = {_kind(run): (run, place) for place, run in reversed(places.items())}
     data = [preparation.module(*kind).data for kind in kinds.values()][-1]
-    facts: dict[str, Any] = {"data": str(data), "num_classes": data.num_classes}
     names = {} if whole in places else {"runs": [place.path.name for place in places]}
     if before_writing is not None:
         before_writing()
-    whole.start(settings, overwrite=overwrite)
-    whole.add_facts(**facts, **names)
     bar = Progress(len(places), shown=progress)
-    try:
+    if progress:
+        _say_of_batches(next(iter(places.values())), len(data.train))
+    with closing(bar), whole.writing(settings, resume=resume, overwrite=overwrite, facts=_facts(data) | names):
         for position, (place, run) in enumerate(places.items()):
-            module = preparation.module(run, place)
-            place.start(run.in_force(), facts=facts)
-            _keep_labels(module.data, place)
-            name = run.method if place is whole else place.path.name
+            if place is whole:
+                _train_one(preparation.module(run, place), place, bar.next_run(run.method, position))
+                break
+            if place.is_finished(run.in_force()):
+                continue
+            module, name = preparation.module(run, place), place.path.name
             try:
-                train(module, place, bar.next_run(name, position))
+                with place.writing(run.in_force(), resume=True, facts=_facts(module.data)):
+                    _train_one(module, place, bar.next_run(name, position))
             except ValueError as error:
-                if leave_out_failed:
-                    print(f"neuralcollapse: left out: {name}: {error}", file=sys.stderr)
-                    continue
-                raise ValueError(str(error) if place is whole else f"{name}: {error}") from error
-            parameters = sum(parameter.numel() for parameter in module.model.parameters())
-            place.add_facts(parameters=parameters, peak_memory_mib=round(peak_memory()))
-    finally:
-        bar.close()
+                if not leave_out_failed:
+                    raise ValueError(f"{name}: {error}") from error
+                print(f"neuralcollapse: left out: {name}: {error}", file=sys.stderr)
     return whole
+
+
+def _train_one(module: ClassifierTraining, place: RunFolder, bar: Progress) -> None:
+    _keep_labels(module.data, place)
+    train(module, place, bar)
+    parameters = sum(parameter.numel() for parameter in module.model.parameters())
+    place.add_facts(parameters=parameters, peak_memory_mib=round(peak_memory()))
+
+
+def _say_of_batches(run: RunConfig, images: int) -> None:
+    if run.batch_size > images:
+        print(f"batch_size {run.batch_size} is over the {images} training images: one batch an epoch", file=sys.stderr)
+
+
+def _facts(data: ImageData) -> dict[str, Any]:
+    """What a run's environment says of its data and where it is trained."""
+    found = {"data": str(data), "num_classes": data.num_classes, "data_fingerprint": data.fingerprint()}
+    found |= {"data_revision": data.revision, "device": str(data.train.labels.device)}
+    if data.absent_classes:
+        found["absent_classes"] = data.absent_classes
+    return found | {"largest_class_share": round(float(data.train.labels.bincount().max()) / len(data.train), 6)}
 
 
 class Preparation:
@@ -166,6 +186,6 @@ def _keep_labels(data: ImageData, place: RunFolder) -> None:
 
 def _read_labels(path: Path) -> torch.Tensor:
     try:
-        return torch.tensor(pd.read_csv(path)["label"].tolist())
+        return torch.tensor(read_table(path)["label"].tolist())
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{str(path)!r} must hold the labels trained on: {error}") from error
