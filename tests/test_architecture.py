@@ -14,12 +14,14 @@ import neuralcollapse
 ROOT = Path(neuralcollapse.__file__).parent
 ALLOWED = {  # folder or module -> what it may import of the package
     "_checks": set(),
+    "_ranks": set(),
     "geometry": {"_checks"},
     "classifier": {"_checks"},
-    "heads": {"_checks", "geometry", "classifier"},
+    "heads": {"_checks", "_ranks", "geometry", "classifier"},
+    "losses": {"_checks", "_ranks"},
     "metrics": {"_checks", "geometry", "classifier"},
     "ufm": {"_checks", "geometry", "classifier", "heads", "metrics"},
-    "lab": {"_checks", "geometry", "classifier", "heads", "metrics", "ufm"},
+    "lab": {"_checks", "geometry", "classifier", "heads", "losses", "metrics", "ufm"},
     "cli": {"lab"},
     "__init__": {"geometry", "classifier", "heads", "metrics"},
 }

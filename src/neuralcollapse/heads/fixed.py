@@ -1,4 +1,4 @@
-"""The classifier that is a simplex ETF from the start: the method `fixed`."""
+"""The classifiers whose weight is given from the start; that of a simplex ETF is the method `fixed`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from neuralcollapse._checks import (
+    check_at_least,
     check_choice,
     check_etf_sizes,
     check_factory,
@@ -16,14 +17,62 @@ from neuralcollapse._checks import (
     compute_dtype,
 )
 from neuralcollapse.geometry import random_simplex_etf, simplex_etf, softmax_code
+from neuralcollapse.geometry.codes import check_code, principal_code
+from neuralcollapse.geometry.frames import placed
 from neuralcollapse.geometry.simplex import check_simplex_etf
 from neuralcollapse.heads.class_means import DEFAULT_MOMENTUM, Momentum, MovingMean, sums_over_ranks
 from neuralcollapse.heads.head import Head
+from neuralcollapse.heads.recompute import is_recomputing
 
 Bias = Literal["centring", "learned", "none"]
 
 
-class FixedETFClassifier(Head):
+class FixedWeight(Head):
+    """A classifier whose weight (K, d) is given and not trained; its bias centres the features, is learned, or none."""
+
+    weight: Tensor
+
+    def __init__(
+        self,
+        weight: Tensor,
+        feature_norm: float | Literal["auto"] | None,
+        bias: Bias,
+        momentum: Momentum,
+        ignore_index: int | None,
+    ) -> None:
+        num_classes, in_features = weight.shape
+        super().__init__(in_features, num_classes, feature_norm, ignore_index)
+        self.register_buffer("weight", weight)
+        check_choice("bias", bias, ("centring", "learned", "none"))
+        self.learned_bias = nn.Parameter(torch.zeros(num_classes)) if bias == "learned" else None
+        self.global_mean = MovingMean(1, in_features, momentum) if bias == "centring" else None
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        """(K,) or None; with centring, of the moving mean."""
+        if self.global_mean is not None:
+            return -(self.weight @ self.global_mean.mean[0].to(self.weight))
+        return self.learned_bias
+
+    def prepare(self, features: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As `Head.prepare`; the weight is fixed, the bias in training mode that of the batch."""
+        features = self.features(features)
+        if not (self.training and self.global_mean is not None):
+            return features, self.weight, self.bias
+        with torch.autocast(features.device.type, enabled=False):
+            flat = features.detach().reshape(-1, self.in_features).to(compute_dtype(features.dtype))
+            if targets is not None and self.ignore_index is not None:
+                check_integral("targets", targets)
+                flat = flat[targets.reshape(-1) != self.ignore_index]
+            sums, counts = sums_over_ranks(flat.sum(0, keepdim=True), flat.new_tensor([flat.shape[0]]))
+            batch_mean = sums / counts.clamp_min(1)
+            if not is_recomputing():
+                self.global_mean(batch_mean, counts)
+            bias = -(self.weight.to(batch_mean) @ batch_mean[0])
+        return features, self.weight, bias
+
+
+class FixedETFClassifier(FixedWeight):
     """A classifier whose weight is a simplex ETF and is not trained.
 
     Args:
@@ -52,8 +101,6 @@ class FixedETFClassifier(Head):
         torch.Size([32, 10])
     """
 
-    weight: Tensor
-
     def __init__(
         self,
         in_features: int,
@@ -66,36 +113,61 @@ class FixedETFClassifier(Head):
         ignore_index: int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(in_features, num_classes, feature_norm, ignore_index)
+        check_at_least("in_features", in_features, 1)
         if not (isinstance(orientation, str) and orientation == "softmax-code"):
             check_etf_sizes(num_classes, in_features)
-        self.register_buffer("weight", _oriented(orientation, num_classes, in_features, generator))
-        check_choice("bias", bias, ("centring", "learned", "none"))
-        self.learned_bias = nn.Parameter(torch.zeros(num_classes)) if bias == "learned" else None
-        self.global_mean = MovingMean(1, in_features, momentum) if bias == "centring" else None
+        weight = _oriented(orientation, num_classes, in_features, generator)
+        super().__init__(weight, feature_norm, bias, momentum, ignore_index)
 
-    @property
-    def bias(self) -> Tensor | None:  # type: ignore[override]
-        """(K,) or None; with centring, of the moving mean."""
-        if self.global_mean is not None:
-            return -(self.weight @ self.global_mean.mean[0].to(self.weight))
-        return self.learned_bias
 
-    def prepare(self, features: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """As `Head.prepare`; the weight is fixed, the bias in training mode that of the batch."""
-        features = self.features(features)
-        if not (self.training and self.global_mean is not None):
-            return features, self.weight, self.bias
-        with torch.autocast(features.device.type, enabled=False):
-            flat = features.detach().reshape(-1, self.in_features).to(compute_dtype(features.dtype))
-            if targets is not None and self.ignore_index is not None:
-                check_integral("targets", targets)
-                flat = flat[targets.reshape(-1) != self.ignore_index]
-            sums, counts = sums_over_ranks(flat.sum(0, keepdim=True), flat.new_tensor([flat.shape[0]]))
-            batch_mean = sums / counts.clamp_min(1)
-            self.global_mean(batch_mean, counts)
-            bias = -(self.weight.to(batch_mean) @ batch_mean[0])
-        return features, self.weight, bias
+class FixedFrameClassifier(FixedWeight):
+    """A classifier whose weight is a frame of a prescribed Gram and is not trained.
+
+    Args:
+        in_features: d, at least the rank of the centred code.
+        num_classes: K ≥ 2.
+        code: (K, r') floating, a row a class, of which the weight is a rotation; it is centred first, and its scale is
+            the weight's. See `code_from_gram`.
+        feature_norm: τ, the norm that features are given; ``"auto"``: `collapse_radius`; ``None``: left as they are.
+        bias: As for `FixedETFClassifier`.
+        momentum: As for `FixedETFClassifier`.
+        ignore_index: As for `FixedETFClassifier`.
+        generator: If given, the frame has a Haar-uniform orientation drawn from it; else the code's principal
+            coordinates come first and zeros after them.
+
+    Shape: features (..., d) to logits (..., K).
+
+    Raises:
+        ValueError: Sizes out of range, an argument of another kind, or a code that `nearest_frame` refuses.
+
+    Source: Liang and Davis, HAFrame (ICCV 2023), for a hierarchy's frame.
+
+    Example:
+        >>> from neuralcollapse import code_from_gram, tree_gram
+        >>> gram = tree_gram(torch.tensor([4, 4, 5, 5, 6, 6, -1]), decay=3.0)
+        >>> head = FixedFrameClassifier(64, 4, code_from_gram(gram, feature_dim=64)).eval()
+        >>> head(torch.randn(32, 64)).shape
+        torch.Size([32, 4])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        code: Tensor,
+        *,
+        feature_norm: float | Literal["auto"] | None = "auto",
+        bias: Bias = "centring",
+        momentum: Momentum = DEFAULT_MOMENTUM,
+        ignore_index: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        check_at_least("in_features", in_features, 1)
+        check_at_least("num_classes", num_classes, 2)
+        check_code(code, num_classes)
+        check_factory(None, None, generator)
+        weight = placed(principal_code(code, in_features), in_features, generator).to(torch.get_default_dtype())
+        super().__init__(weight, feature_norm, bias, momentum, ignore_index)
 
 
 def _oriented(

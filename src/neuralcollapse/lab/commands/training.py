@@ -11,6 +11,7 @@ from jsonargparse import Namespace
 
 from neuralcollapse.lab.commands.runs import say_written
 from neuralcollapse.lab.config import RunConfig
+from neuralcollapse.lab.experiments import Comparison
 from neuralcollapse.lab.results.folder import RunFolder
 
 
@@ -69,7 +70,12 @@ def show_config(settings: dict[str, Any]) -> None:
 
 
 def train_and_report(
-    runs: RunConfig | Sequence[RunConfig], out: str, config: dict[str, Any], settings: Namespace, command: str
+    runs: RunConfig | Sequence[RunConfig],
+    out: str,
+    config: dict[str, Any],
+    settings: Namespace,
+    command: str,
+    comparison: Comparison | None = None,
 ) -> None:
     """Train, write the table, the summary and the figures, and say so; or show the settings, if that is asked for."""
     if settings.get("print_config"):
@@ -80,8 +86,13 @@ def train_and_report(
 
     from neuralcollapse.lab.figures.summary import summarise  # seconds: not for a mistake in a flag
     from neuralcollapse.lab.training.many_runs import train_runs
+    from neuralcollapse.lab.training.tuning import with_chosen_rates
 
-    summary = summarise(train_runs(runs, out, settings=config, **what_is_there(settings)), command)
+    options = what_is_there(settings)
+    if comparison is not None and comparison.lr == "auto" and not isinstance(runs, RunConfig):
+        runs = with_chosen_rates(runs, comparison, RunFolder(out), config, **options)
+        options = {"resume": True}
+    summary = summarise(train_runs(runs, out, settings=config, **options), command)
     print_table(summary.table, summary.written)
 
 

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from neuralcollapse.lab.commands.arguments import add_output, add_sections, asked_for
 from neuralcollapse.lab.commands.training import check_output, output_folder, print_table, show_config, what_is_there
-from neuralcollapse.lab.config import METHODS, Method
+from neuralcollapse.lab.config import PUBLISHED_METHODS, PublishedMethod
 from neuralcollapse.lab.settings import Settings, setting
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class FreeFeatures(Settings):
 
     classes: list[int] = setting(lambda _: [10, 100, 200], at_least=2)
     """Sizes of the model: numbers of classes K. By default 10,100,200."""
-    methods: list[Method] = setting(lambda _: list(METHODS))
+    methods: list[PublishedMethod] = setting(lambda _: list(PUBLISHED_METHODS))
     """Which to train. By default all."""
     optimizers: list[Literal["sgd", "agd"]] = setting(lambda _: ["sgd", "agd"])
     """Each with every method. By default both."""

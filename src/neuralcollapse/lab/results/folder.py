@@ -42,6 +42,7 @@ class RunFolder:
         checkpoints: One file for each saved epoch, and the last one, from which a run is resumed.
         figures: PNG files.
         runs: The runs, where there are several.
+        tuning: The folder of the runs by which learning rates were chosen.
 
     Example:
         >>> RunFolder("runs/digits").metrics.name
@@ -63,6 +64,7 @@ class RunFolder:
         "checkpoints": "checkpoints",
         "figures": "figures",
         "runs": "runs",
+        "tuning": "tuning",
         "tensorboard": "tensorboard",
         "wandb": "wandb",
     }
@@ -78,6 +80,7 @@ class RunFolder:
     checkpoints: Path
     figures: Path
     runs: Path
+    tuning: Path
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)

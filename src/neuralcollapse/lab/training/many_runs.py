@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from neuralcollapse.lab.config import BatchSettings, DataSettings, RunConfig
 from neuralcollapse.lab.data.batches import EvaluationBatches, evaluation_batches
 from neuralcollapse.lab.data.loading import load_data
 from neuralcollapse.lab.data.splits import ImageData
-from neuralcollapse.lab.experiments import common_settings
+from neuralcollapse.lab.experiments import common_settings, tell_apart
 from neuralcollapse.lab.results.files import write_whole
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.provenance import peak_memory
@@ -36,6 +36,8 @@ def train_runs(
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
+    leave_out_failed: bool = False,
+    before_writing: Callable[[], None] | None = None,
 ) -> RunFolder:
     """Train one run, or one after another.
 
@@ -50,6 +52,8 @@ def train_runs(
         resume: Go on with what the folder holds.
         overwrite: Delete what the folder holds.
         progress: Show progress.
+        leave_out_failed: Name a run that fails on stderr, and go on with the next one.
+        before_writing: Called when everything is checked.
 
     Returns:
         The folder, whose `run_folders` are those of the runs.
@@ -73,26 +77,29 @@ def train_runs(
     settings = own if settings is None else settings
     whole.check(settings, resume=resume, overwrite=overwrite)
     preparation = Preparation(resumed=resume, progress=progress)
-    modules = {_kind(run): preparation.module(run, place) for place, run in reversed(places.items())}
-    data = next(iter(modules.values())).data
-    facts = _facts(data)
+    kinds = {_kind(run): (run, place) for place, run in reversed(places.items())}
+    data = [preparation.module(*kind).data for kind in kinds.values()][-1]
     names = {} if whole in places else {"runs": [place.path.name for place in places]}
+    if before_writing is not None:
+        before_writing()
     bar = Progress(len(places), shown=progress)
     if progress:
         _say_of_batches(next(iter(places.values())), len(data.train))
-    with closing(bar), whole.writing(settings, resume=resume, overwrite=overwrite, facts=facts | names):
+    with closing(bar), whole.writing(settings, resume=resume, overwrite=overwrite, facts=_facts(data) | names):
         for position, (place, run) in enumerate(places.items()):
             if place is whole:
-                _train_one(modules.pop(_kind(run)), place, bar.next_run(run.method, position))
+                _train_one(preparation.module(run, place), place, bar.next_run(run.method, position))
                 break
             if place.is_finished(run.in_force()):
                 continue
-            module, name = modules.pop(_kind(run), None) or preparation.module(run, place), place.path.name
+            module, name = preparation.module(run, place), place.path.name
             try:
                 with place.writing(run.in_force(), resume=True, facts=_facts(module.data)):
                     _train_one(module, place, bar.next_run(name, position))
             except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
+                if not leave_out_failed:
+                    raise ValueError(f"{name}: {error}") from error
+                print(f"neuralcollapse: left out: {name}: {error}", file=sys.stderr)
     return whole
 
 
@@ -154,18 +161,13 @@ def _named(runs: Sequence[RunConfig]) -> dict[str, RunConfig]:
     """The runs by the names of their folders, which say in what they differ."""
     if not runs:
         raise ValueError("runs must hold at least one run")
-    own = {"method", "seed"}
-    varied = [
-        name
-        for name in runs[0].__dataclass_fields__
-        if name not in own and any(getattr(run, name) != getattr(runs[0], name) for run in runs)
-    ]
     names = [f"{run.method}-seed{run.seed}" for run in runs]
     if len(set(names)) < len(names):
-        names = [
-            "-".join([run.method, *(f"{name}{getattr(run, name)}" for name in varied), f"seed{run.seed}"])
-            for run in runs
+        parts = [
+            [str(value) if name in ("method", "loss") else f"{name}{value}" for name, value in telling.items()]
+            for telling in tell_apart([run.in_force() for run in runs])
         ]
+        names = ["-".join([*part, f"seed{run.seed}"]) for part, run in zip(parts, runs, strict=True)]
     if len(set(names)) < len(names):
         raise ValueError("runs must be different ones, got one of them twice")
     return {re.sub(r"[^\w.=-]+", "_", name): run for name, run in zip(names, runs, strict=True)}

@@ -80,10 +80,9 @@ class ClassifierTraining(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         """The loss of one batch."""
         images, targets = batch
-        with _inputs_of(self.head) as seen:
-            logits = self.model(images, targets=targets)
-        features = self.head.features(seen[-1])
-        loss = batch_loss(self.config, logits, targets)
+        features, weight, bias = self.head.prepare(self.model.model(images), targets)
+        logits = self.head.decide(features, weight, bias)
+        loss = batch_loss(self.config, logits, targets, features, weight)
         penalties = penalty(self.config, self.model, features)
         loss = loss if penalties is None else loss + penalties
         place = (self.current_epoch, batch_index)
@@ -203,14 +202,6 @@ def _records(module: ClassifierTraining, folder: RunFolder) -> list[Callback]:
         **module.measuring,
     )
     return [TrainingLog(folder.training_log), GradientLog(folder.gradients), collapse]
-
-
-@contextmanager
-def _inputs_of(module: torch.nn.Module) -> Iterator[list[Tensor]]:
-    """The first arguments that the module is called with inside."""
-    seen: list[Tensor] = []
-    with module.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0])):
-        yield seen
 
 
 @contextmanager
