@@ -1,8 +1,9 @@
-"""What a training step of the nearest frames costs over an nn.Linear: batch 128, fp32, one thread, both passes.
+"""What a training step of heads and losses costs over an nn.Linear: batch 128, fp32, one thread, both passes.
 
 The unit is a bare solve without a basis. Frames are of random codes of rank min(d, K−1)/2, and of the means at that
-rank. `class_means` is the classifier of class means with cross-entropy, `class_means_two_way` without bias and with that
-loss; `linear_...` are losses on the sphere of an nn.Linear's weight. `--before CHECKOUT` times an older checkout's nearest-ETF head in the same rounds.
+rank. `class_means` is the classifier of class means with cross-entropy, `class_means_two_way` without bias and with
+that loss, `linear_...` a loss on the sphere of an nn.Linear's weight: they are given in steps of the nn.Linear.
+`--before CHECKOUT` times an older checkout's nearest-ETF head in the same rounds.
 """
 
 from __future__ import annotations
