@@ -124,4 +124,4 @@ def _one_line(message: str) -> str:
     message = re.sub(r"(?:a )?typing\.Literal\[(.*?)\]", r"one of \1", message)
     union = r"Does not validate.*?Subtypes: \[(.*?)\]\n.*Given value:"
     message = re.sub(union, r"Expected \1. Got value:", message, flags=re.DOTALL)
-    return " ".join(message.split())
+    return " ".join(message.replace(", NoneType.", ".").split())
