@@ -49,7 +49,7 @@ def nearest_simplex_etf(
         proximal_weight: γ ≥ 0, in units in which the singular values of the data term are 1 at collapse.
         class_weights: (K,) or (..., K), ω ≥ 0 up to a common factor; equal if not given.
         metric: M, (d,) for a diagonal or (..., d, d), symmetric and positive definite: distances are then √(xᵀMx), M
-            scaled to trace d (docs/riemannian.md). Solved by a Riemannian trust region, differentiable in M as well.
+            scaled to trace d. Solved by a Riemannian trust region, differentiable in M as well.
         method: How the polar factor is found, as for `polar_factor`.
         check_values: Check finiteness, that the means are not all equal, that the anchor is an ETF and that products
             converged (on an accelerator this waits for the device).
