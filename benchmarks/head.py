@@ -1,6 +1,7 @@
-"""What a training step of the nearest-ETF head costs over an nn.Linear: batch 128, fp32, one thread, both passes.
+"""What a training step of the nearest frames costs over an nn.Linear: batch 128, fp32, one thread, both passes.
 
-The unit is a bare solve without a basis. `--before CHECKOUT` times an older checkout's head in the same rounds.
+The unit is a bare solve without a basis. Frames are of random codes of rank min(d, K−1)/2, and of the means at that
+rank. `--before CHECKOUT` times an older checkout's nearest-ETF head in the same rounds.
 """
 
 from __future__ import annotations
@@ -36,8 +37,19 @@ def measure(num_classes: int, feature_dim: int, versions: dict[str, ModuleType])
     for name, version in versions.items():
         head = version.NearestETFClassifier(feature_dim, num_classes)
         functions[name] = lambda head=head: step(head, targets)
+    rank = max(1, min(feature_dim, num_classes - 1) // 2)
+    frames: dict[str, neuralcollapse.FixedFrameClassifier | neuralcollapse.NearestFrameClassifier] = {
+        "fixed_frame": neuralcollapse.FixedFrameClassifier(feature_dim, num_classes, torch.randn(num_classes, rank)),
+        "nearest_frame": neuralcollapse.NearestFrameClassifier(
+            feature_dim, num_classes, geometry=torch.randn(num_classes, rank)
+        ),
+        "frame_of_means": neuralcollapse.NearestFrameClassifier(feature_dim, num_classes, geometry="means", rank=rank),
+        "frame_of_means_auto": neuralcollapse.NearestFrameClassifier(feature_dim, num_classes, geometry="means"),
+    }
+    for name, head in frames.items():
+        functions[name] = lambda head=head: step(head, targets)
     seconds = medians(functions, repeats=5 if num_classes == 1000 else 201)
-    over = {name: seconds[name] - seconds["linear"] for name in versions}
+    over = {name: seconds[name] - seconds["linear"] for name in (*versions, *frames)}
     return {
         "num_classes": num_classes,
         "feature_dim": feature_dim,

@@ -14,6 +14,7 @@ import torch
 from _common import data_root, medians, write
 
 from neuralcollapse.lab import RunConfig, load_data
+from neuralcollapse.lab.models.backbones import evaluation_layout
 from neuralcollapse.lab.training.collapse_callback import measure_splits
 from neuralcollapse.lab.training.one_run import ClassifierTraining
 
@@ -36,9 +37,10 @@ def measure(module: ClassifierTraining, folder: Path, repeats: int) -> dict[str,
     @torch.no_grad()
     def forward() -> None:
         module.eval()
-        for batches in module.evaluation.values():
-            for images, _ in batches:
-                module(images)
+        with evaluation_layout(module):
+            for batches in module.evaluation.values():
+                for images, _ in batches:
+                    module(images)
 
     return medians({"epoch": epoch, "measured": measured, "forward": forward}, repeats=repeats)
 
@@ -59,21 +61,17 @@ def main() -> None:
             test_samples=options.train_samples // 6,
         )
         data = load_data(config)
-        for layout in ("as they come", "channels last"):
-            module = ClassifierTraining(config, data)
-            if layout == "as they come":
-                module.to(memory_format=torch.contiguous_format)
-            with tempfile.TemporaryDirectory() as folder:
-                seconds = measure(module, Path(folder), options.repeats)
-            rows.append(
-                {"method": method, "weights": layout, "train_samples": options.train_samples}
-                | {f"{name}_s": value for name, value in seconds.items()}
-                | {
-                    "measured_over_epoch": seconds["measured"] / seconds["epoch"],
-                    "measured_over_forward": seconds["measured"] / seconds["forward"],
-                }
-            )
-            print(rows[-1], flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            seconds = measure(ClassifierTraining(config, data), Path(folder), options.repeats)
+        rows.append(
+            {"method": method, "train_samples": options.train_samples}
+            | {f"{name}_s": value for name, value in seconds.items()}
+            | {
+                "measured_over_epoch": seconds["measured"] / seconds["epoch"],
+                "measured_over_forward": seconds["measured"] / seconds["forward"],
+            }
+        )
+        print(rows[-1], flush=True)
     write("measuring", rows)
 
 

@@ -14,21 +14,24 @@ import neuralcollapse
 ROOT = Path(neuralcollapse.__file__).parent
 ALLOWED = {  # folder or module -> what it may import of the package
     "_checks": set(),
+    "_ranks": set(),
     "geometry": {"_checks"},
     "classifier": {"_checks"},
-    "heads": {"_checks", "geometry", "classifier"},
+    "heads": {"_checks", "_ranks", "geometry", "classifier"},
+    "losses": {"_checks", "_ranks"},
     "metrics": {"_checks", "geometry", "classifier"},
     "ufm": {"_checks", "geometry", "classifier", "heads", "metrics"},
-    "lab": {"_checks", "geometry", "classifier", "heads", "metrics", "ufm"},
+    "lab": {"_checks", "geometry", "classifier", "heads", "losses", "metrics", "ufm"},
     "cli": {"lab"},
     "__init__": {"geometry", "classifier", "heads", "metrics"},
 }
-GROUND = {"config", "conditions", "settings", "seeds", "recipes", "experiments"}
+GROUND = {"config", "conditions", "settings", "seeds", "recipes", "experiments", "stopping"}
 LAB = {  # room or module of lab -> what it may import of the others
     "config": {"settings", "conditions"},
     "conditions": {"settings"},
     "settings": set(),
     "seeds": set(),
+    "stopping": set(),
     "recipes": {"settings"},
     "experiments": {"config", "settings", "recipes"},
     "data": GROUND,

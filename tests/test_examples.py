@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+FOLDER = Path(__file__).parents[1] / "examples"
+SAME_TRAINING = ("huggingface_trainer", "lightning_module", "plain_loop")
+OTHERS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in SAME_TRAINING)
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_example_runs(example):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, example], capture_output=True, text=True, check=False, env=environment)
+def printed_by(example: str) -> str:
+    command, environment = [sys.executable, FOLDER / f"{example}.py"], os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert "nc1" in done.stdout
+    return done.stdout
+
+
+@pytest.mark.parametrize("example", OTHERS)
+def test_example_runs(example):
+    printed_by(example)
+
+
+def test_one_model_reaches_the_same_accuracy_in_every_loop():
+    """The plain loop's over six seeds, on 297 images, is 91.2% with a standard deviation of 1.0."""
+    accuracy = {
+        example: float(re.search(r"test accuracy ([\d.]+)%", printed_by(example))[1]) for example in SAME_TRAINING
+    }
+    assert accuracy == pytest.approx(dict.fromkeys(SAME_TRAINING, 91.2), abs=4)

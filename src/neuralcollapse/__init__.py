@@ -6,18 +6,30 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from neuralcollapse.classifier import find_classifier
     from neuralcollapse.geometry import (
+        attribute_gram,
+        code_from_gram,
+        code_of_means,
+        distance_gram,
+        embedding_gram,
+        nearest_frame,
         nearest_simplex_etf,
         polar_factor,
         random_simplex_etf,
+        seli_code,
         simplex_basis,
         simplex_etf,
+        simplex_gram,
         softmax_code,
+        tree_gram,
     )
     from neuralcollapse.heads import (
+        ClassMeanClassifier,
         ClassMeans,
         FixedETFClassifier,
+        FixedFrameClassifier,
         LearnedClassifier,
         NearestETFClassifier,
+        NearestFrameClassifier,
         attach_head,
         collapse_radius,
         project_after_step,
@@ -34,44 +46,68 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ClassMeanClassifier",
     "ClassMeans",
     "ClassMoments",
     "FixedETFClassifier",
+    "FixedFrameClassifier",
     "LearnedClassifier",
     "Measurement",
     "NearestETFClassifier",
+    "NearestFrameClassifier",
     "NeuralCollapse",
     "attach_head",
+    "attribute_gram",
+    "code_from_gram",
+    "code_of_means",
     "collapse_metrics",
     "collapse_radius",
+    "distance_gram",
+    "embedding_gram",
     "etf_distances",
     "find_classifier",
     "measure",
+    "nearest_frame",
     "nearest_simplex_etf",
     "polar_factor",
     "project_after_step",
     "random_simplex_etf",
+    "seli_code",
     "simplex_basis",
     "simplex_etf",
+    "simplex_gram",
     "softmax_code",
+    "tree_gram",
 ]
 
 
 _PLACES = {
     "classifier": ("find_classifier",),
     "geometry": (
+        "attribute_gram",
+        "code_from_gram",
+        "code_of_means",
+        "distance_gram",
+        "embedding_gram",
+        "nearest_frame",
         "nearest_simplex_etf",
         "polar_factor",
         "random_simplex_etf",
+        "seli_code",
         "simplex_basis",
         "simplex_etf",
+        "simplex_gram",
         "softmax_code",
+        "tree_gram",
     ),
     "heads": (
+        "ClassMeanClassifier",
         "ClassMeans",
         "FixedETFClassifier",
+        "FixedFrameClassifier",
         "LearnedClassifier",
         "NearestETFClassifier",
+        "NearestFrameClassifier",
         "attach_head",
         "collapse_radius",
         "project_after_step",
@@ -84,7 +120,7 @@ def __getattr__(name: str) -> Any:
     for place, names in _PLACES.items():
         if name in names:
             return getattr(import_module(f"{__name__}.{place}"), name)
-    if name in ("geometry", "heads", "metrics", "ufm", "lab"):
+    if name in ("geometry", "heads", "losses", "metrics", "ufm", "lab"):
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from neuralcollapse._checks import check_module
 
@@ -31,9 +32,11 @@ def classifier_features(classifier: nn.Module, inputs: Tensor) -> Tensor:
 def find_classifier(model: nn.Module) -> tuple[str, nn.Module]:
     """Find the module whose output is the model's logits.
 
-    Looks at the structure alone, from the top: an ``nn.Sequential`` ends in its last child; any other
-    module ends in the one of its direct children that is, or ends in, a classifier, a conventional name
-    (``classifier``, ``fc``, ``head``, …) going first where there are several.
+    It is what the model's ``get_classifier()`` returns (as timm's have it), where that is a classifier. Else the
+    structure alone is looked at, from the top: an ``nn.Sequential`` ends in its last child; any other module ends in
+    the one of its direct children that is, or ends in, a classifier, a conventional name (``classifier``, ``fc``,
+    ``head``, …) going first where there are several; where there is none, in what a child of such a name holds
+    (``head.fc``).
 
     Args:
         model: Any module.
@@ -46,14 +49,14 @@ def find_classifier(model: nn.Module) -> tuple[str, nn.Module]:
         ValueError: ``model`` is no module, there is no classifier, or several modules could be it; the message
             names them.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
         >>> find_classifier(model)
         ('2', Linear(in_features=16, out_features=3, bias=True))
     """
     check_module("model", model)
-    candidates = _candidates("", model)
+    candidates = _said(model) or _candidates("", model)
     if len(candidates) == 1:
         return candidates[0]
     if not candidates:
@@ -72,8 +75,8 @@ def resolve_classifier(model: nn.Module, classifier: str | nn.Module | None = No
     """The classifier that the caller named or handed over, else the one that `find_classifier` finds."""
     check_module("model", model)
     if classifier is None:
-        return find_classifier(model)
-    if isinstance(classifier, nn.Module):
+        name, module = find_classifier(model)
+    elif isinstance(classifier, nn.Module):
         names = [name for name, module in model.named_modules() if module is classifier]
         if not names:
             raise ValueError(f"classifier ({type(classifier).__name__}) must be a module of the model; it is not in it")
@@ -94,7 +97,31 @@ def resolve_classifier(model: nn.Module, classifier: str | nn.Module | None = No
             f"classifier {name!r} must be an nn.Linear or have weight (K, d), bias and features(x); "
             f"got {type(module).__name__}"
         )
+    check_not_lazy(repr(name), module)
     return name, module
+
+
+def check_not_lazy(name: str, classifier: nn.Module) -> None:
+    """Raise where the classifier does not know yet how many features it takes."""
+    if isinstance(classifier, LazyModuleMixin) and classifier.has_uninitialized_params():
+        raise ValueError(
+            f"classifier {name} must know its number of features, got a {type(classifier).__name__} that has seen no "
+            "input: run the model on a batch first"
+        )
+
+
+def _said(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """What the model itself calls its classifier."""
+    get_classifier = getattr(model, "get_classifier", None)
+    said = get_classifier() if callable(get_classifier) else None
+    if isinstance(said, nn.Identity):
+        raise ValueError(
+            f"model ({type(model).__name__}) must end in a classifier; its get_classifier() is an nn.Identity. "
+            "Make it with a number of classes, or name a module with classifier='dotted.name'"
+        )
+    if not (isinstance(said, nn.Module) and is_classifier(said)):
+        return []
+    return [(name, module) for name, module in model.named_modules() if module is said]
 
 
 def _candidates(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -112,7 +139,10 @@ def _candidates(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
         prefix = len(name) + 1 if name else 0
         conventional = [found for found in direct if found[0][prefix:].split(".")[0] in _CONVENTIONAL_NAMES]
         return conventional if len(conventional) == 1 else direct
-    return [found for child in children for found in _candidates(*child)]
+    inside = [
+        found for child in children if child[0].split(".")[-1] in _CONVENTIONAL_NAMES for found in _candidates(*child)
+    ]
+    return inside or [found for child in children for found in _candidates(*child)]
 
 
 def _direct(children: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:

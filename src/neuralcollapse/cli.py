@@ -8,11 +8,14 @@ from argparse import Action, ArgumentError
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from neuralcollapse.lab.settings import nearest, type_hints
+from neuralcollapse.lab.stopping import TERMINATED, Terminated, on_sigterm, terminate
 
 # In the order of the list that `--help` prints.
 _COMMANDS = (
@@ -40,16 +43,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; errors of the user's are one line on stderr and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        name, command = _chosen(arguments)
-        parser = _parser(name)
-        chosen = _parse(parser, command, arguments)
-        return command.run(chosen[chosen.subcommand]) or 0
+        with on_sigterm(terminate):
+            name, command = _chosen(arguments)
+            parser = _parser(name)
+            chosen = _parse(parser, command, arguments)
+            return command.run(chosen[chosen.subcommand]) or 0
     except (ArgumentError, ValueError, OSError) as error:
-        print(f"neuralcollapse: error: {_one_line(str(error))}", file=sys.stderr)
+        message = _one_line(str(error))
+        print(f"neuralcollapse: error: {message}{_place(message, arguments)}", file=sys.stderr)
         return _USER_ERROR
     except KeyboardInterrupt:
         print("\nneuralcollapse: interrupted; with --resume, without --overwrite, it goes on", file=sys.stderr)
         return _INTERRUPTED
+    except Terminated:
+        print("\nneuralcollapse: terminated; with --resume, without --overwrite, it goes on", file=sys.stderr)
+        return TERMINATED
 
 
 def _command(name: str) -> Any:
@@ -92,9 +100,26 @@ def _parse(parser: ArgumentParser, command: Any, arguments: list[str]) -> Namesp
         raise ValueError(f"{error}{nearest(unknown[1], flags)}") from error
 
 
+def _place(message: str, arguments: Sequence[str]) -> str:
+    """Where it stands, if what the message is about was given in a file of settings and not as a flag."""
+    places: dict[str, str] = {}
+    for flag, following in pairwise([*arguments, ""]):
+        file = Path(flag.partition("=")[2] or following)
+        if flag.partition("=")[0] == "--config" and file.is_file():
+            lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+            keys = ((re.match(r"[\"']?(\w+)[\"']?\s*:", line), number) for number, line in enumerate(lines, 1))
+            places |= {key[1]: f" ({file}, line {number})" for key, number in keys if key}
+            if re.search("parsing config|Unexpected config", message):
+                return f" ({file})"
+    told = re.search(r"option '(\w+)'", message) or re.search(r"^(?:--)?(\w+)", message)
+    flags = {argument.partition("=")[0] for argument in arguments}
+    return places.get(told[1], "") if told and f"--{told[1]}" not in flags else ""
+
+
 def _one_line(message: str) -> str:
     """A message of jsonargparse, or any other, in the words of the command line."""
     message = re.sub(r'Parser key "(\w+)":', r"--\1:", message)
+    message = message.replace('in "<unicode string>", ', "in ")
     message = re.sub(r"<class '(\w+)'>", r"\1", message)
     message = re.sub(r"(?:a )?typing\.Literal\[(.*?)\]", r"one of \1", message)
     union = r"Does not validate.*?Subtypes: \[(.*?)\]\n.*Given value:"

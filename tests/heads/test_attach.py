@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import warnings
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import pytest
@@ -172,3 +174,174 @@ def test_padded_tokens_of_an_attached_model_count_nowhere():
     gradient, wanted = (model.model.body[0].weight.grad for model in (whole, alone))
     assert wanted.abs().max() > 1e-3
     assert torch.allclose(gradient, wanted, atol=1e-5)
+
+
+class Pooled(nn.Module):
+    """timm's ClassifierHead: pooling, dropout, fc, and nothing after it."""
+
+    def __init__(self):
+        super().__init__()
+        self.global_pool = nn.AdaptiveAvgPool2d(1)
+        self.drop = nn.Dropout(0.0)
+        self.fc = nn.Linear(12, 5)
+        self.flatten = nn.Identity()
+
+    def forward(self, inputs):
+        return self.flatten(self.fc(self.drop(self.global_pool(inputs).flatten(1))))
+
+
+class LookAlike(nn.Module):
+    """The structure of a torchvision or timm model: stages whose blocks hold linear layers, and an end by its name."""
+
+    def __init__(self, name, end, says=None):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 3)
+        block = nn.Module()
+        block.norm, block.mlp = (
+            nn.BatchNorm2d(12),
+            nn.Sequential(OrderedDict(fc1=nn.Linear(12, 24), fc2=nn.Linear(24, 12))),
+        )
+        self.stages = nn.Sequential(block)
+        self.end = name
+        setattr(self, name, end)
+        if says is not None:
+            self.get_classifier = lambda: self.get_submodule(says)
+
+    def forward(self, inputs):
+        hidden = self.stages[0].norm(self.stem(inputs))
+        hidden = hidden + self.stages[0].mlp(hidden.movedim(1, -1)).movedim(-1, 1)
+        end = getattr(self, self.end)
+        return end(hidden if isinstance(end, Pooled) else hidden.mean((2, 3)))
+
+
+def hidden_layers(last):
+    return nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Dropout(0.0), last)
+
+
+LOOK_ALIKES = {  # name in torchvision or timm -> where its classifier is, and a model of that structure
+    "resnet": ("fc", lambda: LookAlike("fc", nn.Linear(12, 5))),
+    "swin": ("head", lambda: LookAlike("head", nn.Linear(12, 5))),
+    "vit": ("heads.head", lambda: LookAlike("heads", nn.Sequential(OrderedDict(head=nn.Linear(12, 5))))),
+    "densenet": ("classifier", lambda: LookAlike("classifier", nn.Linear(12, 5))),
+    "vgg": ("classifier.3", lambda: LookAlike("classifier", hidden_layers(nn.Linear(12, 5)))),
+    "efficientnet": ("classifier.1", lambda: LookAlike("classifier", nn.Sequential(nn.Dropout(0.0), nn.Linear(12, 5)))),
+    "maxvit": ("classifier.3", lambda: LookAlike("classifier", hidden_layers(nn.Linear(12, 5, bias=False)))),
+    "timm convnext": ("head.fc", lambda: LookAlike("head", Pooled(), says="head.fc")),
+    "timm, unsaid": ("head.fc", lambda: LookAlike("head", Pooled())),
+    "timm, by another name": ("last", lambda: LookAlike("last", nn.Linear(12, 5), says="last")),
+}
+
+
+@pytest.mark.parametrize(("place", "make"), LOOK_ALIKES.values(), ids=LOOK_ALIKES)
+def test_structures_of_torchvision_and_timm(place, make):
+    images, targets = normal(10, 3, 6, 6, dtype=torch.float32), torch.arange(10) % 3
+    model = make()
+    assert find_classifier(model)[0] == place
+    attached = attach_head(model, NearestETFClassifier(12, 3))
+    assert f"classifier={place!r}, 5 classes before, 3 now" in repr(attached)
+    cross_entropy(attached(images, targets=targets), targets).backward()
+    assert model.stem.weight.grad.abs().sum() > 0
+    expected = attached.eval()(images)
+    plain = attached.to_inference()
+    assert plain is model
+    assert torch.allclose(plain(images), expected, atol=1e-6)
+
+
+def test_a_model_that_says_that_it_has_no_classifier_is_believed():
+    model = LookAlike("head", nn.Identity(), says="head")
+    with pytest.raises(ValueError, match=r"must end in a classifier; its get_classifier\(\) is an nn.Identity"):
+        attach_head(model, NearestETFClassifier(12, 3))
+
+
+@pytest.mark.parametrize(
+    ("after", "output", "message"),
+    [
+        (torch.clone, None, "something comes after it"),
+        (None, "logits", "it has no 'logits'"),
+        (lambda logits: (logits,), 3, "it has no 3"),
+        (lambda logits: {"logits": logits}, None, "output must say where the logits are"),
+        (None, lambda returned: returned.missing, "has no attribute 'missing'"),
+    ],
+)
+def test_a_refusal_at_the_first_call_gives_the_classifier_back(after, output, message):
+    model = Net(after)
+    classifier, expected = model.fc, model(INPUTS)
+    attached = attach_head(model, NearestETFClassifier(12, 5), output=output)
+    with pytest.raises((ValueError, AttributeError), match=message):
+        attached(INPUTS, targets=TARGETS)
+    assert model.fc is classifier
+    assert not attached.head.class_means.overall.batches
+    again = model(INPUTS)
+    assert torch.equal(again, expected) if isinstance(expected, Tensor) else type(again) is type(expected)
+    with pytest.raises(ValueError, match="the model has its classifier back: attach again"):
+        attached(INPUTS, targets=TARGETS)
+
+
+def test_a_refusal_changes_nothing():
+    model = Net()
+    before = dict(model.named_modules())
+    for head, options, message in [
+        (FixedETFClassifier(9, 5), {}, "head must take the 12 features"),
+        (FixedETFClassifier(12, 5), {"classifier": "fcc"}, "classifier must name a module"),
+        (FixedETFClassifier(12, 5), {"classifier": "body"}, "classifier 'body' must be an nn.Linear"),
+        (FixedETFClassifier(12, 5), {"output": 1.5}, "output must be a name, an index or a function"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            attach_head(model, head, **options)
+        assert dict(model.named_modules()) == before
+
+
+def test_a_lazy_classifier_is_refused_until_it_knows_its_features():
+    model = nn.Sequential(nn.Linear(6, 12), nn.LazyLinear(5))
+    for options in ({}, {"classifier": "1"}, {"classifier": model[1]}):
+        with pytest.raises(ValueError, match="classifier '1' must know its number of features, got a LazyLinear"):
+            attach_head(model, NearestETFClassifier(12, 5), **options)
+    model(INPUTS)
+    assert attach_head(model, NearestETFClassifier(12, 5))(INPUTS, targets=TARGETS).shape == (16, 5)
+
+
+def test_targets_and_labels_are_one_thing():
+    model = attach_head(Net(), NearestETFClassifier(12, 5))
+    output = model(INPUTS, labels=TARGETS)
+    assert output.keys() == {"loss", "logits"}
+    assert torch.equal(output["loss"], cross_entropy(output["logits"], TARGETS))
+    with pytest.raises(ValueError, match="targets and labels must not both be given"):
+        model(INPUTS, targets=TARGETS, labels=TARGETS)
+    with pytest.raises(ValueError, match="labels must be integer class indices"):
+        model(INPUTS, labels=TARGETS.float())
+
+
+def steps(model, optimizer, head_optimizer=None, number=4, accumulate=1):
+    """Warnings of a training of a few steps."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(number * accumulate):
+            cross_entropy(model(INPUTS, targets=TARGETS), TARGETS).backward()
+            if (step + 1) % accumulate == 0:
+                for one in filter(None, (optimizer, head_optimizer)):
+                    one.step()
+                    one.zero_grad()
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_an_optimiser_made_before_the_head_is_warned_of_once(kind, accumulate):
+    model = Net()
+    optimizer = kind(model.parameters(), lr=0.1)
+    attached = attach_head(model, LearnedClassifier(12, 5))
+    (message,) = steps(attached, optimizer, accumulate=accumulate)
+    assert "'weight', 'bias' of LearnedClassifier are not among the parameters that it was given" in message
+
+
+def test_an_optimiser_that_has_the_head_or_need_not_is_not_warned_of():
+    model = attach_head(Net(), LearnedClassifier(12, 5))
+    assert not steps(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    model = attach_head(Net(), LearnedClassifier(12, 5))
+    optimizers = (torch.optim.SGD(part.parameters(), lr=0.1) for part in (model.model, model.head))
+    assert not steps(model, *optimizers)
+    model = Net()
+    before = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert not steps(attach_head(model, NearestETFClassifier(12, 5)), before)  # nothing in it is stepped
+    model = attach_head(Net(), LearnedClassifier(12, 5))
+    assert not steps(model, torch.optim.SGD(model.head.parameters(), lr=0.1))  # a linear probe

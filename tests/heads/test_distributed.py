@@ -8,13 +8,18 @@ from torch import distributed, multiprocessing
 from torch.nn.functional import cross_entropy
 
 from helpers import generator, normal
-from neuralcollapse import FixedETFClassifier, NearestETFClassifier
+from neuralcollapse import ClassMeanClassifier, FixedETFClassifier, NearestETFClassifier, NearestFrameClassifier
 
 SIZES, STEPS = (11, 5), 3
+CODE = normal(4, 2, seed=3)
 HEADS = {
     "nearest": lambda: NearestETFClassifier(8, 4, momentum=0.3).double(),
     "nearest, cumulative": lambda: NearestETFClassifier(8, 4, momentum="cumulative", feature_norm=None).double(),
+    "previous means": lambda: ClassMeanClassifier(8, 4, momentum=0.3).double(),
+    "differentiable means": lambda: ClassMeanClassifier(8, 4, means="differentiable", momentum=0.3).double(),
     "fixed": lambda: FixedETFClassifier(8, 4).double(),
+    "nearest frame of a code": lambda: NearestFrameClassifier(8, 4, geometry=CODE, momentum=0.3).double(),
+    "nearest frame of the means": lambda: NearestFrameClassifier(8, 4, geometry="means", rank=2).double(),
 }
 
 

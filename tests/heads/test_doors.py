@@ -7,10 +7,13 @@ import torch
 from torch import nn
 
 from neuralcollapse import (
+    ClassMeanClassifier,
     ClassMeans,
     FixedETFClassifier,
+    FixedFrameClassifier,
     LearnedClassifier,
     NearestETFClassifier,
+    NearestFrameClassifier,
     attach_head,
     collapse_radius,
     find_classifier,
@@ -19,7 +22,20 @@ from neuralcollapse import (
 from neuralcollapse.heads import FeatureNorm
 
 FEATURES, TARGETS = torch.randn(6, 4), torch.arange(6) % 3
-KINDS = (LearnedClassifier, FixedETFClassifier, NearestETFClassifier)
+
+
+def fixed_frame(in_features, num_classes, **options):
+    return FixedFrameClassifier(in_features, num_classes, torch.eye(3)[:, :2] + 1, **options)
+
+
+KINDS = (
+    LearnedClassifier,
+    FixedETFClassifier,
+    NearestETFClassifier,
+    NearestFrameClassifier,
+    fixed_frame,
+    ClassMeanClassifier,
+)
 
 
 def net():
@@ -67,6 +83,11 @@ DOORS = [
         lambda: NearestETFClassifier(4, 3).use_targets([0]).__enter__(),
         "targets must be integer class indices, got list",
     ),
+    (lambda: ClassMeanClassifier(4, 3, means="last"), "means must be 'previous', 'current' or 'differentiable', got"),
+    (lambda: ClassMeanClassifier(4, 3, momentum=2.0), "momentum must lie in .* got 2.0"),
+    (lambda: ClassMeanClassifier(4, 3, generator=0), "generator must be a torch.Generator, got int"),
+    (lambda: ClassMeanClassifier(4, 3)(FEATURES, TARGETS + 1), r"targets must lie in \[0, 3\)"),
+    (lambda: ClassMeanClassifier(4, 3)(FEATURES * torch.inf, TARGETS), "features must be finite"),
     (lambda: ClassMeans(3, 4)(None, TARGETS), "features must be a floating-point tensor, got NoneType"),
     (lambda: ClassMeans(3, 4)(FEATURES, TARGETS.tolist()), "targets must be integer class indices, got list"),
     (lambda: ClassMeans(3, 4)(FEATURES, None), "targets must be integer class indices, got NoneType"),

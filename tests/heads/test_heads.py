@@ -1,4 +1,4 @@
-"""Behaviour that all three heads share, and what is special to the learned and the fixed one."""
+"""Behaviour that all heads share, and what is special to the learned and the fixed ones."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from torch.nn.functional import cross_entropy
 from helpers import normal, simplex_gram
 from neuralcollapse import (
     FixedETFClassifier,
+    FixedFrameClassifier,
     LearnedClassifier,
     NearestETFClassifier,
+    NearestFrameClassifier,
     collapse_radius,
     project_after_step,
     random_simplex_etf,
@@ -24,6 +26,7 @@ from neuralcollapse import (
 )
 from neuralcollapse.heads import FeatureNorm
 
+CODE = normal(5, 3, seed=4, dtype=torch.float32)
 HEADS = {
     "learned": lambda **options: LearnedClassifier(12, 5, **options),
     "unit": lambda **options: LearnedClassifier(12, 5, unit_weight=True, **options),
@@ -32,6 +35,10 @@ HEADS = {
     "fixed, no bias": lambda **options: FixedETFClassifier(12, 5, bias="none", **options),
     "nearest": lambda **options: NearestETFClassifier(12, 5, **options),
     "nearest, no bias": lambda **options: NearestETFClassifier(12, 5, bias="none", **options),
+    "fixed frame": lambda **options: FixedFrameClassifier(12, 5, CODE, **options),
+    "nearest frame of a code": lambda **options: NearestFrameClassifier(12, 5, geometry=CODE, **options),
+    "nearest frame of the means": lambda **options: NearestFrameClassifier(12, 5, geometry="means", **options),
+    "nearest frame of rank 2": lambda **options: NearestFrameClassifier(12, 5, geometry="means", rank=2, **options),
 }
 
 

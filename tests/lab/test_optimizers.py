@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import generator
+from helpers import generator, normal
+from neuralcollapse import losses
 from neuralcollapse.lab.config import RunConfig
 from neuralcollapse.lab.models.building import build_head, build_model
 from neuralcollapse.lab.training.objective import batch_loss, penalty
@@ -137,8 +138,28 @@ def test_the_losses_are_their_formulas():
     }
     for name, value in expected.items():
         smoothing = {"label_smoothing": 0.1} if name == "cross-entropy" else {}
-        found = batch_loss(small(loss=name, **smoothing), logits, targets)
+        found = batch_loss(small(loss=name, **smoothing), logits, targets, logits, logits)
         assert float(found) == pytest.approx(float(value), rel=1e-12), name
+
+
+def test_losses_of_directions_are_those_of_the_library_with_their_settings():
+    features, weight = normal(6, 8, seed=1), normal(4, 8, seed=2)
+    targets = torch.tensor([0, 3, 1, 1, 2, 0])
+    expected = {
+        "normface": losses.normface(features, targets, weight, temperature=0.3),
+        "ntce": losses.ntce(features, targets, weight, temperature=0.3),
+        "nonl": losses.nonl(features, targets, weight, temperature=0.3, margin=2.0),
+        "decoupled": losses.decoupled_cross_entropy(features, targets, weight, temperature=0.3, margin=2.0),
+        "two-way": losses.two_way(features, targets, weight, temperature=0.3, margin=2.0),
+    }
+    assert len({float(value) for value in expected.values()}) == 5
+    for name, value in expected.items():
+        margin = {} if name in ("normface", "ntce") else {"margin": 2.0}
+        config = small(loss=name, temperature=0.3, **margin)
+        assert batch_loss(config, features @ weight.T, targets, features, weight) == value
+    plain = small(loss="two-way", temperature=0.3, margin="inf")
+    found = batch_loss(plain, features @ weight.T, targets, features, weight)
+    assert found == losses.two_way(features, targets, weight, temperature=0.3)
 
 
 def test_separate_decay_is_of_the_classifier_and_of_what_it_multiplies():

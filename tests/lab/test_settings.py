@@ -10,7 +10,8 @@ from itertools import product
 
 import pytest
 
-from neuralcollapse.heads import FixedETFClassifier, NearestETFClassifier
+from neuralcollapse import losses
+from neuralcollapse.heads import ClassMeanClassifier, FixedETFClassifier, NearestETFClassifier
 from neuralcollapse.lab.config import RunConfig
 from neuralcollapse.lab.experiments import Comparison, common_settings, comparison_runs, single_run
 
@@ -18,6 +19,7 @@ OPTIMIZERS = ("sgd", "adam", "adamw", "lbfgs", "agd")
 LOSSES = ("cross-entropy", "mse", "dot-regression")
 BACKBONES = ("convnet", "mlp", "resnet18", "vgg13", "package.module.Class")
 METHODS = ("standard", "fixed", "implicit")
+FURTHER_METHODS = ("linear", "means", "softmax-code", "trust-region")
 CHOICES = (OPTIMIZERS, LOSSES, BACKBONES, METHODS)
 SCHEDULES = ("constant", "cosine", "step", "multistep", "one-cycle")
 # Of each setting a value that is not its default.
@@ -40,6 +42,7 @@ OTHER = {
     "validation_share": 0.25,
     "random_labels": True,
     "label_noise": 0.5,
+    "allow_absent_classes": True,
     "data_seed": 8,
     "memory_budget": 0.5,
     "workers": 3,
@@ -62,6 +65,9 @@ OTHER = {
     "unit_start": False,
     "classifier_bias": "none",
     "proximal_weight": 0.2,
+    "class_means": "current",
+    "temperature": 0.2,
+    "margin": 3.0,
     "means_momentum": 0.3,
     "epochs": 7,
     "label_smoothing": 0.4,
@@ -78,6 +84,7 @@ OTHER = {
     "step_epochs": 3,
     "milestones": [2],
     "lr_factor": 0.7,
+    "checkpoint_minutes": 3.0,
     "device": "cpu",
     "measure_every": 2,
     "measure_from": 4,
@@ -95,6 +102,8 @@ def kinds() -> list[dict]:
     """Every optimiser, loss, backbone and method together, where they go together; and every schedule."""
     choices = [{"optimizer": o, "loss": x, "backbone": b, "method": m} for o, x, b, m in product(*CHOICES)]
     choices += [{"optimizer": "sgd", "method": "standard", "schedule": schedule} for schedule in SCHEDULES]
+    choices += [{"method": m, "loss": x} for m, x in product(METHODS + FURTHER_METHODS, ("normface", "nonl"))]
+    choices += [{"method": method, "optimizer": o} for method, o in product(FURTHER_METHODS, OPTIMIZERS)]
     found = []
     for kind in choices:
         try:
@@ -153,7 +162,29 @@ def test_what_a_run_says_is_in_force_makes_the_same_run(name):
             "stem belongs to backbone resnet18, resnet34, resnet50, resnet101, resnet152, resnext50-32x4d or wide-resn",
         ),
         ({"loss": "mse", "label_smoothing": 0.0}, "label_smoothing belongs to loss cross-entropy; here loss is mse"),
-        ({"method": "standard", "proximal_weight": 0.1}, "proximal_weight belongs to method implicit"),
+        (
+            {"method": "standard", "proximal_weight": 0.1},
+            "proximal_weight belongs to method implicit or trust-region; here method is standard",
+        ),
+        ({"temperature": 0.2}, "temperature belongs to loss normface, ntce, nonl, decoupled or two-way; here loss is"),
+        ({"loss": "ntce", "margin": 1.0}, "margin belongs to loss nonl, decoupled or two-way; here loss is ntce"),
+        ({"loss": "nonl", "label_smoothing": 0.1}, "label_smoothing belongs to loss cross-entropy; here loss is nonl"),
+        (
+            {"loss": "nonl", "classifier_bias": "none"},
+            "classifier_bias belongs to loss cross-entropy, mse or dot-regression; here loss is nonl",
+        ),
+        ({"loss": "nonl", "temperature": 0.0}, "temperature must be above 0, got 0.0"),
+        ({"loss": "nonl", "margin": -1.0}, "margin must be at least 0, got -1.0"),
+        ({"method": "linear", "feature_norm": 5.0}, "feature_norm belongs to methods other than linear; here method"),
+        ({"class_means": "current"}, "class_means belongs to method means; here method is implicit"),
+        (
+            {"method": "means", "classifier_bias": "learned"},
+            "classifier_bias must be centring or none for method means, got 'learned'",
+        ),
+        (
+            {"method": "means", "optimizer": "lbfgs"},
+            "optimizer lbfgs cannot train the method means, whose weight would move under its line search",
+        ),
         (
             {"method": "fixed", "classifier_bias": "none", "means_momentum": 0.1},
             "means_momentum belongs to",
@@ -164,7 +195,7 @@ def test_what_a_run_says_is_in_force_makes_the_same_run(name):
         ({"lr": "fast"}, "lr must be a number, got 'fast'"),
         ({"epochs": 2.5}, "epochs must be an integer, got 2.5"),
         ({"flip": 1}, "flip must be true or false, got 1"),
-        ({"method": "explicit"}, "method must be one of standard, fixed, implicit, got 'explicit'"),
+        ({"method": "explicit"}, "method must be one of standard, fixed, implicit, linear, means,"),
         ({"loggers": "tensorboard"}, "loggers must be a list, each item one of tensorboard, wandb, got 'tensorboard'"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"pixel_std": [float("inf")]}, "pixel_std must be finite, got [inf]"),
@@ -180,6 +211,12 @@ def test_the_defaults_of_the_heads_are_those_of_the_settings():
     assert RunConfig().proximal_weight == nearest["proximal_weight"].default
     assert RunConfig().means_momentum == nearest["momentum"].default
     assert RunConfig(method="fixed").means_momentum == fixed["momentum"].default
+    means = inspect.signature(ClassMeanClassifier).parameters
+    assert RunConfig(method="means").means_momentum == means["momentum"].default
+    assert RunConfig(method="means").class_means == means["means"].default
+    two_way = inspect.signature(losses.two_way).parameters
+    assert RunConfig(loss="two-way").temperature == two_way["temperature"].default
+    assert float(RunConfig(loss="two-way").margin) == two_way["margin"].default
 
 
 def test_settings_over_a_recipe_drop_what_has_no_effect_any_more_of_the_recipe_alone():
@@ -200,10 +237,46 @@ def test_a_comparison_is_methods_times_seeds_each_with_the_settings_that_are_its
     shared = common_settings(runs)
     assert (shared["epochs"], shared["proximal_weight"], shared["unit_weight"]) == (3, 0.2, False)
     assert not {"method", "seed", "classifier_bias"} & set(shared)
-    with pytest.raises(ValueError, match="proximal_weight belongs to method implicit; here method is standard"):
+    with pytest.raises(ValueError, match="proximal_weight belongs to method implicit or trust-region; here"):
         comparison_runs(Comparison(methods=["standard", "fixed"]), {"proximal_weight": 0.2})
     with pytest.raises(ValueError, match="method is no setting"):
         comparison_runs(Comparison(), {"method": "fixed"})
+
+
+def test_a_comparison_of_losses_is_methods_times_losses_each_with_its_own_settings():
+    comparison = Comparison(methods=["standard", "means"], losses=["cross-entropy", "nonl"], seeds=1)
+    runs = comparison_runs(comparison, {"margin": 2.0, "classifier_bias": "none"})
+    assert [(run.method, run.loss) for run in runs] == list(product(("standard", "means"), ("cross-entropy", "nonl")))
+    assert [run.margin for run in runs] == [None, 2.0] * 2
+    assert [run.classifier_bias for run in runs] == ["none", None] * 2
+    assert "loss" not in common_settings(runs)
+    with pytest.raises(ValueError, match="loss must not be given beside losses"):
+        comparison_runs(comparison, {"loss": "mse"})
+    with pytest.raises(ValueError, match="margin belongs to loss nonl, decoupled or two-way"):
+        comparison_runs(Comparison(losses=["ntce", "mse"]), {"margin": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"losses": []}, "losses must be different ones, at least one"),
+        ({"losses": ["nonl", "nonl"]}, "losses must be different ones, at least one"),
+        ({"losses": ["l2"]}, "losses must be a list, each item one of cross-entropy, mse"),
+        ({"lr": "best"}, "lr must be one of auto or a number, got 'best'"),
+        ({"lr_candidates": [0.1, 0.2]}, "lr_candidates belongs to lr auto; here lr is not given"),
+        ({"lr": "auto", "lr_candidates": [0.1]}, "lr_candidates must be different ones, at least two"),
+        ({"lr": "auto", "lr_candidates": [0.1, 0.0]}, "lr_candidates must be above 0"),
+        ({"lr": 0.1, "tuning_share": 0.1}, "tuning_share belongs to lr auto; here lr is 0.1"),
+    ],
+)
+def test_what_is_wrong_in_a_comparison_is_named(settings, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        Comparison(**settings)
+
+
+def test_a_rate_that_is_to_be_chosen_needs_an_optimizer_that_has_one():
+    with pytest.raises(ValueError, match="lr auto belongs to an optimizer with a learning rate"):
+        comparison_runs(Comparison(lr="auto"), {"optimizer": "agd"})
 
 
 def test_a_family_of_recipes_gives_each_method_its_own():

@@ -81,7 +81,10 @@ def test_random_labels_are_memorised_kept_and_used_again(tmp_path):
     # What a resumed run trains on is what the folder says, not what would be drawn now.
     changed = kept.assign(label=(kept["label"] + 1) % 10)
     changed.to_csv(out / "train_labels.csv", index=False)
-    (out / "checkpoints" / "last.ckpt").unlink()
+    for name in ("checkpoints/last.ckpt", "summary.md"):
+        (out / name).unlink()
+    assert main(["train", "--out", str(out), "--resume"]) == 2
+    (out / "checksums.yaml").unlink()  # of one that is changed on purpose
     assert main(["train", "--out", str(out), "--resume"]) == 0
     assert pd.read_csv(out / "train_labels.csv").equals(changed)
     assert not read(out).query("epoch == 20 and metric == 'nc1_quotient'")["value"].empty
@@ -114,7 +117,7 @@ def test_a_run_goes_on_with_its_own_recipe_only(tmp_path, capsys, real_data):
     out = str(tmp_path / "out")
     settings = ["--data", str(real_data / "mnist"), *SMALL, "--epochs", "1"]
     assert main(["train", "--recipe", "zhu2021-mnist-sgd", "--out", out, *settings]) == 0
-    assert main(["train", "--recipe", "zhu2021-mnist-sgd", "--out", out, "--resume"]) == 0
+    assert "is finished" in error_of(capsys, "train", "--recipe", "zhu2021-mnist-sgd", "--out", out, "--resume")
     message = error_of(capsys, "train", "--recipe", "zhu2021-mnist-adam", "--out", out, "--resume")
     assert "recipe must stay 'zhu2021-mnist-sgd' to resume the run" in message
 
@@ -122,6 +125,8 @@ def test_a_run_goes_on_with_its_own_recipe_only(tmp_path, capsys, real_data):
 def test_a_damaged_file_of_a_run_is_named(tmp_path, capsys):
     out = tmp_path / "out"
     assert train(out, "--epochs", "1", "--label_noise", "0.1") == 0
+    for name in ("summary.md", "checksums.yaml"):
+        (out / name).unlink()
     (out / "train_labels.csv").write_text("image,name\n0,a\n")
     assert "train_labels.csv' must hold the labels trained on" in error_of(
         capsys, "train", "--out", str(out), "--resume"
@@ -136,7 +141,7 @@ def test_a_recipe_trains_on_another_folder(tmp_path, monkeypatch, real_data, cap
     arguments = ["train", "--recipe", "markou2024-mnist-implicit", "--data", str(real_data / "mnist"), *short]
     assert main(arguments) == 0
     assert "runs/markou2024-mnist-implicit/summary.md" in capsys.readouterr().out
-    assert main([*arguments, "--resume"]) == 0
+    assert "is finished" in error_of(capsys, *arguments, "--resume")
 
 
 @pytest.mark.parametrize(

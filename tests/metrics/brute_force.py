@@ -20,7 +20,14 @@ def simplex_gram(num_classes: int) -> Tensor:
 
 
 def dense_metrics(
-    features: Tensor, targets: Tensor, num_classes: int, weight: Tensor, bias: Tensor, center: str, ood_mean: Tensor
+    features: Tensor,
+    targets: Tensor,
+    num_classes: int,
+    weight: Tensor,
+    bias: Tensor,
+    center: str,
+    ood_mean: Tensor,
+    code: Tensor | None = None,
 ) -> dict[str, float]:
     """All metrics of the classes that are present, in fp64."""
     features, weight, bias = features.double(), weight.double(), bias.double()
@@ -77,7 +84,20 @@ def dense_metrics(
         result[f"nc2_equinorm_{name}"] = norms.std() / norms.mean()
         result[f"nc2_equiangular_{name}"] = cosines.std()
         result[f"nc2_max_angle_{name}"] = (cosines + 1 / (count - 1)).abs().mean()
+        singular_values = torch.linalg.svdvals(rows)
+        spectrum = singular_values / singular_values.sum()
+        result[f"effective_rank_{name}"] = math.exp(-sum(p * math.log(p) for p in spectrum.tolist() if p > 0))
     result["nc2_equinorm_difference"] = abs(result["nc2_equinorm_means"] - result["nc2_equinorm_weights"])
+    if code is not None:
+        centring = torch.eye(count, dtype=torch.float64) - 1 / count
+        wanted = centring @ code.double()[classes] @ code.double()[classes].T @ centring
+        for name, product in {
+            "nc2_gram_means": centred @ centred.T,
+            "nc2_gram_weights": weight @ weight.T,
+            "nc3_gram_duality": weight @ centred.T,
+        }.items():
+            product = centring @ product @ centring
+            result[name] = (product / product.norm() - wanted / wanted.norm()).norm()
     distances = torch.stack([(unit(centred[k]) - unit(centred[j])).norm() for k, j in pairs])
     for kernel, values in {"dist": distances, "log": -distances.log(), "riesz": 1 / distances}.items():
         result[f"nc2_hyperspherical_{kernel}_mean"] = values.mean()
@@ -121,4 +141,36 @@ def dense_sample_metrics(
         "nc2_cos_margin": math.fsum(margins) / len(margins),
         "alignment": math.fsum(aligned) / len(aligned),
         "nc4_ncc_mismatch": sum(mismatches) / len(mismatches),
+    }
+
+
+def entropy(kernel: Tensor) -> float:
+    """Of a kernel scaled to trace 1."""
+    eigenvalues = torch.linalg.eigvalsh(kernel / kernel.trace()).tolist()
+    return -math.fsum(value * math.log(value) for value in eigenvalues if value > 0)
+
+
+def dense_information(first: Tensor, second: Tensor) -> dict[str, float]:
+    """MIR and HDR of two kernels as they are written."""
+    alone, joint = sorted(entropy(kernel) for kernel in (first, second)), entropy(first * second)
+    return {"mir": (sum(alone) - joint) / alone[0], "hdr": (alone[1] - alone[0]) / alone[1]}
+
+
+def dense_sphere_metrics(features: Tensor, targets: Tensor, weight: Tensor) -> dict[str, float]:
+    """What is measured on the sphere, with N × N kernels, in fp64."""
+    rows = torch.stack([unit(row) for row in weight.double()])
+    units = torch.stack([unit(sample) for sample in features.double()])
+    own = rows[targets]
+    classes = targets.unique().tolist()
+    means = torch.stack([unit(units[targets == k].mean(0)) for k in classes])
+    released = torch.stack([unit(mean - unit(units.mean(0))) for mean in means])
+    count = len(units)
+    return {
+        "instance_alignment": float((units - own).square().sum(1).mean()),
+        "class_alignment": float((means - rows[classes]).square().sum(1).mean()),
+        **dense_information(units @ units.T / count, own @ own.T / count),
+        **{
+            f"{name}_released": value
+            for name, value in dense_information(released @ released.T, rows[classes] @ rows[classes].T).items()
+        },
     }

@@ -8,14 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import generator
-from metrics.brute_force import dense_metrics, dense_sample_metrics
+from metrics.brute_force import dense_metrics, dense_sample_metrics, dense_sphere_metrics
 from neuralcollapse.metrics import (
     ClassMoments,
     alignment,
+    class_alignment,
     class_statistics,
     collapse_metrics,
+    instance_alignment,
+    matrix_information,
     nc2_cos_margin,
     nc4_ncc_mismatch,
+    released_matrix_information,
 )
 
 
@@ -23,7 +27,7 @@ def assert_equal(measured: dict[str, float], expected: dict[str, float]) -> None
     assert measured.keys() == expected.keys()
     for name, value in expected.items():
         absolute = 1e-12
-        if name.startswith(("nc2_etf", "nc3_duality")) and value < 1e-6:
+        if name.startswith(("nc2_etf", "nc3_duality", "nc2_gram", "nc3_gram")) and value < 1e-6:
             absolute = 1e-7
         assert measured[name] == pytest.approx(value, rel=1e-8, abs=absolute, nan_ok=True), name
 
@@ -58,8 +62,9 @@ def test_metrics_of_moments(data, center, fp64):
     moments = ClassMoments(num_classes, feature_dim, class_scatter=True)
     for batch, labels in zip(features.split(sizes), targets.split(sizes), strict=True):
         moments.update(batch, labels)
-    measured = collapse_metrics(moments, weight, bias, center=center, ood_mean=ood_mean)
-    assert_equal(measured, dense_metrics(features, targets, num_classes, weight, bias, center, ood_mean))
+    code = torch.randn(num_classes, 3, generator=random)
+    measured = collapse_metrics(moments, weight, bias, center=center, ood_mean=ood_mean, code=code)
+    assert_equal(measured, dense_metrics(features, targets, num_classes, weight, bias, center, ood_mean, code))
 
 
 @settings(max_examples=20, deadline=None)
@@ -83,11 +88,33 @@ def test_metrics_of_samples(data, center):
     assert measured == pytest.approx(expected, rel=1e-8, abs=1e-12)
 
 
+@pytest.mark.parametrize(("num_classes", "feature_dim"), [(3, 4), (6, 3), (5, 40), (12, 5)])
+@pytest.mark.parametrize("samples", [25, 70])
+def test_metrics_on_the_sphere(num_classes, feature_dim, samples):
+    """With fewer and with more samples than d·rank(W), of which the joint entropy takes the lesser side."""
+    random = generator(num_classes)
+    features = torch.randn(samples, feature_dim, generator=random).double() + 0.3
+    weight = torch.randn(num_classes + 2, feature_dim, generator=random).double()
+    targets = torch.randint(num_classes, (samples,), generator=random)  # two classes have no sample
+    mir, hdr = matrix_information(features, targets, weight)
+    released = released_matrix_information(features, targets, weight)
+    measured = {
+        "instance_alignment": instance_alignment(features, targets, weight),
+        "class_alignment": class_alignment(features, targets, weight),
+        "mir": mir,
+        "hdr": hdr,
+        "mir_released": released[0],
+        "hdr_released": released[1],
+    }
+    expected = dense_sphere_metrics(features, targets, weight)
+    assert {name: float(value) for name, value in measured.items()} == pytest.approx(expected, rel=1e-8, abs=1e-12)
+
+
 @pytest.mark.parametrize("center", ["samples", "classes"])
 @pytest.mark.parametrize("feature_dim", [7, 40])
 def test_more_classes_than_a_tile_holds(feature_dim, center, monkeypatch):
     """Tiles of three classes and closed forms against tiles of all of them."""
-    from neuralcollapse.metrics import nc2, pairs
+    from neuralcollapse.metrics import gram, nc2, pairs
 
     features = torch.randn(300, feature_dim, generator=generator())
     targets = torch.arange(300) % 40
@@ -96,8 +123,10 @@ def test_more_classes_than_a_tile_holds(feature_dim, center, monkeypatch):
     moments.update(features, targets)
     monkeypatch.setattr(pairs, "_TILE", 3)
     monkeypatch.setattr(nc2, "_TILE_ELEMENTS", 100)
-    measured = collapse_metrics(moments, weight, bias, center=center, ood_mean=features[0])
-    assert_equal(measured, dense_metrics(features, targets, 40, weight, bias, center, features[0]))
+    monkeypatch.setattr(gram, "_TILE_ELEMENTS", 100)
+    code = torch.randn(40, 5, generator=generator(3))
+    measured = collapse_metrics(moments, weight, bias, center=center, ood_mean=features[0], code=code)
+    assert_equal(measured, dense_metrics(features, targets, 40, weight, bias, center, features[0], code))
 
 
 def test_nearly_equal_class_means_keep_their_distance():

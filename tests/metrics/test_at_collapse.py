@@ -7,14 +7,24 @@ import torch
 from torch import nn
 
 from helpers import generator
-from neuralcollapse.geometry import random_simplex_etf
-from neuralcollapse.metrics import ClassMoments, collapse_metrics, etf_distances, measure
+from neuralcollapse.geometry import attribute_gram, code_from_gram, nearest_frame, random_simplex_etf, simplex_etf
+from neuralcollapse.metrics import (
+    ClassMoments,
+    collapse_metrics,
+    etf_distances,
+    matrix_information,
+    measure,
+    nc2_gram,
+    nc3_gram_duality,
+    released_matrix_information,
+)
 from neuralcollapse.metrics.catalogue import METRICS
 
 K, D = 10, 16
 MNIST_COUNTS = torch.tensor([5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949])
 ETF = random_simplex_etf(K, D, generator=generator(), dtype=torch.float64)
 REFERENCE = random_simplex_etf(K, D, generator=generator(9), dtype=torch.float64)
+CODE = simplex_etf(K, K - 1, dtype=torch.float64)
 BIAS = torch.zeros(K, dtype=torch.float64)
 # Out of distribution: orthogonal to every class mean.
 OOD = torch.linalg.svd(ETF)[2][-1]
@@ -27,7 +37,13 @@ def all_metrics(features, targets, weight, center):
     model = nn.Sequential(nn.Identity(), nn.Linear(D, K, dtype=torch.float64))
     model[1].weight.data, model[1].bias.data = weight, BIAS
     measurement = measure(
-        model, [(features, targets)], center=center, ood_loader=[OOD[None]], class_scatter=True, progress=False
+        model,
+        [(features, targets)],
+        center=center,
+        ood_loader=[OOD[None]],
+        class_scatter=True,
+        progress=False,
+        code=CODE,
     )
     moments = measurement.moments
     return measurement.metrics | etf_distances(
@@ -52,6 +68,49 @@ def assert_collapsed(values, balanced=True):
 def test_balanced_exact_etf(center):
     targets = torch.arange(K).repeat(7)
     assert_collapsed(all_metrics(3 * ETF[targets], targets, ETF, center))
+
+
+def test_balanced_frame_of_a_gram():
+    """At collapse to another frame than an ETF, it is the metrics of that Gram that vanish."""
+    gram = attribute_gram(torch.cartesian_prod(torch.arange(5), torch.arange(2)), torch.tensor([0.4, 0.4]).double())
+    frame = nearest_frame(torch.randn(K, D, generator=generator(2)).double(), code_from_gram(gram, feature_dim=D))
+    moments = ClassMoments(K, D)
+    moments.update(3 * frame.repeat(4, 1) + 1, torch.arange(K).repeat(4))
+    relative = ("nc2_gram_means", "nc2_gram_weights", "nc3_gram_duality")
+    own = collapse_metrics(moments, frame, code=code_from_gram(gram, feature_dim=K) + 5)
+    simplex = collapse_metrics(moments, frame, code=CODE)
+    for name, absolute in zip(relative, ("nc2_etf_means", "nc2_etf_weights", "nc3_duality"), strict=True):
+        assert own[name] < 1e-12, name
+        assert simplex[name] > 0.3, name
+        assert simplex[name] == pytest.approx(simplex[absolute]), name
+    assert not set(relative) & collapse_metrics(moments, frame).keys()
+    assert set(relative) & collapse_metrics(moments, code=CODE).keys() == {"nc2_gram_means"}
+
+
+def test_more_classes_than_dimensions_collapse_to_a_gram_without_a_square_matrix():
+    code = torch.randn(60, 4, generator=generator(3)).double()
+    frame = nearest_frame(torch.randn(60, 6, generator=generator(2)).double(), code)
+    assert nc2_gram(2 * frame + 1, code) < 1e-12
+    assert nc3_gram_duality(frame, 2 * frame + 1, code) < 1e-12
+    away = frame + 1e-5 * torch.randn(60, 6, generator=generator(4)).double()
+    grams = [rows @ rows.T for rows in (away - away.mean(0), code - code.mean(0))]
+    expected = (grams[0] / grams[0].norm() - grams[1] / grams[1].norm()).norm()
+    assert float(nc2_gram(away, code)) == pytest.approx(float(expected), rel=1e-8)
+
+
+def test_what_is_released_as_hdr_is_noise_at_collapse():
+    targets = torch.arange(K).repeat(7)
+    noise = 1e-7 * torch.randn(len(targets), D, generator=generator(1)).double()
+    features = ETF[targets] + noise
+    mir, hdr = matrix_information(features, targets, ETF)
+    assert float(mir) == pytest.approx(AT_COLLAPSE["mir"], abs=1e-5)
+    assert hdr < 1e-5
+    assert released_matrix_information(features, targets, ETF)[1] > 0.1
+
+
+def test_two_classes_leave_no_entropy_to_share():
+    etf, targets = simplex_etf(2, 5, dtype=torch.float64), torch.arange(8) % 2
+    assert [float(value) for value in matrix_information(etf[targets], targets, etf)] == [0.0, 0.0]
 
 
 def test_mnist_counts_need_the_centre_of_the_classes():

@@ -16,6 +16,7 @@ ARGUMENTS = {  # a good value for each name that an argument has
     "vectors": torch.randn(K, D, generator=generator(1)),
     "weight": torch.randn(K, D, generator=generator(2)),
     "class_means": torch.randn(K, D, generator=generator(3)),
+    "code": torch.randn(K, 2, generator=generator(6)),
     "centred_means": torch.randn(K, D, generator=generator(4)),
     "features": torch.randn(N, D, generator=generator(5)),
     "targets": TARGETS,
@@ -32,7 +33,9 @@ ARGUMENTS = {  # a good value for each name that an argument has
 FUNCTIONS = [
     name
     for name in neuralcollapse.metrics.__all__
-    if name.startswith("nc") or name in ("alignment", "cos_margins", "nearest_class_mean", "feature_norm", "rank_me")
+    if name.startswith("nc")
+    or name.endswith(("alignment", "information", "rank"))
+    or name in ("cos_margins", "nearest_class_mean", "feature_norm", "rank_me")
 ]
 CASES = [
     (name, argument)
@@ -63,7 +66,10 @@ def test_wrong_types_and_shapes_are_named(name, argument):
             call(name, **{argument: value})
 
 
-@pytest.mark.parametrize("name", ["alignment", "cos_margins", "nc2_cos_margin"])
+OF_TARGETS = ["alignment", "cos_margins", "nc2_cos_margin", "instance_alignment", "class_alignment"]
+
+
+@pytest.mark.parametrize("name", [*OF_TARGETS, "matrix_information", "released_matrix_information"])
 def test_targets_out_of_range(name):
     with pytest.raises(ValueError, match=r"targets must lie in \[0, 4\)"):
         call(name, targets=TARGETS + 1)

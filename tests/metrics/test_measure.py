@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from helpers import generator
-from metrics.brute_force import dense_metrics, dense_sample_metrics
+from metrics.brute_force import dense_metrics, dense_sample_metrics, dense_sphere_metrics
 from neuralcollapse.heads import FixedETFClassifier, NearestETFClassifier, attach_head
 from neuralcollapse.metrics import measure
 
@@ -51,6 +51,7 @@ def test_all_metrics_of_a_model_on_a_loader(model, cache_bytes):
     means = torch.stack([features.double()[targets == k].mean(0) for k in range(K)])
     expected = dense_metrics(features, targets, K, weight, bias, "samples", ood_mean)
     expected |= dense_sample_metrics(features, targets, weight, bias, means, features.double().mean(0))
+    expected |= dense_sphere_metrics(features, targets, weight)
     expected["accuracy"] = float((model[-1](features).argmax(1) == targets).double().mean())
     expected["nc4_ncc_mismatch_class_mean"] = float(measurement.ncc_mismatch.mean())
     assert measurement.metrics == pytest.approx(expected, rel=1e-8, abs=1e-12)

@@ -32,7 +32,14 @@ OF_SAMPLES = {
     "nc4_ncc_mismatch",
     "nc4_ncc_mismatch_class_mean",
     "nc1_numerical_rank",
+    "instance_alignment",
+    "class_alignment",
+    "mir",
+    "hdr",
+    "mir_released",
+    "hdr_released",
 }
+RELATIVE = {"nc2_gram_means", "nc2_gram_weights", "nc3_gram_duality"}
 
 
 def make_measurement(dtype=torch.float64, bias=True, **options) -> Measurement:
@@ -108,6 +115,23 @@ def test_recomputed_from_the_file_it_is_what_measuring_so_would_have_given(path,
     for name in OF_SAMPLES & recomputed.metrics.keys():
         assert recomputed.metrics[name] == pytest.approx(direct.metrics[name], rel=1e-12), name
     assert recomputed.options == direct.options
+
+
+def test_the_code_is_kept_and_what_is_relative_to_it_found_again(tmp_path):
+    code = torch.randn(K, 3, generator=generator(5))
+    measurement = make_measurement(code=code)
+    measurement.save(tmp_path / "it")
+    loaded = Measurement.load(tmp_path / "it")
+    assert torch.equal(loaded.code, code.double())
+    assert measurement.metrics.keys() >= RELATIVE
+    assert loaded.recompute().metrics == pytest.approx(measurement.metrics, rel=1e-12, abs=1e-300)
+    assert loaded.layers["3"].keys() & RELATIVE == {"nc2_gram_means"}
+    fewer = loaded.recompute(min_samples=11).metrics
+    expected = collapse_metrics(loaded.moments, loaded.weight, min_samples=11, code=code)
+    assert {name: fewer[name] for name in RELATIVE} == pytest.approx({name: expected[name] for name in RELATIVE})
+    without = make_measurement()
+    assert without.code is None
+    assert not without.metrics.keys() & RELATIVE
 
 
 def test_values_of_samples_are_kept_only_while_they_are_true(measurement):

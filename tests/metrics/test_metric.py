@@ -168,10 +168,13 @@ features, targets = torch.load(f"{folder}/data.pt", weights_only=True)
 classifier = nn.Linear(8, 4)
 classifier.load_state_dict(torch.load(f"{folder}/classifier.pt", weights_only=True))
 metric = NeuralCollapse(4, 8, classifier)
+collection = NeuralCollapse.collection(4, 8, classifier, metrics=["nc1_pinv", "nc3_duality"])
 half = slice(0, 50) if rank == 0 else slice(50, 120)
 for batch, labels in zip(features[half].split(13), targets[half].split(13)):
     metric.update(batch, labels)
+    collection.update(batch, labels)
 values = metric.compute()
+assert all(torch.allclose(value, values[name]) for name, value in collection.compute().items())
 assert int(metric.counts.sum()) == half.stop - half.start, "synchronising must not change a rank's own state"
 torch.save(values, f"{folder}/rank{rank}.pt")
 dist.destroy_process_group()
@@ -214,3 +217,131 @@ def test_importing_metrics_leaves_torchmetrics_out():
     code = "import sys, neuralcollapse.metrics; print([m for m in ('torchmetrics', 'lightning') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_a_collection_of_scalars_shares_one_state_and_one_computation(classifier, monkeypatch):
+    collection = NeuralCollapse.collection(4, 8, classifier, prefix="val/")
+    assert collection.compute_groups == {0: list(expected(classifier))}
+    for first in range(0, 120, 25):
+        collection.update(FEATURES[first : first + 25], TARGETS[first : first + 25])
+    states = {id(metric.means) for metric in collection.values(copy_state=False)}
+    assert len(states) == 1
+    calls = []
+    monkeypatch.setattr(
+        "neuralcollapse.metrics.metric.collapse_metrics", lambda *a, **k: calls.append(1) or collapse_metrics(*a, **k)
+    )
+    values = as_floats(collection.compute())
+    assert values == pytest.approx({f"val/{name}": value for name, value in expected(classifier).items()}, rel=1e-10)
+    assert len(calls) == 1
+    with torch.no_grad():
+        classifier.weight += 1
+    collection.update(FEATURES[:25], TARGETS[:25])
+    again = torch.cat([FEATURES, FEATURES[:25]]), torch.cat([TARGETS, TARGETS[:25]])
+    assert as_floats(collection.compute()) == pytest.approx(
+        {f"val/{name}": value for name, value in expected(classifier, *again).items()}, rel=1e-10
+    )
+    collection.reset()
+    collection.update(FEATURES, TARGETS)
+    assert float(collection.compute()["val/nc1_quotient"]) == pytest.approx(expected(classifier)["nc1_quotient"])
+
+
+def test_a_collection_is_forwarded_cloned_and_chosen_from(classifier):
+    names = ["nc3_duality", "nc1_quotient"]
+    collection = NeuralCollapse.collection(4, 8, classifier, metrics=names, center="classes")
+    for first in range(0, 120, 40):
+        batch = slice(first, first + 40)
+        values = collection(FEATURES[batch], TARGETS[batch])
+        assert float(values["nc1_quotient"]) > 0
+    moments = ClassMoments(4, 8)
+    moments.update(FEATURES, TARGETS)
+    wanted = collapse_metrics(moments, classifier.weight, classifier.bias, center="classes")
+    for other in (collection, collection.clone(), pickle.loads(pickle.dumps(collection))):
+        assert as_floats(other.compute()) == pytest.approx({name: wanted[name] for name in names}, rel=1e-10)
+    assert "nc3_duality" not in NeuralCollapse.collection(4, 8)
+    assert collection["nc1_quotient"].higher_is_better is False
+
+
+def test_a_scalar_that_is_not_defined_is_nan():
+    collection = NeuralCollapse.collection(4, 8, min_samples=3)
+    collection.update(
+        FEATURES[:50], torch.tensor([3] * 2 + [0, 1, 2] * 16)
+    )  # two samples of class 3, in the pooled scatter
+    values = as_floats(collection.compute())
+    assert values["nc1_quotient"] > 0
+    assert torch.isnan(torch.tensor(values["nc1_pinv"]))
+
+
+def test_plots(classifier):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    metric = updated(NeuralCollapse(4, 8, classifier))
+    figure, axes = metric.plot()
+    assert figure is not None
+    assert len(axes.get_lines()) == len(expected(classifier))
+    metric.plot([metric.compute()] * 3, ax=axes)
+    collection = NeuralCollapse.collection(4, 8, metrics=["nc1_quotient", "nc2_etf_means"])
+    collection.update(FEATURES, TARGETS)
+    plots = collection.plot([collection.compute()] * 3)
+    assert [axes.get_ylabel() for _, axes in plots] == ["nc1_quotient", "nc2_etf_means"]
+    assert plots[0][1].get_lines()[0].get_ydata().tolist() == [float(collection.compute()["nc1_quotient"])] * 3
+    pyplot.close("all")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_logs_a_collection_and_resets_it(tmp_path):
+    """Two epochs of ``self.log_dict(collection)``: each epoch's values are those of a fresh measurement."""
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Linear(8, 8)
+            self.classifier = nn.Linear(8, 4)
+            self.collapse = NeuralCollapse.collection(4, 8, self.classifier, prefix="val/")
+            self.logged = []
+
+        def training_step(self, batch, _):
+            return nn.functional.cross_entropy(self.classifier(self.body(batch[0])), batch[1])
+
+        def validation_step(self, batch, _):
+            self.collapse.update(self.body(batch[0]), batch[1])
+            self.log_dict(self.collapse)
+
+        def on_train_epoch_end(self):  # after the validation
+            fresh = expected(self.classifier, self.body(FEATURES).detach())
+            self.logged.append((as_floats(self.trainer.callback_metrics), fresh))
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.5)
+
+    module = Module()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(FEATURES, TARGETS), batch_size=40)
+    trainer = lightning.Trainer(
+        max_epochs=2,
+        default_root_dir=tmp_path,
+        logger=False,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+    )
+    trainer.fit(module, loader, loader)
+    assert len(module.logged) == 2
+    for logged, fresh in module.logged:
+        assert logged == pytest.approx({f"val/{name}": value for name, value in fresh.items()}, rel=1e-6)
+    first, second = (logged["val/nc1_quotient"] for logged, _ in module.logged)
+    assert first != pytest.approx(second, rel=1e-3)
+
+
+def test_a_code_adds_what_is_relative_to_its_gram(classifier):
+    code = torch.randn(4, 2, generator=generator(4))
+    values = as_floats(updated(NeuralCollapse(4, 8, classifier, code=code)).compute())
+    moments = ClassMoments(4, 8)
+    moments.update(FEATURES, TARGETS)
+    assert values == pytest.approx(collapse_metrics(moments, classifier.weight, classifier.bias, code=code), rel=1e-10)
+    assert {"nc2_gram_means", "nc2_gram_weights", "nc3_gram_duality"} <= values.keys()
+    collection = NeuralCollapse.collection(4, 8, classifier, code=code)
+    collection.update(FEATURES, TARGETS)
+    assert as_floats(collection.compute()) == pytest.approx(values, rel=1e-10)
+    assert all(scalar.higher_is_better in (True, False, None) for scalar in collection.values())
+    with pytest.raises(ValueError, match=r"code must be of shape \(K, r\)"):
+        NeuralCollapse(4, 8, classifier, code=code[:3])

@@ -1,10 +1,13 @@
-"""Pure functions on tensors: what a simplex ETF is, and the nearest one.
+"""Pure functions on tensors: what a simplex ETF or a frame of a prescribed Gram is, and the nearest one.
 
 Class vectors are rows, ``(..., K, d)``.
 """
 
 from neuralcollapse.geometry import stiefel
+from neuralcollapse.geometry.codes import code_from_gram, code_of_means, seli_code
 from neuralcollapse.geometry.declarative import ArgminSolution, argmin_on_stiefel
+from neuralcollapse.geometry.frames import nearest_frame
+from neuralcollapse.geometry.grams import attribute_gram, distance_gram, embedding_gram, simplex_gram, tree_gram
 from neuralcollapse.geometry.nearest import nearest_etf_diagnostics, nearest_simplex_etf
 from neuralcollapse.geometry.polar import polar_factor
 from neuralcollapse.geometry.simplex import random_simplex_etf, simplex_basis, simplex_etf
@@ -19,14 +22,23 @@ __all__ = [
     "Stop",
     "anneal_code",
     "argmin_on_stiefel",
+    "attribute_gram",
+    "code_from_gram",
+    "code_of_means",
+    "distance_gram",
+    "embedding_gram",
     "minimize_on_stiefel",
     "nearest_etf_diagnostics",
+    "nearest_frame",
     "nearest_simplex_etf",
     "one_vs_rest_margins",
     "polar_factor",
     "random_simplex_etf",
+    "seli_code",
     "simplex_basis",
     "simplex_etf",
+    "simplex_gram",
     "softmax_code",
     "stiefel",
+    "tree_gram",
 ]

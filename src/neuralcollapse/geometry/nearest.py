@@ -11,12 +11,12 @@ from torch import Tensor
 from neuralcollapse._checks import (
     check_choice,
     check_etf_sizes,
-    check_finite,
     check_floating,
     check_not_negative,
     compute_dtype,
     values_readable,
 )
+from neuralcollapse.geometry.centring import centre, check_like, check_weight_values
 from neuralcollapse.geometry.mahalanobis import nearest_frame_under_metric
 from neuralcollapse.geometry.polar import METHODS, Method, decompose, polar, takes_products, vector_jacobian
 from neuralcollapse.geometry.simplex import check_simplex_etf, expand, reduce
@@ -65,7 +65,7 @@ def nearest_simplex_etf(
     Source: after Markou, Ajanthan, Gould, "Guiding Neural Collapse" (NeurIPS 2024), reduced to the complement
     of the all-ones vector.
 
-    Example:
+    Examples:
         >>> from neuralcollapse import nearest_simplex_etf, random_simplex_etf
         >>> etf = random_simplex_etf(10, 64, generator=torch.Generator().manual_seed(0))
         >>> bool(torch.allclose(nearest_simplex_etf(5 * etf + 2), etf, atol=1e-5))
@@ -91,7 +91,7 @@ def _under_metric(
     class_weights: Tensor | None,
 ) -> Tensor:
     """`nearest_simplex_etf` in a metric, from the Euclidean answer."""
-    centred, norm, weights = _centre(means, class_weights, False, False)
+    centred, norm, weights = centre(means, class_weights, False, False)
     length = _expansion(means)
     solution = nearest_frame_under_metric(
         centred / norm,
@@ -123,7 +123,7 @@ def solve(
         by_products = takes_products(method, means)
         etf: Tensor = _EagerNearest.apply(means, anchor, proximal_weight, null, by_products, watch, check_values)
         return etf
-    centred, norm, weights = _centre(means, class_weights, check_values, anchor is None)
+    centred, norm, weights = centre(means, class_weights, check_values, anchor is None)
     target = _target(centred if weights is None else weights * centred, norm, anchor, proximal_weight)
     return _expansion(means) * polar(target, null=null, method=method, watch=watch)
 
@@ -142,7 +142,7 @@ class _EagerNearest(torch.autograd.Function):
         watch: int,
         check_values: bool,
     ) -> Tensor:
-        centred, norm, _ = _centre(means, None, check_values, anchor is None)
+        centred, norm, _ = centre(means, None, check_values, anchor is None)
         parts = decompose(_target(centred, norm, anchor, proximal_weight), null, by_products, watch)
         ctx.save_for_backward(centred, norm, *parts)
         ctx.by_products = by_products
@@ -189,7 +189,7 @@ def nearest_etf_diagnostics(
     Raises:
         ValueError: Shapes or a proximal weight that `nearest_simplex_etf` refuses, or another shape of ``etf``.
 
-    Example:
+    Examples:
         >>> from neuralcollapse import nearest_simplex_etf, simplex_etf
         >>> means = 3 * simplex_etf(4, 6) + 1
         >>> diagnostics = nearest_etf_diagnostics(means, nearest_simplex_etf(means))
@@ -203,7 +203,7 @@ def nearest_etf_diagnostics(
             f"etf must be of the shape (K, d) of class_means {tuple(class_means.shape)}, got {tuple(etf.shape)}"
         )
     _check(class_means, anchor, proximal_weight, class_weights, "auto")
-    centred, norm, weights = _centre(class_means.double(), class_weights, False, False)
+    centred, norm, weights = centre(class_means.double(), class_weights, False, False)
     weighted = centred if weights is None else weights * centred
     target = reduce(_target(weighted, norm, anchor if proximal_weight > 0 else None, proximal_weight))
     others = class_means.shape[0] - 1
@@ -218,32 +218,6 @@ def nearest_etf_diagnostics(
         "least_singular_value": float(torch.linalg.svdvals(target)[-1]),
         "distance_to_anchor": math.nan if anchor is None else float((etf - anchor).double().norm()),
     }
-
-
-def _centre(
-    means: Tensor, class_weights: Tensor | None, check_values: bool, must_differ: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """C, centred at the ω-weighted mean; ‖C‖_F as (..., 1, 1); and ω as (..., K, 1) with mean 1, if given.
-
-    Where C is nothing but the rounding error of the centring, the norm is infinite: Ĉ is zero, with a zero gradient.
-    """
-    weights = None
-    if class_weights is not None:
-        weights = class_weights.to(means)
-        weights = (weights / weights.mean(-1, keepdim=True)).unsqueeze(-1)
-    mean = (means if weights is None else weights * means).mean(-2, keepdim=True)
-    centred = means - mean
-    norm = torch.linalg.vector_norm(centred, dim=(-2, -1), keepdim=True)
-    rounding = 4 * torch.finfo(means.dtype).eps * math.sqrt(means.shape[-2])
-    differ = norm > rounding * torch.linalg.vector_norm(mean.detach(), dim=-1, keepdim=True)
-    if check_values and values_readable(differ) and not bool(differ.all()):  # a NaN or infinity is not greater either
-        check_finite("class_means", means)
-        if must_differ:
-            raise ValueError(
-                "class_means must not be all equal (centred, they are all zero), "
-                "unless an anchor with a positive proximal_weight decides the orientation"
-            )
-    return centred, torch.where(differ, norm, math.inf), weights
 
 
 def _target(weighted: Tensor, norm: Tensor, anchor: Tensor | None, proximal_weight: float | Tensor) -> Tensor:
@@ -271,9 +245,9 @@ def _check(
     check_etf_sizes(num_classes, feature_dim)
     check_not_negative("proximal_weight", proximal_weight)
     if anchor is not None:
-        _check_like("anchor", anchor, class_means, (num_classes, feature_dim))
+        check_like("anchor", anchor, class_means, (num_classes, feature_dim))
     if class_weights is not None:
-        _check_like("class_weights", class_weights, class_means, (num_classes,))
+        check_like("class_weights", class_weights, class_means, (num_classes,))
     if proximal_weight > 0 and anchor is None:
         raise ValueError(f"proximal_weight = {proximal_weight} needs an anchor, got None")
 
@@ -282,19 +256,5 @@ def _check_values(anchor: Tensor | None, class_weights: Tensor | None) -> None:
     """What their values say, where they can be read; those of the means are looked at where their norm is."""
     if anchor is not None:
         check_simplex_etf("anchor", anchor)
-    if class_weights is not None and values_readable(class_weights):
-        check_finite("class_weights", class_weights)
-        if bool((class_weights < 0).any()) or bool((class_weights.sum(-1) == 0).any()):
-            raise ValueError("class_weights must be at least 0 with a positive sum")
-
-
-def _check_like(name: str, tensor: Tensor, means: Tensor, ending: tuple[int, ...]) -> None:
-    """Raise unless the tensor is floating and of that ending shape, with no batch dimensions but those of the means."""
-    check_floating(name, tensor)
-    if tensor.shape[tensor.ndim - len(ending) :] != ending or tensor.ndim < len(ending):
-        raise ValueError(f"{name} must end in the shape {ending}, got {tuple(tensor.shape)}")
-    batch, whole = tensor.shape[: tensor.ndim - len(ending)], means.shape[:-2]
-    if len(batch) > len(whole) or any(
-        size not in (1, want) for size, want in zip(batch[::-1], whole[::-1], strict=False)
-    ):
-        raise ValueError(f"{name} must have the leading dimensions {tuple(whole)} or none, got {tuple(batch)}")
+    if class_weights is not None:
+        check_weight_values(class_weights)

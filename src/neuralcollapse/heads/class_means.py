@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from neuralcollapse._checks import (
     check_at_least,
@@ -16,6 +16,8 @@ from neuralcollapse._checks import (
     is_number,
     values_readable,
 )
+from neuralcollapse._ranks import number_of_ranks, sum_over_ranks
+from neuralcollapse.heads.recompute import counts_once
 
 Momentum = float | Literal["cumulative", "published"]
 # The best of those compared on a validation split at K = 10 and K = 100: docs/heads.md.
@@ -23,16 +25,17 @@ DEFAULT_MOMENTUM: Momentum = 0.1
 
 
 class KeepsFullPrecision(nn.Module):
-    """A module of which one buffer stays in at least fp32, whatever dtype the module is cast to."""
+    """A module of which some buffers stay in at least fp32, whatever dtype the module is cast to."""
 
-    _full_precision_buffer: str
+    _full_precision_buffers: tuple[str, ...]
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        before = getattr(self, self._full_precision_buffer)
+        before = {name: getattr(self, name) for name in self._full_precision_buffers}
         super()._apply(fn, recurse)
-        after = getattr(self, self._full_precision_buffer)
-        if after.dtype in (torch.bfloat16, torch.float16):
-            setattr(self, self._full_precision_buffer, before.to(after.device))
+        for name, buffer in before.items():
+            after = getattr(self, name)
+            if after is not None and after.dtype in (torch.bfloat16, torch.float16):
+                setattr(self, name, buffer.to(after.device))
         return self
 
 
@@ -50,7 +53,7 @@ class MovingMean(KeepsFullPrecision):
             ``"published"``, 2/(t+1) after t batches and never below 1e-4.
     """
 
-    _full_precision_buffer = "mean"
+    _full_precision_buffers = ("mean",)
     mean: Tensor
     seen: Tensor
     batches: Tensor
@@ -105,7 +108,7 @@ class ClassMeans(nn.Module):
 
     Source: Markou, Ajanthan, Gould (NeurIPS 2024), section 3.
 
-    Example:
+    Examples:
         >>> means = ClassMeans(2, 1, momentum=0.5)
         >>> centred, batch_mean = means(torch.tensor([[1.0], [3.0], [8.0]]), torch.tensor([0, 0, 1]))
         >>> centred.flatten().tolist(), batch_mean.tolist()
@@ -140,6 +143,7 @@ class ClassMeans(nn.Module):
         """The moving global mean m̄ (d,), detached."""
         return self.overall.mean[0]
 
+    @counts_once
     def forward(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Take a batch in.
 
@@ -179,23 +183,7 @@ def class_sums(features: Tensor, targets: Tensor, num_classes: int, ignore_index
 
 def sums_over_ranks(sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Both over the default process group, where ranks meet once. The gradient of the sums is summed over them, too."""
-    if not _distributed():
+    if number_of_ranks() == 1:
         return sums, counts
-    totals = _SumOverRanks.apply(torch.cat([sums, counts.unsqueeze(-1)], -1))
+    totals = sum_over_ranks(torch.cat([sums, counts.unsqueeze(-1)], -1))
     return totals[..., :-1], totals[..., -1].detach()
-
-
-def _distributed() -> bool:
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-
-
-class _SumOverRanks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, tensor: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        total = tensor.clone(memory_format=torch.contiguous_format)
-        distributed.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        return _SumOverRanks.apply(gradient)

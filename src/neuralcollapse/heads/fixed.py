@@ -1,4 +1,4 @@
-"""The classifier that is a simplex ETF from the start: the method `fixed`."""
+"""The classifiers whose weight is given from the start; that of a simplex ETF is the method `fixed`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from neuralcollapse._checks import (
+    check_at_least,
     check_choice,
     check_etf_sizes,
     check_factory,
@@ -16,60 +17,32 @@ from neuralcollapse._checks import (
     compute_dtype,
 )
 from neuralcollapse.geometry import random_simplex_etf, simplex_etf, softmax_code
+from neuralcollapse.geometry.codes import check_code, principal_code
+from neuralcollapse.geometry.frames import placed
 from neuralcollapse.geometry.simplex import check_simplex_etf
 from neuralcollapse.heads.class_means import DEFAULT_MOMENTUM, Momentum, MovingMean, sums_over_ranks
 from neuralcollapse.heads.head import Head
+from neuralcollapse.heads.recompute import is_recomputing
 
 Bias = Literal["centring", "learned", "none"]
 
 
-class FixedETFClassifier(Head):
-    """A classifier whose weight is a simplex ETF and is not trained.
-
-    Args:
-        in_features: d ≥ K−1; any with ``orientation="softmax-code"``.
-        num_classes: K ≥ 2.
-        orientation: ``"canonical"``, ``"random"`` (Haar-uniform, from ``generator``), or the (K, d) ETF itself; or
-            ``"softmax-code"``, what takes the ETF's place where K > d+1 (`softmax_code`, which takes some time there).
-        feature_norm: τ, the norm that features are given; ``"auto"``: `collapse_radius`; ``None``: left as they are.
-        bias: ``"centring"``: −W·m with the global mean m of the features, of the (whole, distributed) batch and
-            without gradient in training, a moving mean in evaluation; ``"learned"``; ``"none"``.
-        momentum: The weight of a new batch in that moving mean, as for `ClassMeans`.
-        ignore_index: Where targets are given, features whose target is this do not count in that mean.
-        generator: Source of randomness for ``orientation="random"`` and where a softmax code is searched from.
-
-    Shape: features (..., d) to logits (..., K).
-
-    Raises:
-        ValueError: Sizes out of range, or an argument of another kind.
-
-    Source: Zhu et al. (NeurIPS 2021), section 4 (with ``feature_norm=None, bias="learned"``); Markou, Ajanthan,
-    Gould (NeurIPS 2024), the method ``fixed`` (with ``bias="centring"``).
-
-    Example:
-        >>> head = FixedETFClassifier(64, 10).eval()
-        >>> head(torch.randn(32, 64)).shape
-        torch.Size([32, 10])
-    """
+class FixedWeight(Head):
+    """A classifier whose weight (K, d) is given and not trained; its bias centres the features, is learned, or none."""
 
     weight: Tensor
 
     def __init__(
         self,
-        in_features: int,
-        num_classes: int,
-        *,
-        orientation: Literal["canonical", "random", "softmax-code"] | Tensor = "canonical",
-        feature_norm: float | Literal["auto"] | None = "auto",
-        bias: Bias = "centring",
-        momentum: Momentum = DEFAULT_MOMENTUM,
-        ignore_index: int | None = None,
-        generator: torch.Generator | None = None,
+        weight: Tensor,
+        feature_norm: float | Literal["auto"] | None,
+        bias: Bias,
+        momentum: Momentum,
+        ignore_index: int | None,
     ) -> None:
+        num_classes, in_features = weight.shape
         super().__init__(in_features, num_classes, feature_norm, ignore_index)
-        if not (isinstance(orientation, str) and orientation == "softmax-code"):
-            check_etf_sizes(num_classes, in_features)
-        self.register_buffer("weight", _oriented(orientation, num_classes, in_features, generator))
+        self.register_buffer("weight", weight)
         check_choice("bias", bias, ("centring", "learned", "none"))
         self.learned_bias = nn.Parameter(torch.zeros(num_classes)) if bias == "learned" else None
         self.global_mean = MovingMean(1, in_features, momentum) if bias == "centring" else None
@@ -93,9 +66,108 @@ class FixedETFClassifier(Head):
                 flat = flat[targets.reshape(-1) != self.ignore_index]
             sums, counts = sums_over_ranks(flat.sum(0, keepdim=True), flat.new_tensor([flat.shape[0]]))
             batch_mean = sums / counts.clamp_min(1)
-            self.global_mean(batch_mean, counts)
+            if not is_recomputing():
+                self.global_mean(batch_mean, counts)
             bias = -(self.weight.to(batch_mean) @ batch_mean[0])
         return features, self.weight, bias
+
+
+class FixedETFClassifier(FixedWeight):
+    """A classifier whose weight is a simplex ETF and is not trained.
+
+    Args:
+        in_features: d ≥ K−1; any with ``orientation="softmax-code"``.
+        num_classes: K ≥ 2.
+        orientation: ``"canonical"``, ``"random"`` (Haar-uniform, from ``generator``), or the (K, d) ETF itself; or
+            ``"softmax-code"``, what takes the ETF's place where K > d+1 (`softmax_code`, which takes some time there).
+        feature_norm: τ, the norm that features are given; ``"auto"``: `collapse_radius`; ``None``: left as they are.
+        bias: ``"centring"``: −W·m with the global mean m of the features, of the (whole, distributed) batch and
+            without gradient in training, a moving mean in evaluation; ``"learned"``; ``"none"``.
+        momentum: The weight of a new batch in that moving mean, as for `ClassMeans`.
+        ignore_index: Where targets are given, features whose target is this do not count in that mean.
+        generator: Source of randomness for ``orientation="random"`` and where a softmax code is searched from.
+
+    Shape: features (..., d) to logits (..., K).
+
+    Raises:
+        ValueError: Sizes out of range, or an argument of another kind.
+
+    Source: Zhu et al. (NeurIPS 2021), section 4 (with ``feature_norm=None, bias="learned"``); Markou, Ajanthan,
+    Gould (NeurIPS 2024), the method ``fixed`` (with ``bias="centring"``).
+
+    Examples:
+        >>> head = FixedETFClassifier(64, 10).eval()
+        >>> head(torch.randn(32, 64)).shape
+        torch.Size([32, 10])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        orientation: Literal["canonical", "random", "softmax-code"] | Tensor = "canonical",
+        feature_norm: float | Literal["auto"] | None = "auto",
+        bias: Bias = "centring",
+        momentum: Momentum = DEFAULT_MOMENTUM,
+        ignore_index: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        check_at_least("in_features", in_features, 1)
+        if not (isinstance(orientation, str) and orientation == "softmax-code"):
+            check_etf_sizes(num_classes, in_features)
+        weight = _oriented(orientation, num_classes, in_features, generator)
+        super().__init__(weight, feature_norm, bias, momentum, ignore_index)
+
+
+class FixedFrameClassifier(FixedWeight):
+    """A classifier whose weight is a frame of a prescribed Gram and is not trained.
+
+    Args:
+        in_features: d, at least the rank of the centred code.
+        num_classes: K ≥ 2.
+        code: (K, r') floating, a row a class, of which the weight is a rotation; it is centred first, and its scale is
+            the weight's. See `code_from_gram`.
+        feature_norm: τ, the norm that features are given; ``"auto"``: `collapse_radius`; ``None``: left as they are.
+        bias: As for `FixedETFClassifier`.
+        momentum: As for `FixedETFClassifier`.
+        ignore_index: As for `FixedETFClassifier`.
+        generator: If given, the frame has a Haar-uniform orientation drawn from it; else the code's principal
+            coordinates come first and zeros after them.
+
+    Shape: features (..., d) to logits (..., K).
+
+    Raises:
+        ValueError: Sizes out of range, an argument of another kind, or a code that `nearest_frame` refuses.
+
+    Source: Liang and Davis, HAFrame (ICCV 2023), for a hierarchy's frame.
+
+    Examples:
+        >>> from neuralcollapse import code_from_gram, tree_gram
+        >>> gram = tree_gram(torch.tensor([4, 4, 5, 5, 6, 6, -1]), decay=3.0)
+        >>> head = FixedFrameClassifier(64, 4, code_from_gram(gram, feature_dim=64)).eval()
+        >>> head(torch.randn(32, 64)).shape
+        torch.Size([32, 4])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        code: Tensor,
+        *,
+        feature_norm: float | Literal["auto"] | None = "auto",
+        bias: Bias = "centring",
+        momentum: Momentum = DEFAULT_MOMENTUM,
+        ignore_index: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        check_at_least("in_features", in_features, 1)
+        check_at_least("num_classes", num_classes, 2)
+        check_code(code, num_classes)
+        check_factory(None, None, generator)
+        weight = placed(principal_code(code, in_features), in_features, generator).to(torch.get_default_dtype())
+        super().__init__(weight, feature_norm, bias, momentum, ignore_index)
 
 
 def _oriented(

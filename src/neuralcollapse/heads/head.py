@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -14,6 +16,7 @@ from neuralcollapse._checks import (
     check_factory,
     check_floating,
     check_ignore_index,
+    check_integral,
     compute_dtype,
     is_number,
 )
@@ -30,7 +33,7 @@ class FeatureNorm(nn.Module):
 
     Shape: (..., d) to (..., d), in the dtype of the input (fp16 and bf16 are computed in fp32).
 
-    Example:
+    Examples:
         >>> FeatureNorm(5.0)(torch.tensor([[3.0, 4.0]]))
         tensor([[3., 4.]])
     """
@@ -66,7 +69,7 @@ def collapse_radius(num_classes: int, probability: float = 0.99) -> float:
     Raises:
         ValueError: K < 2, or p outside (1/K, 1).
 
-    Example:
+    Examples:
         >>> [round(collapse_radius(num_classes), 1) for num_classes in (10, 100, 1000)]
         [6.1, 9.1, 11.5]
     """
@@ -162,3 +165,58 @@ class Head(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, num_classes={self.num_classes}, feature_norm={self.feature_norm}"
+
+
+class LearnsFromTargets(Head):
+    """A head that takes the targets of each training batch in."""
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        feature_norm: float | Literal["auto"] | None,
+        ignore_index: int | None = None,
+    ) -> None:
+        super().__init__(in_features, num_classes, feature_norm, ignore_index)
+        self._frozen = False
+        self._targets: Tensor | None = None
+
+    def step_targets(self, targets: Tensor | None) -> Tensor | None:
+        """The targets (...) to learn from; None where there is nothing to learn: in evaluation mode, or when frozen.
+
+        Raises:
+            ValueError: No targets where they are needed, or other than a tensor of integers.
+        """
+        if not self.training or self._frozen:
+            return None
+        targets = self._targets if targets is None else targets
+        if targets is None:
+            raise ValueError(
+                "targets must be given in training mode: head(features, targets), or `with head.use_targets(targets):` "
+                "around the model; `with head.frozen():` (or evaluation mode) needs none and updates nothing"
+            )
+        check_integral("targets", targets)
+        return targets
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Within it, training mode needs no targets, updates nothing, and decides as in evaluation mode."""
+        before, self._frozen = self._frozen, True
+        try:
+            yield
+        finally:
+            self._frozen = before
+
+    @contextmanager
+    def use_targets(self, targets: Tensor) -> Iterator[None]:
+        """Within it, forward takes these targets where it is given none: for loops that cannot pass them.
+
+        Raises:
+            ValueError: Targets that are no tensor of integers.
+        """
+        check_integral("targets", targets)
+        before, self._targets = self._targets, targets
+        try:
+            yield
+        finally:
+            self._targets = before

@@ -1,41 +1,211 @@
-"""The classifier that is at every step the simplex ETF nearest to the class means: the method `implicit`."""
+"""The classifiers that are at every step the nearest frame to the class means; the ETF's is the method `implicit`."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from neuralcollapse._checks import (
     check_at_least,
     check_bool,
     check_choice,
     check_etf_sizes,
-    check_integral,
     check_not_negative,
     compute_dtype,
 )
 from neuralcollapse.geometry import nearest_etf_diagnostics, random_simplex_etf, simplex_etf
+from neuralcollapse.geometry.codes import check_code, check_code_rank, leading_code, principal_code
+from neuralcollapse.geometry.frames import placed, solve_frame
 from neuralcollapse.geometry.nearest import solve
 from neuralcollapse.geometry.polar import METHODS, Method
 from neuralcollapse.geometry.published import frame_to_etf, published_nearest_frame
 from neuralcollapse.geometry.watch import Watch
 from neuralcollapse.heads.class_means import DEFAULT_MOMENTUM, ClassMeans, KeepsFullPrecision, Momentum
-from neuralcollapse.heads.head import Head
+from neuralcollapse.heads.head import LearnsFromTargets
+from neuralcollapse.heads.recompute import counts_once
 
 logger = logging.getLogger(__name__)
 
+Geometry = Literal["simplex", "means"]
 # With the momentum, the best of those compared on a validation split at K = 10 and K = 100: docs/heads.md.
 DEFAULT_PROXIMAL_WEIGHT = 0.5
-# In the first solve, where classes are missing in the batch and the data do not decide the ETF alone.
+# In the first solve, where classes are missing in the batch and the data do not decide the frame alone.
 FIRST_ANCHOR_WEIGHT = 1e-3
 
 
-class NearestETFClassifier(KeepsFullPrecision, Head):
+class NearestFrameClassifier(KeepsFullPrecision, LearnsFromTargets):
+    r"""A classifier whose weight is, at every training step, the frame of a geometry nearest to the class means.
+
+    In training, with targets, it takes the batch into its `ClassMeans`, solves for the nearest frame with the last one
+    as anchor (the first solve has none, since no data has spoken before), and returns logits that carry two gradients:
+    the direct one, and the one through the frame (a differentiable argmin). In evaluation it is a linear classifier and
+    changes nothing.
+
+    Training-mode logits know the labels of their batch: compare accuracies in evaluation mode only.
+
+    Args:
+        in_features: d, at least the rank of the geometry.
+        num_classes: K ≥ 2.
+        geometry: ``"simplex"``: the simplex ETF, d ≥ K−1; a code (K, r'), of which the weight is the nearest rotation
+            (`nearest_frame`; see `code_from_gram`): its scale is the weight's; or ``"means"``: the code of the moving
+            means' own leading directions (`code_of_means`), a constant of each step, for any d.
+        rank: With ``"means"`` only: r, from 1 to min(d, K−1), or ``"auto"``, the effective rank of each step, which
+            waits for an accelerator and does not compile whole. ``"auto"`` if not given.
+        feature_norm: τ, the norm that features are given; ``"auto"``: `collapse_radius`; ``None``: left as they are.
+        bias: ``"centring"``: −W·m with the global mean m of the batch in training (with gradient), a moving mean in
+            evaluation; ``"none"``.
+        proximal_weight: γ ≥ 0, how strongly the frame stays with the last one (see `nearest_frame`). With many classes
+            a small γ lets it follow each batch's labels, and accuracy suffers (docs/heads.md).
+        momentum: The weight α of a new batch in the class means, as for `ClassMeans`. The gradient through the
+            frame scales with α: at ``"published"``, which falls to 1e-4, it is practically off.
+        implicit_gradient: Whether the gradient through the frame is kept.
+        ignore_index: Features whose target is this count in no mean.
+        method: How the polar factor is found, as for `polar_factor`. On accelerators nothing waits for the device but
+            the first solve; `svd_fallbacks` counts the solves that needed an SVD.
+        generator: If given, the first frame has a random orientation drawn from it; else the canonical one. With
+            ``"means"`` and d < K−1 the first weight is random unit rows, of a generator seeded with 0 if none is given.
+
+    Shape: features (..., d) and targets (...) to logits (..., K).
+
+    Raises:
+        ValueError: Sizes or arguments out of range, a code that `nearest_frame` refuses, a rank without ``"means"``; in
+            training mode, no targets, or labels outside [0, K).
+
+    Source: this project, after Markou, Ajanthan, Gould, "Guiding Neural Collapse" (NeurIPS 2024).
+
+    Examples:
+        >>> from neuralcollapse import attribute_gram, code_from_gram
+        >>> digits = torch.cartesian_prod(torch.arange(10), torch.arange(10))  # 100 classes of two digits
+        >>> code = code_from_gram(attribute_gram(digits, torch.tensor([0.5, 0.5])), feature_dim=64)
+        >>> head = NearestFrameClassifier(64, 100, geometry=code)
+        >>> features, targets = torch.randn(32, 64, requires_grad=True), torch.randint(100, (32,))
+        >>> torch.nn.functional.cross_entropy(head(features, targets), targets).backward()
+        >>> head.eval()(features).shape
+        torch.Size([32, 100])
+    """
+
+    _full_precision_buffers: tuple[str, ...] = ("weight",)
+    weight: Tensor
+    code: Tensor  # in principal coordinates, where a code was given
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        geometry: Geometry | Tensor = "simplex",
+        rank: int | Literal["auto"] | None = None,
+        feature_norm: float | Literal["auto"] | None = "auto",
+        bias: Literal["centring", "none"] = "centring",
+        proximal_weight: float = DEFAULT_PROXIMAL_WEIGHT,
+        momentum: Momentum = DEFAULT_MOMENTUM,
+        implicit_gradient: bool = True,
+        ignore_index: int | None = None,
+        method: Method = "auto",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(in_features, num_classes, feature_norm, ignore_index)
+        check_choice("bias", bias, ("centring", "none"))
+        check_not_negative("proximal_weight", proximal_weight)
+        check_bool("implicit_gradient", implicit_gradient)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise ValueError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+        check_choice("method", method, METHODS)
+        self.geometry = _named(geometry)
+        if rank is not None and self.geometry != "means":
+            raise ValueError(f"rank needs geometry='means', got rank = {rank!r} with another")
+        self.rank: int | Literal["auto"] = "auto" if rank is None else rank
+        check_code_rank(self.rank, num_classes, in_features)
+        self.centring = bias == "centring"
+        self.proximal_weight = proximal_weight
+        self.implicit_gradient = implicit_gradient
+        self.method = method
+        self._watch = Watch()
+        self.class_means = ClassMeans(num_classes, in_features, momentum=momentum, ignore_index=ignore_index)
+        device = self.class_means.global_mean.device
+        if isinstance(geometry, Tensor):
+            check_code(geometry, num_classes)
+            code = principal_code(geometry, in_features)
+            self.register_buffer("code", code.to(device, torch.float32))
+            self._full_precision_buffers = ("weight", "code")
+            start = placed(code, in_features, generator).float()
+        elif geometry == "means" and in_features < num_classes - 1:
+            start = _unit_rows(in_features, num_classes, generator)
+        else:
+            start = _first_etf(in_features, num_classes, generator)
+        self.register_buffer("weight", start.to(device))
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        """(K,), of the moving global mean; None without centring."""
+        return -(self.weight @ self.class_means.global_mean.to(self.weight)) if self.centring else None
+
+    @property
+    def svd_fallbacks(self) -> int:
+        """How many solves by products gave way to an SVD; see `polar_factor`."""
+        return self._watch.fallbacks
+
+    @counts_once
+    def prepare(self, features: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As `Head.prepare`; in training mode, targets (...) are needed (or ``with frozen()``)."""
+        features = self.features(features)
+        targets = self.step_targets(targets)
+        if targets is None:
+            return features, self.weight, self.bias
+        # Means and the solve stay in fp32 under autocast.
+        with torch.autocast(features.device.type, enabled=False):
+            flat = features.reshape(-1, self.in_features).to(compute_dtype(features.dtype))
+            seen = self.class_means.centred.seen
+            class_means, batch_mean = self.class_means(flat, targets.reshape(-1))
+            frame = self._solve(class_means if self.implicit_gradient else class_means.detach(), seen)
+            bias = -(frame @ batch_mean) if self.centring else None
+        return features, frame, bias
+
+    def _solve(self, class_means: Tensor, seen_before: Tensor) -> Tensor:
+        """The nearest frame, with its graph; the weight is its value from now on."""
+        anchor_weight = self._anchor_weight(seen_before, self.class_means.centred.seen)
+        frame = self._nearest(class_means, anchor_weight)
+        if not torch.compiler.is_compiling() and logger.isEnabledFor(logging.DEBUG):
+            self._log_solution(class_means, frame, float(anchor_weight))
+        # A copy: what restores or broadcasts buffers writes into them, and the graph holds `frame`.
+        self.weight = frame.detach().to(self.weight.dtype, copy=True)
+        return frame
+
+    def _nearest(self, class_means: Tensor, anchor_weight: Tensor | float) -> Tensor:
+        # Unchecked: ClassMeans has looked at the batch, before anything changed.
+        method, watch = self.method, self._watch.handle
+        if self.geometry == "simplex":
+            greatest = self.proximal_weight
+            return solve(class_means, self.weight, anchor_weight, method=method, watch=watch, greatest_weight=greatest)
+        # A copy, for the same reason as that of the weight.
+        of_means = self.geometry == "means"
+        code = leading_code(class_means, self.rank) if of_means else self.code.to(class_means, copy=True)
+        return solve_frame(class_means, code, self.weight, anchor_weight, method=method, watch=watch)
+
+    def _anchor_weight(self, seen_before: Tensor, seen: Tensor) -> Tensor | float:
+        """γ, or in the first solve 0; there, if classes are missing, just enough to decide what they leave open.
+
+        Tensors, so that nothing waits for an accelerator.
+        """
+        if self.proximal_weight == 0:
+            return 0.0
+        usual = self.class_means.global_mean.new_full((), self.proximal_weight)
+        first = torch.where(seen.all(), 0.0, usual.clamp_max(FIRST_ANCHOR_WEIGHT))
+        return torch.where(seen_before.any(), usual, first)
+
+    def _log_solution(self, class_means: Tensor, frame: Tensor, anchor_weight: float) -> None:
+        if self.geometry != "simplex":
+            logger.debug("nearest frame: distance_to_last %.3e", float((frame - self.weight).norm()))
+            return
+        diagnostics = nearest_etf_diagnostics(class_means, frame, anchor=self.weight, proximal_weight=anchor_weight)
+        logger.debug("nearest ETF: %s", ", ".join(f"{name} {value:.3e}" for name, value in diagnostics.items()))
+
+
+class NearestETFClassifier(NearestFrameClassifier):
     r"""A classifier whose weight is, at every training step, the simplex ETF nearest to the moving class means.
 
     In training, with targets, it takes the batch into its `ClassMeans`, solves for the nearest ETF with the last
@@ -71,7 +241,7 @@ class NearestETFClassifier(KeepsFullPrecision, Head):
 
     Source: Markou, Ajanthan, Gould, "Guiding Neural Collapse" (NeurIPS 2024).
 
-    Example:
+    Examples:
         >>> head = NearestETFClassifier(64, 10)
         >>> features, targets = torch.randn(32, 64, requires_grad=True), torch.randint(10, (32,))
         >>> torch.nn.functional.cross_entropy(head(features, targets), targets).backward()
@@ -79,8 +249,6 @@ class NearestETFClassifier(KeepsFullPrecision, Head):
         torch.Size([32, 10])
     """
 
-    _full_precision_buffer = "weight"
-    weight: Tensor
     frame: Tensor  # the published problem's P, with solver="trust-region"
 
     def __init__(
@@ -98,86 +266,28 @@ class NearestETFClassifier(KeepsFullPrecision, Head):
         method: Method = "auto",
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(in_features, num_classes, feature_norm, ignore_index)
-        check_etf_sizes(num_classes, in_features)
-        check_choice("bias", bias, ("centring", "none"))
-        check_not_negative("proximal_weight", proximal_weight)
-        check_bool("implicit_gradient", implicit_gradient)
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise ValueError(f"generator must be a torch.Generator, got {type(generator).__name__}")
-        check_choice("method", method, METHODS)
-        check_choice("solver", solver, ("closed-form", "trust-region"))
-        self.centring = bias == "centring"
-        self.proximal_weight = proximal_weight
-        self.implicit_gradient = implicit_gradient
-        self.method = method
-        self.solver = solver
-        self._watch = Watch()
-        self.class_means = ClassMeans(num_classes, in_features, momentum=momentum, ignore_index=ignore_index)
-        start = (
-            simplex_etf(num_classes, in_features, dtype=torch.float32)
-            if generator is None
-            else random_simplex_etf(
-                num_classes, in_features, generator=generator, dtype=torch.float32, device=generator.device
-            ).to(self.class_means.global_mean.device)
+        super().__init__(
+            in_features,
+            num_classes,
+            feature_norm=feature_norm,
+            bias=bias,
+            proximal_weight=proximal_weight,
+            momentum=momentum,
+            implicit_gradient=implicit_gradient,
+            ignore_index=ignore_index,
+            method=method,
+            generator=generator,
         )
-        self.register_buffer("weight", start)
+        check_choice("solver", solver, ("closed-form", "trust-region"))
+        self.solver = solver
         if solver == "trust-region":
             check_at_least("in_features", in_features, num_classes, "num_classes")
             self.register_buffer("frame", torch.eye(num_classes, in_features, dtype=torch.float32))
-        self._frozen = False
-        self._targets: Tensor | None = None
-
-    @property
-    def bias(self) -> Tensor | None:  # type: ignore[override]
-        """(K,), of the moving global mean; None without centring."""
-        return -(self.weight @ self.class_means.global_mean.to(self.weight)) if self.centring else None
-
-    @property
-    def svd_fallbacks(self) -> int:
-        """How many solves by products gave way to an SVD; see `polar_factor`."""
-        return self._watch.fallbacks
-
-    def prepare(self, features: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """As `Head.prepare`; in training mode, targets (...) are needed (or ``with frozen()``)."""
-        features = self.features(features)
-        if not self.training or self._frozen:
-            return features, self.weight, self.bias
-        targets = self._targets if targets is None else targets
-        if targets is None:
-            raise ValueError(
-                "targets must be given in training mode: head(features, targets), or `with head.use_targets(targets):` "
-                "around the model; `with head.frozen():` (or evaluation mode) needs none and updates nothing"
-            )
-        check_integral("targets", targets)
-        # Means and the solve stay in fp32 under autocast.
-        with torch.autocast(features.device.type, enabled=False):
-            flat = features.reshape(-1, self.in_features).to(compute_dtype(features.dtype))
-            seen = self.class_means.centred.seen
-            class_means, batch_mean = self.class_means(flat, targets.reshape(-1))
-            etf = self._solve(class_means if self.implicit_gradient else class_means.detach(), seen)
-            bias = -(etf @ batch_mean) if self.centring else None
-        return features, etf, bias
 
     def _solve(self, class_means: Tensor, seen_before: Tensor) -> Tensor:
-        """The nearest ETF, with its graph; the weight is its value from now on."""
-        if self.solver == "trust-region":
-            etf = self._solve_as_published(class_means, seen_before)
-            self.weight = etf.detach().to(self.weight.dtype, copy=True)
-            return etf
-        anchor_weight = self._anchor_weight(seen_before, self.class_means.centred.seen)
-        # Unchecked: ClassMeans has looked at the batch, before anything changed.
-        etf = solve(
-            class_means,
-            self.weight,
-            anchor_weight,
-            method=self.method,
-            watch=self._watch.handle,
-            greatest_weight=self.proximal_weight,
-        )
-        if not torch.compiler.is_compiling() and logger.isEnabledFor(logging.DEBUG):
-            self._log_solution(class_means, etf, float(anchor_weight))
-        # A copy: what restores or broadcasts buffers writes into them, and the graph holds `etf`.
+        if self.solver == "closed-form":
+            return super()._solve(class_means, seen_before)
+        etf = self._solve_as_published(class_means, seen_before)
         self.weight = etf.detach().to(self.weight.dtype, copy=True)
         return etf
 
@@ -188,40 +298,26 @@ class NearestETFClassifier(KeepsFullPrecision, Head):
         self.frame = frame.detach().to(self.frame.dtype, copy=True)
         return frame_to_etf(frame)
 
-    def _anchor_weight(self, seen_before: Tensor, seen: Tensor) -> Tensor | float:
-        """γ, or in the first solve 0; there, if classes are missing, just enough to decide what they leave open.
 
-        Tensors, so that nothing waits for an accelerator.
-        """
-        if self.proximal_weight == 0:
-            return 0.0
-        usual = self.class_means.global_mean.new_full((), self.proximal_weight)
-        first = torch.where(seen.all(), 0.0, usual.clamp_max(FIRST_ANCHOR_WEIGHT))
-        return torch.where(seen_before.any(), usual, first)
+def _named(geometry: object) -> str:
+    """The geometry's name; a given code's is ``"code"``."""
+    if isinstance(geometry, Tensor):
+        return "code"
+    if not isinstance(geometry, str) or geometry not in ("simplex", "means"):
+        raise ValueError(f"geometry must be 'simplex', 'means' or a code (K, r), got {geometry!r}")
+    return geometry
 
-    def _log_solution(self, class_means: Tensor, etf: Tensor, anchor_weight: float) -> None:
-        diagnostics = nearest_etf_diagnostics(class_means, etf, anchor=self.weight, proximal_weight=anchor_weight)
-        logger.debug("nearest ETF: %s", ", ".join(f"{name} {value:.3e}" for name, value in diagnostics.items()))
 
-    @contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Within it, training mode needs no targets, updates nothing, and decides as in evaluation mode."""
-        before, self._frozen = self._frozen, True
-        try:
-            yield
-        finally:
-            self._frozen = before
+def _first_etf(in_features: int, num_classes: int, generator: torch.Generator | None) -> Tensor:
+    check_etf_sizes(num_classes, in_features)
+    if generator is None:
+        return simplex_etf(num_classes, in_features, dtype=torch.float32)
+    return random_simplex_etf(
+        num_classes, in_features, generator=generator, dtype=torch.float32, device=generator.device
+    )
 
-    @contextmanager
-    def use_targets(self, targets: Tensor) -> Iterator[None]:
-        """Within it, forward takes these targets where it is given none: for loops that cannot pass them.
 
-        Raises:
-            ValueError: Targets that are no tensor of integers.
-        """
-        check_integral("targets", targets)
-        before, self._targets = self._targets, targets
-        try:
-            yield
-        finally:
-            self._targets = before
+def _unit_rows(in_features: int, num_classes: int, generator: torch.Generator | None) -> Tensor:
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    rows = torch.randn(num_classes, in_features, generator=generator, dtype=torch.float32, device=generator.device)
+    return normalize(rows, dim=1)

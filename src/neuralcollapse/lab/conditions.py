@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from neuralcollapse.lab.settings import Condition, Values, where
+from neuralcollapse.lab.settings import Condition, Values, listed, where
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50-32x4d", "wide-resnet50-2")
+OF_LOGITS = ("cross-entropy", "mse", "dot-regression")
+OF_DIRECTIONS = ("normface", "ntce", "nonl", "decoupled", "two-way")
+# Whose weight moves with the class means of each batch.
+MOVING = ("implicit", "trust-region", "means")
+_ANY_BIAS = ("learned", "centring", "none")
+BIASES = {
+    **dict.fromkeys(("standard", "linear"), ("learned", "none")),
+    **dict.fromkeys(("fixed", "softmax-code"), _ANY_BIAS),
+    **dict.fromkeys(MOVING, ("centring", "none")),
+}
 DRAWN_DATA = ("mnist-1d", "features")
 
 STORED = Condition(
@@ -27,12 +37,11 @@ DRAWN = Condition(
 )
 OWN_CLASS = Condition("a backbone of your own", ("backbone",), lambda values: "." in values["backbone"])
 BUILT_IN = Condition("the backbones that have a name", ("backbone",), lambda values: "." not in values["backbone"])
+NORMALISING = Condition("methods other than linear", ("method",), lambda values: values["method"] != "linear")
 MOVING_MEANS = Condition(
-    "method implicit, or fixed with classifier_bias centring",
+    f"method {listed(MOVING, 'or')}, or to classifier_bias centring",
     ("method", "classifier_bias"),
-    lambda values: (
-        values["method"] == "implicit" or (values["method"], values["classifier_bias"]) == ("fixed", "centring")
-    ),
+    lambda values: values["method"] in MOVING or values["classifier_bias"] == "centring",
 )
 WITH_RATE = where(optimizer=("sgd", "adam", "adamw", "lbfgs"))
 DECAYING = Condition(
@@ -41,7 +50,7 @@ DECAYING = Condition(
     lambda values: (
         values["optimizer"] != "agd"
         if values["feature_decay"] is None
-        else values["method"] == "standard" or values["classifier_bias"] == "learned"
+        else values["method"] in ("standard", "linear") or values["classifier_bias"] == "learned"
     ),
 )
 FEATURE_DECAY = Condition("feature_decay", ("feature_decay",), lambda values: values["feature_decay"] is not None)
@@ -59,7 +68,7 @@ CHECKPOINTS = Condition(
 
 def default_bias(values: Values) -> str:
     """The bias of each method."""
-    return "learned" if values["method"] == "standard" else "centring"
+    return "learned" if values["method"] in ("standard", "linear") else "centring"
 
 
 def default_width(values: Values) -> int:

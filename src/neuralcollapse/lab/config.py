@@ -7,13 +7,16 @@ with the others is refused.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from neuralcollapse.lab import conditions as only
-from neuralcollapse.lab.settings import Settings, setting, where
+from neuralcollapse.lab.settings import Settings, listed, setting, where
 
-Method = Literal["standard", "fixed", "implicit"]
-METHODS: tuple[Method, ...] = ("standard", "fixed", "implicit")
+PublishedMethod = Literal["standard", "fixed", "implicit"]
+PUBLISHED_METHODS: tuple[PublishedMethod, ...] = get_args(PublishedMethod)
+Method = Literal[PublishedMethod, "linear", "means", "softmax-code", "trust-region"]
+METHODS: tuple[Method, ...] = get_args(Method)
+Loss = Literal["cross-entropy", "mse", "dot-regression", "normface", "ntce", "nonl", "decoupled", "two-way"]
 MOST_SEED = 2**63 - 1
 
 
@@ -25,9 +28,30 @@ class OneRun(Settings):
     """Name of a published experiment, of those that `neuralcollapse recipes` lists; --config and flags go over its
     settings."""
     method: Method = "implicit"
-    """The classifier: learned, a fixed simplex ETF, or the simplex ETF nearest to the class means."""
+    """The classifier: learned on the sphere (standard), a fixed simplex ETF, or the simplex ETF nearest to the class
+    means (implicit); linear, a plain linear layer; means, the moving class means themselves; softmax-code, a fixed code
+    for any number of classes; trust-region, the implicit one solved as published, for comparison."""
     seed: int = setting(0, at_least=0, at_most=MOST_SEED)
     """From which initial weights, batches and augmentation follow."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSettings(Settings):
+    """Loss."""
+
+    loss: Loss = "cross-entropy"
+    """Of logits: cross-entropy, mse (mean squared error to one-hot targets) or dot-regression ((logit of the true class
+    - 1)^2 / 2). Of directions alone: normface (cross-entropy of cosines), ntce and nonl (a class's samples against
+    those of its batch), decoupled (cross-entropy, the positive held back by a margin), two-way (half decoupled, half
+    nonl)."""
+    label_smoothing: float | None = setting(0.0, belongs_to=where(loss="cross-entropy"), at_least=0, at_most=1)
+    """Share of the target that is spread over all classes."""
+    temperature: float | None = setting(0.1, belongs_to=where(loss=only.OF_DIRECTIONS), above=0)
+    """What cosines are divided by."""
+    margin: Literal["inf"] | float | None = setting(
+        "inf", belongs_to=where(loss=("nonl", "decoupled", "two-way")), at_least=0
+    )
+    """How far the positive is held back in the denominator, in units of logits; with inf it is left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +101,8 @@ class DataSettings(Settings):
     """Permute the labels of the training images at random, once; the run keeps them."""
     label_noise: float = setting(0.0, at_least=0, at_most=1)
     """Share of training images whose label is replaced by one drawn among all classes; the run keeps them."""
+    allow_absent_classes: bool = False
+    """Go on where classes have no training images: figures are then over the others, and say so."""
     data_seed: int | None = setting(0, belongs_to=only.DRAWN, at_least=0, at_most=MOST_SEED)
     """Drawn from it: images put side by side, the long tail, the validation images, random and noisy labels. The same
     for every seed."""
@@ -136,17 +162,23 @@ class ModelSettings(Settings):
     """First layer: 7x7 of stride 2 and max-pooling, or 3x3 of stride 1."""
     batch_norm_affine: bool | None = setting(True, belongs_to=only.BUILT_IN)
     """Batch norm trains a scale and a shift."""
-    feature_norm: Literal["auto", "none"] | float = setting("auto", above=0)
+    feature_norm: Literal["auto", "none"] | float | None = setting("auto", belongs_to=only.NORMALISING, above=0)
     """Norm that features are given before the classifier; `auto` follows from the number of classes."""
     unit_weight: bool | None = setting(True, belongs_to=where(method="standard"))
     """Keep the rows of the classifier at unit norm."""
     unit_start: bool | None = setting(True, belongs_to=only.UNIT_ROWS)
     """The rows begin at unit norm; else they are brought to it by the first step."""
-    classifier_bias: Literal["learned", "centring", "none"] | None = setting(only.default_bias)
-    """The classifier's bias: learned (standard, fixed), minus weight times mean feature (fixed, implicit), or none. By
-    default learned for standard and centring for the others."""
-    proximal_weight: float | None = setting(0.5, belongs_to=where(method="implicit"), at_least=0)
+    classifier_bias: Literal["learned", "centring", "none"] | None = setting(
+        only.default_bias, belongs_to=where(loss=only.OF_LOGITS)
+    )
+    """The classifier's bias: learned (standard, linear, fixed, softmax-code), minus weight times mean feature (all but
+    standard and linear), or none. By default learned for standard and linear and centring for the others."""
+    proximal_weight: float | None = setting(0.5, belongs_to=where(method=("implicit", "trust-region")), at_least=0)
     """How strongly the classifier stays with the last one."""
+    class_means: Literal["previous", "current", "differentiable"] | None = setting(
+        "previous", belongs_to=where(method="means")
+    )
+    """Which means a training batch is decided by: those of before it, those with it, or these with their gradient."""
     means_momentum: Literal["cumulative", "published"] | float | None = setting(
         0.1, belongs_to=only.MOVING_MEANS, above=0, at_most=1
     )
@@ -159,10 +191,6 @@ class Optimisation(Settings):
 
     epochs: int = setting(20, at_least=1)
     """Passes over the train split."""
-    loss: Literal["cross-entropy", "mse", "dot-regression"] = "cross-entropy"
-    """Cross-entropy, mean squared error to one-hot targets, or (logit of the true class - 1)^2 / 2."""
-    label_smoothing: float | None = setting(0.0, belongs_to=where(loss="cross-entropy"), at_least=0, at_most=1)
-    """Share of the target that is spread over all classes."""
     optimizer: Literal["sgd", "adam", "adamw", "lbfgs", "agd"] = "sgd"
     """Optimiser, of all parameters alike. agd has no learning rate and needs a network without vectors."""
     initialisation: Literal["he", "torch"] | None = setting("he", belongs_to=only.FIRST_WEIGHTS)
@@ -223,6 +251,8 @@ class Record(Settings):
     """Where these steps begin. By default where the first step ends."""
     checkpoint_epochs: list[int] = setting(lambda _: [])
     """Keep checkpoints of these epochs as well."""
+    checkpoint_minutes: float = setting(10.0, above=0)
+    """Inside a long epoch, save where training is after every so many minutes."""
     loggers: list[Literal["tensorboard", "wandb"]] = setting(lambda _: [])
     """Where to log to beside the CSV files."""
 
@@ -232,23 +262,23 @@ class Record(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(Record, Optimisation, ModelSettings, BatchSettings, DataSettings, OneRun):
+class RunConfig(Record, Optimisation, ModelSettings, BatchSettings, DataSettings, LossSettings, OneRun):
     """All settings of one training run."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        possible = {"standard": ("learned", "none"), "implicit": ("centring", "none")}.get(self.method)
-        if possible and self.classifier_bias not in possible:
+        possible = only.BIASES[self.method]
+        if self.classifier_bias is not None and self.classifier_bias not in possible:
             raise ValueError(
-                f"classifier_bias must be {' or '.join(possible)} for method {self.method}, "
+                f"classifier_bias must be {listed(possible, 'or')} for method {self.method}, "
                 f"got {self.classifier_bias!r}"
             )
-        if self.feature_decay and not self.published_quirk and self.feature_norm != "none":
+        if self.feature_decay and not self.published_quirk and self.feature_norm not in ("none", None):
             raise ValueError("feature_decay needs feature_norm none: of normalised features it is a constant")
-        if self.optimizer == "lbfgs" and self.method == "implicit":
+        if self.optimizer == "lbfgs" and self.method in only.MOVING:
             raise ValueError(
-                "optimizer lbfgs cannot train the method implicit, whose ETF would move under its line search: "
-                "take method fixed or standard, or another optimiser"
+                f"optimizer lbfgs cannot train the method {self.method}, whose weight would move under its line "
+                "search: take method fixed or standard, or another optimiser"
             )
         if self.optimizer == "lbfgs" and self.unit_weight:
             raise ValueError("optimizer lbfgs needs unit_weight false: it cannot keep the rows at unit norm")

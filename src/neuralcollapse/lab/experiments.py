@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
-from neuralcollapse.lab.config import METHODS, MOST_SEED, DataSettings, Method, RunConfig
+from neuralcollapse.lab.config import METHODS, MOST_SEED, PUBLISHED_METHODS, DataSettings, Loss, Method, RunConfig
 from neuralcollapse.lab.recipes import Recipe, load_recipe, recipe_family
-from neuralcollapse.lab.settings import Settings, nearest, resolve, setting
+from neuralcollapse.lab.settings import Settings, nearest, resolve, setting, where
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,16 +18,33 @@ class Comparison(Settings):
     recipe: str | None = None
     """Name of a published comparison: NAME-standard, NAME-fixed and NAME-implicit are recipes, and each method is
     trained with its own; --config and flags go over their settings."""
-    methods: list[Method] = setting(lambda _: list(METHODS))
-    """Out of standard, fixed and implicit, with commas between them."""
+    methods: list[Method] = setting(lambda _: list(PUBLISHED_METHODS))
+    """Out of standard, fixed, implicit, linear, means, softmax-code and trust-region (which `train --help` explains),
+    with commas between them. By default the first three."""
+    losses: list[Loss] | None = None
+    """Train every method with each of these, with commas between them; by default with the one that `loss` says."""
     seeds: int | list[int] = setting(3, at_least=0, at_most=MOST_SEED)
     """Number of seeds, or the seeds with commas between them; of a recipe, by default its own. A seed's runs start from
     the same weights and see the same batches."""
+    lr: Literal["auto"] | float | None = setting(above=0)
+    """Learning rate, at the start; the greatest, of one-cycle. auto: every method takes with each loss the one of
+    lr_candidates that is best on a validation split, which is held out of the training images for that alone."""
+    lr_candidates: list[float] | None = setting(
+        lambda _: [0.005, 0.015, 0.05, 0.15, 0.5], belongs_to=where(lr="auto"), above=0
+    )
+    """Rates to choose from, with commas between them: by the last validation accuracy, then by the mean over epochs, of
+    one seed that is not compared. By default 0.005,0.015,0.05,0.15,0.5."""
+    tuning_share: float | None = setting(0.2, belongs_to=where(lr="auto"), above=0, at_most=0.9)
+    """Share of the training images held out while rates are chosen, where validation_share does not say another."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.methods or len(set(self.methods)) < len(self.methods):
             raise ValueError(f"methods must be different ones of {', '.join(METHODS)}, got {self.methods}")
+        if self.losses is not None and (not self.losses or len(set(self.losses)) < len(self.losses)):
+            raise ValueError(f"losses must be different ones, at least one, got {self.losses}")
+        if self.lr_candidates is not None and len(set(self.lr_candidates)) < max(2, len(self.lr_candidates)):
+            raise ValueError(f"lr_candidates must be different ones, at least two, got {self.lr_candidates}")
         if self.seeds == 0:
             raise ValueError("seeds must be at least 1, got 0")
         if not self.seed_list or len(set(self.seed_list)) < len(self.seed_list):
@@ -49,7 +66,7 @@ def single_run(settings: Mapping[str, Any], base: Mapping[str, Any] | None = Non
     Raises:
         ValueError: There is no such recipe, or a setting is wrong or has no effect.
 
-    Example:
+    Examples:
         >>> run = single_run({"recipe": "zhu2021-mnist-sgd", "epochs": 3})
         >>> run.optimizer, run.lr, run.epochs
         ('sgd', 0.05, 3)
@@ -61,45 +78,87 @@ def single_run(settings: Mapping[str, Any], base: Mapping[str, Any] | None = Non
     values, refused = resolve(RunConfig, settings, base)
     if refused:
         raise ValueError(next(iter(refused.values())))
+    _check_reached(settings, values)
     return RunConfig(**values)
 
 
 def comparison_runs(
     comparison: Comparison, settings: Mapping[str, Any], base: Mapping[str, Any] | None = None
 ) -> list[RunConfig]:
-    """Every method with every seed; each method with the settings of its recipe, if the comparison names some.
+    """Every method with every loss and seed; each method with the settings of its recipe, if the comparison names some.
 
     Args:
-        comparison: Which methods and seeds.
+        comparison: Which methods, losses and seeds. With its ``lr`` ``"auto"`` the rates are still to be chosen.
         settings: Those that all runs share; each counts where it has an effect, and is to have one in one run at least.
         base: Values to take where none is given, before those of a recipe.
 
     Raises:
         ValueError: There are no such recipes, they are of different data, or a setting is wrong or has no effect.
 
-    Example:
+    Examples:
         >>> runs = comparison_runs(Comparison(methods=["fixed", "implicit"], seeds=2), {"proximal_weight": 0.1})
         >>> [(run.method, run.seed, run.proximal_weight) for run in runs]
         [('fixed', 0, None), ('implicit', 0, 0.1), ('fixed', 1, None), ('implicit', 1, 0.1)]
     """
     _check_names(settings, without=("recipe", "method", "seed"))
+    if comparison.losses is not None and settings.get("loss") is not None:
+        raise ValueError("loss must not be given beside losses")
+    if comparison.lr == "auto":
+        base = {name: value for name, value in (base or {}).items() if name != "lr"}
     bases = {method: base or {} for method in comparison.methods}
     names: dict[Method, str | None] = dict.fromkeys(comparison.methods)
     if comparison.recipe is not None:
         family = _family(comparison)
         bases = {method: {**recipe.settings, **(base or {})} for method, recipe in family.items()}
         names = {method: recipe.name for method, recipe in family.items()}
-    chosen, refusals = {}, []
+    chosen, refusals = [], []
     for method in comparison.methods:
-        values, refused = resolve(RunConfig, {**settings, "method": method}, bases[method])
-        chosen[method] = values | {"recipe": names[method]}
-        refusals.append(refused)
+        for loss in comparison.losses or (None,):
+            asked = {**settings, "method": method} | ({} if loss is None else {"loss": loss})
+            values, refused = resolve(RunConfig, asked, bases[method])
+            _check_reached(settings, values)
+            chosen.append(values | {"recipe": names[method]})
+            refusals.append(refused)
     everywhere = set.intersection(*map(set, refusals))
     if everywhere:
         raise ValueError(next(reason for name, reason in refusals[0].items() if name in everywhere))
-    return [
-        RunConfig(**chosen[method] | {"seed": seed}) for seed in comparison.seed_list for method in comparison.methods
-    ]
+    if comparison.lr == "auto" and any(values["lr"] is None for values in chosen):
+        raise ValueError("lr auto belongs to an optimizer with a learning rate: not to agd")
+    return [RunConfig(**values | {"seed": seed}) for seed in comparison.seed_list for values in chosen]
+
+
+def tell_apart(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What tells each run from the others, seeds apart: its method, its loss, and what does not follow from these.
+
+    Args:
+        runs: Their settings.
+
+    Returns:
+        For each the telling ones of its settings; the loss is among them where not all have the same.
+
+    Examples:
+        >>> tell_apart([{"method": "fixed", "lr": 0.1}, {"method": "fixed", "lr": 0.2}, {"method": "means", "lr": 0.1}])
+        [{'method': 'fixed', 'lr': 0.1}, {'method': 'fixed', 'lr': 0.2}, {'method': 'means', 'lr': 0.1}]
+    """
+    own = ("seed", "environment", "recipe", "method", "loss", "loggers", "device")
+    names = sorted({name for run in runs for name in run}.difference(own))
+    several_losses = len({run.get("loss") for run in runs}) > 1
+    kinds: dict[tuple[Any, Any], list[Mapping[str, Any]]] = {}
+    for run in runs:
+        kinds.setdefault((run["method"], run.get("loss")), []).append(run)
+    telling = [name for name in names if any(len({str(run.get(name)) for run in kind}) > 1 for kind in kinds.values())]
+    first = ["method", *(["loss"] if several_losses else [])]
+    return [{name: run.get(name) for name in (*first, *telling)} for run in runs]
+
+
+def label_of(telling: Mapping[str, Any]) -> str:
+    """What tells a run from others, in words: the method, then the loss, then settings by name.
+
+    Examples:
+        >>> label_of({"method": "fixed", "loss": "nonl", "lr": 0.1})
+        'fixed nonl lr=0.1'
+    """
+    return " ".join(str(value) if name in ("method", "loss") else f"{name}={value}" for name, value in telling.items())
 
 
 def common_settings(runs: Sequence[RunConfig]) -> dict[str, Any]:
@@ -132,6 +191,14 @@ def _family(comparison: Comparison) -> dict[Method, Recipe]:
             f"{', '.join(differing)}"
         )
     return {method: family[method] for method in comparison.methods}
+
+
+def _check_reached(settings: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Epochs that are asked for must come; those of a recipe need not, where it is cut short."""
+    for name in ("checkpoint_epochs", "milestones"):
+        beyond = [epoch for epoch in settings.get(name) or [] if epoch > values["epochs"]]
+        if beyond and values[name] is not None:
+            raise ValueError(f"{name} must be at most epochs, which is {values['epochs']}, got {beyond[0]}")
 
 
 def _check_names(settings: Mapping[str, Any], *, without: Iterable[str] = ()) -> None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from neuralcollapse.metrics.collapse import collapse_metrics
     from neuralcollapse.metrics.distances import etf_distances
-    from neuralcollapse.metrics.features import feature_norm, rank_me
+    from neuralcollapse.metrics.features import effective_rank, feature_norm, rank_me
+    from neuralcollapse.metrics.gram import nc2_gram, nc3_gram_duality
     from neuralcollapse.metrics.measurement import Measurement
     from neuralcollapse.metrics.measuring import measure
     from neuralcollapse.metrics.metric import NeuralCollapse
@@ -31,12 +32,19 @@ if TYPE_CHECKING:
     from neuralcollapse.metrics.nc4 import nc4_bias, nc4_ncc_mismatch, nearest_class_mean
     from neuralcollapse.metrics.nc5 import nc5_ood
     from neuralcollapse.metrics.per_class import ClassValues, class_values, pair_matrices
+    from neuralcollapse.metrics.sphere import (
+        class_alignment,
+        instance_alignment,
+        matrix_information,
+        released_matrix_information,
+    )
     from neuralcollapse.metrics.statistics import ClassStatistics, class_statistics, moments_about
 
 _HOMES = {
     "collapse": ["collapse_metrics"],
     "distances": ["etf_distances"],
-    "features": ["feature_norm", "rank_me"],
+    "features": ["effective_rank", "feature_norm", "rank_me"],
+    "gram": ["nc2_gram", "nc3_gram_duality"],
     "measurement": ["Measurement"],
     "measuring": ["measure"],
     "metric": ["NeuralCollapse"],
@@ -57,6 +65,7 @@ _HOMES = {
     "nc4": ["nc4_bias", "nc4_ncc_mismatch", "nearest_class_mean"],
     "nc5": ["nc5_ood"],
     "per_class": ["ClassValues", "class_values", "pair_matrices"],
+    "sphere": ["class_alignment", "instance_alignment", "matrix_information", "released_matrix_information"],
     "statistics": ["ClassStatistics", "class_statistics", "moments_about"],
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -68,12 +77,16 @@ __all__ = [
     "Measurement",
     "NeuralCollapse",
     "alignment",
+    "class_alignment",
     "class_statistics",
     "class_values",
     "collapse_metrics",
     "cos_margins",
+    "effective_rank",
     "etf_distances",
     "feature_norm",
+    "instance_alignment",
+    "matrix_information",
     "measure",
     "moments_about",
     "nc0_weight_sum",
@@ -87,10 +100,12 @@ __all__ = [
     "nc2_equinorm",
     "nc2_equinorm_difference",
     "nc2_etf",
+    "nc2_gram",
     "nc2_hyperspherical",
     "nc2_max_angle",
     "nc3_distance",
     "nc3_duality",
+    "nc3_gram_duality",
     "nc3_uniform",
     "nc3_uniform_cos",
     "nc4_bias",
@@ -99,6 +114,7 @@ __all__ = [
     "nearest_class_mean",
     "pair_matrices",
     "rank_me",
+    "released_matrix_information",
 ]
 
 

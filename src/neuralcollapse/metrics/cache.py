@@ -30,7 +30,7 @@ class FeatureCache:
         max_bytes: Features kept in memory at most.
         folder: Where the temporary file goes; the system's own place by default.
 
-    Example:
+    Examples:
         >>> with FeatureCache(max_bytes=0) as cache:
         ...     cache.append(torch.eye(2), torch.tensor([0, 1]), torch.tensor([1, 1]))
         ...     [samples.features.sum() for samples in cache]
@@ -65,25 +65,35 @@ class FeatureCache:
             self._bytes += size
         self._held.append(Samples(features, targets, predictions))
 
-    def sample(self, size: int) -> tuple[Tensor, Tensor]:
-        """Features and targets of at most ``size`` samples, always the same ones of the same number, in their order.
+    def draw(self, size: int, among: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Features and targets of at most ``size`` samples, always the same ones of the same data, in their order.
 
-        Features are fp16, or bf16 where they exceed the range of fp16.
+        Args:
+            size: How many at most.
+            among: (K,) whether a class's samples may be drawn; all if not given.
         """
         starts = [0]
         for batch in self._held:
             starts.append(starts[-1] + len(batch.targets))
-        drawn = torch.randperm(starts[-1], generator=torch.Generator().manual_seed(0))[:size].sort().values
+        eligible = torch.arange(starts[-1])
+        if among is not None and self._held:
+            eligible = eligible[among.cpu()[torch.cat([batch.targets.cpu().long() for batch in self._held])]]
+        order = torch.randperm(len(eligible), generator=torch.Generator().manual_seed(0))
+        drawn = eligible[order[:size]].sort().values
         features, targets = [], []
         for start, end, batch in zip(starts, starts[1:], self._held, strict=False):
             own = drawn[(drawn >= start) & (drawn < end)] - start
             features.append(batch.features[own.to(batch.features.device)].cpu())
             targets.append(batch.targets[own.to(batch.targets.device)].cpu().long())
         if not features:
-            return torch.empty(0, 0, dtype=torch.float16), torch.empty(0, dtype=torch.int64)
-        rows = torch.cat(features)
+            return torch.empty(0, 0), torch.empty(0, dtype=torch.int64)
+        return torch.cat(features), torch.cat(targets)
+
+    def sample(self, size: int) -> tuple[Tensor, Tensor]:
+        """As `draw`, with features in fp16, or in bf16 where they exceed the range of fp16."""
+        rows, targets = self.draw(size)
         fits = not len(rows) or bool(rows.abs().max() <= torch.finfo(torch.float16).max)
-        return rows.to(torch.float16 if fits else torch.bfloat16), torch.cat(targets)
+        return rows.to(torch.float16 if fits else torch.bfloat16), targets
 
     def __iter__(self) -> Iterator[Samples]:
         return iter(self._held)

@@ -63,7 +63,7 @@ class Metric:
     def value_at_collapse(self, num_classes: int) -> float | None:
         """The value at perfect collapse of K classes, or None where there is none.
 
-        Example:
+        Examples:
             >>> METRICS["nc2_cos_margin"].value_at_collapse(5)
             1.25
         """
@@ -76,6 +76,8 @@ MARKOU = "Markou, Ajanthan & Gould 2024"
 UNIFORMITY = "Liu et al. 2023; Wu & Papyan 2024"
 WU = "Wu & Papyan 2024"
 ZHOU = "Zhou et al. 2022"
+KOROMILAS = "Koromilas et al. 2026"
+SONG = "Song et al. 2024"
 
 _MARGIN = OfClasses("K/(K−1)", lambda k: k / (k - 1))
 _ROOT_K = OfClasses("√K", math.sqrt)
@@ -83,7 +85,20 @@ _SPREAD_OF_COSINES = OfClasses("≈1", lambda k: math.sqrt(k * (k - 1) / (k * (k
 _SIMPLEX_DISTANCE = OfClasses("√(2K/(K−1))", lambda k: math.sqrt(2 * k / (k - 1)))
 _SIMPLEX_LOG = OfClasses("−½log(2K/(K−1))", lambda k: -0.5 * math.log(2 * k / (k - 1)))
 _SIMPLEX_RIESZ = OfClasses("√((K−1)/2K)", lambda k: math.sqrt((k - 1) / (2 * k)))
+_CLASSES = OfClasses("K", float)
+_OTHERS = OfClasses("K−1", lambda k: k - 1)
 _INF = math.inf
+
+
+def _shared_information(num_classes: int) -> float:
+    """MIR at balanced collapse to a simplex ETF; 0 where two classes leave no entropy to share."""
+    if num_classes == 2:
+        return 0.0
+    others = num_classes - 1
+    return 1 / others + (others - 1) * math.log(others - 1) / (others * math.log(others))
+
+
+_SHARED = OfClasses("1/(K−1) + (K−2)log(K−2)/((K−1)log(K−1))", _shared_information)
 
 
 def _of_means_and_weights(
@@ -143,6 +158,12 @@ _ALL = [
            "Kd³, and Kd² memory"),
     *_of_means_and_weights("nc2_etf", "Gram", lambda x, _: rf"\|{x}{x}^\top/\|{x}{x}^\top\|_F-T\|_F",
                            lambda x: f"‖{x}{x}ᵀ/‖{x}{x}ᵀ‖_F − T‖_F", 2, f"{ZHU} (NC2)", "Kd·min(K, d)"),
+    Metric("nc2_gram_means", r"means to a Gram  $\|CC^\top/\|CC^\top\|_F-\hat G\|_F$", "NC2",
+           "‖CCᵀ/‖CCᵀ‖_F − G/‖G‖_F‖_F, C, G centred over classes", (0, 2), 0, "linear", "lower",
+           f"{ZHU} (NC2), of a given Gram", "Kd·min(K, d)"),
+    Metric("nc2_gram_weights", r"weights to a Gram  $\|WW^\top/\|WW^\top\|_F-\hat G\|_F$", "NC2",
+           "‖WWᵀ/‖WWᵀ‖_F − G/‖G‖_F‖_F, W, G centred over classes", (0, 2), 0, "linear", "lower",
+           f"{ZHU} (NC2), of a given Gram", "Kd·min(K, d)"),
     *_of_means_and_weights("nc2_equinorm", "norms",
                            lambda _, x: rf"\mathrm{{std}}\|{x}_k\|\,/\,\mathrm{{mean}}\|{x}_k\|",
                            lambda x: f"std/mean over k of ‖{x.lower()}_k‖", _ROOT_K, f"{PAPYAN} (Fig. 2)", "Kd"),
@@ -162,6 +183,9 @@ _ALL = [
            "higher", ZHOU, "NKd (samples)", "classes"),
     Metric("nc3_duality", r"duality  $\|WC^\top/\|WC^\top\|_F-T\|_F$", "NC3", "‖WCᵀ/‖WCᵀ‖_F − T‖_F", (0, 2), 0,
            "linear", "lower", f"{ZHU} (NC3)", "Kd·min(K, d)", "classes"),
+    Metric("nc3_gram_duality", r"duality to a Gram  $\|WC^\top/\|WC^\top\|_F-\hat G\|_F$", "NC3",
+           "‖WCᵀ/‖WCᵀ‖_F − G/‖G‖_F‖_F, all centred over classes", (0, 2), 0, "linear", "lower",
+           f"{ZHU} (NC3), of a given Gram", "Kd·min(K, d)"),
     Metric("nc3_distance", r"means to weights  $\|\hat W-\hat C\|_F^2$", "NC3", "‖W/‖W‖_F − C/‖C‖_F‖_F²", (0, 4), 0,
            "linear", "lower", f"{PAPYAN} (Fig. 5)", "Kd", "classes"),
     Metric("nc3_uniform", r"uniform duality  $\mathrm{var}_k\,w_k\cdot c_k$", "NC3", "variance over k of w_k·c_k",
@@ -170,6 +194,11 @@ _ALL = [
            "variance over k of cos(w_k, c_k)", (0, 2), 0, "linear", "lower", f"{WU} (UNC3)", "Kd", "classes"),
     Metric("alignment", r"alignment  $\cos(h-m,w_y-\bar w)$", "NC3", "mean over samples of cos(h−m, w_y−w̄)", (-1, 1), 1,
            "linear", "higher", MARKOU, "Nd (samples)", "classes"),
+    Metric("instance_alignment", r"instances to weights  $\|\hat h-\hat w_y\|^2$", "NC3",
+           "mean over samples of ‖h/‖h‖ − w_y/‖w_y‖‖²", (0, 4), 0, "linear", "lower", KOROMILAS, "Nd (samples)"),
+    Metric("class_alignment", r"classes to weights  $\|\hat u_k-\hat w_k\|^2$", "NC3",
+           "mean over k of ‖û_k − w_k/‖w_k‖‖², û_k the unit mean of the class's h/‖h‖", (0, 4), 0, "linear", "lower",
+           KOROMILAS, "Nd (samples)"),
     Metric("nc4_ncc_mismatch", "nearest class mean disagrees", "NC4",
            "share of samples whose nearest class mean is not the classifier's answer", (0, 1), 0, "percent", "lower",
            f"{PAPYAN} (Fig. 7)", "NKd (samples)"),
@@ -188,6 +217,22 @@ _ALL = [
     Metric("rank_me", r"RankMe  $\exp(-\sum_i p_i\log p_i)$", "other",
            "exp(−Σ p_i log p_i), p_i = σ_i/Σσ, σ_i the singular values of all h", (1, _INF),
            OfClasses("K−1 (m = 0)", lambda k: k - 1), "linear", None, "Garrido et al. 2023", "d³", "balanced"),
+    Metric("effective_rank_means", "effective rank of means", "other",
+           "exp(−Σ p_i log p_i), p_i = σ_i/Σσ, σ_i the singular values of C", (1, _CLASSES), _OTHERS, "linear", None,
+           "Roy & Vetterli 2007", "SVD of C", "classes"),
+    Metric("effective_rank_weights", "effective rank of weights", "other",
+           "exp(−Σ p_i log p_i), p_i = σ_i/Σσ, σ_i the singular values of W", (1, _CLASSES), _OTHERS, "linear", None,
+           f"Roy & Vetterli 2007; {KOROMILAS}", "SVD of W"),
+    Metric("mir", "mutual information ratio (MIR)", "other",
+           "(H(K₁) + H(K₂) − H(K₁∘K₂))/min(H(K₁), H(K₂)) of 512 samples, K₁ = UUᵀ/N of h/‖h‖, K₂ of w_y", (0, 1),
+           _SHARED, "linear", "higher", f"{SONG}; {KOROMILAS}", "N³, N = 512", "balanced"),
+    Metric("hdr", "entropy difference ratio (HDR)", "other", "abs(H(K₁) − H(K₂))/max(H(K₁), H(K₂))", (0, 1), 0,
+           "linear", "lower", f"{SONG}; {KOROMILAS}", "N³, N = 512"),
+    Metric("mir_released", "MIR, as released", "other",
+           "MIR of K × K kernels of û_k − ū/‖ū‖ and of W: noise where the mean ū of all h/‖h‖ is near 0", (0, 1), None,
+           "linear", None, f"{KOROMILAS} (code)", "K³"),
+    Metric("hdr_released", "HDR, as released", "other", "HDR of the same kernels", (0, 1), None, "linear", None,
+           f"{KOROMILAS} (code)", "K³"),
     _etf_distance("etf_weights", "weights to nearest ETF", r"\|E(W)-W\|_F^2", "‖E(W) − W‖_F²", 2, 0),
     _etf_distance("etf_means", "means to nearest ETF", r"\|E(C)-C\|_F^2", "‖E(C) − C‖_F²", 2, 0),
     _etf_distance("etf_between", "ETF of weights to ETF of means", r"\|E(W)-E(C)\|_F^2", "‖E(W) − E(C)‖_F²", 4, 0),
@@ -204,7 +249,7 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
 def in_order(values: Mapping[str, Value]) -> dict[str, Value]:
     """The same values in the order of `METRICS`; names that are not in it come last, as they came.
 
-    Example:
+    Examples:
         >>> in_order({"nc4_bias": 1.0, "nc1_vci": 2.0})
         {'nc1_vci': 2.0, 'nc4_bias': 1.0}
     """

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from neuralcollapse._checks import check_finite, check_floating
-from neuralcollapse.metrics import nc0, nc1, nc2, nc3, nc4, nc5
+from neuralcollapse.metrics import gram, nc0, nc1, nc2, nc3, nc4, nc5
 from neuralcollapse.metrics.catalogue import in_order
-from neuralcollapse.metrics.features import feature_norm, rank_me
+from neuralcollapse.metrics.doors import check_code
+from neuralcollapse.metrics.features import effective_rank, feature_norm, rank_me
 from neuralcollapse.metrics.moments import ClassMoments
 from neuralcollapse.metrics.pairs import PairStatistics, pair_statistics
 from neuralcollapse.metrics.statistics import Center, class_statistics
@@ -25,11 +26,13 @@ def collapse_metrics(
     max_samples: int | None = None,
     ood_mean: Tensor | None = None,
     pairwise: bool = True,
+    code: Tensor | None = None,
 ) -> dict[str, float]:
     """Every metric of neural collapse that needs no single samples, in fp64.
 
     What each is, and where it comes from, is said at the function of its name. Metrics of the classifier are there
-    when ``weight`` is given, ``nc5_ood`` when ``ood_mean`` is, ``nc1_numerical_rank`` when the moments keep
+    when ``weight`` is given, ``nc5_ood`` when ``ood_mean`` is, those relative to a Gram (``nc2_gram_means``,
+    ``nc2_gram_weights``, ``nc3_gram_duality``) when a ``code`` is, ``nc1_numerical_rank`` when the moments keep
     per-class scatter. ``nc1_pinv``, ``nc1_vci`` and ``rank_me`` are missing when ``min_samples`` or ``max_samples``
     leaves out classes whose scatter the moments have pooled with the others' (none that has one sample only, and none
     at all with ``ClassMoments(..., class_scatter=True)``).
@@ -44,6 +47,7 @@ def collapse_metrics(
         max_samples: Classes with more samples are left out everywhere.
         ood_mean: (d,) mean feature of out-of-distribution data.
         pairwise: Include the metrics over all pairs of classes, O(K² d).
+        code: L (K, r), whose Gram matrix LLᵀ the classifier is compared with (`neuralcollapse.code_from_gram`).
 
     Returns:
         Name to value, in the order of `neuralcollapse.metrics.catalogue.METRICS`.
@@ -52,7 +56,7 @@ def collapse_metrics(
         ValueError: Fewer than two classes measured, or an argument of another shape than the moments' or of another
             type.
 
-    Example:
+    Examples:
         >>> features = torch.tensor([[1.0, 0.1], [1, -0.1], [-1, 0.1], [-1, -0.1]])
         >>> moments = ClassMoments(num_classes=2, feature_dim=2)
         >>> moments.update(features, torch.tensor([0, 0, 1, 1]))
@@ -65,6 +69,9 @@ def collapse_metrics(
     weight = _like_state("weight", weight, (num_classes, feature_dim), moments)
     bias = _like_state("bias", bias, (num_classes,), moments)
     ood_mean = _like_state("ood_mean", ood_mean, (feature_dim,), moments)
+    check_code(code, num_classes)
+    if code is not None:
+        code = code.to(moments.device, torch.float64)[measured.classes]
     means, variances = measured.centred_means, measured.within_class_variances
     if weight is not None and len(measured.classes) < num_classes:
         weight = weight[measured.classes]
@@ -85,6 +92,9 @@ def collapse_metrics(
     values["feature_norm"] = feature_norm(measured.class_means, variances, measured.counts)
     values["nc2_etf_means"] = nc2.nc2_etf(means)
     values["nc2_equinorm_means"] = nc2.nc2_equinorm(means)
+    values["effective_rank_means"] = effective_rank(means)
+    if code is not None:
+        values["nc2_gram_means"] = gram.nc2_gram(means, code)
     if pairwise:
         values |= _pairwise_of_means(means, variances)
     if weight is not None:
@@ -98,6 +108,10 @@ def collapse_metrics(
         values["nc3_distance"] = nc3.nc3_distance(weight, means)
         values["nc3_uniform"] = nc3.nc3_uniform(weight, means)
         values["nc3_uniform_cos"] = nc3.nc3_uniform_cos(weight, means)
+        values["effective_rank_weights"] = effective_rank(weight)
+        if code is not None:
+            values["nc2_gram_weights"] = gram.nc2_gram(weight, code)
+            values["nc3_gram_duality"] = gram.nc3_gram_duality(weight, means, code)
         values["nc4_bias"] = nc4.nc4_bias(weight, bias, measured.center)
     if ood_mean is not None:
         values["nc5_ood"] = nc5.nc5_ood(measured.class_means, ood_mean)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from neuralcollapse._checks import check_at_least, check_floating, check_targets
+from neuralcollapse._checks import check_at_least, check_finite, check_floating, check_targets
 
 
 def check_shapes(**arguments: tuple[object, str]) -> None:
     """Raise unless each argument is a floating-point tensor of its shape, in which a letter stands for one size.
 
-    Example:
+    Examples:
         >>> check_shapes(weight=(torch.eye(2), "K d"), bias=(torch.zeros(3), "K"))
         Traceback (most recent call last):
         ValueError: bias must be of shape (K,) = (2,), got (3,)
@@ -27,6 +27,17 @@ def check_shapes(**arguments: tuple[object, str]) -> None:
             shape = f"({wanted[0]},)" if len(wanted) == 1 else f"({', '.join(wanted)})"
             raise ValueError(f"{name} must be of shape {shape}{known}, got {got}")
         sizes |= dict(zip(wanted, got, strict=True))
+
+
+def check_code(code: object, num_classes: int) -> None:
+    """Raise unless the argument is None or a finite code (K, r)."""
+    if code is None:
+        return
+    check_floating("code", code)  # type: ignore[arg-type]
+    assert isinstance(code, Tensor)
+    if code.ndim != 2 or len(code) != num_classes:
+        raise ValueError(f"code must be of shape (K, r) with K = {num_classes}, got {tuple(code.shape)}")
+    check_finite("code", code)
 
 
 def check_integers(name: str, tensor: object, length: int) -> None:

@@ -1,4 +1,4 @@
-"""What features are like apart from collapse: their size, and how many directions they fill."""
+"""What features, class means and weights are like apart from collapse: size, and how many directions they fill."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def feature_norm(class_means: Tensor, within_class_variances: Tensor, counts: Te
     Raises:
         ValueError: Another shape or type.
 
-    Example:
+    Examples:
         >>> feature_norm(torch.tensor([[3.0, 0], [0, 4]]), torch.zeros(2), torch.tensor([8, 8]))
         tensor(3.5355)
     """
@@ -43,7 +43,7 @@ def rank_me(within_class_covariance: Tensor, class_means: Tensor, counts: Tensor
     Raises:
         ValueError: Another shape or type.
 
-    Example:
+    Examples:
         >>> rank_me(torch.zeros(3, 3), torch.eye(2, 3), torch.tensor([5, 5]))
         tensor(2.)
     """
@@ -55,3 +55,23 @@ def rank_me(within_class_covariance: Tensor, class_means: Tensor, counts: Tensor
     zero = len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps * eigenvalues[-1]
     singular_values = eigenvalues[eigenvalues > zero].sqrt()
     return torch.distributions.Categorical(probs=singular_values, validate_args=False).entropy().exp()
+
+
+def effective_rank(vectors: Tensor) -> Tensor:
+    """exp(−Σ p_i log p_i) with p_i = σ_i/Σσ, σ the singular values of the rows; K − 1 at collapse, min(K, d) at most.
+
+    Of all features it is `rank_me`. Source: Roy & Vetterli, EUSIPCO 2007.
+
+    Args:
+        vectors: X (K, d): centred class means or classifier rows.
+
+    Raises:
+        ValueError: Another shape or type.
+
+    Examples:
+        >>> round(float(effective_rank(torch.eye(3, 5))), 4)
+        3.0
+    """
+    check_shapes(vectors=(vectors, "K d"))
+    singular_values = torch.linalg.svdvals(vectors)
+    return torch.special.entr(singular_values / singular_values.sum()).sum().exp()

@@ -35,6 +35,7 @@ class Options:
         kept = {"accuracy", "accuracy_top5"}
         if (self.min_samples, self.max_samples) == (other.min_samples, other.max_samples):
             kept |= {"nc4_ncc_mismatch", "nc4_ncc_mismatch_class_mean", "nc1_numerical_rank"}
+            kept |= {"instance_alignment", "class_alignment", "mir", "hdr", "mir_released", "hdr_released"}
             if self.center == other.center:
                 kept |= {"alignment", "nc2_cos_margin"}
         return kept
@@ -65,8 +66,9 @@ class Measurement:
 
     Attributes:
         metrics: Name to value: all of `collapse_metrics`; ``accuracy`` and (for K > 5) ``accuracy_top5`` of the
-            classifier itself; and of single samples ``alignment``, ``nc2_cos_margin``, ``nc4_ncc_mismatch`` and
-            ``nc4_ncc_mismatch_class_mean`` (averaged over classes). What each is: `neuralcollapse.metrics.catalogue`.
+            classifier itself; and of single samples ``alignment``, ``nc2_cos_margin``, ``nc4_ncc_mismatch``,
+            ``nc4_ncc_mismatch_class_mean`` (averaged over classes), and those of `neuralcollapse.metrics.sphere`. What
+            each is: `neuralcollapse.metrics.catalogue`.
         moments: Class moments of the features.
         weight: W (K, d) of the classifier.
         bias: b (K,), or None.
@@ -79,6 +81,7 @@ class Measurement:
             the same samples of the same data.
         sample_targets: Their classes.
         ood_means: Mean out-of-distribution feature, under ``""``, and of each layer under its name; empty without.
+        code: (K, r), whose Gram the classifier was compared with, or None.
         train_moments: Class moments of the train split that was the reference, if ``loader`` was another. Not saved.
         provenance: Of what this is the measurement.
         options: Which classes counted, about which centre.
@@ -95,6 +98,7 @@ class Measurement:
     sample_features: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.float16))
     sample_targets: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     ood_means: dict[str, Tensor] = field(default_factory=dict)
+    code: Tensor | None = None
     train_moments: ClassMoments | None = None
     provenance: Provenance = field(default_factory=Provenance)
     options: Options = field(default_factory=Options)
@@ -129,7 +133,8 @@ class Measurement:
         kept = self.options.kept_values(options)
 
         def again(old: dict[str, float], moments: ClassMoments, name: str, **classifier: Any) -> dict[str, float]:
-            new = collapse_metrics(moments, ood_mean=self.ood_means.get(name), **classifier, **asdict(options))
+            ood_mean = self.ood_means.get(name)
+            new = collapse_metrics(moments, ood_mean=ood_mean, code=self.code, **classifier, **asdict(options))
             return in_order({key: value for key, value in old.items() if key in kept} | new)
 
         return replace(
@@ -159,6 +164,8 @@ class Measurement:
         }
         if self.bias is not None:
             tensors["bias"] = self.bias.double()
+        if self.code is not None:
+            tensors["code"] = self.code.double()
         for place, name in enumerate(self.layers):  # numbered: a layer's name may hold anything
             tensors |= _packed(f"layer{place}.", self.layer_moments[name])
             tensors[f"layer{place}.values"] = torch.tensor(list(self.layers[name].values()), dtype=torch.float64)
@@ -201,6 +208,7 @@ class Measurement:
             sample_features=tensors["sample_features"],
             sample_targets=tensors["sample_targets"],
             ood_means={name: tensors[f"ood{place}"] for place, name in enumerate(contents["ood"])},
+            code=tensors.get("code"),
             provenance=Provenance(**contents["provenance"]),
             options=Options(**contents["options"]),
         )

@@ -10,7 +10,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from neuralcollapse._checks import check_at_least, check_ignore_index
 from neuralcollapse.classifier import resolve_classifier
+from neuralcollapse.metrics import sphere
 from neuralcollapse.metrics.cache import FeatureCache
 from neuralcollapse.metrics.catalogue import in_order
 from neuralcollapse.metrics.collapse import collapse_metrics
@@ -24,6 +26,8 @@ from neuralcollapse.metrics.nc4 import nearest_class_mean
 from neuralcollapse.metrics.statistics import Center, ClassStatistics, class_statistics
 
 SAMPLE_SIZE = 1000  # features kept for pictures
+INFORMATION_SIZE = 512  # samples of MIR and HDR, which take the eigenvalues of a matrix of that size
+RELEASED_CLASSES = 4096  # above which the K × K kernels of the released MIR and HDR are not formed
 
 
 @torch.no_grad()  # not inference_mode: what a model caches of its own must stay usable in training
@@ -46,6 +50,7 @@ def measure(
     dtype: torch.dtype | Literal["mixed"] = torch.float64,
     class_scatter: bool = False,
     pairwise: bool = True,
+    code: Tensor | None = None,
     per_sample: bool = True,
     epoch: int | None = None,
     split: str | None = None,
@@ -81,6 +86,7 @@ def measure(
         dtype: As for `ClassMoments`.
         class_scatter: Keep per-class scatter, K d² numbers, for ``nc1_numerical_rank``.
         pairwise: As for `collapse_metrics`.
+        code: As for `collapse_metrics`.
         per_sample: Measure what needs single samples, O(N K d); without it features are not kept.
         epoch: For the record: epochs trained.
         split: For the record: what of the data ``loader`` is.
@@ -92,7 +98,7 @@ def measure(
         ValueError: No classifier found, an empty loader, train moments of another K or d, features that are not
             finite (the batch is named), targets out of range, or too few classes.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> batches = [(torch.randn(16, 4), torch.arange(16) % 2) for _ in range(3)]
         >>> measurement = measure(model, batches, progress=False)
@@ -104,6 +110,7 @@ def measure(
     if train_loader is not None and train_moments is not None:
         raise ValueError("train_loader and train_moments must not both be given")
     _check_types(model, loader, layers, classifier, unpack, device)
+    _check_options(train_moments, layer_pooling, ignore_index, epoch, cache_bytes)
     name, head = resolve_classifier(model, classifier)
     if device is not None:
         model.to(device)
@@ -124,7 +131,7 @@ def measure(
                 train_moments.update(outputs.features, outputs.targets, ignore_index=ignore_index)
         ood_means = {} if ood_loader is None else run.mean_features(ood_loader)
         moments = gathered.moments
-        metrics = collapse_metrics(moments, weight, bias, ood_mean=ood_means.get(""), **asdict(options))
+        metrics = collapse_metrics(moments, weight, bias, ood_mean=ood_means.get(""), code=code, **asdict(options))
         metrics |= gathered.accuracies()
         samples = _PerSample(torch.empty(0), torch.full((len(weight),), torch.nan), *FeatureCache().sample(0))
         if per_sample:
@@ -138,9 +145,10 @@ def measure(
         moments=moments,
         weight=weight.cpu().clone(),
         bias=None if bias is None else bias.cpu().clone(),
+        code=None if code is None else code.detach().cpu().clone(),
         **samples._asdict(),
         layers={
-            layer: collapse_metrics(gathered.layers[layer], ood_mean=ood_means.get(layer), **asdict(options))
+            layer: collapse_metrics(gathered.layers[layer], ood_mean=ood_means.get(layer), code=code, **asdict(options))
             for layer in layers
         },
         layer_moments={layer: gathered.layers[layer] for layer in layers},
@@ -206,6 +214,19 @@ def _check_types(
     check_device(device)
 
 
+def _check_options(
+    train_moments: object, layer_pooling: object, ignore_index: int | None, epoch: int | None, cache_bytes: int
+) -> None:
+    if train_moments is not None and not isinstance(train_moments, ClassMoments):
+        raise ValueError(f"train_moments must be ClassMoments, got {type(train_moments).__name__}")
+    if not callable(layer_pooling) and layer_pooling not in ("mean", "flatten"):
+        raise ValueError(f"layer_pooling must be 'mean', 'flatten' or a function, got {layer_pooling!r}")
+    check_ignore_index(ignore_index)
+    if epoch is not None:
+        check_at_least("epoch", epoch, 0)
+    check_at_least("cache_bytes", cache_bytes, 0)
+
+
 def _parameters(classifier: Any) -> tuple[Tensor, Tensor | None]:
     bias = classifier.bias
     return classifier.weight.detach(), None if bias is None else bias.detach()
@@ -234,7 +255,8 @@ def _per_sample(cache: FeatureCache, weight: Tensor, reference: ClassStatistics)
     rows = weight.double()[reference.classes]
     place = torch.full((num_classes,), -1, device=device)  # of a class among those measured
     place[reference.classes] = torch.arange(len(rows), device=device)
-    margins, aligned = [], torch.zeros((), dtype=torch.float64, device=device)
+    margins, (aligned, instances) = [], torch.zeros(2, dtype=torch.float64, device=device)
+    unit_sums = torch.zeros_like(rows)
     samples, mismatches = torch.zeros(2, num_classes, dtype=torch.float64, device=device).unbind()
     for batch in cache:
         features, targets, predictions = (tensor.to(device) for tensor in batch)
@@ -244,15 +266,26 @@ def _per_sample(cache: FeatureCache, weight: Tensor, reference: ClassStatistics)
             continue
         margins.append(cos_margins(features, place[targets], rows, reference.center))
         aligned += len(features) * alignment(features, place[targets], rows, reference.center)
+        instances += len(features) * sphere.instance_alignment(features, place[targets], rows)
+        unit_sums += sphere.unit_class_sums(features, place[targets], rows)[0]
         nearest = reference.classes[nearest_class_mean(features, reference.class_means)]
         samples.index_add_(0, targets, torch.ones_like(targets, dtype=torch.float64))
         mismatches.index_add_(0, targets, (nearest != predictions).double())
+    present = samples[reference.classes] > 0
+    drawn, labels = (tensor.to(device) for tensor in cache.draw(INFORMATION_SIZE, place >= 0))
+    information = {"": sphere.matrix_information(drawn, place[labels], rows)}
+    if len(rows) <= RELEASED_CLASSES:
+        information["_released"] = sphere.released_information_of_sums(unit_sums[present], rows[present])
     all_margins = torch.cat(margins).sort().values.cpu()
     by_class = mismatches / samples
     values = {
         "nc2_cos_margin": float(all_margins.mean()),
         "alignment": float(aligned / samples.sum()),
+        "instance_alignment": float(instances / samples.sum()),
+        "class_alignment": float(sphere.alignment_of_sums(unit_sums[present], rows[present])),
         "nc4_ncc_mismatch": float(mismatches.sum() / samples.sum()),
         "nc4_ncc_mismatch_class_mean": float(by_class.nanmean()),
+        **{f"mir{form}": float(mir) for form, (mir, _) in information.items()},
+        **{f"hdr{form}": float(hdr) for form, (_, hdr) in information.items()},
     }
     return values, _PerSample(all_margins, by_class.cpu(), *cache.sample(SAMPLE_SIZE))

@@ -1,16 +1,20 @@
-"""All metrics of moments as one ``torchmetrics.Metric``."""
+"""All metrics of moments as one ``torchmetrics.Metric``, or each as one of a collection."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 
-from neuralcollapse.classifier import is_classifier
+from neuralcollapse._checks import check_bool, check_choice, check_ignore_index
+from neuralcollapse.classifier import check_not_lazy, is_classifier
 from neuralcollapse.metrics.accumulation import Workspace
+from neuralcollapse.metrics.catalogue import METRICS
 from neuralcollapse.metrics.collapse import collapse_metrics
+from neuralcollapse.metrics.doors import check_code, check_sample_bounds
 from neuralcollapse.metrics.moments import ClassMoments
 from neuralcollapse.metrics.statistics import Center
 
@@ -51,12 +55,14 @@ class NeuralCollapse(Metric):
         min_samples: As for `collapse_metrics`.
         max_samples: As for `collapse_metrics`.
         pairwise: As for `collapse_metrics`.
+        code: As for `collapse_metrics`.
         **kwargs: Those of every ``torchmetrics.Metric``.
 
     Raises:
-        ValueError: K or d out of range, or a classifier whose weight is not (K, d).
+        ValueError: K or d out of range, an argument of another kind, a classifier whose weight is not (K, d), or a code
+            that is not (K, r).
 
-    Example:
+    Examples:
         >>> from neuralcollapse.metrics import NeuralCollapse
         >>> metric = NeuralCollapse(num_classes=2, feature_dim=2)
         >>> metric.update(torch.tensor([[1.0, 0.1], [1, -0.1], [-1, 0.1], [-1, -0.1]]), torch.tensor([0, 0, 1, 1]))
@@ -87,9 +93,15 @@ class NeuralCollapse(Metric):
         min_samples: int = 1,
         max_samples: int | None = None,
         pairwise: bool = True,
+        code: Tensor | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        for name, value in {"class_scatter": class_scatter, "check_values": check_values, "pairwise": pairwise}.items():
+            check_bool(name, value)
+        check_choice("center", center, ("samples", "classes"))
+        check_sample_bounds(min_samples, max_samples)
+        check_ignore_index(ignore_index)
         state = ClassMoments(num_classes, feature_dim, dtype=dtype, class_scatter=class_scatter).state
         for name, tensor in state.items():
             self.add_state(name, tensor, dist_reduce_fx=None)
@@ -100,10 +112,12 @@ class NeuralCollapse(Metric):
                     "classifier must be an nn.Linear or have weight (K, d), bias and features(x), "
                     f"got {type(classifier).__name__}"
                 )
+            check_not_lazy("of the metric", classifier)
             if weight.shape != (num_classes, feature_dim):
                 raise ValueError(
                     f"classifier must have a weight of shape ({num_classes}, {feature_dim}), got {tuple(weight.shape)}"
                 )
+        check_code(code, num_classes)
         self._classifier = None if classifier is None else _Reference(classifier)
         self._moments_dtype = dtype
         self._workspace = Workspace()
@@ -114,6 +128,7 @@ class NeuralCollapse(Metric):
             "min_samples": min_samples,
             "max_samples": max_samples,
             "pairwise": pairwise,
+            "code": code,
         }
 
     @property
@@ -134,10 +149,82 @@ class NeuralCollapse(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """Every metric by name, as scalars; see `collapse_metrics`."""
-        classifier: Any = None if self._classifier is None else self._classifier.module
-        weight, bias = (None, None) if classifier is None else (classifier.weight, classifier.bias)
-        values = collapse_metrics(self.moments, weight, bias, **self._options)
+        values = collapse_metrics(self.moments, *self._weight_and_bias(), **self._options)
         return {name: torch.tensor(value, dtype=self.means.dtype, device=self.device) for name, value in values.items()}
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Draw values, as every ``torchmetrics.Metric`` does; needs matplotlib.
+
+        Args:
+            val: What `compute` or `forward` returned, or a list of such, for a curve each; computed if not given.
+            ax: Axes of matplotlib to draw on; new ones if not given.
+
+        Returns:
+            The figure (None if ``ax`` was given) and the axes.
+        """
+        return self._plot(val, ax)
+
+    @staticmethod
+    def collection(
+        num_classes: int,
+        feature_dim: int,
+        classifier: nn.Module | None = None,
+        *,
+        metrics: Sequence[str] | None = None,
+        prefix: str | None = None,
+        postfix: str | None = None,
+        **options: Any,
+    ) -> MetricCollection:
+        """Each metric as a scalar, in a ``torchmetrics.MetricCollection``: ``self.log_dict(collection)`` in lightning.
+
+        They are one compute group: ``update`` takes a batch in once, whatever the number of metrics, and all values
+        are computed at once. (``forward`` takes it in for each of them, as in every collection; call ``update``.) A
+        metric that is not defined for what was seen is NaN.
+
+        Args:
+            num_classes: K.
+            feature_dim: d.
+            classifier: As for `NeuralCollapse`.
+            metrics: Names; by default all that the arguments allow.
+            prefix: What each name begins with.
+            postfix: What each name ends with.
+            **options: The other arguments of `NeuralCollapse`.
+
+        Raises:
+            ValueError: As for `NeuralCollapse`, and a name that is not one of its metrics with these arguments.
+
+        Examples:
+            >>> from neuralcollapse.metrics import NeuralCollapse
+            >>> collection = NeuralCollapse.collection(2, 2, metrics=["nc1_quotient", "nc2_etf_means"], prefix="val/")
+            >>> features = torch.tensor([[1.0, 0.1], [1, -0.1], [-1, 0.1], [-1, -0.1]])
+            >>> collection.update(features, torch.tensor([0, 0, 1, 1]))
+            >>> {name: round(float(value), 4) for name, value in collection.compute().items()}
+            {'val/nc1_quotient': 0.01, 'val/nc2_etf_means': 0.0}
+        """
+        whole = NeuralCollapse(num_classes, feature_dim, classifier, **options)
+        possible = whole._names()
+        names = possible if metrics is None else metrics
+        if isinstance(names, str) or not isinstance(names, Sequence) or not names or not set(names) <= set(possible):
+            raise ValueError(f"metrics must be a list of names among {', '.join(possible)}; got {metrics!r}")
+        names = list(dict.fromkeys(names))
+        last = _LastValues()
+        scalars: dict[str, Any] = {
+            name: CollapseScalar(name, last, num_classes, feature_dim, classifier, **options) for name in names
+        }
+        return MetricCollection(scalars, prefix=prefix, postfix=postfix, compute_groups=[names])
+
+    def _names(self) -> list[str]:
+        """The metrics that `compute` returns, seen on two classes in two dimensions."""
+        moments = ClassMoments(2, 2, class_scatter=self.moments.class_scatter is not None)
+        moments.update(torch.tensor([[1.0, 0], [1, 1], [-1, 0], [-1, -1]]), torch.tensor([0, 0, 1, 1]))
+        weight = None if self._classifier is None else torch.eye(2)
+        code = None if self._options["code"] is None else torch.eye(2)
+        small = {"min_samples": 1, "max_samples": None, "code": code}
+        return list(collapse_metrics(moments, weight, **self._options | small))
+
+    def _weight_and_bias(self) -> tuple[Tensor | None, Tensor | None]:
+        classifier: Any = None if self._classifier is None else self._classifier.module
+        return (None, None) if classifier is None else (classifier.weight, classifier.bias)
 
     def _moments_of(self, state: dict[str, Any]) -> ClassMoments:
         return ClassMoments.from_state(state, dtype=self._moments_dtype, workspace=self._workspace)
@@ -155,3 +242,60 @@ class NeuralCollapse(Metric):
             merged.merge(self._moments_of({name: states[rank] for name, states in gathered.items()}))
         for name, tensor in merged.state.items():
             setattr(self, name, tensor)
+
+
+class CollapseScalar(NeuralCollapse):
+    """One metric of `NeuralCollapse` as a scalar; made by `NeuralCollapse.collection`.
+
+    Args:
+        metric: Its name.
+        last: What the scalars of one collection have in common.
+        *args: Those of `NeuralCollapse`.
+        **kwargs: Those of `NeuralCollapse`.
+    """
+
+    def __init__(self, metric: str, last: _LastValues, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.metric = metric
+        self._last = last
+
+    @property
+    def higher_is_better(self) -> bool | None:  # type: ignore[override]
+        """As the catalogue has it; None for neither."""
+        return {"higher": True, "lower": False}.get(METRICS[self.metric].better or "")
+
+    def compute(self) -> Tensor:  # type: ignore[override]
+        """The metric, (); NaN where it is not defined."""
+        values = self._last.of(self, super().compute)
+        return values.get(self.metric, torch.tensor(torch.nan, dtype=self.means.dtype, device=self.device))
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """As `NeuralCollapse.plot`, named."""
+        figure, axes = super().plot(val, ax)
+        axes.set_ylabel(self.metric)
+        return figure, axes
+
+
+class _LastValues:
+    """The values last computed, and of what, so that scalars of equal states cost one computation.
+
+    Equal, not the same: each metric of a collection gathers the ranks' states for itself.
+    """
+
+    def __init__(self) -> None:
+        self._seen: list[Tensor | None] = []
+        self._values: dict[str, Tensor] = {}
+
+    def of(self, metric: NeuralCollapse, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The metric's values."""
+        parts: list[Any] = [*metric.metric_state.values(), *metric._weight_and_bias()]
+        if len(parts) != len(self._seen) or not all(map(_equal, parts, self._seen)):
+            self._values = compute()
+            self._seen = [None if part is None else part.detach().clone() for part in parts]
+        return self._values
+
+
+def _equal(first: Tensor | None, second: Tensor | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return first.device == second.device and torch.equal(first, second)

@@ -44,6 +44,8 @@ class ModelRun:
         for targets, calls in self._calls(loader, argument, self.layers):
             if targets is None:
                 raise ValueError(f"{argument} must yield (input, target) pairs, got no target; see unpack=")
+            if not isinstance(targets, Tensor):
+                raise ValueError(f"targets must be integer class indices, got {type(targets).__name__}")
             inputs, logits = calls[self.name]
             features = classifier_features(self.classifier, inputs)
             yield Outputs(features, logits, targets.to(self.device), self._pooled(calls, targets.shape))
@@ -75,7 +77,7 @@ class ModelRun:
             for name in dict.fromkeys((self.name, *layers)):
                 stack.enter_context(_tapped(self.model, name, calls))
             for batch in tqdm(loader, desc=argument, disable=not self.progress, leave=False):
-                inputs, targets = self.unpack(batch)
+                inputs, targets = _pair(self.unpack(batch))
                 calls.clear()
                 self._call(inputs)
                 if missing := [name for name in (self.name, *layers) if name not in calls]:
@@ -115,6 +117,13 @@ def unpack_pair(batch: Any) -> tuple[Any, Tensor | None]:
         f"loader must yield (input, target) pairs, got {type(batch).__name__}; "
         "unpack=lambda batch: (inputs, targets) says how to read others"
     )
+
+
+def _pair(unpacked: Any) -> tuple[Any, Tensor | None]:
+    """What ``unpack`` gave, seen to be a pair."""
+    if not (isinstance(unpacked, tuple | list) and len(unpacked) == 2):
+        raise ValueError(f"unpack must return (inputs, targets), got {type(unpacked).__name__}")
+    return unpacked[0], unpacked[1]
 
 
 @contextmanager

@@ -31,8 +31,10 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mappi
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 

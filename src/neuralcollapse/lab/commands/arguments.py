@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import textwrap
 from argparse import SUPPRESS
 from collections.abc import Mapping
@@ -15,17 +16,24 @@ from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 
 from neuralcollapse.lab.settings import Settings, describe, type_hints
 
+_EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
+
 
 def add_sections(parser: ArgumentParser, *sections: type[Settings]) -> None:
     """Add the settings of each section as a group of flags, and `--config`.
 
-    No flag has a default, so that what is parsed is what was asked for.
+    No flag has a default, so that what is parsed is what was asked for. Of a setting that two sections have, the first
+    one's meaning counts.
     """
     parser.add_argument("--config", action="config", help="YAML file of settings; flags go over it")
+    there: set[str] = set()
     for section in sections:
         group = parser.add_argument_group(str(section.__doc__).split("\n")[0].rstrip("."))
         described, hints = _descriptions(section), type_hints(section)
         for one in fields(section):
+            if one.name in there:
+                continue
+            there.add(one.name)
             text = f"{described[one.name]} ({_meaning(hints[one.name], one)})"
             if bool in (hints[one.name], *get_args(hints[one.name])):
                 group.add_argument(f"--{one.name}", action=ActionYesNo(no_prefix="no-"), nargs="?", help=text)
@@ -58,7 +66,10 @@ def asked_for(settings: Namespace, *sections: type[Settings]) -> dict[str, Any]:
 
 def _items(value: Any) -> Any:
     """The items of a list that is written with commas alone."""
-    return yaml.safe_load(f"[{value}]") if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    # YAML 1.1 takes 1e-3, without a point, for a text.
+    return [float(item) if _EXPONENT.fullmatch(str(item)) else item for item in yaml.safe_load(f"[{value}]")]
 
 
 def _is_list(hint: Any) -> bool:

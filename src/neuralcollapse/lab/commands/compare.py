@@ -5,15 +5,19 @@ from __future__ import annotations
 from jsonargparse import ArgumentParser, Namespace
 
 from neuralcollapse.lab.commands.arguments import add_output, add_sections, asked_for
-from neuralcollapse.lab.commands.training import stored_settings, train_and_report
+from neuralcollapse.lab.commands.training import output_folder, stored_settings, train_and_report
 from neuralcollapse.lab.config import OneRun, RunConfig
 from neuralcollapse.lab.experiments import Comparison, common_settings, comparison_of, comparison_runs
 
-SUMMARY = "train the methods over several seeds, print a table, draw figures"
-USAGE = "[--recipe FAMILY] [--methods A,B] [--seeds N] [--SETTING VALUE ...] [--out FOLDER] [--resume | --overwrite]"
+SUMMARY = "train methods over several seeds, print what they reach and how soon, draw figures"
+USAGE = (
+    "[--recipe FAMILY] [--methods A,B] [--losses A,B] [--seeds N] [--lr auto] [--SETTING VALUE ...] [--out FOLDER] "
+    "[--resume | --overwrite]"
+)
 DESCRIPTION = (
-    "Train standard, fixed and implicit over several seeds, from the same weights and batches for each seed; print the "
-    "table, write the figures. Everything is measured in evaluation mode on un-augmented data."
+    "Train methods (by default standard, fixed and implicit), with one loss or several, over several seeds, from the "
+    "same weights and batches for each seed; print what they ended with, and how soon each was where standard ends; "
+    "write the figures. Everything is measured in evaluation mode on un-augmented data."
 )
 SHARED = tuple(section for section in reversed(RunConfig.__bases__) if section is not OneRun)
 SECTIONS = (Comparison, *SHARED)
@@ -26,12 +30,16 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(settings: Namespace) -> None:
-    """Train every method with every seed, and say what was written."""
+    """Train every method with every loss and seed, and say what was written."""
     given = asked_for(settings, *SECTIONS)
-    out = settings.get("out") or f"runs/{given.get('recipe') or 'compare'}"
+    out = output_folder(settings, f"runs/{given.get('recipe') or 'compare'}")
     given, base = stored_settings(settings, given, out)
     comparison = comparison_of((base or {}) | given)
-    shared = {name: value for name, value in given.items() if name not in comparison.__dataclass_fields__}
+    auto = comparison.lr == "auto"
+    own = {*comparison.__dataclass_fields__} - ({"lr"} if not auto else set())
+    shared = {name: value for name, value in given.items() if name not in own}
     runs = comparison_runs(comparison, shared, base)
-    config = comparison.in_force() | common_settings(runs)
-    train_and_report(runs, out, config, settings, "compare")
+    config = comparison.in_force() | common_settings(runs) | ({"lr": "auto"} if auto else {})
+    if comparison.losses is not None:
+        config.pop("loss", None)
+    train_and_report(runs, out, config, settings, "compare", comparison)

@@ -9,7 +9,7 @@ from itertools import chain
 from jsonargparse import ArgumentParser, Namespace
 
 from neuralcollapse.lab.commands.arguments import add_output, add_sections, asked_for
-from neuralcollapse.lab.commands.training import print_table, show_config
+from neuralcollapse.lab.commands.training import output_folder, print_table, show_config
 from neuralcollapse.lab.config import MOST_SEED
 from neuralcollapse.lab.settings import Settings, setting
 
@@ -80,13 +80,13 @@ def run(settings: Namespace) -> None:
     generator = torch.Generator().manual_seed(config.seed)
     visits = survey(*sizes, feature_dim=config.feature_dim, starts=config.starts, generator=generator)
     first = next(visits)  # what is wrong with the sizes shows here, before anything is deleted
-    folder = RunFolder(settings.get("out") or "runs/landscape")
+    folder = RunFolder(output_folder(settings, "runs/landscape"))
     folder.check(config.in_force(), overwrite=bool(settings.get("overwrite")))
-    folder.start(config.in_force(), overwrite=bool(settings.get("overwrite")))
     groups = sum(config.num_classes % number == 0 for number in range(1, config.num_classes))
     total, quiet = config.starts + 2 * groups, not sys.stderr.isatty()
     bar = tqdm(chain([first], visits), total=total, unit="point", dynamic_ncols=True, disable=quiet)
-    tables = tabulate(bar, generator)
+    with folder.writing(config.in_force(), overwrite=bool(settings.get("overwrite"))):
+        tables = tabulate(bar, generator)
     points, spectrum, slices = tables.frames()
     known = {"optimum": tables.optimum, "bound": origin_curvature(*sizes)}
     table, written = report_landscape(folder, points, spectrum, slices, config.title, **known)

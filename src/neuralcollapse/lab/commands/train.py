@@ -5,7 +5,7 @@ from __future__ import annotations
 from jsonargparse import ArgumentParser, Namespace
 
 from neuralcollapse.lab.commands.arguments import add_output, add_sections, asked_for
-from neuralcollapse.lab.commands.training import stored_settings, train_and_report
+from neuralcollapse.lab.commands.training import output_folder, stored_settings, train_and_report
 from neuralcollapse.lab.config import RunConfig
 from neuralcollapse.lab.experiments import single_run
 
@@ -27,7 +27,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(settings: Namespace) -> None:
     """Train, and say what was written."""
     given = asked_for(settings, *SECTIONS)
-    out = settings.get("out") or f"runs/{given.get('recipe') or 'train'}"
+    out = output_folder(settings, f"runs/{given.get('recipe') or 'train'}")
     given, base = stored_settings(settings, given, out)
     config = single_run(given, base)
     train_and_report(config, out, config.in_force(), settings, "train")

@@ -11,7 +11,43 @@ from jsonargparse import Namespace
 
 from neuralcollapse.lab.commands.runs import say_written
 from neuralcollapse.lab.config import RunConfig
+from neuralcollapse.lab.experiments import Comparison
 from neuralcollapse.lab.results.folder import RunFolder
+
+
+def output_folder(settings: Namespace, default: str) -> str:
+    """Where to write.
+
+    Raises:
+        ValueError: Nowhere; or a run is to go on that is not there.
+    """
+    out = default if settings.get("out") is None else settings.out
+    if not out:
+        raise ValueError("out must name a folder, got ''")
+    if settings.get("resume") and not RunFolder(out).config.exists():
+        raise ValueError(f"resume goes on with a run, and {out!r} holds none: without --resume one begins there")
+    return str(out)
+
+
+def check_output(folder: RunFolder, config: dict[str, Any], settings: Namespace) -> None:
+    """See whether the folder may be written, as `RunFolder.check`, and whether there is something to do.
+
+    Raises:
+        ValueError: It may not, or what is to go on is finished.
+    """
+    folder.check(config, **what_is_there(settings))
+    written = all(path.exists() for path in (folder.summary, folder.metrics))
+    finished = settings.get("resume") and written and folder.read_environment().get("finished")
+    if finished and folder.settings().get("epochs") == config.get("epochs"):
+        raise ValueError(
+            f"resume goes on with a run, and that in {str(folder.path)!r} is finished: --epochs of more extends one "
+            "that is trained, --overwrite starts it again"
+        )
+
+
+def what_is_there(settings: Namespace) -> dict[str, Any]:
+    """What to do with the run that the folder holds."""
+    return {name: bool(settings.get(name)) for name in ("resume", "overwrite")}
 
 
 def stored_settings(
@@ -21,9 +57,8 @@ def stored_settings(
 
     A file of settings of format 0 has some without effect: they count where they have one.
     """
-    folder = RunFolder(out)
-    if settings.get("resume") and folder.config.exists():
-        return given, folder.settings()
+    if settings.get("resume"):
+        return given, RunFolder(out).settings()
     if settings.get("environment") is not None:
         return {}, given
     return given, None
@@ -35,17 +70,28 @@ def show_config(settings: dict[str, Any]) -> None:
 
 
 def train_and_report(
-    runs: RunConfig | Sequence[RunConfig], out: str, config: dict[str, Any], settings: Namespace, command: str
+    runs: RunConfig | Sequence[RunConfig],
+    out: str,
+    config: dict[str, Any],
+    settings: Namespace,
+    command: str,
+    comparison: Comparison | None = None,
 ) -> None:
     """Train, write the table, the summary and the figures, and say so; or show the settings, if that is asked for."""
     if settings.get("print_config"):
         show_config(config)
         return
 
+    check_output(RunFolder(out), config, settings)
+
     from neuralcollapse.lab.figures.summary import summarise  # seconds: not for a mistake in a flag
     from neuralcollapse.lab.training.many_runs import train_runs
+    from neuralcollapse.lab.training.tuning import with_chosen_rates
 
-    options = {name: bool(settings.get(name)) for name in ("resume", "overwrite")}
+    options = what_is_there(settings)
+    if comparison is not None and comparison.lr == "auto" and not isinstance(runs, RunConfig):
+        runs = with_chosen_rates(runs, comparison, RunFolder(out), config, **options)
+        options = {"resume": True}
     summary = summarise(train_runs(runs, out, settings=config, **options), command)
     print_table(summary.table, summary.written)
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from neuralcollapse.lab.commands.arguments import add_output, add_sections, asked_for
-from neuralcollapse.lab.commands.training import print_table, show_config
-from neuralcollapse.lab.config import METHODS, Method
+from neuralcollapse.lab.commands.training import check_output, output_folder, print_table, show_config, what_is_there
+from neuralcollapse.lab.config import PUBLISHED_METHODS, PublishedMethod
 from neuralcollapse.lab.settings import Settings, setting
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class FreeFeatures(Settings):
 
     classes: list[int] = setting(lambda _: [10, 100, 200], at_least=2)
     """Sizes of the model: numbers of classes K. By default 10,100,200."""
-    methods: list[Method] = setting(lambda _: list(METHODS))
+    methods: list[PublishedMethod] = setting(lambda _: list(PUBLISHED_METHODS))
     """Which to train. By default all."""
     optimizers: list[Literal["sgd", "agd"]] = setting(lambda _: ["sgd", "agd"])
     """Each with every method. By default both."""
@@ -116,11 +116,11 @@ def run(settings: Namespace) -> None:
     from neuralcollapse.lab.results.folder import RunFolder
     from neuralcollapse.lab.training.free_comparison import compare_free_features
 
-    folder = RunFolder(settings.get("out") or "runs/ufm")
-    folder.check(config.in_force(), resume=bool(settings.get("resume")), overwrite=bool(settings.get("overwrite")))
-    folder.start(config.in_force(), overwrite=bool(settings.get("overwrite")))
+    folder = RunFolder(output_folder(settings, "runs/ufm"))
+    check_output(folder, config.in_force(), settings)
     runs = config.runs()
-    metrics, tuning = compare_free_features(runs, range(config.seeds), folder.runs)
+    with folder.writing(config.in_force(), **what_is_there(settings)):
+        metrics, tuning = compare_free_features(runs, range(config.seeds), folder.runs)
     sizes = dict.fromkeys(
         f"UFM-{one.num_classes}: n = {one.samples_per_class}, d = {one.feature_dim}, "
         f"feature norm {one.feature_norm:g}, {schedule.iterations} iterations"

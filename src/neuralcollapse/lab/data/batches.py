@@ -22,6 +22,8 @@ class EpochBatches:
 
     No sample is left out: the last batch may be smaller, and one sample, of which batch norm knows no variance, joins
     the batch before it. Stratified batches are as many as are full, and differ in size by one at most.
+
+    Of a run that goes on inside the epoch, the batches that it has done are left out, and the others are the same.
     """
 
     split: AnySplit
@@ -29,6 +31,7 @@ class EpochBatches:
     settings: BatchSettings
     seed: int
     epoch: int
+    done: int = 0
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.split), self.settings.batch_size)
@@ -45,7 +48,10 @@ class EpochBatches:
         else:
             ends = [self.settings.batch_size * number for number in range(1, len(self))]
             chunks = order.tensor_split(ends)
-        for images, targets in self.split.batches(chunks):
+        for indices in chunks[: self.done]:  # no images, but all that is drawn for them
+            nothing = torch.empty(len(indices), *self.split.image_shape, dtype=torch.uint8, device="meta")
+            augment(nothing, self.settings, generator)
+        for images, targets in self.split.batches(chunks[self.done :]):
             yield self.standardise(augment(images, self.settings, generator)), targets
 
 

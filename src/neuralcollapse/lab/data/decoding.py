@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -41,11 +42,12 @@ class ArrayImages:
 
 
 class EncodedImages:
-    """The images of a column of a Hugging Face data set."""
+    """The images of a column of a Hugging Face data set; paths in it are relative to the folder."""
 
-    def __init__(self, rows: Any, column: str, description: str) -> None:
+    def __init__(self, rows: Any, column: str, description: str, folder: str = "") -> None:
         import datasets
 
+        self.folder = folder
         self.rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
         self.column = column
         self.description = description
@@ -60,7 +62,7 @@ class EncodedImages:
             chunk = rows[start : start + _ROWS]
             for row, encoded in zip(chunk, self.rows[chunk][self.column], strict=True):
                 try:
-                    pixels = _decode(encoded)
+                    pixels = _decode(encoded, self.folder)
                 except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises
                     name = (encoded or {}).get("path") or f"number {row}"
                     reason = str(error).split("\n")[0]
@@ -162,13 +164,14 @@ def one_size(sizes: Collection[tuple[int, ...]], description: str) -> tuple[int,
     return next(iter(sizes))
 
 
-def _decode(encoded: dict[str, Any] | None) -> np.ndarray:
+def _decode(encoded: dict[str, Any] | None, folder: str) -> np.ndarray:
     """One image (H, W, C) of bytes, C = 1 for a grey one and 3 for any other."""
     from PIL import Image, ImageOps
 
     if encoded is None:
         raise ValueError("it is missing")
-    with Image.open(io.BytesIO(encoded["bytes"]) if encoded.get("bytes") else encoded["path"]) as image:
+    file = io.BytesIO(encoded["bytes"]) if encoded.get("bytes") else Path(folder, encoded["path"] or "").expanduser()
+    with Image.open(file) as image:
         if image.mode[0] in "IF":
             raise ValueError(f"pixels must have 8 bits, got Pillow's mode {image.mode}")
         grey = image.mode in ("1", "L", "LA")

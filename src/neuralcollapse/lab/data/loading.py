@@ -29,7 +29,13 @@ def load_data(config: DataSettings, *, progress: bool = True) -> ImageData:
     Raises:
         ValueError: There is no such data set, or it has no images, no labels, labels that do not fit, images that
             cannot be read, or images of different size while ``image_size`` is not given.
+
+    Examples:
+        >>> from neuralcollapse.lab import RunConfig
+        >>> print(load_data(RunConfig(train_samples=100, test_samples=50), progress=False))
+        digits: 100 train and 50 test images 1×8×8, 10 classes
     """
+    _check_memory(config)
     source = _source(config)
     num_classes = count_classes(source.num_classes, config.digits_per_image)
     chosen = {
@@ -69,7 +75,19 @@ def load_data(config: DataSettings, *, progress: bool = True) -> ImageData:
             )
         splits = _alike({name: _decoded(table, form, progress) for name, table in tables.items()})
     relabelled = config.random_labels or config.label_noise > 0
-    return ImageData(config.data, num_classes=num_classes, relabelled=relabelled, **splits)
+    names = source.class_names if config.digits_per_image == 1 else None
+    data = ImageData(
+        config.data,
+        splits["train"],
+        splits["test"],
+        num_classes,
+        relabelled,
+        splits.get("validation"),
+        class_names=names,
+        revision=source.revision,
+    )
+    _check_classes(data, config)
+    return data
 
 
 def _source(config: DataSettings) -> Source:
@@ -85,6 +103,31 @@ def _check_samples(data: str, tables: dict[str, Table]) -> None:
         present = len(table.samples.labels.unique())
         if present < 2:
             raise ValueError(f"data must have {name} images of at least 2 classes, {data!r} has {present}")
+
+
+def _check_classes(data: ImageData, config: DataSettings) -> None:
+    """Classes that images side by side make are many: there, some are absent."""
+    absent = data.absent_classes
+    if absent and config.digits_per_image == 1 and not config.allow_absent_classes:
+        listed = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
+        raise ValueError(
+            f"data {config.data!r} must have training images of each of its {data.num_classes} classes, and has none "
+            f"of {listed}; with --allow_absent_classes the others are trained and measured"
+        )
+
+
+def _check_memory(config: DataSettings) -> None:
+    """Before an image is decoded: a batch must fit into the memory of this machine."""
+    if config.image_size is None or not hasattr(os, "sysconf"):
+        return
+    number = getattr(config, "batch_size", 1)
+    needed = 4 * number * (config.channels or 1) * config.image_size**2
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise ValueError(
+            f"image_size must be such that a batch fits into memory: {number} images of "
+            f"{config.image_size}x{config.image_size} take {needed / 2**30:.0f} GiB, and there are {there / 2**30:.0f}"
+        )
 
 
 def _first_image_shape(table: Table, form: Format) -> tuple[int, int, int]:

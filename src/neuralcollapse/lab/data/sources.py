@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,9 +16,11 @@ import torch
 from torch import Tensor
 
 from neuralcollapse.lab.config import DataSettings
+from neuralcollapse.lab.data.columns import find_image_column, find_label_column, read_labels
 from neuralcollapse.lab.data.decoding import ArrayImages, EncodedImages, Images
 from neuralcollapse.lab.data.selection import Samples, hold_out
 
+_HUB_SECONDS = 5.0
 _TEST_SPLITS = ("test", "validation", "valid", "val", "dev")
 
 
@@ -62,6 +66,9 @@ class Source:
     train: Table
     test: Table
     num_classes: int
+    class_names: tuple[str, ...] | None = None
+    revision: str | None = None
+    """Of a data set of the hub, the commit."""
 
 
 def digits() -> Source:
@@ -86,25 +93,19 @@ def hugging_face(config: DataSettings) -> Source:
     wanted = _resolve(config)
     splits = _load_splits(config.data, wanted)
     train, test = _split_names(config.data, wanted, list(splits))
-    features = splits[train].features
-    image_column = _image_column(config.data, features)
-    label_column = _label_column(config.data, wanted.label_column, features)
-    names = getattr(features[label_column], "names", None)
-
-    labels = {name: _labels(config.data, name, splits[name], label_column) for name in (train, test or train)}
-    num_classes = len(names) if names else int(labels[train].max()) + 1
-    _check_labels(config.data, labels, num_classes)
+    image_column = find_image_column(config.data, splits[train])
+    label_column = find_label_column(config.data, wanted.label_column, splits[train].features)
+    labels, names = read_labels(config.data, {name: splits[name] for name in (train, test or train)}, label_column)
 
     def table(split: str, rows: Tensor) -> Table:
-        images = EncodedImages(splits[split], image_column, f"{Path(config.data).name} ({split})")
+        images = EncodedImages(splits[split], image_column, f"{Path(config.data).name} ({split})", wanted.path)
         return Table(images, _samples(labels[split], rows))
 
     if test is None:
-        kept, held_out = hold_out(labels[train])
-        return Source(table(train, kept), table(train, held_out), num_classes)
-    return Source(
-        table(train, torch.arange(len(labels[train]))), table(test, torch.arange(len(labels[test]))), num_classes
-    )
+        first, second = (table(train, rows) for rows in hold_out(labels[train]))
+    else:
+        first, second = (table(split, torch.arange(len(labels[split]))) for split in (train, test))
+    return Source(first, second, len(names), names, _revision(splits[train]))
 
 
 def _samples(labels: Tensor, rows: Tensor) -> Samples:
@@ -136,34 +137,84 @@ def _load_splits(data: str, wanted: HubDataSet) -> Any:
         raise ValueError(f"data must be 'digits', a folder, or a data set's id on the hub; {data!r} is no folder")
     try:
         with _quiet_hub():
-            return datasets.load_dataset(str(folder) if is_folder else wanted.path, wanted.config)
-    except (datasets.exceptions.DatasetGenerationError, RuntimeError, ValueError) as error:
+            tables = _csv_tables(folder) if is_folder else {}
+            if tables:
+                return datasets.load_dataset("csv", data_files=tables)
+            if is_folder:
+                return datasets.load_dataset(str(folder), wanted.config)
+            with _reached(wanted.path):
+                return datasets.load_dataset(wanted.path, wanted.config)
+    except (datasets.exceptions.DatasetGenerationError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"data {data!r} cannot be read: {_reason(error.__cause__ or error)}") from error
     except OSError as error:  # no connection; or no files: in an empty folder, or a name that the hub does not have
         if is_folder:
             raise ValueError(f"data must have images, but the folder {data!r} has none: {_reason(error)}") from error
         name = "" if data == wanted.path else f"{data!r}, "
+        reason = "it does not answer" if "OfflineMode" in str(error) else _reason(error)
         raise ValueError(
-            f"data set {name}{wanted.path!r} could not be fetched from the hub ({_reason(error)}); "
+            f"data set {name}{wanted.path!r} could not be fetched from the hub ({reason}); "
             "without a network, give data a folder that holds it: --data FOLDER"
         ) from error
 
 
+def _csv_tables(folder: Path) -> dict[str, str]:
+    """The CSV files of a folder, by split; ``metadata.csv`` belongs to the images beside it."""
+    tables = {path.stem: str(path) for path in sorted(folder.glob("*.csv")) if path.stem != "metadata"}
+    return {"train": next(iter(tables.values()))} if len(tables) == 1 else tables
+
+
+@contextmanager
+def _reached(path: str) -> Iterator[None]:
+    """Where the hub does not answer at once, without it: only what was fetched before is there."""
+    import datasets
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    offline = [(constants, constants.HF_HUB_OFFLINE), (datasets.config, datasets.config.HF_HUB_OFFLINE)]
+    try:
+        HfApi().dataset_info(path, timeout=_HUB_SECONDS)
+    except HfHubHTTPError:  # an answer
+        pass
+    except Exception:  # of the network, in as many ways as there are HTTP libraries
+        for module, _ in offline:
+            module.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for module, before in offline:
+            module.HF_HUB_OFFLINE = before
+
+
 @contextmanager
 def _quiet_hub() -> Iterator[None]:
-    """Without the hub's warnings of every attempt that failed: the last one is an error, of which we say more."""
+    """Without the hub's warnings of every attempt that failed: the last one is an error, of which we say more.
+
+    Its bars are shown in a terminal alone.
+    """
+    import datasets
+
     logger = logging.getLogger("huggingface_hub")
-    level = logger.level
+    level, bars = logger.level, datasets.are_progress_bars_disabled()
     logger.setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     try:
         yield
     finally:
         logger.setLevel(level)
+        if not bars:
+            datasets.enable_progress_bars()
 
 
 def _reason(error: BaseException) -> str:
     """The first two lines: of a configuration that is missing, the second says which there are."""
     return " ".join(str(error).strip().split("\n")[:2])
+
+
+def _revision(rows: Any) -> str | None:
+    """The commit of a data set of the hub, which is part of the addresses of its files."""
+    addresses = rows.info.download_checksums or ()
+    return next((found[1] for address in addresses if (found := re.search(r"@([0-9a-f]{40})/", address))), None)
 
 
 def _split_names(data: str, wanted: HubDataSet, names: list[str]) -> tuple[str, str | None]:
@@ -178,59 +229,3 @@ def _split_names(data: str, wanted: HubDataSet, names: list[str]) -> tuple[str, 
     if train == test:
         raise ValueError(f"test_split must be another split than train_split, got {test!r} for both")
     return train, test
-
-
-def _image_column(data: str, features: Any) -> str:
-    import datasets
-
-    for name, feature in features.items():
-        if isinstance(feature, datasets.Image):
-            return name
-    raise ValueError(f"data must have images, but {data!r} has only the columns {', '.join(features)}")
-
-
-def _label_column(data: str, wanted: str | None, features: Any) -> str:
-    """The column asked for; else the one of class labels, or of integers if it is called so."""
-    import datasets
-
-    if wanted is not None:
-        candidates = [name for name in features if name == wanted]
-    else:
-        candidates = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-        candidates = candidates or [name for name in features if name in ("label", "labels")]
-        candidates = ["label"] if "label" in candidates else candidates
-    if len(candidates) > 1:
-        raise ValueError(f"label_column must say which labels of {data!r} to take: {', '.join(candidates)}")
-    if not candidates or "int" not in str(getattr(features[candidates[0]], "dtype", "")):
-        kind = f"of class labels called {wanted!r}" if wanted else "of class labels"
-        raise ValueError(
-            f"data {data!r} must have a column {kind}, or be a folder with a sub-folder of images for each "
-            f"class; its columns are {', '.join(features)}"
-        )
-    return candidates[0]
-
-
-def _labels(data: str, split: str, rows: Any, column: str) -> Tensor:
-    if column not in rows.features:
-        raise ValueError(f"data {data!r} must have labels in each split, its {split} split has no column {column!r}")
-    labels = rows[column][:]
-    if not labels:
-        raise ValueError(f"data {data!r} must have at least one image in its {split} split")
-    if None in labels:
-        raise ValueError(f"data {data!r} must have a label for each image, its {split} split has images without")
-    return torch.tensor(labels)
-
-
-def _check_labels(data: str, labels: dict[str, Tensor], num_classes: int) -> None:
-    for split, values in labels.items():
-        low, high = (int(bound) for bound in torch.aminmax(values))
-        if low < 0 or high >= num_classes:
-            raise ValueError(
-                f"data {data!r} must have labels in [0, {num_classes}), its {split} split has {low} to {high}"
-            )
-    missing = (torch.cat(list(labels.values())).bincount(minlength=num_classes) == 0).nonzero().flatten().tolist()
-    if missing:
-        listed = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
-        raise ValueError(
-            f"data {data!r} must have images of each of its {num_classes} classes, it has none of {listed}"
-        )

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from neuralcollapse.lab.data.decoding import EncodedSamples
+
+# Of streamed images so many are read for a fingerprint, at most.
+_FINGERPRINT_SAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,11 @@ class Split:
         """Channels, height and width."""
         channels, height, width = self.images.shape[1:]
         return channels, height, width
+
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """SHA-256 of the images."""
+        return {"images": _sha256(self.images)}
 
     def to(self, device: torch.device) -> Split:
         """The same on another device."""
@@ -52,6 +62,15 @@ class StreamedSplit:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """SHA-256 of so many images, evenly spaced."""
+        number = min(len(self), _FINGERPRINT_SAMPLES)
+        images = self.samples[torch.linspace(0, len(self) - 1, number).long().tolist()]
+        if isinstance(images, ValueError):
+            raise images
+        return {f"{number}_images": _sha256(images)}
 
     def to(self, device: torch.device) -> StreamedSplit:
         """The same with batches on another device."""
@@ -94,6 +113,9 @@ class ImageData:
     relabelled: bool = False
     """All or some of the train labels are random."""
     validation: AnySplit | None = None
+    class_names: tuple[str, ...] | None = None
+    revision: str | None = None
+    """Of a data set of the hub, the commit."""
 
     @property
     def splits(self) -> dict[str, AnySplit]:
@@ -109,6 +131,17 @@ class ImageData:
     def to(self, device: torch.device) -> ImageData:
         """The same on another device."""
         return replace(self, **{name: split.to(device) for name, split in self.splits.items()})  # type: ignore[arg-type]
+
+    @property
+    def absent_classes(self) -> list[str]:
+        """The names, or numbers, of the classes that have no training images."""
+        names = self.class_names or tuple(map(str, range(self.num_classes)))
+        counts = self.train.labels.bincount(minlength=self.num_classes)
+        return [names[place] for place in (counts == 0).nonzero().flatten().tolist()]
+
+    def fingerprint(self) -> dict[str, dict[str, str]]:
+        """SHA-256 of the labels and of the images of each split, as they are decoded; of many streamed ones, a part."""
+        return {name: {"labels": _sha256(split.labels)} | split.fingerprint for name, split in self.splits.items()}
 
     def with_train_labels(self, labels: Tensor) -> ImageData:
         """The same with these labels (N,) of the training images, such as those that a run kept.
@@ -129,5 +162,11 @@ class ImageData:
     def __str__(self) -> str:
         shape, name = "×".join(map(str, self.image_shape)), Path(self.name).name
         kind = "random train labels" if self.relabelled else "classes"
+        absent = self.absent_classes
+        kind += f", {len(absent)} of them without training images" if absent else ""
         *parts, last = (f"{len(split)} {name}" for name, split in self.splits.items())
         return f"{name}: {', '.join(parts)} and {last} images {shape}, {self.num_classes} {kind}"
+
+
+def _sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.cpu().contiguous().numpy().data).hexdigest()

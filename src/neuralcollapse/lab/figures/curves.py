@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import (
     FuncFormatter,
@@ -16,6 +18,8 @@ from matplotlib.ticker import (
     PercentFormatter,
 )
 
+from neuralcollapse.lab.figures.page import draw_or_say_why
+from neuralcollapse.lab.results.files import write_whole
 from neuralcollapse.metrics.catalogue import METRICS
 
 if TYPE_CHECKING:
@@ -50,21 +54,23 @@ def draw_figures(metrics: pd.DataFrame, folder: Path, title: str, num_classes: i
     Returns:
         The files written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     seeds = metrics["seed"].nunique()
     title += f"; mean, and range of {seeds} seeds" if seeds > 1 else ""
     for file, name in _FIGURES.items():
         figure = Figure(figsize=(9, 3.8), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
         for axes, split in zip(panels, ("train", "test"), strict=True):
-            draw_metric(axes, metrics[metrics["split"] == split], name, num_classes)
             axes.set(title=f"{split} split", xlabel="epoch")
+            of = metrics[metrics["split"] == split]
+            draw_or_say_why(axes, partial(draw_metric, metrics=of, name=name, num_classes=num_classes))
         panels[0].set_ylabel(METRICS[name].label)
-        panels[1].legend(frameon=False)
+        if panels[1].get_legend_handles_labels()[0]:
+            panels[1].legend(frameon=False)
         figure.suptitle(title, fontsize=10)
-        figure.savefig(folder / file, dpi=150)
+        write_whole(folder / file, partial(figure.savefig, format="png", dpi=150))
     overview = folder / "all_metrics.png"
-    draw_all(metrics[metrics["split"] == "train"], title, num_classes).savefig(overview, dpi=100)
+    figure = draw_all(metrics[metrics["split"] == "train"], title, num_classes)
+    write_whole(overview, partial(figure.savefig, format="png", dpi=100))
     return [*(folder / name for name in _FIGURES), overview]
 
 
@@ -76,9 +82,14 @@ def draw_metric(axes: Axes, metrics: pd.DataFrame, name: str, num_classes: int |
         metrics: Of one split: columns method, seed, epoch, metric, value.
         name: The metric, of the catalogue.
         num_classes: K.
+
+    Raises:
+        ValueError: There is nothing to draw.
     """
     styles = line_styles(list(metrics["method"].unique()))
     values = metrics[metrics["metric"] == name]
+    if not np.isfinite(values["value"]).any():
+        raise ValueError(f"no finite value of {name} was measured")
     for method, group in values.groupby("method", sort=False):
         color, line = styles[str(method)]
         draw_band(axes, group, color=color, linestyle=line, label=str(method))
@@ -150,8 +161,8 @@ def draw_all(metrics: pd.DataFrame, title: str, num_classes: int | None) -> Figu
     panels = figure.subplots(len(rows), _COLUMNS, squeeze=False, gridspec_kw={"hspace": 0.62, **margins})
     for number, ((group, names), line) in enumerate(zip(rows, panels, strict=True)):
         for axes, name in zip(line, names, strict=False):
-            draw_metric(axes, metrics, name, num_classes)
             axes.set_title(METRICS[name].label.replace("  $", "\n$"), fontsize=8)
+            draw_or_say_why(axes, partial(draw_metric, metrics=metrics, name=name, num_classes=num_classes))
             axes.tick_params(labelsize=7, which="both")
         for axes in line[len(names) :]:
             axes.remove()

@@ -166,15 +166,21 @@ def thin_ticks(figure: Figure) -> None:
                     before = box
 
 
+def draw_or_say_why(axes: Axes, draw: Callable[[Axes], None]) -> None:
+    """Draw; or say in the axes why that cannot be done. A figure never ends a run."""
+    try:
+        draw(axes)
+    except Exception as error:  # whatever a table of somebody's numbers makes matplotlib raise
+        title, size = axes.get_title(), axes.title.get_fontsize()
+        axes.clear()
+        axes.set_title(title, fontsize=size)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        reason = textwrap.fill(str(error) or type(error).__name__, 38)
+        axes.text(0.5, 0.5, reason, ha="center", va="center", fontsize=8, transform=axes.transAxes)
+
+
 def _draw(panel: Panel, axes: Axes) -> None:
     axes.set_title(panel.title, fontsize=9)
     axes.tick_params(labelsize=8, which="both")
-    try:
-        panel.draw(axes)
-    except ValueError as error:
-        axes.clear()
-        axes.set_title(panel.title, fontsize=9)
-        axes.set_xticks([])
-        axes.set_yticks([])
-        reason = textwrap.fill(str(error), 38)
-        axes.text(0.5, 0.5, reason, ha="center", va="center", fontsize=8, transform=axes.transAxes)
+    draw_or_say_why(axes, panel.draw)

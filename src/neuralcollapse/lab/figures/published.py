@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from neuralcollapse.lab.figures.curves import draw_band, finish_axes, line_styles
 from neuralcollapse.lab.figures.page import Panel, Runs
 from neuralcollapse.lab.figures.records import margin_panels
+from neuralcollapse.lab.results.tables import read_table
 from neuralcollapse.metrics.catalogue import METRICS
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def _pair(name: str) -> Series:
 
 
 def _draw_gradients(axes: Axes, *, runs: Runs, label: str) -> None:
-    tables = [pd.read_csv(run.gradients) for run in runs.groups[label] if run.gradients.exists()]
+    tables = [read_table(run.gradients) for run in runs.groups[label] if run.gradients.exists()]
     if not tables:
         raise ValueError("no gradients were written: these runs were not trained here")
     table = pd.concat(tables)

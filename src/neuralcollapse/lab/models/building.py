@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from neuralcollapse.heads import (
     AttachedHead,
+    ClassMeanClassifier,
     FixedETFClassifier,
     Head,
     LearnedClassifier,
@@ -39,7 +40,7 @@ def build_model(config: RunConfig, image_shape: ImageShape, num_classes: int) ->
     Raises:
         ValueError: Settings that do not fit the images or the number of classes.
 
-    Example:
+    Examples:
         >>> model = build_model(RunConfig(backbone="mlp", width=16), (1, 8, 8), 10)
         >>> model.eval()(torch.zeros(2, 1, 8, 8)).shape
         torch.Size([2, 10])
@@ -57,26 +58,29 @@ def build_model(config: RunConfig, image_shape: ImageShape, num_classes: int) ->
 
 
 def build_head(config: RunConfig, feature_dim: int, num_classes: int) -> Head:
-    """The head of a method: standard, fixed or implicit.
+    """The head of a method.
 
     Raises:
         ValueError: The head cannot be built with these settings.
     """
     norm = None if config.feature_norm == "none" else config.feature_norm
     options: dict[str, Any] = {"in_features": feature_dim, "num_classes": num_classes, "feature_norm": norm}
-    if config.method == "standard":
+    if config.method in ("standard", "linear"):
         head = LearnedClassifier(
             unit_weight=config.unit_start is True, bias=config.classifier_bias == "learned", **options
         )
         head.unit_weight = bool(config.unit_weight)
         return head
-    options["bias"] = config.classifier_bias
+    options["bias"] = config.classifier_bias or "none"
     if config.means_momentum is not None:
         options["momentum"] = config.means_momentum
-    if config.method == "fixed":
-        return FixedETFClassifier(**options)
-    options["proximal_weight"] = config.proximal_weight
-    return NearestETFClassifier(**options)
+    if config.method in ("fixed", "softmax-code"):
+        orientation: Any = "canonical" if config.method == "fixed" else "softmax-code"
+        return FixedETFClassifier(orientation=orientation, **options)
+    if config.method == "means":
+        return ClassMeanClassifier(means=config.class_means or "previous", **options)
+    solver: Any = "trust-region" if config.method == "trust-region" else "closed-form"
+    return NearestETFClassifier(solver=solver, proximal_weight=config.proximal_weight or 0.0, **options)
 
 
 class OwnBackbone(Backbone):
@@ -149,8 +153,7 @@ def build_backbone(config: ModelSettings, image_shape: ImageShape, *, initialisa
     options: dict[str, Any] = {name: getattr(config, name) for name in (*names, "feature_dim")}
     options["initialisation"] = initialisation
     options = {name: value for name, value in options.items() if value is not None}
-    network = backbone(image_shape, affine=bool(config.batch_norm_affine), **options)
-    return network.to(memory_format=torch.channels_last)  # faster on a CPU: benchmarks/measuring.py
+    return backbone(image_shape, affine=bool(config.batch_norm_affine), **options)
 
 
 def own_module(path: str, options: dict[str, Any], image_shape: ImageShape) -> nn.Module:

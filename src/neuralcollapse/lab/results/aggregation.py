@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
+from neuralcollapse.lab.experiments import label_of, tell_apart
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.tables import COLUMNS, read_table
 
@@ -20,20 +21,10 @@ def group_runs(runs: Sequence[RunFolder]) -> dict[str, list[RunFolder]]:
         ValueError: A run twice, or one whose seed is another's with the same settings.
     """
     settings = [run.settings() for run in runs]
-    own = ("seed", "environment", "recipe", "method", "loggers", "device")
-    names = {name for one in settings for name in one if name not in own}
-    varied = sorted(name for name in names if any(one.get(name) != settings[0].get(name) for one in settings))
-    by_method = {str(one["method"]) for one in settings}
-    # What follows from the method need not be said beside it.
-    telling = [
-        name
-        for name in varied
-        if any(len({str(one.get(name)) for one in settings if one["method"] == method}) > 1 for method in by_method)
-    ]
     groups: dict[str, list[RunFolder]] = {}
     seen: dict[str, set[int]] = {}
-    for run, one in zip(runs, settings, strict=True):
-        label = " ".join([str(one["method"]), *(f"{name}={one.get(name)}" for name in telling)])
+    for run, one, telling in zip(runs, settings, tell_apart(settings), strict=True):
+        label = label_of(telling)
         if one["seed"] in seen.setdefault(label, set()):
             raise ValueError(
                 f"runs must differ, and two of {label!r} have seed {one['seed']}: {str(run.path)!r} is one"
@@ -129,7 +120,7 @@ def _crossing(course: pd.DataFrame, metric: str, level: float) -> float:
 def _training(run: RunFolder) -> pd.DataFrame:
     if not run.training_log.exists():
         return pd.DataFrame(columns=COLUMNS)
-    log = pd.read_csv(run.training_log)
+    log = read_table(run.training_log)
     tidy = log.melt("epoch", var_name="metric", value_name="value")
     tidy.insert(1, "split", TRAINING)
     return tidy

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from neuralcollapse.lab.results.files import read_yaml, write_yaml
-from neuralcollapse.lab.results.provenance import environment
+from neuralcollapse.lab.config import RunConfig
+from neuralcollapse.lab.results.files import CHECKSUMS, read_yaml, write_yaml
+from neuralcollapse.lab.results.locking import check_free, sole_writer
+from neuralcollapse.lab.results.provenance import environment, now, start
+from neuralcollapse.lab.settings import resolve
 
 # Number of the format that is written. 0 had settings and environment in one file, and settings without effect as well.
 FORMAT = 1
+# Schedules whose rate at an epoch does not depend on how many there are; of an optimiser without a rate, None.
+# What may change between a start and the next: it has no part in what is computed.
+_FREE = ("checkpoint_minutes",)
+_OPEN_ENDED = (None, "constant", "step", "multistep")
 
 
 class RunFolder:
@@ -20,7 +28,9 @@ class RunFolder:
     Attributes:
         path: The folder.
         config: The settings that were in force, enough to run it again, and the format's number.
-        environment: What a result depends on beside them.
+        environment: What a result depends on beside them: versions, machine, data; when it was made, and whether it is
+            finished.
+        checksums: SHA-256 of the files beside it, which are compared when they are read again.
         metrics: What was measured: epoch, split, metric, value.
         training_log: What training itself saw in each epoch, never compared: seconds, loss, accuracy, alignment,
             learning rate (of AGD: its step η).
@@ -32,8 +42,9 @@ class RunFolder:
         checkpoints: One file for each saved epoch, and the last one, from which a run is resumed.
         figures: PNG files.
         runs: The runs, where there are several.
+        tuning: The folder of the runs by which learning rates were chosen.
 
-    Example:
+    Examples:
         >>> RunFolder("runs/digits").metrics.name
         'metrics.csv'
     """
@@ -41,6 +52,7 @@ class RunFolder:
     FILES: ClassVar[dict[str, str]] = {
         "config": "config.yaml",
         "environment": "environment.yaml",
+        "checksums": CHECKSUMS,
         "metrics": "metrics.csv",
         "training_log": "training.csv",
         "gradients": "gradients.csv",
@@ -52,11 +64,13 @@ class RunFolder:
         "checkpoints": "checkpoints",
         "figures": "figures",
         "runs": "runs",
+        "tuning": "tuning",
         "tensorboard": "tensorboard",
         "wandb": "wandb",
     }
     config: Path
     environment: Path
+    checksums: Path
     metrics: Path
     training_log: Path
     gradients: Path
@@ -66,6 +80,7 @@ class RunFolder:
     checkpoints: Path
     figures: Path
     runs: Path
+    tuning: Path
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -142,8 +157,43 @@ class RunFolder:
 
         Raises:
             ValueError: It holds a run that is neither to be resumed nor to be overwritten, a run with other settings
-                than those to resume with, or files that are no run.
+                than those to resume with, or files that are no run; or another process writes there.
         """
+        check_free(self.path)
+        self._check(settings, resume=resume, overwrite=overwrite)
+
+    @contextlib.contextmanager
+    def writing(
+        self,
+        settings: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        facts: Mapping[str, Any] | None = None,
+    ) -> Iterator[None]:
+        """Be the one process that writes a run with these settings into the folder; keep when, and whether to its end.
+
+        Args:
+            settings: To keep in it.
+            resume: Go on with the run that it holds.
+            overwrite: Delete the run that it holds.
+            facts: To keep beside its environment.
+
+        Raises:
+            ValueError: As `check`.
+        """
+        with sole_writer(self.path):
+            self._check(settings, resume=resume, overwrite=overwrite)
+            self.start(settings, overwrite=overwrite, facts=facts)
+            try:
+                yield
+            except BaseException:
+                with contextlib.suppress(OSError, ValueError):  # what went wrong before is to be heard of
+                    self.add_facts(ended=now())
+                raise
+            self.add_facts(ended=now(), finished=True)
+
+    def _check(self, settings: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
         if self.config.exists() and overwrite:
             return
         if self.config.exists() and resume:
@@ -153,13 +203,17 @@ class RunFolder:
                 f"out must not hold a run, and {str(self.path)!r} does: --resume goes on with it, "
                 "--overwrite deletes it, --out names another folder"
             )
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.glob("[!.]*"))):
+        elif self.path.exists() and not (self.path.is_dir() and self._is_empty()):
             raise ValueError(f"out must be a new folder, an empty one or a run's; {str(self.path)!r} holds other files")
+
+    def _is_empty(self) -> bool:
+        """Whether there is nothing but what a run killed at its start leaves."""
+        return {path.name for path in self.path.glob("[!.]*")} <= {self.checksums.name, self.environment.name}
 
     def start(
         self, settings: Mapping[str, Any], *, overwrite: bool = False, facts: Mapping[str, Any] | None = None
     ) -> None:
-        """Make the folder ready for a run with these settings, after `check`.
+        """Make the folder ready for a run with these settings, after `check`; or keep that one goes on.
 
         Args:
             settings: To keep in it.
@@ -169,18 +223,31 @@ class RunFolder:
         if self.config.exists() and overwrite:
             self._clear()
         if not self.config.exists():
-            write_yaml(self.environment, {**environment(), **(facts or {})})
+            write_yaml(self.checksums, {})  # first: from here on, what is written is entered there
+            write_yaml(self.environment, {**environment(), **(facts or {}), "started": now(), "finished": False})
             write_yaml(self.config, {"format": FORMAT, **settings})  # last: this makes it a run's folder
+            return
+        made, again = self.read_environment(), start()
+        if self.settings().get("epochs") != settings.get("epochs"):
+            write_yaml(self.config, {"format": FORMAT, **settings})
+            again["epochs"] = settings["epochs"]
+        self.add_facts(finished=False, resumed=[*made.get("resumed", []), again])
+
+    def is_finished(self, settings: Mapping[str, Any]) -> bool:
+        """Whether it holds a run with these settings, trained to its end."""
+        there = self.config.exists() and self.last_checkpoint.exists()
+        same = there and self.settings().get("epochs") == settings.get("epochs")
+        return same and self.read_environment().get("finished") is True
 
     def add_facts(self, **facts: Any) -> None:
         """Keep more of what is known of the run beside its environment."""
         write_yaml(self.environment, self.read_environment() | facts)
 
     def _clear(self) -> None:
-        for place in self.FILES.values():
-            (self.path / place).unlink(missing_ok=True)
         for place in self.FOLDERS.values():
             shutil.rmtree(self.path / place, ignore_errors=True)
+        for place in reversed(self.FILES.values()):  # config.yaml last: until then it is a run's folder
+            (self.path / place).unlink(missing_ok=True)
 
     def _check_same(self, settings: Mapping[str, Any]) -> None:
         stored = self.settings()
@@ -188,12 +255,23 @@ class RunFolder:
             compared = [name for name in settings if stored.get(name) is not None]
         else:
             compared = [*settings, *(name for name in stored if name not in settings)]
-        for name in compared:
-            if settings.get(name) != stored.get(name):
-                raise ValueError(
-                    f"{name} must stay {stored.get(name)!r} to resume the run in {str(self.path)!r}, "
-                    f"got {settings.get(name)!r}"
-                )
+        # A setting that is newer than the folder was at its default.
+        known = resolve(RunConfig, {}, stored)[0] | stored
+        changed = [name for name in compared if settings.get(name) != known.get(name) and name not in _FREE]
+        reason = ""
+        if "epochs" in changed and settings["epochs"] > known["epochs"]:
+            if known.get("schedule") in _OPEN_ENDED:
+                changed.remove("epochs")
+            else:
+                reason = f" (schedule {known['schedule']} ends with the last epoch: a run with it is not extended)"
+        if changed:
+            more = "".join(
+                f"; {name} must stay {known.get(name)!r}, got {settings.get(name)!r}" for name in changed[1:]
+            )
+            raise ValueError(
+                f"{changed[0]} must stay {known.get(changed[0])!r} to resume the run in {str(self.path)!r}, "
+                f"got {settings.get(changed[0])!r}{more}{reason}"
+            )
 
 
 def _from_format_0(stored: dict[str, Any]) -> dict[str, Any]:

@@ -6,11 +6,24 @@ import os
 import platform
 import subprocess
 import sys
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("torch", "lightning", "datasets", "numpy", "scikit-learn")
+_PACKAGES = (
+    "torch",
+    "torchmetrics",
+    "lightning",
+    "datasets",
+    "numpy",
+    "scikit-learn",
+    "pandas",
+    "pyarrow",
+    "pillow",
+    "safetensors",
+    "matplotlib",
+)
 
 
 def environment() -> dict[str, Any]:
@@ -23,9 +36,27 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command(),
     }
+
+
+def start() -> dict[str, Any]:
+    """When something begins, or goes on, by which command and with which versions that decide its numbers."""
+    versions = {"neuralcollapse": version("neuralcollapse"), "torch": _version("torch")}
+    return {"time": now(), "command": command(), **versions}
+
+
+def command() -> str:
+    """The command line."""
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def now() -> str:
+    """The time, in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def peak_memory() -> float:
@@ -38,6 +69,15 @@ def peak_memory() -> float:
 
     unit = 1 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def _cpu() -> str | None:
+    """The processor's model."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n")
+    except OSError:  # not on every system
+        return platform.processor() or None
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
 
 
 def _version(package: str) -> str | None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from neuralcollapse.lab.results.files import write_csv
+from neuralcollapse.lab.experiments import label_of, tell_apart
+from neuralcollapse.lab.results.files import check, write_csv
 from neuralcollapse.lab.results.folder import RunFolder
 
 COLUMNS = ["epoch", "split", "metric", "value"]
@@ -32,17 +33,22 @@ def gather(runs: Sequence[RunFolder], table: str) -> pd.DataFrame:
         table: Which, of those of a `RunFolder`: ``"metrics"``, ``"training_log"`` or ``"gradients"``.
     """
     tables = []
-    for run in runs:
-        settings = run.settings()
+    for run, method in zip(runs, methods_of(runs), strict=True):
         one = read_table(getattr(run, table))
-        one.insert(0, "method", settings["method"])
-        one.insert(1, "seed", settings["seed"])
+        one.insert(0, "method", method)
+        one.insert(1, "seed", run.settings()["seed"])
         tables.append(one)
     return pd.concat(tables, ignore_index=True)
 
 
+def methods_of(runs: Sequence[RunFolder]) -> list[str]:
+    """The method of each run, and what else tells it from the others, such as its loss."""
+    return [label_of(telling) for telling in tell_apart([run.settings() for run in runs])]
+
+
 def read_table(path: Path) -> pd.DataFrame:
-    """A table of a run's folder, with every value as it was written."""
+    """A table of a run's folder, with every value as it was written; raises ValueError if it was changed since."""
+    check(path)
     return pd.read_csv(path, converters={"value": float})  # the default parser is not exact
 
 
@@ -54,25 +60,27 @@ def add_rows(path: Path, rows: Sequence[tuple[int, str, str, float]]) -> None:
     write_csv(path, table)
 
 
-def results_table(metrics: pd.DataFrame, log: pd.DataFrame, recipes: Mapping[str, str] | None = None) -> pd.DataFrame:
+def results_table(
+    metrics: pd.DataFrame, log: pd.DataFrame, beside: Mapping[str, Mapping[str, str]] | None = None
+) -> pd.DataFrame:
     """One row a method; mean ± standard deviation over seeds.
 
     Args:
         metrics: What was measured, gathered.
         log: What training itself saw, gathered.
-        recipes: For each method the recipe whose settings it has, if it is of one.
+        beside: What stands beside each method, by heading, such as its recipe.
     """
     last = metrics[metrics["epoch"] == metrics["epoch"].max()]
     columns = {name: column for name, column in _COLUMNS.items() if column[0] in set(metrics["split"])}
     rows = []
     for method in metrics["method"].unique():
-        row = {"method": method} | ({"recipe": recipes[method]} if recipes else {})
+        row = {"method": method, **(beside or {}).get(method, {})}
         row[f"epochs to {GOAL:.0%} train acc"] = _epochs_to_goal(metrics[metrics["method"] == method])
         for heading, (split, metric, form) in columns.items():
             chosen = last[(last["method"] == method) & (last["split"] == split) & (last["metric"] == metric)]
-            row[heading] = _spread(chosen["value"], form)
+            row[heading] = spread(chosen["value"], form)
         seconds = log[log["method"] == method].groupby("seed")["seconds"].mean()
-        rows.append(row | {"s/epoch": _spread(seconds, "{:.2f}")})
+        rows.append(row | {"s/epoch": spread(seconds, "{:.2f}")})
     return pd.DataFrame(rows)
 
 
@@ -91,9 +99,10 @@ def _epochs_to_goal(metrics: pd.DataFrame) -> str:
     seeds = accuracy["seed"].nunique()
     if reached.empty:
         return "not reached"
-    return _spread(reached, "{:.1f}") + ("" if len(reached) == seeds else f" ({len(reached)} of {seeds} seeds)")
+    return spread(reached, "{:.1f}") + ("" if len(reached) == seeds else f" ({len(reached)} of {seeds} seeds)")
 
 
-def _spread(values: pd.Series, form: str) -> str:
+def spread(values: pd.Series, form: str) -> str:
+    """Mean ± standard deviation, in a format."""
     mean = form.format(values.mean())
     return mean if len(values) < 2 else f"{mean} ± {form.format(values.std())}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,15 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
+from neuralcollapse._checks import check_at_least, check_bool
+from neuralcollapse.classifier import resolve_classifier
+from neuralcollapse.lab.models.backbones import evaluation_layout
 from neuralcollapse.lab.results.tables import COLUMNS
 from neuralcollapse.lab.training.epochs import is_due
 from neuralcollapse.lab.training.logs import TableCallback
 from neuralcollapse.metrics import Measurement, measure
+
+logger = logging.getLogger(__name__)
 
 
 class CollapseCallback(TableCallback):
@@ -31,14 +38,20 @@ class CollapseCallback(TableCallback):
         csv: File to write: epoch, split, metric, value.
         moments: Folder to write each `Measurement` to, as ``epoch0005-train.safetensors``: from it every metric can be
             computed again.
-        classifier: The classifier, or its dotted name in the `LightningModule`, where `find_classifier` does not
-            find it.
+        model: Dotted name of what is measured, in the `LightningModule`. By default the `LightningModule` itself if
+            it has a ``forward`` of its own, else its only child with parameters (``self.model``, ``self.net``, …).
+        classifier: The classifier, or its dotted name in what is measured, where `find_classifier` does not find it.
         options: What else `neuralcollapse.measure` takes.
 
     Attributes:
         rows: What was measured so far, as (epoch, split, metric, value).
+        measured: Name of the module that is measured, known when training begins; empty for the `LightningModule`.
 
-    Example:
+    Raises:
+        ValueError: Arguments out of range; when training begins, no module or several that could be meant, or no
+            classifier in it.
+
+    Examples:
         >>> import torch
         >>> from lightning.pytorch import Trainer
         >>> batches = [(torch.randn(16, 4), torch.arange(16) % 2)]
@@ -55,23 +68,43 @@ class CollapseCallback(TableCallback):
         last_epoch: bool = True,
         csv: str | Path | None = None,
         moments: str | Path | None = None,
+        model: str | None = None,
         classifier: str | nn.Module | None = None,
         **options: Any,
     ) -> None:
-        if not loaders:
-            raise ValueError("loaders must name at least one split")
-        if every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs must be at least 1, got {every_n_epochs}")
-        if first_epoch is not None and first_epoch < 1:
-            raise ValueError(f"first_epoch must be at least 1, got {first_epoch}")
+        if not isinstance(loaders, Mapping) or not loaders:
+            raise ValueError(f"loaders must name at least one split, as {{'train': loader}}, got {loaders!r}")
+        for split, loader in loaders.items():
+            if not isinstance(loader, Iterable):
+                raise ValueError(f"loaders must be iterables of batches, got {type(loader).__name__} for {split!r}")
+        check_at_least("every_n_epochs", every_n_epochs, 1)
+        if first_epoch is not None:
+            check_at_least("first_epoch", first_epoch, 1)
+        check_bool("last_epoch", last_epoch)
+        if model is not None and not isinstance(model, str):
+            raise ValueError(f"model must be a dotted name in the LightningModule, got {type(model).__name__}")
+        if classifier is not None and not isinstance(classifier, str | nn.Module):
+            raise ValueError(f"classifier must be a module or its dotted name, got {type(classifier).__name__}")
+        known = set(inspect.signature(measure).parameters) - {"model", "loader", "train_moments", "epoch", "split"}
+        if unknown := options.keys() - known:
+            raise ValueError(f"options must be arguments of measure, got {', '.join(sorted(unknown))}")
         super().__init__(None if csv is None else Path(csv), COLUMNS)
         self.moments = None if moments is None else Path(moments)
         self.loaders = dict(loaders)
         self.every_n_epochs = every_n_epochs
         self.first_epoch = first_epoch
         self.last_epoch = last_epoch
+        self.model = model
+        self.measured = ""
         self.classifier = classifier
         self.options: dict[str, Any] = {"progress": False} | options
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what will be measured, before anything is trained."""
+        self.measured, model = measured_module(pl_module, self.model)
+        classifier, _ = resolve_classifier(model, self.classifier)
+        name = self.measured or "the LightningModule"
+        logger.info("measuring %s (%s) and its classifier %r", name, type(model).__name__, classifier)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure, log and write."""
@@ -79,7 +112,8 @@ class CollapseCallback(TableCallback):
         last = self.last_epoch and epoch == trainer.max_epochs
         if not (last or is_due(epoch, self.every_n_epochs, self.first_epoch)):
             return
-        found = measure_splits(pl_module, self.loaders, classifier=self.classifier, epoch=epoch, **self.options)
+        model = pl_module.get_submodule(self.measured) if self.measured else pl_module
+        found = measure_splits(model, self.loaders, classifier=self.classifier, epoch=epoch, **self.options)
         for split, measurement in found.items():
             if self.moments is not None and trainer.is_global_zero:
                 measurement.save(self.moments / f"epoch{epoch:04d}-{split}.safetensors")
@@ -87,6 +121,34 @@ class CollapseCallback(TableCallback):
             named = {f"{split}/{name}": value for name, value in measurement.metrics.items()}
             pl_module.log_dict(named, rank_zero_only=True)
         self.write(trainer)
+
+
+def measured_module(pl_module: LightningModule, name: str | None = None) -> tuple[str, nn.Module]:
+    """The module of a `LightningModule` that is called with a batch's inputs, and its name there.
+
+    Args:
+        pl_module: The `LightningModule`.
+        name: Dotted name, where it is not to be found.
+
+    Raises:
+        ValueError: No such name; or none given, no ``forward`` and not one single child with parameters.
+    """
+    if name is None and type(pl_module).forward is not LightningModule.forward:
+        return "", pl_module
+    trained = [child for child, module in pl_module.named_children() if any(True for _ in module.parameters())]
+    if name is None and len(trained) != 1:
+        raise ValueError(
+            f"model must name what CollapseCallback is to measure in {type(pl_module).__name__}, which has no forward; "
+            f"it could be {', '.join(map(repr, trained)) or 'nothing: no attribute of it has parameters'}"
+        )
+    name = trained[0] if name is None else name
+    try:
+        return name, pl_module.get_submodule(name)
+    except AttributeError:
+        raise ValueError(
+            f"model must name a module of {type(pl_module).__name__}, got {name!r}; "
+            f"it has {', '.join(map(repr, trained))}"
+        ) from None
 
 
 def measure_splits(model: nn.Module, loaders: Mapping[str, Iterable[Any]], **options: Any) -> dict[str, Measurement]:
@@ -98,7 +160,8 @@ def measure_splits(model: nn.Module, loaders: Mapping[str, Iterable[Any]], **opt
         options: What else `neuralcollapse.measure` takes.
     """
     train_moments, found = None, {}
-    for split in sorted(loaders, key=lambda split: split != "train"):
-        found[split] = measure(model, loaders[split], train_moments=train_moments, split=split, **options)
-        train_moments = found[split].moments if split == "train" else train_moments
+    with evaluation_layout(model):
+        for split in sorted(loaders, key=lambda split: split != "train"):
+            found[split] = measure(model, loaders[split], train_moments=train_moments, split=split, **options)
+            train_moments = found[split].moments if split == "train" else train_moments
     return found

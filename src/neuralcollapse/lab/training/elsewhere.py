@@ -76,8 +76,8 @@ def measure_state_dict(
         epoch=epoch or 0,
         model_name=f"{model} ({name})",
     )
-    folder.start(kept, facts={"data": str(data), "num_classes": data.num_classes})
-    records = write_measurements(folder, epoch or 0, {split: found[split] for split in wanted})
+    with folder.writing(kept, facts={"data": str(data), "num_classes": data.num_classes}):
+        records = write_measurements(folder, epoch or 0, {split: found[split] for split in wanted})
     return [folder.metrics, *records, folder.config]
 
 

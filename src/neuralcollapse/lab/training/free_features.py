@@ -18,7 +18,7 @@ from neuralcollapse.heads import (
     collapse_radius,
     project_after_step,
 )
-from neuralcollapse.lab.config import Method
+from neuralcollapse.lab.config import PublishedMethod
 from neuralcollapse.lab.seeds import derived_seed
 from neuralcollapse.lab.training.agd import AGD, orthogonal_start
 from neuralcollapse.ufm import UnconstrainedFeatures, train_free_features
@@ -44,7 +44,7 @@ class FreeRun:
         seed: From which the first features and weights follow, the same for every method and rate.
     """
 
-    method: Method
+    method: PublishedMethod
     optimizer: OptimizerName
     num_classes: int
     samples_per_class: int
@@ -61,7 +61,7 @@ def feature_radius(feature_norm: float | Literal["auto"], num_classes: int) -> f
 def least_loss(run: FreeRun) -> float:
     """The least cross-entropy with features of norm τ and unit rows: at collapse, log(1 + (K−1) e^(−τK/(K−1))).
 
-    Example:
+    Examples:
         >>> round(least_loss(FreeRun("fixed", "sgd", 10, 5, 16, 5.0, 0)), 4)
         0.0342
     """

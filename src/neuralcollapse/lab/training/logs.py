@@ -52,39 +52,58 @@ class TrainingLog(TableCallback):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self._started = 0.0
-        self._rate = 0.0
-        self._etas: list[torch.Tensor] = []
+        self._epoch: dict[str, Any] = {}
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._started = time.perf_counter()
-        self._etas = []
+        self._epoch = {"rate": math.nan, "samples": 0, "sums": {}, "eta": 0.0, "steps": 0}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_index: int) -> None:
         """Keep the learning rate that the epoch begins with; AGD has none."""
         if batch_index == 0:
-            self._rate = trainer.optimizers[0].param_groups[0].get("lr", math.nan)
+            self._epoch["rate"] = trainer.optimizers[0].param_groups[0].get("lr", math.nan)
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Keep AGD's step."""
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_index: int
+    ) -> None:
+        """Add what the batch gave, weighted by its samples, and keep AGD's step."""
+        samples, sums = len(batch[1]), self._epoch["sums"]
+        self._epoch["samples"] += samples
+        figures: Any = pl_module.batch_figures
+        for name, value in figures.items():
+            sums[name] = sums.get(name, 0) + samples * value
         optimizer = trainer.optimizers[0]
         if isinstance(optimizer, AGD) and optimizer.eta is not None:
-            self._etas.append(optimizer.eta)
+            self._epoch["eta"] += optimizer.eta
+            self._epoch["steps"] += 1
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock, and write; a loss that is not finite ends the run."""
         epoch = trainer.current_epoch + 1
-        figures = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("batch_")}
+        steps = self._epoch["steps"]
+        figures = {name: float(total / self._epoch["samples"]) for name, total in self._epoch["sums"].items()}
         seconds = time.perf_counter() - self._started  # after the figures, which wait for the accelerator
+        pl_module.log_dict(figures)
         if not math.isfinite(figures["batch_loss"]):
-            setting = "gain" if self._etas else "lr"
+            setting = "gain" if steps else "lr"
             raise ValueError(f"{setting} must be smaller: training diverged in epoch {epoch}, its loss is not finite")
-        if self._etas:
-            figures["agd_eta"] = float(torch.stack(self._etas).mean())
+        if steps:
+            figures["agd_eta"] = float(self._epoch["eta"] / steps)
         else:
-            figures["lr"] = self._rate
+            figures["lr"] = self._epoch["rate"]
         self.rows.append({"epoch": epoch, "seconds": seconds} | figures)
         self.write(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows, and the epoch so far."""
+        return super().state_dict() | {"epoch": self._epoch, "seconds": time.perf_counter() - self._started}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on inside the epoch of a checkpoint."""
+        super().load_state_dict(state_dict)
+        self._epoch = state_dict.get("epoch", {})
+        self._started = time.perf_counter() - state_dict.get("seconds", 0.0)
 
 
 class GradientLog(TableCallback):

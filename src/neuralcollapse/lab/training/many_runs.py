@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,11 @@ from neuralcollapse.lab.config import BatchSettings, DataSettings, RunConfig
 from neuralcollapse.lab.data.batches import EvaluationBatches, evaluation_batches
 from neuralcollapse.lab.data.loading import load_data
 from neuralcollapse.lab.data.splits import ImageData
-from neuralcollapse.lab.experiments import common_settings
+from neuralcollapse.lab.experiments import common_settings, tell_apart
 from neuralcollapse.lab.results.files import write_whole
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.provenance import peak_memory
+from neuralcollapse.lab.results.tables import read_table
 from neuralcollapse.lab.training.devices import resolve_device
 from neuralcollapse.lab.training.loggers import check_loggers
 from neuralcollapse.lab.training.one_run import ClassifierTraining, train
@@ -33,6 +36,8 @@ def train_runs(
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
+    leave_out_failed: bool = False,
+    before_writing: Callable[[], None] | None = None,
 ) -> RunFolder:
     """Train one run, or one after another.
 
@@ -47,6 +52,8 @@ def train_runs(
         resume: Go on with what the folder holds.
         overwrite: Delete what the folder holds.
         progress: Show progress.
+        leave_out_failed: Name a run that fails on stderr, and go on with the next one.
+        before_writing: Called when everything is checked.
 
     Returns:
         The folder, whose `run_folders` are those of the runs.
@@ -55,7 +62,7 @@ def train_runs(
         ValueError: Settings, data or a folder that cannot be used; or a run that failed, which is named.
         KeyboardInterrupt: The user stopped it; it can be resumed.
 
-    Example:
+    Examples:
         >>> from neuralcollapse.lab import RunConfig, train_runs
         >>> runs = [RunConfig(method="fixed", epochs=1, backbone="mlp", width=16, seed=seed) for seed in (1, 2)]
         >>> folder = train_runs(runs, getfixture("tmp_path") / "digits", progress=False)
@@ -70,27 +77,51 @@ def train_runs(
     settings = own if settings is None else settings
     whole.check(settings, resume=resume, overwrite=overwrite)
     preparation = Preparation(resumed=resume, progress=progress)
-    modules = {_kind(run): preparation.module(run, place) for place, run in reversed(places.items())}
-    data = next(iter(modules.values())).data
-    facts: dict[str, Any] = {"data": str(data), "num_classes": data.num_classes}
+    kinds = {_kind(run): (run, place) for place, run in reversed(places.items())}
+    data = [preparation.module(*kind).data for kind in kinds.values()][-1]
     names = {} if whole in places else {"runs": [place.path.name for place in places]}
-    whole.start(settings, overwrite=overwrite, facts=facts | names)
+    if before_writing is not None:
+        before_writing()
     bar = Progress(len(places), shown=progress)
-    try:
+    if progress:
+        _say_of_batches(next(iter(places.values())), len(data.train))
+    with closing(bar), whole.writing(settings, resume=resume, overwrite=overwrite, facts=_facts(data) | names):
         for position, (place, run) in enumerate(places.items()):
-            module = modules.pop(_kind(run), None) or preparation.module(run, place)
-            place.start(run.in_force(), facts=facts)
-            _keep_labels(module.data, place)
-            name = run.method if place is whole else place.path.name
+            if place is whole:
+                _train_one(preparation.module(run, place), place, bar.next_run(run.method, position))
+                break
+            if place.is_finished(run.in_force()):
+                continue
+            module, name = preparation.module(run, place), place.path.name
             try:
-                train(module, place, bar.next_run(name, position))
+                with place.writing(run.in_force(), resume=True, facts=_facts(module.data)):
+                    _train_one(module, place, bar.next_run(name, position))
             except ValueError as error:
-                raise ValueError(str(error) if place is whole else f"{name}: {error}") from error
-            parameters = sum(parameter.numel() for parameter in module.model.parameters())
-            place.add_facts(parameters=parameters, peak_memory_mib=round(peak_memory()))
-    finally:
-        bar.close()
+                if not leave_out_failed:
+                    raise ValueError(f"{name}: {error}") from error
+                print(f"neuralcollapse: left out: {name}: {error}", file=sys.stderr)
     return whole
+
+
+def _train_one(module: ClassifierTraining, place: RunFolder, bar: Progress) -> None:
+    _keep_labels(module.data, place)
+    train(module, place, bar)
+    parameters = sum(parameter.numel() for parameter in module.model.parameters())
+    place.add_facts(parameters=parameters, peak_memory_mib=round(peak_memory()))
+
+
+def _say_of_batches(run: RunConfig, images: int) -> None:
+    if run.batch_size > images:
+        print(f"batch_size {run.batch_size} is over the {images} training images: one batch an epoch", file=sys.stderr)
+
+
+def _facts(data: ImageData) -> dict[str, Any]:
+    """What a run's environment says of its data and where it is trained."""
+    found = {"data": str(data), "num_classes": data.num_classes, "data_fingerprint": data.fingerprint()}
+    found |= {"data_revision": data.revision, "device": str(data.train.labels.device)}
+    if data.absent_classes:
+        found["absent_classes"] = data.absent_classes
+    return found | {"largest_class_share": round(float(data.train.labels.bincount().max()) / len(data.train), 6)}
 
 
 class Preparation:
@@ -130,18 +161,13 @@ def _named(runs: Sequence[RunConfig]) -> dict[str, RunConfig]:
     """The runs by the names of their folders, which say in what they differ."""
     if not runs:
         raise ValueError("runs must hold at least one run")
-    own = {"method", "seed"}
-    varied = [
-        name
-        for name in runs[0].__dataclass_fields__
-        if name not in own and any(getattr(run, name) != getattr(runs[0], name) for run in runs)
-    ]
     names = [f"{run.method}-seed{run.seed}" for run in runs]
     if len(set(names)) < len(names):
-        names = [
-            "-".join([run.method, *(f"{name}{getattr(run, name)}" for name in varied), f"seed{run.seed}"])
-            for run in runs
+        parts = [
+            [str(value) if name in ("method", "loss") else f"{name}{value}" for name, value in telling.items()]
+            for telling in tell_apart([run.in_force() for run in runs])
         ]
+        names = ["-".join([*part, f"seed{run.seed}"]) for part, run in zip(parts, runs, strict=True)]
     if len(set(names)) < len(names):
         raise ValueError("runs must be different ones, got one of them twice")
     return {re.sub(r"[^\w.=-]+", "_", name): run for name, run in zip(names, runs, strict=True)}
@@ -160,6 +186,6 @@ def _keep_labels(data: ImageData, place: RunFolder) -> None:
 
 def _read_labels(path: Path) -> torch.Tensor:
     try:
-        return torch.tensor(pd.read_csv(path)["label"].tolist())
+        return torch.tensor(read_table(path)["label"].tolist())
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{str(path)!r} must hold the labels trained on: {error}") from error

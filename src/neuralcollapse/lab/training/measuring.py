@@ -10,8 +10,9 @@ from tqdm.auto import tqdm
 from neuralcollapse.lab.data.batches import EvaluationBatches
 from neuralcollapse.lab.experiments import single_run
 from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.results.locking import check_free, sole_writer
 from neuralcollapse.lab.results.tables import add_rows
-from neuralcollapse.lab.training.checkpoints import WholeCheckpoints
+from neuralcollapse.lab.training.checkpoints import PROVENANCE, WholeCheckpoints
 from neuralcollapse.lab.training.collapse_callback import measure_splits
 from neuralcollapse.lab.training.many_runs import Preparation
 from neuralcollapse.metrics import Measurement
@@ -42,6 +43,7 @@ def measure_run(
     Raises:
         ValueError: The run has no checkpoints or no such split, or its data cannot be had.
     """
+    check_free(run.path)
     checkpoints = sorted(run.checkpoints.glob("*.ckpt"), key=lambda path: (path == run.last_checkpoint, path.name))
     if not checkpoints:
         raise ValueError(f"run {str(run.path)!r} must have checkpoints to measure, and has none")
@@ -54,7 +56,10 @@ def measure_run(
             epoch = int(path.stem.removeprefix("epoch")) if checkpoint is None else int(checkpoint["epoch"]) + 1
             if all(_is_there(run.measurement(epoch, split), layers) for split in wanted):
                 continue
-            module.load_state_dict((checkpoint or WholeCheckpoints().load_checkpoint(path))["state_dict"])
+            checkpoint = checkpoint or WholeCheckpoints().load_checkpoint(path)
+            if "batches" in checkpoint.get(PROVENANCE, {}):
+                raise ValueError(f"the run was stopped inside epoch {epoch}; --resume goes on with it")
+            module.load_state_dict(checkpoint["state_dict"])
         except (ValueError, KeyError, RuntimeError) as error:
             yield ValueError(f"{str(path)!r} cannot be measured: {str(error).splitlines()[0]}")
             continue
@@ -66,7 +71,9 @@ def measure_run(
             epoch=epoch,
             progress=False,
         )
-        yield from write_measurements(run, epoch, {split: found[split] for split in wanted})
+        with sole_writer(run.path):
+            records = write_measurements(run, epoch, {split: found[split] for split in wanted})
+        yield from records
 
 
 def select_splits(

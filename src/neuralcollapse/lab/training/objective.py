@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from neuralcollapse import losses
 from neuralcollapse.heads import AttachedHead
-from neuralcollapse.lab.config import Optimisation
+from neuralcollapse.lab.config import LossSettings, Optimisation
+
+_OF_DIRECTIONS: dict[str, Callable[..., Tensor]] = {
+    "normface": losses.normface,
+    "ntce": losses.ntce,
+    "nonl": losses.nonl,
+    "decoupled": losses.decoupled_cross_entropy,
+    "two-way": losses.two_way,
+}
 
 
-def batch_loss(config: Optimisation, logits: Tensor, targets: Tensor) -> Tensor:
-    """The loss of logits (N, K) and targets (N,), a mean over the batch.
+def batch_loss(config: LossSettings, logits: Tensor, targets: Tensor, features: Tensor, weight: Tensor) -> Tensor:
+    """The loss of a batch, a mean over its samples.
 
     - ``"cross-entropy"``, with the share ``label_smoothing`` of each target spread over all classes;
     - ``"mse"``: mean over samples and classes of (logit − one-hot)² (Zhu et al., NeurIPS 2021);
-    - ``"dot-regression"``: ½(w_y·h + b_y − 1)² (Markou, Ajanthan, Gould, NeurIPS 2024).
+    - ``"dot-regression"``: ½(w_y·h + b_y − 1)² (Markou, Ajanthan, Gould, NeurIPS 2024);
+    - those of `neuralcollapse.losses`, of features and weight without their norms.
+
+    Args:
+        config: The settings.
+        logits: (N, K).
+        targets: (N,).
+        features: (N, d), what the weight multiplies.
+        weight: (K, d), with its graph.
     """
+    if config.loss in _OF_DIRECTIONS:
+        options = {"temperature": config.temperature, "margin": config.margin}
+        given = {name: float(value) for name, value in options.items() if value is not None}
+        return _OF_DIRECTIONS[config.loss](features, targets, weight, **given)
     if config.loss == "mse":
         return functional.mse_loss(logits, functional.one_hot(targets, logits.shape[1]).to(logits.dtype))
     if config.loss == "dot-regression":

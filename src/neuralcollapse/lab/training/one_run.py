@@ -20,7 +20,14 @@ from neuralcollapse.lab.data.splits import ImageData
 from neuralcollapse.lab.models.building import build_model
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.seeds import derived_seed
-from neuralcollapse.lab.training.checkpoints import Checkpointing, WholeCheckpoints
+from neuralcollapse.lab.stopping import on_sigterm
+from neuralcollapse.lab.training.checkpoints import (
+    PROVENANCE,
+    Checkpointing,
+    WholeCheckpoints,
+    provenance,
+    restore_generators,
+)
 from neuralcollapse.lab.training.collapse_callback import CollapseCallback
 from neuralcollapse.lab.training.loggers import build_loggers, finish_loggers
 from neuralcollapse.lab.training.logs import GradientLog, TrainingLog
@@ -36,13 +43,14 @@ _CLASS_SCATTER_BYTES = 2**28
 class ClassifierTraining(LightningModule):
     """Training of a model that ends in a head.
 
-    Logged as ``batch_...`` is what training batches gave in training mode: loss (with penalties), accuracy, top-5
-    accuracy and alignment. They are never compared: the head of the method `implicit` knows the labels of its batch.
-
     Args:
         config: All settings.
         data: What to train on.
         evaluation: The splits' un-augmented batches, to measure on; by default those of the data.
+
+    Attributes:
+        batch_figures: What the last batch gave in training mode: loss (with penalties), accuracy, top-5 accuracy and
+            alignment. They are never compared: the head of the method `implicit` knows the labels of its batch.
 
     Raises:
         ValueError: Settings that do not fit together, or do not fit the data.
@@ -56,8 +64,10 @@ class ClassifierTraining(LightningModule):
         self.data = data
         self.evaluation = evaluation_batches(data, config) if evaluation is None else evaluation
         self.model = build_model(config, batch_shape(data.image_shape, config), data.num_classes)
+        self.batch_figures: dict[str, Tensor] = {}
         self._optimizer = build_optimizer(config, self.model)
-        self._logged = (-1, -1)
+        self._seen = (-1, -1)
+        self._resumed: dict[str, Any] = {}
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits."""
@@ -65,26 +75,38 @@ class ClassifierTraining(LightningModule):
 
     def train_dataloader(self) -> EpochBatches:
         """The coming epoch's batches: lightning asks for them at every epoch."""
-        return self._batches(self.current_epoch)
+        return self._batches(self.current_epoch, self._resumed.get("batches", 0))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         """The loss of one batch."""
         images, targets = batch
-        with _inputs_of(self.head) as seen:
-            logits = self.model(images, targets=targets)
-        features = self.head.features(seen[-1])
-        loss = batch_loss(self.config, logits, targets)
+        features, weight, bias = self.head.prepare(self.model.model(images), targets)
+        logits = self.head.decide(features, weight, bias)
+        loss = batch_loss(self.config, logits, targets, features, weight)
         penalties = penalty(self.config, self.model, features)
         loss = loss if penalties is None else loss + penalties
         place = (self.current_epoch, batch_index)
-        if place != self._logged:  # L-BFGS tries several points for a batch: the first counts
-            self._logged = place
-            self.log_dict(self._figures(loss, logits, features, targets), on_step=False, on_epoch=True)
+        if place != self._seen:  # L-BFGS tries several points for a batch: the first counts
+            self._seen = place
+            self.batch_figures = self._figures(loss, logits, features, targets)
         return loss
 
     def on_train_epoch_start(self) -> None:
         """Make what the network draws, as dropout does, follow from the seed and the epoch alone."""
         torch.manual_seed(derived_seed(self.config.seed, self.current_epoch, 1))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep whose checkpoint it is, and where in the epoch."""
+        checkpoint[PROVENANCE] = provenance(self.config, self.trainer)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on where the checkpoint was written: inside an epoch, if it was written there."""
+        self._resumed = checkpoint.get(PROVENANCE, {})
+
+    def on_train_start(self) -> None:
+        """Draw what the network would have drawn next inside an epoch."""
+        restore_generators(self._resumed)
+        self._resumed = {}
 
     def configure_optimizers(self) -> Any:
         """The optimiser and its schedule, by the step."""
@@ -109,9 +131,9 @@ class ClassifierTraining(LightningModule):
         scatter = ClassMoments.required_bytes(*weight.shape, class_scatter=True) <= _CLASS_SCATTER_BYTES
         return {"classifier": self.head, "class_scatter": scatter, "dtype": "mixed"}
 
-    def _batches(self, epoch: int) -> EpochBatches:
+    def _batches(self, epoch: int, done: int = 0) -> EpochBatches:
         standardise = self.evaluation["train"].standardise
-        return EpochBatches(self.data.train, standardise, self.config, self.config.seed, epoch)
+        return EpochBatches(self.data.train, standardise, self.config, self.config.seed, epoch, done)
 
     @torch.no_grad()
     def _figures(self, loss: Tensor, logits: Tensor, features: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -135,19 +157,21 @@ def train(module: ClassifierTraining, folder: RunFolder, *callbacks: Callback) -
     Raises:
         ValueError: A checkpoint that cannot be read or is of another model, or a loss that is not finite.
         KeyboardInterrupt: The user stopped it.
+        Terminated: SIGTERM stopped it; where it was inside an epoch is saved.
     """
     config, last = module.config, folder.last_checkpoint
     loggers = build_loggers(config.loggers, folder)
     for logger in loggers:
         logger.log_hyperparams(config.in_force())
     device = module.data.train.labels.device
-    with quiet_lightning():
+    checkpointing = Checkpointing(folder, config)
+    with quiet_lightning(), on_sigterm(checkpointing.on_sigterm):
         trainer = Trainer(
             accelerator=device.type,
             devices=1,
             max_epochs=config.epochs,
-            callbacks=[*_records(module, folder), *callbacks, Checkpointing(folder, config)],
-            plugins=[WholeCheckpoints()],
+            callbacks=[*_records(module, folder), *callbacks, checkpointing],
+            plugins=[WholeCheckpoints(module.state_dict())],
             reload_dataloaders_every_n_epochs=1,
             logger=loggers or False,
             enable_checkpointing=False,
@@ -162,13 +186,6 @@ def train(module: ClassifierTraining, folder: RunFolder, *callbacks: Callback) -
             if isinstance(exit.__context__, KeyboardInterrupt):
                 raise KeyboardInterrupt from exit
             raise
-        except RuntimeError as error:
-            if "size mismatch" not in str(error):
-                raise
-            raise ValueError(
-                f"checkpoint {str(last)!r} is of a model of other sizes than {module.data.num_classes} classes of "
-                f"images {module.data.image_shape} need: give the data that the run began with"
-            ) from error
         finally:
             finish_loggers(loggers)
 
@@ -185,14 +202,6 @@ def _records(module: ClassifierTraining, folder: RunFolder) -> list[Callback]:
         **module.measuring,
     )
     return [TrainingLog(folder.training_log), GradientLog(folder.gradients), collapse]
-
-
-@contextmanager
-def _inputs_of(module: torch.nn.Module) -> Iterator[list[Tensor]]:
-    """The first arguments that the module is called with inside."""
-    seen: list[Tensor] = []
-    with module.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0])):
-        yield seen
 
 
 @contextmanager

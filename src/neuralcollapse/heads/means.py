@@ -1,0 +1,109 @@
+"""The classifier that is the class means themselves."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from neuralcollapse._checks import check_choice, check_factory, compute_dtype
+from neuralcollapse.heads.class_means import DEFAULT_MOMENTUM, ClassMeans, KeepsFullPrecision, Momentum
+from neuralcollapse.heads.head import LearnsFromTargets
+from neuralcollapse.heads.recompute import counts_once
+
+Means = Literal["previous", "current", "differentiable"]
+
+
+class ClassMeanClassifier(KeepsFullPrecision, LearnsFromTargets):
+    r"""A classifier whose weight is the moving class means, centred and of unit norm: any K in any d.
+
+    In training, with targets, it takes the batch into its `ClassMeans`; in evaluation it is a linear classifier and
+    changes nothing. Classes that have not been seen have random unit rows.
+
+    Args:
+        in_features: d.
+        num_classes: K ≥ 2.
+        means: Which means the logits of a training batch are of. ``"previous"``: those of before the batch, so that
+            they do not know its labels; ``"current"``: those with the batch in them; ``"differentiable"``: these, with
+            their gradient.
+        feature_norm: τ, the norm that features are given; ``"auto"``: `collapse_radius`; ``None``: left as they are.
+        bias: ``"centring"``: −W·m with the global mean m of the batch in training (with gradient where the means have
+            theirs), a moving mean in evaluation, for cross-entropy; ``"none"``, for the losses on the sphere
+            (`neuralcollapse.losses`).
+        momentum: The weight α of a new batch in the class means, as for `ClassMeans`.
+        ignore_index: Features whose target is this count in no mean.
+        generator: Source of the rows of classes not seen yet; by default one seeded with 0.
+
+    Shape: features (..., d) and targets (...) to logits (..., K).
+
+    Raises:
+        ValueError: Sizes or arguments out of range; in training mode, no targets, or labels outside [0, K).
+
+    Examples:
+        >>> head = ClassMeanClassifier(64, 1000)
+        >>> features, targets = torch.randn(32, 64, requires_grad=True), torch.randint(1000, (32,))
+        >>> torch.nn.functional.cross_entropy(head(features, targets), targets).backward()
+        >>> head.eval()(features).shape
+        torch.Size([32, 1000])
+    """
+
+    _full_precision_buffers = ("weight",)
+    weight: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        means: Means = "previous",
+        feature_norm: float | Literal["auto"] | None = "auto",
+        bias: Literal["centring", "none"] = "centring",
+        momentum: Momentum = DEFAULT_MOMENTUM,
+        ignore_index: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(in_features, num_classes, feature_norm, ignore_index)
+        check_choice("means", means, ("previous", "current", "differentiable"))
+        check_choice("bias", bias, ("centring", "none"))
+        check_factory(None, None, generator)
+        self.means = means
+        self.centring = bias == "centring"
+        self.class_means = ClassMeans(num_classes, in_features, momentum=momentum, ignore_index=ignore_index)
+        generator = torch.Generator().manual_seed(0) if generator is None else generator
+        rows = torch.randn(num_classes, in_features, dtype=torch.float32, generator=generator, device=generator.device)
+        self.register_buffer("weight", normalize(rows).to(self.class_means.global_mean.device))
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        """(K,), of the moving global mean; None without centring."""
+        return -(self.weight @ self.class_means.global_mean.to(self.weight)) if self.centring else None
+
+    @counts_once
+    def prepare(self, features: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As `Head.prepare`; in training mode, targets (...) are needed (or ``with frozen()``)."""
+        features = self.features(features)
+        targets = self.step_targets(targets)
+        if targets is None:
+            return features, self.weight, self.bias
+        # Means stay in fp32 under autocast.
+        with torch.autocast(features.device.type, enabled=False):
+            flat = features.reshape(-1, self.in_features).to(compute_dtype(features.dtype))
+            before = self.weight
+            class_means, batch_mean = self.class_means(
+                flat if self.means == "differentiable" else flat.detach(), targets.reshape(-1)
+            )
+            weight = self._unit_rows(class_means)
+            # A copy: what restores or broadcasts buffers writes into them, and the graph holds `weight`.
+            self.weight = weight.detach().to(self.weight.dtype, copy=True)
+            if self.means == "previous":
+                weight = before.to(flat)
+            bias = -(weight @ batch_mean) if self.centring else None
+        return features, weight, bias
+
+    def _unit_rows(self, class_means: Tensor) -> Tensor:
+        """The means scaled to unit norm; what has none, as a class not seen yet, keeps the row it has."""
+        norms = torch.linalg.vector_norm(class_means, dim=1, keepdim=True)
+        there = norms > 0
+        return torch.where(there, class_means / norms.where(there, 1), self.weight.to(class_means))

@@ -1,0 +1,145 @@
+"""Models of transformers with a head attached: labels, Trainer, and what is saved is what is read again."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from helpers import normal
+from neuralcollapse import FixedETFClassifier, LearnedClassifier, NearestETFClassifier, attach_head
+
+transformers = pytest.importorskip("transformers")
+
+IMAGES, LABELS = normal(40, 1, 8, 8, dtype=torch.float32), torch.arange(40) % 5
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+def vit(num_labels=5, **settings):
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        image_size=8, patch_size=4, num_channels=1, num_labels=num_labels, **SIZES, **settings
+    )
+    return transformers.ViTForImageClassification(config)
+
+
+def attached(num_labels=5, **options):
+    return attach_head(vit(num_labels), NearestETFClassifier(16, 5, **options), output="logits")
+
+
+def trainer(model, folder, **settings):
+    settings = {"max_steps": 4, "per_device_train_batch_size": 10, "learning_rate": 1e-2} | settings
+    arguments = transformers.TrainingArguments(
+        str(folder), remove_unused_columns=False, report_to="none", use_cpu=True, disable_tqdm=True, **settings
+    )
+    data = [{"pixel_values": image, "labels": label} for image, label in zip(IMAGES, LABELS, strict=True)]
+    accuracy = lambda seen: {"accuracy": (seen.predictions.argmax(-1) == seen.label_ids).mean()}  # noqa: E731
+    return transformers.Trainer(model, arguments, train_dataset=data, eval_dataset=data, compute_metrics=accuracy)
+
+
+def test_labels_go_to_the_head_and_come_back_as_the_loss():
+    model = attached()
+    again = copy.deepcopy(model)
+    output = model(pixel_values=IMAGES, labels=LABELS, output_hidden_states=True)
+    logits = again(pixel_values=IMAGES, targets=LABELS)
+    assert type(output) is type(vit()(IMAGES))
+    assert torch.equal(output.logits, logits)
+    assert output[0] is output.loss
+    assert torch.allclose(output.loss, cross_entropy(logits, LABELS))
+    assert len(output.hidden_states) == 2
+    whole = model(pixel_values=IMAGES, labels=LABELS, num_items_in_batch=80).loss
+    assert torch.allclose(2 * whole, cross_entropy(again(pixel_values=IMAGES, targets=LABELS), LABELS))
+
+
+def test_padded_tokens_train_with_labels():
+    config = transformers.BertConfig(vocab_size=20, num_labels=5, max_position_embeddings=8, **SIZES)
+    model = attach_head(
+        transformers.BertForTokenClassification(config), NearestETFClassifier(16, 5, ignore_index=-100), output="logits"
+    )
+    tokens, labels = torch.arange(32).reshape(4, 8) % 20, torch.arange(32).reshape(4, 8) % 5
+    labels[:, 6:] = -100
+    output = model(input_ids=tokens, labels=labels)
+    assert output.logits.shape == (4, 8, 5)
+    assert int(model.head.class_means.overall.seen) == 24
+    assert torch.allclose(output.loss, cross_entropy(output.logits.flatten(0, 1), labels.flatten()))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trainer_trains_evaluates_saves_and_goes_on(tmp_path):
+    model = attached()
+    run = trainer(model, tmp_path, save_steps=2, gradient_accumulation_steps=2, activation_checkpointing=True)
+    run.train()
+    assert int(model.head.class_means.overall.batches) == 8  # each batch once, in spite of checkpointing
+    found = run.evaluate()
+    with torch.no_grad():
+        logits = model.eval()(IMAGES)
+    assert found["eval_accuracy"] == pytest.approx(float((logits.argmax(-1) == LABELS).double().mean()))
+    assert found["eval_loss"] == pytest.approx(float(cross_entropy(logits, LABELS)), rel=1e-5)
+    run.save_model(str(tmp_path / "final"))
+    again = attached()
+    again.load_state_dict(load_file(tmp_path / "final" / "model.safetensors"))
+    assert torch.equal(again.eval()(IMAGES), logits)
+    resumed = attached()
+    trainer(resumed, tmp_path, gradient_accumulation_steps=2).train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+    )
+    assert torch.allclose(resumed.eval()(IMAGES), logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_labels", [5, 3])
+@pytest.mark.parametrize(
+    "head",
+    [
+        lambda: NearestETFClassifier(16, 5, feature_norm=None),
+        lambda: NearestETFClassifier(16, 5, feature_norm=None, bias="none"),
+        lambda: LearnedClassifier(16, 5),
+    ],
+)
+def test_a_head_without_norm_is_read_again_by_from_pretrained(tmp_path, head, num_labels):
+    model = attach_head(vit(num_labels), head(), output="logits")
+    for _ in range(3):
+        model(pixel_values=IMAGES, labels=LABELS).loss.backward()
+    logits = model.eval()(IMAGES)
+    with pytest.raises(ValueError, match=r"save_pretrained\(\) would lose the classifier"):
+        model.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+    model.to_inference().save_pretrained(tmp_path)
+    again, report = transformers.ViTForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert again.config.num_labels == 5
+    assert torch.allclose(again(IMAGES).logits, logits, atol=1e-6)
+    assert torch.allclose(again(IMAGES, labels=LABELS).loss, cross_entropy(logits, LABELS), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [FixedETFClassifier, NearestETFClassifier])
+def test_what_does_not_fit_into_the_architecture_is_not_saved_as_it(tmp_path, kind):
+    model = attach_head(vit(), kind(16, 5), output="logits")
+    model(IMAGES, targets=LABELS)
+    for saved in (model.model, copy.deepcopy(model).model, model.to_inference()):
+        with pytest.raises(
+            ValueError, match="'classifier' of ViTForImageClassification must be an nn.Linear with bias"
+        ):
+            saved.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+    saved.classifier = nn.Linear(16, 5)  # somebody's own, again
+    saved.save_pretrained(tmp_path)
+    assert transformers.ViTForImageClassification.from_pretrained(tmp_path).classifier.weight.equal(
+        saved.classifier.weight
+    )
+
+
+def test_a_refusal_leaves_saving_as_it_was(tmp_path):
+    model = vit()
+    classifier = model.classifier
+    refused = attach_head(model, NearestETFClassifier(16, 5), output="logit")
+    with pytest.raises(ValueError, match="it has no 'logit'"):
+        refused(IMAGES, targets=LABELS)
+    assert model.classifier is classifier
+    model.save_pretrained(tmp_path)
+    assert torch.equal(
+        transformers.ViTForImageClassification.from_pretrained(tmp_path)(IMAGES).logits, model(IMAGES).logits
+    )

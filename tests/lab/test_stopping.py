@@ -1,0 +1,167 @@
+"""A run that is stopped, anywhere, goes on as if it had not been."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from neuralcollapse.cli import main
+from neuralcollapse.lab import RunConfig, RunFolder, train_runs
+from neuralcollapse.lab.stopping import Terminated
+from neuralcollapse.lab.training import collapse_callback, one_run
+
+SMALL = {
+    "backbone": "convnet",
+    "width": 6,
+    "train_samples": 100,
+    "test_samples": 40,
+    "batch_size": 12,
+    "epochs": 2,
+    "crop_padding": 1,
+    "flip": True,
+    "rotation": 10.0,
+}
+BATCHES = 9  # 100 images in batches of 12
+RUNS = {
+    "sgd": {"method": "implicit"},
+    "adamw": {"method": "standard", "optimizer": "adamw", "lr": 0.01, "schedule": "one-cycle"},
+    "agd": {"method": "fixed", "optimizer": "agd", "batch_norm_affine": False, "classifier_bias": "none"},
+    "lbfgs": {"method": "fixed", "optimizer": "lbfgs", "lbfgs_iterations": 3},
+    "streamed": {"memory_budget": 0.0, "workers": 0, "stratified": True, "means_momentum": "cumulative"},
+    "dropout": {"backbone": "a_net_with_dropout.Net", "width": None},
+}
+NET = """
+from torch import nn
+class Net(nn.Sequential):
+    def __init__(self, image_shape):
+        super().__init__(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 16), nn.ReLU())
+"""
+
+
+def config(name: str, **more: object) -> RunConfig:
+    return RunConfig(**SMALL | RUNS[name] | more)
+
+
+@contextmanager
+def at_batch(number: int, act: Callable[[], None]) -> Iterator[None]:
+    """Have something happen while a batch is trained on, counted from 1 over all epochs."""
+    seen, loss = [], one_run.batch_loss
+
+    def counted(*arguments: object) -> torch.Tensor:
+        seen.append(1)
+        if len(seen) == number:
+            act()
+        return loss(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(one_run, "batch_loss", counted)
+        yield
+
+
+def sigterm() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def weights(folder: RunFolder) -> dict[str, torch.Tensor]:
+    return torch.load(folder.last_checkpoint, weights_only=True)["state_dict"]
+
+
+def assert_same(one: RunFolder, other: RunFolder) -> None:
+    """Weights, metrics and gradients to the bit, and all that training itself saw but its seconds."""
+    found, expected = weights(one), weights(other)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    for table in ("metrics", "gradients"):
+        assert getattr(one, table).read_bytes() == getattr(other, table).read_bytes()
+    logs = [pd.read_csv(folder.training_log).drop(columns="seconds") for folder in (one, other)]
+    pd.testing.assert_frame_equal(*logs, check_exact=True)
+
+
+@pytest.fixture(autouse=True)
+def own_net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a_net_with_dropout.py").write_text(NET)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_that_sigterm_stops_inside_an_epoch_goes_on_there(name, tmp_path):
+    run, out = config(name), tmp_path / "stopped"
+    whole = train_runs(run, tmp_path / "whole", progress=False)
+    per_batch = 4 if name == "lbfgs" else 1  # evaluations of the loss, at least
+    with at_batch((BATCHES + 3) * per_batch, sigterm), pytest.raises(Terminated) as ended:
+        train_runs(run, out, progress=False)
+    assert ended.value.code == 143
+    kept = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["neuralcollapse"]
+    assert 0 < kept["batches"] < BATCHES
+    stopped = train_runs(run, out, resume=True, progress=False)
+    assert_same(stopped, whole)
+
+
+def test_a_run_that_is_killed_goes_on_from_the_last_minutes(tmp_path):
+    run, out = config("sgd", checkpoint_minutes=1e-9), tmp_path / "killed"
+    whole = train_runs(run, tmp_path / "whole", progress=False)
+
+    def fail() -> None:
+        raise OSError("pulled the plug")
+
+    for batch in (4, 3, BATCHES + 2):  # counted from where it goes on
+        with at_batch(batch, fail), pytest.raises(OSError, match="pulled the plug"):
+            train_runs(run, out, resume=True, progress=False)
+    kept = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["neuralcollapse"]
+    assert (kept["epoch"], kept["batches"]) == (2, 6)
+    assert_same(train_runs(run, out, resume=True, progress=False), whole)
+
+
+def test_sigterm_while_measuring_leaves_the_epoch_before(tmp_path, monkeypatch):
+    run, out = config("sgd"), tmp_path / "stopped"
+    whole = train_runs(run, tmp_path / "whole", progress=False)
+    measured = []
+
+    def measure(*arguments: object, **options: object) -> object:
+        measured.append(1)
+        if len(measured) == 2:
+            sigterm()
+        return splits(*arguments, **options)
+
+    splits = collapse_callback.measure_splits
+    monkeypatch.setattr(collapse_callback, "measure_splits", measure)
+    with pytest.raises(Terminated):
+        train_runs(run, out, progress=False)
+    kept = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["neuralcollapse"]
+    assert kept["epoch"] == 1
+    assert "batches" not in kept
+    assert_same(train_runs(run, out, resume=True, progress=False), whole)
+
+
+def test_the_command_says_how_to_go_on_and_exits_with_143(tmp_path, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    arguments = ["--backbone=mlp", "--width=12", "--epochs=1", "--train_samples=60", "--batch_size=10"]
+    with at_batch(2, sigterm):
+        assert main(["train", *arguments, "--out", str(tmp_path / "out")]) == 143
+    assert capsys.readouterr().err.strip().split("\n")[-1] == (
+        "neuralcollapse: terminated; with --resume, without --overwrite, it goes on"
+    )
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_checkpoint_says_whose_it_is(tmp_path):
+    run = config("sgd", epochs=1)
+    folder = train_runs(run, tmp_path / "out", progress=False)
+    kept = torch.load(folder.last_checkpoint, weights_only=True)["neuralcollapse"]
+    assert (kept["format_version"], kept["epoch"], kept["seed"]) == (1, 1, 0)
+    assert kept["config"] == run.in_force()
+
+
+def test_a_checkpoint_inside_an_epoch_is_not_measured(tmp_path, capsys):
+    out = tmp_path / "out"
+    with at_batch(2, sigterm), pytest.raises(Terminated):
+        train_runs(config("sgd"), out, progress=False)
+    assert main(["measure", str(out)]) == 1
+    assert "the run was stopped inside epoch 1" in capsys.readouterr().err
