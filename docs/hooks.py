@@ -1,13 +1,16 @@
-"""Formulas become MathML while the site is built, so that pages need no script for them."""
+"""What the site needs beyond the theme: formulas as MathML while it is built, and no request to any host."""
 
 from __future__ import annotations
 
 import html
 import re
+from pathlib import Path
 from typing import Any
 
 from latex2mathml.converter import convert
 
+# Material asks this host for a script when pages are opened as files and not from a server; without it, there is no search.
+_ELSEWHERE = re.compile(r"https://unpkg\.com/[\w./@-]+")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -18,3 +21,9 @@ def on_page_content(content: str, **_: Any) -> str:
 
 def _mathml(match: re.Match[str]) -> str:
     return convert(html.unescape(match[3]), display="block" if match[2] == "[" else "inline")
+
+
+def on_post_build(config: Any, **_: Any) -> None:
+    """Leave no address of another host in the scripts."""
+    for script in Path(config.site_dir).glob("assets/javascripts/bundle.*.js"):
+        script.write_text(_ELSEWHERE.sub("data:text/javascript,", script.read_text()))
