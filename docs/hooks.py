@@ -9,7 +9,7 @@ from typing import Any
 
 from latex2mathml.converter import convert
 
-# Material asks this host for a script when pages are opened as files and not from a server; without it, there is no search.
+# Material asks this host for a script when pages are opened as files; without it, there is no search there.
 _ELSEWHERE = re.compile(r"https://unpkg\.com/[\w./@-]+")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 

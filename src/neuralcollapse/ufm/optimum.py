@@ -4,7 +4,7 @@ For any d, (λ_W‖W‖² + λ_H‖H‖²)/2 ≥ μ ‖Z‖_* with Z = W Hᵀ (K
 the objective from below. It is invariant under permutations of the classes and of the samples of a class, so that the
 average of a minimiser over both is one as well: Z = a (I − 11ᵀ/K) ⊗ 1ᵀ_n, and one number a is left to find. That Z
 has rank K−1, so that factors W, H which attain the bound exist for every d ≥ K−1. The strength of the decay enters
-through s = K √(n λ_W λ_H) alone, and the optimum is the origin for s ≥ 1. `docs/theory/unconstrained-features.md` has it in full.
+through s = K √(n λ_W λ_H) alone, and the optimum is the origin for s ≥ 1.
 """
 
 from __future__ import annotations
