@@ -17,7 +17,10 @@ COMMAND = [sys.executable, "-c", "import sys; from neuralcollapse.cli import mai
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("--methods standard,explicit", "methods must be a list, each item one of standard, fixed, implicit, linear, means"),
+        (
+            "--methods standard,explicit",
+            "methods must be a list, each item one of standard, fixed, implicit, linear, means",
+        ),
         ("--methods fixed,fixed", "methods must be different ones of"),
         (
             "--backbone vgg",

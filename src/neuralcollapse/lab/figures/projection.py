@@ -88,9 +88,19 @@ def _draw_features(axes: Axes, *, runs: Runs, label: str, epoch: int) -> None:
     for place, one in enumerate(_CLASSES):
         color = COLORS[place]
         mine = found.features[found.targets == one]
-        axes.scatter(*mine.T, s=8, color=color, marker=_MARKERS[place], alpha=0.5, linewidths=0, label=f"class {one}")
+        axes.scatter(
+            mine[:, 0],
+            mine[:, 1],
+            s=8,
+            color=color,
+            marker=_MARKERS[place],
+            alpha=0.5,
+            linewidths=0,
+            label=f"class {one}",
+        )
         axes.plot(*zip((0, 0), found.weights[place].tolist(), strict=True), color=color, linewidth=1.4)
-        axes.scatter(*found.means[place], s=45, color=color, marker=_MARKERS[place], edgecolors="black", zorder=3)
+        x, y = found.means[place].tolist()
+        axes.scatter(x, y, s=45, color=color, marker=_MARKERS[place], edgecolors="black", zorder=3)
     triangle = found.vertices[[0, 1, 2, 0]]
     axes.plot(*triangle.T, color="0.4", linewidth=0.8, linestyle=(0, (1, 2)), zorder=0)
     axes.set(aspect="equal", xlim=(-1.6, 1.6), ylim=(-1.7, 1.2), xticks=[], yticks=[])
