@@ -109,7 +109,7 @@ class ClassMeans(nn.Module):
 
     Source: Markou, Ajanthan, Gould (NeurIPS 2024), section 3.
 
-    Example:
+    Examples:
         >>> means = ClassMeans(2, 1, momentum=0.5)
         >>> centred, batch_mean = means(torch.tensor([[1.0], [3.0], [8.0]]), torch.tensor([0, 0, 1]))
         >>> centred.flatten().tolist(), batch_mean.tolist()

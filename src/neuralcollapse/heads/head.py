@@ -34,7 +34,7 @@ class FeatureNorm(nn.Module):
 
     Shape: (..., d) to (..., d), in the dtype of the input (fp16 and bf16 are computed in fp32).
 
-    Example:
+    Examples:
         >>> FeatureNorm(5.0)(torch.tensor([[3.0, 4.0]]))
         tensor([[3., 4.]])
     """
@@ -97,7 +97,7 @@ def collapse_radius(num_classes: int, probability: float = 0.99) -> float:
     Raises:
         ValueError: K < 2, or p outside (1/K, 1).
 
-    Example:
+    Examples:
         >>> [round(collapse_radius(num_classes), 1) for num_classes in (10, 100, 1000)]
         [6.1, 9.1, 11.5]
     """

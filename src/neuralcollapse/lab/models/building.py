@@ -41,7 +41,7 @@ def build_model(config: RunConfig, image_shape: ImageShape, num_classes: int) ->
     Raises:
         ValueError: Settings that do not fit the images or the number of classes.
 
-    Example:
+    Examples:
         >>> model = build_model(RunConfig(backbone="mlp", width=16), (1, 8, 8), 10)
         >>> model.eval()(torch.zeros(2, 1, 8, 8)).shape
         torch.Size([2, 10])
