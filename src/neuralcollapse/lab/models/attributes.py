@@ -59,4 +59,4 @@ def read_attributes(path: str, num_classes: int) -> Tensor:
         )
     if bool((table == "").any(axis=None)):
         raise ValueError(f"class_attributes must have a value of each attribute for each class, {path!r} lacks some")
-    return torch.from_numpy(table.apply(lambda values: pd.factorize(values)[0]).to_numpy("int64"))
+    return torch.tensor(table.apply(lambda values: pd.factorize(values)[0]).to_numpy("int64"))
