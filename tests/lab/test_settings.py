@@ -257,7 +257,9 @@ def test_a_comparison_is_methods_times_seeds_each_with_the_settings_that_are_its
     shared = common_settings(runs)
     assert (shared["epochs"], shared["proximal_weight"], shared["unit_weight"]) == (3, 0.2, False)
     assert not {"method", "seed", "classifier_bias"} & set(shared)
-    with pytest.raises(ValueError, match="proximal_weight belongs to method implicit or trust-region; here"):
+    with pytest.raises(
+        ValueError, match="proximal_weight belongs to method implicit, trust-region, frame or attribute-frame; here"
+    ):
         comparison_runs(Comparison(methods=["standard", "fixed"]), {"proximal_weight": 0.2})
     with pytest.raises(ValueError, match="method is no setting"):
         comparison_runs(Comparison(), {"method": "fixed"})
