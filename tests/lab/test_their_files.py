@@ -121,7 +121,7 @@ MISSING = {
     ),
     "an empty table": (
         lambda folder: (folder / "train.csv").write_text("path,label\n"),
-        "must have",
+        "cannot be read: .*no data",
     ),
 }
 

@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -169,7 +170,8 @@ def train(module: ClassifierTraining, folder: RunFolder, *callbacks: Callback) -
         logger.log_hyperparams(config.in_force())
     device = module.data.train.labels.device
     checkpointing = Checkpointing(folder, config)
-    with quiet_lightning(), on_sigterm(checkpointing.on_sigterm):
+    # In scratch lightning leaves the checkpoint that it writes before it requeues; that of the folder is there before.
+    with quiet_lightning(), on_sigterm(checkpointing.on_sigterm), TemporaryDirectory() as scratch:
         trainer = Trainer(
             accelerator=device.type,
             devices=1,
@@ -181,7 +183,7 @@ def train(module: ClassifierTraining, folder: RunFolder, *callbacks: Callback) -
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            default_root_dir=folder.path,
+            default_root_dir=scratch,
         )
         try:
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
