@@ -77,6 +77,7 @@ def test_figures_are_pictures(finished):
             assert len(picture.convert("RGB").getcolors(10**6)) > 10
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_the_config_says_enough_to_run_it_again(finished, tmp_path):
     stored = yaml.safe_load((finished / "config.yaml").read_text())
     assert (stored["format"], stored["seeds"]) == (1, 2)
@@ -104,6 +105,7 @@ def test_a_run_is_never_overwritten_unasked(finished, tmp_path, capsys):
     assert (finished / "metrics.csv").read_bytes() == before
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_overwrite_starts_again_and_deletes_nothing_else(tmp_path):
     out = tmp_path / "out"
     assert compare(out, "--seeds", "2", "--epochs", "1", "--methods", "fixed") == 0
@@ -127,12 +129,14 @@ def test_resuming_with_other_settings_is_refused(finished, capsys):
     assert "lr must stay 0.05 to resume the run in" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_resuming_a_finished_comparison_changes_nothing(finished):
     before = (finished / "metrics.csv").read_bytes()
     assert main(["compare", "--resume", "--out", str(finished)]) == 0
     assert (finished / "metrics.csv").read_bytes() == before
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_a_truncated_checkpoint_says_what_to_do(tmp_path, capsys):
     out = tmp_path / "out"
     assert compare(out, "--seeds", "1", "--epochs", "1", "--methods", "fixed") == 0
@@ -157,6 +161,7 @@ def test_training_that_diverges_is_one_line_that_names_the_run(tmp_path, capsys)
     )
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_killed_and_resumed_it_ends_with_the_same_metrics(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     flags = ["--seeds=2", "--epochs=12", "--methods=standard,implicit", "--flip", "--schedule=cosine"]
@@ -197,6 +202,7 @@ def test_killed_and_resumed_it_ends_with_the_same_metrics(tmp_path):
     assert (log["seconds"] < 60).all()
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_on_labels_that_are_noise_every_method_is_at_chance(noise_folder, tmp_path):
     """At α = 1 the implicit head's training logits give every label away; what is reported must not show it."""
     out = tmp_path / "out"
@@ -212,6 +218,7 @@ def test_on_labels_that_are_noise_every_method_is_at_chance(noise_folder, tmp_pa
     assert log["fixed"] < 0.15
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_resnet18_on_mnist(real_data, tmp_path):
     out = tmp_path / "out"
     flags = f"--data {real_data / 'mnist'} --backbone resnet18 --width 16 --train_samples 300 --test_samples 100"
@@ -219,6 +226,7 @@ def test_resnet18_on_mnist(real_data, tmp_path):
     assert set(read(out)["method"]) == {"standard", "fixed", "implicit"}
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_a_published_comparison_goes_on_with_what_its_folder_keeps(real_data, tmp_path):
     out = tmp_path / "out"
     short = ["--train_samples=60", "--test_samples=40", "--epochs=1", "--width=4", "--batch_size=20", "--seeds=1"]
