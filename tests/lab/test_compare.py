@@ -14,6 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from helpers import error_of
 from neuralcollapse.cli import main
 from neuralcollapse.lab.results.folder import RunFolder
 
@@ -118,9 +119,9 @@ def test_overwrite_starts_again_and_deletes_nothing_else(tmp_path):
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("mine")
-    for flags in ([], ["--overwrite"], ["--resume"]):
+    for flags, expected in (([], "other files"), (["--overwrite"], "other files"), (["--resume"], "holds none")):
         assert compare(tmp_path, *flags) == 2
-        assert "holds other files" in capsys.readouterr().err
+        assert expected in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -129,26 +130,24 @@ def test_resuming_with_other_settings_is_refused(finished, capsys):
     assert "lr must stay 0.05 to resume the run in" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("without_figures")
-def test_resuming_a_finished_comparison_changes_nothing(finished):
+def test_resuming_a_finished_comparison_is_refused_and_changes_nothing(finished, capsys):
     before = (finished / "metrics.csv").read_bytes()
-    assert main(["compare", "--resume", "--out", str(finished)]) == 0
+    assert "is finished: --epochs of more extends" in error_of(capsys, "compare", "--resume", "--out", str(finished))
     assert (finished / "metrics.csv").read_bytes() == before
 
 
 @pytest.mark.usefixtures("without_figures")
 def test_a_truncated_checkpoint_says_what_to_do(tmp_path, capsys):
     out = tmp_path / "out"
-    assert compare(out, "--seeds", "1", "--epochs", "1", "--methods", "fixed") == 0
+    assert compare(out, "--seeds", "1", "--epochs", "1", "--methods", "fixed", "--schedule", "constant") == 0
     checkpoint = RunFolder(out).run("fixed-seed0").last_checkpoint
     checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
-    capsys.readouterr()
-    assert main(["compare", "--resume", "--out", str(out)]) == 2
-    line = capsys.readouterr().err.strip().split("\n")[-1]
+    further = ["compare", "--resume", "--epochs", "2", "--out", str(out)]
+    line = error_of(capsys, *further)
     assert "last.ckpt' cannot be read" in line
     assert "delete it to start that run again" in line
     checkpoint.unlink()
-    assert main(["compare", "--resume", "--out", str(out)]) == 0
+    assert main(further) == 0
 
 
 def test_training_that_diverges_is_one_line_that_names_the_run(tmp_path, capsys):
@@ -233,5 +232,6 @@ def test_a_published_comparison_goes_on_with_what_its_folder_keeps(real_data, tm
     data = ["--data", str(real_data / "mnist"), "--methods=standard,implicit"]
     assert main(["compare", "--recipe", "markou2024-mnist", *data, *short, "--out", str(out)]) == 0
     before = (out / "metrics.csv").read_bytes()
+    (out / "summary.md").unlink()  # as if it had been stopped before
     assert main(["compare", "--resume", "--out", str(out)]) == 0
     assert (out / "metrics.csv").read_bytes() == before
