@@ -15,7 +15,10 @@ from neuralcollapse.cli import main
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("--methods standard,explicit", "methods must be a list, each item one of standard, fixed, implicit, linear, means"),
+        (
+            "--methods standard,explicit",
+            "methods must be a list, each item one of standard, fixed, implicit, linear, means",
+        ),
         ("--methods fixed,fixed", "methods must be different ones of"),
         (
             "--backbone vgg",

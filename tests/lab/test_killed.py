@@ -9,21 +9,19 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
 
-from neuralcollapse.lab import RunFolder
-
-# The command, without its figures, which take longer than the training.
-CODE = """
-import sys
 from neuralcollapse.cli import main
+from neuralcollapse.lab import RunFolder
+from neuralcollapse.lab.data.sources import digits
 from neuralcollapse.lab.figures import summary
-summary.draw_figures = lambda *_: []
-sys.exit(main())
-"""
+from neuralcollapse.lab.training import many_runs
+
 SETTINGS = [
     "--epochs=4",
     "--width=8",
@@ -42,31 +40,55 @@ RUNS = {
     "fixed-agd": ["--method=fixed", "--optimizer=agd", "--no-batch_norm_affine", "--classifier_bias=none"],
 }
 NAMES = list(RUNS)
+IMPORTED = digits(), many_runs  # before any process is forked
 MOMENTS = range(10)
 
 
-def start(name: str, out: Path, *more: str, limit: int | None = None) -> subprocess.Popen[str]:
-    """A process that trains, or goes on where there is a run; no file of its can be longer than the limit."""
-    there = (out / "config.yaml").exists()
-    arguments = ["--resume"] if there else [*SETTINGS, *RUNS[name]]
+class Process:
+    """The command in a process of its own, forked: what it would import is there already.
 
-    def limited() -> None:
-        if limit is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    Its figures are left out, which take longer than the training. No file that it writes can be longer than the limit.
+    """
 
-    return subprocess.Popen(
-        [sys.executable, "-c", CODE, "train", *arguments, "--out", str(out), *more],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=limited,
-    )
+    def __init__(self, name: str, out: Path, limit: int | None = None) -> None:
+        there = (out / "config.yaml").exists()
+        arguments = ["--resume"] if there else [*SETTINGS, *RUNS[name]]
+        self.log = out.parent.with_name(f"{out.parent.name}-{out.name}.log")
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._run(["train", *arguments, "--out", str(out)], limit)
+
+    def _run(self, arguments: list[str], limit: int | None) -> NoReturn:
+        code = 1
+        try:
+            with self.log.open("w", buffering=1) as sys.stderr, self.log.open("a") as sys.stdout:
+                if limit is not None:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+                try:
+                    summary.draw_figures = lambda *_: []
+                    code = main(arguments)
+                except BaseException:
+                    traceback.print_exc()
+        finally:
+            os._exit(code)
+
+    def is_running(self) -> bool:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode is None
+
+    def message(self) -> str:
+        """What it said, once it has ended."""
+        while self.is_running():
+            time.sleep(0.005)
+        return self.log.read_text()
 
 
 def to_its_end(name: str, out: Path) -> RunFolder:
-    process = start(name, out)
-    message = process.communicate()[1]
+    process = Process(name, out)
+    message = process.message()
     assert process.returncode == 0 or "is finished" in message, message
     return RunFolder(out)
 
@@ -76,11 +98,12 @@ Unbroken = dict[str, tuple[RunFolder, float]]
 
 def to_the_end_at_once(name: str, out: Path) -> tuple[RunFolder, float]:
     """Its folder, and the seconds from its first file to its end."""
-    process = start(name, out)
-    while not (out / "config.yaml").exists() and process.poll() is None:
-        time.sleep(0.01)
+    process = Process(name, out)
+    while not (out / "config.yaml").exists() and process.is_running():
+        time.sleep(0.005)
     began = time.monotonic()
-    assert process.wait() == 0
+    message = process.message()
+    assert process.returncode == 0, message
     return RunFolder(out), time.monotonic() - began
 
 
@@ -94,13 +117,14 @@ def one_unbroken(tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
     return {NAMES[0]: to_the_end_at_once(NAMES[0], tmp_path_factory.mktemp("unbroken") / "one")}
 
 
-def at_moment(process: subprocess.Popen[str], out: Path, seconds: float, number: signal.Signals) -> str:
+def at_moment(process: Process, out: Path, seconds: float, number: signal.Signals) -> str:
     """Send a signal so long after the run's folder is begun."""
-    while not (out / "config.yaml").exists() and process.poll() is None:
+    while not (out / "config.yaml").exists() and process.is_running():
         time.sleep(0.005)
     time.sleep(seconds)
-    process.send_signal(number)
-    return process.communicate()[1]
+    if process.is_running():
+        os.kill(process.pid, number)
+    return process.message()
 
 
 def assert_same(run: RunFolder, expected: RunFolder) -> None:
@@ -114,7 +138,7 @@ def stop_and_go_on(number: signal.Signals, moment: int, unbroken: Unbroken, out:
     name = NAMES[moment % len(NAMES)]
     expected, seconds = unbroken[name]
     share = (moment + random.Random(int(number) * 100 + moment).random()) / len(MOMENTS)
-    process = start(name, out)
+    process = Process(name, out)
     message = at_moment(process, out, share * seconds, number)
     assert "Traceback" not in message
     assert process.returncode in ((-9, 0) if number == signal.SIGKILL else (143, 0))
@@ -127,10 +151,10 @@ def fill_and_go_on(moment: int, unbroken: Unbroken, out: Path) -> None:
     name = NAMES[moment % len(NAMES)]
     expected, seconds = unbroken[name]
     draw = random.Random(moment)
-    process = start(name, out)
+    process = Process(name, out)
     at_moment(process, out, draw.random() * seconds / 2, signal.SIGKILL)
-    process = start(name, out, limit=round(10 ** draw.uniform(2, 4.5)))
-    message = process.communicate()[1]
+    process = Process(name, out, limit=round(10 ** draw.uniform(2, 4.5)))
+    message = process.message()
     assert process.returncode in (0, 2)
     assert "Traceback" not in message
     if process.returncode == 2 and "is finished" not in message:
@@ -166,8 +190,8 @@ def test_a_small_file_system_that_fills_leaves_the_last_state(kibibytes, unbroke
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("no tmpfs can be mounted here")
     try:
-        process = start(NAMES[0], disk / "run")
-        message = process.communicate()[1]
+        process = Process(NAMES[0], disk / "run")
+        message = process.message()
         assert process.returncode == 2
         assert "No space left on device" in message.strip().split("\n")[-1]
         assert "Traceback" not in message

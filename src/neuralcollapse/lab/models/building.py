@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def build_model(config: RunConfig, image_shape: ImageShape, num_classes: int) ->
     Raises:
         ValueError: Settings that do not fit the images or the number of classes.
 
-    Example:
+    Examples:
         >>> model = build_model(RunConfig(backbone="mlp", width=16), (1, 8, 8), 10)
         >>> model.eval()(torch.zeros(2, 1, 8, 8)).shape
         torch.Size([2, 10])
@@ -74,13 +75,20 @@ def build_head(config: RunConfig, feature_dim: int, num_classes: int) -> Head:
     options["bias"] = config.classifier_bias or "none"
     if config.means_momentum is not None:
         options["momentum"] = config.means_momentum
-    if config.method in ("fixed", "softmax-code"):
-        orientation: Any = "canonical" if config.method == "fixed" else "softmax-code"
-        return FixedETFClassifier(orientation=orientation, **options)
+    if config.method == "fixed":
+        return FixedETFClassifier(**options)
+    if config.method == "softmax-code":
+        return copy.deepcopy(_softmax_code_head(**options))
     if config.method == "means":
         return ClassMeanClassifier(means=config.class_means or "previous", **options)
     solver: Any = "trust-region" if config.method == "trust-region" else "closed-form"
     return NearestETFClassifier(solver=solver, proximal_weight=config.proximal_weight or 0.0, **options)
+
+
+@lru_cache(maxsize=4)
+def _softmax_code_head(**options: Any) -> Head:
+    """Kept, since looking for a code can take minutes and every seed has the same."""
+    return FixedETFClassifier(orientation="softmax-code", **options)
 
 
 class OwnBackbone(Backbone):

@@ -44,7 +44,7 @@ class RunFolder:
         runs: The runs, where there are several.
         tuning: The folder of the runs by which learning rates were chosen.
 
-    Example:
+    Examples:
         >>> RunFolder("runs/digits").metrics.name
         'metrics.csv'
     """
