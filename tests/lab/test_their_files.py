@@ -157,7 +157,9 @@ def test_a_panel_that_cannot_be_drawn_says_why(tmp_path, monkeypatch):
     row = {"method": "fixed", "seed": 0, "epoch": 1, "metric": "accuracy", "value": 0.5}
     measured = pd.DataFrame([row | {"split": "train"}, row | {"split": "test", "value": math.nan}])
     said: list[str] = []
-    monkeypatch.setattr("matplotlib.axes.Axes.text", lambda *arguments, **_: said.append(" ".join(arguments[3].split())))
+    monkeypatch.setattr(
+        "matplotlib.axes.Axes.text", lambda *arguments, **_: said.append(" ".join(arguments[3].split()))
+    )
     assert all(path.exists() for path in draw_figures(measured, tmp_path, "digits"))
     unmeasured = ["nc1_quotient", "nc2_etf_means", "nc3_duality", "nc4_ncc_mismatch"]
     assert said == [f"no finite value of {name} was measured" for name in ("accuracy", *sorted(2 * unmeasured))]
