@@ -11,8 +11,6 @@ from PIL import Image
 from helpers import error_of
 from neuralcollapse.cli import main
 
-COMMAND = [sys.executable, "-c", "import sys; from neuralcollapse.cli import main; sys.exit(main())"]
-
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
