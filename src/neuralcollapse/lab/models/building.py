@@ -18,12 +18,15 @@ from neuralcollapse.heads import (
     AttachedHead,
     ClassMeanClassifier,
     FixedETFClassifier,
+    FixedFrameClassifier,
     Head,
     LearnedClassifier,
     NearestETFClassifier,
+    NearestFrameClassifier,
     attach_head,
 )
 from neuralcollapse.lab.config import ModelSettings, RunConfig
+from neuralcollapse.lab.models.attributes import attribute_code
 from neuralcollapse.lab.models.backbones import MLP, VGG13, Backbone, ConvNet, ImageShape, ResNet
 
 
@@ -81,8 +84,15 @@ def build_head(config: RunConfig, feature_dim: int, num_classes: int) -> Head:
         return copy.deepcopy(_softmax_code_head(**options))
     if config.method == "means":
         return ClassMeanClassifier(means=config.class_means or "previous", **options)
+    if config.method == "fixed-frame":
+        return FixedFrameClassifier(code=attribute_code(config, feature_dim, num_classes), **options)
+    options["proximal_weight"] = config.proximal_weight or 0.0
+    if config.method in ("frame", "attribute-frame"):
+        means = config.method == "frame"
+        geometry: Any = "means" if means else attribute_code(config, feature_dim, num_classes)
+        return NearestFrameClassifier(geometry=geometry, **options)
     solver: Any = "trust-region" if config.method == "trust-region" else "closed-form"
-    return NearestETFClassifier(solver=solver, proximal_weight=config.proximal_weight or 0.0, **options)
+    return NearestETFClassifier(solver=solver, **options)
 
 
 @lru_cache(maxsize=4)

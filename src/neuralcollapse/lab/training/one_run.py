@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from neuralcollapse.heads import Head
+from neuralcollapse.lab.conditions import WITH_ATTRIBUTES
 from neuralcollapse.lab.config import RunConfig
 from neuralcollapse.lab.data.augmentation import batch_shape
 from neuralcollapse.lab.data.batches import EpochBatches, EvaluationBatches, evaluation_batches
@@ -130,7 +131,10 @@ class ClassifierTraining(LightningModule):
         """
         weight: Any = self.head.weight
         scatter = ClassMoments.required_bytes(*weight.shape, class_scatter=True) <= _CLASS_SCATTER_BYTES
-        return {"classifier": self.head, "class_scatter": scatter, "dtype": "mixed"}
+        options = {"classifier": self.head, "class_scatter": scatter, "dtype": "mixed"}
+        # Whatever its rotation, a frame has the Gram that it was made for.
+        has_gram = self.config.method in WITH_ATTRIBUTES
+        return options | ({"code": weight.detach().clone()} if has_gram else {})
 
     def _batches(self, epoch: int, done: int = 0) -> EpochBatches:
         standardise = self.evaluation["train"].standardise
