@@ -44,6 +44,7 @@ MOVING_MEANS = Condition(
     lambda values: values["method"] in MOVING or values["classifier_bias"] == "centring",
 )
 WITH_RATE = where(optimizer=("sgd", "adam", "adamw", "lbfgs"))
+ACCUMULATING = where(optimizer=("sgd", "adam", "adamw", "agd"))
 DECAYING = Condition(
     "an optimizer other than agd; with feature_decay, to a classifier that is trained",
     ("optimizer", "feature_decay", "method", "classifier_bias"),

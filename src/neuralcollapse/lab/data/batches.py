@@ -37,22 +37,28 @@ class EpochBatches:
         full, rest = divmod(len(self.split), self.settings.batch_size)
         return max(1, full + (rest > 1 and not self.settings.stratified))
 
+    @property
+    def sizes(self) -> list[int]:
+        """Samples of each batch, those done among them."""
+        return [len(chunk) for chunk in self._chunks(torch.arange(len(self.split)))]
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         # Drawn on the CPU, so that every device sees the same batches.
         generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
         labels = self.split.labels.cpu()
         stratified = self.settings.stratified
         order = stratified_order(labels, generator) if stratified else torch.randperm(len(labels), generator=generator)
-        if stratified:
-            chunks = order.tensor_split(len(self))
-        else:
-            ends = [self.settings.batch_size * number for number in range(1, len(self))]
-            chunks = order.tensor_split(ends)
+        chunks = self._chunks(order)
         for indices in chunks[: self.done]:  # no images, but all that is drawn for them
             nothing = torch.empty(len(indices), *self.split.image_shape, dtype=torch.uint8, device="meta")
             augment(nothing, self.settings, generator)
         for images, targets in self.split.batches(chunks[self.done :]):
             yield self.standardise(augment(images, self.settings, generator)), targets
+
+    def _chunks(self, order: Tensor) -> tuple[Tensor, ...]:
+        if self.settings.stratified:
+            return order.tensor_split(len(self))
+        return order.tensor_split([self.settings.batch_size * number for number in range(1, len(self))])
 
 
 @dataclass(frozen=True)

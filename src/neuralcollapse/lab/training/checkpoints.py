@@ -52,8 +52,12 @@ class Checkpointing(Callback):
         """From here on the state is that of no batch."""
         self._in_batch = True
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Save inside an epoch, where it is time to."""
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_index: int
+    ) -> None:
+        """Save inside an epoch, where it is time to and a step is done: a checkpoint holds no gradients."""
+        if (batch_index + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch:
+            return
         self._in_batch = False
         late = time.monotonic() - self._saved > 60 * self.settings.checkpoint_minutes
         # Of the last batch, lightning would take the epoch's end as done too.

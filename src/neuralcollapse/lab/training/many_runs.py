@@ -22,7 +22,7 @@ from neuralcollapse.lab.results.files import write_whole
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.provenance import peak_memory
 from neuralcollapse.lab.results.tables import read_table
-from neuralcollapse.lab.training.devices import resolve_device
+from neuralcollapse.lab.training.devices import check_precision, resolve_device
 from neuralcollapse.lab.training.loggers import check_loggers
 from neuralcollapse.lab.training.one_run import ClassifierTraining, train
 from neuralcollapse.lab.training.progress import Progress
@@ -141,9 +141,11 @@ class Preparation:
     def module(self, run: RunConfig, place: RunFolder) -> ClassifierTraining:
         """What trains a run, on the labels that its folder keeps if it is resumed."""
         check_loggers(run.loggers)
-        asked = f"{run.section(DataSettings)} {run.device}"
+        device = resolve_device(run.device)
+        check_precision(run.precision, device)
+        asked = f"{run.section(DataSettings)} {device}"
         if asked not in self._data:
-            self._data[asked] = load_data(run, progress=self.progress).to(resolve_device(run.device))
+            self._data[asked] = load_data(run, progress=self.progress).to(device)
         data = self._data[asked]
         if data.relabelled and self.resumed:
             # In format 0 the folder of several runs, two above, kept their labels.

@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -66,6 +66,7 @@ class ClassifierTraining(LightningModule):
         self.model = build_model(config, batch_shape(data.image_shape, config), data.num_classes)
         self.batch_figures: dict[str, Tensor] = {}
         self._optimizer = build_optimizer(config, self.model)
+        self._backbone = torch.compile(self.model.model.forward) if config.compile else self.model.model.forward
         self._seen = (-1, -1)
         self._resumed: dict[str, Any] = {}
 
@@ -75,13 +76,15 @@ class ClassifierTraining(LightningModule):
 
     def train_dataloader(self) -> EpochBatches:
         """The coming epoch's batches: lightning asks for them at every epoch."""
-        return self._batches(self.current_epoch, self._resumed.get("batches", 0))
+        batches = self._batches(self.current_epoch, self._resumed.get("batches", 0))
+        self._sizes = batches.sizes
+        return batches
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         """The loss of one batch."""
         images, targets = batch
-        features, weight, bias = self.head.prepare(self.model.model(images), targets)
-        logits = self.head.decide(features, weight, bias)
+        features, weight, bias = self.head.prepare(self._backbone(images), targets)
+        logits, features = self.head.decide(features, weight, bias).float(), features.float()
         loss = batch_loss(self.config, logits, targets, features, weight)
         penalties = penalty(self.config, self.model, features)
         loss = loss if penalties is None else loss + penalties
@@ -89,7 +92,7 @@ class ClassifierTraining(LightningModule):
         if place != self._seen:  # L-BFGS tries several points for a batch: the first counts
             self._seen = place
             self.batch_figures = self._figures(loss, logits, features, targets)
-        return loss
+        return loss * self._share_of_step(batch_index)
 
     def on_train_epoch_start(self) -> None:
         """Make what the network draws, as dropout does, follow from the seed and the epoch alone."""
@@ -110,7 +113,9 @@ class ClassifierTraining(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimiser and its schedule, by the step."""
-        schedule = build_schedule(self.config, self._optimizer, len(self._batches(0)))
+        schedule = build_schedule(
+            self.config, self._optimizer, -(-len(self._batches(0)) // (self.config.accumulate or 1))
+        )
         if schedule is None:
             return self._optimizer
         return {"optimizer": self._optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -134,6 +139,15 @@ class ClassifierTraining(LightningModule):
     def _batches(self, epoch: int, done: int = 0) -> EpochBatches:
         standardise = self.evaluation["train"].standardise
         return EpochBatches(self.data.train, standardise, self.config, self.config.seed, epoch, done)
+
+    def _share_of_step(self, batch_index: int) -> float:
+        """What a batch's loss is multiplied by, so that all samples of a step count alike.
+
+        Lightning divides it by ``accumulate``, however many batches there are and of whatever size.
+        """
+        number = self.config.accumulate or 1
+        first = batch_index - batch_index % number
+        return number * self._sizes[batch_index] / sum(self._sizes[first : first + number])
 
     @torch.no_grad()
     def _figures(self, loss: Tensor, logits: Tensor, features: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -170,6 +184,9 @@ def train(module: ClassifierTraining, folder: RunFolder, *callbacks: Callback) -
             accelerator=device.type,
             devices=1,
             max_epochs=config.epochs,
+            precision=cast(Any, config.precision if config.precision != "32" else "32-true"),
+            gradient_clip_val=config.gradient_clip,
+            accumulate_grad_batches=config.accumulate or 1,
             callbacks=[*_records(module, folder), *callbacks, checkpointing],
             plugins=[WholeCheckpoints(module.state_dict())],
             reload_dataloaders_every_n_epochs=1,
@@ -182,6 +199,8 @@ def train(module: ClassifierTraining, folder: RunFolder, *callbacks: Callback) -
         try:
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 trainer.fit(module, ckpt_path=last if last.exists() else None, weights_only=True)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            raise ValueError(f"compile must be off where torch.compile fails: {error}") from error
         except SystemExit as exit:  # lightning's answer to Ctrl-C
             if isinstance(exit.__context__, KeyboardInterrupt):
                 raise KeyboardInterrupt from exit
