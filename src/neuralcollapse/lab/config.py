@@ -244,6 +244,24 @@ class Optimisation(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ranks(Settings):
+    """Ranks."""
+
+    devices: int = setting(1, at_least=1)
+    """Processes on each machine, one a device; on a CPU, processes with a part of its cores. Every batch is split over
+    them, with the gradient of the whole one."""
+    num_nodes: int = setting(1, at_least=1)
+    """Machines, each with as many."""
+    sync_batchnorm: bool | None = setting(False, belongs_to=only.SEVERAL_RANKS)
+    """Batch norm takes the statistics of the whole batch, and not of each process's part. Needs cuda."""
+
+    @property
+    def ranks(self) -> int:
+        """Processes in all."""
+        return self.devices * self.num_nodes
+
+
+@dataclass(frozen=True, kw_only=True)
 class Record(Settings):
     """Record."""
 
@@ -272,7 +290,7 @@ class Record(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(Record, Optimisation, ModelSettings, BatchSettings, DataSettings, LossSettings, OneRun):
+class RunConfig(Record, Ranks, Optimisation, ModelSettings, BatchSettings, DataSettings, LossSettings, OneRun):
     """All settings of one training run."""
 
     def __post_init__(self) -> None:
@@ -290,6 +308,13 @@ class RunConfig(Record, Optimisation, ModelSettings, BatchSettings, DataSettings
                 f"optimizer lbfgs cannot train the method {self.method}, whose weight would move under its line "
                 "search: take method fixed or standard, or another optimiser"
             )
+        if self.batch_size < 2 * self.ranks:
+            raise ValueError(
+                f"batch_size must be at least {2 * self.ranks}, two for each of {self.ranks} ranks, "
+                f"got {self.batch_size}"
+            )
+        if self.optimizer == "lbfgs" and self.ranks > 1:
+            raise ValueError("optimizer lbfgs needs one rank: its line search compares losses of whole batches")
         if self.optimizer == "lbfgs" and self.precision == "16-mixed":
             raise ValueError("optimizer lbfgs needs precision 32 or bf16-mixed: its line search cannot scale the loss")
         if self.optimizer == "lbfgs" and self.unit_weight:

@@ -12,6 +12,7 @@ from jsonargparse import Namespace
 from neuralcollapse.lab.commands.runs import say_written
 from neuralcollapse.lab.config import RunConfig
 from neuralcollapse.lab.experiments import Comparison
+from neuralcollapse.lab.ranks import global_rank
 from neuralcollapse.lab.results.folder import RunFolder
 
 
@@ -82,6 +83,11 @@ def train_and_report(
         show_config(config)
         return
 
+    if isinstance(runs, RunConfig) and runs.ranks > 1 and global_rank() > 0:
+        from neuralcollapse.lab.training.many_runs import follow
+
+        follow(runs, out, resume=bool(settings.get("resume")))
+        return
     check_output(RunFolder(out), config, settings)
 
     from neuralcollapse.lab.figures.summary import summarise  # seconds: not for a mistake in a flag

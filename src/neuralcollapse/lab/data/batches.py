@@ -21,7 +21,8 @@ class EpochBatches:
     """The batches of one epoch of training: a function of the data, the settings, the seed and the epoch alone.
 
     No sample is left out: the last batch may be smaller, and one sample, of which batch norm knows no variance, joins
-    the batch before it. Stratified batches are as many as are full, and differ in size by one at most.
+    the batch before it. Of several ranks, each gets its part of every batch, two samples or more; the batches are those
+    of one rank, but that fewer samples than two for each of them join the batch before. Stratified batches are as many as are full, and differ in size by one at most.
 
     Of a run that goes on inside the epoch, the batches that it has done are left out, and the others are the same.
     """
@@ -32,10 +33,12 @@ class EpochBatches:
     seed: int
     epoch: int
     done: int = 0
+    rank: int = 0
+    ranks: int = 1
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.split), self.settings.batch_size)
-        return max(1, full + (rest > 1 and not self.settings.stratified))
+        return max(1, full + (rest >= 2 * self.ranks and not self.settings.stratified))
 
     @property
     def sizes(self) -> list[int]:
@@ -52,8 +55,11 @@ class EpochBatches:
         for indices in chunks[: self.done]:  # no images, but all that is drawn for them
             nothing = torch.empty(len(indices), *self.split.image_shape, dtype=torch.uint8, device="meta")
             augment(nothing, self.settings, generator)
-        for images, targets in self.split.batches(chunks[self.done :]):
-            yield self.standardise(augment(images, self.settings, generator)), targets
+        chunks = chunks[self.done :]
+        parts = [torch.arange(len(chunk)).tensor_split(self.ranks)[self.rank] for chunk in chunks]
+        own = self.split.batches(chunk[part] for chunk, part in zip(chunks, parts, strict=True))
+        for chunk, part, (images, targets) in zip(chunks, parts, own, strict=True):
+            yield self.standardise(augment(images, self.settings, generator, part, len(chunk))), targets
 
     def _chunks(self, order: Tensor) -> tuple[Tensor, ...]:
         if self.settings.stratified:

@@ -22,7 +22,7 @@ from neuralcollapse.lab.results.files import write_whole
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.provenance import peak_memory
 from neuralcollapse.lab.results.tables import read_table
-from neuralcollapse.lab.training.devices import check_precision, resolve_device
+from neuralcollapse.lab.training.devices import check_precision, check_ranks, resolve_device
 from neuralcollapse.lab.training.loggers import check_loggers
 from neuralcollapse.lab.training.one_run import ClassifierTraining, train
 from neuralcollapse.lab.training.progress import Progress
@@ -73,6 +73,8 @@ def train_runs(
     if isinstance(runs, RunConfig):
         places, own = {whole: runs}, runs.in_force()
     else:
+        if any(run.ranks > 1 for run in runs):
+            raise ValueError("devices must be 1 for each of several runs: ranks are for one run")
         places, own = {whole.run(name): run for name, run in _named(runs).items()}, common_settings(runs)
     settings = own if settings is None else settings
     whole.check(settings, resume=resume, overwrite=overwrite)
@@ -101,6 +103,18 @@ def train_runs(
                     raise ValueError(f"{name}: {error}") from error
                 print(f"neuralcollapse: left out: {name}: {error}", file=sys.stderr)
     return whole
+
+
+def follow(run: RunConfig, folder: str | Path, *, resume: bool) -> None:
+    """Be a rank of a run other than the first, which writes its folder.
+
+    Args:
+        run: The settings.
+        folder: The run's.
+        resume: Whether the run goes on.
+    """
+    place = RunFolder(folder)
+    train(Preparation(resumed=resume, progress=False).module(run, place), place, resume=resume)
 
 
 def _train_one(module: ClassifierTraining, place: RunFolder, bar: Progress) -> None:
@@ -141,7 +155,8 @@ class Preparation:
     def module(self, run: RunConfig, place: RunFolder) -> ClassifierTraining:
         """What trains a run, on the labels that its folder keeps if it is resumed."""
         check_loggers(run.loggers)
-        device = resolve_device(run.device)
+        device = resolve_device(run.device, run.ranks)
+        check_ranks(run, device)
         check_precision(run.precision, device)
         asked = f"{run.section(DataSettings)} {device}"
         if asked not in self._data:
