@@ -83,12 +83,9 @@ def train_and_report(
         show_config(config)
         return
 
-    if isinstance(runs, RunConfig) and runs.ranks > 1 and global_rank() > 0:
-        from neuralcollapse.lab.training.many_runs import follow
-
-        follow(runs, out, resume=bool(settings.get("resume")))
-        return
-    check_output(RunFolder(out), config, settings)
+    follows = isinstance(runs, RunConfig) and runs.ranks > 1 and global_rank() > 0
+    if not follows:
+        check_output(RunFolder(out), config, settings)
 
     from neuralcollapse.lab.figures.summary import summarise  # seconds: not for a mistake in a flag
     from neuralcollapse.lab.training.many_runs import train_runs
@@ -98,7 +95,10 @@ def train_and_report(
     if comparison is not None and comparison.lr == "auto" and not isinstance(runs, RunConfig):
         runs = with_chosen_rates(runs, comparison, RunFolder(out), config, **options)
         options = {"resume": True}
-    summary = summarise(train_runs(runs, out, settings=config, **options), command)
+    folder = train_runs(runs, out, settings=config, **options)
+    if follows:
+        return
+    summary = summarise(folder, command)
     print_table(summary.table, summary.written)
 
 

@@ -21,8 +21,10 @@ class EpochBatches:
     """The batches of one epoch of training: a function of the data, the settings, the seed and the epoch alone.
 
     No sample is left out: the last batch may be smaller, and one sample, of which batch norm knows no variance, joins
-    the batch before it. Of several ranks, each gets its part of every batch, two samples or more; the batches are those
-    of one rank, but that fewer samples than two for each of them join the batch before. Stratified batches are as many as are full, and differ in size by one at most.
+    the batch before it. Stratified batches are as many as are full, and differ in size by one at most.
+
+    Of several ranks, each gets its part of every batch, two samples or more. The batches are those of one rank, but
+    that a last one of fewer than two samples for each of them joins the batch before it.
 
     Of a run that goes on inside the epoch, the batches that it has done are left out, and the others are the same.
     """

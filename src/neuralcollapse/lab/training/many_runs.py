@@ -18,6 +18,7 @@ from neuralcollapse.lab.data.batches import EvaluationBatches, evaluation_batche
 from neuralcollapse.lab.data.loading import load_data
 from neuralcollapse.lab.data.splits import ImageData
 from neuralcollapse.lab.experiments import common_settings, tell_apart
+from neuralcollapse.lab.ranks import global_rank
 from neuralcollapse.lab.results.files import write_whole
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.provenance import peak_memory
@@ -71,6 +72,9 @@ def train_runs(
     """
     whole = RunFolder(folder)
     if isinstance(runs, RunConfig):
+        if runs.ranks > 1 and global_rank() > 0:  # the first rank writes the folder
+            train(Preparation(resumed=resume, progress=False).module(runs, whole), whole, resume=resume)
+            return whole
         places, own = {whole: runs}, runs.in_force()
     else:
         if any(run.ranks > 1 for run in runs):
@@ -103,18 +107,6 @@ def train_runs(
                     raise ValueError(f"{name}: {error}") from error
                 print(f"neuralcollapse: left out: {name}: {error}", file=sys.stderr)
     return whole
-
-
-def follow(run: RunConfig, folder: str | Path, *, resume: bool) -> None:
-    """Be a rank of a run other than the first, which writes its folder.
-
-    Args:
-        run: The settings.
-        folder: The run's.
-        resume: Whether the run goes on.
-    """
-    place = RunFolder(folder)
-    train(Preparation(resumed=resume, progress=False).module(run, place), place, resume=resume)
 
 
 def _train_one(module: ClassifierTraining, place: RunFolder, bar: Progress) -> None:
