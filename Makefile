@@ -5,7 +5,7 @@ BIN := .venv/bin
 # One process a core, one thread each: more threads than cores slow each other down.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint docs bench clean
 
 demo: .venv/.lab-installed
 	$(BIN)/neuralcollapse compare --out runs/demo --overwrite
@@ -21,11 +21,15 @@ lint: .venv/.dev-installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: .venv/.dev-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "wrote site/index.html"
+
 bench: .venv/.dev-installed
 	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit 1; done
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs site
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

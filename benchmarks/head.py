@@ -1,7 +1,9 @@
-"""What a training step of the nearest frames costs over an nn.Linear: batch 128, fp32, one thread, both passes.
+"""What a training step of heads and losses costs over an nn.Linear: batch 128, fp32, one thread, both passes.
 
 The unit is a bare solve without a basis. Frames are of random codes of rank min(d, K−1)/2, and of the means at that
-rank. `--before CHECKOUT` times an older checkout's nearest-ETF head in the same rounds.
+rank. `class_means` is the classifier of class means with cross-entropy, `class_means_two_way` without bias and with
+that loss, `linear_...` a loss on the sphere of an nn.Linear's weight: they are given in steps of the nn.Linear.
+`--before CHECKOUT` times an older checkout's nearest-ETF head in the same rounds.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import neuralcollapse
-from neuralcollapse import nearest_simplex_etf
+from neuralcollapse import losses, nearest_simplex_etf
 
+LOSSES = (losses.normface, losses.ntce, losses.nonl, losses.decoupled_cross_entropy, losses.two_way)
 SHAPES = [(10, 512), (100, 512), (100, 2048), (1000, 2048)]
 BATCH = 128
 
@@ -48,13 +51,26 @@ def measure(num_classes: int, feature_dim: int, versions: dict[str, ModuleType])
     }
     for name, head in frames.items():
         functions[name] = lambda head=head: step(head, targets)
+    class_means = neuralcollapse.ClassMeanClassifier(feature_dim, num_classes)
+    functions["class_means"] = lambda: step(class_means, targets)
+    on_sphere = neuralcollapse.ClassMeanClassifier(feature_dim, num_classes, bias="none")
+
+    def two_way_step() -> None:
+        prepared, weight, _ = on_sphere.prepare(features, targets)
+        losses.two_way(prepared, targets, weight).backward()
+
+    functions["class_means_two_way"] = two_way_step
+    for loss in LOSSES:
+        functions[f"linear_{loss.__name__}"] = lambda loss=loss: loss(features, targets, linear.weight).backward()
     seconds = medians(functions, repeats=5 if num_classes == 1000 else 201)
+    further = [name for name in functions if "class_means" in name or name.startswith("linear_")]
     over = {name: seconds[name] - seconds["linear"] for name in (*versions, *frames)}
     return {
         "num_classes": num_classes,
         "feature_dim": feature_dim,
         "batch": BATCH,
         **{f"{name}_ms": 1e3 * value for name, value in seconds.items()},
+        **{f"{name}_over_linear": seconds[name] / seconds["linear"] for name in further},
         **{f"{name}_minus_linear_ms": 1e3 * value for name, value in over.items()},
         **{f"{name}_minus_linear_in_bare_solves": value / seconds["bare_solve"] for name, value in over.items()},
     }
@@ -69,7 +85,11 @@ def main() -> None:
     rows = [measure(*shape, versions) for shape in SHAPES]
     for row in rows:
         print(
-            {name: value for name, value in row.items() if name.endswith(("d_dim", "classes", "linear_ms", "solves"))}
+            {
+                name: value
+                for name, value in row.items()
+                if name.endswith(("d_dim", "classes", "linear_ms", "solves", "over_linear"))
+            }
         )
     write("head", rows)
 

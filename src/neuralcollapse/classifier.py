@@ -49,7 +49,7 @@ def find_classifier(model: nn.Module) -> tuple[str, nn.Module]:
         ValueError: ``model`` is no module, there is no classifier, or several modules could be it; the message
             names them.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
         >>> find_classifier(model)

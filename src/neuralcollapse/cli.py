@@ -18,7 +18,7 @@ from neuralcollapse.lab.settings import nearest, type_hints
 from neuralcollapse.lab.stopping import TERMINATED, Terminated, on_sigterm, terminate
 
 # In the order of the list that `--help` prints.
-_COMMANDS = (
+COMMANDS = (
     "compare",
     "train",
     "recipes",
@@ -67,7 +67,7 @@ def _command(name: str) -> Any:
 
 def _chosen(arguments: Sequence[str]) -> tuple[str | None, Any]:
     name = next((argument for argument in arguments if not argument.startswith("-")), None)
-    return (name, _command(name)) if name in _COMMANDS else (None, None)
+    return (name, _command(name)) if name in COMMANDS else (None, None)
 
 
 def _parser(chosen: str | None) -> ArgumentParser:
@@ -78,7 +78,7 @@ def _parser(chosen: str | None) -> ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"neuralcollapse {version('neuralcollapse')}")
     commands = parser.add_subcommands(dest="subcommand", metavar="COMMAND")
-    for name in _COMMANDS:
+    for name in COMMANDS:
         command = _command(name)
         usage = f"neuralcollapse {name} {command.USAGE}"
         own = ArgumentParser(description=command.DESCRIPTION, usage=usage, print_config=None, **options)
@@ -124,7 +124,7 @@ def _one_line(message: str) -> str:
     message = re.sub(r"(?:a )?typing\.Literal\[(.*?)\]", r"one of \1", message)
     union = r"Does not validate.*?Subtypes: \[(.*?)\]\n.*Given value:"
     message = re.sub(union, r"Expected \1. Got value:", message, flags=re.DOTALL)
-    return " ".join(message.split())
+    return " ".join(message.replace(", NoneType.", ".").split())
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.functional import cross_entropy
 
 from helpers import normal, simplex_gram
@@ -242,3 +243,12 @@ def test_fixed_centring_uses_the_batch_in_training_and_the_moving_mean_in_evalua
     assert torch.allclose(head.bias, -(head.weight @ moving))
     alone, among = head.eval()(second[:1]), head.eval()(second)[:1]
     assert torch.allclose(alone, among)  # test figures do not depend on the test batch
+
+
+def test_the_norm_has_its_first_and_second_derivative_and_a_zero_vector_a_plain_one():
+    norm, features = FeatureNorm(3.0), normal(4, 5, seed=2).requires_grad_()
+    assert gradcheck(norm, features)
+    assert gradgradcheck(norm, features)
+    zero = torch.zeros(2, 5, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(norm(zero), zero, upstream := normal(2, 5))
+    assert torch.equal(gradient, 3.0 * upstream)

@@ -27,6 +27,12 @@ def data_set_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that train end without drawing, which takes longer than so small a training."""
+    monkeypatch.setattr("neuralcollapse.lab.figures.summary.draw_figures", lambda *_: [])
+
+
+@pytest.fixture
 def real_data() -> Path:
     """The folder of real data sets, wherever it is; a test that needs it is skipped where there is none."""
     places = [os.environ.get("NEURALCOLLAPSE_DATA"), Path(__file__).parents[2].parent / "shared" / "data"]

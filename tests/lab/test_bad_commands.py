@@ -33,7 +33,7 @@ BAD = [
     ("train --config flow.yaml", "(flow.yaml)"),
     ("train --config flow.yaml", "line 2, column 5"),
     ("train --config indent.yaml", "(indent.yaml)"),
-    ("train --config type.yaml", "--lr: Expected float, NoneType. Got value: fast (type.yaml, line 2)"),
+    ("train --config type.yaml", "--lr: Expected float. Got value: fast (type.yaml, line 2)"),
     ("train --config bound.yaml", "epochs must be at least 1, got 0 (bound.yaml, line 2)"),
     ("train --config unknown.yaml", "'widht' (unknown.yaml, line 2)"),
     ("train --config effect.yaml", "lr belongs to optimizer sgd, adam, adamw or lbfgs"),

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import os
+import socket
 import subprocess
 import sys
 
@@ -11,13 +11,14 @@ from PIL import Image
 from helpers import error_of
 from neuralcollapse.cli import main
 
-COMMAND = [sys.executable, "-c", "import sys; from neuralcollapse.cli import main; sys.exit(main())"]
-
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("--methods standard,explicit", "methods must be a list, each item one of standard, fixed, implicit, got"),
+        (
+            "--methods standard,explicit",
+            "methods must be a list, each item one of standard, fixed, implicit, linear, means",
+        ),
         ("--methods fixed,fixed", "methods must be different ones of"),
         (
             "--backbone vgg",
@@ -84,14 +85,21 @@ def test_a_folder_with_an_unreadable_image(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_data_set_of_the_hub_that_cannot_be_reached(tmp_path):
-    arguments = ["compare", "--data", "ylecun/mnist", "--out", str(tmp_path / "out")]
-    settings = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
-    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, env=settings, check=False)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "'ylecun/mnist' could not be fetched from the hub" in done.stderr
-    assert "give data a folder" in done.stderr
+@pytest.mark.parametrize("answers", ["never", "refused", "offline"])
+def test_a_hub_that_cannot_be_reached_is_one_line(answers, tmp_path, monkeypatch, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        if answers == "refused":
+            silent.close()
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{port}")
+        monkeypatch.setattr("datasets.config.HF_ENDPOINT", f"http://127.0.0.1:{port}")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", answers == "offline")
+        monkeypatch.setattr("neuralcollapse.lab.data.sources._HUB_SECONDS", 0.2)
+        assert main(["compare", "--data", "nobody/nothing", "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == (
+        "neuralcollapse: error: data set 'nobody/nothing' could not be fetched from the hub (it does not answer); "
+        "without a network, give data a folder that holds it: --data FOLDER\n"
+    )
 
 
 @pytest.mark.parametrize("command", ["compare", "train"])

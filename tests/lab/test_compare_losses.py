@@ -53,6 +53,13 @@ def test_every_method_is_trained_with_every_loss(tuned):
     assert set(metrics["method"]) == {name.replace("-", " ", 1) for name in names}
 
 
+def test_the_folder_knows_its_runs_and_data(tuned):
+    made = RunFolder(tuned).read_environment()
+    names = ["standard-cross-entropy", "standard-two-way", "means-cross-entropy", "means-two-way"]
+    assert made["runs"] == [f"{name}-seed0" for name in names]
+    assert (made["num_classes"], made["finished"]) == (10, True)
+
+
 def test_each_has_the_rate_that_is_best_on_images_held_out_of_the_training_set(tuned):
     rates = {}
     for place in RunFolder(tuned / "tuning").run_folders():

@@ -128,7 +128,9 @@ def test_where_there_are_several_columns_of_labels_one_must_be_named(tmp_path):
 
 def test_images_without_labels_are_refused(tmp_path):
     save_images(tmp_path, {"only": 3})
-    with pytest.raises(ValueError, match=r"must have a column of class labels, or be a folder with a sub-folder"):
+    with pytest.raises(
+        ValueError, match=r"must have a column of class labels, integers or texts, or be a folder with a"
+    ):
         load(tmp_path)
 
 
@@ -330,7 +332,7 @@ def test_missing_labels_are_refused(tmp_path):
 
 def test_a_class_without_any_image_is_refused(tmp_path):
     save_table(tmp_path, {"label": [0, 2] * 5}, {"label": datasets.ClassLabel(num_classes=5)})
-    with pytest.raises(ValueError, match="must have images of each of its 5 classes, it has none of 1, 3, 4"):
+    with pytest.raises(ValueError, match="must have training images of each of its 5 classes, and has none of 1, 3, 4"):
         load(tmp_path)
 
 

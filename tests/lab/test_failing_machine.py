@@ -169,7 +169,7 @@ def small_files(most: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize(("most", "file"), [(10_000, "last.ckpt"), (4_000, "safetensors"), (10, "config.yaml")])
+@pytest.mark.parametrize(("most", "file"), [(20_000, "last.ckpt"), (4_000, "safetensors"), (10, "config.yaml")])
 def test_a_disk_that_fills_is_one_line_and_the_last_state_is_left(most, file, run, capsys):
     checkpoint, metrics = run.last_checkpoint.read_bytes(), run.metrics.read_bytes()
     with small_files(most):

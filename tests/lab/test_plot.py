@@ -9,15 +9,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
 from helpers import error_of
+from neuralcollapse import measure, random_simplex_etf
 from neuralcollapse.cli import main
 from neuralcollapse.lab import RunConfig, RunFolder, train_runs
 from neuralcollapse.lab.commands.plot import FIGURES
 from neuralcollapse.lab.figures.page import Panel, Runs, thin_ticks, write_panels
+from neuralcollapse.lab.figures.projection import project
 from neuralcollapse.lab.figures.published import draw_series
 
 SMALL = {"backbone": "mlp", "width": 16, "depth": 1, "train_samples": 150, "test_samples": 60, "epochs": 2}
@@ -61,6 +64,29 @@ def drawn_ticks(figure: Figure) -> bool:
             if any(first.overlaps(second) for first, second in itertools.combinations(boxes, 2)):
                 return False
     return True
+
+
+@pytest.mark.parametrize("classes", [(0, 2, 5), (6, 1, 3, 4)])
+def test_at_collapse_features_means_and_classifier_stand_on_the_vertices(classes):
+    etf = random_simplex_etf(7, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    targets = torch.arange(7).repeat_interleave(3)
+    model = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(12, 7)).double()
+    model[1].weight.data.copy_(3 * etf)
+    record = measure(model, [(5 * etf[targets] + 1, targets)], progress=False)
+    found = project(record, classes)
+    assert torch.allclose(found.means, found.vertices, atol=1e-12)
+    assert torch.allclose(found.weights, found.vertices, atol=1e-12)
+    place = {one: place for place, one in enumerate(classes)}
+    expected = found.vertices[[place[int(one)] for one in found.targets]]
+    assert torch.allclose(found.features, expected, atol=2e-3)  # kept in fp16
+    assert (found.vertices.norm(dim=1) - 1).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("classes", [(0, 1), (0, 1, 1), (0, 1, 10)])
+def test_only_classes_that_are_there_are_projected_on(classes, trained):
+    runs = Runs(RunFolder(trained).run_folders())
+    with pytest.raises(ValueError, match="classes must be at least three different ones of 0 to 9"):
+        project(runs.record("implicit", "train", 1), classes)
 
 
 def test_ticks_do_not_overlap():

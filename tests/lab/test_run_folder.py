@@ -6,13 +6,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from helpers import error_of
 from neuralcollapse.cli import main
 from neuralcollapse.lab import RunConfig, RunFolder, train_runs
 from neuralcollapse.lab.figures.summary import summarise
-from neuralcollapse.lab.results.tables import gather
+from neuralcollapse.lab.results.tables import gather, read_table
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 SMALL = {"backbone": "mlp", "width": 12, "depth": 1, "train_samples": 200, "test_samples": 60, "epochs": 1}
@@ -24,6 +25,7 @@ def old(tmp_path) -> Path:
     return Path(shutil.copytree(FIXTURES / "format0", tmp_path / "format0"))
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_a_folder_of_format_0_is_read(old):
     folder = RunFolder(old / "compare")
     assert {run.path.name for run in folder.run_folders()} == {
@@ -36,6 +38,7 @@ def test_a_folder_of_format_0_is_read(old):
     assert [run.path for run in RunFolder(old / "train").run_folders()] == [old / "train"]
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_a_folder_of_format_0_goes_on_and_is_run_again(old, tmp_path):
     before = {path: path.read_bytes() for path in (old / "train").glob("*.csv")}
     assert main(["train", "--resume", "--out", str(old / "train")]) == 0
@@ -78,6 +81,7 @@ def test_a_list_of_runs_trains_each_into_a_folder_named_after_what_it_is(tmp_pat
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_a_part_of_the_training_images_is_held_out_and_measured(tmp_path):
     config = RunConfig(**SMALL, validation_share=0.25, label_noise=0.5, data_seed=3)
     folder = train_runs(config, tmp_path / "out", progress=False)
@@ -101,3 +105,15 @@ def test_a_folder_of_format_1_is_read_and_drawn_from(tmp_path):
     assert main(["distance", one]) == 0
     assert main(["plot", one, "--figure", "margins", "--out", str(tmp_path / "figures")]) == 0
     assert main(["aggregate", str(copy), "--out", str(tmp_path / "all.csv")]) == 0
+
+
+def test_a_checkpoint_of_format_1_inside_an_epoch_goes_on(tmp_path):
+    """What version 0.1.0 left when SIGTERM stopped it; the third epoch was never begun."""
+    folder = RunFolder(shutil.copytree(FIXTURES / "checkpoint1", tmp_path / "checkpoint1"))
+    kept = torch.load(folder.last_checkpoint, weights_only=True)["neuralcollapse"]
+    assert (kept["format_version"], kept["epoch"], kept["batches"]) == (1, 2, 2)
+    train_runs(RunConfig(**folder.settings()), folder.path, resume=True, progress=False)
+    assert set(read_table(folder.metrics)["epoch"]) == {1, 2, 3}
+    assert [set(again) for again in folder.read_environment()["resumed"]] == [
+        {"time", "command", "neuralcollapse", "torch"}
+    ]

@@ -19,7 +19,8 @@ OPTIMIZERS = ("sgd", "adam", "adamw", "lbfgs", "agd")
 LOSSES = ("cross-entropy", "mse", "dot-regression")
 BACKBONES = ("convnet", "mlp", "resnet18", "vgg13", "package.module.Class")
 METHODS = ("standard", "fixed", "implicit")
-FURTHER_METHODS = ("linear", "means", "softmax-code", "trust-region")
+FURTHER_METHODS = ("linear", "means", "frame", "softmax-code", "trust-region")
+ATTRIBUTE_METHODS = ("attribute-frame", "fixed-frame")
 CHOICES = (OPTIMIZERS, LOSSES, BACKBONES, METHODS)
 SCHEDULES = ("constant", "cosine", "step", "multistep", "one-cycle")
 # Of each setting a value that is not its default.
@@ -64,6 +65,8 @@ OTHER = {
     "unit_weight": False,
     "unit_start": False,
     "classifier_bias": "none",
+    "class_attributes": "attributes.csv",
+    "attribute_weight": 0.2,
     "proximal_weight": 0.2,
     "class_means": "current",
     "temperature": 0.2,
@@ -111,6 +114,7 @@ def kinds() -> list[dict]:
     choices += [{"optimizer": "sgd", "method": "standard", "schedule": schedule} for schedule in SCHEDULES]
     choices += [{"method": m, "loss": x} for m, x in product(METHODS + FURTHER_METHODS, ("normface", "nonl"))]
     choices += [{"method": method, "optimizer": o} for method, o in product(FURTHER_METHODS, OPTIMIZERS)]
+    choices += [{"method": method, "class_attributes": "digits"} for method in ATTRIBUTE_METHODS]
     found = []
     for kind in choices:
         try:
@@ -171,7 +175,23 @@ def test_what_a_run_says_is_in_force_makes_the_same_run(name):
         ({"loss": "mse", "label_smoothing": 0.0}, "label_smoothing belongs to loss cross-entropy; here loss is mse"),
         (
             {"method": "standard", "proximal_weight": 0.1},
-            "proximal_weight belongs to method implicit or trust-region; here method is standard",
+            "proximal_weight belongs to method implicit, trust-region, frame or attribute-frame; here method is",
+        ),
+        (
+            {"class_attributes": "digits"},
+            "class_attributes belongs to method attribute-frame or fixed-frame; here method is implicit",
+        ),
+        (
+            {"method": "frame", "attribute_weight": 0.2},
+            "attribute_weight belongs to method attribute-frame or fixed-frame",
+        ),
+        (
+            {"method": "fixed-frame"},
+            "class_attributes must say what classes share for method fixed-frame, and is not given",
+        ),
+        (
+            {"method": "fixed-frame", "class_attributes": "digits", "attribute_weight": 0.0},
+            "attribute_weight must be above 0, got 0.0",
         ),
         ({"temperature": 0.2}, "temperature belongs to loss normface, ntce, nonl, decoupled or two-way; here loss is"),
         ({"loss": "ntce", "margin": 1.0}, "margin belongs to loss nonl, decoupled or two-way; here loss is ntce"),
@@ -244,7 +264,9 @@ def test_a_comparison_is_methods_times_seeds_each_with_the_settings_that_are_its
     shared = common_settings(runs)
     assert (shared["epochs"], shared["proximal_weight"], shared["unit_weight"]) == (3, 0.2, False)
     assert not {"method", "seed", "classifier_bias"} & set(shared)
-    with pytest.raises(ValueError, match="proximal_weight belongs to method implicit or trust-region; here"):
+    with pytest.raises(
+        ValueError, match="proximal_weight belongs to method implicit, trust-region, frame or attribute-frame; here"
+    ):
         comparison_runs(Comparison(methods=["standard", "fixed"]), {"proximal_weight": 0.2})
     with pytest.raises(ValueError, match="method is no setting"):
         comparison_runs(Comparison(), {"method": "fixed"})

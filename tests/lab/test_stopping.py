@@ -151,6 +151,24 @@ def test_the_command_says_how_to_go_on_and_exits_with_143(tmp_path, capsys):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize("batch", [BATCHES + 3, 2 * BATCHES])
+def test_a_job_of_slurm_that_is_to_be_requeued_is_saved_and_requeued_after_the_batch(batch, tmp_path, monkeypatch):
+    run, out = config("sgd"), tmp_path / "requeued"
+    whole = train_runs(run, tmp_path / "whole", progress=False)
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for name, value in {"NTASKS": 1, "JOB_ID": 1234, "JOB_NAME": "run", "PROCID": 0, "LOCALID": 0, "NODEID": 0}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    before = signal.getsignal(signal.SIGUSR1)
+    with at_batch(batch, lambda: os.kill(os.getpid(), signal.SIGUSR1)), pytest.raises(Terminated):
+        train_runs(run, out, progress=False)
+    assert (tmp_path / "asked").read_text() == "requeue 1234\n"
+    assert signal.getsignal(signal.SIGUSR1) is before
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert_same(train_runs(run, out, resume=True, progress=False), whole)
+
+
 def test_a_checkpoint_says_whose_it_is(tmp_path):
     run = config("sgd", epochs=1)
     folder = train_runs(run, tmp_path / "out", progress=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from PIL import Image
 from neuralcollapse.lab import RunConfig, load_data, train_runs
 from neuralcollapse.lab.config import DataSettings
 from neuralcollapse.lab.data.sources import _revision
+from neuralcollapse.lab.figures.curves import draw_figures
 from neuralcollapse.lab.figures.summary import summarise
 
 NUMBER = 30
@@ -121,7 +123,7 @@ MISSING = {
     ),
     "an empty table": (
         lambda folder: (folder / "train.csv").write_text("path,label\n"),
-        "must have",
+        "cannot be read: .*no data",
     ),
 }
 
@@ -134,6 +136,7 @@ def test_what_is_missing_is_said(kind, tmp_path):
         load_data(DataSettings(data=str(tmp_path)), progress=False)
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_absent_classes_are_named_and_every_figure_says_so(tmp_path):
     labels = ["rare" if number == 0 else f"class {number % 3}" for number in range(NUMBER)]
     parquet(tmp_path, image=STRUCTS, label=labels)
@@ -150,20 +153,23 @@ def test_absent_classes_are_named_and_every_figure_says_so(tmp_path):
     assert "4 classes, 1 of them without training images" in summarise(folder, "train").written[0].read_text()
 
 
-def test_a_panel_that_cannot_be_drawn_says_why_and_the_run_ends(tmp_path):
-    from neuralcollapse.lab.figures import curves
-
-    settings = {"backbone": "mlp", "width": 12, "depth": 1, "train_samples": 60, "batch_size": 20, "epochs": 1}
-    folder = train_runs(RunConfig(**settings), tmp_path / "out", progress=False)
+def test_a_panel_that_cannot_be_drawn_says_why(tmp_path, monkeypatch):
+    row = {"method": "fixed", "seed": 0, "epoch": 1, "metric": "accuracy", "value": 0.5}
+    measured = pd.DataFrame([row | {"split": "train"}, row | {"split": "test", "value": math.nan}])
     said: list[str] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(curves, "draw_band", lambda *_, **__: 1 / 0)
-        patch.setattr("matplotlib.axes.Axes.text", lambda *arguments, **_: said.append(arguments[3]))
-        summarise(folder, "train")
-    assert said
-    assert set(said) == {"division by zero"}
+    monkeypatch.setattr(
+        "matplotlib.axes.Axes.text", lambda *arguments, **_: said.append(" ".join(arguments[3].split()))
+    )
+    assert all(path.exists() for path in draw_figures(measured, tmp_path, "digits"))
+    unmeasured = ["nc1_quotient", "nc2_etf_means", "nc3_duality", "nc4_ncc_mismatch"]
+    assert said == [f"no finite value of {name} was measured" for name in ("accuracy", *sorted(2 * unmeasured))]
+    said.clear()
+    monkeypatch.setattr("neuralcollapse.lab.figures.curves.draw_band", lambda *_, **__: 1 / 0)
+    draw_figures(measured, tmp_path, "digits")
+    assert said.count("division by zero") == 2
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_a_run_that_ends_at_chance_says_so(tmp_path):
     settings = {"backbone": "mlp", "width": 12, "depth": 1, "train_samples": 100, "batch_size": 20, "epochs": 1}
     folder = train_runs(RunConfig(**settings, method="standard", lr=1e-9), tmp_path / "out", progress=False)

@@ -39,7 +39,7 @@ def code_from_gram(gram: Tensor, feature_dim: int) -> Tensor:
 
     Source: classical scaling (Torgerson, 1952).
 
-    Example:
+    Examples:
         >>> from neuralcollapse import simplex_gram
         >>> code = code_from_gram(simplex_gram(4), feature_dim=8)
         >>> code.shape, bool(torch.allclose(code @ code.T, simplex_gram(4), atol=1e-6))
@@ -80,7 +80,7 @@ def seli_code(class_counts: Tensor, *, dtype: torch.dtype | None = None) -> Tens
 
     Source: Thrampoulidis, Kini, Vakilian, Behnia, "Imbalance Trouble" (NeurIPS 2022).
 
-    Example:
+    Examples:
         >>> code = seli_code(torch.tensor([100, 100, 10]))
         >>> code.norm(dim=1)
         tensor([1.0548, 1.0548, 0.8803])
@@ -122,7 +122,7 @@ def code_of_means(class_means: Tensor, rank: int | Literal["auto"] = "auto") -> 
 
     Source: this project; the effective rank after Roy and Vetterli (2007).
 
-    Example:
+    Examples:
         >>> from neuralcollapse import simplex_etf
         >>> code_of_means(simplex_etf(5, 8)).shape, code_of_means(simplex_etf(5, 8), rank=2).shape
         (torch.Size([5, 4]), torch.Size([5, 2]))

@@ -100,7 +100,7 @@ def argmin_on_stiefel(cost: ParametricCost, parameters: Parameters, initial: Ten
 
     Source: Gould, Hartley, Campbell, "Deep declarative networks" (2022), on a manifold by the Riemannian Hessian.
 
-    Example:
+    Examples:
         >>> target = torch.tensor([[3.0, 0.0, 4.0]], dtype=torch.float64, requires_grad=True)
         >>> start = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
         >>> point = argmin_on_stiefel(lambda point, target: -(target * point).sum((-2, -1)), target, start).point

@@ -44,7 +44,7 @@ def simplex_gram(
 
     Source: Papyan, Han, Donoho (PNAS 2020).
 
-    Example:
+    Examples:
         >>> simplex_gram(3)
         tensor([[ 1.0000, -0.5000, -0.5000],
                 [-0.5000,  1.0000, -0.5000],
@@ -77,7 +77,7 @@ def attribute_gram(attributes: Tensor, weights: Tensor) -> Tensor:
 
     Source: a sum of simplex Grams, each positive semi-definite (this project).
 
-    Example:
+    Examples:
         >>> digits = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])  # of the classes 00, 01, 10, 11
         >>> attribute_gram(digits, torch.tensor([0.5, 0.5]))
         tensor([[ 1.,  0.,  0., -1.],
@@ -131,7 +131,7 @@ def distance_gram(distances: Tensor, decay: float, floor: float = 0.0) -> Tensor
 
     Source: HAFrame (Liang and Davis, ICCV 2023, arXiv 2303.05689).
 
-    Example:
+    Examples:
         >>> distance_gram(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), decay=1.0)
         tensor([[1.0000, 0.3679],
                 [0.3679, 1.0000]])
@@ -174,7 +174,7 @@ def tree_gram(parents: Tensor, decay: float, *, dtype: torch.dtype | None = None
 
     Source: `distance_gram` (HAFrame, arXiv 2303.05689) of the tree's own distance.
 
-    Example:
+    Examples:
         >>> tree_gram(torch.tensor([3, 3, 4, 4, -1]), decay=3.0)  # two brothers, and one more class
         tensor([[1.0000, 0.1353, 0.0498],
                 [0.1353, 1.0000, 0.0498],
@@ -203,7 +203,7 @@ def embedding_gram(embeddings: Tensor) -> Tensor:
 
     Source: this project.
 
-    Example:
+    Examples:
         >>> embedding_gram(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
         tensor([[ 1., -1.],
                 [-1.,  1.]])

@@ -54,7 +54,7 @@ def nearest_frame_under_metric(
 
     Source: Mahalanobis (1936) for the distance; Eldén, Park, "A Procrustes problem on the Stiefel manifold" (1999).
 
-    Example:
+    Examples:
         >>> from neuralcollapse.geometry import stiefel
         >>> from neuralcollapse.geometry.simplex import reduce, simplex_etf
         >>> means = simplex_etf(3, 4, dtype=torch.float64) / 3**0.5

@@ -49,7 +49,7 @@ def nearest_simplex_etf(
         proximal_weight: γ ≥ 0, in units in which the singular values of the data term are 1 at collapse.
         class_weights: (K,) or (..., K), ω ≥ 0 up to a common factor; equal if not given.
         metric: M, (d,) for a diagonal or (..., d, d), symmetric and positive definite: distances are then √(xᵀMx), M
-            scaled to trace d (docs/riemannian.md). Solved by a Riemannian trust region, differentiable in M as well.
+            scaled to trace d. Solved by a Riemannian trust region, differentiable in M as well.
         method: How the polar factor is found, as for `polar_factor`.
         check_values: Check finiteness, that the means are not all equal, that the anchor is an ETF and that products
             converged (on an accelerator this waits for the device).
@@ -65,7 +65,7 @@ def nearest_simplex_etf(
     Source: after Markou, Ajanthan, Gould, "Guiding Neural Collapse" (NeurIPS 2024), reduced to the complement
     of the all-ones vector.
 
-    Example:
+    Examples:
         >>> from neuralcollapse import nearest_simplex_etf, random_simplex_etf
         >>> etf = random_simplex_etf(10, 64, generator=torch.Generator().manual_seed(0))
         >>> bool(torch.allclose(nearest_simplex_etf(5 * etf + 2), etf, atol=1e-5))
@@ -189,7 +189,7 @@ def nearest_etf_diagnostics(
     Raises:
         ValueError: Shapes or a proximal weight that `nearest_simplex_etf` refuses, or another shape of ``etf``.
 
-    Example:
+    Examples:
         >>> from neuralcollapse import nearest_simplex_etf, simplex_etf
         >>> means = 3 * simplex_etf(4, 6) + 1
         >>> diagnostics = nearest_etf_diagnostics(means, nearest_simplex_etf(means))

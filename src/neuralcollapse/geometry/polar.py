@@ -53,7 +53,7 @@ def polar_factor(matrix: Tensor, *, method: Method = "auto", check_values: bool 
 
     Source: Higham, Functions of Matrices (2008), chapter 8; the derivative is that of the Sylvester equation there.
 
-    Example:
+    Examples:
         >>> import torch
         >>> polar_factor(torch.tensor([[3.0, 0.0, 4.0]]))
         tensor([[0.6000, 0.0000, 0.8000]])

@@ -49,7 +49,7 @@ def published_nearest_frame(
 
     Source: Markou, Ajanthan, Gould, "Guiding Neural Collapse" (NeurIPS 2024).
 
-    Example:
+    Examples:
         >>> from neuralcollapse import nearest_simplex_etf
         >>> means = torch.randn(4, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         >>> etf = frame_to_etf(published_nearest_frame(means).point)
@@ -85,7 +85,7 @@ def published_nearest_frame(
 def frame_to_etf(frame: Tensor) -> Tensor:
     """The unit simplex ETF √(K/(K−1)) ΠP of a matrix P (..., K, d) with orthonormal rows.
 
-    Example:
+    Examples:
         >>> frame_to_etf(torch.eye(2))
         tensor([[ 0.7071, -0.7071],
                 [-0.7071,  0.7071]])

@@ -41,7 +41,7 @@ def simplex_etf(
 
     Source: Papyan, Han, Donoho (PNAS 2020), definition of the simplex ETF.
 
-    Example:
+    Examples:
         >>> etf = simplex_etf(3)
         >>> etf @ etf.T
         tensor([[ 1.0000, -0.5000, -0.5000],
@@ -90,7 +90,7 @@ def random_simplex_etf(
 
     Source: Mezzadri, "How to generate random matrices from the classical compact groups" (2007).
 
-    Example:
+    Examples:
         >>> etf = random_simplex_etf(4, 8, generator=torch.Generator().manual_seed(0))
         >>> etf.shape, round(float(etf[0] @ etf[1]), 4)
         (torch.Size([4, 8]), -0.3333)
@@ -122,7 +122,7 @@ def simplex_basis(
     Raises:
         ValueError: K < 2, a dtype that is not floating, or no device of that name.
 
-    Example:
+    Examples:
         >>> simplex_basis(3)
         tensor([[ 0.7071,  0.4082],
                 [-0.7071,  0.4082],
@@ -156,7 +156,7 @@ def check_simplex_etf(name: str, etf: Tensor) -> None:
 def reduce(class_vectors: Tensor) -> Tensor:
     """Bᵀ X: the coordinates of (..., K, d) class vectors in the complement of their mean, (..., K−1, d).
 
-    Example:
+    Examples:
         >>> reduce(torch.ones(3, 2))
         tensor([[0., 0.],
                 [0., 0.]])
@@ -168,7 +168,7 @@ def reduce(class_vectors: Tensor) -> Tensor:
 def expand(coordinates: Tensor) -> Tensor:
     """B Y: the class vectors, (..., K, d) with zero mean, of given coordinates (..., K−1, d).
 
-    Example:
+    Examples:
         >>> expand(torch.tensor([[2.0**0.5]]))
         tensor([[ 1.],
                 [-1.]])

@@ -50,7 +50,7 @@ def softmax_code(
 
     Source: Jiang et al., "Generalized neural collapse for a large number of classes" (ICML 2024).
 
-    Example:
+    Examples:
         >>> code = softmax_code(6, 3)  # the octahedron
         >>> one_vs_rest_margins(code)
         tensor([1., 1., 1., 1., 1., 1.])
@@ -95,7 +95,7 @@ def anneal_code(start: Tensor, *, temperatures: tuple[float, ...] = TEMPERATURES
 
     Source: Jiang et al. (ICML 2024): their HardMax problem, smoothed.
 
-    Example:
+    Examples:
         >>> start = torch.randn(4, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         >>> bool(torch.allclose(one_vs_rest_margins(anneal_code(start)), torch.ones(4).double(), atol=1e-6))
         True
@@ -161,7 +161,7 @@ def one_vs_rest_margins(code: Tensor, *, max_iterations: int = 2000, tolerance: 
 
     Source: Jiang et al. (ICML 2024); Beck, Teboulle (2009) with the restart of O'Donoghue, Candès (2015).
 
-    Example:
+    Examples:
         >>> one_vs_rest_margins(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]]))
         tensor([1.4142, 1.4142, 1.0000])
     """

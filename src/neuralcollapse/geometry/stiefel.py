@@ -23,7 +23,7 @@ Retraction = Literal["qr", "polar"]
 def inner(first: Tensor, second: Tensor) -> Tensor:
     """⟨X, Y⟩ of (..., p, d) matrices, kept as (..., 1, 1) so that it scales them.
 
-    Example:
+    Examples:
         >>> inner(torch.ones(2, 3), torch.ones(2, 3))
         tensor([[6.]])
     """
@@ -46,7 +46,7 @@ def project(point: Tensor, ambient: Tensor) -> Tensor:
     Returns:
         (..., p, d).
 
-    Example:
+    Examples:
         >>> project(torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, 4.0]]))
         tensor([[0., 4.]])
     """
@@ -71,7 +71,7 @@ def retract(point: Tensor, tangent: Tensor, method: Retraction = "qr") -> Tensor
     Raises:
         ValueError: Another method.
 
-    Example:
+    Examples:
         >>> retract(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.75]]))
         tensor([[0.8000, 0.6000]])
     """
@@ -95,7 +95,7 @@ def transport(tangent: Tensor, to: Tensor) -> Tensor:
     Returns:
         (..., p, d).
 
-    Example:
+    Examples:
         >>> transport(torch.tensor([[0.0, 1.0]]), to=torch.tensor([[0.6, 0.8]]))
         tensor([[-0.4800,  0.3600]])
     """
@@ -105,7 +105,7 @@ def transport(tangent: Tensor, to: Tensor) -> Tensor:
 def distance(first: Tensor, second: Tensor) -> Tensor:
     """The chordal distance ‖Q₁ − Q₂‖_F, (...) of (..., p, d).
 
-    Example:
+    Examples:
         >>> distance(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.6, 0.8]]))
         tensor(0.8944)
     """
@@ -133,7 +133,7 @@ def random_point(
     Raises:
         ValueError: Fewer than two sizes, a size below 1, or p > d.
 
-    Example:
+    Examples:
         >>> point = random_point(2, 4, generator=torch.Generator().manual_seed(0))
         >>> bool(torch.allclose(point @ point.T, torch.eye(2), atol=1e-6))
         True
@@ -160,7 +160,7 @@ def check_point(point: Tensor, name: str = "point") -> None:
         ValueError: Not floating, another dtype or shape, not finite, or rows that are not orthonormal; the message
             says which row or pair of rows is furthest off.
 
-    Example:
+    Examples:
         >>> check_point(torch.tensor([[1.0, 0.0], [0.6, 0.8]]))
         Traceback (most recent call last):
         ...

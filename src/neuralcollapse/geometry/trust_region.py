@@ -67,7 +67,7 @@ def minimize_on_stiefel(
     The logger of this module says of every iteration, at level DEBUG, the objective, the gradient norm and the distance
     to the last point, and at the end why it stopped.
 
-    Example:
+    Examples:
         >>> target = torch.tensor([[3.0, 0.0, 4.0]], dtype=torch.float64)
         >>> start = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
         >>> solution = minimize_on_stiefel(lambda point: -(target * point).sum((-2, -1)), start)

@@ -217,7 +217,7 @@ def attach_head(
             another feature dimension; at the first call, a model that does something after its classifier, or an
             ``output`` that is not there.
 
-    Example:
+    Examples:
         >>> from neuralcollapse import NearestETFClassifier, attach_head
         >>> model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 10))
         >>> model = attach_head(model, NearestETFClassifier(64, 10))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -78,8 +79,8 @@ class MovingMean(KeepsFullPrecision):
             weight = (2 / (self.batches + 1)).clamp_min(1e-4)
         else:
             weight = float(self.momentum)
-        weight = torch.where(self.seen == 0, 1.0, weight).where(batch_count > 0, 0).unsqueeze(-1)
-        moved = torch.lerp(self.mean.to(batch_mean), batch_mean, weight.to(batch_mean))
+        weight = (self.seen == 0).to(batch_mean.dtype).clamp_min(weight) * (batch_count > 0)
+        moved = torch.lerp(self.mean.to(batch_mean), batch_mean, weight.to(batch_mean).unsqueeze(-1))
         # A copy: what restores or broadcasts buffers writes into them, and the graph holds `moved`.
         self.mean = moved.detach().to(self.mean.dtype, copy=True)
         self.seen = self.seen + batch_count.to(torch.int64)
@@ -108,7 +109,7 @@ class ClassMeans(nn.Module):
 
     Source: Markou, Ajanthan, Gould (NeurIPS 2024), section 3.
 
-    Example:
+    Examples:
         >>> means = ClassMeans(2, 1, momentum=0.5)
         >>> centred, batch_mean = means(torch.tensor([[1.0], [3.0], [8.0]]), torch.tensor([0, 0, 1]))
         >>> centred.flatten().tolist(), batch_mean.tolist()
@@ -164,7 +165,7 @@ class ClassMeans(nn.Module):
         sums, counts = sums_over_ranks(*class_sums(features, targets, self.num_classes, self.ignore_index))
         total = counts.sum()
         batch_mean = sums.sum(0) / total.clamp_min(1)
-        if readable and values_readable(batch_mean) and not bool(torch.isfinite(batch_mean).all()):
+        if readable and values_readable(batch_mean) and not math.isfinite(batch_mean.detach().sum()):
             check_finite("features", features)  # which one pass over the mean has seen already
         centred = sums / counts.clamp_min(1).unsqueeze(-1) - batch_mean
         self.overall(batch_mean.detach().unsqueeze(0), total.unsqueeze(0))

@@ -95,7 +95,7 @@ class FixedETFClassifier(FixedWeight):
     Source: Zhu et al. (NeurIPS 2021), section 4 (with ``feature_norm=None, bias="learned"``); Markou, Ajanthan,
     Gould (NeurIPS 2024), the method ``fixed`` (with ``bias="centring"``).
 
-    Example:
+    Examples:
         >>> head = FixedETFClassifier(64, 10).eval()
         >>> head(torch.randn(32, 64)).shape
         torch.Size([32, 10])
@@ -142,7 +142,7 @@ class FixedFrameClassifier(FixedWeight):
 
     Source: Liang and Davis, HAFrame (ICCV 2023), for a hierarchy's frame.
 
-    Example:
+    Examples:
         >>> from neuralcollapse import code_from_gram, tree_gram
         >>> gram = tree_gram(torch.tensor([4, 4, 5, 5, 6, 6, -1]), decay=3.0)
         >>> head = FixedFrameClassifier(64, 4, code_from_gram(gram, feature_dim=64)).eval()

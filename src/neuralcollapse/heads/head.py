@@ -19,6 +19,7 @@ from neuralcollapse._checks import (
     check_integral,
     compute_dtype,
     is_number,
+    values_readable,
 )
 
 
@@ -33,7 +34,7 @@ class FeatureNorm(nn.Module):
 
     Shape: (..., d) to (..., d), in the dtype of the input (fp16 and bf16 are computed in fp32).
 
-    Example:
+    Examples:
         >>> FeatureNorm(5.0)(torch.tensor([[3.0, 4.0]]))
         tensor([[3., 4.]])
     """
@@ -47,11 +48,38 @@ class FeatureNorm(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         check_floating("features", features)
         exact = features.to(compute_dtype(features.dtype))
-        norm = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
-        return (exact * (self.radius / torch.where(norm > 0, norm, 1))).to(features.dtype)
+        if exact.requires_grad and values_readable(exact):
+            return _OnSphere.apply(exact, self.radius).to(features.dtype)
+        return (exact * _scale(exact, self.radius)).to(features.dtype)
 
     def extra_repr(self) -> str:
         return f"radius={self.radius:g}"
+
+
+def _scale(vectors: Tensor, radius: float) -> Tensor:
+    norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    return radius / torch.where(norm > 0, norm, 1)
+
+
+class _OnSphere(torch.autograd.Function):
+    """p = τ h/‖h‖, with half of automatic differentiation's passes over memory: of g it is τ/‖h‖ (g − p p·g/τ²)."""
+
+    @staticmethod
+    def forward(ctx, vectors: Tensor, radius: float) -> Tensor:  # type: ignore[no-untyped-def]
+        scale = _scale(vectors, radius)
+        projected = vectors * scale
+        ctx.save_for_backward(vectors, projected, scale)
+        ctx.radius = radius
+        return projected
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        vectors, projected, scale = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated again: what was saved has no graph
+            scale = _scale(vectors, ctx.radius)
+            projected = vectors * scale
+        along = torch.linalg.vecdot(gradient, projected).unsqueeze(-1)
+        return torch.addcmul(gradient, projected, along, value=-1 / ctx.radius**2) * scale, None
 
 
 def collapse_radius(num_classes: int, probability: float = 0.99) -> float:
@@ -69,7 +97,7 @@ def collapse_radius(num_classes: int, probability: float = 0.99) -> float:
     Raises:
         ValueError: K < 2, or p outside (1/K, 1).
 
-    Example:
+    Examples:
         >>> [round(collapse_radius(num_classes), 1) for num_classes in (10, 100, 1000)]
         [6.1, 9.1, 11.5]
     """

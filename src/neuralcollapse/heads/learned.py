@@ -33,7 +33,7 @@ class LearnedClassifier(Head):
     Raises:
         ValueError: Sizes out of range, or an argument of another kind.
 
-    Example:
+    Examples:
         >>> LearnedClassifier(64, 10, feature_norm=5.0, unit_weight=True)(torch.randn(32, 64)).shape
         torch.Size([32, 10])
     """
@@ -78,7 +78,7 @@ def project_after_step(optimizer: Optimizer, head: LearnedClassifier) -> Removab
     Raises:
         ValueError: ``optimizer`` or ``head`` is of another kind.
 
-    Example:
+    Examples:
         >>> head = LearnedClassifier(8, 3, unit_weight=True)
         >>> optimizer = torch.optim.SGD(head.parameters(), lr=1.0)
         >>> _ = project_after_step(optimizer, head)

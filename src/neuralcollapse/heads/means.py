@@ -41,7 +41,7 @@ class ClassMeanClassifier(KeepsFullPrecision, LearnsFromTargets):
     Raises:
         ValueError: Sizes or arguments out of range; in training mode, no targets, or labels outside [0, K).
 
-    Example:
+    Examples:
         >>> head = ClassMeanClassifier(64, 1000)
         >>> features, targets = torch.randn(32, 64, requires_grad=True), torch.randint(1000, (32,))
         >>> torch.nn.functional.cross_entropy(head(features, targets), targets).backward()

@@ -77,7 +77,7 @@ class NearestFrameClassifier(KeepsFullPrecision, LearnsFromTargets):
 
     Source: this project, after Markou, Ajanthan, Gould, "Guiding Neural Collapse" (NeurIPS 2024).
 
-    Example:
+    Examples:
         >>> from neuralcollapse import attribute_gram, code_from_gram
         >>> digits = torch.cartesian_prod(torch.arange(10), torch.arange(10))  # 100 classes of two digits
         >>> code = code_from_gram(attribute_gram(digits, torch.tensor([0.5, 0.5])), feature_dim=64)
@@ -241,7 +241,7 @@ class NearestETFClassifier(NearestFrameClassifier):
 
     Source: Markou, Ajanthan, Gould, "Guiding Neural Collapse" (NeurIPS 2024).
 
-    Example:
+    Examples:
         >>> head = NearestETFClassifier(64, 10)
         >>> features, targets = torch.randn(32, 64, requires_grad=True), torch.randint(10, (32,))
         >>> torch.nn.functional.cross_entropy(head(features, targets), targets).backward()

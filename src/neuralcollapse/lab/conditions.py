@@ -7,12 +7,14 @@ from neuralcollapse.lab.settings import Condition, Values, listed, where
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50-32x4d", "wide-resnet50-2")
 OF_LOGITS = ("cross-entropy", "mse", "dot-regression")
 OF_DIRECTIONS = ("normface", "ntce", "nonl", "decoupled", "two-way")
-# Whose weight moves with the class means of each batch.
-MOVING = ("implicit", "trust-region", "means")
+# Whose weight moves with the class means of each batch: it is nearest to them, or they themselves.
+NEAREST = ("implicit", "trust-region", "frame", "attribute-frame")
+MOVING = (*NEAREST, "means")
+WITH_ATTRIBUTES = ("attribute-frame", "fixed-frame")
 _ANY_BIAS = ("learned", "centring", "none")
 BIASES = {
     **dict.fromkeys(("standard", "linear"), ("learned", "none")),
-    **dict.fromkeys(("fixed", "softmax-code"), _ANY_BIAS),
+    **dict.fromkeys(("fixed", "fixed-frame", "softmax-code"), _ANY_BIAS),
     **dict.fromkeys(MOVING, ("centring", "none")),
 }
 DRAWN_DATA = ("mnist-1d", "features")
@@ -59,6 +61,7 @@ DECAYING = Condition(
 )
 FEATURE_DECAY = Condition("feature_decay", ("feature_decay",), lambda values: values["feature_decay"] is not None)
 FIRST_WEIGHTS = where(backbone=(*RESNETS, "vgg13"), optimizer=("sgd", "adam", "adamw", "lbfgs"))
+ATTRIBUTES = where(method=WITH_ATTRIBUTES)
 UNIT_ROWS = Condition("unit_weight true", ("unit_weight",), lambda values: bool(values["unit_weight"]))
 SPARSE = Condition(
     "measure_every or measure_from above 1",

@@ -14,7 +14,9 @@ from neuralcollapse.lab.settings import Settings, listed, setting, where
 
 PublishedMethod = Literal["standard", "fixed", "implicit"]
 PUBLISHED_METHODS: tuple[PublishedMethod, ...] = get_args(PublishedMethod)
-Method = Literal[PublishedMethod, "linear", "means", "softmax-code", "trust-region"]
+Method = Literal[
+    PublishedMethod, "linear", "means", "frame", "attribute-frame", "fixed-frame", "softmax-code", "trust-region"
+]
 METHODS: tuple[Method, ...] = get_args(Method)
 Loss = Literal["cross-entropy", "mse", "dot-regression", "normface", "ntce", "nonl", "decoupled", "two-way"]
 MOST_SEED = 2**63 - 1
@@ -29,8 +31,9 @@ class OneRun(Settings):
     settings."""
     method: Method = "implicit"
     """The classifier: learned on the sphere (standard), a fixed simplex ETF, or the simplex ETF nearest to the class
-    means (implicit); linear, a plain linear layer; means, the moving class means themselves; softmax-code, a fixed code
-    for any number of classes; trust-region, the implicit one solved as published, for comparison."""
+    means (implicit); linear, a plain linear layer; means, the moving class means; frame, the nearest frame of the
+    means' own leading directions; attribute-frame, that of what classes share, and fixed-frame, one that stands still;
+    softmax-code, a fixed code for any number of classes; trust-region, implicit solved as published."""
     seed: int = setting(0, at_least=0, at_most=MOST_SEED)
     """From which initial weights, batches and augmentation follow."""
 
@@ -171,9 +174,15 @@ class ModelSettings(Settings):
     classifier_bias: Literal["learned", "centring", "none"] | None = setting(
         only.default_bias, belongs_to=where(loss=only.OF_LOGITS)
     )
-    """The classifier's bias: learned (standard, linear, fixed, softmax-code), minus weight times mean feature (all but
-    standard and linear), or none. By default learned for standard and linear and centring for the others."""
-    proximal_weight: float | None = setting(0.5, belongs_to=where(method=("implicit", "trust-region")), at_least=0)
+    """The classifier's bias: learned (standard, linear and those that stand still), minus weight times mean feature
+    (not standard and linear), or none. By default learned for standard and linear and centring for the others."""
+    class_attributes: str | None = setting(belongs_to=only.ATTRIBUTES)
+    """What classes share: digits, those of their number; or a CSV file whose first line names attributes, and each
+    further one has the values of a class, in the order of the classes. Needed for these methods."""
+    attribute_weight: Literal["auto"] | float | None = setting("auto", belongs_to=only.ATTRIBUTES, above=0, at_most=1)
+    """How much each attribute draws together the classes that share it. auto: 0.6 over the number of attributes, or 1
+    over it where feature_dim is below K - 1, too small for the simplex ETF that is the rest."""
+    proximal_weight: float | None = setting(0.5, belongs_to=where(method=only.NEAREST), at_least=0)
     """How strongly the classifier stays with the last one."""
     class_means: Literal["previous", "current", "differentiable"] | None = setting(
         "previous", belongs_to=where(method="means")
@@ -301,6 +310,8 @@ class RunConfig(Record, Ranks, Optimisation, ModelSettings, BatchSettings, DataS
                 f"classifier_bias must be {listed(possible, 'or')} for method {self.method}, "
                 f"got {self.classifier_bias!r}"
             )
+        if self.method in only.WITH_ATTRIBUTES and self.class_attributes is None:
+            raise ValueError(f"class_attributes must say what classes share for method {self.method}, and is not given")
         if self.feature_decay and not self.published_quirk and self.feature_norm not in ("none", None):
             raise ValueError("feature_decay needs feature_norm none: of normalised features it is a constant")
         if self.optimizer == "lbfgs" and self.method in only.MOVING:

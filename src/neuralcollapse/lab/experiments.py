@@ -19,8 +19,8 @@ class Comparison(Settings):
     """Name of a published comparison: NAME-standard, NAME-fixed and NAME-implicit are recipes, and each method is
     trained with its own; --config and flags go over their settings."""
     methods: list[Method] = setting(lambda _: list(PUBLISHED_METHODS))
-    """Out of standard, fixed, implicit, linear, means, softmax-code and trust-region (which `train --help` explains),
-    with commas between them. By default the first three."""
+    """Out of standard, fixed, implicit, linear, means, frame, attribute-frame, fixed-frame, softmax-code and
+    trust-region (which `train --help` explains), with commas between them. By default the first three."""
     losses: list[Loss] | None = None
     """Train every method with each of these, with commas between them; by default with the one that `loss` says."""
     seeds: int | list[int] = setting(3, at_least=0, at_most=MOST_SEED)
@@ -66,7 +66,7 @@ def single_run(settings: Mapping[str, Any], base: Mapping[str, Any] | None = Non
     Raises:
         ValueError: There is no such recipe, or a setting is wrong or has no effect.
 
-    Example:
+    Examples:
         >>> run = single_run({"recipe": "zhu2021-mnist-sgd", "epochs": 3})
         >>> run.optimizer, run.lr, run.epochs
         ('sgd', 0.05, 3)
@@ -95,7 +95,7 @@ def comparison_runs(
     Raises:
         ValueError: There are no such recipes, they are of different data, or a setting is wrong or has no effect.
 
-    Example:
+    Examples:
         >>> runs = comparison_runs(Comparison(methods=["fixed", "implicit"], seeds=2), {"proximal_weight": 0.1})
         >>> [(run.method, run.seed, run.proximal_weight) for run in runs]
         [('fixed', 0, None), ('implicit', 0, 0.1), ('fixed', 1, None), ('implicit', 1, 0.1)]
@@ -136,7 +136,7 @@ def tell_apart(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     Returns:
         For each the telling ones of its settings; the loss is among them where not all have the same.
 
-    Example:
+    Examples:
         >>> tell_apart([{"method": "fixed", "lr": 0.1}, {"method": "fixed", "lr": 0.2}, {"method": "means", "lr": 0.1}])
         [{'method': 'fixed', 'lr': 0.1}, {'method': 'fixed', 'lr': 0.2}, {'method': 'means', 'lr': 0.1}]
     """
@@ -154,7 +154,7 @@ def tell_apart(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def label_of(telling: Mapping[str, Any]) -> str:
     """What tells a run from others, in words: the method, then the loss, then settings by name.
 
-    Example:
+    Examples:
         >>> label_of({"method": "fixed", "loss": "nonl", "lr": 0.1})
         'fixed nonl lr=0.1'
     """

@@ -35,7 +35,7 @@ def normface(
 
     Source: Wang, Xiang, Cheng, Yuille, "NormFace" (ACM Multimedia 2017).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from neuralcollapse import simplex_etf
         >>> etf = simplex_etf(4)
@@ -77,7 +77,7 @@ def decoupled_cross_entropy(
 
     Source: Wang et al., "CosFace" (CVPR 2018); Yeh et al., "Decoupled contrastive learning" (ECCV 2022) for m = ∞.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from neuralcollapse import simplex_etf
         >>> etf = simplex_etf(4)
@@ -117,7 +117,7 @@ def ntce(
 
     Source: NTCE of Koromilas et al., "Neural Collapse by Design" (ICML 2026), arXiv 2605.20302.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from neuralcollapse import simplex_etf
         >>> etf = simplex_etf(4)
@@ -160,7 +160,7 @@ def nonl(
 
     Source: NONL of Koromilas et al., "Neural Collapse by Design" (ICML 2026), arXiv 2605.20302.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from neuralcollapse import simplex_etf
         >>> etf = simplex_etf(4)
@@ -197,7 +197,7 @@ def two_way(
     Raises:
         ValueError: As `normface`; or a margin that is negative.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from neuralcollapse import NearestETFClassifier
         >>> head = NearestETFClassifier(64, 10, bias="none")

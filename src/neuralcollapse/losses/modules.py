@@ -69,7 +69,7 @@ class DecoupledCrossEntropyLoss(_LossWithMargin):
 class TwoWayLoss(_LossWithMargin):
     """`two_way` as a module: ``forward(features, targets, weight)``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from neuralcollapse import LearnedClassifier
         >>> head, loss = LearnedClassifier(64, 10), TwoWayLoss(margin=3.0)

@@ -30,7 +30,7 @@ class FeatureCache:
         max_bytes: Features kept in memory at most.
         folder: Where the temporary file goes; the system's own place by default.
 
-    Example:
+    Examples:
         >>> with FeatureCache(max_bytes=0) as cache:
         ...     cache.append(torch.eye(2), torch.tensor([0, 1]), torch.tensor([1, 1]))
         ...     [samples.features.sum() for samples in cache]

@@ -63,7 +63,7 @@ class Metric:
     def value_at_collapse(self, num_classes: int) -> float | None:
         """The value at perfect collapse of K classes, or None where there is none.
 
-        Example:
+        Examples:
             >>> METRICS["nc2_cos_margin"].value_at_collapse(5)
             1.25
         """
@@ -249,7 +249,7 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
 def in_order(values: Mapping[str, Value]) -> dict[str, Value]:
     """The same values in the order of `METRICS`; names that are not in it come last, as they came.
 
-    Example:
+    Examples:
         >>> in_order({"nc4_bias": 1.0, "nc1_vci": 2.0})
         {'nc1_vci': 2.0, 'nc4_bias': 1.0}
     """

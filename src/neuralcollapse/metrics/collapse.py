@@ -56,7 +56,7 @@ def collapse_metrics(
         ValueError: Fewer than two classes measured, or an argument of another shape than the moments' or of another
             type.
 
-    Example:
+    Examples:
         >>> features = torch.tensor([[1.0, 0.1], [1, -0.1], [-1, 0.1], [-1, -0.1]])
         >>> moments = ClassMoments(num_classes=2, feature_dim=2)
         >>> moments.update(features, torch.tensor([0, 0, 1, 1]))

@@ -43,7 +43,7 @@ def etf_distances(
     Raises:
         ValueError: Shapes that differ, values that are not finite, negative or all-zero counts, or d under K − 1.
 
-    Example:
+    Examples:
         >>> from neuralcollapse.geometry import simplex_etf
         >>> distances = etf_distances(simplex_etf(4, 5), 3 * simplex_etf(4, 5) + 1)
         >>> list(distances), max(distances.values()) < 1e-6

@@ -11,7 +11,7 @@ from neuralcollapse._checks import check_at_least, check_finite, check_floating,
 def check_shapes(**arguments: tuple[object, str]) -> None:
     """Raise unless each argument is a floating-point tensor of its shape, in which a letter stands for one size.
 
-    Example:
+    Examples:
         >>> check_shapes(weight=(torch.eye(2), "K d"), bias=(torch.zeros(3), "K"))
         Traceback (most recent call last):
         ValueError: bias must be of shape (K,) = (2,), got (3,)

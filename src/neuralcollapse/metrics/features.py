@@ -19,7 +19,7 @@ def feature_norm(class_means: Tensor, within_class_variances: Tensor, counts: Te
     Raises:
         ValueError: Another shape or type.
 
-    Example:
+    Examples:
         >>> feature_norm(torch.tensor([[3.0, 0], [0, 4]]), torch.zeros(2), torch.tensor([8, 8]))
         tensor(3.5355)
     """
@@ -43,7 +43,7 @@ def rank_me(within_class_covariance: Tensor, class_means: Tensor, counts: Tensor
     Raises:
         ValueError: Another shape or type.
 
-    Example:
+    Examples:
         >>> rank_me(torch.zeros(3, 3), torch.eye(2, 3), torch.tensor([5, 5]))
         tensor(2.)
     """
@@ -68,7 +68,7 @@ def effective_rank(vectors: Tensor) -> Tensor:
     Raises:
         ValueError: Another shape or type.
 
-    Example:
+    Examples:
         >>> round(float(effective_rank(torch.eye(3, 5))), 4)
         3.0
     """

@@ -28,7 +28,7 @@ def nc2_gram(vectors: Tensor, code: Tensor) -> Tensor:
     Raises:
         ValueError: Another shape or type.
 
-    Example:
+    Examples:
         >>> rows = torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]])  # an orthoplex
         >>> bool(nc2_gram(3 * rows + 1, rows) < 1e-6), float(nc2_gram(torch.eye(4), rows)) > 0.1
         (True, True)
@@ -50,7 +50,7 @@ def nc3_gram_duality(weight: Tensor, class_means: Tensor, code: Tensor) -> Tenso
     Raises:
         ValueError: Another shape or type.
 
-    Example:
+    Examples:
         >>> rows = torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]])
         >>> nc3_gram_duality(2 * rows, rows, rows), nc3_gram_duality(-rows, rows, rows)
         (tensor(0.), tensor(2.))

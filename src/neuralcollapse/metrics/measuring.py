@@ -98,7 +98,7 @@ def measure(
         ValueError: No classifier found, an empty loader, train moments of another K or d, features that are not
             finite (the batch is named), targets out of range, or too few classes.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> batches = [(torch.randn(16, 4), torch.arange(16) % 2) for _ in range(3)]
         >>> measurement = measure(model, batches, progress=False)

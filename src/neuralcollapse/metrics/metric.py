@@ -62,7 +62,7 @@ class NeuralCollapse(Metric):
         ValueError: K or d out of range, an argument of another kind, a classifier whose weight is not (K, d), or a code
             that is not (K, r).
 
-    Example:
+    Examples:
         >>> from neuralcollapse.metrics import NeuralCollapse
         >>> metric = NeuralCollapse(num_classes=2, feature_dim=2)
         >>> metric.update(torch.tensor([[1.0, 0.1], [1, -0.1], [-1, 0.1], [-1, -0.1]]), torch.tensor([0, 0, 1, 1]))
@@ -193,7 +193,7 @@ class NeuralCollapse(Metric):
         Raises:
             ValueError: As for `NeuralCollapse`, and a name that is not one of its metrics with these arguments.
 
-        Example:
+        Examples:
             >>> from neuralcollapse.metrics import NeuralCollapse
             >>> collection = NeuralCollapse.collection(2, 2, metrics=["nc1_quotient", "nc2_etf_means"], prefix="val/")
             >>> features = torch.tensor([[1.0, 0.1], [1, -0.1], [-1, 0.1], [-1, -0.1]])

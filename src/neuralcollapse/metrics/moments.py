@@ -59,7 +59,7 @@ class ClassMoments:
     Raises:
         ValueError: ``num_classes`` under 2, ``feature_dim`` under 1, or an unknown dtype or device.
 
-    Example:
+    Examples:
         >>> moments = ClassMoments(num_classes=2, feature_dim=3)
         >>> moments.update(torch.tensor([[1.0, 0, 0], [3, 0, 0], [0, 1, 0]]), torch.tensor([0, 0, 1]))
         >>> moments.means
@@ -139,7 +139,7 @@ class ClassMoments:
     ) -> int:
         """Memory that the state takes.
 
-        Example:
+        Examples:
             >>> ClassMoments.required_bytes(1000, 2048, class_scatter=True) / 1e9
             33.604...
         """

@@ -17,7 +17,7 @@ def nc0_weight_sum(weight: Tensor) -> Tensor:
     Raises:
         ValueError: Another shape or type.
 
-    Example:
+    Examples:
         >>> nc0_weight_sum(torch.tensor([[3.0, 0], [0, 4]]))
         tensor(1.)
     """

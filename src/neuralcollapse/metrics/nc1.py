@@ -53,7 +53,7 @@ def nc1_pinv(
     Raises:
         ValueError: Another shape or type.
 
-    Example:
+    Examples:
         >>> nc1_pinv(torch.eye(2), torch.tensor([[1.0, 0], [-1, 0]]))
         tensor(0.5000)
     """
@@ -73,7 +73,7 @@ def nc1_quotient(within_class_trace: Tensor, centred_means: Tensor) -> Tensor:
     Raises:
         ValueError: Another shape or type.
 
-    Example:
+    Examples:
         >>> nc1_quotient(torch.tensor(2.0), torch.tensor([[1.0, 0], [-1, 0]]))
         tensor(2.)
     """
@@ -94,7 +94,7 @@ def nc1_cdnv(class_means: Tensor, within_class_variances: Tensor, *, power: floa
     Raises:
         ValueError: Another shape or type, or a power that is not positive.
 
-    Example:
+    Examples:
         >>> nc1_cdnv(torch.tensor([[1.0, 0], [-1, 0]]), torch.tensor([1.0, 3.0]))
         tensor(0.5000)
     """
@@ -133,7 +133,7 @@ def nc1_vci(
     Raises:
         ValueError: Another shape or type.
 
-    Example:
+    Examples:
         >>> nc1_vci(torch.eye(2), torch.tensor([[1.0, 0], [-1, 0]]))
         tensor(0.5000)
     """
@@ -167,7 +167,7 @@ def nc1_numerical_rank(class_scatter: Tensor, class_means: Tensor, counts: Tenso
     Raises:
         ValueError: Another shape or type.
 
-    Example:
+    Examples:
         >>> nc1_numerical_rank(torch.zeros(2, 3, 3), torch.eye(2, 3), torch.tensor([5, 7]))
         tensor(1.)
     """

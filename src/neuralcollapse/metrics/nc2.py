@@ -30,7 +30,7 @@ def nc2_etf(vectors: Tensor) -> Tensor:
     Raises:
         ValueError: Another shape or type.
 
-    Example:
+    Examples:
         >>> nc2_etf(torch.tensor([[1.0, 0], [-1, 0]]))
         tensor(0.)
     """
@@ -76,7 +76,7 @@ def nc2_equinorm(vectors: Tensor) -> Tensor:
     Raises:
         ValueError: Another shape or type.
 
-    Example:
+    Examples:
         >>> nc2_equinorm(torch.tensor([[1.0, 0], [0, -1]]))
         tensor(0.)
     """
@@ -95,7 +95,7 @@ def nc2_equinorm_difference(centred_means: Tensor, weight: Tensor) -> Tensor:
     Raises:
         ValueError: Another shape or type.
 
-    Example:
+    Examples:
         >>> nc2_equinorm_difference(torch.eye(2), torch.eye(2))
         tensor(0.)
     """
@@ -112,7 +112,7 @@ def nc2_equiangular(vectors: Tensor) -> Tensor:
     Raises:
         ValueError: Another shape or type.
 
-    Example:
+    Examples:
         >>> nc2_equiangular(torch.eye(3))
         tensor(0.)
     """
@@ -129,7 +129,7 @@ def nc2_max_angle(vectors: Tensor) -> Tensor:
     Raises:
         ValueError: Another shape or type.
 
-    Example:
+    Examples:
         >>> nc2_max_angle(torch.eye(3))
         tensor(0.5000)
     """
@@ -153,7 +153,7 @@ def nc2_hyperspherical(vectors: Tensor, kernel: str = "dist", *, exponent: float
     Raises:
         ValueError: Another kernel, shape or type, or an exponent that is not positive.
 
-    Example:
+    Examples:
         >>> nc2_hyperspherical(torch.tensor([[1.0, 0], [-3, 0]]))
         (tensor(2.), tensor(0.))
     """
@@ -187,7 +187,7 @@ def cos_margins(features: Tensor, targets: Tensor, weight: Tensor, center: Tenso
     Raises:
         ValueError: Another shape or type, or targets out of range.
 
-    Example:
+    Examples:
         >>> weight = torch.tensor([[1.0, 0], [-1, 0]])
         >>> cos_margins(torch.tensor([[2.0, 1]]), torch.tensor([0]), weight, center=torch.tensor([0, 1.0]))
         tensor([2.])
@@ -216,7 +216,7 @@ def nc2_cos_margin(features: Tensor, targets: Tensor, weight: Tensor, center: Te
     Raises:
         ValueError: Another shape or type, or targets out of range.
 
-    Example:
+    Examples:
         >>> rows = torch.tensor([[1.0, 0], [-1, 0]])
         >>> nc2_cos_margin(rows, torch.tensor([0, 1]), rows, center=torch.zeros(2))
         tensor(2.)

@@ -20,7 +20,7 @@ def nc3_duality(weight: Tensor, centred_means: Tensor) -> Tensor:
     Raises:
         ValueError: Another shape or type.
 
-    Example:
+    Examples:
         >>> nc3_duality(torch.tensor([[2.0, 0], [-2, 0]]), torch.tensor([[1.0, 0], [-1, 0]]))
         tensor(0.)
     """
@@ -38,7 +38,7 @@ def nc3_distance(weight: Tensor, centred_means: Tensor) -> Tensor:
     Raises:
         ValueError: Another shape or type.
 
-    Example:
+    Examples:
         >>> nc3_distance(torch.eye(2), -torch.eye(2))
         tensor(4.0000)
     """
@@ -58,7 +58,7 @@ def nc3_uniform(weight: Tensor, centred_means: Tensor) -> Tensor:
     Raises:
         ValueError: Another shape or type.
 
-    Example:
+    Examples:
         >>> nc3_uniform(torch.eye(2), torch.eye(2))
         tensor(0.)
     """
@@ -76,7 +76,7 @@ def nc3_uniform_cos(weight: Tensor, centred_means: Tensor) -> Tensor:
     Raises:
         ValueError: Another shape or type.
 
-    Example:
+    Examples:
         >>> nc3_uniform_cos(torch.eye(2), 3 * torch.eye(2))
         tensor(0.)
     """
@@ -97,7 +97,7 @@ def alignment(features: Tensor, targets: Tensor, weight: Tensor, center: Tensor)
     Raises:
         ValueError: Another shape or type, or targets out of range.
 
-    Example:
+    Examples:
         >>> weight = torch.tensor([[1.0, 0], [-1, 0]])
         >>> alignment(torch.tensor([[2.0, 1]]), torch.tensor([0]), weight, center=torch.tensor([0, 1.0]))
         tensor(1.)

@@ -23,7 +23,7 @@ def nearest_class_mean(features: Tensor, class_means: Tensor) -> Tensor:
     Raises:
         ValueError: Another shape or type.
 
-    Example:
+    Examples:
         >>> nearest_class_mean(torch.tensor([[0.9, 0.2]]), torch.eye(2))
         tensor([0])
     """
@@ -50,7 +50,7 @@ def nc4_ncc_mismatch(features: Tensor, predictions: Tensor, class_means: Tensor)
     Raises:
         ValueError: Another shape or type.
 
-    Example:
+    Examples:
         >>> nc4_ncc_mismatch(torch.tensor([[0.9, 0.2], [0, 1]]), torch.tensor([0, 0]), torch.eye(2))
         tensor(0.5000, dtype=torch.float64)
     """
@@ -70,7 +70,7 @@ def nc4_bias(weight: Tensor, bias: Tensor | None, center: Tensor) -> Tensor:
     Raises:
         ValueError: Another shape or type.
 
-    Example:
+    Examples:
         >>> nc4_bias(torch.eye(2), torch.tensor([-3.0, 4]), torch.tensor([3.0, -4]))
         tensor(0.)
     """

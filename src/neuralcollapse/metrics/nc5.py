@@ -18,7 +18,7 @@ def nc5_ood(class_means: Tensor, ood_mean: Tensor) -> Tensor:
     Raises:
         ValueError: Another shape or type.
 
-    Example:
+    Examples:
         >>> nc5_ood(torch.eye(2, 3), torch.tensor([0.0, 0, 1]))
         tensor(0.)
     """

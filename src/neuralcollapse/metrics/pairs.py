@@ -79,7 +79,7 @@ def pair_statistics(
         vectors: (K, d), K at least 2.
         functions: By name; each maps a `PairTile` of (I, J) pairs to their (I, J) values.
 
-    Example:
+    Examples:
         >>> statistics = pair_statistics(torch.eye(3), {"cos": lambda tile: tile.cosines})
         >>> statistics["cos"].mean, statistics["cos"].pairs
         (tensor(0.), 3)

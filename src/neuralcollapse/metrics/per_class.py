@@ -61,7 +61,7 @@ def class_values(
     Raises:
         ValueError: As for `collapse_metrics`.
 
-    Example:
+    Examples:
         >>> moments = ClassMoments(2, 2)
         >>> moments.update(torch.tensor([[3.0, 0.5], [3, -0.5], [-3, 0], [-3, 0]]), torch.tensor([0, 0, 1, 1]))
         >>> values = class_values(moments)
@@ -113,7 +113,7 @@ def pair_matrices(
         ValueError: An unknown name, ``cosines_weights`` without a weight, an exponent that is not positive, too many
             classes; else as for `collapse_metrics`.
 
-    Example:
+    Examples:
         >>> moments = ClassMoments(2, 2)
         >>> moments.update(torch.tensor([[3.0, 0.5], [3, -0.5], [-3, 0], [-3, 0]]), torch.tensor([0, 0, 1, 1]))
         >>> pair_matrices(moments, names=["cosines_means"])["cosines_means"].tolist()

@@ -28,7 +28,7 @@ def instance_alignment(features: Tensor, targets: Tensor, weight: Tensor) -> Ten
     Raises:
         ValueError: Another shape or type, or targets out of range.
 
-    Example:
+    Examples:
         >>> instance_alignment(torch.tensor([[2.0, 0], [0, 3]]), torch.tensor([0, 0]), torch.eye(2))
         tensor(1.)
     """
@@ -50,7 +50,7 @@ def class_alignment(features: Tensor, targets: Tensor, weight: Tensor) -> Tensor
     Raises:
         ValueError: Another shape or type, or targets out of range.
 
-    Example:
+    Examples:
         >>> features = torch.tensor([[2.0, 1], [2, -1], [0, -3]])
         >>> class_alignment(features, torch.tensor([0, 0, 1]), torch.eye(2))
         tensor(2.)
@@ -86,7 +86,7 @@ def matrix_information(features: Tensor, targets: Tensor, weight: Tensor) -> tup
     Raises:
         ValueError: Another shape or type, no samples, or targets out of range.
 
-    Example:
+    Examples:
         >>> from neuralcollapse import simplex_etf
         >>> targets = torch.arange(12) % 4
         >>> mir, hdr = matrix_information(simplex_etf(4)[targets], targets, simplex_etf(4))
@@ -129,7 +129,7 @@ def released_matrix_information(features: Tensor, targets: Tensor, weight: Tenso
     Raises:
         ValueError: Another shape or type, no samples, or targets out of range.
 
-    Example:
+    Examples:
         >>> targets = torch.arange(6) % 3
         >>> mir, hdr = released_matrix_information(torch.eye(3)[targets], targets, torch.eye(3))
         >>> bool(hdr > 0.01)

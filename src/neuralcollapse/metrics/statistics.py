@@ -63,7 +63,7 @@ def class_statistics(
         ValueError: Fewer than two classes or two samples are left, a class has no sample while ``min_samples`` is
             0, ``max_samples`` is under ``min_samples``, an unknown ``center``, or an argument of another type.
 
-    Example:
+    Examples:
         >>> moments = ClassMoments(3, 2)
         >>> moments.update(torch.tensor([[1.0, 0], [3, 0], [0, 2]]), torch.tensor([0, 0, 2]))
         >>> class_statistics(moments).classes
@@ -133,7 +133,7 @@ def moments_about(moments: ClassMoments, means: Tensor) -> ClassMoments:
     Raises:
         ValueError: ``means`` of another shape or type, or not finite.
 
-    Example:
+    Examples:
         >>> moments = ClassMoments(num_classes=2, feature_dim=1)
         >>> moments.update(torch.tensor([[1.0], [3], [5]]), torch.tensor([0, 0, 1]))
         >>> moments_about(moments, torch.tensor([[0.0], [5]])).within_class_trace

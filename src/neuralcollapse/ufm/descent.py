@@ -49,7 +49,7 @@ def minimize(
         ValueError: A model that is not a function of its parameters alone, or an argument out of range.
         ImportError: scipy is not installed.
 
-    Example:
+    Examples:
         >>> from neuralcollapse.heads import LearnedClassifier
         >>> from neuralcollapse.ufm import UnconstrainedFeatures, global_optimum
         >>> decay = {"weight_decay": 0.01, "feature_decay": 0.01}

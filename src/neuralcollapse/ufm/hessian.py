@@ -72,7 +72,7 @@ def hessian_extremes(
         ImportError: scipy is not installed (Lanczos only).
         RuntimeError: Lanczos did not reach the tolerance.
 
-    Example:
+    Examples:
         >>> from neuralcollapse.ufm import origin_curvature, symmetric_saddle
         >>> origin = symmetric_saddle(4, 1, 3, 0.01, 0.01)
         >>> abs(float(hessian_extremes(origin).least[0]) - origin_curvature(4, 3, 0.01, 0.01)) < 1e-12

@@ -63,6 +63,15 @@ def known_optimum(model: UnconstrainedFeatures) -> GlobalOptimum | None:
 
     Known for balanced classes, d ≥ K−1, positive decay of W and H, cross-entropy (smoothed or not) or MSE, and a
     `LearnedClassifier` that normalises nothing; for MSE with a bias, only if that is not decayed.
+
+    Args:
+        model: Its parameters are not looked at.
+
+    Examples:
+        >>> from neuralcollapse.heads import LearnedClassifier
+        >>> decay = {"weight_decay": 0.01, "feature_decay": 0.01}
+        >>> round(known_optimum(UnconstrainedFeatures(4, 2, 4, LearnedClassifier(4, 4), **decay)).loss, 4)
+        0.2222
     """
     head = model.head
     plain = isinstance(head, LearnedClassifier) and head.feature_norm is None and not head.unit_weight
@@ -104,7 +113,7 @@ def classify_critical_point(
         ValueError: A model that is not a function of its parameters alone.
         ImportError: scipy is not installed.
 
-    Example:
+    Examples:
         >>> from neuralcollapse.ufm import symmetric_saddle
         >>> model = symmetric_saddle(6, 3, 2, 0.01, 0.01)
         >>> classify_critical_point(model).kind
@@ -152,7 +161,7 @@ def escape(
         ValueError: The model is not at a critical point, or the point is no strict saddle.
         ImportError: scipy is not installed.
 
-    Example:
+    Examples:
         >>> from neuralcollapse.ufm import minimize, symmetric_saddle
         >>> model = symmetric_saddle(6, 2, 2, 0.01, 0.01)
         >>> way_out = escape(model)

@@ -57,7 +57,7 @@ class UnconstrainedFeatures(nn.Module):
     Source: Mixon, Parshall, Pi (2020); Zhu et al., "A Geometric Analysis of Neural Collapse with Unconstrained
     Features" (NeurIPS 2021); the losses as in Zhou et al. (ICML 2022: MSE; NeurIPS 2022: focal, smoothed).
 
-    Example:
+    Examples:
         >>> from neuralcollapse.heads import LearnedClassifier
         >>> from neuralcollapse.ufm import UnconstrainedFeatures
         >>> model = UnconstrainedFeatures(4, 3, 8, LearnedClassifier(8, 4), weight_decay=5e-3, feature_decay=5e-3)

@@ -4,7 +4,7 @@ For any d, (λ_W‖W‖² + λ_H‖H‖²)/2 ≥ μ ‖Z‖_* with Z = W Hᵀ (K
 the objective from below. It is invariant under permutations of the classes and of the samples of a class, so that the
 average of a minimiser over both is one as well: Z = a (I − 11ᵀ/K) ⊗ 1ᵀ_n, and one number a is left to find. That Z
 has rank K−1, so that factors W, H which attain the bound exist for every d ≥ K−1. The strength of the decay enters
-through s = K √(n λ_W λ_H) alone, and the optimum is the origin for s ≥ 1. `docs/theory.md` has it in full.
+through s = K √(n λ_W λ_H) alone, and the optimum is the origin for s ≥ 1.
 """
 
 from __future__ import annotations
@@ -75,7 +75,13 @@ class GlobalOptimum:
 def decay_strength(num_classes: int, samples_per_class: int, weight_decay: float, feature_decay: float) -> float:
     """S = K √(n λ_W λ_H): the optimum is the origin exactly where this is at least 1 (less the label smoothing).
 
-    Example:
+    Args:
+        num_classes: K.
+        samples_per_class: n.
+        weight_decay: λ_W.
+        feature_decay: λ_H.
+
+    Examples:
         >>> round(decay_strength(10, 4, 0.01, 0.01), 12)
         0.2
     """
@@ -126,7 +132,7 @@ def global_optimum(
 
     Source: Zhu et al. (NeurIPS 2021), Theorem 3.1, in closed form; Zhou et al. (ICML 2022) for MSE.
 
-    Example:
+    Examples:
         >>> optimum = global_optimum(10, 4, weight_decay=0.01, feature_decay=0.01)
         >>> round(optimum.loss, 4), round(optimum.weight_norm_squared, 2), round(optimum.margin, 2)
         (0.8669, 66.84, 3.71)

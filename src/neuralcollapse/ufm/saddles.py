@@ -30,7 +30,7 @@ def origin_curvature(num_classes: int, samples_per_class: int, weight_decay: flo
     Raises:
         ValueError: An argument out of range or of another kind.
 
-    Example:
+    Examples:
         >>> round(origin_curvature(10, 4, 0.01, 0.01), 12), round(origin_curvature(10, 4, 0.05, 0.05), 12)
         (-0.04, 0.0)
     """
@@ -76,7 +76,7 @@ def symmetric_saddle(
         ValueError: An argument out of range, or groups that do not divide the classes; for more than one group also
             decay so strong that the origin is the only critical point (s ≥ 1).
 
-    Example:
+    Examples:
         >>> model = symmetric_saddle(6, 3, 2, 0.01, 0.01)
         >>> model.objective().backward()
         >>> bool(model.features.grad.norm() < 1e-12), int(torch.linalg.matrix_rank(model.features))

@@ -66,7 +66,7 @@ def survey(
             point.
         ImportError: scipy is not installed.
 
-    Example:
+    Examples:
         >>> visits = list(survey(4, 2, 0.01, 0.01, starts=2))
         >>> for visit in visits:
         ...     print(f"{visit.name}: {visit.point.kind}")
@@ -129,7 +129,7 @@ def loss_slice(model: UnconstrainedFeatures, direction: Tensor, steps: Tensor) -
     Raises:
         ValueError: A direction of another length.
 
-    Example:
+    Examples:
         >>> model = symmetric_saddle(4, 1, 2, 0.01, 0.01)
         >>> direction = classify_critical_point(model).direction
         >>> values = loss_slice(model, direction, torch.tensor([-0.5, 0.0, 0.5]))

@@ -48,7 +48,7 @@ def train_free_features(
     Raises:
         ValueError: ``iterations`` under 1, or the objective is not finite.
 
-    Example:
+    Examples:
         >>> from neuralcollapse.heads import NearestETFClassifier
         >>> model = UnconstrainedFeatures(4, 5, 8, NearestETFClassifier(8, 4))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=10.0)
@@ -87,6 +87,12 @@ def measure_free_features(model: UnconstrainedFeatures) -> dict[str, float]:
         ``loss`` (without decay), ``accuracy``, ``nc1_quotient``, ``nc2_etf_means``, ``nc2_etf_weights``,
         ``nc3_duality``, and ``etf_means``, ``etf_weights``: the squared distance to the nearest simplex ETF, both of
         unit Frobenius norm. Class means are centred at the mean of all samples.
+
+    Examples:
+        >>> from neuralcollapse.heads import LearnedClassifier
+        >>> model = UnconstrainedFeatures(3, 2, 4, LearnedClassifier(4, 3), weight_decay=0.01, feature_decay=0.01)
+        >>> sorted(measure_free_features(model))[:3]
+        ['accuracy', 'etf_means', 'etf_weights']
     """
     training = model.training
     model.eval()

@@ -18,6 +18,7 @@ FIGURES = {
     "margins": ("sorted cosine margins of all samples", 2),
     "layers": ("collapse of every measured layer against its depth", 2),
     "classes": ("norms, variances and cosines of every class", 4),
+    "features": ("features of three classes on their plane, from epoch to epoch", 3),
     "overview": ("every metric", 1),
 }
 FORMATS = ("png", "pdf", "svg")
@@ -67,7 +68,7 @@ def run(settings: Namespace) -> int:
         outcome.written = page.save_figures({name: figure}, out, formats)
         return outcome.report("")
 
-    from neuralcollapse.lab.figures import published, records
+    from neuralcollapse.lab.figures import projection, published, records
 
     make = {
         "papyan": published.papyan,
@@ -77,6 +78,7 @@ def run(settings: Namespace) -> int:
         "margins": records.margin_panels,
         "layers": records.layer_panels,
         "classes": records.class_panels,
+        "features": projection.feature_panels,
     }
     outcome.written = page.write_panels(name, title, make[name](runs), out, formats, columns=columns)
     return outcome.report("")

@@ -29,6 +29,11 @@ def load_data(config: DataSettings, *, progress: bool = True) -> ImageData:
     Raises:
         ValueError: There is no such data set, or it has no images, no labels, labels that do not fit, images that
             cannot be read, or images of different size while ``image_size`` is not given.
+
+    Examples:
+        >>> from neuralcollapse.lab import RunConfig
+        >>> print(load_data(RunConfig(train_samples=100, test_samples=50), progress=False))
+        digits: 100 train and 50 test images 1×8×8, 10 classes
     """
     _check_memory(config)
     source = _source(config)

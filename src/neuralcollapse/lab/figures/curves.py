@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; line styles do without colour.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 # File name and metric.
 _FIGURES = {
@@ -117,7 +117,7 @@ def finish_axes(axes: Axes, values: pd.Series, name: str, num_classes: int | Non
 def line_styles(methods: Sequence[str]) -> dict[str, tuple[str, Any]]:
     """Colour and line of each method: those of the three published ones are always the same."""
     order = [*("standard", "fixed", "implicit"), *(m for m in methods if m not in ("standard", "fixed", "implicit"))]
-    return {name: (_COLORS[i % len(_COLORS)], _LINES[i % len(_LINES)]) for i, name in enumerate(order)}
+    return {name: (COLORS[i % len(COLORS)], _LINES[i % len(_LINES)]) for i, name in enumerate(order)}
 
 
 def _scale(axes: Axes, values: pd.Series, name: str) -> None:

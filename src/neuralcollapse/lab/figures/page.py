@@ -66,15 +66,35 @@ class Runs:
         Raises:
             ValueError: A run has none, or it cannot be read.
         """
+        return [self._load(run, split, None) for run in self.groups[label]]
+
+    def epochs(self, label: str, split: str) -> list[int]:
+        """The epochs of which the first run of a group has a record."""
+        epochs = [epoch for epoch, of in self.groups[label][0].measured() if of == split]
+        if not epochs:
+            raise ValueError(_no_records(self.groups[label][0], split))
+        return epochs
+
+    def record(self, label: str, split: str, epoch: int) -> Measurement:
+        """A record of the first run of a group.
+
+        Raises:
+            ValueError: It has none of that epoch, or it cannot be read.
+        """
+        return self._load(self.groups[label][0], split, epoch)
+
+    @staticmethod
+    def _load(run: RunFolder, split: str, epoch: int | None) -> Measurement:
         from neuralcollapse.metrics import Measurement
 
-        found = []
-        for run in self.groups[label]:
-            epochs = [path for (_, of), path in run.measured().items() if of == split]
-            if not epochs:
-                raise ValueError(f"no records of the {split} split in {run.path.name}: run `neuralcollapse measure`")
-            found.append(Measurement.load(epochs[-1]))
-        return found
+        paths = {of_epoch: path for (of_epoch, of), path in run.measured().items() if of == split}
+        if not paths or (epoch is not None and epoch not in paths):
+            raise ValueError(_no_records(run, split))
+        return Measurement.load(paths[max(paths) if epoch is None else epoch])
+
+
+def _no_records(run: RunFolder, split: str) -> str:
+    return f"no records of the {split} split in {run.path.name}: run `neuralcollapse measure`"
 
 
 def write_panels(

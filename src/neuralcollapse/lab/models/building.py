@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ from neuralcollapse.heads import (
     AttachedHead,
     ClassMeanClassifier,
     FixedETFClassifier,
+    FixedFrameClassifier,
     Head,
     LearnedClassifier,
     NearestETFClassifier,
+    NearestFrameClassifier,
     attach_head,
 )
 from neuralcollapse.lab.config import ModelSettings, RunConfig
+from neuralcollapse.lab.models.attributes import attribute_code
 from neuralcollapse.lab.models.backbones import MLP, VGG13, Backbone, ConvNet, ImageShape, ResNet
 
 
@@ -40,7 +44,7 @@ def build_model(config: RunConfig, image_shape: ImageShape, num_classes: int) ->
     Raises:
         ValueError: Settings that do not fit the images or the number of classes.
 
-    Example:
+    Examples:
         >>> model = build_model(RunConfig(backbone="mlp", width=16), (1, 8, 8), 10)
         >>> model.eval()(torch.zeros(2, 1, 8, 8)).shape
         torch.Size([2, 10])
@@ -74,13 +78,27 @@ def build_head(config: RunConfig, feature_dim: int, num_classes: int) -> Head:
     options["bias"] = config.classifier_bias or "none"
     if config.means_momentum is not None:
         options["momentum"] = config.means_momentum
-    if config.method in ("fixed", "softmax-code"):
-        orientation: Any = "canonical" if config.method == "fixed" else "softmax-code"
-        return FixedETFClassifier(orientation=orientation, **options)
+    if config.method == "fixed":
+        return FixedETFClassifier(**options)
+    if config.method == "softmax-code":
+        return copy.deepcopy(_softmax_code_head(**options))
     if config.method == "means":
         return ClassMeanClassifier(means=config.class_means or "previous", **options)
+    if config.method == "fixed-frame":
+        return FixedFrameClassifier(code=attribute_code(config, feature_dim, num_classes), **options)
+    options["proximal_weight"] = config.proximal_weight or 0.0
+    if config.method in ("frame", "attribute-frame"):
+        means = config.method == "frame"
+        geometry: Any = "means" if means else attribute_code(config, feature_dim, num_classes)
+        return NearestFrameClassifier(geometry=geometry, **options)
     solver: Any = "trust-region" if config.method == "trust-region" else "closed-form"
-    return NearestETFClassifier(solver=solver, proximal_weight=config.proximal_weight or 0.0, **options)
+    return NearestETFClassifier(solver=solver, **options)
+
+
+@lru_cache(maxsize=4)
+def _softmax_code_head(**options: Any) -> Head:
+    """Kept, since looking for a code can take minutes and every seed has the same."""
+    return FixedETFClassifier(orientation="softmax-code", **options)
 
 
 class OwnBackbone(Backbone):

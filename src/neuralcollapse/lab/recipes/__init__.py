@@ -65,7 +65,7 @@ def load_recipe(name: str) -> Recipe:
     Raises:
         ValueError: There is no recipe of that name.
 
-    Example:
+    Examples:
         >>> recipe = load_recipe("zhu2021-mnist-sgd")
         >>> recipe.settings["data"], recipe.settings["backbone"], recipe.settings["epochs"]
         ('mnist', 'resnet18', 200)
@@ -102,7 +102,7 @@ def recipe_family(name: str) -> dict[Any, Recipe]:
     Raises:
         ValueError: There is no such family; the nearest ones are named.
 
-    Example:
+    Examples:
         >>> [recipe.name for recipe in recipe_family("markou2024-mnist").values()]
         ['markou2024-mnist-standard', 'markou2024-mnist-fixed', 'markou2024-mnist-implicit']
     """

@@ -44,7 +44,7 @@ class RunFolder:
         runs: The runs, where there are several.
         tuning: The folder of the runs by which learning rates were chosen.
 
-    Example:
+    Examples:
         >>> RunFolder("runs/digits").metrics.name
         'metrics.csv'
     """
@@ -231,7 +231,8 @@ class RunFolder:
         if self.settings().get("epochs") != settings.get("epochs"):
             write_yaml(self.config, {"format": FORMAT, **settings})
             again["epochs"] = settings["epochs"]
-        self.add_facts(finished=False, resumed=[*made.get("resumed", []), again])
+        new = {name: fact for name, fact in (facts or {}).items() if name not in made}
+        self.add_facts(**new, finished=False, resumed=[*made.get("resumed", []), again])
 
     def is_finished(self, settings: Mapping[str, Any]) -> bool:
         """Whether it holds a run with these settings, trained to its end."""

@@ -35,7 +35,7 @@ class AGD(Optimizer):
     Source: Bernstein, Mingard, Huang, Azizan, Yue, "Automatic gradient descent: deep learning without
     hyperparameters" (2023); formula as in Markou, Ajanthan, Gould (NeurIPS 2024).
 
-    Example:
+    Examples:
         >>> layer = nn.Linear(8, 3, bias=False)
         >>> orthogonal_start(layer)
         >>> optimizer = AGD(layer.named_parameters())

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import pickle
+import signal
+import threading
 import time
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
@@ -33,7 +36,8 @@ class Checkpointing(Callback):
 
     A run goes on from the end of its last epoch; or from inside one, of which it saves where it is every
     ``checkpoint_minutes`` and when SIGTERM comes. In the last batch of an epoch, and while it is measured, SIGTERM
-    leaves what was saved before.
+    leaves what was saved before. In a job of SLURM, lightning's signal to requeue it stops it in the same way, and then
+    lightning requeues it.
     """
 
     def __init__(self, folder: RunFolder, settings: Record) -> None:
@@ -42,12 +46,27 @@ class Checkpointing(Callback):
         self._saved = time.monotonic()
         self._in_batch = self._terminated = False
         self._alone = True
+        self._before_end: Callable[[], Any] = lambda: None
 
     def on_sigterm(self, *_: Any) -> None:
         """Stop: once the batch is trained on and saved, or at once where there is none."""
         self._terminated = True
         if self._alone and not self._in_batch:
-            terminate()
+            self._end()
+
+    def on_train_start(self, *_: Any) -> None:
+        """Have lightning's requeueing wait until the state is whole: by itself it saves in the middle of a batch."""
+        if not SLURMEnvironment.detect() or threading.current_thread() is not threading.main_thread():
+            return
+        requeue = signal.getsignal(signal.SIGUSR1)
+        if not callable(requeue):
+            return
+
+        def on_requeue(*arguments: Any) -> None:
+            self._before_end = partial(requeue, *arguments)
+            self.on_sigterm()
+
+        signal.signal(signal.SIGUSR1, on_requeue)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Of several ranks, none stops by itself."""
@@ -70,7 +89,12 @@ class Checkpointing(Callback):
         if due and not trainer.is_last_batch:
             self._save_last(trainer)
         if due and self._of_any(trainer, self._terminated):
-            terminate()
+            self._end()
+
+    def _end(self) -> None:
+        before, self._before_end = self._before_end, lambda: None  # while it is requeued, SIGTERM may come as well
+        before()
+        terminate()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save."""

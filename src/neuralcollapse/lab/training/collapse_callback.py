@@ -52,7 +52,7 @@ class CollapseCallback(TableCallback):
         ValueError: Arguments out of range; when training begins, no module or several that could be meant, or no
             classifier in it.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning.pytorch import Trainer
         >>> batches = [(torch.randn(16, 4), torch.arange(16) % 2)]

@@ -11,7 +11,7 @@ def is_due(epoch: int, every: int, first: int | None = None) -> bool:
         every: The step.
         first: Where the steps begin; by default where the first one ends.
 
-    Example:
+    Examples:
         >>> [epoch for epoch in range(1, 21) if is_due(epoch, 5)]
         [1, 5, 10, 15, 20]
         >>> [epoch for epoch in range(1, 21) if is_due(epoch, 5, first=1)]

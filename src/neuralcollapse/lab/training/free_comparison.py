@@ -74,7 +74,7 @@ def compare_free_features(
 def measurement_points(iterations: int, per_decade: int) -> set[int]:
     """The iterations to measure after: evenly spaced in their logarithm, and the last.
 
-    Example:
+    Examples:
         >>> sorted(measurement_points(30, 4))
         [1, 2, 3, 6, 10, 18, 30]
     """

@@ -61,7 +61,7 @@ def feature_radius(feature_norm: float | Literal["auto"], num_classes: int) -> f
 def least_loss(run: FreeRun) -> float:
     """The least cross-entropy with features of norm τ and unit rows: at collapse, log(1 + (K−1) e^(−τK/(K−1))).
 
-    Example:
+    Examples:
         >>> round(least_loss(FreeRun("fixed", "sgd", 10, 5, 16, 5.0, 0)), 4)
         0.0342
     """

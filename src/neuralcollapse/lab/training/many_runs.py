@@ -63,7 +63,7 @@ def train_runs(
         ValueError: Settings, data or a folder that cannot be used; or a run that failed, which is named.
         KeyboardInterrupt: The user stopped it; it can be resumed.
 
-    Example:
+    Examples:
         >>> from neuralcollapse.lab import RunConfig, train_runs
         >>> runs = [RunConfig(method="fixed", epochs=1, backbone="mlp", width=16, seed=seed) for seed in (1, 2)]
         >>> folder = train_runs(runs, getfixture("tmp_path") / "digits", progress=False)

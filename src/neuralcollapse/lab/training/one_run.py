@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from neuralcollapse._ranks import number_of_ranks, sum_over_ranks
 from neuralcollapse.heads import Head
+from neuralcollapse.lab.conditions import WITH_ATTRIBUTES
 from neuralcollapse.lab.config import RunConfig
 from neuralcollapse.lab.data.augmentation import batch_shape
 from neuralcollapse.lab.data.batches import EpochBatches, EvaluationBatches, evaluation_batches
@@ -147,7 +149,10 @@ class ClassifierTraining(LightningModule):
         """
         weight: Any = self.head.weight
         scatter = ClassMoments.required_bytes(*weight.shape, class_scatter=True) <= _CLASS_SCATTER_BYTES
-        return {"classifier": self.head, "class_scatter": scatter, "dtype": "mixed"}
+        options = {"classifier": self.head, "class_scatter": scatter, "dtype": "mixed"}
+        # Whatever its rotation, a frame has the Gram that it was made for.
+        has_gram = self.config.method in WITH_ATTRIBUTES
+        return options | ({"code": weight.detach().clone()} if has_gram else {})
 
     def _batches(self, epoch: int, done: int = 0) -> EpochBatches:
         standardise = self.evaluation["train"].standardise
@@ -207,7 +212,8 @@ def train(module: ClassifierTraining, folder: RunFolder, *callbacks: Callback, r
         logger.log_hyperparams(config.in_force())
     device = module.data.train.labels.device
     checkpointing = Checkpointing(folder, config)
-    with quiet_lightning(), on_sigterm(checkpointing.on_sigterm):
+    # In scratch lightning leaves the checkpoint that it writes before it requeues; that of the folder is there before.
+    with quiet_lightning(), on_sigterm(checkpointing.on_sigterm), TemporaryDirectory() as scratch:
         trainer = Trainer(
             accelerator=device.type,
             devices=config.devices,
@@ -226,7 +232,7 @@ def train(module: ClassifierTraining, folder: RunFolder, *callbacks: Callback, r
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            default_root_dir=folder.path,
+            default_root_dir=scratch,
         )
         try:
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
