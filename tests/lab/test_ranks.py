@@ -49,11 +49,12 @@ def curves(tmp_path_factory):
     """The tables of each run, by name and number of ranks."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "plain_backbone.py").write_text(BACKBONE)
+    multiprocessing.set_forkserver_preload(["neuralcollapse.lab.training.many_runs"])  # imported once for all
     for ranks in (1, 2, 3):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        multiprocessing.spawn(train_all, (ranks, port, str(folder)), nprocs=ranks)
+        multiprocessing.start_processes(train_all, (ranks, port, str(folder)), nprocs=ranks, start_method="forkserver")
     return {(name, ranks): RunFolder(folder / f"{name}-{ranks}") for name in RUNS for ranks in (1, 2, 3)}
 
 
