@@ -21,17 +21,18 @@ ALLOWED = {  # folder or module -> what it may import of the package
     "losses": {"_checks", "_ranks"},
     "metrics": {"_checks", "geometry", "classifier"},
     "ufm": {"_checks", "geometry", "classifier", "heads", "metrics"},
-    "lab": {"_checks", "geometry", "classifier", "heads", "losses", "metrics", "ufm"},
+    "lab": {"_checks", "_ranks", "geometry", "classifier", "heads", "losses", "metrics", "ufm"},
     "cli": {"lab"},
     "__init__": {"geometry", "classifier", "heads", "metrics"},
 }
-GROUND = {"config", "conditions", "settings", "seeds", "recipes", "experiments", "stopping"}
+GROUND = {"config", "conditions", "settings", "seeds", "recipes", "experiments", "stopping", "ranks"}
 LAB = {  # room or module of lab -> what it may import of the others
     "config": {"settings", "conditions"},
     "conditions": {"settings"},
     "settings": set(),
     "seeds": set(),
     "stopping": set(),
+    "ranks": set(),
     "recipes": {"settings"},
     "experiments": {"config", "settings", "recipes"},
     "data": GROUND,

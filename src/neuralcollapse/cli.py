@@ -125,3 +125,7 @@ def _one_line(message: str) -> str:
     union = r"Does not validate.*?Subtypes: \[(.*?)\]\n.*Given value:"
     message = re.sub(union, r"Expected \1. Got value:", message, flags=re.DOTALL)
     return " ".join(message.replace(", NoneType.", ".").split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -87,6 +87,13 @@ OTHER = {
     "step_epochs": 3,
     "milestones": [2],
     "lr_factor": 0.7,
+    "gradient_clip": 0.5,
+    "accumulate": 2,
+    "precision": "bf16-mixed",
+    "compile": True,
+    "devices": 2,
+    "num_nodes": 2,
+    "sync_batchnorm": True,
     "checkpoint_minutes": 3.0,
     "device": "cpu",
     "measure_every": 2,
@@ -140,7 +147,7 @@ def test_a_setting_changes_the_resolved_run_or_is_refused(name):
     assert accepted or name in {  # these belong to settings that are not among the kinds
         *("data_config", "train_split", "test_split", "label_column"),
         *("imbalance_factor", "data_seed", "feature_decay", "published_quirk"),
-        *("generator", "measure_last", "checkpoint_from"),
+        *("generator", "measure_last", "checkpoint_from", "sync_batchnorm"),
     }
 
 

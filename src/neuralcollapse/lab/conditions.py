@@ -46,6 +46,10 @@ MOVING_MEANS = Condition(
     lambda values: values["method"] in MOVING or values["classifier_bias"] == "centring",
 )
 WITH_RATE = where(optimizer=("sgd", "adam", "adamw", "lbfgs"))
+SEVERAL_RANKS = Condition(
+    "several ranks", ("devices", "num_nodes"), lambda values: values["devices"] * values["num_nodes"] > 1
+)
+ACCUMULATING = where(optimizer=("sgd", "adam", "adamw", "agd"))
 DECAYING = Condition(
     "an optimizer other than agd; with feature_decay, to a classifier that is trained",
     ("optimizer", "feature_decay", "method", "classifier_bias"),

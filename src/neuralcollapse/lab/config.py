@@ -234,12 +234,40 @@ class Optimisation(Settings):
     """Multiply after these epochs. By default after one and two thirds of all."""
     lr_factor: float | None = setting(0.1, belongs_to=where(schedule=("step", "multistep")), above=0)
     """What the learning rate is multiplied by."""
+    gradient_clip: float | None = setting(belongs_to=where(optimizer=("sgd", "adam", "adamw")), above=0)
+    """Scale the gradient of all parameters down to this norm where it is longer."""
+    accumulate: int | None = setting(1, belongs_to=only.ACCUMULATING, at_least=1)
+    """Batches whose gradients one step takes together, each sample with the same weight. The classifier and its class
+    means still move with every batch."""
+    precision: Literal["32", "bf16-mixed", "16-mixed"] = "32"
+    """Of the network's products in training, by autocast; weights, class means, classifier, losses and all that is
+    measured stay in 32 bits. 16-mixed, with scaled losses, needs cuda."""
+    compile: bool = False
+    """Train the backbone as torch.compile makes it: a wait at the start, then faster steps."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train; auto takes an accelerator if there is one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_epochs("milestones", self.milestones or [])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks(Settings):
+    """Ranks."""
+
+    devices: int = setting(1, at_least=1)
+    """Processes on each machine, one a device; on a CPU, processes with a part of its cores. Every batch is split over
+    them, with the gradient of the whole one."""
+    num_nodes: int = setting(1, at_least=1)
+    """Machines, each with as many."""
+    sync_batchnorm: bool | None = setting(False, belongs_to=only.SEVERAL_RANKS)
+    """Batch norm takes the statistics of the whole batch, and not of each process's part. Needs cuda."""
+
+    @property
+    def ranks(self) -> int:
+        """Processes in all."""
+        return self.devices * self.num_nodes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,7 +299,7 @@ class Record(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(Record, Optimisation, ModelSettings, BatchSettings, DataSettings, LossSettings, OneRun):
+class RunConfig(Record, Ranks, Optimisation, ModelSettings, BatchSettings, DataSettings, LossSettings, OneRun):
     """All settings of one training run."""
 
     def __post_init__(self) -> None:
@@ -291,6 +319,15 @@ class RunConfig(Record, Optimisation, ModelSettings, BatchSettings, DataSettings
                 f"optimizer lbfgs cannot train the method {self.method}, whose weight would move under its line "
                 "search: take method fixed or standard, or another optimiser"
             )
+        if self.batch_size < 2 * self.ranks:
+            raise ValueError(
+                f"batch_size must be at least {2 * self.ranks}, two for each of {self.ranks} ranks, "
+                f"got {self.batch_size}"
+            )
+        if self.optimizer == "lbfgs" and self.ranks > 1:
+            raise ValueError("optimizer lbfgs needs one rank: its line search compares losses of whole batches")
+        if self.optimizer == "lbfgs" and self.precision == "16-mixed":
+            raise ValueError("optimizer lbfgs needs precision 32 or bf16-mixed: its line search cannot scale the loss")
         if self.optimizer == "lbfgs" and self.unit_weight:
             raise ValueError("optimizer lbfgs needs unit_weight false: it cannot keep the rows at unit norm")
 

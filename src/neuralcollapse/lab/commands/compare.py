@@ -6,7 +6,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from neuralcollapse.lab.commands.arguments import add_output, add_sections, asked_for
 from neuralcollapse.lab.commands.training import output_folder, stored_settings, train_and_report
-from neuralcollapse.lab.config import OneRun, RunConfig
+from neuralcollapse.lab.config import OneRun, Ranks, RunConfig
 from neuralcollapse.lab.experiments import Comparison, common_settings, comparison_of, comparison_runs
 
 SUMMARY = "train methods over several seeds, print what they reach and how soon, draw figures"
@@ -19,7 +19,7 @@ DESCRIPTION = (
     "same weights and batches for each seed; print what they ended with, and how soon each was where standard ends; "
     "write the figures. Everything is measured in evaluation mode on un-augmented data."
 )
-SHARED = tuple(section for section in reversed(RunConfig.__bases__) if section is not OneRun)
+SHARED = tuple(section for section in reversed(RunConfig.__bases__) if section not in (OneRun, Ranks))
 SECTIONS = (Comparison, *SHARED)
 
 

@@ -12,6 +12,7 @@ from jsonargparse import Namespace
 from neuralcollapse.lab.commands.runs import say_written
 from neuralcollapse.lab.config import RunConfig
 from neuralcollapse.lab.experiments import Comparison
+from neuralcollapse.lab.ranks import global_rank
 from neuralcollapse.lab.results.folder import RunFolder
 
 
@@ -82,7 +83,9 @@ def train_and_report(
         show_config(config)
         return
 
-    check_output(RunFolder(out), config, settings)
+    follows = isinstance(runs, RunConfig) and runs.ranks > 1 and global_rank() > 0
+    if not follows:
+        check_output(RunFolder(out), config, settings)
 
     from neuralcollapse.lab.figures.summary import summarise  # seconds: not for a mistake in a flag
     from neuralcollapse.lab.training.many_runs import train_runs
@@ -92,7 +95,10 @@ def train_and_report(
     if comparison is not None and comparison.lr == "auto" and not isinstance(runs, RunConfig):
         runs = with_chosen_rates(runs, comparison, RunFolder(out), config, **options)
         options = {"resume": True}
-    summary = summarise(train_runs(runs, out, settings=config, **options), command)
+    folder = train_runs(runs, out, settings=config, **options)
+    if follows:
+        return
+    summary = summarise(folder, command)
     print_table(summary.table, summary.written)
 
 

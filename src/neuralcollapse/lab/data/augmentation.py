@@ -29,21 +29,32 @@ def batch_shape(image_shape: tuple[int, int, int], settings: BatchSettings) -> t
     return channels, settings.crop_size, settings.crop_size
 
 
-def augment(images: Tensor, settings: BatchSettings, generator: torch.Generator) -> Tensor:
-    """Crop, mirror and rotate a batch at random; what enters the frame is 0."""
+def augment(
+    images: Tensor, settings: BatchSettings, generator: torch.Generator, part: Tensor | None = None, whole: int = 0
+) -> Tensor:
+    """Crop, mirror and rotate a batch at random; what enters the frame is 0.
+
+    Args:
+        images: (N, C, H, W) of bytes.
+        settings: How.
+        generator: What it is drawn from, on the CPU.
+        part: (N,) places of the images in a batch that is drawn for; by default they are all of it.
+        whole: Size of that batch.
+    """
     (number, channels, height, width), device = images.shape, images.device
+    part, whole = (torch.arange(number), number) if part is None else (part, whole)
     _, *window = batch_shape((channels, height, width), settings)
     padding = settings.crop_padding or 0
     rooms = [side + 2 * padding - shown for side, shown in zip((height, width), window, strict=True)]
     if any(rooms) or tuple(window) != (height, width):
-        top, left = (torch.randint(room + 1, (number,), generator=generator) for room in rooms)
+        top, left = (torch.randint(room + 1, (whole,), generator=generator)[part] for room in rooms)
         images = crop(images, padding, top.to(device), left.to(device), (window[0], window[1]))
     if settings.flip:
-        mirrored = torch.rand(number, generator=generator) < 0.5
+        mirrored = torch.rand(whole, generator=generator)[part] < 0.5
         chosen = torch.arange(number) + number * mirrored
         images = torch.cat([images, images.flip(-1)]).index_select(0, chosen.to(device))
     if settings.rotation:
-        degrees = settings.rotation * (2 * torch.rand(number, generator=generator) - 1)
+        degrees = settings.rotation * (2 * torch.rand(whole, generator=generator)[part] - 1)
         images = rotate(images, degrees.to(device))
     return images
 

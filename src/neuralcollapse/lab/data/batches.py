@@ -23,6 +23,9 @@ class EpochBatches:
     No sample is left out: the last batch may be smaller, and one sample, of which batch norm knows no variance, joins
     the batch before it. Stratified batches are as many as are full, and differ in size by one at most.
 
+    Of several ranks, each gets its part of every batch, two samples or more. The batches are those of one rank, but
+    that a last one of fewer than two samples for each of them joins the batch before it.
+
     Of a run that goes on inside the epoch, the batches that it has done are left out, and the others are the same.
     """
 
@@ -32,10 +35,17 @@ class EpochBatches:
     seed: int
     epoch: int
     done: int = 0
+    rank: int = 0
+    ranks: int = 1
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.split), self.settings.batch_size)
-        return max(1, full + (rest > 1 and not self.settings.stratified))
+        return max(1, full + (rest >= 2 * self.ranks and not self.settings.stratified))
+
+    @property
+    def sizes(self) -> list[int]:
+        """Samples of each batch, those done among them."""
+        return [len(chunk) for chunk in self._chunks(torch.arange(len(self.split)))]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         # Drawn on the CPU, so that every device sees the same batches.
@@ -43,16 +53,20 @@ class EpochBatches:
         labels = self.split.labels.cpu()
         stratified = self.settings.stratified
         order = stratified_order(labels, generator) if stratified else torch.randperm(len(labels), generator=generator)
-        if stratified:
-            chunks = order.tensor_split(len(self))
-        else:
-            ends = [self.settings.batch_size * number for number in range(1, len(self))]
-            chunks = order.tensor_split(ends)
+        chunks = self._chunks(order)
         for indices in chunks[: self.done]:  # no images, but all that is drawn for them
             nothing = torch.empty(len(indices), *self.split.image_shape, dtype=torch.uint8, device="meta")
             augment(nothing, self.settings, generator)
-        for images, targets in self.split.batches(chunks[self.done :]):
-            yield self.standardise(augment(images, self.settings, generator)), targets
+        chunks = chunks[self.done :]
+        parts = [torch.arange(len(chunk)).tensor_split(self.ranks)[self.rank] for chunk in chunks]
+        own = self.split.batches(chunk[part] for chunk, part in zip(chunks, parts, strict=True))
+        for chunk, part, (images, targets) in zip(chunks, parts, own, strict=True):
+            yield self.standardise(augment(images, self.settings, generator, part, len(chunk))), targets
+
+    def _chunks(self, order: Tensor) -> tuple[Tensor, ...]:
+        if self.settings.stratified:
+            return order.tensor_split(len(self))
+        return order.tensor_split([self.settings.batch_size * number for number in range(1, len(self))])
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from neuralcollapse.lab.settings import resolve
 FORMAT = 1
 # Schedules whose rate at an epoch does not depend on how many there are; of an optimiser without a rate, None.
 # What may change between a start and the next: it has no part in what is computed.
-_FREE = ("checkpoint_minutes",)
+_FREE = ("checkpoint_minutes", "devices", "num_nodes")
 _OPEN_ENDED = (None, "constant", "step", "multistep")
 
 

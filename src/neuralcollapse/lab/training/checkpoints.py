@@ -45,12 +45,13 @@ class Checkpointing(Callback):
         self.settings = settings
         self._saved = time.monotonic()
         self._in_batch = self._terminated = False
+        self._alone = True
         self._before_end: Callable[[], Any] = lambda: None
 
     def on_sigterm(self, *_: Any) -> None:
         """Stop: once the batch is trained on and saved, or at once where there is none."""
         self._terminated = True
-        if not self._in_batch:
+        if self._alone and not self._in_batch:
             self._end()
 
     def on_train_start(self, *_: Any) -> None:
@@ -67,18 +68,27 @@ class Checkpointing(Callback):
 
         signal.signal(signal.SIGUSR1, on_requeue)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Of several ranks, none stops by itself."""
+        self._alone = trainer.world_size == 1
+
     def on_train_batch_start(self, *_: Any) -> None:
         """From here on the state is that of no batch."""
         self._in_batch = True
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Save inside an epoch, where it is time to."""
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_index: int
+    ) -> None:
+        """Save inside an epoch, where it is time to and a step is done: a checkpoint holds no gradients."""
+        if (batch_index + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch:
+            return
         self._in_batch = False
         late = time.monotonic() - self._saved > 60 * self.settings.checkpoint_minutes
+        due = self._of_any(trainer, late or self._terminated)
         # Of the last batch, lightning would take the epoch's end as done too.
-        if (late or self._terminated) and not trainer.is_last_batch:
+        if due and not trainer.is_last_batch:
             self._save_last(trainer)
-        if self._terminated:
+        if due and self._of_any(trainer, self._terminated):
             self._end()
 
     def _end(self) -> None:
@@ -94,6 +104,10 @@ class Checkpointing(Callback):
         if due or epoch in settings.checkpoint_epochs:
             trainer.save_checkpoint(self.folder.checkpoint(epoch))
         self._save_last(trainer)  # last: a run that is killed here makes the other again
+
+    def _of_any(self, trainer: Trainer, true: bool) -> bool:
+        """Whether it is true of any rank: all of them save, or none."""
+        return true if self._alone else trainer.strategy.reduce_boolean_decision(true, all=False)
 
     def _save_last(self, trainer: Trainer) -> None:
         trainer.save_checkpoint(self.folder.last_checkpoint)

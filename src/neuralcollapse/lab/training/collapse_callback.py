@@ -26,7 +26,8 @@ class CollapseCallback(TableCallback):
     """Measures a model on loaders after epochs of training, in evaluation mode and without targets.
 
     What is measured is logged as ``SPLIT/METRIC`` and written to a table. The table is part of the checkpoints, so
-    that a run that is stopped and resumed ends with the same one.
+    that a run that is stopped and resumed ends with the same one. Of several ranks the first one measures, by
+    itself: its loaders are to give all samples.
 
     Args:
         loaders: Name of each split to its batches. Give un-augmented data. Where one is called ``"train"``, it is
@@ -110,7 +111,7 @@ class CollapseCallback(TableCallback):
         """Measure, log and write."""
         epoch = trainer.current_epoch + 1
         last = self.last_epoch and epoch == trainer.max_epochs
-        if not (last or is_due(epoch, self.every_n_epochs, self.first_epoch)):
+        if not trainer.is_global_zero or not (last or is_due(epoch, self.every_n_epochs, self.first_epoch)):
             return
         model = pl_module.get_submodule(self.measured) if self.measured else pl_module
         found = measure_splits(model, self.loaders, classifier=self.classifier, epoch=epoch, **self.options)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from neuralcollapse.lab.config import Ranks
+from neuralcollapse.lab.ranks import launched_ranks, local_rank
 
-def resolve_device(name: str) -> torch.device:
-    """The device of that name; ``auto`` is an accelerator if there is one.
+
+def resolve_device(name: str, ranks: int = 1) -> torch.device:
+    """The device of that name, of several ranks this one's; ``auto`` is an accelerator if there is one.
 
     Raises:
         ValueError: There is no such device.
@@ -17,4 +20,39 @@ def resolve_device(name: str) -> torch.device:
     if not available.get(name):
         there = ", ".join(kind for kind in available if available[kind])
         raise ValueError(f"device must be auto or one that is there ({there}), got {name!r}")
-    return torch.device(name)
+    return torch.device(name, local_rank()) if name == "cuda" and ranks > 1 else torch.device(name)
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """See whether a device trains in that precision.
+
+    Raises:
+        ValueError: It does not.
+    """
+    known = {"cpu": ("32", "bf16-mixed"), "cuda": ("32", "16-mixed"), "mps": ("32",)}[device.type]
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        known += ("bf16-mixed",)
+    if precision not in known:
+        raise ValueError(f"precision must be one that device {device.type} has ({', '.join(known)}), got {precision!r}")
+
+
+def check_ranks(run: Ranks, device: torch.device) -> None:
+    """See whether so many ranks can be had here.
+
+    Raises:
+        ValueError: They cannot.
+    """
+    launched = launched_ranks()
+    if launched is not None and launched != run.ranks:
+        raise ValueError(f"devices x num_nodes must be the {launched} ranks that were launched, got {run.ranks}")
+    there = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device.type, run.devices)
+    if run.devices > there:
+        raise ValueError(f"devices must be at most the {there} of {device.type}, got {run.devices}")
+    if run.sync_batchnorm and device.type != "cuda":
+        raise ValueError(f"sync_batchnorm needs device cuda, of which torch synchronises batch norm, got {device.type}")
+
+
+def is_of_ranks(error: RuntimeError) -> bool:
+    """Whether an error says that other ranks are not there, or not any more."""
+    words = ("Connection", "connect", "timed out", "Timed out", "EADDRINUSE", "peer")
+    return isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in words)

@@ -68,7 +68,7 @@ class TrainingLog(TableCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_index: int
     ) -> None:
         """Add what the batch gave, weighted by its samples, and keep AGD's step."""
-        samples, sums = len(batch[1]), self._epoch["sums"]
+        samples, sums = pl_module.batch_samples, self._epoch["sums"]
         self._epoch["samples"] += samples
         figures: Any = pl_module.batch_figures
         for name, value in figures.items():

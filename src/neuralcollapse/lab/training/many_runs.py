@@ -18,11 +18,12 @@ from neuralcollapse.lab.data.batches import EvaluationBatches, evaluation_batche
 from neuralcollapse.lab.data.loading import load_data
 from neuralcollapse.lab.data.splits import ImageData
 from neuralcollapse.lab.experiments import common_settings, tell_apart
+from neuralcollapse.lab.ranks import global_rank
 from neuralcollapse.lab.results.files import write_whole
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.provenance import peak_memory
 from neuralcollapse.lab.results.tables import read_table
-from neuralcollapse.lab.training.devices import resolve_device
+from neuralcollapse.lab.training.devices import check_precision, check_ranks, resolve_device
 from neuralcollapse.lab.training.loggers import check_loggers
 from neuralcollapse.lab.training.one_run import ClassifierTraining, train
 from neuralcollapse.lab.training.progress import Progress
@@ -71,8 +72,13 @@ def train_runs(
     """
     whole = RunFolder(folder)
     if isinstance(runs, RunConfig):
+        if runs.ranks > 1 and global_rank() > 0:  # the first rank writes the folder
+            train(Preparation(resumed=resume, progress=False).module(runs, whole), whole, resume=resume)
+            return whole
         places, own = {whole: runs}, runs.in_force()
     else:
+        if any(run.ranks > 1 for run in runs):
+            raise ValueError("devices must be 1 for each of several runs: ranks are for one run")
         places, own = {whole.run(name): run for name, run in _named(runs).items()}, common_settings(runs)
     settings = own if settings is None else settings
     whole.check(settings, resume=resume, overwrite=overwrite)
@@ -141,9 +147,12 @@ class Preparation:
     def module(self, run: RunConfig, place: RunFolder) -> ClassifierTraining:
         """What trains a run, on the labels that its folder keeps if it is resumed."""
         check_loggers(run.loggers)
-        asked = f"{run.section(DataSettings)} {run.device}"
+        device = resolve_device(run.device, run.ranks)
+        check_ranks(run, device)
+        check_precision(run.precision, device)
+        asked = f"{run.section(DataSettings)} {device}"
         if asked not in self._data:
-            self._data[asked] = load_data(run, progress=self.progress).to(resolve_device(run.device))
+            self._data[asked] = load_data(run, progress=self.progress).to(device)
         data = self._data[asked]
         if data.relabelled and self.resumed:
             # In format 0 the folder of several runs, two above, kept their labels.

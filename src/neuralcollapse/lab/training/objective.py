@@ -21,8 +21,10 @@ _OF_DIRECTIONS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def batch_loss(config: LossSettings, logits: Tensor, targets: Tensor, features: Tensor, weight: Tensor) -> Tensor:
-    """The loss of a batch, a mean over its samples.
+def batch_loss(
+    config: LossSettings, logits: Tensor, targets: Tensor, features: Tensor, weight: Tensor, share: float = 1.0
+) -> Tensor:
+    """The loss of a batch, a mean over its samples; of several ranks, the mean of their losses is.
 
     - ``"cross-entropy"``, with the share ``label_smoothing`` of each target spread over all classes;
     - ``"mse"``: mean over samples and classes of (logit − one-hot)² (Zhu et al., NeurIPS 2021);
@@ -35,21 +37,22 @@ def batch_loss(config: LossSettings, logits: Tensor, targets: Tensor, features: 
         targets: (N,).
         features: (N, d), what the weight multiplies.
         weight: (K, d), with its graph.
+        share: The part of the whole batch's samples that this rank has, times the number of ranks.
     """
     if config.loss in _OF_DIRECTIONS:
         options = {"temperature": config.temperature, "margin": config.margin}
         given = {name: float(value) for name, value in options.items() if value is not None}
         return _OF_DIRECTIONS[config.loss](features, targets, weight, **given)
     if config.loss == "mse":
-        return functional.mse_loss(logits, functional.one_hot(targets, logits.shape[1]).to(logits.dtype))
+        return share * functional.mse_loss(logits, functional.one_hot(targets, logits.shape[1]).to(logits.dtype))
     if config.loss == "dot-regression":
         true_logit = logits.gather(1, targets[:, None])
-        return 0.5 * (true_logit - 1).square().mean()
-    return functional.cross_entropy(logits, targets, label_smoothing=config.label_smoothing or 0.0)
+        return share * 0.5 * (true_logit - 1).square().mean()
+    return share * functional.cross_entropy(logits, targets, label_smoothing=config.label_smoothing or 0.0)
 
 
-def penalty(config: Optimisation, model: AttachedHead, features: Tensor) -> Tensor | None:
-    """What is added to the loss of a batch, or None.
+def penalty(config: Optimisation, model: AttachedHead, features: Tensor, ranks: int = 1) -> Tensor | None:
+    """What is added to the loss of a batch, or None; of several ranks, the mean of what it is for each is.
 
     With a ``feature_decay`` λ_H, λ/2 (‖W‖² + ‖b‖²) of the classifier and λ_H/2 Σ‖h‖² over the batch (separate decay,
     Zhu et al., NeurIPS 2021); for L-BFGS without it, λ/2 of the squared norm of all parameters.
@@ -58,11 +61,12 @@ def penalty(config: Optimisation, model: AttachedHead, features: Tensor) -> Tens
         config: The settings.
         model: The model.
         features: h (N, d), what the classifier's weight multiplies.
+        ranks: How many have a part of the batch.
     """
     if config.feature_decay is not None:
         if config.published_quirk:
             features = functional.normalize(features)
-        of_features = 0.5 * config.feature_decay * features.square().sum()
+        of_features = 0.5 * config.feature_decay * ranks * features.square().sum()
         return of_features + _half_square(model.head, config.weight_decay or 0.0, features)
     if config.optimizer == "lbfgs":
         return _half_square(model, config.weight_decay or 0.0, features)

@@ -7,12 +7,14 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
+from neuralcollapse._ranks import number_of_ranks, sum_over_ranks
 from neuralcollapse.heads import Head
 from neuralcollapse.lab.conditions import WITH_ATTRIBUTES
 from neuralcollapse.lab.config import RunConfig
@@ -20,6 +22,7 @@ from neuralcollapse.lab.data.augmentation import batch_shape
 from neuralcollapse.lab.data.batches import EpochBatches, EvaluationBatches, evaluation_batches
 from neuralcollapse.lab.data.splits import ImageData
 from neuralcollapse.lab.models.building import build_model
+from neuralcollapse.lab.ranks import global_rank
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.seeds import derived_seed
 from neuralcollapse.lab.stopping import on_sigterm
@@ -31,6 +34,7 @@ from neuralcollapse.lab.training.checkpoints import (
     restore_generators,
 )
 from neuralcollapse.lab.training.collapse_callback import CollapseCallback
+from neuralcollapse.lab.training.devices import is_of_ranks
 from neuralcollapse.lab.training.loggers import build_loggers, finish_loggers
 from neuralcollapse.lab.training.logs import GradientLog, TrainingLog
 from neuralcollapse.lab.training.objective import batch_loss, penalty
@@ -52,7 +56,9 @@ class ClassifierTraining(LightningModule):
 
     Attributes:
         batch_figures: What the last batch gave in training mode: loss (with penalties), accuracy, top-5 accuracy and
-            alignment. They are never compared: the head of the method `implicit` knows the labels of its batch.
+            alignment, over all ranks. They are never compared: the head of the method `implicit` knows the labels of
+            its batch.
+        batch_samples: How many it had.
 
     Raises:
         ValueError: Settings that do not fit together, or do not fit the data.
@@ -62,12 +68,17 @@ class ClassifierTraining(LightningModule):
         self, config: RunConfig, data: ImageData, evaluation: Mapping[str, EvaluationBatches] | None = None
     ) -> None:
         super().__init__()
+        if len(data.train) < 2 * config.ranks:
+            raise ValueError(f"devices must leave two training images to a rank, got {config.ranks} ranks for {data}")
         self.config = config
         self.data = data
         self.evaluation = evaluation_batches(data, config) if evaluation is None else evaluation
         self.model = build_model(config, batch_shape(data.image_shape, config), data.num_classes)
         self.batch_figures: dict[str, Tensor] = {}
         self._optimizer = build_optimizer(config, self.model)
+        self._backbone = torch.compile(self.model.model.forward) if config.compile else self.model.model.forward
+        self._sizes: list[int] = []
+        self.batch_samples = 0
         self._seen = (-1, -1)
         self._resumed: dict[str, Any] = {}
 
@@ -77,25 +88,29 @@ class ClassifierTraining(LightningModule):
 
     def train_dataloader(self) -> EpochBatches:
         """The coming epoch's batches: lightning asks for them at every epoch."""
-        return self._batches(self.current_epoch, self._resumed.get("batches", 0))
+        batches = self._batches(self.current_epoch, self._resumed.get("batches", 0))
+        self._sizes = batches.sizes
+        return batches
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         """The loss of one batch."""
         images, targets = batch
-        features, weight, bias = self.head.prepare(self.model.model(images), targets)
-        logits = self.head.decide(features, weight, bias)
-        loss = batch_loss(self.config, logits, targets, features, weight)
-        penalties = penalty(self.config, self.model, features)
+        features, weight, bias = self.head.prepare(self._backbone(images), targets)
+        logits, features = self.head.decide(features, weight, bias).float(), features.float()
+        ranks, self.batch_samples = self.config.ranks, self._sizes[batch_index]
+        share = ranks * len(targets) / self.batch_samples
+        loss = batch_loss(self.config, logits, targets, features, weight, share)
+        penalties = penalty(self.config, self.model, features, ranks)
         loss = loss if penalties is None else loss + penalties
         place = (self.current_epoch, batch_index)
         if place != self._seen:  # L-BFGS tries several points for a batch: the first counts
             self._seen = place
             self.batch_figures = self._figures(loss, logits, features, targets)
-        return loss
+        return loss * self._share_of_step(batch_index)
 
     def on_train_epoch_start(self) -> None:
         """Make what the network draws, as dropout does, follow from the seed and the epoch alone."""
-        torch.manual_seed(derived_seed(self.config.seed, self.current_epoch, 1))
+        torch.manual_seed(derived_seed(self.config.seed, self.current_epoch, 1) + self.global_rank)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep whose checkpoint it is, and where in the epoch."""
@@ -107,12 +122,15 @@ class ClassifierTraining(LightningModule):
 
     def on_train_start(self) -> None:
         """Draw what the network would have drawn next inside an epoch."""
-        restore_generators(self._resumed)
+        if self.global_rank == 0:
+            restore_generators(self._resumed)
         self._resumed = {}
 
     def configure_optimizers(self) -> Any:
         """The optimiser and its schedule, by the step."""
-        schedule = build_schedule(self.config, self._optimizer, len(self._batches(0)))
+        schedule = build_schedule(
+            self.config, self._optimizer, -(-len(self._batches(0)) // (self.config.accumulate or 1))
+        )
         if schedule is None:
             return self._optimizer
         return {"optimizer": self._optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -138,34 +156,58 @@ class ClassifierTraining(LightningModule):
 
     def _batches(self, epoch: int, done: int = 0) -> EpochBatches:
         standardise = self.evaluation["train"].standardise
-        return EpochBatches(self.data.train, standardise, self.config, self.config.seed, epoch, done)
+        return EpochBatches(
+            self.data.train,
+            standardise,
+            self.config,
+            self.config.seed,
+            epoch,
+            done,
+            self.global_rank,
+            number_of_ranks(),
+        )
+
+    def _share_of_step(self, batch_index: int) -> float:
+        """What a batch's loss is multiplied by, so that all samples of a step count alike.
+
+        Lightning divides it by ``accumulate``, however many batches there are and of whatever size.
+        """
+        number = self.config.accumulate or 1
+        first = batch_index - batch_index % number
+        return number * self._sizes[batch_index] / sum(self._sizes[first : first + number])
 
     @torch.no_grad()
     def _figures(self, loss: Tensor, logits: Tensor, features: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        ranks, part = self.config.ranks, len(targets) / self.batch_samples
+        centre = sum_over_ranks(part * features.mean(0))
         answers = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
         figures = {
-            "batch_loss": loss.detach(),
-            "batch_accuracy": answers[:, 0].float().mean(),
-            "batch_alignment": alignment(features, targets, self.head.weight, features.mean(0)),
+            "batch_loss": loss.detach() / ranks,
+            "batch_accuracy": part * answers[:, 0].float().mean(),
+            "batch_alignment": part * alignment(features, targets, self.head.weight, centre),
         }
-        return figures | ({"batch_accuracy_top5": answers.any(1).float().mean()} if logits.shape[1] > 5 else {})
+        if logits.shape[1] > 5:
+            figures["batch_accuracy_top5"] = part * answers.any(1).float().mean()
+        return dict(zip(figures, sum_over_ranks(torch.stack(list(figures.values()))).unbind(), strict=True))
 
 
-def train(module: ClassifierTraining, folder: RunFolder, *callbacks: Callback) -> None:
+def train(module: ClassifierTraining, folder: RunFolder, *callbacks: Callback, resume: bool = True) -> None:
     """Train one run to its end, from its last checkpoint if there is one.
 
     Args:
         module: The model and what to train it on.
         folder: The run's, started.
         callbacks: Further callbacks of lightning.
+        resume: Take its last checkpoint.
 
     Raises:
-        ValueError: A checkpoint that cannot be read or is of another model, or a loss that is not finite.
+        ValueError: A checkpoint that cannot be read or is of another model, a loss that is not finite, or another rank
+            that is lost.
         KeyboardInterrupt: The user stopped it.
         Terminated: SIGTERM stopped it; where it was inside an epoch is saved.
     """
     config, last = module.config, folder.last_checkpoint
-    loggers = build_loggers(config.loggers, folder)
+    loggers = build_loggers(config.loggers, folder) if global_rank() == 0 else []
     for logger in loggers:
         logger.log_hyperparams(config.in_force())
     device = module.data.train.labels.device
@@ -174,8 +216,15 @@ def train(module: ClassifierTraining, folder: RunFolder, *callbacks: Callback) -
     with quiet_lightning(), on_sigterm(checkpointing.on_sigterm), TemporaryDirectory() as scratch:
         trainer = Trainer(
             accelerator=device.type,
-            devices=1,
+            devices=config.devices,
+            num_nodes=config.num_nodes,
+            strategy=DDPStrategy(broadcast_buffers=False) if config.ranks > 1 else "auto",
+            sync_batchnorm=bool(config.sync_batchnorm),
+            use_distributed_sampler=False,
             max_epochs=config.epochs,
+            precision=cast(Any, config.precision if config.precision != "32" else "32-true"),
+            gradient_clip_val=config.gradient_clip,
+            accumulate_grad_batches=config.accumulate or 1,
             callbacks=[*_records(module, folder), *callbacks, checkpointing],
             plugins=[WholeCheckpoints(module.state_dict())],
             reload_dataloaders_every_n_epochs=1,
@@ -187,7 +236,13 @@ def train(module: ClassifierTraining, folder: RunFolder, *callbacks: Callback) -
         )
         try:
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                trainer.fit(module, ckpt_path=last if last.exists() else None, weights_only=True)
+                trainer.fit(module, ckpt_path=last if resume and last.exists() else None, weights_only=True)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            raise ValueError(f"compile must be off where torch.compile fails: {error}") from error
+        except RuntimeError as error:
+            if config.ranks > 1 and is_of_ranks(error):
+                raise ValueError(f"ranks: one of them is lost, or cannot be reached: {error}") from error
+            raise
         except SystemExit as exit:  # lightning's answer to Ctrl-C
             if isinstance(exit.__context__, KeyboardInterrupt):
                 raise KeyboardInterrupt from exit
