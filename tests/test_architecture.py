@@ -25,10 +25,11 @@ ALLOWED = {  # folder or module -> what it may import of the package
     "cli": {"lab"},
     "__init__": {"geometry", "classifier", "heads", "metrics"},
 }
-GROUND = {"config", "conditions", "settings", "seeds", "recipes", "experiments", "stopping", "ranks"}
+GROUND = {"config", "conditions", "settings", "seeds", "recipes", "experiments", "stopping", "ranks", "running"}
 LAB = {  # room or module of lab -> what it may import of the others
-    "config": {"settings", "conditions"},
+    "config": {"settings", "conditions", "running"},
     "conditions": {"settings"},
+    "running": {"settings", "conditions"},
     "settings": set(),
     "seeds": set(),
     "stopping": set(),

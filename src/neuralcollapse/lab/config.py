@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from neuralcollapse.lab import conditions as only
+from neuralcollapse.lab.running import Ranks, Record, check_epochs
 from neuralcollapse.lab.settings import Settings, listed, setting, where
 
 PublishedMethod = Literal["standard", "fixed", "implicit"]
@@ -249,53 +250,7 @@ class Optimisation(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_epochs("milestones", self.milestones or [])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ranks(Settings):
-    """Ranks."""
-
-    devices: int = setting(1, at_least=1)
-    """Processes on each machine, one a device; on a CPU, processes with a part of its cores. Every batch is split over
-    them, with the gradient of the whole one."""
-    num_nodes: int = setting(1, at_least=1)
-    """Machines, each with as many."""
-    sync_batchnorm: bool | None = setting(False, belongs_to=only.SEVERAL_RANKS)
-    """Batch norm takes the statistics of the whole batch, and not of each process's part. Needs cuda."""
-
-    @property
-    def ranks(self) -> int:
-        """Processes in all."""
-        return self.devices * self.num_nodes
-
-
-@dataclass(frozen=True, kw_only=True)
-class Record(Settings):
-    """Record."""
-
-    measure_every: int = setting(1, at_least=1)
-    """Measure collapse after every so many epochs, and after the first."""
-    measure_from: int = setting(lambda values: values["measure_every"], at_least=1)
-    """Where these steps begin: 1 of 5 is epochs 1, 6, 11, ... By default where the first step ends: 1, 5, 10, ..."""
-    measure_last: bool | None = setting(True, belongs_to=only.SPARSE)
-    """Measure after the last epoch as well, where the steps do not end there."""
-    checkpoint_every: int | None = setting(at_least=1)
-    """Keep a checkpoint of every so many epochs and of the first, beside the last."""
-    checkpoint_from: int | None = setting(
-        lambda values: values["checkpoint_every"], belongs_to=only.CHECKPOINTS, at_least=1
-    )
-    """Where these steps begin. By default where the first step ends."""
-    checkpoint_epochs: list[int] = setting(lambda _: [])
-    """Keep checkpoints of these epochs as well."""
-    checkpoint_minutes: float = setting(10.0, above=0)
-    """Inside a long epoch, save where training is after every so many minutes."""
-    loggers: list[Literal["tensorboard", "wandb"]] = setting(lambda _: [])
-    """Where to log to beside the CSV files."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_epochs("checkpoint_epochs", self.checkpoint_epochs)
+        check_epochs("milestones", self.milestones or [])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,8 +285,3 @@ class RunConfig(Record, Ranks, Optimisation, ModelSettings, BatchSettings, DataS
             raise ValueError("optimizer lbfgs needs precision 32 or bf16-mixed: its line search cannot scale the loss")
         if self.optimizer == "lbfgs" and self.unit_weight:
             raise ValueError("optimizer lbfgs needs unit_weight false: it cannot keep the rows at unit norm")
-
-
-def _check_epochs(name: str, epochs: list[int]) -> None:
-    if any(epoch < 1 for epoch in epochs):
-        raise ValueError(f"{name} must be epochs, counted from 1, got {epochs}")

@@ -6,8 +6,9 @@ from jsonargparse import ArgumentParser, Namespace
 
 from neuralcollapse.lab.commands.arguments import add_output, add_sections, asked_for
 from neuralcollapse.lab.commands.training import output_folder, stored_settings, train_and_report
-from neuralcollapse.lab.config import OneRun, Ranks, RunConfig
+from neuralcollapse.lab.config import OneRun, RunConfig
 from neuralcollapse.lab.experiments import Comparison, common_settings, comparison_of, comparison_runs
+from neuralcollapse.lab.running import Ranks
 
 SUMMARY = "train methods over several seeds, print what they reach and how soon, draw figures"
 USAGE = (

@@ -19,9 +19,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
-from neuralcollapse.lab.config import Record, RunConfig
+from neuralcollapse.lab.config import RunConfig
 from neuralcollapse.lab.results.files import write_whole
 from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.running import Record
 from neuralcollapse.lab.stopping import terminate
 from neuralcollapse.lab.training.epochs import is_due
 

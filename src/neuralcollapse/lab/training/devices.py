@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from neuralcollapse.lab.config import Ranks
 from neuralcollapse.lab.ranks import launched_ranks, local_rank
+from neuralcollapse.lab.running import Ranks
 
 
 def resolve_device(name: str, ranks: int = 1) -> torch.device:
