@@ -35,7 +35,7 @@ LAB = {  # room or module of lab -> what it may import of the others
     "stopping": set(),
     "ranks": set(),
     "recipes": {"settings"},
-    "experiments": {"config", "settings", "recipes"},
+    "experiments": {"config", "running", "settings", "recipes"},
     "data": GROUND,
     "models": GROUND,
     "results": GROUND,

@@ -160,6 +160,7 @@ def test_training_that_diverges_is_one_line_that_names_the_run(tmp_path, capsys)
     )
 
 
+@pytest.mark.slow  # test_killed.py has more of it; of one stop, test_stopping.py
 @pytest.mark.usefixtures("without_figures")
 def test_killed_and_resumed_it_ends_with_the_same_metrics(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from helpers import generator
 from neuralcollapse import measure
+from neuralcollapse.lab.conditions import WITH_ATTRIBUTES
 from neuralcollapse.lab.config import METHODS, DataSettings, ModelSettings, RunConfig
 from neuralcollapse.lab.data.batches import EpochBatches, evaluation_batches
 from neuralcollapse.lab.data.loading import load_data
@@ -148,7 +149,9 @@ def test_the_published_epochs_are_measured(settings, epochs, monkeypatch):
     monkeypatch.setattr(collapse_callback, "measure_splits", lambda *_, **__: {})
     monkeypatch.setattr(callback, "write", lambda trainer: measured.append(trainer.current_epoch + 1))
     for epoch in range(config.epochs):
-        callback.on_train_epoch_end(SimpleNamespace(current_epoch=epoch, max_epochs=config.epochs), None)
+        callback.on_train_epoch_end(
+            SimpleNamespace(current_epoch=epoch, max_epochs=config.epochs, is_global_zero=True), None
+        )
     assert measured == epochs
 
 
@@ -213,7 +216,10 @@ def test_a_class_of_the_users_own(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("backbone", ["convnet", "mlp", "resnet18"])
 def test_every_method_starts_from_the_same_backbone_weights(backbone):
-    models = [build_model(RunConfig(method=name, seed=3, backbone=backbone), (1, 8, 8), 10) for name in METHODS]
+    models = [
+        build_model(RunConfig(method=name, seed=3, backbone=backbone, **attributes_for(name)), (1, 8, 8), 10)
+        for name in METHODS
+    ]
     states = [model.model.state_dict() for model in models]
     for state in states[1:]:
         assert state.keys() == states[0].keys()
@@ -234,12 +240,16 @@ def test_a_device_that_is_not_there_is_refused():
         resolve_device(missing)
 
 
+def attributes_for(method):
+    return {"class_attributes": "digits"} if method in WITH_ATTRIBUTES else {}
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_with_every_optimiser(method, tmp_path):
     data = load_data(DataSettings(train_samples=200, test_samples=60))
     for optimizer, rate in (("sgd", 0.05), ("adamw", 3e-3)):
         settings = {"method": method, "optimizer": optimizer, "lr": rate, "epochs": 6, "batch_size": 20}
-        config = RunConfig(**SMALL | settings)
+        config = RunConfig(**SMALL | settings | attributes_for(method))
         folder = RunFolder(tmp_path / optimizer)
         folder.start(config.in_force())
         train(ClassifierTraining(config, data), folder)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from neuralcollapse.lab.config import METHODS, MOST_SEED, PUBLISHED_METHODS, DataSettings, Loss, Method, RunConfig
 from neuralcollapse.lab.recipes import Recipe, load_recipe, recipe_family
+from neuralcollapse.lab.running import Ranks
 from neuralcollapse.lab.settings import Settings, nearest, resolve, setting, where
 
 
@@ -162,11 +163,12 @@ def label_of(telling: Mapping[str, Any]) -> str:
 
 
 def common_settings(runs: Sequence[RunConfig]) -> dict[str, Any]:
-    """The settings on which all runs agree in which they are in force, but for recipe, method and seed."""
+    """The settings on which all runs agree in which they are in force, but for recipe, method, seed and ranks."""
     shared: dict[str, Any] = {}
+    own = {"recipe", "method", "seed", *Ranks.__dataclass_fields__}
     for one in fields(RunConfig):
         found = [getattr(run, one.name) for run in runs if getattr(run, one.name) is not None]
-        if found and one.name not in ("recipe", "method", "seed") and all(value == found[0] for value in found):
+        if found and one.name not in own and all(value == found[0] for value in found):
             shared[one.name] = found[0]
     return shared
 

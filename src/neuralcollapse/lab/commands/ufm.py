@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from neuralcollapse.lab.commands.arguments import add_output, add_sections, asked_for
-from neuralcollapse.lab.commands.training import check_output, output_folder, print_table, show_config, what_is_there
+from neuralcollapse.lab.commands.training import output_folder, print_table, show_config, what_is_there
 from neuralcollapse.lab.config import PUBLISHED_METHODS, PublishedMethod
 from neuralcollapse.lab.settings import Settings, setting
 
@@ -117,7 +117,7 @@ def run(settings: Namespace) -> None:
     from neuralcollapse.lab.training.free_comparison import compare_free_features
 
     folder = RunFolder(output_folder(settings, "runs/ufm"))
-    check_output(folder, config.in_force(), settings)
+    folder.check(config.in_force(), **what_is_there(settings))
     runs = config.runs()
     with folder.writing(config.in_force(), **what_is_there(settings)):
         metrics, tuning = compare_free_features(runs, range(config.seeds), folder.runs)
