@@ -21,11 +21,10 @@ from neuralcollapse.lab.training.one_run import ClassifierTraining
 
 def measure(module: ClassifierTraining, folder: Path, repeats: int) -> dict[str, float]:
     optimizer = torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9)
-    module.log_dict = lambda *_, **__: None  # lightning's, which needs its trainer
 
     def epoch() -> None:
         module.train()
-        for number, batch in enumerate(module._batches(0)):
+        for number, batch in enumerate(module.train_dataloader()):
             optimizer.zero_grad()
             module.training_step(batch, number).backward()
             optimizer.step()
