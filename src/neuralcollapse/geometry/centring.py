@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from neuralcollapse._checks import check_finite, check_floating, values_readable
+from neuralcollapse._checks import check_choice, check_finite, check_floating, check_not_negative, values_readable
+from neuralcollapse.geometry.polar import METHODS
 
 
 def centre(
@@ -34,6 +35,27 @@ def centre(
                 "unless an anchor with a positive proximal_weight decides the orientation"
             )
     return centred, torch.where(differ, norm, math.inf), weights
+
+
+def check_arguments(
+    class_means: Tensor,
+    anchor: Tensor | None,
+    proximal_weight: float,
+    class_weights: Tensor | None,
+    method: str,
+) -> None:
+    """Raise for what a nearest frame cannot be asked, as far as it can be said without reading values."""
+    check_floating("class_means", class_means)
+    check_choice("method", method, METHODS)
+    if class_means.ndim < 2:
+        raise ValueError(f"class_means must be of shape (..., K, d), got {tuple(class_means.shape)}")
+    check_not_negative("proximal_weight", proximal_weight)
+    if anchor is not None:
+        check_like("anchor", anchor, class_means, tuple(class_means.shape[-2:]))
+    if class_weights is not None:
+        check_like("class_weights", class_weights, class_means, (class_means.shape[-2],))
+    if proximal_weight > 0 and anchor is None:
+        raise ValueError(f"proximal_weight = {proximal_weight} needs an anchor, got None")
 
 
 def check_weight_values(class_weights: Tensor) -> None:

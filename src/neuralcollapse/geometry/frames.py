@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from neuralcollapse._checks import check_choice, check_floating, check_not_negative, compute_dtype, values_readable
+from neuralcollapse._checks import compute_dtype, values_readable
 from neuralcollapse.geometry import stiefel
-from neuralcollapse.geometry.centring import centre, check_like, check_weight_values
+from neuralcollapse.geometry.centring import centre, check_arguments, check_weight_values
 from neuralcollapse.geometry.codes import check_code, coordinates, principal_code
 from neuralcollapse.geometry.mahalanobis import nearest_frame_under_metric
-from neuralcollapse.geometry.polar import METHODS, Method, polar
+from neuralcollapse.geometry.polar import Method, polar
 from neuralcollapse.geometry.watch import Watch
 
 
@@ -67,7 +67,7 @@ def nearest_frame(
         >>> bool(torch.allclose(frame @ frame.T, gram, atol=1e-5))
         True
     """
-    _check(class_means, anchor, proximal_weight, class_weights, method)
+    check_arguments(class_means, anchor, proximal_weight, class_weights, method)
     check_code(code, class_means.shape[-2])
     means = class_means.to(compute_dtype(class_means.dtype))
     principal = principal_code(code, class_means.shape[-1]).to(means)
@@ -146,27 +146,6 @@ def _under_metric(
         proximal_weight=proximal_weight,
     )
     return own @ solution.point
-
-
-def _check(
-    class_means: Tensor,
-    anchor: Tensor | None,
-    proximal_weight: float,
-    class_weights: Tensor | None,
-    method: str,
-) -> None:
-    """What can be said without reading values."""
-    check_floating("class_means", class_means)
-    check_choice("method", method, METHODS)
-    if class_means.ndim < 2:
-        raise ValueError(f"class_means must be of shape (..., K, d), got {tuple(class_means.shape)}")
-    check_not_negative("proximal_weight", proximal_weight)
-    if anchor is not None:
-        check_like("anchor", anchor, class_means, tuple(class_means.shape[-2:]))
-    if class_weights is not None:
-        check_like("class_weights", class_weights, class_means, (class_means.shape[-2],))
-    if proximal_weight > 0 and anchor is None:
-        raise ValueError(f"proximal_weight = {proximal_weight} needs an anchor, got None")
 
 
 def _check_anchor(anchor: Tensor, code: Tensor) -> None:

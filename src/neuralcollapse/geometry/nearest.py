@@ -9,16 +9,14 @@ import torch
 from torch import Tensor
 
 from neuralcollapse._checks import (
-    check_choice,
     check_etf_sizes,
     check_floating,
-    check_not_negative,
     compute_dtype,
     values_readable,
 )
-from neuralcollapse.geometry.centring import centre, check_like, check_weight_values
+from neuralcollapse.geometry.centring import centre, check_arguments, check_weight_values
 from neuralcollapse.geometry.mahalanobis import nearest_frame_under_metric
-from neuralcollapse.geometry.polar import METHODS, Method, decompose, polar, takes_products, vector_jacobian
+from neuralcollapse.geometry.polar import Method, decompose, polar, takes_products, vector_jacobian
 from neuralcollapse.geometry.simplex import check_simplex_etf, expand, reduce
 from neuralcollapse.geometry.watch import Watch
 
@@ -237,19 +235,8 @@ def _check(
     method: str,
 ) -> None:
     """What can be said without reading values."""
-    check_floating("class_means", class_means)
-    check_choice("method", method, METHODS)
-    if class_means.ndim < 2:
-        raise ValueError(f"class_means must be of shape (..., K, d), got {tuple(class_means.shape)}")
-    num_classes, feature_dim = class_means.shape[-2:]
-    check_etf_sizes(num_classes, feature_dim)
-    check_not_negative("proximal_weight", proximal_weight)
-    if anchor is not None:
-        check_like("anchor", anchor, class_means, (num_classes, feature_dim))
-    if class_weights is not None:
-        check_like("class_weights", class_weights, class_means, (num_classes,))
-    if proximal_weight > 0 and anchor is None:
-        raise ValueError(f"proximal_weight = {proximal_weight} needs an anchor, got None")
+    check_arguments(class_means, anchor, proximal_weight, class_weights, method)
+    check_etf_sizes(*class_means.shape[-2:])
 
 
 def _check_values(anchor: Tensor | None, class_weights: Tensor | None) -> None:

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from neuralcollapse._checks import (
     check_at_least,
@@ -188,3 +189,10 @@ def sums_over_ranks(sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         return sums, counts
     totals = sum_over_ranks(torch.cat([sums, counts.unsqueeze(-1)], -1))
     return totals[..., :-1], totals[..., -1].detach()
+
+
+def random_unit_rows(in_features: int, num_classes: int, generator: torch.Generator | None) -> Tensor:
+    """(K, d) rows to begin with where no ETF is: of the generator, or the same ones always."""
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    rows = torch.randn(num_classes, in_features, generator=generator, dtype=torch.float32, device=generator.device)
+    return normalize(rows, dim=1)

@@ -6,10 +6,15 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from neuralcollapse._checks import check_choice, check_factory, compute_dtype
-from neuralcollapse.heads.class_means import DEFAULT_MOMENTUM, ClassMeans, KeepsFullPrecision, Momentum
+from neuralcollapse.heads.class_means import (
+    DEFAULT_MOMENTUM,
+    ClassMeans,
+    KeepsFullPrecision,
+    Momentum,
+    random_unit_rows,
+)
 from neuralcollapse.heads.head import LearnsFromTargets
 from neuralcollapse.heads.recompute import counts_once
 
@@ -71,9 +76,8 @@ class ClassMeanClassifier(KeepsFullPrecision, LearnsFromTargets):
         self.means = means
         self.centring = bias == "centring"
         self.class_means = ClassMeans(num_classes, in_features, momentum=momentum, ignore_index=ignore_index)
-        generator = torch.Generator().manual_seed(0) if generator is None else generator
-        rows = torch.randn(num_classes, in_features, dtype=torch.float32, generator=generator, device=generator.device)
-        self.register_buffer("weight", normalize(rows).to(self.class_means.global_mean.device))
+        rows = random_unit_rows(in_features, num_classes, generator)
+        self.register_buffer("weight", rows.to(self.class_means.global_mean.device))
 
     @property
     def bias(self) -> Tensor | None:  # type: ignore[override]

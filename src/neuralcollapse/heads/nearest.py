@@ -7,7 +7,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from neuralcollapse._checks import (
     check_at_least,
@@ -24,7 +23,13 @@ from neuralcollapse.geometry.nearest import solve
 from neuralcollapse.geometry.polar import METHODS, Method
 from neuralcollapse.geometry.published import frame_to_etf, published_nearest_frame
 from neuralcollapse.geometry.watch import Watch
-from neuralcollapse.heads.class_means import DEFAULT_MOMENTUM, ClassMeans, KeepsFullPrecision, Momentum
+from neuralcollapse.heads.class_means import (
+    DEFAULT_MOMENTUM,
+    ClassMeans,
+    KeepsFullPrecision,
+    Momentum,
+    random_unit_rows,
+)
 from neuralcollapse.heads.head import LearnsFromTargets
 from neuralcollapse.heads.recompute import counts_once
 
@@ -134,7 +139,7 @@ class NearestFrameClassifier(KeepsFullPrecision, LearnsFromTargets):
             self._full_precision_buffers = ("weight", "code")
             start = placed(code, in_features, generator).float()
         elif geometry == "means" and in_features < num_classes - 1:
-            start = _unit_rows(in_features, num_classes, generator)
+            start = random_unit_rows(in_features, num_classes, generator)
         else:
             start = _first_etf(in_features, num_classes, generator)
         self.register_buffer("weight", start.to(device))
@@ -315,9 +320,3 @@ def _first_etf(in_features: int, num_classes: int, generator: torch.Generator | 
     return random_simplex_etf(
         num_classes, in_features, generator=generator, dtype=torch.float32, device=generator.device
     )
-
-
-def _unit_rows(in_features: int, num_classes: int, generator: torch.Generator | None) -> Tensor:
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
-    rows = torch.randn(num_classes, in_features, generator=generator, dtype=torch.float32, device=generator.device)
-    return normalize(rows, dim=1)
