@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from neuralcollapse.lab.training.progress import Progress
 
 
 def train_runs(
-    runs: RunConfig | Sequence[RunConfig],
+    runs: RunConfig | Sequence[RunConfig] | Mapping[str, RunConfig],
     folder: str | Path,
     *,
     settings: dict[str, Any] | None = None,
@@ -47,7 +47,7 @@ def train_runs(
 
     Args:
         runs: The settings of one run, whose folder it will be; or of several, each with a folder of its own in
-            ``runs/``.
+            ``runs/``, whose name says in what it differs, or is given.
         folder: Where to write.
         settings: What the folder keeps as the settings of several runs; by default what they have in common.
         resume: Go on with what the folder holds.
@@ -77,9 +77,10 @@ def train_runs(
             return whole
         places, own = {whole: runs}, runs.in_force()
     else:
-        if any(run.ranks > 1 for run in runs):
+        named = runs if isinstance(runs, Mapping) else _named(runs)
+        if any(run.ranks > 1 for run in named.values()):
             raise ValueError("devices must be 1 for each of several runs: ranks are for one run")
-        places, own = {whole.run(name): run for name, run in _named(runs).items()}, common_settings(runs)
+        places, own = {whole.run(name): run for name, run in named.items()}, common_settings([*named.values()])
     settings = own if settings is None else settings
     whole.check(settings, resume=resume, overwrite=overwrite)
     preparation = Preparation(resumed=resume, progress=progress)
