@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -36,7 +37,7 @@ class Value:
     kind: Literal["last", "mean", "epochs", "fall", "deviation", "fact"]
     of: str
     split: str = "train"
-    level: float | None = None
+    level: float = math.nan
 
 
 @dataclass(frozen=True, kw_only=True)
