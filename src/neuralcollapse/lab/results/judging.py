@@ -113,7 +113,7 @@ class _Values:
 
 def _values(value: Value, runs: Mapping[int, Finished]) -> _Values:
     if value.kind == "fact":
-        return _Values(pd.Series({seed: float(run.facts[value.of]) for seed, run in runs.items()}, dtype=float), set())
+        return _Values(pd.Series({seed: _logarithm(float(run.facts[value.of])) for seed, run in runs.items()}), set())
     courses = {seed: _course(run.metrics, value.of, value.split) for seed, run in runs.items()}
     if value.kind == "deviation":
         table = pd.DataFrame(courses)
@@ -149,7 +149,7 @@ def _fall(course: pd.Series, accuracy: pd.Series, level: float) -> float:
 
 
 def _is_ratio(value: Value) -> bool:
-    return value.kind == "fall" or (
+    return value.kind in ("fall", "fact") or (
         value.kind in ("last", "mean") and value.of in METRICS and METRICS[value.of].scale == "log"
     )
 
@@ -163,6 +163,8 @@ def _compare(claim: Claim, name: str, other: str | None, values: Mapping[str, _V
         differences, than = own.of_seed - bound, _shown(bound, ratio)
     else:
         differences = (own.of_seed - values[other].of_seed).dropna()
+        if claim.relation != "like":
+            differences -= bound
         than = f"{other} {_over_seeds(values[other], ratio)}"
     words = f"{name} {_over_seeds(own, ratio)} against {than}"
     if own.of_seed.empty or differences.empty:

@@ -48,10 +48,11 @@ class Claim:
         text: The claim.
         value: The number of each run that decides it.
         of: The runs that it speaks of.
-        relation: ``"below"`` or ``"above"`` each of ``than``; ``"like"`` each of them, within ``bound``; or
-            ``"at least"`` or ``"at most"`` ``bound``.
+        relation: ``"below"`` or ``"above"`` each of ``than``, by more than ``bound`` if there is one; ``"like"`` each
+            of them, within ``bound``; or ``"at least"`` or ``"at most"`` ``bound``.
         than: The runs that they are compared with, of the same seed.
-        bound: In the units of the value; where the catalogue draws the metric on a logarithmic scale, a ratio.
+        bound: In the units of the value; a factor for falls, facts and metrics that the catalogue draws on a
+            logarithmic scale.
         published: What the paper prints, where it prints a number.
     """
 
