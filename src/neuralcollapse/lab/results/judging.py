@@ -156,53 +156,50 @@ def _is_ratio(value: Value) -> bool:
 
 def _compare(claim: Claim, name: str, other: str | None, values: Mapping[str, _Values]) -> tuple[str, str]:
     """The verdict on one comparison, and its numbers in words."""
-    ratio = _is_ratio(claim.value)
-    own = values[name]
-    bound = 0.0 if claim.bound is None else math.log10(claim.bound) if ratio else claim.bound
-    if other is None:
-        differences, than = own.of_seed - bound, _shown(bound, ratio)
-    else:
-        differences = (own.of_seed - values[other].of_seed).dropna()
-        if claim.relation != "like":
-            differences -= bound
-        than = f"{other} {_over_seeds(values[other], ratio)}"
-    words = f"{name} {_over_seeds(own, ratio)} against {than}"
-    if own.of_seed.empty or differences.empty:
+    ratio, own = _is_ratio(claim.value), values[name]
+    words = f"{name} {_over_seeds(own, ratio)}"
+    compared, more = own.of_seed, set()
+    if other is not None:
+        compared, more = (own.of_seed - values[other].of_seed).dropna(), own.more & values[other].more
+        words += f" against {other} {_over_seeds(values[other], ratio)}"
+    if compared.empty:
         return UNDECIDED, f"{words}, with no run of the same seed that is finished"
-    if not differences.map(math.isfinite).all():
-        return UNDECIDED, f"{words}, which does not exist for every seed: the level was not reached, or it is 0"
-    if other is not None and own.more & values[other].more:
-        return UNDECIDED, f"{words}, in a seed that reached it with neither: more epochs would tell"
-    mean, half = student_interval(differences)
+    if not compared.map(math.isfinite).all():
+        return UNDECIDED, f"{words}, which not every seed has: the level was not reached, or it is 0"
+    if more:
+        return UNDECIDED, f"{words}, which neither reaches in a seed: more epochs would tell"
+    mean, half = student_interval(compared)
     if math.isnan(half):
         return UNDECIDED, f"{words}, one seed: at least one more would tell"
-    what = "ratio" if ratio else "difference"
-    interval = f"{_shown(mean, ratio)} [{_shown(mean - half, ratio)}, {_shown(mean + half, ratio)}]"
-    words += f", {what} {interval} over {len(differences)} seeds"
-    margin = bound if claim.relation == "like" else 0.0
-    verdict = _decide(claim.relation, mean, half, margin)
+    what = "" if other is None else "ratio " if ratio else "difference "
+    shown = [_shown(number, ratio) for number in (mean, mean - half, mean + half)]
+    words += f", {what}{shown[0]} [{shown[1]}, {shown[2]}] over {len(compared)} seeds"
+    bound = 0.0
+    if claim.bound is not None:
+        words += f", claimed {claim.relation} {claim.bound:g}".replace("like", "within")
+        bound = math.log10(claim.bound) if ratio else claim.bound
+    verdict = _decide(claim.relation, mean, half, bound)
     if verdict == UNDECIDED:
-        words += f"; {_what_it_takes(differences, claim.relation, margin)}"
+        words += f"; {_what_it_takes(compared, claim.relation, bound)}"
     return verdict, words
 
 
-def _decide(relation: str, mean: float, half: float, margin: float) -> str:
-    if relation in ("above", "at least"):
-        mean = -mean
+def _decide(relation: str, mean: float, half: float, bound: float) -> str:
     if relation == "like":
-        holds, fails = abs(mean) + half <= margin, abs(mean) - half > margin
+        holds, fails = abs(mean) + half <= bound, abs(mean) - half > bound
     else:
-        holds, fails = mean + half < 0, mean - half > 0
+        beyond = bound - mean if relation in ("below", "at most") else mean - bound
+        holds, fails = beyond > half, beyond < -half
     return HOLDS if holds else FAILS if fails else UNDECIDED
 
 
-def _what_it_takes(differences: pd.Series, relation: str, margin: float) -> str:
+def _what_it_takes(compared: pd.Series, relation: str, bound: float) -> str:
     """With how many seeds it would be decided, were mean and spread to stay."""
     from scipy.stats import t
 
-    mean, spread = float(differences.mean()), float(differences.std())
-    distance = abs(abs(mean) - margin) if relation == "like" else abs(mean)
-    for seeds in range(len(differences) + 1, _MOST_SEEDS + 1):
+    mean, spread = float(compared.mean()), float(compared.std())
+    distance = abs(abs(mean) - bound) if relation == "like" else abs(mean - bound)
+    for seeds in range(len(compared) + 1, _MOST_SEEDS + 1):
         if t.ppf((1 + _CONFIDENCE) / 2, seeds - 1) * spread / math.sqrt(seeds) < distance:
             return f"about {seeds} seeds would decide, were mean and spread to stay"
     return f"not even {_MOST_SEEDS} seeds would decide, were mean and spread to stay"
