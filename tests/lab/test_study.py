@@ -145,7 +145,9 @@ def test_a_fall_is_from_the_first_epoch_at_the_level():
     expected = 10 ** np.mean([math.log10(4 / (0.1 * (1 + seed / 50))) for seed in range(3)])
     assert f"a {expected:.3g}," in judgement.numbers[0]
     never = fits | {3: run([8, 4, 2, 1], [0.5, 0.6, 0.7, 0.8])}
-    assert judge(claim("at least", bound=10, kind="fall", of="nc1_pinv", level=0.99), {"a": never}).verdict == "undecided"
+    assert (
+        judge(claim("at least", bound=10, kind="fall", of="nc1_pinv", level=0.99), {"a": never}).verdict == "undecided"
+    )
 
 
 def test_epochs_that_are_not_reached_count_as_more_than_all():
@@ -164,9 +166,7 @@ def test_epochs_that_are_not_reached_count_as_more_than_all():
 def test_deviations_are_from_the_mean_over_seeds_of_the_same_epoch():
     calm = {seed: Finished(course([0.5, 0.9 + seed / 1000], "accuracy", "test"), {}) for seed in range(3)}
     wild = {seed: Finished(course([0.1 + seed / 5, 0.5 + seed / 5], "accuracy", "test"), {}) for seed in range(3)}
-    judgement = judge(
-        claim("below", than=["b"], kind="deviation", of="accuracy", split="test"), {"a": calm, "b": wild}
-    )
+    judgement = judge(claim("below", than=["b"], kind="deviation", of="accuracy", split="test"), {"a": calm, "b": wild})
     # Of b 0.2, 0, 0.2 in both epochs; of a half of 0.001, 0, 0.001.
     assert "a 0.000333 against b 0.133" in judgement.numbers[0]
 

@@ -21,7 +21,7 @@ from neuralcollapse.lab.experiments import common_settings, tell_apart
 from neuralcollapse.lab.ranks import global_rank
 from neuralcollapse.lab.results.files import write_whole
 from neuralcollapse.lab.results.folder import RunFolder
-from neuralcollapse.lab.results.provenance import peak_memory
+from neuralcollapse.lab.results.provenance import forget_peak_memory, peak_memory
 from neuralcollapse.lab.results.tables import read_table
 from neuralcollapse.lab.training.devices import check_precision, check_ranks, resolve_device
 from neuralcollapse.lab.training.loggers import check_loggers
@@ -112,6 +112,7 @@ def train_runs(
 
 def _train_one(module: ClassifierTraining, place: RunFolder, bar: Progress) -> None:
     _keep_labels(module.data, place)
+    forget_peak_memory()
     train(module, place, bar)
     parameters = sum(parameter.numel() for parameter in module.model.parameters())
     place.add_facts(parameters=parameters, peak_memory_mib=round(peak_memory()))
