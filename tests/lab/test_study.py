@@ -60,7 +60,10 @@ LAST = {"kind": "last", "of": "accuracy", "split": "test"}
 @pytest.mark.parametrize("name", study_names())
 def test_a_study_is_of_runs_that_can_be_made_and_of_metrics_that_there_are(name):
     study = load_study(name)
-    assert study.title and study.source and study.claims and study.scales
+    assert study.title
+    assert study.source
+    assert study.claims
+    assert study.scales
     for scale_name, scale in study.scales.items():
         assert scale.cost
         assert (scale.reduced is None) == (scale_name == "full")
@@ -70,7 +73,8 @@ def test_a_study_is_of_runs_that_can_be_made_and_of_metrics_that_there_are(name)
         assert set(scale.runs) <= set(study.runs)
     for one in study.claims:
         assert one.value.of in METRICS or one.value.of in ("parameters", "peak_memory_mib", "excess_loss")
-        assert one.of and (one.than or one.bound is not None)
+        assert one.of
+        assert one.than or one.bound is not None
         if not study.free_features:
             assert {*one.of, *one.than} <= set(study.runs)
             assert study.figure in FIGURES
@@ -80,7 +84,8 @@ def test_the_full_scale_is_what_is_published():
     for name in study_names():
         study = load_study(name)
         if "full" in study.scales and not study.free_features:
-            assert not study.scales["full"].settings and not study.scales["full"].runs
+            assert not study.scales["full"].settings
+            assert not study.scales["full"].runs
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 10])
@@ -140,7 +145,8 @@ def test_a_fall_is_from_the_first_epoch_at_the_level():
         return Finished(pd.concat([course(values), course(accuracies, "accuracy")]), {})
 
     fits = {seed: run([8, 4, 2, 0.1 * (1 + seed / 50)], [0.5, 0.99, 0.98, 1]) for seed in range(3)}
-    judgement = judge(claim("at least", bound=10, kind="fall", of="nc1_pinv", level=0.99), {"a": fits})
+    tenfold = claim("at least", bound=10, kind="fall", of="nc1_pinv", level=0.99)
+    judgement = judge(tenfold, {"a": fits})
     assert judgement.verdict == "holds"
     expected = 10 ** np.mean([math.log10(4 / (0.1 * (1 + seed / 50))) for seed in range(3)])
     assert f"a {expected:.3g}," in judgement.numbers[0]
