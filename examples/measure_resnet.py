@@ -1,7 +1,7 @@
 """A ResNet of Hugging Face's transformers, built from a config, measured on scikit-learn's digits.
 
 Its output is a dataclass and its loader yields dictionaries: neither matters to `measure`.
-Needs `pip install transformers`.
+Needs `pip install 'neuralcollapse[lab,huggingface]'`.
 """
 
 import torch

@@ -245,6 +245,7 @@ class Uncalled(nn.Module):
         (None, {"loader": [(torch.zeros(1, 6), torch.tensor([0]))]}, "moments must hold at least 2 classes"),
         (None, {"classifier": "fc"}, "classifier must name a module of the model, got 'fc'"),
         (None, {"loader": 3}, "loader must be an iterable of batches, got int"),
+        (None, {"loader": torch.zeros(3, 6)}, "loader must be an iterable of batches, got Tensor"),
         (None, {"layers": "0"}, "layers must be a list of names, got '0'"),
         (None, {"classifier": 4}, "classifier must be a module or its dotted name, got int"),
         (None, {"unpack": "pair"}, "unpack must be a function of a batch, got str"),

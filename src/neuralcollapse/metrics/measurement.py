@@ -103,6 +103,11 @@ class Measurement:
     provenance: Provenance = field(default_factory=Provenance)
     options: Options = field(default_factory=Options)
 
+    def __repr__(self) -> str:
+        """The metrics; tensors would hide them."""
+        of = f"Measurement of {self.provenance.model or 'a model'}, {self.moments.counts.sum():,} samples"
+        return "\n".join([of, *(f"  {name:32} {value:.4g}" for name, value in self.metrics.items())])
+
     def recompute(
         self,
         *,

@@ -203,7 +203,7 @@ def _check_types(
 ) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be an nn.Module, got {type(model).__name__}")
-    if not isinstance(loader, Iterable):
+    if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
         raise ValueError(f"loader must be an iterable of batches, got {type(loader).__name__}")
     if isinstance(layers, str) or not isinstance(layers, Sequence):
         raise ValueError(f"layers must be a list of names, got {layers!r}")
