@@ -10,11 +10,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-from latex2mathml.converter import convert
+try:
+    import yaml
+    from latex2mathml.converter import convert
 
-from neuralcollapse.cli import COMMANDS, main
-from neuralcollapse.lab.studies import SCALES, load_study, study_names
+    from neuralcollapse.cli import COMMANDS, main
+    from neuralcollapse.lab.studies import SCALES, load_study, study_names
+except ImportError as missing:
+    raise SystemExit(f"the site needs the extra docs: pip install 'neuralcollapse[docs]' ({missing})") from None
 
 CLAIMS = Path(__file__).parent / "claims"  # what `study` wrote of runs that were made
 

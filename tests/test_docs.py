@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import os
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from importlib import import_module
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ from neuralcollapse.cli import _chosen, _parse, _parser
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 RUN = [ROOT / "docs" / "index.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
+DISTRIBUTIONS = packages_distributions()
 PACKAGES = ["geometry", "heads", "losses", "metrics", "ufm", "lab"]
 
 
@@ -42,6 +46,43 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path):
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False, env=environment
     )
     assert done.returncode == 0, done.stderr
+
+
+def imported(script: str) -> set[str]:
+    """Packages that are not Python's own; of this one, the laboratory, which needs more than the rest."""
+    nodes = list(ast.walk(ast.parse(script)))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    laboratory = {"lightning"} if any(name.startswith("neuralcollapse.lab") for name in names) else set()
+    tops = {name.split(".")[0] for name in names}
+    return tops - sys.stdlib_module_names - {"neuralcollapse"} | laboratory
+
+
+def extras_of(page: Path) -> set[str]:
+    """The extras that the code of a page needs beyond the library's own dependencies."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    own = [re.match(r"[\w-]+", one)[0] for one in project["dependencies"]]
+    extras = {
+        re.match(r"[\w-]+", one)[0]: extra
+        for extra in ("lab", "huggingface")
+        for one in project["optional-dependencies"][extra]
+    }
+    script, files = code_of(page)
+    packages = set.union(*map(imported, [script, *files.values()]))
+    distributions = {DISTRIBUTIONS[package][0].lower() for package in packages}
+    return {extras[name] for name in distributions.difference(own)}
+
+
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
+def test_a_guide_says_first_which_extra_it_needs(page):
+    needed = extras_of(page)
+    start = page.read_text().split("```")[0]
+    named = re.search(r"pip install 'neuralcollapse\[([\w,]+)\]'", start)
+    assert set(named[1].split(",") if named else []) == needed
+
+
+def test_some_guides_need_more_than_the_library():
+    assert set.union(*map(extras_of, RUN)) == {"lab", "huggingface"}
 
 
 def commands_of(page: Path) -> list[str]:
