@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 import tomllib
 from importlib import import_module
 from importlib.metadata import packages_distributions
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from neuralcollapse._checks import check_at_least
 from neuralcollapse.cli import _chosen, _parse, _parser
 
 ROOT = Path(__file__).parents[1]
@@ -136,14 +138,48 @@ def public() -> list[tuple[str, object]]:
     return [(name, thing) for name, thing in found.items() if callable(thing)]
 
 
+REFUSAL = re.compile(r"\braise (Value|Type)Error\(|\b_?check_\w+\(")
+
+
+def silent(thing: object) -> list[str]:
+    """Which of its public functions refuse what they are given, themselves or by a check of the package, unsaid."""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(thing))).body
+    functions = [node for node in [tree, *tree.body] if isinstance(node, ast.FunctionDef)]
+    doors = [one for one in functions if not one.name.startswith("_") or one.name in ("__init__", "__post_init__")]
+    refusing = [door for door in doors if REFUSAL.search(ast.unparse(door))]
+    said = "Raises:" in inspect.getdoc(thing)
+    return [door.name for door in refusing if not said and "Raises:" not in (ast.get_docstring(door) or "")]
+
+
+def test_a_refusal_that_is_not_said_is_found():
+    class Silent:
+        """Nothing said."""
+
+        def __init__(self, size):
+            check_at_least("size", size, 1)
+
+        def put(self, size):
+            """Raises:
+            ValueError: Said.
+            """
+            raise ValueError(size)
+
+        def take(self, size):
+            """Nothing said."""
+            raise TypeError(size)
+
+    assert silent(Silent) == ["__init__", "take"]
+
+
 @pytest.mark.parametrize(("name", "thing"), public(), ids=[name for name, _ in public()])
 def test_a_public_docstring_is_complete(name, thing):
     """What it takes, what it gives, and an example that runs."""
     text = inspect.getdoc(thing)
     assert text is not None
+    assert silent(thing) == []
     if inspect.isfunction(thing):
         takes = [one for one in inspect.signature(thing).parameters if one not in ("self", "cls")]
         assert [one for one in takes if not re.search(rf"^ +.*\b{one}(, .*)?(?: \(.*\))?:", text, re.M)] == []
         assert "Examples:" in text
     elif inspect.isclass(thing) and not issubclass(thing, tuple):
-        assert re.search(r"^(Args|Attributes|Examples):", text, re.M) or len(text.splitlines()) < 4
+        assert re.search(r"^(Args|Attributes|Examples):", text, re.M) or len(text.splitlines()) < 5

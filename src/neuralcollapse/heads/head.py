@@ -111,6 +111,16 @@ class Head(nn.Module):
     """A classifier that ends a backbone: logits = weight · features(x) + bias.
 
     A subclass sets `weight` (K, d) and `bias` (K,) or None, as attributes or properties.
+
+    Args:
+        in_features: d ≥ 1.
+        num_classes: K ≥ 2.
+        feature_norm: Radius of the sphere on which features are projected; ``"auto"``: `collapse_radius`; None: they
+            are taken as they are.
+        ignore_index: Label of samples that do not count, for the heads that take targets.
+
+    Raises:
+        ValueError: An argument is out of range, or features are of another shape or kind.
     """
 
     weight: Tensor

@@ -255,7 +255,11 @@ class Optimisation(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Record, Ranks, Optimisation, ModelSettings, BatchSettings, DataSettings, LossSettings, OneRun):
-    """All settings of one training run."""
+    """All settings of one training run.
+
+    Raises:
+        ValueError: A setting is out of range, has no effect, or does not go with another.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,7 +14,15 @@ from neuralcollapse.lab.settings import Settings, nearest, resolve, setting, whe
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison(Settings):
-    """What to compare."""
+    """What to compare.
+
+    Raises:
+        ValueError: A setting is out of range, has no effect, or lists one thing twice.
+
+    Examples:
+        >>> Comparison(methods=["standard", "implicit"], seeds=2).seed_list
+        [0, 1]
+    """
 
     recipe: str | None = None
     """Name of a published comparison: NAME-standard, NAME-fixed and NAME-implicit are recipes, and each method is
