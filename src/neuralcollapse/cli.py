@@ -26,6 +26,7 @@ COMMANDS = (
     "distance",
     "aggregate",
     "plot",
+    "report",
     "ufm",
     "landscape",
 )
