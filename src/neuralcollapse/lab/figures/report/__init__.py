@@ -88,7 +88,7 @@ def _numbers(runs: Runs, metrics: pd.DataFrame, moving: dict[str, Any] | None) -
         "colours": len(COLORS),
         "courses": numbers.courses(metrics),
         "metrics": numbers.described(metrics["metric"].unique(), matrices["classes"]),
-        "headline": _HEADLINE,
+        "headline": [name for name in _HEADLINE if name in set(metrics["metric"])],
         "motion": moving,
         "cosines": matrices | {"words": _words_of_cosines(runs, size, matrices["classes"])},
     }
@@ -96,9 +96,9 @@ def _numbers(runs: Runs, metrics: pd.DataFrame, moving: dict[str, Any] | None) -
 
 def _words_of_motion(runs: Runs, moving: dict[str, Any]) -> str:
     chosen = ", ".join(map(str, moving["classes"]))
-    simplex = "plane" if len(moving["classes"]) == 3 else "space (drag to turn it)"
+    simplex = "on the plane" if len(moving["classes"]) == 3 else "in the space (drag to turn it)"
     words = [
-        f"Classes {chosen} on the {simplex} of the simplex ETF nearest to their means. Small marks are up to "
+        f"Classes {chosen} {simplex} of the simplex ETF nearest to their means. Small marks are up to "
         f"{moving['samples']} training samples a class, large ones the class means, lines from the centre the "
         "classifier's rows; the dotted simplex is where all of them stand at collapse.",
         *_left_out(runs),
@@ -112,7 +112,7 @@ def _words_of_cosines(runs: Runs, size: int, num_classes: int) -> str:
     of = f"the first {size} of {num_classes}" if size < num_classes else f"all {num_classes}"
     words = [
         f"Between the centred class means, and between the classifier's rows, of {of} classes at the last epoch. At "
-        f"collapse to a simplex ETF all are −1/(K − 1) = {-1 / (num_classes - 1):.3g}, the middle of the colours.",
+        f"collapse to a simplex ETF all are −1/(K − 1) = −{1 / (num_classes - 1):.3g}, the middle of the colours.",
         *_left_out(runs),
     ]
     return " ".join(words)

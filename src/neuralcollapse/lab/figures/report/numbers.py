@@ -36,18 +36,20 @@ def courses(metrics: pd.DataFrame) -> dict[str, dict[str, dict[str, Any]]]:
     Args:
         metrics: Columns method, seed, epoch, split, metric, value.
     """
-    known = metrics[metrics["split"].isin(SPLITS) & metrics["metric"].isin(METRICS)]
-    groups = known.groupby(["split", "metric", "method"], sort=False)
+    known = metrics[metrics["split"].isin(SPLITS) & metrics["metric"].isin(METRICS)].sort_values("epoch", kind="stable")
+    keys = ["split", "metric", "method"]
+    over_seeds = known.groupby([*keys, "epoch"], sort=False)["value"].agg(["mean", "min", "max"]).reset_index()
+    several = known.groupby("method")["seed"].nunique() > 1
+    groups = over_seeds.groupby(keys, sort=False)
     limit = min(_MAX_EPOCHS, max(_MIN_EPOCHS, _MAX_OF_COURSES // (3 * max(len(groups), 1))))
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for (split, metric, method), values in groups:
-        by_epoch = values.groupby("epoch")["value"].agg(["mean", "min", "max"])
-        by_epoch = by_epoch.loc[thinned(by_epoch.index.tolist(), limit)]
-        course = {"epochs": by_epoch.index.tolist(), "mean": _significant(by_epoch["mean"])}
-        if values["seed"].nunique() > 1:
-            course |= {"least": _significant(by_epoch["min"]), "greatest": _significant(by_epoch["max"])}
-        found.setdefault(split, {}).setdefault(metric, {})[method] = course
-    return found
+    for (split, metric, method), course in groups:
+        kept = course.iloc[thinned(range(len(course)), limit)]
+        numbers = {"epochs": kept["epoch"].tolist(), "mean": _significant(kept["mean"])}
+        if several[method]:
+            numbers |= {"least": _significant(kept["min"]), "greatest": _significant(kept["max"])}
+        found.setdefault(split, {}).setdefault(metric, {})[method] = numbers
+    return {split: found[split] for split in SPLITS if split in found}
 
 
 def described(names: Iterable[str], num_classes: int) -> dict[str, dict[str, Any]]:
@@ -179,7 +181,7 @@ def _reach(frames: Iterable[dict[str, Any]]) -> float:
         for value in axis
         if value is not None
     )
-    return min(max(1.5, sizes[int(0.98 * (len(sizes) - 1))] if sizes else 0.0), _MAX_REACH)
+    return min(max(1.25, sizes[int(0.98 * (len(sizes) - 1))] if sizes else 0.0), _MAX_REACH)
 
 
 def _significant(values: Iterable[float], digits: int = 5) -> list[float | None]:

@@ -2,10 +2,7 @@
 const numbers = JSON.parse(document.getElementById("numbers").textContent);
 const DASHES = ["solid", "dash", "dashdot", "dot", "longdash", "longdashdot", "5px,2px"];
 const MARKERS = {2: ["circle", "square", "triangle-up"], 3: ["circle", "square", "diamond", "cross"]};
-const CONFIG = {
-  responsive: true, displaylogo: false, scrollZoom: false,
-  modeBarButtonsToRemove: ["select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d"],
-};
+const CONFIG = {responsive: true, displayModeBar: false, scrollZoom: false};  // the bar has buttons that lead elsewhere
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const touch = matchMedia("(pointer: coarse)").matches;  // there a drag scrolls the page
@@ -64,7 +61,7 @@ function course(name) {
   const collapsed = atCollapse !== null && !(logarithmic && atCollapse <= 0);
   const ends = there.map(([group, of]) => `${group} ${shown(of.mean.at(-1), scale)} at epoch ${of.epochs.at(-1)}`);
   return {
-    traces, note: formula,
+    traces, note: `${name}: ${formula}`,
     label: `Line chart of ${label} (${name}), ${split} split, over epochs. ` +
       (ends.length ? `It ends with ${ends.join("; ")}.` : "Not measured on this split.") +
       (atCollapse === null ? "" : ` At collapse it is ${shown(atCollapse, scale)}.`),
@@ -73,7 +70,7 @@ function course(name) {
       xaxis: {...axis, title: {text: "epoch", standoff: 4}, nticks: 6, tickformat: "d"},
       yaxis: {
         ...axis, nticks: 6, ...(scale === "percent" ? percent : {exponentformat: "power"}),
-        ...(logarithmic ? {type: "log", dtick: greatest > 30 * least ? undefined : "D2"} : {}),
+        ...(logarithmic ? {type: "log", ...ticks(least, greatest)} : {}),
       },
       shapes: !collapsed ? [] : [{
         type: "line", xref: "paper", x0: 0, x1: 1, y0: atCollapse, y1: atCollapse,
@@ -84,6 +81,16 @@ function course(name) {
       }],
     },
   };
+}
+
+/** Ticks of a logarithmic axis: decades alone where there are many, else some values between them. */
+function ticks(least, greatest) {
+  const decades = Math.log10(greatest / least), heads = decades > 2.5 ? [1] : decades > 1.3 ? [1, 3] : [1, 2, 5];
+  const step = Math.ceil(decades / 6), values = [];
+  for (let power = Math.floor(Math.log10(least)); power <= Math.log10(greatest); power += step) {
+    values.push(...heads.map((head) => +`${head}e${power}`));
+  }
+  return {tickvals: values, ticktext: values.map((value) => `${value}`)};
 }
 
 function lines(group, {epochs, mean, least, greatest}, scale) {
@@ -105,7 +112,7 @@ function courses() {
   const split = find("#split"), groups = find("#groups"), section = find("#courses");
   for (const name of Object.keys(numbers.courses)) split.append(new Option(name));
   for (const group of Object.keys(numbers.styles)) groups.append(choice(group));
-  for (const name of Object.keys(numbers.metrics)) {
+  for (const name of new Set([...numbers.headline, ...Object.keys(numbers.metrics)])) {
     const parent = find(numbers.headline.includes(name) ? "#courses .headline" : "#courses .others");
     panel(parent, `${numbers.metrics[name].label} `, () => course(name));
   }
@@ -138,9 +145,11 @@ function cosines() {
   const {ideal, spread, matrices, words} = numbers.cosines;
   find("#cosines .words").textContent = words;
   for (const [group, of] of Object.entries(matrices)) {
+    const pair = document.createElement("div");
+    pair.className = "pair square";
+    find("#cosines .panels").append(pair);
     for (const [rows, matrix] of Object.entries(of)) {
-      panel(find("#cosines .panels"), `${group}: ${rows} `, () => heat(group, rows, matrix, ideal, spread))
-        .parentElement.classList.add("square");
+      panel(pair, `${group}: ${rows} `, () => heat(group, rows, matrix, ideal, spread));
     }
   }
 }
@@ -149,7 +158,7 @@ function heat(group, rows, matrix, ideal, spread) {
   const values = matrix.flat().filter((value) => value !== null);
   const mean = values.reduce((sum, value) => sum + value, 0) / values.length;
   const [least, greatest] = [Math.min(...values), Math.max(...values)];
-  const axis = {showgrid: false, zeroline: false, constrain: "domain", nticks: 8, tickformat: "d"};
+  const axis = {showgrid: false, zeroline: false, constrain: "domain", nticks: 8, tickformat: "d", ticks: ""};
   const range = `from ${shown(least)} to ${shown(greatest)}, mean ${shown(mean)}`;
   return {
     note: range,
@@ -158,11 +167,13 @@ function heat(group, rows, matrix, ideal, spread) {
     traces: [{
       type: "heatmap", z: matrix, colorscale: "Cividis", zmin: ideal - spread, zmax: ideal + spread,
       hovertemplate: "classes %{y} and %{x}: %{z:.3f}<extra></extra>", hoverongaps: false,
-      colorbar: {thickness: 10, len: .9, outlinewidth: 0, tickfont: {size: 10}, nticks: 5},
+      colorbar: {
+        orientation: "h", thickness: 8, len: 1, y: -.08, yanchor: "top", outlinewidth: 0, tickfont: {size: 10}, nticks: 5,
+      },
     }],
     layout: {
-      margin: {l: 34, r: 10, t: 10, b: 30},
-      xaxis: axis, yaxis: {...axis, autorange: "reversed", scaleanchor: "x"},
+      margin: {l: 30, r: 4, t: 6, b: 56},
+      xaxis: axis, yaxis: {...axis, autorange: "reversed", scaleanchor: "x", constraintoward: "top"},
     },
   };
 }
@@ -200,7 +211,7 @@ function scene(group, frame) {
   });
   const axis = {range: [-reach, reach], visible: false, fixedrange: false};
   const flat = {margin: {l: 0, r: 0, t: 0, b: 0}, xaxis: axis, yaxis: {...axis, scaleanchor: "x"}};
-  const box = {xaxis: axis, yaxis: axis, zaxis: axis, aspectmode: "cube", camera: {eye: {x: 1.1, y: 1.1, z: .7}}};
+  const box = {xaxis: axis, yaxis: axis, zaxis: axis, aspectmode: "cube", camera: {eye: {x: .85, y: .75, z: .4}}};
   return {
     traces: [outline, ...traces], ...told(group, frame),
     layout: solid ? {...flat, scene: box, uirevision: "kept"} : {...flat, uirevision: "kept"},
@@ -231,17 +242,17 @@ function motion() {
   slider.max = epochs.length - 1;
   play.disabled = epochs.length < 2;
   const plots = Object.keys(frames).map((group) => {
-    const plot = panel(find("#motion .panels"), `${group} `, () => scene(group, +slider.value));
-    plot.parentElement.classList.add("square");
-    return [group, plot];
+    return [group, panel(find("#motion .panels"), `${group} `, () => scene(group, +slider.value))];
   });
   const traces = Array.from({length: 3 * classes.length}, (_, place) => place + 1);
+  const say = () => {
+    find("#epoch").textContent = epochs[+slider.value];
+    slider.setAttribute("aria-valuetext", `epoch ${epochs[+slider.value]}`);
+  };
   const show = () => {
-    const frame = +slider.value;
-    find("#epoch").textContent = epochs[frame];
-    slider.setAttribute("aria-valuetext", `epoch ${epochs[frame]}`);
+    say();
     for (const [group, plot] of plots) {
-      const places = moving(frames[group][frame]), {note, label} = told(group, frame);
+      const places = moving(frames[group][+slider.value]), {note, label} = told(group, +slider.value);
       const axes = AXES.slice(0, vertices.length);
       Plotly.restyle(plot, Object.fromEntries(axes.map((axis) => [axis, places.map((one) => one[axis])])), traces);
       plot.setAttribute("aria-label", label);
@@ -262,8 +273,7 @@ function motion() {
     timer = setInterval(step, calm.matches ? 1000 : 250);
   });
   slider.addEventListener("input", () => { stop(); show(); });
-  find("#epoch").textContent = epochs[0];
-  slider.setAttribute("aria-valuetext", `epoch ${epochs[0]}`);
+  say();  // a browser may keep where the slider stood
 }
 
 motion();
