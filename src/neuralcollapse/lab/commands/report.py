@@ -24,7 +24,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_runs(parser)
     parser.add_argument("--out", type=str, metavar="FILE", help="the page, ending in .html; by default report.html")
     parser.add_argument(
-        "--classes", type=str, metavar="A,B,C", help="three classes (a plane) or four (a space); by default the first three"
+        "--classes",
+        type=str,
+        metavar="A,B,C",
+        help="three classes (a plane) or four (a space); by default the first three",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
 

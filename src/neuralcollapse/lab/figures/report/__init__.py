@@ -72,7 +72,9 @@ def _results(folders: Sequence[RunFolder], metrics: pd.DataFrame) -> str:
     parts = [html_table(results_table(metrics, log), "At the last measured epoch; collapse metrics of the train split")]
     sooner = sooner_table(metrics)
     if sooner is not None:
-        parts.append(html_table(sooner, "Epochs until as good on the test split as standard of the same seed at its end"))
+        parts.append(
+            html_table(sooner, "Epochs until as good on the test split as standard of the same seed at its end")
+        )
     return "".join(parts)
 
 

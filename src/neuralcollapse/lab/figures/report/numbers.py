@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SPLITS = ("train", "validation", "test")
 # What keeps the page small. A frame is an epoch of the animation.
 MAX_FRAMES, MAX_SAMPLES, MAX_MATRIX, MAX_GROUPS = 60, 300, 150, 6
-_MAX_MOVING, _MAX_OF_COURSES = 300_000, 400_000  # numbers
+_MAX_MOVING, _MAX_OF_COURSES = 250_000, 300_000  # numbers
 _MAX_EPOCHS, _MIN_EPOCHS, _MIN_SAMPLES = 250, 20, 30
 _MAX_REACH = 3.0  # of the pictured plane, in mean norms of the class means; early features lie far beyond
 
@@ -41,7 +41,7 @@ def courses(metrics: pd.DataFrame) -> dict[str, dict[str, dict[str, Any]]]:
     over_seeds = known.groupby([*keys, "epoch"], sort=False)["value"].agg(["mean", "min", "max"]).reset_index()
     several = known.groupby("method")["seed"].nunique() > 1
     groups = over_seeds.groupby(keys, sort=False)
-    limit = min(_MAX_EPOCHS, max(_MIN_EPOCHS, _MAX_OF_COURSES // (3 * max(len(groups), 1))))
+    limit = min(_MAX_EPOCHS, max(_MIN_EPOCHS, _MAX_OF_COURSES // (4 * max(len(groups), 1))))
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for (split, metric, method), course in groups:
         kept = course.iloc[thinned(range(len(course)), limit)]

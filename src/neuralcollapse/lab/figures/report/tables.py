@@ -59,7 +59,9 @@ def provenance_tables(runs: Sequence[RunFolder]) -> str:
         told = {key: [_words(one.get(key)) for one in facts] for key in names}
         shared = {key: values[0] for key, values in told.items() if len(set(values)) == 1 and values[0]}
         own = {key: values for key, values in told.items() if len(set(values)) > 1}
-        table = pd.DataFrame({name[:-1] if name == "Settings" else "fact": list(shared), "value": list(shared.values())})
+        table = pd.DataFrame(
+            {name[:-1] if name == "Settings" else "fact": list(shared), "value": list(shared.values())}
+        )
         of_all = " of all runs" if len(runs) > 1 else ""
         parts.append(html_table(table, f"{name}{of_all}"))
         if own:
