@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -156,7 +157,7 @@ def test_epochs_are_thinned_evenly_from_the_first_to_the_last(count, limit):
     kept = thinned(range(1, count + 1), limit)
     assert len(kept) == min(count, limit)
     assert (kept[0], kept[-1]) == (1, count)
-    steps = {after - before for before, after in zip(kept, kept[1:], strict=False)}
+    steps = {after - before for before, after in itertools.pairwise(kept)}
     assert not steps or (min(steps) >= 1 and max(steps) - min(steps) <= 1)
 
 
@@ -251,7 +252,7 @@ def until(browser: Any, script: str) -> None:
 @needs_browser
 @pytest.mark.parametrize("name", ["digits", "hundred"])
 def test_the_page_in_a_browser(name, request, browser):
-    """No host is asked, nothing goes wrong, and the slider moves the points; three classes on a plane, four in space."""
+    """No host is asked, nothing goes wrong, and the slider moves the points, on a plane and in space."""
     from selenium.webdriver.common.keys import Keys
 
     page = request.getfixturevalue(f"{name}_page")

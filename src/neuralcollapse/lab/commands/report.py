@@ -12,9 +12,9 @@ from neuralcollapse.lab.settings import Settings
 SUMMARY = "one self-contained HTML page of one run or several"
 USAGE = "RUN [RUN ...] --out FILE.html [--classes A,B,C[,D]] [--overwrite]"
 DESCRIPTION = (
-    "Write a page that needs nothing but a browser: tables, interactive figures of every metric over epochs, cosines of "
-    "the classes, and class means, classifier rows and features of three or four classes as they collapse, from epoch "
-    "to epoch. Runs that differ in their seed alone are one line, with a band over the seeds."
+    "Write a page that needs nothing but a browser: tables, interactive figures of every metric over epochs, cosines "
+    "of the classes, and class means, classifier rows and features of three or four classes as they collapse, from "
+    "epoch to epoch. Runs that differ in their seed alone are one line, with a band over the seeds."
 )
 SECTIONS: tuple[type[Settings], ...] = ()
 

@@ -61,8 +61,8 @@ def _told(runs: Runs) -> str:
     seeds = sorted({run.settings()["seed"] for group in runs.groups.values() for run in group})
     over = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
     return (
-        f"{count} run{'s' if count > 1 else ''}, {over}: {', '.join(runs.groups)}. Everything is measured in evaluation "
-        "mode, without targets, on images without augmentation."
+        f"{count} run{'s' if count > 1 else ''}, {over}: {', '.join(runs.groups)}. Everything is measured in "
+        "evaluation mode, without targets, on images without augmentation."
     )
 
 

@@ -39,14 +39,15 @@ def courses(metrics: pd.DataFrame) -> dict[str, dict[str, dict[str, Any]]]:
     known = metrics[metrics["split"].isin(SPLITS) & metrics["metric"].isin(METRICS)].sort_values("epoch", kind="stable")
     keys = ["split", "metric", "method"]
     over_seeds = known.groupby([*keys, "epoch"], sort=False)["value"].agg(["mean", "min", "max"]).reset_index()
-    several = known.groupby("method")["seed"].nunique() > 1
+    seeds = known.groupby("method")["seed"].nunique()
+    several = set(seeds[seeds > 1].index)
     groups = over_seeds.groupby(keys, sort=False)
     limit = min(_MAX_EPOCHS, max(_MIN_EPOCHS, _MAX_OF_COURSES // (4 * max(len(groups), 1))))
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for (split, metric, method), course in groups:
+    for (split, metric, method), course in ((map(str, key), course) for key, course in groups):
         kept = course.iloc[thinned(range(len(course)), limit)]
         numbers = {"epochs": kept["epoch"].tolist(), "mean": _significant(kept["mean"])}
-        if several[method]:
+        if method in several:
             numbers |= {"least": _significant(kept["min"]), "greatest": _significant(kept["max"])}
         found.setdefault(split, {}).setdefault(metric, {})[method] = numbers
     return {split: found[split] for split in SPLITS if split in found}
@@ -73,7 +74,7 @@ def class_cosines(runs: Runs) -> dict[str, Any]:
     for label in shown_groups(runs):
         record = runs.record(label, "train", runs.epochs(label, "train")[-1])
         for of in ("means", "weights"):
-            found = cosines(record, of)[:MAX_MATRIX, :MAX_MATRIX]  # type: ignore[arg-type]
+            found = cosines(record, of)[:MAX_MATRIX, :MAX_MATRIX]
             matrices.setdefault(label, {})[of] = [_significant(row, 3) for row in found]
     num_classes = _num_classes(runs)
     ideal = -1 / (num_classes - 1)

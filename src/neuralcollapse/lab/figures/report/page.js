@@ -9,7 +9,10 @@ const touch = matchMedia("(pointer: coarse)").matches;  // there a drag scrolls 
 
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 const ofGroup = (label) => numbers.styles[label] % numbers.colours;
-const dashOf = (label) => DASHES[numbers.styles[label] % DASHES.length];
+const dashOf = (label) => {  // where colours come again, they come with other dashes
+  const place = numbers.styles[label];
+  return DASHES[(place + Math.floor(place / numbers.colours)) % DASHES.length];
+};
 const plain = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;");  // plotly reads tags in texts
 const shown = (value, scale) =>
   value === null ? "none" : scale === "percent" ? `${+(100 * value).toPrecision(4)}%` : `${+value.toPrecision(3)}`;

@@ -15,7 +15,7 @@ from neuralcollapse.lab.results.tables import last_epoch, spread
 from neuralcollapse.metrics.catalogue import METRICS
 
 # Facts that say nothing to a reader, or stand elsewhere on the page.
-_LEFT_OUT = {"seed", "environment", "runs", "finished", "num_classes", "largest_class_share"}
+_LEFT_OUT = {"seed", "environment", "runs", "num_classes", "largest_class_share"}
 
 
 def html_table(table: pd.DataFrame, caption: str) -> str:
@@ -54,16 +54,18 @@ def provenance_tables(runs: Sequence[RunFolder]) -> str:
     settings = [run.settings() for run in runs]
     labels = [label_of(telling) for telling in tell_apart(settings)]
     parts = []
-    for name, facts in (("Settings", settings), ("Environment", [run.read_environment() for run in runs])):
+    of_all = " of all runs" if len(runs) > 1 else ""
+    for name, heading, facts in (
+        ("Settings", "setting", settings),
+        ("Environment", "fact", [run.read_environment() for run in runs]),
+    ):
         names = [key for key in dict.fromkeys(key for one in facts for key in one) if key not in _LEFT_OUT]
         told = {key: [_words(one.get(key)) for one in facts] for key in names}
         shared = {key: values[0] for key, values in told.items() if len(set(values)) == 1 and values[0]}
         own = {key: values for key, values in told.items() if len(set(values)) > 1}
-        table = pd.DataFrame(
-            {name[:-1] if name == "Settings" else "fact": list(shared), "value": list(shared.values())}
+        parts.append(
+            html_table(pd.DataFrame({heading: list(shared), "value": list(shared.values())}), f"{name}{of_all}")
         )
-        of_all = " of all runs" if len(runs) > 1 else ""
-        parts.append(html_table(table, f"{name}{of_all}"))
         if own:
             each = {"run": labels, "seed": [one["seed"] for one in settings], **own}
             parts.append(html_table(pd.DataFrame(each), f"{name} of single runs"))
