@@ -38,6 +38,7 @@ class RunFolder:
         train_labels: The labels trained on, where they are not the data set's own.
         summary: The table of results.
         report: The page with all of it.
+        verdict: Of a study: what its claims were judged by, and how.
         moments: One file for each measured epoch and split: a `Measurement`, from which every metric and figure can be
             made again.
         checkpoints: One file for each saved epoch, and the last one, from which a run is resumed.
@@ -60,6 +61,7 @@ class RunFolder:
         "train_labels": "train_labels.csv",
         "summary": "summary.md",
         "report": "report.html",
+        "verdict": "verdict.yaml",
     }
     FOLDERS: ClassVar[dict[str, str]] = {
         "moments": "moments",
@@ -79,6 +81,7 @@ class RunFolder:
     train_labels: Path
     summary: Path
     report: Path
+    verdict: Path
     moments: Path
     checkpoints: Path
     figures: Path

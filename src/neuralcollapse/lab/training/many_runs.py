@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from neuralcollapse.lab.experiments import common_settings, tell_apart
 from neuralcollapse.lab.ranks import global_rank
 from neuralcollapse.lab.results.files import write_whole
 from neuralcollapse.lab.results.folder import RunFolder
-from neuralcollapse.lab.results.provenance import peak_memory
+from neuralcollapse.lab.results.provenance import forget_peak_memory, peak_memory
 from neuralcollapse.lab.results.tables import read_table
 from neuralcollapse.lab.training.devices import check_precision, check_ranks, resolve_device
 from neuralcollapse.lab.training.loggers import check_loggers
@@ -30,7 +30,7 @@ from neuralcollapse.lab.training.progress import Progress
 
 
 def train_runs(
-    runs: RunConfig | Sequence[RunConfig],
+    runs: RunConfig | Sequence[RunConfig] | Mapping[str, RunConfig],
     folder: str | Path,
     *,
     settings: dict[str, Any] | None = None,
@@ -47,7 +47,7 @@ def train_runs(
 
     Args:
         runs: The settings of one run, whose folder it will be; or of several, each with a folder of its own in
-            ``runs/``.
+            ``runs/``, whose name says in what it differs, or is given.
         folder: Where to write.
         settings: What the folder keeps as the settings of several runs; by default what they have in common.
         resume: Go on with what the folder holds.
@@ -77,9 +77,10 @@ def train_runs(
             return whole
         places, own = {whole: runs}, runs.in_force()
     else:
-        if any(run.ranks > 1 for run in runs):
+        named = runs if isinstance(runs, Mapping) else _named(runs)
+        if any(run.ranks > 1 for run in named.values()):
             raise ValueError("devices must be 1 for each of several runs: ranks are for one run")
-        places, own = {whole.run(name): run for name, run in _named(runs).items()}, common_settings(runs)
+        places, own = {whole.run(name): run for name, run in named.items()}, common_settings([*named.values()])
     settings = own if settings is None else settings
     whole.check(settings, resume=resume, overwrite=overwrite)
     preparation = Preparation(resumed=resume, progress=progress)
@@ -111,6 +112,7 @@ def train_runs(
 
 def _train_one(module: ClassifierTraining, place: RunFolder, bar: Progress) -> None:
     _keep_labels(module.data, place)
+    forget_peak_memory()
     train(module, place, bar)
     parameters = sum(parameter.numel() for parameter in module.model.parameters())
     place.add_facts(parameters=parameters, peak_memory_mib=round(peak_memory()))
