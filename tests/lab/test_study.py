@@ -149,7 +149,7 @@ def test_a_fall_is_from_the_first_epoch_at_the_level():
     judgement = judge(tenfold, {"a": fits})
     assert judgement.verdict == "holds"
     expected = 10 ** np.mean([math.log10(4 / (0.1 * (1 + seed / 50))) for seed in range(3)])
-    assert f"a {expected:.3g}," in judgement.numbers[0]
+    assert f"a {expected:.3g} [" in judgement.numbers[0]
     never = fits | {3: run([8, 4, 2, 1], [0.5, 0.6, 0.7, 0.8])}
     assert (
         judge(claim("at least", bound=10, kind="fall", of="nc1_pinv", level=0.99), {"a": never}).verdict == "undecided"
@@ -261,9 +261,34 @@ def test_a_study_changed_after_its_runs_says_which(tiny, capsys):
 
 
 @pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"claims": [TINY["claims"][0] | {"of": "faster"}]}, "'faster', which is none of its runs fast, slow"),
+        (
+            {"claims": [TINY["claims"][0] | {"value": {"kind": "last", "of": "acuracy"}}]},
+            "no metric; nearest: accuracy",
+        ),
+        ({"claims": [TINY["claims"][0] | {"value": {"kind": "epochs", "of": "accuracy"}}]}, "no level"),
+        ({"claims": [TINY["claims"][0] | {"below": ["slow"]}]}, "a claim needs one of below, above"),
+        ({"claims": [TINY["claims"][0] | {"publshed": "2"}]}, "publshed"),
+        ({"small": {"seeds": [1]}}, "cost"),
+        ({"runs": {"fast": {"rate": 0.1}, "slow": {}}}, "rate"),
+    ],
+)
+def test_a_file_that_is_no_study_is_one_line(change, told, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(TINY | change))
+    assert main(["study", "mine.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+@pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["markou2024-mnst"], "study must be one of those that 'neuralcollapse study' lists, got 'markou2024-mnst'"),
+        (["markou2024-mnst"], "nearest: markou2024-mnist"),
         (["markou2024-imagenet", "--scale", "small"], "scale must be full for the study markou2024-imagenet"),
         (["zhu2021-decay", "--seeds", "many"], "seeds must be a number of seeds"),
         (["zhu2021-decay", "--seeds", "0"], "seeds must be at least one"),

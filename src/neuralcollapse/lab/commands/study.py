@@ -33,7 +33,8 @@ _FOLDER = Path("runs/studies")
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add what the command takes."""
-    parser.add_argument("name", type=str | None, nargs="?", help="the study, of those that are listed without a name")
+    parser.add_argument("name", type=str | None, nargs="?", help="the study, of those that are listed "
+                        "without a name; or a YAML file of one's own")  # fmt: skip
     parser.add_argument("--scale", type=str, metavar="SCALE", help="small, for two CPU cores, or full, as published; "
                         "by default small where there is one")  # fmt: skip
     parser.add_argument("--seeds", type=str, metavar="N", help="number of seeds, or the seeds with commas between them")
@@ -54,13 +55,13 @@ def run(settings: Namespace) -> None:
     scale = settings.get("scale") or next(iter(study.scales))
     chosen = study.scale(scale)
     seeds = _seeds(settings.get("seeds"), chosen)
-    folder = RunFolder(settings.get("out") or _FOLDER / f"{name}-{scale}")
+    folder = RunFolder(settings.get("out") or _FOLDER / f"{study.name}-{scale}")
     if study.free_features:
         groups, figures = _free_features(chosen, seeds, settings, folder)
     else:
         data = settings.get("data") or (None if settings.get("overwrite") else _data_of(folder))
         runs = study_runs(study, scale, seeds, data)
-        _train_missing(runs, folder, {"study": name, "scale": scale}, overwrite=bool(settings.get("overwrite")))
+        _train_missing(runs, folder, {"study": study.name, "scale": scale}, overwrite=bool(settings.get("overwrite")))
         found = _finished_runs(study, runs, folder)
         groups = {label: _results(of_label) for label, of_label in found.items()}
         figures = _draw(study, found, folder)

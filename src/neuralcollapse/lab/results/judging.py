@@ -173,7 +173,8 @@ def _compare(claim: Claim, name: str, other: str | None, values: Mapping[str, _V
         return UNDECIDED, f"{words}, one seed: at least one more would tell"
     what = "" if other is None else "ratio " if ratio else "difference "
     shown = [_shown(number, ratio) for number in (mean, mean - half, mean + half)]
-    words += f", {what}{shown[0]} [{shown[1]}, {shown[2]}] over {len(compared)} seeds"
+    words = f"{name} " if other is None else f"{words}, {what}"
+    words += f"{shown[0]} [{shown[1]}, {shown[2]}] over {len(compared)} seeds"
     bound = 0.0
     if claim.bound is not None:
         words += f", claimed {claim.relation} {claim.bound:g}".replace("like", "within")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 
@@ -15,6 +15,8 @@ from neuralcollapse.lab.experiments import single_run
 from neuralcollapse.lab.recipes import load_recipe
 from neuralcollapse.lab.settings import nearest
 
+Kind = Literal["last", "mean", "epochs", "fall", "deviation", "fact"]
+Relation = Literal["below", "above", "like", "at least", "at most"]
 SCALES = ("small", "full")
 _FOLDER = Path(__file__).parent
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -34,7 +36,7 @@ class Value:
         level: What is reached.
     """
 
-    kind: Literal["last", "mean", "epochs", "fall", "deviation", "fact"]
+    kind: Kind
     of: str
     split: str = "train"
     level: float = math.nan
@@ -59,7 +61,7 @@ class Claim:
     text: str
     value: Value
     of: list[str]
-    relation: Literal["below", "above", "like", "at least", "at most"]
+    relation: Relation
     than: list[str]
     bound: float | None = None
     published: str | None = None
@@ -125,27 +127,62 @@ def study_names() -> list[str]:
     return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
 
 
-def load_study(name: str) -> Study:
+def load_study(name: str | Path) -> Study:
     """A study, read from its file.
 
+    Args:
+        name: Of one that is here; or a file of one's own, ending in ``.yaml``.
+
     Raises:
-        ValueError: There is no study of that name; the nearest ones are named.
+        ValueError: There is no study of that name, and the nearest ones are named; or the file holds none.
 
     Examples:
         >>> study = load_study("papyan2020-cifar10")
         >>> study.scale("full").seeds, list(study.runs)
         ([0], ['resnet18'])
     """
-    names = study_names()
-    if name not in names:
-        raise ValueError(
-            f"study must be one of those that 'neuralcollapse study' lists, got {name!r}{nearest(name, names)}"
-        )
-    content = yaml.load((_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"), _LOADER)
-    scales = {scale: _scale(content.pop(scale)) for scale in SCALES if scale in content}
-    claims = [_claim(one) for one in content.pop("claims")]
-    runs = content.pop("runs", {})
-    return Study(name=name, runs=runs, free_features=not runs, claims=claims, scales=scales, **content)
+    path, names = Path(name), study_names()
+    if path.suffix != ".yaml":
+        if str(name) not in names:
+            raise ValueError(
+                f"study must be one of those that 'neuralcollapse study' lists, or a file that ends in .yaml, "
+                f"got {str(name)!r}{nearest(str(name), names)}"
+            )
+        path = _FOLDER / f"{name}.yaml"
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _LOADER)
+        scales = {scale: _scale(content.pop(scale)) for scale in SCALES if scale in content}
+        claims = [_claim(one) for one in content.pop("claims")]
+        runs = content.pop("runs", {})
+        study = Study(name=path.stem, runs=runs, free_features=not runs, claims=claims, scales=scales, **content)
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise ValueError(f"{str(path)!r} must be a study, and is not: {reason}") from error
+    _check(study, path)
+    return study
+
+
+def _check(study: Study, path: Path) -> None:
+    """See whether a study's parts are about each other."""
+    from neuralcollapse.metrics.catalogue import METRICS
+
+    wrong = []
+    if not study.scales:
+        wrong.append(f"it has no scale, {' or '.join(SCALES)}")
+    for claim in study.claims:
+        names = [one for one in (*claim.of, *claim.than) if one not in study.runs]
+        if names and not study.free_features:
+            wrong.append(f"a claim is about {names[0]!r}, which is none of its runs {', '.join(study.runs)}")
+        if claim.value.kind != "fact" and claim.value.of not in METRICS and not study.free_features:
+            wrong.append(f"a claim is about {claim.value.of!r}, which is no metric{nearest(claim.value.of, METRICS)}")
+        if claim.value.kind not in get_args(Kind):
+            wrong.append(f"kind must be one of {', '.join(get_args(Kind))}, got {claim.value.kind!r}")
+        if claim.value.kind in ("epochs", "fall") and math.isnan(claim.value.level):
+            wrong.append(f"a claim about {claim.value.kind} of {claim.value.of} has no level")
+        if claim.bound is None and (claim.relation == "like" or not claim.than):
+            wrong.append(f"a claim {claim.relation!r} needs a bound")
+    if wrong:
+        raise ValueError(f"{str(path)!r} must be a study, and is not: {wrong[0]}")
 
 
 def study_runs(
@@ -185,15 +222,14 @@ def _scale(content: Mapping[str, Any]) -> Scale:
 
 def _claim(content: Mapping[str, Any]) -> Claim:
     """A claim as its file has it: ``below: [standard]`` is a relation and what it is to."""
-    words = {one.name for one in fields(Claim)}
-    (relation,) = (
-        name for name in content if name.replace("_", " ") in ("below", "above", "like", "at least", "at most")
-    )
-    given = content[relation]
-    rest = {name: value for name, value in content.items() if name in words}
-    than, bound = ([], given) if isinstance(given, int | float) else (_list(given), content.get("bound"))
-    rest |= {"of": _list(content["of"]), "value": Value(**content["value"])}
-    return Claim(**rest | {"relation": relation.replace("_", " "), "than": than, "bound": bound})
+    given = {str(name).replace("_", " "): value for name, value in content.items()}
+    relations = [name for name in given if name in get_args(Relation)]
+    if len(relations) != 1:
+        raise TypeError(f"a claim needs one of {', '.join(get_args(Relation))}, and has {relations}")
+    relation = given.pop(relations[0])
+    than, bound = ([], relation) if isinstance(relation, int | float) else (_list(relation), given.pop("bound", None))
+    value, of = Value(**given.pop("value")), _list(given.pop("of"))
+    return Claim(**given, value=value, of=of, relation=relations[0], than=than, bound=bound)  # type: ignore[arg-type]
 
 
 def _list(one: str | list[str]) -> list[str]:
