@@ -24,6 +24,7 @@ from neuralcollapse.lab import RunConfig, RunFolder, train_runs
 from neuralcollapse.lab.figures.page import Runs
 from neuralcollapse.lab.figures.projection import project
 from neuralcollapse.lab.figures.report.numbers import courses, motion, thinned
+from neuralcollapse.metrics import Measurement
 from neuralcollapse.metrics.catalogue import METRICS
 
 SMALL = {"backbone": "mlp", "width": 16, "depth": 1, "train_samples": 150, "test_samples": 60}
@@ -150,6 +151,18 @@ def test_runs_that_ended_at_different_epochs_stand_where_they_ended(digits, tmp_
     assert by_label == {"standard": [1, 2, 3, 4], "implicit": [1, 2, 2, 2]}
     table = table_of(tmp_path / "page.html", "At the last measured epoch; collapse metrics of the train split")
     assert (table["test acc"] != "nan").all()
+
+
+def test_class_means_that_are_all_equal_stand_nowhere(digits, tmp_path):
+    folder = tmp_path / "dead"
+    shutil.copytree(digits / "runs" / "fixed-seed0", folder)
+    path = RunFolder(folder).measurement(2, "train")
+    record = Measurement.load(path)
+    record.moments.means.zero_()
+    record.save(path)
+    assert main(["report", str(folder), "--out", str(tmp_path / "page.html")]) == 0
+    frames = numbers_of(tmp_path / "page.html")["motion"]["frames"]["fixed"]
+    assert [frame["means"][0][0] is None for frame in frames] == [False, True, False, False]
 
 
 @pytest.mark.parametrize(("count", "limit"), [(1, 60), (60, 60), (61, 60), (1000, 60), (350, 2)])

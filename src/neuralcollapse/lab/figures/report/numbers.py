@@ -8,7 +8,7 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from neuralcollapse.lab.figures.page import Runs
-from neuralcollapse.lab.figures.projection import project
+from neuralcollapse.lab.figures.projection import project, simplex_vertices
 from neuralcollapse.lab.figures.records import cosines
 from neuralcollapse.metrics.catalogue import METRICS
 
@@ -108,19 +108,19 @@ def motion(runs: Runs, classes: Sequence[int] | None = None) -> dict[str, Any] |
     frames: dict[str, list[dict[str, Any]]] = {}
     for label in labels:
         at: dict[int, dict[str, Any]] = {}
+        frames[label] = []
         for epoch in epochs:
             # One that was not measured at this epoch stands as it was, and one that ended before stays.
             mine = max((one for one in own[label] if one <= epoch), default=own[label][0])
             if mine not in at:
                 at[mine] = _frame(runs.record(label, "train", mine), chosen, each) | {"epoch": mine}
-        frames[label] = [at[max((one for one in at if one <= epoch), default=min(at))] for epoch in epochs]
-    vertices = project(runs.record(labels[0], "train", own[labels[0]][-1]), chosen).vertices
+            frames[label].append(at[mine])
     return {
         "classes": chosen,
         "epochs": epochs,
         "thinned": len({epoch for of_group in own.values() for epoch in of_group}) > len(epochs),
         "samples": each,
-        "vertices": _places(vertices),
+        "vertices": _places(simplex_vertices(len(chosen))),
         "reach": _reach(chain.from_iterable(frames.values())),
         "frames": frames,
     }
@@ -157,13 +157,18 @@ def _chosen(record: Measurement, classes: Sequence[int] | None) -> list[int] | N
 
 
 def _frame(record: Measurement, classes: Sequence[int], each: int) -> dict[str, Any]:
-    found = project(record, classes)
+    try:
+        found = project(record, classes)
+    except ValueError:  # class means that are all equal: no simplex is the nearest
+        nowhere: list[list[float | None]] = [[None] * len(classes)] * (len(classes) - 1)
+        places = {"features": [nowhere] * len(classes), "means": nowhere, "weights": nowhere}
+    else:
+        features = [_places(found.features[found.targets == one][:each]) for one in classes]
+        places = {"features": features, "means": _places(found.means), "weights": _places(found.weights)}
     return {
-        "features": [_places(found.features[found.targets == one][:each]) for one in classes],
-        "means": _places(found.means),
-        "weights": _places(found.weights),
+        **places,
         "accuracy": _significant([record.metrics.get("accuracy", math.nan)])[0],
-        "nc1": _significant([record.metrics["nc1_quotient"]])[0],
+        "nc1": _significant([record.metrics.get("nc1_quotient", math.nan)])[0],
     }
 
 

@@ -162,7 +162,7 @@ function heat(group, rows, matrix, ideal, spread) {
   const mean = values.reduce((sum, value) => sum + value, 0) / values.length;
   const [least, greatest] = [Math.min(...values), Math.max(...values)];
   const axis = {showgrid: false, zeroline: false, constrain: "domain", nticks: 8, tickformat: "d", ticks: ""};
-  const range = `from ${shown(least)} to ${shown(greatest)}, mean ${shown(mean)}`;
+  const range = values.length ? `from ${shown(least)} to ${shown(greatest)}, mean ${shown(mean)}` : "none: all are zero";
   return {
     note: range,
     label: `Heat map of the cosines between the ${rows} of ${matrix.length} classes, ${group}: ${range}; ` +
@@ -228,8 +228,9 @@ function edges(corners) {
 }
 
 function told(group, frame) {
-  const {classes, frames} = numbers.motion, {epoch, accuracy, nc1} = frames[group][frame];
-  const note = `epoch ${epoch}: train accuracy ${shown(accuracy, "percent")}, tr Σ_W / tr Σ_B ${shown(nc1)}`;
+  const {classes, frames} = numbers.motion, {epoch, accuracy, nc1, means} = frames[group][frame];
+  const values = `train accuracy ${shown(accuracy, "percent")}, tr Σ_W / tr Σ_B ${shown(nc1)}`;
+  const note = `epoch ${epoch}: ${values}${means[0][0] === null ? "; class means all equal, no simplex is near" : ""}`;
   return {note, label: `Features, means and classifier rows of classes ${classes.join(", ")}, ${group}; ${note}`};
 }
 
