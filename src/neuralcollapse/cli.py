@@ -27,6 +27,7 @@ COMMANDS = (
     "distance",
     "aggregate",
     "plot",
+    "report",
     "ufm",
     "landscape",
 )

@@ -30,6 +30,7 @@ def data_set_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands that train end without drawing, which takes longer than so small a training."""
     monkeypatch.setattr("neuralcollapse.lab.figures.summary.draw_figures", lambda *_: [])
+    monkeypatch.setattr("neuralcollapse.lab.figures.summary.write_report", lambda *_: None)
 
 
 @pytest.fixture

@@ -59,7 +59,8 @@ def test_the_table_is_printed_and_in_the_summary(tmp_path, capsys):
     assert [row.split("|")[1].strip() for row in rows[2:]] == ["fixed", "implicit"]
     assert len({len(row) for row in rows}) == 1
     assert "\n".join(rows) in (tmp_path / "out" / "summary.md").read_text()
-    for name in ("summary.md", "figures/accuracy.png", *(f"figures/nc{n}.png" for n in (1, 2, 3, 4)), "metrics.csv"):
+    figures = ("figures/accuracy.png", *(f"figures/nc{n}.png" for n in (1, 2, 3, 4)))
+    for name in ("summary.md", "report.html", *figures, "metrics.csv"):
         assert str(tmp_path / "out" / name) in printed
 
 

@@ -245,6 +245,7 @@ def test_a_study_that_was_stopped_goes_on_with_more_seeds_too(tiny, capsys, monk
     assert len(done) == 2 + 5
     assert RunFolder("runs/studies/tiny-small").run("fast-seed3").metrics.stat().st_mtime_ns == first
     assert yaml.safe_load(RunFolder("runs/studies/tiny-small").verdict.read_text())["seeds"] == [3, 4, 5]
+    assert len(RunFolder("runs/studies/tiny-small").run_folders()) == 6
     capsys.readouterr()
 
 

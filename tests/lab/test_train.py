@@ -36,7 +36,15 @@ def test_a_run_writes_its_folder_and_says_so(tmp_path, capsys):
     assert read(out)["epoch"].unique().tolist() == [1, 2, 3]
     accuracy = read(out).query("epoch == 3 and split == 'test' and metric == 'accuracy'")["value"].item()
     assert f"| {accuracy:.2%}" in next(line for line in printed.split("\n") if line.startswith("| fixed"))
-    names = ("summary.md", "metrics.csv", "training.csv", "gradients.csv", "config.yaml", "figures/nc1.png")
+    names = (
+        "summary.md",
+        "report.html",
+        "metrics.csv",
+        "training.csv",
+        "gradients.csv",
+        "config.yaml",
+        "figures/nc1.png",
+    )
     for name in (*names, "checkpoints/last.ckpt", "checkpoints/epoch0002.ckpt"):
         assert (out / name).exists()
     for name in names:

@@ -55,7 +55,9 @@ class Runs:
         found = (run.read_environment().get("num_classes") for group in self.groups.values() for run in group)
         classes = {number for number in found if number is not None}
         if len(classes) > 1:
-            raise ValueError(f"runs of one plot must have the same number of classes, got {sorted(classes)}")
+            raise ValueError(
+                f"runs that are shown together must have the same number of classes, got {sorted(classes)}"
+            )
         self.num_classes: int | None = next(iter(classes), None)
 
     @cached_property

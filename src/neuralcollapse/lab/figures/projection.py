@@ -44,11 +44,11 @@ def project(record: Measurement, classes: Sequence[int]) -> Projection:
     """Project on the plane (three classes) or the space (four) of the simplex ETF nearest to the classes' means.
 
     Raises:
-        ValueError: A class that the record does not have.
+        ValueError: A class that the record does not have, or class means that are all equal.
     """
     import torch
 
-    from neuralcollapse.geometry import nearest_simplex_etf, simplex_basis
+    from neuralcollapse.geometry import nearest_simplex_etf
 
     count = len(record.moments.counts)
     if len(set(classes)) < 3 or not all(0 <= one < count for one in classes):
@@ -56,8 +56,7 @@ def project(record: Measurement, classes: Sequence[int]) -> Projection:
     chosen = torch.tensor(classes)
     means = record.moments.means.double()[chosen]
     centre = means.mean(0)
-    basis = simplex_basis(len(classes), dtype=torch.float64)
-    vertices = math.sqrt(len(classes) / (len(classes) - 1)) * basis
+    vertices = simplex_vertices(len(classes))
     plane = vertices.mT @ nearest_simplex_etf(means) * (len(classes) - 1) / len(classes)  # orthonormal rows
     weights = record.weight.double()[chosen]
     weights = (weights - weights.mean(0)) @ plane.mT
@@ -70,6 +69,15 @@ def project(record: Measurement, classes: Sequence[int]) -> Projection:
         weights=weights / weights.norm(dim=1).mean(),
         vertices=vertices,
     )
+
+
+def simplex_vertices(count: int) -> Tensor:
+    """(count, count − 1) where the classes stand at collapse, at distance 1 from their centre."""
+    import torch
+
+    from neuralcollapse.geometry import simplex_basis
+
+    return math.sqrt(count / (count - 1)) * simplex_basis(count, dtype=torch.float64)
 
 
 def feature_panels(runs: Runs) -> list[Panel]:

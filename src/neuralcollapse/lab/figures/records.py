@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from neuralcollapse.metrics.catalogue import METRICS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from torch import Tensor
+
+    from neuralcollapse.metrics import Measurement
 
 _OF_LAYERS = ("nc1_quotient", "nc1_cdnv", "nc2_etf_means", "nc2_equiangular_means")
 
@@ -95,7 +98,16 @@ def _draw_layers(axes: Axes, *, runs: Runs, name: str) -> None:
     axes.legend(frameon=False, fontsize=7)
 
 
-def _centred(record: Any, of: str) -> Any:
+def cosines(record: Measurement, of: Literal["means", "weights"]) -> np.ndarray:
+    """(K, K) cosines between the centred class means, or the classifier's rows; NaN of a class with itself."""
+    rows = _centred(record, of)
+    unit = rows / rows.norm(dim=1, keepdim=True)
+    found: np.ndarray = (unit @ unit.T).numpy()
+    np.fill_diagonal(found, np.nan)
+    return found
+
+
+def _centred(record: Measurement, of: str) -> Tensor:
     if of == "weights":
         return record.weight.double()
     moments = record.moments
@@ -123,14 +135,11 @@ def _draw_variances(axes: Axes, *, runs: Runs, label: str) -> None:
     axes.set_xlabel("class", fontsize=8)
 
 
-def _draw_cosines(axes: Axes, *, runs: Runs, label: str, of: str) -> None:
-    rows = _centred(runs.last_records(label, "train")[0], of)
-    unit = rows / rows.norm(dim=1, keepdim=True)
-    cosines = (unit @ unit.T).numpy()
-    np.fill_diagonal(cosines, np.nan)
-    ideal = -1 / (len(cosines) - 1)
-    spread = max(float(np.nanmax(np.abs(cosines - ideal))), 0.02)
-    picture = axes.imshow(cosines, cmap="cividis", vmin=ideal - spread, vmax=ideal + spread)
+def _draw_cosines(axes: Axes, *, runs: Runs, label: str, of: Literal["means", "weights"]) -> None:
+    found = cosines(runs.last_records(label, "train")[0], of)
+    ideal = -1 / (len(found) - 1)
+    spread = max(float(np.nanmax(np.abs(found - ideal))), 0.02)
+    picture = axes.imshow(found, cmap="cividis", vmin=ideal - spread, vmax=ideal + spread)
     bar = axes.figure.colorbar(picture, ax=axes, shrink=0.85)
     bar.ax.axhline(ideal, color="white", linewidth=1.5)
     bar.ax.tick_params(labelsize=7)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from neuralcollapse.lab.figures.curves import draw_figures
+from neuralcollapse.lab.figures.report import write_report
 from neuralcollapse.lab.results.files import write_csv, write_whole
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.sooner import sooner_table
@@ -37,7 +39,7 @@ class Summary:
 
 
 def summarise(folder: RunFolder, command: str) -> Summary:
-    """Gather what the runs of a folder wrote, and write the folder's own table, summary and figures.
+    """Gather what the runs of a folder wrote, and write the folder's own table, summary, figures and report.
 
     Args:
         folder: Of one run, or of several.
@@ -67,7 +69,17 @@ def summarise(folder: RunFolder, command: str) -> Summary:
     text = _summary(folder, title, command, table, figures, seeds)
     write_whole(folder.summary, lambda path: path.write_text(text, encoding="utf-8"))
     tables = [table for table in (folder.metrics, folder.training_log, folder.gradients) if table.exists()]
-    return Summary(table, metrics, [folder.summary, *figures, *tables, folder.config])
+    return Summary(table, metrics, [folder.summary, *_report(folder, runs), *figures, *tables, folder.config])
+
+
+def _report(folder: RunFolder, runs: list[RunFolder]) -> list[Path]:
+    """The page, where the runs have records; it never ends a run."""
+    try:
+        write_report(runs, folder.report)
+    except ValueError as error:
+        print(f"neuralcollapse: no {folder.report.name}: {error}", file=sys.stderr)
+        return []
+    return [folder.report]
 
 
 def _listed_epochs(metrics: pd.DataFrame) -> str:

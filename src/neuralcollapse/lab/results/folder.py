@@ -37,6 +37,7 @@ class RunFolder:
         gradients: Size of each parameter's gradient at the end of each epoch.
         train_labels: The labels trained on, where they are not the data set's own.
         summary: The table of results.
+        report: The page with all of it.
         verdict: Of a study: what its claims were judged by, and how.
         moments: One file for each measured epoch and split: a `Measurement`, from which every metric and figure can be
             made again.
@@ -59,6 +60,7 @@ class RunFolder:
         "gradients": "gradients.csv",
         "train_labels": "train_labels.csv",
         "summary": "summary.md",
+        "report": "report.html",
         "verdict": "verdict.yaml",
     }
     FOLDERS: ClassVar[dict[str, str]] = {
@@ -78,6 +80,7 @@ class RunFolder:
     gradients: Path
     train_labels: Path
     summary: Path
+    report: Path
     verdict: Path
     moments: Path
     checkpoints: Path

@@ -70,7 +70,7 @@ def results_table(
         log: What training itself saw, gathered.
         beside: What stands beside each method, by heading, such as its recipe.
     """
-    last = metrics[metrics["epoch"] == metrics["epoch"].max()]
+    last = last_epoch(metrics)
     columns = {name: column for name, column in _COLUMNS.items() if column[0] in set(metrics["split"])}
     rows = []
     for method in metrics["method"].unique():
@@ -79,9 +79,16 @@ def results_table(
         for heading, (split, metric, form) in columns.items():
             chosen = last[(last["method"] == method) & (last["split"] == split) & (last["metric"] == metric)]
             row[heading] = spread(chosen["value"], form)
-        seconds = log[log["method"] == method].groupby("seed")["seconds"].mean()
-        rows.append(row | {"s/epoch": spread(seconds, "{:.2f}")})
+        if not log.empty:
+            seconds = log[log["method"] == method].groupby("seed")["seconds"].mean()
+            row["s/epoch"] = spread(seconds, "{:.2f}")
+        rows.append(row)
     return pd.DataFrame(rows)
+
+
+def last_epoch(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Of each run what was measured last."""
+    return metrics[metrics["epoch"] == metrics.groupby(["method", "seed"])["epoch"].transform("max")]
 
 
 def aligned(table: pd.DataFrame) -> str:

@@ -86,13 +86,17 @@ def train_runs(
     preparation = Preparation(resumed=resume, progress=progress)
     kinds = {_kind(run): (run, place) for place, run in reversed(places.items())}
     data = [preparation.module(*kind).data for kind in kinds.values()][-1]
-    names = {} if whole in places else {"runs": [place.path.name for place in places]}
+    names = [] if whole in places else [place.path.name for place in places]
+    facts = _facts(data) | ({"runs": names} if names else {})
     if before_writing is not None:
         before_writing()
     bar = Progress(len(places), shown=progress)
     if progress:
         _say_of_batches(next(iter(places.values())), len(data.train))
-    with closing(bar), whole.writing(settings, resume=resume, overwrite=overwrite, facts=_facts(data) | names):
+    with closing(bar), whole.writing(settings, resume=resume, overwrite=overwrite, facts=facts):
+        there = whole.read_environment().get("runs", names)
+        if new := [name for name in names if name not in there]:
+            whole.add_facts(runs=there + new)
         for position, (place, run) in enumerate(places.items()):
             if place is whole:
                 _train_one(preparation.module(run, place), place, bar.next_run(run.method, position))

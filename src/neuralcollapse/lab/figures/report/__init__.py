@@ -1,0 +1,146 @@
+"""The report: one HTML page of one run or several, with all that it shows inside, made from their folders alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import pandas as pd
+
+from neuralcollapse.lab.figures.curves import COLORS, line_styles
+from neuralcollapse.lab.figures.page import Runs
+from neuralcollapse.lab.figures.report import numbers
+from neuralcollapse.lab.figures.report.tables import html_table, metric_tables, provenance_tables
+from neuralcollapse.lab.results.files import write_whole
+from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.results.sooner import sooner_table
+from neuralcollapse.lab.results.tables import gather, results_table
+
+# The same colours where the page is dark, lighter; by name of the CSS variable.
+_ON_DARK = ("#4da3e0", "#f08c4a", "#35c999", "#e59ac7", "#f2b134", "#a9dcf7", "#e8ebee")
+_HEADLINE = ("accuracy", "nc1_quotient", "nc2_etf_means", "nc2_etf_weights", "nc3_duality", "nc4_ncc_mismatch")
+
+
+def write_report(folders: Sequence[RunFolder], path: Path, classes: Sequence[int] | None = None) -> None:
+    """Write the page.
+
+    Args:
+        folders: Of single runs, of one number of classes.
+        path: The file.
+        classes: The three or four whose collapse is shown; by default the first three that have samples.
+
+    Raises:
+        ValueError: A run without records or table, runs of different numbers of classes, or classes that are not there.
+    """
+    runs = Runs(folders)
+    moving = numbers.motion(runs, classes)
+    metrics = runs.metrics[runs.metrics["split"].isin(numbers.SPLITS)]
+    made = folders[0].read_environment()
+    title = f"{folders[0].settings()['backbone']} on {made.get('data') or folders[0].settings()['data']}"
+    text = _template("page.html").substitute(
+        title=escape(title),
+        told=escape(_told(runs)),
+        style=_template("page.css").substitute(light=_colours(COLORS), dark=_colours(_ON_DARK)),
+        results=_results(folders, metrics),
+        values=metric_tables(metrics, runs.num_classes),
+        runs=provenance_tables(folders),
+        numbers=_embedded(_numbers(runs, metrics, moving)),
+        plotly=(files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8"),
+        script=_read("page.js"),
+    )
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def _told(runs: Runs) -> str:
+    count = sum(map(len, runs.groups.values()))
+    seeds = sorted({run.settings()["seed"] for group in runs.groups.values() for run in group})
+    over = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+    return (
+        f"{count} run{'s' if count > 1 else ''}, {over}: {', '.join(runs.groups)}. Everything is measured in "
+        "evaluation mode, without targets, on images without augmentation."
+    )
+
+
+def _results(folders: Sequence[RunFolder], metrics: pd.DataFrame) -> str:
+    logged = [run for run in folders if run.training_log.exists()]
+    log = gather(folders, "training_log") if len(logged) == len(folders) else pd.DataFrame()
+    parts = [html_table(results_table(metrics, log), "At the last measured epoch; collapse metrics of the train split")]
+    sooner = sooner_table(metrics)
+    if sooner is not None:
+        parts.append(
+            html_table(sooner, "Epochs until as good on the test split as standard of the same seed at its end")
+        )
+    return "".join(parts)
+
+
+def _numbers(runs: Runs, metrics: pd.DataFrame, moving: dict[str, Any] | None) -> dict[str, Any]:
+    """All that the page's script draws."""
+    matrices = numbers.class_cosines(runs)
+    size = len(next(iter(matrices["matrices"].values()))["means"])
+    styles = list(line_styles(list(runs.groups)))
+    if moving is not None:
+        moving["words"] = _words_of_motion(runs, moving)
+    return {
+        "styles": {group: styles.index(group) for group in runs.groups},
+        "colours": len(COLORS),
+        "courses": numbers.courses(metrics),
+        "metrics": numbers.described(metrics["metric"].unique(), matrices["classes"]),
+        "headline": [name for name in _HEADLINE if name in set(metrics["metric"])],
+        "motion": moving,
+        "cosines": matrices | {"words": _words_of_cosines(runs, size, matrices["classes"])},
+    }
+
+
+def _words_of_motion(runs: Runs, moving: dict[str, Any]) -> str:
+    chosen = ", ".join(map(str, moving["classes"]))
+    simplex = "on the plane" if len(moving["classes"]) == 3 else "in the space (drag to turn it)"
+    words = [
+        f"Classes {chosen} {simplex} of the simplex ETF nearest to their means. Small marks are up to "
+        f"{moving['samples']} training samples a class, large ones the class means, lines from the centre the "
+        "classifier's rows; the dotted simplex is where all of them stand at collapse.",
+        *_left_out(runs),
+    ]
+    if moving["thinned"]:
+        words.append(f"Of the measured epochs {len(moving['epochs'])} are shown, evenly spaced.")
+    return " ".join(words)
+
+
+def _words_of_cosines(runs: Runs, size: int, num_classes: int) -> str:
+    of = f"the first {size} of {num_classes}" if size < num_classes else f"all {num_classes}"
+    words = [
+        f"Between the centred class means, and between the classifier's rows, of {of} classes at the last epoch. At "
+        f"collapse to a simplex ETF all are −1/(K − 1) = −{1 / (num_classes - 1):.3g}, the middle of the colours.",
+        *_left_out(runs),
+    ]
+    return " ".join(words)
+
+
+def _left_out(runs: Runs) -> list[str]:
+    """Which of the runs are not among those shown."""
+    several = any(len(group) > 1 for group in runs.groups.values())
+    words = ["Of each group the first seed is shown."] if several else []
+    if len(runs.groups) > numbers.MAX_GROUPS:
+        words.append(f"The first {numbers.MAX_GROUPS} of {len(runs.groups)} groups are shown.")
+    return words
+
+
+def _colours(colours: Sequence[str]) -> str:
+    return " ".join(f"--c{place}: {colour};" for place, colour in enumerate(colours))
+
+
+def _embedded(content: dict[str, Any]) -> str:
+    """JSON inside a script element, which no text of a folder can end."""
+    return json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def _read(name: str) -> str:
+    return (files(__name__) / name).read_text(encoding="utf-8")
+
+
+def _template(name: str) -> Template:
+    return Template(_read(name))
