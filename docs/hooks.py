@@ -81,7 +81,8 @@ def on_page_content(content: str, **_: Any) -> str:
 
 
 def _mathml(match: re.Match[str]) -> str:
-    return convert(html.unescape(match[3]), display="block" if match[2] == "[" else "inline")
+    formula = convert(html.unescape(match[3]), display="block" if match[2] == "[" else "inline")
+    return formula.replace("<mo>&#x02016;</mo>", '<mo stretchy="false">&#x02016;</mo>')  # ‖ as high at both ends
 
 
 def on_post_build(config: Any, **_: Any) -> None:
