@@ -116,6 +116,14 @@ def test_a_command_of_the_docs_is_one(command, tmp_path, monkeypatch):
         _parse(_parser(name), module, arguments)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_table_has_its_head(page):
+    """A blank line within a table ends it, and the rest is no table."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    tables = re.findall(r"(?:^\|.*\n?)+", text, re.M)
+    assert [table for table in tables if not re.match(r".*\n\|[ :-]+\|", table)] == []
+
+
 def test_readme_links_to_what_is_there():
     links = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / "README.md").read_text())
     assert links

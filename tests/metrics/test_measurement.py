@@ -134,6 +134,13 @@ def test_the_code_is_kept_and_what_is_relative_to_it_found_again(tmp_path):
     assert not without.metrics.keys() & RELATIVE
 
 
+def test_printed_it_is_its_metrics_one_a_line(measurement):
+    first, *lines = repr(measurement).splitlines()
+    assert first == f"Measurement of Sequential, {N} samples"
+    assert [line.split()[0] for line in lines] == list(measurement.metrics)
+    assert [float(line.split()[1]) for line in lines] == pytest.approx([*measurement.metrics.values()], rel=1e-3)
+
+
 def test_values_of_samples_are_kept_only_while_they_are_true(measurement):
     kept = {
         "same": OF_SAMPLES,
