@@ -26,6 +26,14 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_build_without_the_extra_says_which(tmp_path):
+    script = "import sys, runpy; sys.modules['latex2mathml'] = None; runpy.run_path('docs/hooks.py')"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("the site needs the extra docs: pip install 'neuralcollapse[docs]'")
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_formulas_are_rendered_while_it_is_built(site):
     page = (site / "theory" / "nearest-etf.html").read_text()
     assert page.count("<math") > 40
