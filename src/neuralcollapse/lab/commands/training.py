@@ -83,7 +83,7 @@ def train_and_report(
         show_config(config)
         return
 
-    options = what_is_there(settings)
+    options: dict[str, Any] = what_is_there(settings)
     if isinstance(runs, RunConfig) and runs.ranks > 1 and global_rank() > 0:  # the first rank checks, and writes
         from neuralcollapse.lab.training.many_runs import train_runs
 
@@ -95,9 +95,10 @@ def train_and_report(
     from neuralcollapse.lab.training.many_runs import train_runs
     from neuralcollapse.lab.training.tuning import with_chosen_rates
 
+    options["parallel"] = 1 if settings.get("parallel") is None else settings.parallel
     if comparison is not None and comparison.lr == "auto" and not isinstance(runs, RunConfig):
         runs = with_chosen_rates(runs, comparison, RunFolder(out), config, **options)
-        options = {"resume": True}
+        options |= {"resume": True, "overwrite": False}
     folder = train_runs(runs, out, settings=config, **options)
     summary = summarise(folder, command)
     print_table(summary.table, summary.written)
