@@ -10,9 +10,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import yaml
 from latex2mathml.converter import convert
 
 from neuralcollapse.cli import COMMANDS, main
+from neuralcollapse.lab.studies import SCALES, load_study, study_names
+
+CLAIMS = Path(__file__).parent / "claims"  # what `study` wrote of runs that were made
 
 # Material asks this host for a script when pages are opened as files; without it, there is no search there.
 _ELSEWHERE = re.compile(r"https://unpkg\.com/[\w./@-]+")
@@ -20,12 +24,44 @@ _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """What every command says of itself, in its place."""
-    return (
-        markdown.replace("<!-- commands -->", "\n".join(map(_help, COMMANDS)))
-        if "<!-- commands" in markdown
-        else markdown
-    )
+    """What commands say of themselves, what studies there are, and what they found, in their places."""
+    for marker, made in (("commands", _commands), ("studies", _studies), ("claims", _claims)):
+        if f"<!-- {marker} -->" in markdown:
+            markdown = markdown.replace(f"<!-- {marker} -->", made())
+    return markdown
+
+
+def _commands() -> str:
+    return "\n".join(map(_help, COMMANDS))
+
+
+def _studies() -> str:
+    lines = ["| study | shows | small scale | full scale |", "|---|---|---|---|"]
+    for study in map(load_study, study_names()):
+        small, full = ((study.scales[scale].cost if scale in study.scales else "–") for scale in SCALES)
+        lines.append(f"| `{study.name}` | {study.title} ({study.source}) | {small} | {full} |")
+    return "\n".join(lines)
+
+
+def _claims() -> str:
+    records = [yaml.safe_load(path.read_text()) for path in sorted(CLAIMS.glob("*.yaml"))]
+    lines = ["| study | claim | verdict |", "|---|---|---|"]
+    for record in records:
+        lines += [f"| [{record['study']}](#{record['study']}) | {one['claim']} | **{one['verdict']}** |"
+                  for one in record["claims"]]  # fmt: skip
+    for record in records:
+        lines += ["", f"## {record['study']}", "", f"{record['title'].capitalize()}. {record['source']}."]
+        lines += [f"Reduced: {record['reduced']}." if record["reduced"] else "", ""]
+        for one in record["claims"]:
+            published = f" Published: {one['published']}." if "published" in one else ""
+            lines += [f"**{one['verdict']}**: {one['claim']} ({one['measure']}).{published}", ""]
+            lines += [f"- {numbers}" for numbers in one["numbers"]] + [""]
+        lines += [f"`{record['command']}`, seeds {', '.join(map(str, record['seeds']))}, commit "
+                  f"`{record['git_commit']}`, {record['accelerator'] or record['machine']}, "
+                  f"{record['training_minutes']} minutes of training, {str(record['finished'])[:10]}.", ""]  # fmt: skip
+        if (picture := CLAIMS.parent / "figures" / f"study-{record['study']}.png").exists():
+            lines.append(f"![{record['title']}](figures/{picture.name})")
+    return "\n".join(lines)
 
 
 def _help(command: str) -> str:

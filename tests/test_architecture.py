@@ -25,7 +25,18 @@ ALLOWED = {  # folder or module -> what it may import of the package
     "cli": {"lab"},
     "__init__": {"geometry", "classifier", "heads", "metrics"},
 }
-GROUND = {"config", "conditions", "settings", "seeds", "recipes", "experiments", "stopping", "ranks", "running"}
+GROUND = {
+    "config",
+    "conditions",
+    "settings",
+    "seeds",
+    "recipes",
+    "studies",
+    "experiments",
+    "stopping",
+    "ranks",
+    "running",
+}
 LAB = {  # room or module of lab -> what it may import of the others
     "config": {"settings", "conditions", "running"},
     "conditions": {"settings"},
@@ -36,6 +47,7 @@ LAB = {  # room or module of lab -> what it may import of the others
     "ranks": set(),
     "recipes": {"settings"},
     "experiments": {"config", "running", "settings", "recipes"},
+    "studies": {"config", "experiments", "recipes", "settings"},
     "data": GROUND,
     "models": GROUND,
     "results": GROUND,

@@ -22,6 +22,7 @@ COMMANDS = (
     "compare",
     "train",
     "recipes",
+    "study",
     "measure",
     "distance",
     "aggregate",

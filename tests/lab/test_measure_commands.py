@@ -60,6 +60,30 @@ def test_measuring_afterwards_gives_what_training_gave(runs, capsys):
     assert run.metrics.read_bytes() == before
 
 
+def test_what_was_added_to_a_table_stays_when_the_run_goes_on(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    asked = {
+        "method": "standard",
+        "seed": 0,
+        "schedule": "constant",
+        "measure_every": 2,
+        "checkpoint_every": 1,
+        **SMALL,
+    }
+    train_runs(RunConfig(epochs=3, **asked), folder.path, progress=False)
+    assert main(["measure", str(folder.path), "--every", "1"]) == 0
+    assert main(["distance", str(folder.path)]) == 0
+    before = read_table(folder.metrics)
+    assert sorted(before["epoch"].unique()) == [1, 2, 3]
+    train_runs(RunConfig(epochs=4, **asked), folder.path, resume=True, progress=False)
+    after = read_table(folder.metrics)
+    pd.testing.assert_frame_equal(
+        after[after["epoch"] <= 3].sort_values(["epoch", "split", "metric"], ignore_index=True),
+        before.sort_values(["epoch", "split", "metric"], ignore_index=True),
+    )
+    assert after["epoch"].max() == 4
+
+
 def test_every_split_and_layers_say_what_is_measured(runs):
     run = RunFolder(runs / "runs" / "standard-seed1")
     shutil.rmtree(run.moments)

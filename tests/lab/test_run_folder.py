@@ -13,6 +13,7 @@ from helpers import error_of
 from neuralcollapse.cli import main
 from neuralcollapse.lab import RunConfig, RunFolder, train_runs
 from neuralcollapse.lab.figures.summary import summarise
+from neuralcollapse.lab.results.provenance import forget_peak_memory, peak_memory
 from neuralcollapse.lab.results.tables import gather, read_table
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -117,3 +118,13 @@ def test_a_checkpoint_of_format_1_inside_an_epoch_goes_on(tmp_path):
     assert [set(again) for again in folder.read_environment()["resumed"]] == [
         {"time", "command", "neuralcollapse", "torch"}
     ]
+
+
+def test_peak_memory_is_of_what_was_in_use_since_it_was_forgotten():
+    block = bytearray(200 << 20)
+    with_block = peak_memory()
+    del block
+    forget_peak_memory()
+    if not Path("/proc/self/clear_refs").exists() or torch.cuda.is_available():
+        pytest.skip("the peak of a process cannot be forgotten here")
+    assert peak_memory() < with_block - 150

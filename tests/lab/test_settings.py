@@ -19,7 +19,7 @@ OPTIMIZERS = ("sgd", "adam", "adamw", "lbfgs", "agd")
 LOSSES = ("cross-entropy", "mse", "dot-regression")
 BACKBONES = ("convnet", "mlp", "resnet18", "vgg13", "package.module.Class")
 METHODS = ("standard", "fixed", "implicit")
-FURTHER_METHODS = ("linear", "means", "frame", "softmax-code", "trust-region")
+FURTHER_METHODS = ("linear", "means", "frame", "softmax-code", "trust-region", "mahalanobis")
 ATTRIBUTE_METHODS = ("attribute-frame", "fixed-frame")
 CHOICES = (OPTIMIZERS, LOSSES, BACKBONES, METHODS)
 SCHEDULES = ("constant", "cosine", "step", "multistep", "one-cycle")
@@ -175,7 +175,7 @@ def test_what_a_run_says_is_in_force_makes_the_same_run(name):
         ({"loss": "mse", "label_smoothing": 0.0}, "label_smoothing belongs to loss cross-entropy; here loss is mse"),
         (
             {"method": "standard", "proximal_weight": 0.1},
-            "proximal_weight belongs to method implicit, trust-region, frame or attribute-frame; here method is",
+            "proximal_weight belongs to method implicit, mahalanobis, trust-region, frame or attribute-frame; here",
         ),
         (
             {"class_attributes": "digits"},
@@ -265,7 +265,8 @@ def test_a_comparison_is_methods_times_seeds_each_with_the_settings_that_are_its
     assert (shared["epochs"], shared["proximal_weight"], shared["unit_weight"]) == (3, 0.2, False)
     assert not {"method", "seed", "classifier_bias"} & set(shared)
     with pytest.raises(
-        ValueError, match="proximal_weight belongs to method implicit, trust-region, frame or attribute-frame; here"
+        ValueError,
+        match="proximal_weight belongs to method implicit, mahalanobis, trust-region, frame or attribute-frame; here",
     ):
         comparison_runs(Comparison(methods=["standard", "fixed"]), {"proximal_weight": 0.2})
     with pytest.raises(ValueError, match="method is no setting"):

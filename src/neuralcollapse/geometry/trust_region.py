@@ -134,7 +134,8 @@ class _State:
         self.model, self.tolerance = model, tolerance
         self.largest_radius = math.sqrt(model.point.shape[-2])  # ‖Q‖: steps beyond it retract to much the same points
         scalar = model.cost[..., None, None]
-        self.radius = torch.full_like(scalar, self.largest_radius / 8)
+        # Steps that are too long are found out at the cost of one; an eighth of it, the usual start, took more in all.
+        self.radius = torch.full_like(scalar, self.largest_radius)
         self.status = torch.full_like(scalar, int(Stop.MAX_ITERATIONS), dtype=torch.int64)
         self.iterations = torch.zeros_like(self.status)
         self.active = torch.ones_like(self.status, dtype=torch.bool)

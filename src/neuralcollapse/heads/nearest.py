@@ -16,7 +16,7 @@ from neuralcollapse._checks import (
     check_not_negative,
     compute_dtype,
 )
-from neuralcollapse.geometry import nearest_etf_diagnostics, random_simplex_etf, simplex_etf
+from neuralcollapse.geometry import nearest_etf_diagnostics, nearest_simplex_etf, random_simplex_etf, simplex_etf
 from neuralcollapse.geometry.codes import check_code, check_code_rank, leading_code, principal_code
 from neuralcollapse.geometry.frames import placed, solve_frame
 from neuralcollapse.geometry.nearest import solve
@@ -28,7 +28,9 @@ from neuralcollapse.heads.class_means import (
     ClassMeans,
     KeepsFullPrecision,
     Momentum,
+    MovingMean,
     random_unit_rows,
+    sums_over_ranks,
 )
 from neuralcollapse.heads.head import LearnsFromTargets
 from neuralcollapse.heads.recompute import counts_once
@@ -40,6 +42,8 @@ Geometry = Literal["simplex", "means"]
 DEFAULT_PROXIMAL_WEIGHT = 0.5
 # In the first solve, where classes are missing in the batch and the data do not decide the frame alone.
 FIRST_ANCHOR_WEIGHT = 1e-3
+# Of the mean variance: no feature counts more than ten times what one of mean variance would without it.
+_VARIANCE_FLOOR = 0.1
 
 
 class NearestFrameClassifier(KeepsFullPrecision, LearnsFromTargets):
@@ -166,9 +170,13 @@ class NearestFrameClassifier(KeepsFullPrecision, LearnsFromTargets):
             flat = features.reshape(-1, self.in_features).to(compute_dtype(features.dtype))
             seen = self.class_means.centred.seen
             class_means, batch_mean = self.class_means(flat, targets.reshape(-1))
+            self._see(flat, targets.reshape(-1), class_means, batch_mean)
             frame = self._solve(class_means if self.implicit_gradient else class_means.detach(), seen)
             bias = -(frame @ batch_mean) if self.centring else None
         return features, frame, bias
+
+    def _see(self, features: Tensor, targets: Tensor, centred_means: Tensor, batch_mean: Tensor) -> None:
+        """Take in what the solve needs of a batch beside its class means."""
 
     def _solve(self, class_means: Tensor, seen_before: Tensor) -> Tensor:
         """The nearest frame, with its graph; the weight is its value from now on."""
@@ -235,6 +243,10 @@ class NearestETFClassifier(NearestFrameClassifier):
         ignore_index: Features whose target is this count in no mean.
         solver: ``"closed-form"``; or ``"trust-region"``, the published problem solved as published, for comparison
             (`published_nearest_frame`, at δ = 2γ/(K−1); d ≥ K; it waits for the device).
+        metric: Of the distance from frame to means. ``"within-class"``: Mahalanobis', by the moving within-class
+            variance v of each feature, M = diag(1/(v + 0.1 v̄)) with v̄ their mean, so that a feature counts the less the
+            more it varies within classes. It has no closed form: `nearest_simplex_etf` with ``metric`` solves it by a
+            trust region, which waits for the device. ``None``: Euclid's.
         method: How the closed form finds the nearest ETF, as for `polar_factor`. On accelerators nothing waits for
             the device but the first solve; `svd_fallbacks` counts the solves that needed an SVD.
         generator: If given, the first ETF has a random orientation drawn from it; else the canonical one.
@@ -255,6 +267,7 @@ class NearestETFClassifier(NearestFrameClassifier):
     """
 
     frame: Tensor  # the published problem's P, with solver="trust-region"
+    within: MovingMean  # of squared deviations (1, d), with metric="within-class"
 
     def __init__(
         self,
@@ -268,6 +281,7 @@ class NearestETFClassifier(NearestFrameClassifier):
         implicit_gradient: bool = True,
         ignore_index: int | None = None,
         solver: Literal["closed-form", "trust-region"] = "closed-form",
+        metric: Literal["within-class"] | None = None,
         method: Method = "auto",
         generator: torch.Generator | None = None,
     ) -> None:
@@ -288,6 +302,37 @@ class NearestETFClassifier(NearestFrameClassifier):
         if solver == "trust-region":
             check_at_least("in_features", in_features, num_classes, "num_classes")
             self.register_buffer("frame", torch.eye(num_classes, in_features, dtype=torch.float32))
+        if metric not in (None, "within-class"):
+            raise ValueError(f"metric must be 'within-class' or None, got {metric!r}")
+        self.metric = metric
+        if metric is not None:
+            if solver == "trust-region":
+                raise ValueError("metric must be None with solver='trust-region': the published problem has Euclid's")
+            self.within = MovingMean(1, in_features, momentum)
+
+    @torch.no_grad()
+    def _see(self, features: Tensor, targets: Tensor, centred_means: Tensor, batch_mean: Tensor) -> None:
+        if self.metric is None:
+            return
+        counted = (
+            torch.ones_like(targets, dtype=torch.bool) if self.ignore_index is None else targets != self.ignore_index
+        )
+        own_means = (centred_means + batch_mean)[torch.where(counted, targets, 0).long()]
+        deviations = (features - own_means).square() * counted.unsqueeze(-1)
+        sums, count = sums_over_ranks(deviations.sum(0, keepdim=True), counted.sum().to(features).unsqueeze(0))
+        self.within(sums / count.clamp_min(1).unsqueeze(-1), count)
+
+    def _nearest(self, class_means: Tensor, anchor_weight: Tensor | float) -> Tensor:
+        if self.metric is None:
+            return super()._nearest(class_means, anchor_weight)
+        variance = self.within.mean[0].to(class_means)
+        floor = (_VARIANCE_FLOOR * variance.mean()).clamp_min(torch.finfo(variance.dtype).tiny)
+        weight = float(anchor_weight)
+        anchor = self.weight if weight > 0 else None
+        # As it is: ClassMeans has looked at the batch. Equal means, of a first batch of one class, have no nearest ETF.
+        return nearest_simplex_etf(
+            class_means, anchor=anchor, proximal_weight=weight, metric=1 / (variance + floor), method=self.method
+        )
 
     def _solve(self, class_means: Tensor, seen_before: Tensor) -> Tensor:
         if self.solver == "closed-form":

@@ -8,7 +8,7 @@ RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnex
 OF_LOGITS = ("cross-entropy", "mse", "dot-regression")
 OF_DIRECTIONS = ("normface", "ntce", "nonl", "decoupled", "two-way")
 # Whose weight moves with the class means of each batch: it is nearest to them, or they themselves.
-NEAREST = ("implicit", "trust-region", "frame", "attribute-frame")
+NEAREST = ("implicit", "mahalanobis", "trust-region", "frame", "attribute-frame")
 MOVING = (*NEAREST, "means")
 WITH_ATTRIBUTES = ("attribute-frame", "fixed-frame")
 _ANY_BIAS = ("learned", "centring", "none")

@@ -20,8 +20,8 @@ class Comparison(Settings):
     """Name of a published comparison: NAME-standard, NAME-fixed and NAME-implicit are recipes, and each method is
     trained with its own; --config and flags go over their settings."""
     methods: list[Method] = setting(lambda _: list(PUBLISHED_METHODS))
-    """Out of standard, fixed, implicit, linear, means, frame, attribute-frame, fixed-frame, softmax-code and
-    trust-region (which `train --help` explains), with commas between them. By default the first three."""
+    """Out of standard, fixed, implicit, linear, means, frame, attribute-frame, fixed-frame, softmax-code, trust-region
+    and mahalanobis (which `train --help` explains), with commas between them. By default the first three."""
     losses: list[Loss] | None = None
     """Train every method with each of these, with commas between them; by default with the one that `loss` says."""
     seeds: int | list[int] = setting(3, at_least=0, at_most=MOST_SEED)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
 from neuralcollapse.lab.commands.runs import Outcome, add_runs, runs_of
 from neuralcollapse.lab.settings import Settings, nearest
+
+if TYPE_CHECKING:
+    from neuralcollapse.lab.figures.page import Runs
 
 # Name: what it shows, and the columns of its page.
 FIGURES = {
@@ -57,19 +62,23 @@ def run(settings: Namespace) -> int:
         "overwrite"
     ):
         raise ValueError(f"out must hold no such figure, and {str(there[0])!r} exists: --overwrite replaces it")
-    runs, outcome = page.Runs(folders), Outcome()
-    words, columns = FIGURES[name]
-    title = f"{words[0].upper()}{words[1:]}: {folders[0].read_environment().get('data', '')}".rstrip(": ")
-    if name == "overview":
-        from neuralcollapse.lab.figures.curves import draw_all
+    outcome = Outcome()
+    outcome.written = draw(name, page.Runs(folders), out, formats)
+    return outcome.report("")
 
+
+def draw(name: str, runs: Runs, out: Path, formats: Sequence[str]) -> list[Path]:
+    """Write a figure of runs; the files."""
+    from neuralcollapse.lab.figures import page, projection, published, records
+    from neuralcollapse.lab.figures.curves import draw_all
+
+    words, columns = FIGURES[name]
+    first = next(iter(runs.groups.values()))[0]
+    title = f"{words[0].upper()}{words[1:]}: {first.read_environment().get('data', '')}".rstrip(": ")
+    if name == "overview":
         table = runs.metrics
         figure = draw_all(table[table["split"] == "train"], title, runs.num_classes)
-        outcome.written = page.save_figures({name: figure}, out, formats)
-        return outcome.report("")
-
-    from neuralcollapse.lab.figures import projection, published, records
-
+        return page.save_figures({name: figure}, out, formats)
     make = {
         "papyan": published.papyan,
         "zhu": published.zhu,
@@ -80,5 +89,4 @@ def run(settings: Namespace) -> int:
         "classes": records.class_panels,
         "features": projection.feature_panels,
     }
-    outcome.written = page.write_panels(name, title, make[name](runs), out, formats, columns=columns)
-    return outcome.report("")
+    return page.write_panels(name, title, make[name](runs), out, formats, columns=columns)

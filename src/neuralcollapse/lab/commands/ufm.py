@@ -12,9 +12,14 @@ from jsonargparse import ArgumentParser, Namespace
 from neuralcollapse.lab.commands.arguments import add_output, add_sections, asked_for
 from neuralcollapse.lab.commands.training import output_folder, print_table, show_config, what_is_there
 from neuralcollapse.lab.config import PUBLISHED_METHODS, PublishedMethod
+from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.settings import Settings, setting
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pandas as pd
+
     from neuralcollapse.lab.training.free_comparison import Schedule
     from neuralcollapse.lab.training.free_features import FreeRun
 
@@ -112,14 +117,25 @@ def run(settings: Namespace) -> None:
         show_config(config.in_force())
         return
 
+    folder = RunFolder(output_folder(settings, "runs/ufm"))
+    table, _, written = train_free_features(config, folder, **what_is_there(settings))
+    print_table(table, written)
+
+
+def train_free_features(
+    config: FreeFeatures, folder: RunFolder, *, resume: bool, overwrite: bool
+) -> tuple[str, pd.DataFrame, list[Path]]:
+    """Train what is asked for, and write its table and figures.
+
+    Returns:
+        The table as text, what was measured, and the files written.
+    """
     from neuralcollapse.lab.figures.free_features import report_free_features  # seconds: not for a mistake in a flag
-    from neuralcollapse.lab.results.folder import RunFolder
     from neuralcollapse.lab.training.free_comparison import compare_free_features
 
-    folder = RunFolder(output_folder(settings, "runs/ufm"))
-    folder.check(config.in_force(), **what_is_there(settings))
+    folder.check(config.in_force(), resume=resume, overwrite=overwrite)
     runs = config.runs()
-    with folder.writing(config.in_force(), **what_is_there(settings)):
+    with folder.writing(config.in_force(), resume=resume, overwrite=overwrite):
         metrics, tuning = compare_free_features(runs, range(config.seeds), folder.runs)
     sizes = dict.fromkeys(
         f"UFM-{one.num_classes}: n = {one.samples_per_class}, d = {one.feature_dim}, "
@@ -127,4 +143,4 @@ def run(settings: Namespace) -> None:
         for one, schedule in runs
     )
     table, written = report_free_features(folder, metrics, tuning, list(sizes))
-    print_table(table, written)
+    return table, metrics, written

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -43,13 +43,16 @@ class Panel:
 class Runs:
     """Runs to draw together, in groups that differ in more than the seed.
 
+    Args:
+        runs: Which; or the groups themselves, by name.
+
     Raises:
         ValueError: They are of different numbers of classes, or one was not measured.
     """
 
-    def __init__(self, runs: Sequence[RunFolder]) -> None:
-        self.groups = group_runs(runs)
-        found = (run.read_environment().get("num_classes") for run in runs)
+    def __init__(self, runs: Sequence[RunFolder] | Mapping[str, Sequence[RunFolder]]) -> None:
+        self.groups = runs if isinstance(runs, Mapping) else group_runs(runs)
+        found = (run.read_environment().get("num_classes") for group in self.groups.values() for run in group)
         classes = {number for number in found if number is not None}
         if len(classes) > 1:
             raise ValueError(f"runs of one plot must have the same number of classes, got {sorted(classes)}")

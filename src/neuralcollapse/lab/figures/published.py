@@ -95,7 +95,7 @@ def draw_series(axes: Axes, *, runs: Runs, series: Series) -> None:
     finish_axes(axes, found, name, runs.num_classes)
     axes.set_xlabel("epoch", fontsize=8)
     axes.set_ylabel(METRICS[name].label.replace("  $", "\n$") if len(series) == 1 else "", fontsize=8)
-    axes.legend(handles=_handles(axes, series), frameon=False, fontsize=7)
+    axes.legend(handles=_handles(axes, series), frameon=False, fontsize=7, handlelength=3)
 
 
 def _handles(axes: Axes, series: Series) -> list[Line2D]:

@@ -92,7 +92,8 @@ def build_head(config: RunConfig, feature_dim: int, num_classes: int) -> Head:
         geometry: Any = "means" if means else attribute_code(config, feature_dim, num_classes)
         return NearestFrameClassifier(geometry=geometry, **options)
     solver: Any = "trust-region" if config.method == "trust-region" else "closed-form"
-    return NearestETFClassifier(solver=solver, **options)
+    metric: Any = "within-class" if config.method == "mahalanobis" else None
+    return NearestETFClassifier(solver=solver, metric=metric, **options)
 
 
 @lru_cache(maxsize=4)

@@ -97,16 +97,23 @@ def epochs_to_reach(values: pd.DataFrame, levels: Mapping[str, float], split: st
                 f"reach must name a metric that was measured on the {split} split ({there}), got {metric!r}"
             )
         for (group, seed), course in measured.groupby(["group", "seed"], sort=False):
-            epochs = course.sort_values("epoch")
-            rows.append((group, seed, metric, level, _crossing(epochs, metric, level)))
+            by_epoch = course.sort_values("epoch").set_index("epoch")["value"]
+            rows.append((group, seed, metric, level, first_crossing(by_epoch, metric, level)))
     return pd.DataFrame(rows, columns=["group", "seed", "metric", "level", "epoch"])
 
 
-def _crossing(course: pd.DataFrame, metric: str, level: float) -> float:
+def first_crossing(course: pd.Series, metric: str, level: float) -> float:
+    """The epoch at which a metric first reaches a level, as `epochs_to_reach`.
+
+    Args:
+        course: Its values by epoch, in order.
+        metric: Which.
+        level: What is reached.
+    """
     from neuralcollapse.metrics.catalogue import METRICS
 
     rising = METRICS[metric].better == "higher" if metric in METRICS else False
-    epochs, values = course["epoch"].to_numpy(float), course["value"].to_numpy(float)
+    epochs, values = course.index.to_numpy(float), course.to_numpy(float)
     beyond = values >= level if rising else values <= level
     if not beyond.any():
         return float("nan")

@@ -37,6 +37,7 @@ class RunFolder:
         gradients: Size of each parameter's gradient at the end of each epoch.
         train_labels: The labels trained on, where they are not the data set's own.
         summary: The table of results.
+        verdict: Of a study: what its claims were judged by, and how.
         moments: One file for each measured epoch and split: a `Measurement`, from which every metric and figure can be
             made again.
         checkpoints: One file for each saved epoch, and the last one, from which a run is resumed.
@@ -58,6 +59,7 @@ class RunFolder:
         "gradients": "gradients.csv",
         "train_labels": "train_labels.csv",
         "summary": "summary.md",
+        "verdict": "verdict.yaml",
     }
     FOLDERS: ClassVar[dict[str, str]] = {
         "moments": "moments",
@@ -76,6 +78,7 @@ class RunFolder:
     gradients: Path
     train_labels: Path
     summary: Path
+    verdict: Path
     moments: Path
     checkpoints: Path
     figures: Path

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import subprocess
 import sys
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -59,16 +61,30 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def forget_peak_memory() -> None:
+    """Have `peak_memory` count from now on, where the system can."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):  # not on every system
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory() -> float:
-    """MiB that were in use at most: of the accelerator if there is one, else of this process so far."""
+    """MiB that were in use at most: of the accelerator if there is one, else of this process."""
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    import resource  # not on every system
+    try:
+        lines = Path("/proc/self/status").read_text().split("\n")
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
+    except (OSError, StopIteration):  # not on every system
+        import resource
 
-    unit = 1 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+        unit = 1 if sys.platform == "darwin" else 2**10
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def _cpu() -> str | None:
@@ -87,8 +103,12 @@ def _version(package: str) -> str | None:
         return None
 
 
+@cache
 def _git_commit() -> str | None:
-    """The commit of this package, if it runs from a checkout; marked if files differ from it."""
+    """The commit of this package, if it runs from a checkout; marked if files differ from it.
+
+    As it is when first asked for: what a process runs does not change with its files.
+    """
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

@@ -6,6 +6,7 @@ import math
 
 import pandas as pd
 
+from neuralcollapse.lab.results.judging import student_interval
 from neuralcollapse.lab.results.tables import spread
 
 # Heading and metric, all of the test split.
@@ -67,10 +68,5 @@ def _epochs(course: pd.DataFrame, metric: str, goals: pd.Series) -> str:
 
 def _interval(differences: pd.Series) -> str:
     """Mean difference and half of Student's 95% interval, in points."""
-    mean = f"{differences.mean():+.2f}"
-    if len(differences) < 2:
-        return mean
-    from scipy.stats import t
-
-    half = t.ppf(0.975, len(differences) - 1) * differences.std() / math.sqrt(len(differences))
-    return f"{mean} ± {half:.2f}"
+    mean, half = student_interval(differences)
+    return f"{mean:+.2f}" + ("" if math.isnan(half) else f" ± {half:.2f}")

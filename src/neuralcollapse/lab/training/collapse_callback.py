@@ -14,7 +14,7 @@ from torch import nn
 from neuralcollapse._checks import check_at_least, check_bool
 from neuralcollapse.classifier import resolve_classifier
 from neuralcollapse.lab.models.backbones import evaluation_layout
-from neuralcollapse.lab.results.tables import COLUMNS
+from neuralcollapse.lab.results.tables import COLUMNS, read_table
 from neuralcollapse.lab.training.epochs import is_due
 from neuralcollapse.lab.training.logs import TableCallback
 from neuralcollapse.metrics import Measurement, measure
@@ -106,6 +106,15 @@ class CollapseCallback(TableCallback):
         classifier, _ = resolve_classifier(model, self.classifier)
         name = self.measured or "the LightningModule"
         logger.info("measuring %s (%s) and its classifier %r", name, type(model).__name__, classifier)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Of a run that goes on, keep what was added to its table since, of epochs that are over."""
+        if self.path is None or not trainer.is_global_zero or not trainer.current_epoch or not self.path.exists():
+            return
+        known = {tuple(row[:3]) for row in self.rows}
+        table = read_table(self.path).itertuples(index=False, name=None)
+        added = [row for row in table if row[0] <= trainer.current_epoch and row[:3] not in known]
+        self.rows = sorted([*self.rows, *added], key=lambda row: row[0])
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure, log and write."""

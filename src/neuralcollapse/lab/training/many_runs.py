@@ -22,7 +22,7 @@ from neuralcollapse.lab.experiments import common_settings, tell_apart
 from neuralcollapse.lab.ranks import global_rank
 from neuralcollapse.lab.results.files import write_whole
 from neuralcollapse.lab.results.folder import RunFolder
-from neuralcollapse.lab.results.provenance import peak_memory
+from neuralcollapse.lab.results.provenance import forget_peak_memory, peak_memory
 from neuralcollapse.lab.results.tables import read_table
 from neuralcollapse.lab.training.devices import check_precision, check_ranks, resolve_device
 from neuralcollapse.lab.training.loggers import check_loggers
@@ -32,7 +32,7 @@ from neuralcollapse.lab.training.progress import Progress
 
 
 def train_runs(
-    runs: RunConfig | Sequence[RunConfig],
+    runs: RunConfig | Sequence[RunConfig] | Mapping[str, RunConfig],
     folder: str | Path,
     *,
     settings: dict[str, Any] | None = None,
@@ -50,7 +50,7 @@ def train_runs(
 
     Args:
         runs: The settings of one run, whose folder it will be; or of several, each with a folder of its own in
-            ``runs/``.
+            ``runs/``, whose name says in what it differs, or is given.
         folder: Where to write.
         settings: What the folder keeps as the settings of several runs; by default what they have in common.
         resume: Go on with what the folder holds.
@@ -84,21 +84,26 @@ def train_runs(
             return whole
         places, own = {whole: runs}, runs.in_force()
     else:
-        if any(run.ranks > 1 for run in runs):
+        named = runs if isinstance(runs, Mapping) else _named(runs)
+        if any(run.ranks > 1 for run in named.values()):
             raise ValueError("devices must be 1 for each of several runs: ranks are for one run")
-        places, own = {whole.run(name): run for name, run in _named(runs).items()}, common_settings(runs)
+        places, own = {whole.run(name): run for name, run in named.items()}, common_settings([*named.values()])
     settings = own if settings is None else settings
     whole.check(settings, resume=resume, overwrite=overwrite)
     preparation = Preparation(resumed=resume, progress=progress)
     kinds = {_kind(run): (run, place) for place, run in reversed(places.items())}
     data = [preparation.module(*kind).data for kind in kinds.values()][-1]
-    names = {} if whole in places else {"runs": [place.path.name for place in places]}
+    names = [] if whole in places else [place.path.name for place in places]
+    facts = _facts(data) | ({"runs": names} if names else {})
     if before_writing is not None:
         before_writing()
     bar = Progress(len(places), shown=progress)
     if progress:
         _say_of_batches(next(iter(places.values())), len(data.train))
-    with closing(bar), whole.writing(settings, resume=resume, overwrite=overwrite, facts=_facts(data) | names):
+    with closing(bar), whole.writing(settings, resume=resume, overwrite=overwrite, facts=facts):
+        there = whole.read_environment().get("runs", names)
+        if new := [name for name in names if name not in there]:
+            whole.add_facts(runs=there + new)
         if isinstance(runs, RunConfig):
             _train_one(preparation.module(runs, whole), whole, bar.next_run(runs.method, 0))
             return whole
@@ -153,6 +158,7 @@ def _train_one_of_several(run: RunConfig, place: RunFolder, preparation: Prepara
 
 def _train_one(module: ClassifierTraining, place: RunFolder, *callbacks: Callback) -> None:
     _keep_labels(module.data, place)
+    forget_peak_memory()
     train(module, place, *callbacks)
     parameters = sum(parameter.numel() for parameter in module.model.parameters())
     place.add_facts(parameters=parameters, peak_memory_mib=round(peak_memory()))

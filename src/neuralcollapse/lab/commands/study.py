@@ -1,0 +1,260 @@
+"""`neuralcollapse study`: a published figure from its runs to its picture and a verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from neuralcollapse.lab.commands.plot import draw
+from neuralcollapse.lab.commands.runs import say_written
+from neuralcollapse.lab.results.files import read_yaml, write_whole, write_yaml
+from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.settings import Settings
+from neuralcollapse.lab.studies import SCALES, Scale, Study, load_study, study_names, study_runs
+
+if TYPE_CHECKING:
+    from neuralcollapse.lab.config import RunConfig
+    from neuralcollapse.lab.results.judging import Finished
+
+SUMMARY = "a published figure from its runs to its picture and a verdict on what is claimed; alone: list them"
+USAGE = "[NAME] [--scale small|full] [--seeds N] [--data FOLDER] [--out FOLDER] [--overwrite]"
+DESCRIPTION = (
+    "Train what is missing of a study's runs, draw its figure, and judge each of its claims: it holds, does not hold "
+    "or is undecided, by differences of the same seed with Student's 95% interval over seeds (n - 1). What was stopped "
+    "goes on when the command is given again, what is finished is not trained again. Without a name: list the studies, "
+    "with what they cost and the last verdicts in runs/studies."
+)
+SECTIONS: tuple[type[Settings], ...] = ()
+_FOLDER = Path("runs/studies")
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add what the command takes."""
+    parser.add_argument("name", type=str | None, nargs="?", help="the study, of those that are listed "
+                        "without a name; or a YAML file of one's own")  # fmt: skip
+    parser.add_argument("--scale", type=str, metavar="SCALE", help="small, for two CPU cores, or full, as published; "
+                        "by default small where there is one")  # fmt: skip
+    parser.add_argument("--seeds", type=str, metavar="N", help="number of seeds, or the seeds with commas between them")
+    parser.add_argument(
+        "--data", type=str, metavar="FOLDER", help="where the data are; by default the hub's are fetched"
+    )
+    parser.add_argument("--out", type=str, metavar="FOLDER", help="folder to write; by default runs/studies/NAME-SCALE")
+    parser.add_argument("--overwrite", action="store_true", help="delete what the folder holds, and train again")
+
+
+def run(settings: Namespace) -> None:
+    """List the studies, or run one, and say what was found and written."""
+    name = settings.get("name")
+    if name is None:
+        print(_listing())
+        return
+    study = load_study(name)
+    scale = settings.get("scale") or next(iter(study.scales))
+    chosen = study.scale(scale)
+    seeds = _seeds(settings.get("seeds"), chosen)
+    folder = RunFolder(settings.get("out") or _FOLDER / f"{study.name}-{scale}")
+    if study.free_features:
+        groups, figures = _free_features(chosen, seeds, settings, folder)
+    else:
+        data = settings.get("data") or (None if settings.get("overwrite") else _data_of(folder))
+        runs = study_runs(study, scale, seeds, data)
+        _train_missing(runs, folder, {"study": study.name, "scale": scale}, overwrite=bool(settings.get("overwrite")))
+        found = _finished_runs(study, runs, folder)
+        groups = {label: _results(of_label) for label, of_label in found.items()}
+        figures = _draw(study, found, folder)
+    print()
+    _report(study, scale, seeds, groups, folder, figures)
+
+
+def _seeds(given: str | None, scale: Scale) -> list[int]:
+    if given is None:
+        return scale.seeds
+    try:
+        seeds = [int(one) for one in given.split(",")]
+    except ValueError:
+        raise ValueError(f"seeds must be a number of seeds, or seeds with commas between them, got {given!r}") from None
+    if "," not in given:
+        seeds = [scale.seeds[0] + place for place in range(seeds[0])]
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must be at least one, different and not negative, got {given!r}")
+    return seeds
+
+
+def _data_of(folder: RunFolder) -> str | None:
+    """Where the runs that are there took their data from."""
+    there = sorted(folder.runs.glob(f"*/{folder.config.name}"))
+    return str(RunFolder(there[0].parent).settings()["data"]) if there else None
+
+
+def _is_finished(place: RunFolder) -> bool:
+    return place.config.exists() and place.read_environment().get("finished") is True
+
+
+def _train_missing(
+    runs: Mapping[str, RunConfig], folder: RunFolder, settings: dict[str, Any], *, overwrite: bool
+) -> None:
+    """Train what is not finished, if anything.
+
+    Raises:
+        ValueError: Runs are there that were made with other settings; each difference is named.
+    """
+    there = {} if overwrite else {name: run for name, run in runs.items() if folder.run(name).config.exists()}
+    differing = []
+    for name, one in there.items():
+        try:
+            folder.run(name).check(one.in_force(), resume=True)
+        except ValueError as error:
+            differing.append(f"{name}: {error}")
+    if differing:
+        raise ValueError(
+            f"{len(differing)} of the runs in {str(folder.path)!r} are not the study's: {'; '.join(differing)}; "
+            "--out names another folder, --overwrite trains all of it again"
+        )
+    if all(name in there and _is_finished(folder.run(name)) for name in runs):
+        return
+
+    from neuralcollapse.lab.training.many_runs import train_runs  # seconds
+
+    resume = folder.config.exists() and not overwrite
+    train_runs(runs, folder.path, settings=settings, leave_out_failed=True, resume=resume, overwrite=overwrite)
+
+
+def _finished_runs(study: Study, runs: Mapping[str, RunConfig], folder: RunFolder) -> dict[str, dict[int, RunFolder]]:
+    """The study's runs that are finished, by name and seed."""
+    found: dict[str, dict[int, RunFolder]] = {label: {} for label in study.runs}
+    for name, one in runs.items():
+        if _is_finished(folder.run(name)):
+            found[name.rpartition("-seed")[0]][one.seed] = folder.run(name)
+    return found
+
+
+def _results(runs: Mapping[int, RunFolder]) -> dict[int, Finished]:
+    from neuralcollapse.lab.results.judging import Finished
+    from neuralcollapse.lab.results.tables import read_table
+
+    return {
+        seed: Finished(read_table(run.metrics), run.read_environment() | {"seconds": _seconds(run)})
+        for seed, run in runs.items()
+    }
+
+
+def _seconds(run: RunFolder) -> float:
+    """Of training."""
+    from neuralcollapse.lab.results.tables import read_table
+
+    return float(read_table(run.training_log)["seconds"].sum())
+
+
+def _draw(study: Study, found: Mapping[str, Mapping[int, RunFolder]], folder: RunFolder) -> list[Path]:
+    from neuralcollapse.lab.figures.page import Runs
+    from neuralcollapse.lab.results.distances import distance_rows
+    from neuralcollapse.lab.results.tables import add_rows, read_table
+
+    there = {label: list(runs.values()) for label, runs in found.items() if runs}
+    if not there:
+        raise ValueError(f"study {study.name} has no run that is finished: none trained to its end")
+    if study.figure == "markou":
+        for one in (run for runs in there.values() for run in runs):
+            if "etf_means" not in set(read_table(one.metrics)["metric"]):
+                add_rows(one.metrics, [row for row in distance_rows(one) if isinstance(row, tuple)])
+    return draw(study.figure, Runs(there), folder.figures, ["png"])
+
+
+def _free_features(
+    scale: Scale, seeds: Sequence[int], settings: Namespace, folder: RunFolder
+) -> tuple[dict[str, dict[int, Finished]], list[Path]]:
+    """Train free features as `ufm` does; its iterations stand where others have epochs."""
+    from neuralcollapse.lab.commands.ufm import FreeFeatures, train_free_features
+    from neuralcollapse.lab.results.judging import Finished
+
+    if list(seeds) != list(range(len(seeds))) or settings.get("data") is not None:
+        raise ValueError("seeds of free features must be a number, and data must not be given: there are none")
+    config = FreeFeatures(**scale.settings, seeds=len(seeds))
+    options = {"overwrite": bool(settings.get("overwrite"))}
+    _, metrics, figures = train_free_features(config, folder, resume=folder.config.exists(), **options)
+    groups: dict[str, dict[int, Finished]] = {}
+    for (classes, optimizer, method, seed), table in metrics.groupby(
+        ["classes", "optimizer", "method", "seed"], sort=False
+    ):
+        tidy = table.rename(columns={"iteration": "epoch"}).assign(split="train")
+        seconds = tidy.loc[tidy["metric"] == "seconds", "value"].max()
+        facts = folder.read_environment() | {"seconds": float(seconds)}
+        groups.setdefault(f"UFM-{classes} {optimizer} {method}", {})[int(str(seed))] = Finished(tidy, facts)
+    return groups, figures
+
+
+def _report(
+    study: Study,
+    scale: str,
+    seeds: Sequence[int],
+    groups: Mapping[str, Mapping[int, Finished]],
+    folder: RunFolder,
+    figures: Sequence[Path],
+) -> None:
+    """Judge, write, print."""
+    from neuralcollapse.lab.results.judging import judge, verdict_record
+
+    facts = [run.facts for runs in groups.values() for run in runs.values()]
+    claims = [verdict_record(claim, judge(claim, groups)) for claim in study.claims]
+    record: dict[str, Any] = {
+        "study": study.name,
+        "title": study.title,
+        "source": study.source,
+        "scale": scale,
+        "reduced": study.scale(scale).reduced,
+        "seeds": list(seeds),
+        "claims": claims,
+        "command": f"neuralcollapse study {study.name} --scale {scale}",
+        "training_minutes": round(sum(one["seconds"] for one in facts) / 60, 1),
+        **{name: _each(facts, name) for name in ("neuralcollapse", "git_commit", "machine", "accelerator")},
+        "finished": max((one["ended"] for one in facts if one.get("ended")), default=None),
+    }
+    write_yaml(folder.verdict, record)
+    text = _summary(record, [figure.relative_to(folder.path) for figure in figures[:1]])
+    write_whole(folder.summary, lambda path: path.write_text(text, encoding="utf-8"))
+    print(_verdicts(record))
+    say_written([folder.summary, folder.verdict, *figures])
+
+
+def _each(facts: Sequence[Mapping[str, Any]], name: str) -> str | None:
+    """What the runs' environments say of something, which may not be the same for all."""
+    found = dict.fromkeys(str(one[name]) for one in facts if one.get(name))
+    return ", ".join(found) or None
+
+
+def _verdicts(record: Mapping[str, Any]) -> str:
+    lines = [f"{record['study']}: {record['title']}", f"{record['source']}; scale {record['scale']}"]
+    lines += [f"Reduced: {record['reduced']}"] if record["reduced"] else []
+    for claim in record["claims"]:
+        lines += ["", f"{claim['verdict'].upper()}: {claim['claim']}", f"  ({claim['measure']})"]
+        lines += [f"  {numbers}" for numbers in claim["numbers"]]
+    return "\n".join([*lines, ""])
+
+
+def _summary(record: Mapping[str, Any], figures: Sequence[Path]) -> str:
+    reduced = f" Reduced: {record['reduced']}." if record["reduced"] else ""
+    lines = [f"# {record['study']}: {record['title']}", "", f"{record['source']}. Scale {record['scale']}.{reduced}"]
+    for claim in record["claims"]:
+        lines += ["", f"**{claim['verdict']}**: {claim['claim']} ({claim['measure']}).", ""]
+        lines += [f"- {numbers}" for numbers in claim["numbers"]]
+    lines += ["", "Differences are of the same seed, intervals are Student's 95% interval over seeds (n - 1)."]
+    lines += ["", *(f"![{figure.stem}]({figure})" for figure in figures)]
+    return "\n".join(lines) + "\n"
+
+
+def _listing() -> str:
+    lines = []
+    for name in study_names():
+        study = load_study(name)
+        lines += [name, f"  {study.title}", f"  {study.source}; {len(study.claims)} claims"]
+        for scale in SCALES:
+            if scale not in study.scales:
+                continue
+            found = RunFolder(_FOLDER / f"{name}-{scale}").verdict
+            record = read_yaml(found) if found.exists() else None
+            last = "not run" if record is None else ", ".join(one["verdict"] for one in record["claims"])
+            lines.append(f"  {scale}: {study.scale(scale).cost}; {last}")
+    return "\n".join(lines)

@@ -1,0 +1,306 @@
+"""Studies: their files, the verdicts on their claims, and the command."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from scipy import stats
+
+from neuralcollapse.cli import main
+from neuralcollapse.lab import studies
+from neuralcollapse.lab.commands.plot import FIGURES
+from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.results.judging import Finished, judge
+from neuralcollapse.lab.studies import Claim, Value, load_study, study_names, study_runs
+from neuralcollapse.metrics.catalogue import METRICS
+
+TINY = {
+    "title": "two learning rates",
+    "source": "this test",
+    "figure": "zhu",
+    "runs": {"fast": {"lr": 0.1}, "slow": {"lr": 0.01}},
+    "claims": [
+        {
+            "text": "fast learns more",
+            "of": "fast",
+            "value": {"kind": "last", "of": "accuracy", "split": "test"},
+            "above": ["slow"],
+        }
+    ],
+    "small": {
+        "cost": "seconds",
+        "seeds": [3, 4],
+        "settings": {"method": "standard", "backbone": "mlp", "width": 16, "epochs": 2, "train_samples": 200},
+        "reduced": "nearly everything",
+    },
+}
+
+
+def course(values, metric="nc1_pinv", split="train"):
+    return pd.DataFrame({"epoch": range(1, len(values) + 1), "split": split, "metric": metric, "value": values})
+
+
+def claim(relation, *, than=(), bound=None, **value):
+    return Claim(text="", value=Value(**value), of=["a"], relation=relation, than=[*than], bound=bound)
+
+
+def of_seeds(**runs):
+    """Runs whose last test accuracy is given, by seed."""
+    return {
+        name: {seed: Finished(course([0.0, value], "accuracy", "test"), {}) for seed, value in enumerate(values)}
+        for name, values in runs.items()
+    }
+
+
+LAST = {"kind": "last", "of": "accuracy", "split": "test"}
+
+
+@pytest.mark.parametrize("name", study_names())
+def test_a_study_is_of_runs_that_can_be_made_and_of_metrics_that_there_are(name):
+    study = load_study(name)
+    assert study.title
+    assert study.source
+    assert study.claims
+    assert study.scales
+    for scale_name, scale in study.scales.items():
+        assert scale.cost
+        assert (scale.reduced is None) == (scale_name == "full")
+        runs = study_runs(study, scale_name)
+        assert len(runs) == len(study.runs) * len(scale.seeds)
+        assert len({run.data for run in runs.values()}) <= 1  # --data is of all
+        assert set(scale.runs) <= set(study.runs)
+    for one in study.claims:
+        assert one.value.of in METRICS or one.value.of in ("parameters", "peak_memory_mib", "excess_loss")
+        assert one.of
+        assert one.than or one.bound is not None
+        if not study.free_features:
+            assert {*one.of, *one.than} <= set(study.runs)
+            assert study.figure in FIGURES
+
+
+def test_the_full_scale_is_what_is_published():
+    for name in study_names():
+        study = load_study(name)
+        if "full" in study.scales and not study.free_features:
+            assert not study.scales["full"].settings
+            assert not study.scales["full"].runs
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 10])
+def test_a_difference_is_decided_as_a_paired_t_test_decides_it(seeds):
+    draw = np.random.default_rng(seeds)
+    verdicts = []
+    for _ in range(60):
+        a, b = draw.normal(0.8, 0.1, seeds), draw.normal(0.7, 0.1, seeds)
+        found = judge(claim("above", than=["b"], **LAST), of_seeds(a=a, b=b)).verdict
+        test = stats.ttest_rel(a, b)
+        expected = "undecided" if test.pvalue > 0.05 else "holds" if test.statistic > 0 else "does not hold"
+        assert found == expected
+        opposite = {"holds": "does not hold", "does not hold": "holds"}.get(found, found)
+        assert judge(claim("below", than=["b"], **LAST), of_seeds(a=a, b=b)).verdict == opposite
+        verdicts.append(found)
+    assert len(set(verdicts)) > 1
+
+
+def test_a_bound_is_decided_as_a_t_test_of_one_sample_decides_it():
+    draw = np.random.default_rng(0)
+    for _ in range(60):
+        a = draw.normal(0.8, 0.05, 5)
+        test = stats.ttest_1samp(a, 0.78)
+        expected = "undecided" if test.pvalue > 0.05 else "holds" if test.statistic > 0 else "does not hold"
+        assert judge(claim("at least", bound=0.78, **LAST), of_seeds(a=a)).verdict == expected
+
+
+def test_like_is_two_one_sided_intervals():
+    near = of_seeds(a=[0.900, 0.902, 0.901], b=[0.901, 0.902, 0.900])
+    far = of_seeds(a=[0.90, 0.902, 0.901], b=[0.80, 0.802, 0.801])
+    wide = of_seeds(a=[0.90, 0.95, 0.85], b=[0.90, 0.85, 0.95])
+    found = [judge(claim("like", than=["b"], bound=0.01, **LAST), runs).verdict for runs in (near, far, wide)]
+    assert found == ["holds", "does not hold", "undecided"]
+
+
+def test_a_claim_of_several_holds_only_if_each_comparison_does():
+    runs = of_seeds(a=[0.9, 0.901, 0.9], b=[0.8, 0.801, 0.8], c=[0.95, 0.951, 0.95])
+    both = claim("above", than=["b", "c"], **LAST)
+    judgement = judge(both, runs)
+    assert judgement.verdict == "does not hold"
+    assert [line.rpartition(": ")[2] for line in judgement.numbers] == ["holds", "does not hold"]
+
+
+def test_metrics_on_a_logarithmic_scale_are_compared_as_ratios():
+    runs = {
+        name: {seed: Finished(course([1.0, last * 10.0**seed]), {}) for seed in range(3)}
+        for name, last in (("a", 0.5), ("b", 1.0))
+    }
+    # In every seed half of it, though seeds differ by a hundred.
+    judgement = judge(claim("below", than=["b"], kind="last", of="nc1_pinv"), runs)
+    assert judgement.verdict == "holds"
+    assert "ratio 0.5 [0.5, 0.5]" in judgement.numbers[0]
+
+
+def test_a_fall_is_from_the_first_epoch_at_the_level():
+    def run(values, accuracies):
+        return Finished(pd.concat([course(values), course(accuracies, "accuracy")]), {})
+
+    fits = {seed: run([8, 4, 2, 0.1 * (1 + seed / 50)], [0.5, 0.99, 0.98, 1]) for seed in range(3)}
+    tenfold = claim("at least", bound=10, kind="fall", of="nc1_pinv", level=0.99)
+    judgement = judge(tenfold, {"a": fits})
+    assert judgement.verdict == "holds"
+    expected = 10 ** np.mean([math.log10(4 / (0.1 * (1 + seed / 50))) for seed in range(3)])
+    assert f"a {expected:.3g} [" in judgement.numbers[0]
+    never = fits | {3: run([8, 4, 2, 1], [0.5, 0.6, 0.7, 0.8])}
+    assert (
+        judge(claim("at least", bound=10, kind="fall", of="nc1_pinv", level=0.99), {"a": never}).verdict == "undecided"
+    )
+
+
+def test_epochs_that_are_not_reached_count_as_more_than_all():
+    def runs(*courses):
+        return {seed: Finished(course(values, "accuracy"), {}) for seed, values in enumerate(courses)}
+
+    soon, never = runs([0.5, 0.995, 1], [0.5, 0.996, 1]), runs([0.1, 0.2, 0.3], [0.1, 0.2, 0.4])
+    asked = claim("below", than=["b"], kind="epochs", of="accuracy", level=0.99)
+    judgement = judge(asked, {"a": soon, "b": never})
+    assert judgement.verdict == "holds"
+    assert "b at least 3" in judgement.numbers[0]
+    assert judge(asked, {"a": never, "b": soon}).verdict == "does not hold"
+    assert judge(asked, {"a": never, "b": never}).verdict == "undecided"
+
+
+def test_deviations_are_from_the_mean_over_seeds_of_the_same_epoch():
+    calm = {seed: Finished(course([0.5, 0.9 + seed / 1000], "accuracy", "test"), {}) for seed in range(3)}
+    wild = {seed: Finished(course([0.1 + seed / 5, 0.5 + seed / 5], "accuracy", "test"), {}) for seed in range(3)}
+    judgement = judge(claim("below", than=["b"], kind="deviation", of="accuracy", split="test"), {"a": calm, "b": wild})
+    # Of b 0.2, 0, 0.2 in both epochs; of a half of 0.001, 0, 0.001.
+    assert "a 0.000333 against b 0.133" in judgement.numbers[0]
+
+
+def test_one_seed_and_runs_that_are_not_there_are_undecided():
+    one = claim("above", than=["b"], **LAST)
+    assert "one seed" in judge(one, of_seeds(a=[0.9], b=[0.8])).numbers[0]
+    assert "no run" in judge(one, {**of_seeds(a=[0.9, 0.8]), "b": {}}).numbers[0]
+    with pytest.raises(ValueError, match="nc1_vci of the train split must be measured"):
+        judge(claim("at most", bound=1, kind="last", of="nc1_vci"), of_seeds(a=[0.9, 0.8]))
+
+
+def test_as_many_seeds_as_are_said_would_decide():
+    judgement = judge(claim("above", than=["b"], **LAST), of_seeds(a=[0.9, 0.7, 0.85], b=[0.7, 0.75, 0.8]))
+    assert judgement.verdict == "undecided"
+    seeds = int(judgement.numbers[0].partition("about ")[2].split()[0])
+    differences = np.array([0.2, -0.05, 0.05])
+    half = [stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / math.sqrt(n) for n in (seeds - 1, seeds)]
+    assert half[1] < differences.mean() <= half[0]
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    folder = tmp_path / "studies"
+    folder.mkdir()
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    monkeypatch.setattr(studies, "_FOLDER", folder)
+    monkeypatch.chdir(tmp_path)
+    return folder / "tiny.yaml"
+
+
+def test_a_study_runs_once_and_then_answers_without_its_data(tiny, capsys, monkeypatch):
+    assert main(["study", "tiny"]) == 0
+    told = capsys.readouterr().out
+    folder = RunFolder("runs/studies/tiny-small")
+    assert [run.path.name for run in folder.run_folders()] == ["fast-seed3", "slow-seed3", "fast-seed4", "slow-seed4"]
+    record = yaml.safe_load(folder.verdict.read_text())
+    assert record["claims"][0]["verdict"] in told.lower()
+    accuracies = {
+        run.path.name: run_table[(run_table["metric"] == "accuracy") & (run_table["split"] == "test")]["value"].iloc[-1]
+        for run in folder.run_folders()
+        for run_table in [pd.read_csv(run.metrics)]
+    }
+    mean = np.mean([accuracies[f"fast-seed{seed}"] - accuracies[f"slow-seed{seed}"] for seed in (3, 4)])
+    assert f"difference {mean:.3g}" in record["claims"][0]["numbers"][0]
+    assert (folder.figures / "zhu.png").exists()
+
+    monkeypatch.setattr("neuralcollapse.lab.training.many_runs.train_runs", None)
+    assert main(["study", "tiny"]) == 0
+    assert capsys.readouterr().out == told
+    assert main(["study"]) == 0
+    assert f"small: seconds; {record['claims'][0]['verdict']}" in capsys.readouterr().out
+
+
+def test_a_study_that_was_stopped_goes_on_with_more_seeds_too(tiny, capsys, monkeypatch):
+    from neuralcollapse.lab.training import many_runs
+
+    train, done = many_runs.train, []
+
+    def stop_in_the_second(*arguments, **options):
+        done.append(1)
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        return train(*arguments, **options)
+
+    monkeypatch.setattr(many_runs, "train", stop_in_the_second)
+    assert main(["study", "tiny"]) == 130
+    first = RunFolder("runs/studies/tiny-small").run("fast-seed3").metrics.stat().st_mtime_ns
+    assert main(["study", "tiny", "--seeds", "3"]) == 0
+    assert len(done) == 2 + 5
+    assert RunFolder("runs/studies/tiny-small").run("fast-seed3").metrics.stat().st_mtime_ns == first
+    assert yaml.safe_load(RunFolder("runs/studies/tiny-small").verdict.read_text())["seeds"] == [3, 4, 5]
+    assert len(RunFolder("runs/studies/tiny-small").run_folders()) == 6
+    capsys.readouterr()
+
+
+def test_a_study_changed_after_its_runs_says_which(tiny, capsys):
+    assert main(["study", "tiny", "--seeds", "3,"]) == 2
+    assert main(["study", "tiny", "--seeds", "1"]) == 0
+    tiny.write_text(yaml.safe_dump({**TINY, "runs": {"fast": {"lr": 0.2}, "slow": {"lr": 0.01}}}))
+    capsys.readouterr()
+    assert main(["study", "tiny", "--seeds", "1"]) == 2
+    told = capsys.readouterr().err
+    assert "1 of the runs" in told
+    assert "fast-seed3: lr must stay 0.1 to resume" in told
+    assert main(["study", "tiny", "--seeds", "1", "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"claims": [TINY["claims"][0] | {"of": "faster"}]}, "'faster', which is none of its runs fast, slow"),
+        (
+            {"claims": [TINY["claims"][0] | {"value": {"kind": "last", "of": "acuracy"}}]},
+            "no metric; nearest: accuracy",
+        ),
+        ({"claims": [TINY["claims"][0] | {"value": {"kind": "epochs", "of": "accuracy"}}]}, "no level"),
+        ({"claims": [TINY["claims"][0] | {"below": ["slow"]}]}, "a claim needs one of below, above"),
+        ({"claims": [TINY["claims"][0] | {"publshed": "2"}]}, "publshed"),
+        ({"small": {"seeds": [1]}}, "cost"),
+        ({"runs": {"fast": {"rate": 0.1}, "slow": {}}}, "rate"),
+    ],
+)
+def test_a_file_that_is_no_study_is_one_line(change, told, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(TINY | change))
+    assert main(["study", "mine.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["markou2024-mnst"], "nearest: markou2024-mnist"),
+        (["markou2024-imagenet", "--scale", "small"], "scale must be full for the study markou2024-imagenet"),
+        (["zhu2021-decay", "--seeds", "many"], "seeds must be a number of seeds"),
+        (["zhu2021-decay", "--seeds", "0"], "seeds must be at least one"),
+        (["markou2024-ufm", "--data", "somewhere"], "data must not be given"),
+        (["zhu2021-decay", "--data", "nowhere/at/all"], "give data a folder that holds it: --data FOLDER"),
+    ],
+)
+def test_what_is_wrong_is_one_line(arguments, told, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["study", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
