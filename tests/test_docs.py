@@ -92,6 +92,8 @@ def commands_of(page: Path) -> list[str]:
     text = page.read_text()
     blocks = "\n".join(re.findall(r"^```(?:bash|sh)?\n(.*?)^```", text, re.M | re.S)).replace("\\\n", " ")
     lines = [line.split("  #")[0] for line in blocks.splitlines()] + re.findall(r"`(neuralcollapse [^`]+)`", text)
+    launcher = r"^.*\b(?:srun|torchrun)\b.*? neuralcollapse(?:\.cli)? "
+    lines = [re.sub(launcher, "neuralcollapse ", line).replace(" $resume", "") for line in lines]
     commands = [line.split(" >")[0].strip() for line in lines if re.match(r" *neuralcollapse \w+ \S", line)]
     return [command for command in commands if not re.search(r"\[|\b[A-Z]{3,}\b|…|\.\.\.|  ", command)]
 

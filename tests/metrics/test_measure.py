@@ -260,3 +260,12 @@ def test_bad_input(model, make_model, options, message):
     model = make_model() if make_model else model
     with pytest.raises(ValueError, match=message):
         measure(model, options.pop("loader", make_loader()), progress=False, **options)
+
+
+def test_a_network_whose_features_are_all_the_same_is_measured():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 3))
+    torch.nn.init.zeros_(model[0].weight)
+    batches = [(torch.randn(30, 4), torch.arange(30) % 3)]
+    found = measure(model, batches, progress=False).metrics
+    assert found["mir_released"] == 0
+    assert found["accuracy"] == pytest.approx(1 / 3)

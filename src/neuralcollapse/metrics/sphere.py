@@ -177,8 +177,8 @@ def _entropy(rows: Tensor) -> Tensor:
 
 
 def _kernel_entropy(kernel: Tensor) -> Tensor:
-    """−Σ λ log λ over the eigenvalues of a kernel scaled to trace 1."""
-    eigenvalues = torch.linalg.eigvalsh(kernel / kernel.trace())
+    """−Σ λ log λ over the eigenvalues of a kernel scaled to trace 1; 0 of one that is 0."""
+    eigenvalues = torch.linalg.eigvalsh(kernel / kernel.trace().clamp_min(torch.finfo(kernel.dtype).tiny))
     return torch.special.entr(eigenvalues.clamp_min(0)).sum()
 
 

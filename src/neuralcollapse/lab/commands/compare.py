@@ -13,7 +13,7 @@ from neuralcollapse.lab.running import Ranks
 SUMMARY = "train methods over several seeds, print what they reach and how soon, draw figures"
 USAGE = (
     "[--recipe FAMILY] [--methods A,B] [--losses A,B] [--seeds N] [--lr auto] [--SETTING VALUE ...] [--out FOLDER] "
-    "[--resume | --overwrite]"
+    "[--parallel N] [--resume | --overwrite]"
 )
 DESCRIPTION = (
     "Train methods (by default standard, fixed and implicit), with one loss or several, over several seeds, from the "
@@ -27,6 +27,8 @@ SECTIONS = (Comparison, *SHARED)
 def add_arguments(parser: ArgumentParser) -> None:
     """Add what the command takes."""
     add_sections(parser, *SECTIONS)
+    parallel = "train so many runs at a time, each a process with a part of the CPU's threads or a device of cuda"
+    parser.add_argument("--parallel", type=int, metavar="PARALLEL", help=f"{parallel}; by default 1")
     add_output(parser, "runs/compare, or runs/RECIPE")
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from neuralcollapse.lab.results.judging import Finished
 
 SUMMARY = "a published figure from its runs to its picture and a verdict on what is claimed; alone: list them"
-USAGE = "[NAME] [--scale small|full] [--seeds N] [--data FOLDER] [--out FOLDER] [--overwrite]"
+USAGE = "[NAME] [--scale small|full] [--seeds N] [--data FOLDER] [--out FOLDER] [--parallel N] [--overwrite]"
 DESCRIPTION = (
     "Train what is missing of a study's runs, draw its figure, and judge each of its claims: it holds, does not hold "
     "or is undecided, by differences of the same seed with Student's 95% interval over seeds (n - 1). What was stopped "
@@ -42,6 +42,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--data", type=str, metavar="FOLDER", help="where the data are; by default the hub's are fetched"
     )
     parser.add_argument("--out", type=str, metavar="FOLDER", help="folder to write; by default runs/studies/NAME-SCALE")
+    parser.add_argument("--parallel", type=int, metavar="N", help="train so many of the runs at a time; by default 1")
     parser.add_argument("--overwrite", action="store_true", help="delete what the folder holds, and train again")
 
 
@@ -61,7 +62,9 @@ def run(settings: Namespace) -> None:
     else:
         data = settings.get("data") or (None if settings.get("overwrite") else _data_of(folder))
         runs = study_runs(study, scale, seeds, data)
-        _train_missing(runs, folder, {"study": study.name, "scale": scale}, overwrite=bool(settings.get("overwrite")))
+        parallel = 1 if settings.get("parallel") is None else settings.parallel
+        overwrite = bool(settings.get("overwrite"))
+        _train_missing(runs, folder, {"study": study.name, "scale": scale}, overwrite=overwrite, parallel=parallel)
         found = _finished_runs(study, runs, folder)
         groups = {label: _results(of_label) for label, of_label in found.items()}
         figures = _draw(study, found, folder)
@@ -94,7 +97,7 @@ def _is_finished(place: RunFolder) -> bool:
 
 
 def _train_missing(
-    runs: Mapping[str, RunConfig], folder: RunFolder, settings: dict[str, Any], *, overwrite: bool
+    runs: Mapping[str, RunConfig], folder: RunFolder, settings: dict[str, Any], *, overwrite: bool, parallel: int
 ) -> None:
     """Train what is not finished, if anything.
 
@@ -119,7 +122,15 @@ def _train_missing(
     from neuralcollapse.lab.training.many_runs import train_runs  # seconds
 
     resume = folder.config.exists() and not overwrite
-    train_runs(runs, folder.path, settings=settings, leave_out_failed=True, resume=resume, overwrite=overwrite)
+    train_runs(
+        runs,
+        folder.path,
+        settings=settings,
+        resume=resume,
+        overwrite=overwrite,
+        leave_out_failed=True,
+        parallel=parallel,
+    )
 
 
 def _finished_runs(study: Study, runs: Mapping[str, RunConfig], folder: RunFolder) -> dict[str, dict[int, RunFolder]]:

@@ -83,21 +83,23 @@ def train_and_report(
         show_config(config)
         return
 
-    follows = isinstance(runs, RunConfig) and runs.ranks > 1 and global_rank() > 0
-    if not follows:
-        check_output(RunFolder(out), config, settings)
+    options: dict[str, Any] = what_is_there(settings)
+    if isinstance(runs, RunConfig) and runs.ranks > 1 and global_rank() > 0:  # the first rank checks, and writes
+        from neuralcollapse.lab.training.many_runs import train_runs
+
+        train_runs(runs, out, settings=config, **options)
+        return
+    check_output(RunFolder(out), config, settings)
 
     from neuralcollapse.lab.figures.summary import summarise  # seconds: not for a mistake in a flag
     from neuralcollapse.lab.training.many_runs import train_runs
     from neuralcollapse.lab.training.tuning import with_chosen_rates
 
-    options = what_is_there(settings)
+    options["parallel"] = 1 if settings.get("parallel") is None else settings.parallel
     if comparison is not None and comparison.lr == "auto" and not isinstance(runs, RunConfig):
         runs = with_chosen_rates(runs, comparison, RunFolder(out), config, **options)
-        options = {"resume": True}
+        options |= {"resume": True, "overwrite": False}
     folder = train_runs(runs, out, settings=config, **options)
-    if follows:
-        return
     summary = summarise(folder, command)
     print_table(summary.table, summary.written)
 

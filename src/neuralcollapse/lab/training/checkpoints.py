@@ -56,8 +56,14 @@ class Checkpointing(Callback):
             self._end()
 
     def on_train_start(self, *_: Any) -> None:
-        """Have lightning's requeueing wait until the state is whole: by itself it saves in the middle of a batch."""
-        if not SLURMEnvironment.detect() or threading.current_thread() is not threading.main_thread():
+        """Have lightning's answers to signals wait until the state is whole.
+
+        In the middle of a batch it would save, and of several ranks meet the others where they wait for something else.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return
+        signal.signal(signal.SIGTERM, self.on_sigterm)
+        if not SLURMEnvironment.detect():
             return
         requeue = signal.getsignal(signal.SIGUSR1)
         if not callable(requeue):

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import time
+
 import torch
+from lightning.pytorch import Trainer
 
 from neuralcollapse.lab.ranks import launched_ranks, local_rank
 from neuralcollapse.lab.running import Ranks
+
+_SECONDS_TO_END = 10.0
 
 
 def resolve_device(name: str, ranks: int = 1) -> torch.device:
@@ -52,7 +60,25 @@ def check_ranks(run: Ranks, device: torch.device) -> None:
         raise ValueError(f"sync_batchnorm needs device cuda, of which torch synchronises batch norm, got {device.type}")
 
 
-def is_of_ranks(error: RuntimeError) -> bool:
-    """Whether an error says that other ranks are not there, or not any more."""
-    words = ("Connection", "connect", "timed out", "Timed out", "EADDRINUSE", "peer")
-    return isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in words)
+def lost_ranks(error: RuntimeError) -> str | None:
+    """What an error says of other ranks that are not there, or not any more; None if it is of something else."""
+    told = str(error)
+    if "EADDRINUSE" in told:
+        return f"MASTER_PORT must be a port that is free, and {os.environ.get('MASTER_PORT')} is taken"
+    words = ("Connection", "connect", "timed out", "Timed out", "peer")
+    if not isinstance(error, torch.distributed.DistError) and not any(word in told for word in words):
+        return None
+    reason = re.sub(r"^\[\S+\] ", "", told.partition(". ")[0])  # without the line of the C++ source
+    return f"ranks: one of them is lost, or cannot be reached: {reason}"
+
+
+def end_launched(trainer: Trainer) -> None:
+    """Have the ranks end that lightning has started: by themselves, so that they say why; or killed after a while."""
+    processes = getattr(trainer.strategy.launcher, "procs", [])
+    waiting, processes[:] = list(processes), []  # lightning kills this process, too, soon after one of them has failed
+    until = time.monotonic() + _SECONDS_TO_END
+    for process in waiting:
+        try:
+            process.wait(max(0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()

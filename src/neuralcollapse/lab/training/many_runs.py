@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from lightning.pytorch import Callback
 
 from neuralcollapse.lab.config import BatchSettings, DataSettings, RunConfig
 from neuralcollapse.lab.data.batches import EvaluationBatches, evaluation_batches
@@ -26,6 +27,7 @@ from neuralcollapse.lab.results.tables import read_table
 from neuralcollapse.lab.training.devices import check_precision, check_ranks, resolve_device
 from neuralcollapse.lab.training.loggers import check_loggers
 from neuralcollapse.lab.training.one_run import ClassifierTraining, train
+from neuralcollapse.lab.training.processes import in_processes
 from neuralcollapse.lab.training.progress import Progress
 
 
@@ -38,9 +40,10 @@ def train_runs(
     overwrite: bool = False,
     progress: bool = True,
     leave_out_failed: bool = False,
+    parallel: int = 1,
     before_writing: Callable[[], None] | None = None,
 ) -> RunFolder:
-    """Train one run, or one after another.
+    """Train one run, or several, one after another or so many at a time.
 
     Settings, data, models and folders are checked for all of them before anything is written. A run that is finished
     is left as it is, one that was stopped goes on.
@@ -54,6 +57,8 @@ def train_runs(
         overwrite: Delete what the folder holds.
         progress: Show progress.
         leave_out_failed: Name a run that fails on stderr, and go on with the next one.
+        parallel: Train so many of several runs at a time, each in a process of its own: on a CPU with a part of its
+            threads, on cuda on one device in turn.
         before_writing: Called when everything is checked.
 
     Returns:
@@ -70,6 +75,8 @@ def train_runs(
         >>> [run.path.name for run in folder.run_folders()]
         ['fixed-seed1', 'fixed-seed2']
     """
+    if parallel < 1 or (parallel > 1 and isinstance(runs, RunConfig)):
+        raise ValueError(f"parallel must be at least 1, and 1 for one run, got {parallel}")
     whole = RunFolder(folder)
     if isinstance(runs, RunConfig):
         if runs.ranks > 1 and global_rank() > 0:  # the first rank writes the folder
@@ -97,27 +104,62 @@ def train_runs(
         there = whole.read_environment().get("runs", names)
         if new := [name for name in names if name not in there]:
             whole.add_facts(runs=there + new)
-        for position, (place, run) in enumerate(places.items()):
-            if place is whole:
-                _train_one(preparation.module(run, place), place, bar.next_run(run.method, position))
-                break
-            if place.is_finished(run.in_force()):
-                continue
-            module, name = preparation.module(run, place), place.path.name
-            try:
-                with place.writing(run.in_force(), resume=True, facts=_facts(module.data)):
-                    _train_one(module, place, bar.next_run(name, position))
-            except ValueError as error:
-                if not leave_out_failed:
-                    raise ValueError(f"{name}: {error}") from error
-                print(f"neuralcollapse: left out: {name}: {error}", file=sys.stderr)
+        if isinstance(runs, RunConfig):
+            _train_one(preparation.module(runs, whole), whole, bar.next_run(runs.method, 0))
+            return whole
+        ended = _apart(places, bar, parallel, resume) if parallel > 1 else _in_turn(places, bar, preparation)
+        for name, failure in ended:
+            if failure is not None and not leave_out_failed:
+                raise ValueError(f"{name}: {failure}") from failure
+            if failure is not None:
+                print(f"neuralcollapse: left out: {name}: {failure}", file=sys.stderr)
     return whole
 
 
-def _train_one(module: ClassifierTraining, place: RunFolder, bar: Progress) -> None:
+Ended = Iterator[tuple[str, ValueError | None]]
+
+
+def _in_turn(places: Mapping[RunFolder, RunConfig], bar: Progress, preparation: Preparation) -> Ended:
+    """Train each run that is not finished; the names of those that ended, and what they failed with."""
+    for position, (place, run) in enumerate(places.items()):
+        if place.is_finished(run.in_force()):
+            continue
+        try:
+            _train_one_of_several(run, place, preparation, bar.next_run(place.path.name, position))
+        except ValueError as error:
+            yield place.path.name, error
+        else:
+            yield place.path.name, None
+
+
+def _apart(places: Mapping[RunFolder, RunConfig], bar: Progress, number: int, resumed: bool) -> Ended:
+    """The same, in processes."""
+    unfinished = {
+        place.path.name: (run, place.path, resumed)
+        for place, run in places.items()
+        if not place.is_finished(run.in_force())
+    }
+    bar.count_runs(len(places) - len(unfinished))
+    with closing(in_processes(_train_apart, unfinished, number)) as ended:
+        for name, failure in ended:
+            bar.count_runs(1, name)
+            yield name, failure
+
+
+def _train_apart(run: RunConfig, path: Path, resumed: bool) -> None:
+    _train_one_of_several(run, RunFolder(path), Preparation(resumed=resumed, progress=False))
+
+
+def _train_one_of_several(run: RunConfig, place: RunFolder, preparation: Preparation, *callbacks: Callback) -> None:
+    module = preparation.module(run, place)
+    with place.writing(run.in_force(), resume=True, facts=_facts(module.data)):
+        _train_one(module, place, *callbacks)
+
+
+def _train_one(module: ClassifierTraining, place: RunFolder, *callbacks: Callback) -> None:
     _keep_labels(module.data, place)
     forget_peak_memory()
-    train(module, place, bar)
+    train(module, place, *callbacks)
     parameters = sum(parameter.numel() for parameter in module.model.parameters())
     place.add_facts(parameters=parameters, peak_memory_mib=round(peak_memory()))
 

@@ -34,7 +34,7 @@ from neuralcollapse.lab.training.checkpoints import (
     restore_generators,
 )
 from neuralcollapse.lab.training.collapse_callback import CollapseCallback
-from neuralcollapse.lab.training.devices import is_of_ranks
+from neuralcollapse.lab.training.devices import end_launched, lost_ranks
 from neuralcollapse.lab.training.loggers import build_loggers, finish_loggers
 from neuralcollapse.lab.training.logs import GradientLog, TrainingLog
 from neuralcollapse.lab.training.objective import batch_loss, penalty
@@ -240,14 +240,16 @@ def train(module: ClassifierTraining, folder: RunFolder, *callbacks: Callback, r
         except torch._dynamo.exc.BackendCompilerFailed as error:
             raise ValueError(f"compile must be off where torch.compile fails: {error}") from error
         except RuntimeError as error:
-            if config.ranks > 1 and is_of_ranks(error):
-                raise ValueError(f"ranks: one of them is lost, or cannot be reached: {error}") from error
-            raise
+            told = lost_ranks(error) if config.ranks > 1 else None
+            if told is None:
+                raise
+            raise ValueError(told) from error
         except SystemExit as exit:  # lightning's answer to Ctrl-C
             if isinstance(exit.__context__, KeyboardInterrupt):
                 raise KeyboardInterrupt from exit
             raise
         finally:
+            end_launched(trainer)
             finish_loggers(loggers)
 
 

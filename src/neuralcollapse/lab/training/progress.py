@@ -36,6 +36,14 @@ class Progress(Callback):
         self.name, self.position = name, position
         return self
 
+    def count_runs(self, ended: int, last: str | None = None) -> None:
+        """Count runs, not batches: so many more have ended, trained by others."""
+        self.position += ended
+        self.bar.unit, self.bar.unit_scale, self.bar.total = "run", False, self.runs
+        self.bar.update(ended)
+        if self.plain and last is not None:
+            print(f"{last}: ended, {self.position} of {self.runs} runs", file=sys.stderr, flush=True)
+
     def close(self) -> None:
         """Leave the bar as it is."""
         self.bar.close()

@@ -16,7 +16,13 @@ from neuralcollapse.lab.training.many_runs import train_runs
 
 
 def with_chosen_rates(
-    runs: Sequence[RunConfig], comparison: Comparison, folder: RunFolder, settings: dict[str, Any], **options: Any
+    runs: Sequence[RunConfig],
+    comparison: Comparison,
+    folder: RunFolder,
+    settings: dict[str, Any],
+    *,
+    parallel: int = 1,
+    **options: Any,
 ) -> list[RunConfig]:
     """Train each method with each loss at every candidate, and give their runs the best.
 
@@ -29,6 +35,7 @@ def with_chosen_rates(
         comparison: With ``lr_candidates`` and ``tuning_share``.
         folder: That of the comparison.
         settings: What it keeps as its settings.
+        parallel: How many runs to train at a time.
         options: Whether to ``resume`` and to ``overwrite``, as for `train_runs`.
 
     Raises:
@@ -44,7 +51,7 @@ def with_chosen_rates(
         for rate in rates
     ]
     start = partial(folder.start, settings, overwrite=options.get("overwrite", False))
-    whole = train_runs(tried, folder.tuning, before_writing=start, leave_out_failed=True, **options)
+    whole = train_runs(tried, folder.tuning, before_writing=start, leave_out_failed=True, parallel=parallel, **options)
     scores: dict[tuple[str, str], dict[float, tuple[float, float, float]]] = {kind: {} for kind in kinds}
     for run, place in zip(tried, whole.run_folders(), strict=True):
         accuracies = _validation_accuracies(place)
