@@ -165,7 +165,11 @@ def _compare(claim: Claim, name: str, other: str | None, values: Mapping[str, _V
     if compared.empty:
         return UNDECIDED, f"{words}, with no run of the same seed that is finished"
     if not compared.map(math.isfinite).all():
-        return UNDECIDED, f"{words}, which not every seed has: the level was not reached, or it is 0"
+        lacking = int((~compared.map(math.isfinite)).sum())
+        return (
+            UNDECIDED,
+            f"{words}; {lacking} of {len(compared)} seeds have none: the level was not reached, or it is 0",
+        )
     if more:
         return UNDECIDED, f"{words}, which neither reaches in a seed: more epochs would tell"
     mean, half = student_interval(compared)
