@@ -59,8 +59,9 @@ def _claims() -> str:
             published = f" Published: {one['published']}." if "published" in one else ""
             lines += [f"**{one['verdict']}**: {one['claim']} ({one['measure']}).{published}", ""]
             lines += [f"- {numbers}" for numbers in one["numbers"]] + [""]
+        commits = ", ".join(re.sub(r"^(\w{10})\w*", r"\1", one) for one in str(record["git_commit"]).split(", "))
         lines += [f"`{record['command']}`, seeds {', '.join(map(str, record['seeds']))}, commit "
-                  f"`{record['git_commit']}`, {record['accelerator'] or record['machine']}, "
+                  f"{commits}, {record['accelerator'] or record['machine']}, "
                   f"{record['training_minutes']} minutes of training, {str(record['finished'])[:10]}.", ""]  # fmt: skip
         if (picture := CLAIMS.parent / "figures" / f"study-{record['study']}.png").exists():
             lines.append(f"![{record['title']}](figures/{picture.name})")
