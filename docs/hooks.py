@@ -53,7 +53,12 @@ def _claims() -> str:
         lines += [f"| [{record['study']}](#{record['study']}) | {one['claim']} | **{one['verdict']}** |"
                   for one in record["claims"]]  # fmt: skip
     for record in records:
-        lines += ["", f"## {record['study']}", "", f"{record['title'][0].upper()}{record['title'][1:]}. {record['source']}."]
+        lines += [
+            "",
+            f"## {record['study']}",
+            "",
+            f"{record['title'][0].upper()}{record['title'][1:]}. {record['source']}.",
+        ]
         lines += [f"Reduced: {record['reduced']}." if record["reduced"] else "", ""]
         for one in record["claims"]:
             published = f" Published: {one['published']}." if "published" in one else ""
