@@ -135,7 +135,7 @@ class _State:
         self.largest_radius = math.sqrt(model.point.shape[-2])  # ‖Q‖: steps beyond it retract to much the same points
         scalar = model.cost[..., None, None]
         # A step that is too long is found out at the cost of one. An eighth of it, the usual start, costs two
-        # iterations of eight on the published problem, and saved none elsewhere.
+        # iterations of eight on the published problem, and was not clearly better or worse on others.
         self.radius = torch.full_like(scalar, self.largest_radius)
         self.status = torch.full_like(scalar, int(Stop.MAX_ITERATIONS), dtype=torch.int64)
         self.iterations = torch.zeros_like(self.status)
