@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
-from neuralcollapse.lab.commands.runs import Outcome, add_runs, runs_of
+from neuralcollapse.lab.commands.runs import Outcome, add_runs, new_file, runs_of
 from neuralcollapse.lab.settings import Settings
 
 if TYPE_CHECKING:
@@ -36,8 +36,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(settings: Namespace) -> int:
     """Gather, write, and say so."""
     levels = _levels(settings.get("reach"))
-    out = _file(settings.get("out"), bool(settings.get("overwrite")), "out")
-    reach = _file(str(out.with_name(f"{out.stem}-reach{out.suffix}")), bool(settings.get("overwrite")), "out")
+    overwrite = bool(settings.get("overwrite"))
+    out = Path(settings.get("out") or "")
+    if out.suffix not in (".csv", ".parquet"):
+        raise ValueError(f"out must be a file ending in .csv or .parquet, got {settings.get('out')!r}")
+    new_file(out, overwrite=overwrite)
+    reach = new_file(out.with_name(f"{out.stem}-reach{out.suffix}"), overwrite=overwrite)
     runs = runs_of(settings.runs)
 
     from neuralcollapse.lab.results.aggregation import epochs_to_reach, gather_groups, group_runs, statistics_over_seeds
@@ -67,15 +71,6 @@ def _levels(text: str | None) -> dict[str, float]:
         except ValueError:
             raise ValueError(f"reach must be METRIC=LEVEL, such as accuracy=0.99, got {item!r}") from None
     return levels
-
-
-def _file(name: str | None, overwrite: bool, setting: str) -> Path:
-    path = Path(name or "")
-    if path.suffix not in (".csv", ".parquet"):
-        raise ValueError(f"{setting} must be a file ending in .csv or .parquet, got {name!r}")
-    if path.exists() and not overwrite:
-        raise ValueError(f"{setting} must be a new file, and {str(path)!r} exists: --overwrite replaces it")
-    return path
 
 
 def _write(table: pd.DataFrame, path: Path, outcome: Outcome) -> None:

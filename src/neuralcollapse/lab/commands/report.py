@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from neuralcollapse.lab.commands.runs import Outcome, add_runs, runs_of
+from neuralcollapse.lab.commands.runs import Outcome, add_runs, new_file, runs_of
 from neuralcollapse.lab.settings import Settings
 
 SUMMARY = "one self-contained HTML page of one run or several"
@@ -37,8 +37,7 @@ def run(settings: Namespace) -> int:
     out = Path(settings.get("out") or "report.html")
     if out.suffix not in (".html", ".htm"):
         raise ValueError(f"out must be a file ending in .html, got {str(out)!r}")
-    if out.exists() and not settings.get("overwrite"):
-        raise ValueError(f"out must be a new file, and {str(out)!r} exists: --overwrite replaces it")
+    new_file(out, overwrite=bool(settings.get("overwrite")))
     classes = _classes(settings.get("classes"))
     folders = runs_of(settings.runs)
 

@@ -30,6 +30,17 @@ def runs_of(paths: Sequence[str]) -> list[RunFolder]:
     return list({run.path.resolve(): run for run in runs}.values())
 
 
+def new_file(path: Path, *, overwrite: bool) -> Path:
+    """A file to write, as it is given.
+
+    Raises:
+        ValueError: It is there, and not to be replaced.
+    """
+    if path.exists() and not overwrite:
+        raise ValueError(f"out must be a new file, and {str(path)!r} exists: --overwrite replaces it")
+    return path
+
+
 def say_written(paths: Sequence[Path]) -> None:
     """Say what was written, most telling first."""
     for place, path in enumerate(paths):

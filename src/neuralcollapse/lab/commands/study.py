@@ -146,17 +146,11 @@ def _results(runs: Mapping[int, RunFolder]) -> dict[int, Finished]:
     from neuralcollapse.lab.results.judging import Finished
     from neuralcollapse.lab.results.tables import read_table
 
-    return {
-        seed: Finished(read_table(run.metrics), run.read_environment() | {"seconds": _seconds(run)})
-        for seed, run in runs.items()
-    }
-
-
-def _seconds(run: RunFolder) -> float:
-    """Of training."""
-    from neuralcollapse.lab.results.tables import read_table
-
-    return float(read_table(run.training_log)["seconds"].sum())
+    found = {}
+    for seed, run in runs.items():
+        seconds = float(read_table(run.training_log)["seconds"].sum())
+        found[seed] = Finished(read_table(run.metrics), run.read_environment() | {"seconds": seconds})
+    return found
 
 
 def _draw(study: Study, found: Mapping[str, Mapping[int, RunFolder]], folder: RunFolder) -> list[Path]:

@@ -56,12 +56,14 @@ def student_interval(values: pd.Series) -> tuple[float, float]:
         >>> round(mean, 3), round(half, 3)
         (2.0, 2.484)
     """
+    half = math.nan if len(values) < 2 else _half_width(float(values.std()), len(values))
+    return float(values.mean()), half
+
+
+def _half_width(spread: float, seeds: int) -> float:
     from scipy.stats import t
 
-    if len(values) < 2:
-        return float(values.mean()), math.nan
-    quantile = t.ppf((1 + _CONFIDENCE) / 2, len(values) - 1)
-    return float(values.mean()), float(quantile * values.std() / math.sqrt(len(values)))
+    return float(t.ppf((1 + _CONFIDENCE) / 2, seeds - 1) * spread / math.sqrt(seeds))
 
 
 def judge(claim: Claim, groups: Groups) -> Judgement:
@@ -200,12 +202,10 @@ def _decide(relation: str, mean: float, half: float, bound: float) -> str:
 
 def _what_it_takes(compared: pd.Series, relation: str, bound: float) -> str:
     """With how many seeds it would be decided, were mean and spread to stay."""
-    from scipy.stats import t
-
     mean, spread = float(compared.mean()), float(compared.std())
     distance = abs(abs(mean) - bound) if relation == "like" else abs(mean - bound)
     for seeds in range(len(compared) + 1, _MOST_SEEDS + 1):
-        if t.ppf((1 + _CONFIDENCE) / 2, seeds - 1) * spread / math.sqrt(seeds) < distance:
+        if _half_width(spread, seeds) < distance:
             return f"about {seeds} seeds would decide, were mean and spread to stay"
     return f"not even {_MOST_SEEDS} seeds would decide, were mean and spread to stay"
 
