@@ -88,6 +88,7 @@ OTHER = {
     "milestones": [2],
     "lr_factor": 0.7,
     "gradient_clip": 0.5,
+    "weight_average": 0.1,
     "accumulate": 2,
     "precision": "bf16-mixed",
     "compile": True,

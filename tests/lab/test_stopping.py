@@ -34,6 +34,7 @@ RUNS = {
     "adamw": {"method": "standard", "optimizer": "adamw", "lr": 0.01, "schedule": "one-cycle"},
     "agd": {"method": "fixed", "optimizer": "agd", "batch_norm_affine": False, "classifier_bias": "none"},
     "lbfgs": {"method": "fixed", "optimizer": "lbfgs", "lbfgs_iterations": 3},
+    "averaged": {"method": "frame", "weight_average": 0.1, "accumulate": 2},
     "streamed": {"memory_budget": 0.0, "workers": 0, "stratified": True, "means_momentum": "cumulative"},
     "dropout": {"backbone": "a_net_with_dropout.Net", "width": None},
 }

@@ -15,17 +15,10 @@ from neuralcollapse.lab.settings import Settings, listed, setting, where
 
 PublishedMethod = Literal["standard", "fixed", "implicit"]
 PUBLISHED_METHODS: tuple[PublishedMethod, ...] = get_args(PublishedMethod)
-Method = Literal[
-    PublishedMethod,
-    "linear",
-    "means",
-    "frame",
-    "attribute-frame",
-    "fixed-frame",
-    "softmax-code",
-    "trust-region",
-    "mahalanobis",
+FurtherMethod = Literal[
+    "linear", "means", "frame", "attribute-frame", "fixed-frame", "softmax-code", "trust-region", "mahalanobis"
 ]
+Method = Literal[PublishedMethod, FurtherMethod]
 METHODS: tuple[Method, ...] = get_args(Method)
 Loss = Literal["cross-entropy", "mse", "dot-regression", "normface", "ntce", "nonl", "decoupled", "two-way"]
 MOST_SEED = 2**63 - 1
@@ -246,6 +239,9 @@ class Optimisation(Settings):
     """What the learning rate is multiplied by."""
     gradient_clip: float | None = setting(belongs_to=where(optimizer=("sgd", "adam", "adamw")), above=0)
     """Scale the gradient of all parameters down to this norm where it is longer."""
+    weight_average: float | None = setting(above=0, at_most=1)
+    """Measure an average of the weights in place of the weights of the moment: mostly of this share of the steps so
+    far. 1 is the mean of all steps; after step t, step s counts as s^(1/share - 1)."""
     accumulate: int | None = setting(1, belongs_to=only.ACCUMULATING, at_least=1)
     """Batches whose gradients one step takes together, each sample with the same weight. The classifier and its class
     means still move with every batch."""

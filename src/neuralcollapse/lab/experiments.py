@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import product
 from typing import Any, Literal
 
 from neuralcollapse.lab.config import METHODS, MOST_SEED, PUBLISHED_METHODS, DataSettings, Loss, Method, RunConfig
@@ -32,6 +33,8 @@ class Comparison(Settings):
     and mahalanobis (which `train --help` explains), with commas between them. By default the first three."""
     losses: list[Loss] | None = None
     """Train every method with each of these, with commas between them; by default with the one that `loss` says."""
+    weight_averages: list[float] | None = setting(at_least=0, at_most=1)
+    """Train every method and loss with each of these shares as `weight_average`, 0 for none."""
     seeds: int | list[int] = setting(3, at_least=0, at_most=MOST_SEED)
     """Number of seeds, or the seeds with commas between them; of a recipe, by default its own. A seed's runs start from
     the same weights and see the same batches."""
@@ -52,6 +55,9 @@ class Comparison(Settings):
             raise ValueError(f"methods must be different ones of {', '.join(METHODS)}, got {self.methods}")
         if self.losses is not None and (not self.losses or len(set(self.losses)) < len(self.losses)):
             raise ValueError(f"losses must be different ones, at least one, got {self.losses}")
+        averages = self.weight_averages
+        if averages is not None and (not averages or len(set(averages)) < len(averages)):
+            raise ValueError(f"weight_averages must be different ones, at least one, got {averages}")
         if self.lr_candidates is not None and len(set(self.lr_candidates)) < max(2, len(self.lr_candidates)):
             raise ValueError(f"lr_candidates must be different ones, at least two, got {self.lr_candidates}")
         if self.seeds == 0:
@@ -94,10 +100,13 @@ def single_run(settings: Mapping[str, Any], base: Mapping[str, Any] | None = Non
 def comparison_runs(
     comparison: Comparison, settings: Mapping[str, Any], base: Mapping[str, Any] | None = None
 ) -> list[RunConfig]:
-    """Every method with every loss and seed; each method with the settings of its recipe, if the comparison names some.
+    """Every method with every loss, weight average and seed.
+
+    Each method has the settings of its recipe, if the comparison names some.
 
     Args:
-        comparison: Which methods, losses and seeds. With its ``lr`` ``"auto"`` the rates are still to be chosen.
+        comparison: Which methods, losses, weight averages and seeds. With its ``lr`` ``"auto"`` the rates are still to
+            be chosen.
         settings: Those that all runs share; each counts where it has an effect, and is to have one in one run at least.
         base: Values to take where none is given, before those of a recipe.
 
@@ -112,6 +121,8 @@ def comparison_runs(
     _check_names(settings, without=("recipe", "method", "seed"))
     if comparison.losses is not None and settings.get("loss") is not None:
         raise ValueError("loss must not be given beside losses")
+    if comparison.weight_averages is not None and settings.get("weight_average") is not None:
+        raise ValueError("weight_average must not be given beside weight_averages")
     if comparison.lr == "auto":
         base = {name: value for name, value in (base or {}).items() if name != "lr"}
     bases = {method: base or {} for method in comparison.methods}
@@ -121,13 +132,17 @@ def comparison_runs(
         bases = {method: {**recipe.settings, **(base or {})} for method, recipe in family.items()}
         names = {method: recipe.name for method, recipe in family.items()}
     chosen, refusals = [], []
-    for method in comparison.methods:
-        for loss in comparison.losses or (None,):
-            asked = {**settings, "method": method} | ({} if loss is None else {"loss": loss})
-            values, refused = resolve(RunConfig, asked, bases[method])
-            _check_reached(settings, values)
-            chosen.append(values | {"recipe": names[method]})
-            refusals.append(refused)
+    axes: dict[str, list[Any]] = {}
+    if comparison.losses is not None:
+        axes["loss"] = comparison.losses
+    if comparison.weight_averages is not None:
+        axes["weight_average"] = [share or None for share in comparison.weight_averages]
+    for method, *others in product(comparison.methods, *axes.values()):
+        own = {"method": method, **dict(zip(axes, others, strict=True))}
+        values, refused = resolve(RunConfig, {**settings, **own}, bases[method])
+        _check_reached(settings, values)
+        chosen.append(values | {"recipe": names[method]})
+        refusals.append(refused)
     everywhere = set.intersection(*map(set, refusals))
     if everywhere:
         raise ValueError(next(reason for name, reason in refusals[0].items() if name in everywhere))
@@ -161,13 +176,14 @@ def tell_apart(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def label_of(telling: Mapping[str, Any]) -> str:
-    """What tells a run from others, in words: the method, then the loss, then settings by name.
+    """What tells a run from others, in words: the method, then the loss, then settings that are in force by name.
 
     Examples:
         >>> label_of({"method": "fixed", "loss": "nonl", "lr": 0.1})
         'fixed nonl lr=0.1'
     """
-    return " ".join(str(value) if name in ("method", "loss") else f"{name}={value}" for name, value in telling.items())
+    there = {name: value for name, value in telling.items() if value is not None}
+    return " ".join(str(value) if name in ("method", "loss") else f"{name}={value}" for name, value in there.items())
 
 
 def common_settings(runs: Sequence[RunConfig]) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from neuralcollapse.lab.running import Ranks
 
 SUMMARY = "train methods over several seeds, print what they reach and how soon, draw figures"
 USAGE = (
-    "[--recipe FAMILY] [--methods A,B] [--losses A,B] [--seeds N] [--lr auto] [--SETTING VALUE ...] [--out FOLDER] "
-    "[--parallel N] [--resume | --overwrite]"
+    "[--recipe FAMILY] [--methods A,B] [--losses A,B] [--weight_averages X,Y] [--seeds N] [--lr auto] "
+    "[--SETTING VALUE ...] [--out FOLDER] [--parallel N] [--resume | --overwrite]"
 )
 DESCRIPTION = (
     "Train methods (by default standard, fixed and implicit), with one loss or several, over several seeds, from the "
@@ -33,7 +33,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(settings: Namespace) -> None:
-    """Train every method with every loss and seed, and say what was written."""
+    """Train every method with every loss, weight average and seed, and say what was written."""
     given = asked_for(settings, *SECTIONS)
     out = output_folder(settings, f"runs/{given.get('recipe') or 'compare'}")
     given, base = stored_settings(settings, given, out)
@@ -43,6 +43,7 @@ def run(settings: Namespace) -> None:
     shared = {name: value for name, value in given.items() if name not in own}
     runs = comparison_runs(comparison, shared, base)
     config = comparison.in_force() | common_settings(runs) | ({"lr": "auto"} if auto else {})
-    if comparison.losses is not None:
-        config.pop("loss", None)
+    for axis, name in ((comparison.losses, "loss"), (comparison.weight_averages, "weight_average")):
+        if axis is not None:
+            config.pop(name, None)
     train_and_report(runs, out, config, settings, "compare", comparison)

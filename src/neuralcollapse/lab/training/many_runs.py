@@ -221,7 +221,11 @@ def _named(runs: Sequence[RunConfig]) -> dict[str, RunConfig]:
     names = [f"{run.method}-seed{run.seed}" for run in runs]
     if len(set(names)) < len(names):
         parts = [
-            [str(value) if name in ("method", "loss") else f"{name}{value}" for name, value in telling.items()]
+            [
+                str(value) if name in ("method", "loss") else f"{name}{value}"
+                for name, value in telling.items()
+                if value is not None
+            ]
             for telling in tell_apart([run.in_force() for run in runs])
         ]
         names = ["-".join([*part, f"seed{run.seed}"]) for part, run in zip(parts, runs, strict=True)]

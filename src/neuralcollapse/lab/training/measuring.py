@@ -49,6 +49,7 @@ def measure_run(
         raise ValueError(f"run {str(run.path)!r} must have checkpoints to measure, and has none")
     module = preparation.module(single_run({}, run.settings()), run)
     wanted, loaders = select_splits(module.evaluation, splits)
+    layers = [f"{module.measured}.{name}" for name in layers]
     chosen = [path for place, path in enumerate(checkpoints) if place % every == 0 or path == checkpoints[-1]]
     for path in tqdm(chosen, desc=run.path.name, unit="checkpoint", disable=None if progress else True):
         try:
@@ -67,7 +68,7 @@ def measure_run(
             module,
             loaders,
             **module.measuring,
-            layers=[f"model.{name}" for name in layers],
+            layers=layers,
             epoch=epoch,
             progress=False,
         )
@@ -105,4 +106,4 @@ def write_measurements(folder: RunFolder, epoch: int, found: Mapping[str, Measur
 def _is_there(path: Path, layers: Sequence[str]) -> bool:
     if not path.exists():
         return False
-    return not layers or {f"model.{name}" for name in layers} <= set(Measurement.load(path).layers)
+    return not layers or set(layers) <= set(Measurement.load(path).layers)

@@ -24,7 +24,7 @@ def with_chosen_rates(
     parallel: int = 1,
     **options: Any,
 ) -> list[RunConfig]:
-    """Train each method with each loss at every candidate, and give their runs the best.
+    """Train each method with each loss and weight average at every candidate, and give their runs the best.
 
     That is the rate of the greatest last validation accuracy, then of the greatest mean over measured epochs, then the
     smallest, in runs of the first seed that is not compared. The folder is started, and keeps these runs in its
@@ -44,7 +44,7 @@ def with_chosen_rates(
     folder.check(settings, **options)
     rates = sorted(comparison.lr_candidates or [])
     seed = next(seed for seed in count() if seed not in comparison.seed_list)
-    kinds = {(run.method, run.loss): run for run in reversed(runs)}
+    kinds = {_kind(run): run for run in reversed(runs)}
     tried = [
         replace(run, lr=rate, seed=seed, validation_share=run.validation_share or comparison.tuning_share)
         for run in reversed(kinds.values())
@@ -52,17 +52,21 @@ def with_chosen_rates(
     ]
     start = partial(folder.start, settings, overwrite=options.get("overwrite", False))
     whole = train_runs(tried, folder.tuning, before_writing=start, leave_out_failed=True, parallel=parallel, **options)
-    scores: dict[tuple[str, str], dict[float, tuple[float, float, float]]] = {kind: {} for kind in kinds}
+    scores: dict[tuple[str, str, float | None], dict[float, tuple[float, float, float]]] = {kind: {} for kind in kinds}
     for run, place in zip(tried, whole.run_folders(), strict=True):
         accuracies = _validation_accuracies(place)
         if run.lr is not None and accuracies and max(accuracies) == run.epochs:
             mean = sum(accuracies.values()) / len(accuracies)
-            scores[run.method, run.loss][run.lr] = (accuracies[run.epochs], mean, -run.lr)
-    for (method, loss), found in scores.items():
+            scores[_kind(run)][run.lr] = (accuracies[run.epochs], mean, -run.lr)
+    for (method, loss, _), found in scores.items():
         if not found:
             raise ValueError(f"lr_candidates must hold one at which {method} trains with {loss}, got {rates}")
     best = {kind: max(found, key=lambda rate: found[rate]) for kind, found in scores.items()}
-    return [replace(run, lr=best[run.method, run.loss]) for run in runs]
+    return [replace(run, lr=best[_kind(run)]) for run in runs]
+
+
+def _kind(run: RunConfig) -> tuple[str, str, float | None]:
+    return run.method, run.loss, run.weight_average
 
 
 def _validation_accuracies(run: RunFolder) -> dict[int, float]:
