@@ -19,7 +19,7 @@ from neuralcollapse.cli import main
             "--methods standard,explicit",
             "methods must be a list, each item one of standard, fixed, implicit, linear, means",
         ),
-        ("--methods fixed,fixed", "methods must be different ones of"),
+        ("--methods fixed,fixed", "methods must be different ones, at least one"),
         (
             "--backbone vgg",
             "backbone must be one of convnet, mlp, resnet18, resnet34, resnet50, resnet101, resnet152, resnext50-32x4d",

@@ -287,11 +287,33 @@ def test_a_comparison_of_losses_is_methods_times_losses_each_with_its_own_settin
         comparison_runs(Comparison(losses=["ntce", "mse"]), {"margin": 2.0})
 
 
+def test_combinations_are_chosen_ones_of_methods_losses_and_weight_averages():
+    wanted = [("standard", "nonl", None), ("standard", "nonl", 0.1), ("means", "two-way", 0.1), ("fixed", "mse", None)]
+    names = [f"{method}/{loss}" + (f"/{share}" if share else "") for method, loss, share in wanted]
+    runs = comparison_runs(Comparison(combinations=[*names[:3], "fixed/mse/0"], seeds=1), {})
+    assert [(run.method, run.loss, run.weight_average) for run in runs] == wanted
+    product_runs = comparison_runs(Comparison(methods=["fixed"], weight_averages=[0, 0.2], seeds=1), {})
+    assert [run.weight_average for run in product_runs] == [None, 0.2]
+    for comparison in (Comparison(combinations=["fixed/mse"]), Comparison(weight_averages=[0.1])):
+        with pytest.raises(ValueError, match="weight_average must not be given beside"):
+            comparison_runs(comparison, {"weight_average": 0.3})
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"losses": []}, "losses must be different ones, at least one"),
         ({"losses": ["nonl", "nonl"]}, "losses must be different ones, at least one"),
+        ({"weight_averages": [0.1, 0.1]}, "weight_averages must be different ones, at least one"),
+        (
+            {"combinations": ["standard"]},
+            "combinations must be METHOD/LOSS or METHOD/LOSS/SHARE, with methods standard",
+        ),
+        ({"combinations": ["standard/l2"]}, "and losses cross-entropy, mse.*got 'standard/l2'"),
+        (
+            {"combinations": ["standard/nonl"], "losses": ["nonl"]},
+            "losses belongs to a comparison without combinations",
+        ),
         ({"losses": ["l2"]}, "losses must be a list, each item one of cross-entropy, mse"),
         ({"lr": "best"}, "lr must be one of auto or a number, got 'best'"),
         ({"lr_candidates": [0.1, 0.2]}, "lr_candidates belongs to lr auto; here lr is not given"),

@@ -21,6 +21,7 @@ FurtherMethod = Literal[
 Method = Literal[PublishedMethod, FurtherMethod]
 METHODS: tuple[Method, ...] = get_args(Method)
 Loss = Literal["cross-entropy", "mse", "dot-regression", "normface", "ntce", "nonl", "decoupled", "two-way"]
+LOSSES: tuple[Loss, ...] = get_args(Loss)
 MOST_SEED = 2**63 - 1
 
 

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
 from typing import Any, Literal
 
-from neuralcollapse.lab.config import METHODS, MOST_SEED, PUBLISHED_METHODS, DataSettings, Loss, Method, RunConfig
+from neuralcollapse.lab.config import (
+    LOSSES,
+    METHODS,
+    MOST_SEED,
+    PUBLISHED_METHODS,
+    DataSettings,
+    Loss,
+    Method,
+    RunConfig,
+)
 from neuralcollapse.lab.recipes import Recipe, load_recipe, recipe_family
 from neuralcollapse.lab.running import Ranks
-from neuralcollapse.lab.settings import Settings, nearest, resolve, setting, where
+from neuralcollapse.lab.settings import Condition, Settings, nearest, resolve, setting, where
+
+_PRODUCTS = Condition(
+    "a comparison without combinations", ("combinations",), lambda values: values["combinations"] is None
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +42,15 @@ class Comparison(Settings):
     recipe: str | None = None
     """Name of a published comparison: NAME-standard, NAME-fixed and NAME-implicit are recipes, and each method is
     trained with its own; --config and flags go over their settings."""
-    methods: list[Method] = setting(lambda _: list(PUBLISHED_METHODS))
+    combinations: list[str] | None = None
+    """What to train, in place of methods, losses and weight_averages, where not all of their products are wanted:
+    METHOD/LOSS or METHOD/LOSS/SHARE, with commas between them."""
+    methods: list[Method] | None = setting(lambda _: list(PUBLISHED_METHODS), belongs_to=_PRODUCTS)
     """Out of standard, fixed, implicit, linear, means, frame, attribute-frame, fixed-frame, softmax-code, trust-region
     and mahalanobis (which `train --help` explains), with commas between them. By default the first three."""
-    losses: list[Loss] | None = None
+    losses: list[Loss] | None = setting(belongs_to=_PRODUCTS)
     """Train every method with each of these, with commas between them; by default with the one that `loss` says."""
-    weight_averages: list[float] | None = setting(at_least=0, at_most=1)
+    weight_averages: list[float] | None = setting(belongs_to=_PRODUCTS, at_least=0, at_most=1)
     """Train every method and loss with each of these shares as `weight_average`, 0 for none."""
     seeds: int | list[int] = setting(3, at_least=0, at_most=MOST_SEED)
     """Number of seeds, or the seeds with commas between them; of a recipe, by default its own. A seed's runs start from
@@ -51,13 +68,11 @@ class Comparison(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.methods or len(set(self.methods)) < len(self.methods):
-            raise ValueError(f"methods must be different ones of {', '.join(METHODS)}, got {self.methods}")
-        if self.losses is not None and (not self.losses or len(set(self.losses)) < len(self.losses)):
-            raise ValueError(f"losses must be different ones, at least one, got {self.losses}")
-        averages = self.weight_averages
-        if averages is not None and (not averages or len(set(averages)) < len(averages)):
-            raise ValueError(f"weight_averages must be different ones, at least one, got {averages}")
+        for name in ("combinations", "methods", "losses", "weight_averages"):
+            values = getattr(self, name)
+            if values is not None and (not values or len(set(values)) < len(values)):
+                raise ValueError(f"{name} must be different ones, at least one, got {values}")
+        self.kinds()
         if self.lr_candidates is not None and len(set(self.lr_candidates)) < max(2, len(self.lr_candidates)):
             raise ValueError(f"lr_candidates must be different ones, at least two, got {self.lr_candidates}")
         if self.seeds == 0:
@@ -69,6 +84,21 @@ class Comparison(Settings):
     def seed_list(self) -> list[int]:
         """The seeds, one by one."""
         return self.seeds if isinstance(self.seeds, list) else list(range(self.seeds))
+
+    def kinds(self) -> list[dict[str, Any]]:
+        """Method, loss and weight average of each combination, as far as they are said.
+
+        Raises:
+            ValueError: One that cannot be read.
+        """
+        if self.combinations is not None:
+            return [_kind(text) for text in self.combinations]
+        axes: dict[str, list[Any]] = {"method": list(self.methods or [])}
+        if self.losses is not None:
+            axes["loss"] = list(self.losses)
+        if self.weight_averages is not None:
+            axes["weight_average"] = [share or None for share in self.weight_averages]
+        return [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
 
 
 def single_run(settings: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> RunConfig:
@@ -119,29 +149,24 @@ def comparison_runs(
         [('fixed', 0, None), ('implicit', 0, 0.1), ('fixed', 1, None), ('implicit', 1, 0.1)]
     """
     _check_names(settings, without=("recipe", "method", "seed"))
-    if comparison.losses is not None and settings.get("loss") is not None:
-        raise ValueError("loss must not be given beside losses")
-    if comparison.weight_averages is not None and settings.get("weight_average") is not None:
-        raise ValueError("weight_average must not be given beside weight_averages")
+    kinds = comparison.kinds()
+    for name, axis in (("loss", "losses"), ("weight_average", "weight_averages")):
+        if name in kinds[0] and settings.get(name) is not None:
+            raise ValueError(f"{name} must not be given beside {'combinations' if comparison.combinations else axis}")
     if comparison.lr == "auto":
         base = {name: value for name, value in (base or {}).items() if name != "lr"}
-    bases = {method: base or {} for method in comparison.methods}
-    names: dict[Method, str | None] = dict.fromkeys(comparison.methods)
+    methods = [kind["method"] for kind in kinds]
+    bases = {method: base or {} for method in methods}
+    names: dict[str, str | None] = dict.fromkeys(methods)
     if comparison.recipe is not None:
-        family = _family(comparison)
+        family = _family(str(comparison.recipe), methods)
         bases = {method: {**recipe.settings, **(base or {})} for method, recipe in family.items()}
         names = {method: recipe.name for method, recipe in family.items()}
     chosen, refusals = [], []
-    axes: dict[str, list[Any]] = {}
-    if comparison.losses is not None:
-        axes["loss"] = comparison.losses
-    if comparison.weight_averages is not None:
-        axes["weight_average"] = [share or None for share in comparison.weight_averages]
-    for method, *others in product(comparison.methods, *axes.values()):
-        own = {"method": method, **dict(zip(axes, others, strict=True))}
-        values, refused = resolve(RunConfig, {**settings, **own}, bases[method])
+    for kind in kinds:
+        values, refused = resolve(RunConfig, {**settings, **kind}, bases[kind["method"]])
         _check_reached(settings, values)
-        chosen.append(values | {"recipe": names[method]})
+        chosen.append(values | {"recipe": names[kind["method"]]})
         refusals.append(refused)
     everywhere = set.intersection(*map(set, refusals))
     if everywhere:
@@ -205,18 +230,28 @@ def comparison_of(settings: Mapping[str, Any]) -> Comparison:
     return Comparison(**{name: value for name, value in own.items() if value is not None})
 
 
-def _family(comparison: Comparison) -> dict[Method, Recipe]:
-    family = recipe_family(str(comparison.recipe))
+def _kind(text: str) -> dict[str, Any]:
+    """What METHOD/LOSS/SHARE says."""
+    found = re.fullmatch(r"([\w-]+)/([\w-]+)(?:/(\d*\.?\d+))?", text)
+    if found is None or found[1] not in METHODS or found[2] not in LOSSES:
+        raise ValueError(
+            f"combinations must be METHOD/LOSS or METHOD/LOSS/SHARE, with methods {', '.join(METHODS)} and losses "
+            f"{', '.join(LOSSES)}, got {text!r}"
+        )
+    return {"method": found[1], "loss": found[2], "weight_average": float(found[3] or 0) or None}
+
+
+def _family(name: str, methods: Sequence[str]) -> dict[str, Recipe]:
+    family: Mapping[str, Recipe] = recipe_family(name)
     first, *others = (
         {one.name: recipe.settings.get(one.name) for one in fields(DataSettings)} for recipe in family.values()
     )
     differing = [name for name in first if any(other[name] != first[name] for other in others)]
     if differing:
         raise ValueError(
-            f"recipe must name recipes of the same data, and those of {comparison.recipe!r} differ in "
-            f"{', '.join(differing)}"
+            f"recipe must name recipes of the same data, and those of {name!r} differ in {', '.join(differing)}"
         )
-    return {method: family[method] for method in comparison.methods}
+    return {method: family[method] for method in methods}
 
 
 def _check_reached(settings: Mapping[str, Any], values: Mapping[str, Any]) -> None:

@@ -12,8 +12,8 @@ from neuralcollapse.lab.running import Ranks
 
 SUMMARY = "train methods over several seeds, print what they reach and how soon, draw figures"
 USAGE = (
-    "[--recipe FAMILY] [--methods A,B] [--losses A,B] [--weight_averages X,Y] [--seeds N] [--lr auto] "
-    "[--SETTING VALUE ...] [--out FOLDER] [--parallel N] [--resume | --overwrite]"
+    "[--recipe FAMILY] [--methods A,B] [--losses A,B] [--weight_averages X,Y] [--combinations A/B/X,...] "
+    "[--seeds N] [--lr auto] [--SETTING VALUE ...] [--out FOLDER] [--parallel N] [--resume | --overwrite]"
 )
 DESCRIPTION = (
     "Train methods (by default standard, fixed and implicit), with one loss or several, over several seeds, from the "
@@ -43,7 +43,5 @@ def run(settings: Namespace) -> None:
     shared = {name: value for name, value in given.items() if name not in own}
     runs = comparison_runs(comparison, shared, base)
     config = comparison.in_force() | common_settings(runs) | ({"lr": "auto"} if auto else {})
-    for axis, name in ((comparison.losses, "loss"), (comparison.weight_averages, "weight_average")):
-        if axis is not None:
-            config.pop(name, None)
+    config = {name: value for name, value in config.items() if name not in comparison.kinds()[0]}
     train_and_report(runs, out, config, settings, "compare", comparison)
