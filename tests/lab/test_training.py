@@ -267,6 +267,21 @@ def test_standard_keeps_unit_rows_through_lightning(tmp_path):
     assert torch.allclose(state["model.head.weight"].norm(dim=1), torch.ones(10), atol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["fixed", "implicit", "frame", "mahalanobis"])
+def test_the_classifier_of_a_bf16_run_is_an_etf_to_five_digits(method, tmp_path):
+    run = trained(tmp_path / "run", method=method, precision="bf16-mixed", batch_size=20, epochs=3, width=24)
+    weight = torch.load(run.last_checkpoint, weights_only=True)["state_dict"]["model.head.weight"]
+    assert weight.dtype == torch.float32
+    gram = weight.double() @ weight.double().T
+    if method == "frame":  # of its own rank: a tight frame, whose eigenvalues are 0 or all the same
+        eigenvalues = torch.linalg.eigvalsh(gram)
+        eigenvalues = eigenvalues[eigenvalues > 0.5]
+        assert float((eigenvalues / eigenvalues.mean() - 1).abs().max()) < 1e-5
+    else:
+        simplex = (10 * torch.eye(10, dtype=torch.float64) - 1) / 9
+        assert float((gram - simplex).abs().max()) < 1e-5
+
+
 def test_checkpoints_of_epochs_are_kept_on_request(tmp_path):
     data = load_data(DataSettings(train_samples=200, test_samples=60))
     config = RunConfig(**SMALL | {"epochs": 5}, checkpoint_every=2)
