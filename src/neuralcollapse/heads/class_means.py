@@ -82,8 +82,8 @@ class MovingMean(KeepsFullPrecision):
             weight = float(self.momentum)
         weight = (self.seen == 0).to(batch_mean.dtype).clamp_min(weight) * (batch_count > 0)
         moved = torch.lerp(self.mean.to(batch_mean), batch_mean, weight.to(batch_mean).unsqueeze(-1))
-        # A copy: what restores or broadcasts buffers writes into them, and the graph holds `moved`.
-        self.mean = moved.detach().to(self.mean.dtype, copy=True)
+        # A copy where a graph holds `moved`: what restores or broadcasts buffers writes into them.
+        self.mean = moved.detach().to(self.mean.dtype, copy=moved.requires_grad)
         self.seen = self.seen + batch_count.to(torch.int64)
         return moved
 

@@ -99,9 +99,10 @@ class ClassMeanClassifier(KeepsFullPrecision, LearnsFromTargets):
                 flat if self.means == "differentiable" else flat.detach(), targets.reshape(-1)
             )
             weight = self._unit_rows(class_means)
-            # A copy: what restores or broadcasts buffers writes into them, and the graph holds `weight`.
-            self.weight = weight.detach().to(self.weight.dtype, copy=True)
-            if self.means == "previous":
+            previous = self.means == "previous"
+            # A copy where the graph holds `weight`: what restores or broadcasts buffers writes into them.
+            self.weight = weight.detach().to(self.weight.dtype, copy=not previous)
+            if previous:
                 weight = before.to(flat)
             bias = -(weight @ batch_mean) if self.centring else None
         return features, weight, bias

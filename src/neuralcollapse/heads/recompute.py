@@ -31,13 +31,16 @@ def counts_once(step: Callable[..., Result]) -> Callable[..., Result]:
     def wrapped(self: nn.Module, features: Tensor, targets: Tensor | None = None) -> Result:
         if not self.training or torch.compiler.is_compiling():
             return step(self, features, targets)
-        if _REPEATING.get():  # a module inside one that is already at its beginning
+        if _WITHIN.get():  # what it is a part of keeps its state, or has brought it back
             return step(self, features, targets)
         if is_recomputing():
             with _at_its_beginning(self, features):
                 return step(self, features, targets)
-        before = _state(self)
-        result = step(self, features, targets)
+        before, token = _state(self), _WITHIN.set(True)
+        try:
+            result = step(self, features, targets)
+        finally:
+            _WITHIN.reset(token)
         nodes = [tensor.grad_fn for tensor in result if tensor is not None and tensor.grad_fn is not None]
         if nodes:
             beginning = _Beginning(before, _fingerprint(features))
@@ -63,19 +66,19 @@ class _Beginning:
 
 # Of each module, the beginnings of the steps whose graphs still live. Not in the module, which is copied and pickled.
 _BEGINNINGS: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[_Beginning]] = weakref.WeakKeyDictionary()
-_REPEATING: ContextVar[bool] = ContextVar("repeating", default=False)
+_WITHIN: ContextVar[bool] = ContextVar("within", default=False)  # a step that counts once
 
 
 @contextmanager
 def _at_its_beginning(module: nn.Module, features: Tensor) -> Iterator[None]:
     beginning = _beginning_of(module, features)
-    now, token = _state(module), _REPEATING.set(True)
+    now, token = _state(module), _WITHIN.set(True)
     _restore(beginning.state)
     try:
         yield
     finally:  # also where the checkpoint stops the repetition in its middle, by an exception
         _restore(now)
-        _REPEATING.reset(token)
+        _WITHIN.reset(token)
 
 
 def _beginning_of(module: nn.Module, features: Tensor) -> _Beginning:
