@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
@@ -14,7 +16,7 @@ from helpers import error_of
 from neuralcollapse import ClassMeanClassifier, FixedETFClassifier, LearnedClassifier, NearestETFClassifier
 from neuralcollapse.cli import main
 from neuralcollapse.lab.config import RunConfig
-from neuralcollapse.lab.experiments import Comparison, comparison_of, comparison_runs
+from neuralcollapse.lab.experiments import Comparison, comparison_of, comparison_runs, label_of, tell_apart
 from neuralcollapse.lab.models.building import build_head
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.sooner import sooner_table
@@ -111,6 +113,18 @@ def test_nothing_is_written_where_a_setting_is_wrong(tmp_path, capsys):
     assert "crop_size" in error_of(capsys, "compare", *flags, "--crop_size=99")
     assert "--lr: Expected float" in error_of(capsys, "train", "--lr", "auto", "--out", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_weight_averages_are_compared_with_what_has_none_at_its_own_rate():
+    losses, shares = ["cross-entropy", "nonl"], [0, 0.1]
+    runs = comparison_runs(Comparison(methods=["standard"], losses=losses, weight_averages=shares, seeds=1), {})
+    rates = {(loss, share or None): 0.1 * number for number, (loss, share) in enumerate(product(losses, shares), 1)}
+    runs = [replace(run, lr=rates[run.loss, run.weight_average]) for run in runs]
+    labels = [label_of(telling) for telling in tell_apart([run.in_force() for run in runs])]
+    assert labels == [
+        *("standard cross-entropy", "standard cross-entropy weight_average=0.1"),
+        *("standard nonl", "standard nonl weight_average=0.1"),
+    ]
 
 
 def test_the_printed_tables_fit_and_say_how_soon(tuned):

@@ -177,27 +177,29 @@ def comparison_runs(
 
 
 def tell_apart(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What tells each run from the others, seeds apart: its method, its loss, and what does not follow from these.
+    """What tells each run from the others, seeds apart.
+
+    That is its method, its loss, its weight average, and what does not follow from these.
 
     Args:
         runs: Their settings.
 
     Returns:
-        For each the telling ones of its settings; the loss is among them where not all have the same.
+        For each the telling ones of its settings; loss and weight average are among them where not all have the same.
 
     Examples:
         >>> tell_apart([{"method": "fixed", "lr": 0.1}, {"method": "fixed", "lr": 0.2}, {"method": "means", "lr": 0.1}])
         [{'method': 'fixed', 'lr': 0.1}, {'method': 'fixed', 'lr': 0.2}, {'method': 'means', 'lr': 0.1}]
     """
-    own = ("seed", "environment", "recipe", "method", "loss", "loggers", "device")
+    compared = ("method", "loss", "weight_average")
+    own = ("seed", "environment", "recipe", "loggers", "device", *compared)
     names = sorted({name for run in runs for name in run}.difference(own))
-    several_losses = len({run.get("loss") for run in runs}) > 1
-    kinds: dict[tuple[Any, Any], list[Mapping[str, Any]]] = {}
+    kinds: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for run in runs:
-        kinds.setdefault((run["method"], run.get("loss")), []).append(run)
+        kinds.setdefault(tuple(run.get(name) for name in compared), []).append(run)
     telling = [name for name in names if any(len({str(run.get(name)) for run in kind}) > 1 for kind in kinds.values())]
-    first = ["method", *(["loss"] if several_losses else [])]
-    return [{name: run.get(name) for name in (*first, *telling)} for run in runs]
+    several = [name for name in compared[1:] if len({run.get(name) for run in runs}) > 1]
+    return [{name: run.get(name) for name in ("method", *several, *telling)} for run in runs]
 
 
 def label_of(telling: Mapping[str, Any]) -> str:
