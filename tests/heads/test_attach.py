@@ -8,9 +8,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from helpers import normal
-from neuralcollapse import FixedETFClassifier, LearnedClassifier, NearestETFClassifier, attach_head, find_classifier
+from neuralcollapse import (
+    ClassMeanClassifier,
+    FixedETFClassifier,
+    LearnedClassifier,
+    NearestETFClassifier,
+    attach_head,
+    find_classifier,
+)
 
 
 class Net(nn.Module):
@@ -345,3 +353,20 @@ def test_an_optimiser_that_has_the_head_or_need_not_is_not_warned_of():
     assert not steps(attach_head(model, NearestETFClassifier(12, 5)), before)  # nothing in it is stepped
     model = attach_head(Net(), LearnedClassifier(12, 5))
     assert not steps(model, torch.optim.SGD(model.head.parameters(), lr=0.1))  # a linear probe
+
+
+@pytest.mark.parametrize("kind", [NearestETFClassifier, ClassMeanClassifier, LearnedClassifier])
+def test_torchs_average_of_an_attached_model_ends_in_the_models_own_frame(kind):
+    model = attach_head(nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 4)), kind(8, 4))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for step in range(5):
+        features, targets = normal(20, 12, seed=step), torch.arange(20) % 4
+        cross_entropy(model(features.float(), targets=targets), targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(model)
+    assert not torch.equal(average.module.model[0].weight, model.model[0].weight)
+    own = dict(model.head.named_buffers())
+    assert all(torch.equal(buffer, own[name]) for name, buffer in average.module.head.named_buffers())
+    assert average.eval()(features.float()).shape == (20, 4)
