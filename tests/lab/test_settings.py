@@ -309,7 +309,10 @@ def test_combinations_are_chosen_ones_of_methods_losses_and_weight_averages():
             {"combinations": ["standard"]},
             "combinations must be METHOD/LOSS or METHOD/LOSS/SHARE, with methods standard",
         ),
-        ({"combinations": ["standard/l2"]}, "got 'standard/l2'"),
+        (
+            {"combinations": ["standard/l2"]},
+            "combinations must be METHOD/LOSS or METHOD/LOSS/SHARE, with methods standard",
+        ),
         (
             {"combinations": ["standard/nonl"], "losses": ["nonl"]},
             "losses belongs to a comparison without combinations",

@@ -248,12 +248,12 @@ def attributes_for(method):
 def test_every_method_trains_with_every_optimiser(method, tmp_path):
     data = load_data(DataSettings(train_samples=200, test_samples=60))
     for optimizer, rate in (("sgd", 0.05), ("adamw", 3e-3)):
-        settings = {"method": method, "optimizer": optimizer, "lr": rate, "epochs": 6, "batch_size": 20}
+        settings = {"method": method, "optimizer": optimizer, "lr": rate, "epochs": 12, "batch_size": 20}
         config = RunConfig(**SMALL | settings | attributes_for(method))
         folder = RunFolder(tmp_path / optimizer)
         folder.start(config.in_force())
         train(ClassifierTraining(config, data), folder)
-        last = pd.read_csv(folder.metrics).query("epoch == 6 and split == 'train' and metric == 'accuracy'")
+        last = pd.read_csv(folder.metrics).query("epoch == 12 and split == 'train' and metric == 'accuracy'")
         assert last["value"].item() > 0.6
 
 
