@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from helpers import generator
+from helpers import generator, simplex_gram
 from neuralcollapse import measure
 from neuralcollapse.lab.conditions import WITH_ATTRIBUTES
 from neuralcollapse.lab.config import METHODS, DataSettings, ModelSettings, RunConfig
@@ -278,8 +278,7 @@ def test_the_classifier_of_a_bf16_run_is_an_etf_to_five_digits(method, tmp_path)
         eigenvalues = eigenvalues[eigenvalues > 0.5]
         assert float((eigenvalues / eigenvalues.mean() - 1).abs().max()) < 1e-5
     else:
-        simplex = (10 * torch.eye(10, dtype=torch.float64) - 1) / 9
-        assert float((gram - simplex).abs().max()) < 1e-5
+        assert float((gram - simplex_gram(10)).abs().max()) < 1e-5
 
 
 def test_checkpoints_of_epochs_are_kept_on_request(tmp_path):
