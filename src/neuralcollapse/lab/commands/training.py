@@ -91,10 +91,12 @@ def train_and_report(
         return
     check_output(RunFolder(out), config, settings)
 
+    from neuralcollapse.lab.figures.page import check_drawing
     from neuralcollapse.lab.figures.summary import summarise  # seconds: not for a mistake in a flag
     from neuralcollapse.lab.training.many_runs import train_runs
     from neuralcollapse.lab.training.tuning import with_chosen_rates
 
+    check_drawing()
     options["parallel"] = 1 if settings.get("parallel") is None else settings.parallel
     if comparison is not None and comparison.lr == "auto" and not isinstance(runs, RunConfig):
         runs = with_chosen_rates(runs, comparison, RunFolder(out), config, **options)

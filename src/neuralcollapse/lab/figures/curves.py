@@ -18,7 +18,7 @@ from matplotlib.ticker import (
     PercentFormatter,
 )
 
-from neuralcollapse.lab.figures.page import draw_or_say_why
+from neuralcollapse.lab.figures.page import draw_or_say_why, literal, without_latex
 from neuralcollapse.lab.results.files import write_whole
 from neuralcollapse.metrics.catalogue import METRICS
 
@@ -42,6 +42,7 @@ _COLUMNS = 5
 _ROUNDING = 1e-5
 
 
+@without_latex()
 def draw_figures(metrics: pd.DataFrame, folder: Path, title: str, num_classes: int | None = None) -> list[Path]:
     """Draw the figures of a run or a comparison.
 
@@ -66,7 +67,7 @@ def draw_figures(metrics: pd.DataFrame, folder: Path, title: str, num_classes: i
         panels[0].set_ylabel(METRICS[name].label)
         if panels[1].get_legend_handles_labels()[0]:
             panels[1].legend(frameon=False)
-        figure.suptitle(title, fontsize=10)
+        figure.suptitle(literal(title), fontsize=10)
         write_whole(folder / file, partial(figure.savefig, format="png", dpi=150))
     overview = folder / "all_metrics.png"
     figure = draw_all(metrics[metrics["split"] == "train"], title, num_classes)
@@ -92,7 +93,7 @@ def draw_metric(axes: Axes, metrics: pd.DataFrame, name: str, num_classes: int |
         raise ValueError(f"no finite value of {name} was measured")
     for method, group in values.groupby("method", sort=False):
         color, line = styles[str(method)]
-        draw_band(axes, group, color=color, linestyle=line, label=str(method))
+        draw_band(axes, group, color=color, linestyle=line, label=literal(str(method)))
     finish_axes(axes, values["value"], name, num_classes)
 
 
@@ -146,6 +147,7 @@ def _at_collapse(name: str, num_classes: int | None) -> float | None:
     return metric.value_at_collapse(num_classes or 0)
 
 
+@without_latex()
 def draw_all(metrics: pd.DataFrame, title: str, num_classes: int | None) -> Figure:
     """Every metric, a small panel each, a block of rows for each group."""
     there = set(metrics["metric"])
@@ -169,7 +171,7 @@ def draw_all(metrics: pd.DataFrame, title: str, num_classes: int | None) -> Figu
         if number == 0 or rows[number - 1][0] != group:
             box = line[0].get_position()
             figure.text(0.012, (box.y0 + box.y1) / 2, group, fontsize=12, weight="bold", rotation=90, va="center")
-    figure.suptitle(f"{title}; train split, against the epoch", fontsize=10, y=1 - 0.3 / height, va="center")
+    figure.suptitle(f"{literal(title)}; train split, against the epoch", fontsize=10, y=1 - 0.3 / height, va="center")
     handles = panels[0][0].get_legend_handles_labels()
     figure.legend(*handles, loc="lower center", ncols=len(handles[0]), frameon=False)
     return figure

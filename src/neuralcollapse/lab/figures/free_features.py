@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from neuralcollapse.lab.figures.curves import line_styles
+from neuralcollapse.lab.figures.page import without_latex
 from neuralcollapse.lab.results.files import write_csv, write_whole
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.tables import aligned
@@ -55,6 +56,7 @@ def free_features_table(metrics: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+@without_latex()
 def draw_free_features(metrics: pd.DataFrame, folder: Path) -> list[Path]:
     """One figure a size, a row of panels an optimiser; lines are geometric means over seeds, bands their range.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
+from neuralcollapse.lab.figures.page import without_latex
 from neuralcollapse.lab.results.files import write_csv, write_whole
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.tables import aligned
@@ -82,6 +83,7 @@ def _table(points: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+@without_latex()
 def _draw(spectrum: pd.DataFrame, slices: pd.DataFrame, title: str, optimum: float, bound: float, path: Path) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     edge, line = figure.subplots(1, 2)

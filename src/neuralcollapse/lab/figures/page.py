@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -23,6 +26,34 @@ if TYPE_CHECKING:
     from neuralcollapse.metrics import Measurement
 
 _WIDTH, _HEIGHT = 3.4, 2.7  # inches: a column of print
+
+
+@contextmanager
+def without_latex() -> Iterator[None]:
+    """Draw with matplotlib's own text inside, whatever a matplotlibrc says: LaTeX may be missing, and reads more."""
+    with matplotlib.rc_context({"text.usetex": False}):
+        yield
+
+
+def literal(text: str) -> str:
+    """Escape the dollar signs of a text of the user's, such as a folder's name, which matplotlib takes for formulas."""
+    return text.replace("$", r"\$")
+
+
+@without_latex()
+def check_drawing() -> None:
+    """Draw a small figure, so that matplotlib's settings fail before a training and not after it.
+
+    Raises:
+        ValueError: if matplotlib cannot draw.
+    """
+    figure = Figure(figsize=(1, 1))
+    figure.text(0, 0, "text and $x^2$")
+    try:
+        figure.savefig(io.BytesIO(), format="png")
+    except Exception as error:  # whatever a font or a setting makes matplotlib raise
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"matplotlib cannot draw with {matplotlib.matplotlib_fname()}: {reason}") from error
 
 
 @dataclass(frozen=True)
@@ -102,6 +133,7 @@ def _no_records(run: RunFolder, split: str) -> str:
     return f"no records of the {split} split in {run.path.name}: run `neuralcollapse measure`"
 
 
+@without_latex()
 def write_panels(
     name: str, title: str, panels: Sequence[Panel], out: Path, formats: Sequence[str], *, columns: int = 3
 ) -> list[Path]:
@@ -127,7 +159,7 @@ def write_panels(
     for axes in list(page.axes)[len(panels) :]:
         if axes.get_label() != "<colorbar>" and not axes.has_data():
             axes.remove()
-    page.suptitle(title, fontsize=10)
+    page.suptitle(literal(title), fontsize=10)
     figures = {name: page}
     if len(panels) > 1:
         for panel in panels:
@@ -141,6 +173,7 @@ def files_of(names: Sequence[str], out: Path, formats: Sequence[str]) -> list[Pa
     return [out / f"{name}.{kind}" for name in names for kind in formats]
 
 
+@without_latex()
 def save_figures(figures: dict[str, Figure], out: Path, formats: Sequence[str]) -> list[Path]:
     """Write figures by name, each in every format."""
     written = []
@@ -181,7 +214,7 @@ def draw_or_say_why(axes: Axes, draw: Callable[[Axes], None]) -> None:
         axes.set_title(title, fontsize=size)
         axes.set_xticks([])
         axes.set_yticks([])
-        reason = textwrap.fill(str(error) or type(error).__name__, 38)
+        reason = literal(textwrap.fill(str(error) or type(error).__name__, 38))
         axes.text(0.5, 0.5, reason, ha="center", va="center", fontsize=8, transform=axes.transAxes)
 
 

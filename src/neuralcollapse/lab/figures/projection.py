@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from neuralcollapse.lab.figures.curves import COLORS
-from neuralcollapse.lab.figures.page import Panel, Runs
+from neuralcollapse.lab.figures.page import Panel, Runs, literal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -87,7 +87,9 @@ def feature_panels(runs: Runs) -> list[Panel]:
         epochs = runs.epochs(label, "train")
         for epoch in sorted({epochs[0], epochs[(len(epochs) - 1) // 4], epochs[-1]}):
             draw = partial(_draw_features, runs=runs, label=label, epoch=epoch)
-            panels.append(Panel(f"{label.replace(' ', '-')}-epoch{epoch:04d}", f"{label}, epoch {epoch}", draw))
+            panels.append(
+                Panel(f"{label.replace(' ', '-')}-epoch{epoch:04d}", f"{literal(label)}, epoch {epoch}", draw)
+            )
     return panels
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.lines import Line2D
 
 from neuralcollapse.lab.figures.curves import draw_band, finish_axes, line_styles
-from neuralcollapse.lab.figures.page import Panel, Runs
+from neuralcollapse.lab.figures.page import Panel, Runs, literal
 from neuralcollapse.lab.figures.records import margin_panels
 from neuralcollapse.lab.results.tables import read_table
 from neuralcollapse.metrics.catalogue import METRICS
@@ -66,7 +66,8 @@ def markou(runs: Runs) -> list[Panel]:
 def gradient_flow(runs: Runs) -> list[Panel]:
     """Mean and largest gradient of each layer's weight at the end of the last epoch."""
     return [
-        Panel(label.replace(" ", "-"), label, partial(_draw_gradients, runs=runs, label=label)) for label in runs.groups
+        Panel(label.replace(" ", "-"), literal(label), partial(_draw_gradients, runs=runs, label=label))
+        for label in runs.groups
     ]
 
 
@@ -85,7 +86,7 @@ def draw_series(axes: Axes, *, runs: Runs, series: Series) -> None:
                 line, marker = _SERIES_LINES[place], _MARKERS[labels.index(str(label)) % len(_MARKERS)]
             every = max(1, group["epoch"].nunique() // 6)
             style = {"markersize": 4, "markevery": every} | ({"marker": marker} if marker else {})
-            draw_band(axes, group, color=color, linestyle=line, label=str(label), **style)
+            draw_band(axes, group, color=color, linestyle=line, label=literal(str(label)), **style)
         drawn.append(values["value"])
     name, split, _ = series[0]
     found = pd.concat(drawn)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from neuralcollapse.lab.figures.curves import finish_axes, line_styles
-from neuralcollapse.lab.figures.page import Panel, Runs
+from neuralcollapse.lab.figures.page import Panel, Runs, literal
 from neuralcollapse.metrics.catalogue import METRICS
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def class_panels(runs: Runs) -> list[Panel]:
             ("weights", "cosines of weights", partial(_draw_cosines, of="weights")),
         ]
         panels += [
-            Panel(f"{name}-{what}", f"{label}: {words}", partial(draw, runs=runs, label=label))
+            Panel(f"{name}-{what}", f"{literal(label)}: {words}", partial(draw, runs=runs, label=label))
             for what, words, draw in rows
         ]
     return panels
@@ -63,7 +63,7 @@ def _draw_margins(axes: Axes, *, runs: Runs, split: str) -> None:
         share = np.linspace(0, 1, 400)
         at_share = np.stack([np.quantile(one, share) for one in margins])
         color, line = styles[label]
-        axes.plot(100 * share, at_share.mean(0), color=color, linestyle=line, label=label, linewidth=1.6)
+        axes.plot(100 * share, at_share.mean(0), color=color, linestyle=line, label=literal(label), linewidth=1.6)
         axes.fill_between(100 * share, at_share.min(0), at_share.max(0), color=color, alpha=0.18, linewidth=0)
         values += margins
     if runs.num_classes:
@@ -88,7 +88,8 @@ def _draw_layers(axes: Axes, *, runs: Runs, name: str) -> None:
         )
         color, line = styles[label]
         depth = range(1, courses.shape[1] + 1)
-        axes.plot(depth, courses.mean(0), color=color, linestyle=line, marker="o", markersize=4, label=label)
+        style = {"color": color, "linestyle": line, "marker": "o", "markersize": 4}
+        axes.plot(depth, courses.mean(0), label=literal(label), **style)
         axes.fill_between(depth, courses.min(0), courses.max(0), color=color, alpha=0.18, linewidth=0)
         drawn.append(courses)
     if not drawn:
