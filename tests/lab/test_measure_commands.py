@@ -21,6 +21,7 @@ from neuralcollapse.lab import RunConfig, RunFolder, train_runs
 from neuralcollapse.lab.data.batches import evaluation_batches
 from neuralcollapse.lab.data.loading import load_data
 from neuralcollapse.lab.results.aggregation import epochs_to_reach, group_runs, statistics_over_seeds
+from neuralcollapse.lab.results.files import write_csv
 from neuralcollapse.lab.results.tables import read_table
 from neuralcollapse.lab.training.elsewhere import Images
 
@@ -316,3 +317,46 @@ def test_bad_input_is_one_line(runs, foreign, tmp_path, capsys):
         assert message in error_of(capsys, *arguments), arguments
     assert (tmp_path / "there.csv").read_text() == "mine"
     assert not (tmp_path / "new").exists()
+
+
+def test_distances_to_another_reference_epoch_replace_those_that_are_there(runs, tmp_path, capsys):
+    run = RunFolder(runs / "runs" / "implicit-seed1")
+    before = read_table(run.metrics)
+    assert main(["distance", str(run.path)]) == 0
+    assert main(["distance", str(run.path), "--reference", "2"]) == 0
+    assert "distances to the ETFs of epoch 2 replace those of epoch 1" in capsys.readouterr().out
+    table = read_table(run.metrics).set_index(["epoch", "split", "metric"])["value"].sort_index()
+    for (epoch, split), path in run.measured().items():
+        record, other = Measurement.load(path), Measurement.load(run.measurement(2, split))
+        expected = etf_distances(
+            record.weight.double(),
+            record.moments.means,
+            class_counts=record.moments.counts,
+            reference_weight=other.weight.double(),
+            reference_means=other.moments.means,
+        )
+        assert table[epoch, split].filter(regex="^etf_").to_dict() == expected | {"etf_reference_epoch": 2}
+    assert before.merge(table.reset_index()).equals(before)  # the other rows stay
+    assert main(["distance", str(run.path)]) == 0
+    assert "nothing to do" in capsys.readouterr().out  # without a flag, the reference epoch stays
+    assert main(["distance", str(run.path), "--reference", "3", "--overwrite"]) == 0
+    printed = capsys.readouterr().out
+    assert "reference_epoch" in printed
+    assert set(read_table(run.metrics).query("metric == 'etf_reference_epoch'")["value"]) == {3}
+    run.measurement(1, "train").unlink()
+    assert main(["distance", str(run.path), "--reference", "2"]) == 0  # no row to epoch 3 is left
+    rows = read_table(run.metrics).query("metric == 'etf_means_reference'")[["epoch", "split"]]
+    assert set(rows.itertuples(index=False, name=None)) == set(run.measured())
+    out = ["--out", str(tmp_path / "all.csv")]
+    assert main(["distance", str(runs / "runs" / "implicit-seed0")]) == 0
+    line = error_of(capsys, "aggregate", str(runs / "runs" / "implicit-seed0"), str(run.path), *out)
+    assert "must be to the same reference epoch, and are to 1 in" in line
+
+
+def test_distances_of_a_table_that_names_no_reference_epoch_are_known_by_their_zero(runs, capsys):
+    run = RunFolder(runs / "runs" / "implicit-seed0")
+    assert main(["distance", str(run.path), "--reference", "2"]) == 0
+    table = read_table(run.metrics)
+    write_csv(run.metrics, table[table["metric"] != "etf_reference_epoch"])
+    assert main(["distance", str(run.path)]) == 0
+    pd.testing.assert_frame_equal(read_table(run.metrics), table)

@@ -12,12 +12,15 @@ from neuralcollapse.lab.settings import Settings
 if TYPE_CHECKING:
     import pandas as pd
 
+    from neuralcollapse.lab.results.folder import RunFolder
+
 SUMMARY = "distances to the nearest simplex ETF over a run's measured epochs"
 USAGE = "RUN [RUN ...] [--reference EPOCH] [--overwrite]"
 DESCRIPTION = (
     "For each measured epoch and split of each run: the distance of the classifier and of the class means to their "
     "nearest simplex ETFs, of these to each other, and to those of a reference epoch. From the records in moments/ "
-    "alone; added to metrics.csv as etf_... rows."
+    "alone; added to metrics.csv as etf_... rows, of which etf_reference_epoch names the reference epoch. Distances to "
+    "another reference epoch replace those that are there."
 )
 SECTIONS: tuple[type[Settings], ...] = ()
 
@@ -25,7 +28,8 @@ SECTIONS: tuple[type[Settings], ...] = ()
 def add_arguments(parser: ArgumentParser) -> None:
     """Add what the command takes."""
     add_runs(parser)
-    parser.add_argument("--reference", type=int, metavar="EPOCH", help="measured epoch to compare with; by default 1")
+    parser.add_argument("--reference", type=int, metavar="EPOCH", help="measured epoch to compare with; by default "
+                        "that of the distances that are there, or 1")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="compute again what is there already")
 
 
@@ -33,28 +37,55 @@ def run(settings: Namespace) -> int:
     """Compute, add to the tables, and say so."""
     import pandas as pd
 
-    from neuralcollapse.lab.results.distances import distance_rows
-    from neuralcollapse.lab.results.tables import add_rows, read_table
+    from neuralcollapse.lab.results.distances import TO_REFERENCE, distance_rows
+    from neuralcollapse.lab.results.tables import COLUMNS, add_rows, read_table
 
-    outcome, reference = Outcome(), settings.get("reference") or 1
+    outcome = Outcome()
     tables = []
     for one in runs_of(settings.runs):
-        there = read_table(one.metrics) if one.metrics.exists() else pd.DataFrame(columns=["epoch", "metric"])
-        done = set(there[there["metric"] == "etf_means_reference"]["epoch"])
-        if done >= {epoch for epoch, _ in one.measured()} and done and not settings.get("overwrite"):
+        there = read_table(one.metrics) if one.metrics.exists() else pd.DataFrame(columns=COLUMNS)
+        reference, replaced = _reference(there, settings.get("reference"))
+        if not replaced and not settings.get("overwrite") and _complete(there, one):
             continue
         rows = outcome.sound(distance_rows(one, reference))
-        add_rows(one.metrics, rows)
+        if not rows:
+            continue
+        add_rows(one.metrics, rows, in_place_of=TO_REFERENCE if replaced else ())
+        if replaced:
+            print(f"{one.path.name}: distances to the ETFs of epoch {reference} replace those of epoch {replaced}")
         outcome.written.append(one.metrics)
-        tables.append(_last(one.path.name, pd.DataFrame(rows, columns=["epoch", "split", "metric", "value"])))
+        tables.append(_last(one.path.name, pd.DataFrame(rows, columns=COLUMNS)))
     if tables:
         print(pd.concat(tables).to_string(index=False, float_format="{:.4g}".format), end="\n\n")
     return outcome.report("nothing to do: the distances are there; --overwrite computes them again")
 
 
+def _reference(there: pd.DataFrame, asked: int | None) -> tuple[int, str]:
+    """The reference epoch; and those of distances in the table that are to other epochs, in words."""
+    from neuralcollapse.lab.results.distances import reference_epochs
+
+    found = sorted(reference_epochs(there))
+    reference = asked if asked is not None else found[0] if len(found) == 1 else 1
+    others = [epoch for epoch in found if epoch != reference]
+    return reference, "" if reference in found and len(found) == 1 else " and ".join(map(str, others))
+
+
+def _complete(there: pd.DataFrame, run: RunFolder) -> bool:
+    """Whether a table names the reference epoch of each record's distances."""
+    from neuralcollapse.lab.results.distances import REFERENCE_EPOCH
+
+    named = there[there["metric"] == REFERENCE_EPOCH]
+    records = set(run.measured())
+    return bool(records) and records <= set(zip(named["epoch"], named["split"], strict=True))
+
+
 def _last(name: str, rows: pd.DataFrame) -> pd.DataFrame:
-    """The distances at the last epoch, a row a split."""
+    """The distances at the last epoch, one row per split."""
+    from neuralcollapse.lab.results.distances import REFERENCE_EPOCH
+
     last = rows[rows["epoch"] == rows["epoch"].max()]
     table = last.pivot(index=["epoch", "split"], columns="metric", values="value").reset_index()
     table.insert(0, "run", name)
+    reference = table.pop(REFERENCE_EPOCH)
+    table.insert(3, "reference_epoch", reference.astype(int))
     return table

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from neuralcollapse.lab.experiments import label_of, tell_apart
+from neuralcollapse.lab.results.distances import reference_epochs
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.tables import COLUMNS, read_table
 
@@ -40,14 +41,23 @@ def gather_groups(groups: Mapping[str, Sequence[RunFolder]]) -> pd.DataFrame:
     What training itself saw (loss, alignment, accuracy of its batches, never compared) has the split ``"training"``.
 
     Raises:
-        ValueError: A run without a table, which is named.
+        ValueError: if a run has no table, or the distances of the runs of a group are to different reference epochs.
     """
     tables = []
     for label, runs in groups.items():
+        references: dict[int, RunFolder] = {}
         for run in runs:
             if not run.metrics.exists():
                 raise ValueError(f"run {str(run.path)!r} must have a {run.metrics.name}, and has none: measure it")
             table = pd.concat([read_table(run.metrics), _training(run)], ignore_index=True)
+            references |= dict.fromkeys(reference_epochs(table), run)
+            if len(references) > 1:
+                (first, one), (second, other) = references.items()
+                raise ValueError(
+                    f"distances of the runs of {label!r} must be to the same reference epoch, and are to {first} in "
+                    f"{str(one.path)!r} and to {second} in {str(other.path)!r}: `neuralcollapse distance` with "
+                    "--reference computes them again"
+                )
             table.insert(0, "group", label)
             table.insert(1, "seed", run.settings()["seed"])
             tables.append(table)

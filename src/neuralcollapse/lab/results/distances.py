@@ -3,9 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from neuralcollapse.lab.results.folder import RunFolder
-from neuralcollapse.metrics import Measurement, etf_distances
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# In a run's table: the epoch to whose ETFs the reference distances of the same epoch and split are.
+REFERENCE_EPOCH = "etf_reference_epoch"
+# All rows that depend on the reference epoch.
+TO_REFERENCE = ("etf_weights_reference", "etf_means_reference", REFERENCE_EPOCH)
+_SAME = 1e-20  # squared distances below are of an ETF to itself
+
+
+def reference_epochs(table: pd.DataFrame) -> set[int]:
+    """The epochs to whose simplex ETFs a table holds distances.
+
+    Args:
+        table: Columns epoch, metric, value; rows without `REFERENCE_EPOCH`, of earlier versions, have the epoch at
+            which the distance is 0.
+
+    Examples:
+        >>> import pandas as pd
+        >>> table = pd.DataFrame({"epoch": [1, 2], "metric": "etf_means_reference", "value": [0.3, 0.0]})
+        >>> reference_epochs(table)
+        {2}
+    """
+    named = table[table["metric"] == REFERENCE_EPOCH]["value"]
+    if named.empty:
+        named = table[(table["metric"] == "etf_means_reference") & (table["value"] < _SAME)]["epoch"]
+    return {int(epoch) for epoch in named}
 
 
 def distance_rows(run: RunFolder, reference: int = 1) -> Iterator[tuple[int, str, str, float] | ValueError]:
@@ -16,11 +44,14 @@ def distance_rows(run: RunFolder, reference: int = 1) -> Iterator[tuple[int, str
         reference: The epoch to whose ETFs, of the weights and of the means apart, each epoch's are compared.
 
     Yields:
-        (epoch, split, metric, value); or what was wrong with a record, which is left out.
+        (epoch, split, metric, value), with the reference epoch as the value of `REFERENCE_EPOCH`; or what was wrong
+        with a record, which is left out.
 
     Raises:
-        ValueError: The run has no records, or none of the reference epoch.
+        ValueError: if the run has no records, or none of the reference epoch.
     """
+    from neuralcollapse.metrics import Measurement, etf_distances
+
     records = run.measured()
     if not records:
         raise ValueError(f"run {str(run.path)!r} must have records in {run.moments.name}/, and has none: measure it")
@@ -48,3 +79,4 @@ def distance_rows(run: RunFolder, reference: int = 1) -> Iterator[tuple[int, str
                 reference_means=first.moments.means,
             )
             yield from ((epoch, split, name, value) for name, value in found.items())
+            yield epoch, split, REFERENCE_EPOCH, float(reference)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -52,10 +52,19 @@ def read_table(path: Path) -> pd.DataFrame:
     return pd.read_csv(path, converters={"value": float})  # the default parser is not exact
 
 
-def add_rows(path: Path, rows: Sequence[tuple[int, str, str, float]]) -> None:
-    """Add measured values to a run's table, in order of epochs; they replace those of the same name."""
+def add_rows(path: Path, rows: Sequence[tuple[int, str, str, float]], *, in_place_of: Collection[str] = ()) -> None:
+    """Add measured values to a run's table, in order of epochs; they replace those of the same name.
+
+    Args:
+        path: The table.
+        rows: Epoch, split, metric, value.
+        in_place_of: Metrics whose other rows are removed.
+    """
     added = pd.DataFrame(rows, columns=COLUMNS)
-    table = pd.concat([read_table(path), added]) if path.exists() else added
+    table = added
+    if path.exists():
+        kept = read_table(path)
+        table = pd.concat([kept[~kept["metric"].isin(in_place_of)], added])
     table = table.drop_duplicates(COLUMNS[:3], keep="last").sort_values("epoch", kind="stable")
     write_csv(path, table)
 
