@@ -233,11 +233,11 @@ def test_the_whole_training_forward_compiles_into_one_graph(options):
     assert torch.allclose(eager[1].weight, compiled[1].weight, atol=1e-5)
 
 
-@pytest.mark.parametrize("orientation", [None, generator(3)])
-def test_the_fixed_frame_has_the_gram_of_its_code(orientation):
-    head = FixedFrameClassifier(12, 6, CODE.float() + 2, generator=orientation)
+@pytest.mark.parametrize("options", [{"orientation": "canonical"}, {}, {"generator": generator(3)}])
+def test_the_fixed_frame_has_the_gram_of_its_code(options):
+    head = FixedFrameClassifier(12, 6, CODE.float() + 2, **options)
     assert torch.allclose((head.weight @ head.weight.T).double(), GRAM, atol=1e-5)
-    assert bool((head.weight[:, 3:] == 0).all()) == (orientation is None)
+    assert bool((head.weight[:, 3:] == 0).all()) == ("orientation" in options)
     assert "weight" not in dict(head.named_parameters())
 
 

@@ -32,6 +32,7 @@ IMAGENET_PIXELS = {"pixel_mean": [0.485, 0.456, 0.406], "pixel_std": [0.229, 0.2
 CIFAR10_PIXELS = {"pixel_mean": [0.4914, 0.4822, 0.4465], "pixel_std": [0.2023, 0.1994, 0.2010]}
 CIFAR100_PIXELS = {"pixel_mean": [0.5071, 0.4865, 0.4409], "pixel_std": [0.2673, 0.2564, 0.2762]}
 STL10_PIXELS = {"pixel_mean": [0.4467, 0.4398, 0.4066], "pixel_std": [0.2603, 0.2566, 0.2713]}
+CANONICAL = {"orientation": "canonical"}
 PLAIN_CLASSIFIER = {
     "method": "standard",
     "feature_norm": "none",
@@ -96,7 +97,7 @@ def without(values: dict, *names: str) -> dict:
     return {name: value for name, value in values.items() if name not in names}
 
 
-ZHU_FIXED = without(ZHU_SGD, "unit_weight") | ZHU_CIFAR10 | {"method": "fixed"}
+ZHU_FIXED = without(ZHU_SGD, "unit_weight") | ZHU_CIFAR10 | {"method": "fixed", **CANONICAL}
 
 # Without a bias: {MNIST, CIFAR-10} x {SGD, Adam, L-BFGS} x {learned, fixed}.
 ZHU_OPTIMIZERS = {"sgd": ZHU_SGD, "adam": ZHU_ADAM, "lbfgs": ZHU_LBFGS}
@@ -107,6 +108,7 @@ ZHU_MSE = {
         "loss": "mse",
         "classifier_bias": "none",
         "method": {"learned": "standard", "fixed": "fixed"}[classifier],
+        **(CANONICAL if classifier == "fixed" else {}),
     }
     for data, pixels in (("mnist", MNIST), ("cifar10", ZHU_CIFAR10))
     for optimizer, values in ZHU_OPTIMIZERS.items()
@@ -114,7 +116,7 @@ ZHU_MSE = {
 }
 
 MARKOU_STANDARD = {"method": "standard", "unit_weight": True, "unit_start": False}
-MARKOU_FIXED = {"method": "fixed", "classifier_bias": "centring"}
+MARKOU_FIXED = {"method": "fixed", **CANONICAL, "classifier_bias": "centring"}
 MARKOU_IMPLICIT = {"method": "implicit", "classifier_bias": "centring", "means_momentum": "published"}
 MARKOU = {
     "batch_size": 256,
@@ -179,6 +181,7 @@ PUBLISHED = {
             **without(ZHU_OPTIMIZERS[optimizer], "unit_weight"),
             **ZHU_CIFAR10,
             "method": "fixed",
+            **CANONICAL,
             **changes,
         }
         for optimizer in ("adam", "lbfgs")
@@ -201,8 +204,11 @@ PUBLISHED = {
         for backbone in ("resnet18", "resnet50")
         for name, values in (
             ("-fixdim", {**ZHU_SOTA, "feature_dim": 10}),
-            ("-fixed", {**without(ZHU_SOTA, "unit_weight"), "method": "fixed"}),
-            ("-fixed-fixdim", {**without(ZHU_SOTA, "unit_weight"), "method": "fixed", "feature_dim": 10}),
+            ("-fixed", {**without(ZHU_SOTA, "unit_weight"), "method": "fixed", **CANONICAL}),
+            (
+                "-fixed-fixdim",
+                {**without(ZHU_SOTA, "unit_weight"), "method": "fixed", **CANONICAL, "feature_dim": 10},
+            ),
         )
     },
     "markou2024-mnist-standard": {**MARKOU_MNIST, **MARKOU_STANDARD, "classifier_bias": "none"},
@@ -321,7 +327,7 @@ def deciding(given: dict) -> set[str]:
         "step": {"step_epochs", "lr_factor"},
         "multistep": {"milestones", "lr_factor"},
     }[given.get("schedule", "constant")]
-    names |= {"standard": {"unit_weight"}, "fixed": set(), "implicit": {"proximal_weight"}}[given["method"]]
+    names |= {"standard": {"unit_weight"}, "fixed": {"orientation"}, "implicit": {"proximal_weight"}}[given["method"]]
     if given["classifier_bias"] == "centring":
         names.add("means_momentum")
     names |= {"mlp": {"width", "depth"}, "vgg13": set()}.get(given["backbone"], {"stem"})

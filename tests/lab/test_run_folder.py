@@ -50,6 +50,35 @@ def test_a_folder_of_format_0_goes_on_and_is_run_again(old, tmp_path):
     assert not {"lr", "schedule", "weight_decay", "stem", "proximal_weight"} & set(settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "meant"),
+    [
+        ({"method": "fixed"}, {"orientation": "canonical"}),
+        ({"method": "implicit"}, {"orientation": None}),
+        ({"methods": ["standard", "fixed"]}, {"orientation": "canonical"}),
+        ({"combinations": ["implicit/nonl", "fixed-frame/mse"]}, {"orientation": "canonical"}),
+    ],
+)
+def test_settings_whose_default_has_changed_keep_their_meaning_in_older_folders(settings, meant, tmp_path):
+    for number, expected in ((1, meant), (2, dict.fromkeys(meant))):
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"format": number, **settings}))
+        found = RunFolder(tmp_path).settings()
+        assert {name: found.get(name) for name in meant} == expected
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_a_fixed_run_of_format_1_resumes_with_its_orientation(tmp_path):
+    out = tmp_path / "out"
+    run = RunConfig(method="fixed", orientation="canonical", schedule="constant", **SMALL)
+    train_runs(run, out, progress=False)
+    settings = yaml.safe_load((out / "config.yaml").read_text())
+    del settings["orientation"]
+    (out / "config.yaml").write_text(yaml.safe_dump(settings | {"format": 1}))
+    (out / "checksums.yaml").unlink()
+    assert main(["train", "--resume", "--epochs", "2", "--out", str(out)]) == 0
+    assert RunFolder(out).settings()["orientation"] == "canonical"
+
+
 def test_a_folder_of_a_newer_format_is_refused(tmp_path, capsys):
     out = tmp_path / "out"
     train_runs(RunConfig(**SMALL), out, progress=False)
@@ -57,7 +86,7 @@ def test_a_folder_of_a_newer_format_is_refused(tmp_path, capsys):
     (out / "config.yaml").write_text(yaml.safe_dump(settings | {"format": 99}))
     (out / "checksums.yaml").unlink()
     message = error_of(capsys, "train", "--resume", "--out", str(out))
-    assert "is a run of format 99, and this version of neuralcollapse reads up to 1: install a newer one" in message
+    assert "is a run of format 99, and this version of neuralcollapse reads up to 2: install a newer one" in message
 
 
 def test_what_is_no_run_folder_is_said(tmp_path):

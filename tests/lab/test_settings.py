@@ -63,6 +63,7 @@ OTHER = {
     "batch_norm_affine": False,
     "feature_norm": "none",
     "unit_weight": False,
+    "orientation": "canonical",
     "unit_start": False,
     "classifier_bias": "none",
     "class_attributes": "attributes.csv",

@@ -78,14 +78,18 @@ class FixedETFClassifier(FixedWeight):
     Args:
         in_features: d ≥ K−1; any with ``orientation="softmax-code"``.
         num_classes: K ≥ 2.
-        orientation: ``"canonical"``, ``"random"`` (Haar-uniform, from ``generator``), or the (K, d) ETF itself; or
-            ``"softmax-code"``, what takes the ETF's place where K > d+1 (`softmax_code`, which takes some time there).
+        orientation: ``"random"``, Haar-uniform and the same each time unless a ``generator`` is given;
+            ``"canonical"``, one coordinate per class, as in the released codes of both sources: behind a ReLU it often
+            does not train, because each class depends on one unit, and the other units have no gradient; the (K, d) ETF
+            itself; or ``"softmax-code"``, which takes the ETF's place where K > d+1 (`softmax_code`, which takes some
+            time there; one that is known in closed form is rotated at random).
         feature_norm: τ, the norm that features are given; ``"auto"``: `collapse_radius`; ``None``: left as they are.
         bias: ``"centring"``: −W·m with the global mean m of the features, of the (whole, distributed) batch and
             without gradient in training, a moving mean in evaluation; ``"learned"``; ``"none"``.
         momentum: The weight of a new batch in that moving mean, as for `ClassMeans`.
         ignore_index: Where targets are given, features whose target is this do not count in that mean.
-        generator: Source of randomness for ``orientation="random"`` and where a softmax code is searched from.
+        generator: Source of randomness for ``orientation="random"`` and ``"softmax-code"``; a generator with seed 0
+            if not given.
 
     Shape: features (..., d) to logits (..., K).
 
@@ -106,7 +110,7 @@ class FixedETFClassifier(FixedWeight):
         in_features: int,
         num_classes: int,
         *,
-        orientation: Literal["canonical", "random", "softmax-code"] | Tensor = "canonical",
+        orientation: Literal["random", "canonical", "softmax-code"] | Tensor = "random",
         feature_norm: float | Literal["auto"] | None = "auto",
         bias: Bias = "centring",
         momentum: Momentum = DEFAULT_MOMENTUM,
@@ -132,8 +136,9 @@ class FixedFrameClassifier(FixedWeight):
         bias: As for `FixedETFClassifier`.
         momentum: As for `FixedETFClassifier`.
         ignore_index: As for `FixedETFClassifier`.
-        generator: If given, the frame has a Haar-uniform orientation drawn from it; else the code's principal
-            coordinates come first and zeros after them.
+        orientation: ``"random"``, Haar-uniform, or ``"canonical"``: the code's principal coordinates come first and
+            zeros after them, which trains worse behind a ReLU, as for `FixedETFClassifier`.
+        generator: Source of randomness for ``orientation="random"``; a generator with seed 0 if not given.
 
     Shape: features (..., d) to logits (..., K).
 
@@ -160,14 +165,20 @@ class FixedFrameClassifier(FixedWeight):
         bias: Bias = "centring",
         momentum: Momentum = DEFAULT_MOMENTUM,
         ignore_index: int | None = None,
+        orientation: Literal["random", "canonical"] = "random",
         generator: torch.Generator | None = None,
     ) -> None:
         check_at_least("in_features", in_features, 1)
         check_at_least("num_classes", num_classes, 2)
         check_code(code, num_classes)
+        check_choice("orientation", orientation, ("random", "canonical"))
         check_factory(None, None, generator)
-        weight = placed(principal_code(code, in_features), in_features, generator).to(torch.get_default_dtype())
-        super().__init__(weight, feature_norm, bias, momentum, ignore_index)
+        principal = principal_code(code, in_features)
+        if orientation == "canonical":
+            weight = placed(principal, in_features)
+        else:
+            weight = placed(principal, in_features, generator or _seeded())
+        super().__init__(weight.to(torch.get_default_dtype()), feature_norm, bias, momentum, ignore_index)
 
 
 def _oriented(
@@ -186,8 +197,20 @@ def _oriented(
             f"orientation must be 'canonical', 'random', 'softmax-code' or a (K, d) tensor, got {orientation!r}"
         )
     check_factory(None, None, generator)
-    if orientation == "softmax-code":
-        return softmax_code(num_classes, feature_dim, generator=generator)
     if orientation == "canonical":
         return simplex_etf(num_classes, feature_dim)
-    return random_simplex_etf(num_classes, feature_dim, generator=generator)
+    if orientation == "random" or num_classes <= feature_dim + 1:
+        if generator is not None:
+            return random_simplex_etf(num_classes, feature_dim, generator=generator)
+        # On the CPU and in fp64, so that the ETF is the same on any device and in any default dtype.
+        etf = random_simplex_etf(num_classes, feature_dim, generator=_seeded(), dtype=torch.float64, device="cpu")
+        return etf.to(torch.get_default_device(), torch.get_default_dtype())
+    code = softmax_code(num_classes, feature_dim, generator=generator)
+    if num_classes > 2 * feature_dim:
+        return code
+    return placed(code, feature_dim, generator or _seeded())  # the orthoplex has its vectors on the axes
+
+
+def _seeded() -> torch.Generator:
+    """The generator of an orientation that is the same each time."""
+    return torch.Generator().manual_seed(0)

@@ -173,6 +173,11 @@ class ModelSettings(Settings):
     """Norm that features are given before the classifier; `auto` follows from the number of classes."""
     unit_weight: bool | None = setting(True, belongs_to=where(method="standard"))
     """Keep the rows of the classifier at unit norm."""
+    orientation: Literal["random", "canonical"] | None = setting(
+        "random", belongs_to=where(method=("fixed", "fixed-frame"))
+    )
+    """Orientation of a fixed classifier: random, the same for every seed; or canonical, one axis per class, as in the
+    released codes, which often does not train behind a ReLU."""
     unit_start: bool | None = setting(True, belongs_to=only.UNIT_ROWS)
     """The rows begin at unit norm; else they are brought to it by the first step."""
     classifier_bias: Literal["learned", "centring", "none"] | None = setting(

@@ -79,13 +79,14 @@ def build_head(config: RunConfig, feature_dim: int, num_classes: int) -> Head:
     if config.means_momentum is not None:
         options["momentum"] = config.means_momentum
     if config.method == "fixed":
-        return FixedETFClassifier(**options)
+        return FixedETFClassifier(orientation=config.orientation or "random", **options)
     if config.method == "softmax-code":
         return copy.deepcopy(_softmax_code_head(**options))
     if config.method == "means":
         return ClassMeanClassifier(means=config.class_means or "previous", **options)
     if config.method == "fixed-frame":
-        return FixedFrameClassifier(code=attribute_code(config, feature_dim, num_classes), **options)
+        code = attribute_code(config, feature_dim, num_classes)
+        return FixedFrameClassifier(code=code, orientation=config.orientation or "random", **options)
     options["proximal_weight"] = config.proximal_weight or 0.0
     if config.method in ("frame", "attribute-frame"):
         means = config.method == "frame"

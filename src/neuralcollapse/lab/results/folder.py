@@ -15,7 +15,8 @@ from neuralcollapse.lab.results.provenance import environment, now, start
 from neuralcollapse.lab.settings import resolve
 
 # Number of the format that is written. 0 had settings and environment in one file, and settings without effect as well.
-FORMAT = 1
+# In 0 and 1, a fixed classifier had the canonical orientation, which was not a setting.
+FORMAT = 2
 # Schedules whose rate at an epoch does not depend on how many there are; of an optimiser without a rate, None.
 # What may change between a start and the next: it has no part in what is computed.
 _FREE = ("checkpoint_minutes", "devices", "num_nodes")
@@ -150,7 +151,9 @@ class RunFolder:
                 f"{str(self.path)!r} is a run of format {number}, and this version of neuralcollapse reads up to "
                 f"{FORMAT}: install a newer one"
             )
-        return _from_format_0(stored) if number == 0 else stored
+        if number == 0:
+            stored = _from_format_0(stored)
+        return _with_earlier_meanings(stored) if number < 2 else stored
 
     def read_environment(self) -> dict[str, Any]:
         """What the result depends on beside its settings."""
@@ -290,3 +293,13 @@ def _from_format_0(stored: dict[str, Any]) -> dict[str, Any]:
     if stored.get("classifier_bias") == "auto":
         changed["classifier_bias"] = None
     return stored | changed
+
+
+def _with_earlier_meanings(stored: dict[str, Any]) -> dict[str, Any]:
+    """Settings of format 0 or 1, with what has another default since then said explicitly."""
+    methods = [stored.get("method"), *(stored.get("methods") or [])]
+    methods += [text.partition("/")[0] for text in stored.get("combinations") or []]
+    changed: dict[str, Any] = {}
+    if {"fixed", "fixed-frame"} & set(methods):
+        changed["orientation"] = "canonical"
+    return changed | stored

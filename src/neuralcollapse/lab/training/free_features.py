@@ -133,7 +133,10 @@ def _head(run: FreeRun) -> Head:
     if run.method == "standard":
         return LearnedClassifier(*sizes, bias=False, feature_norm=run.feature_norm, unit_weight=True)
     if run.method == "fixed":
-        return FixedETFClassifier(*sizes, feature_norm=run.feature_norm, momentum=_MEANS_MOMENTUM)
+        # As published. Free features reach every orientation alike.
+        return FixedETFClassifier(
+            *sizes, orientation="canonical", feature_norm=run.feature_norm, momentum=_MEANS_MOMENTUM
+        )
     return NearestETFClassifier(
         *sizes,
         feature_norm=run.feature_norm,
