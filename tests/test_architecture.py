@@ -92,11 +92,6 @@ def test_arrows_between_the_rooms_of_the_laboratory_point_one_way(path):
             assert other == room or other in LAB[room], f"{path} imports {name}"
 
 
-def test_no_file_of_the_laboratory_needs_a_table_of_contents():
-    for path in (ROOT / "lab").rglob("*.py"):
-        assert len(path.read_text().splitlines()) <= 300, path
-
-
 def loaded_by(statement: str) -> set[str]:
     script = f"import sys; {statement}; print(*{{name.split('.')[0] for name in sys.modules}})"
     return set(
