@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from helpers import generator, simplex_gram
-from neuralcollapse import measure
+from neuralcollapse import measure, nearest_simplex_etf
 from neuralcollapse.lab.conditions import WITH_ATTRIBUTES
 from neuralcollapse.lab.config import METHODS, DataSettings, ModelSettings, RunConfig
 from neuralcollapse.lab.data.batches import EpochBatches, evaluation_batches
@@ -318,6 +320,67 @@ def test_the_training_log_and_the_gradients(tmp_path):
         size = state[f"model.{name}"].numel()
         assert (rows["mean"] <= rows["max"]).all()
         assert (rows["norm"] <= rows["max"] * size**0.5 * 1.001).all()
+
+
+HEADS_TENSORS = {"head.features", "head.class_means", "head.weight", "head.bias"}
+
+
+def gradients_of_heads(folder: Path, **settings) -> pd.DataFrame:
+    run = trained(folder, epochs=2, batch_size=50, **settings)
+    table = pd.read_csv(run.gradients)
+    return table[table["parameter"].str.startswith("head.")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"method": "implicit"}, HEADS_TENSORS),
+        ({"method": "implicit", "classifier_bias": "none"}, HEADS_TENSORS - {"head.bias"}),
+        ({"method": "means", "class_means": "differentiable"}, HEADS_TENSORS),
+        ({"method": "means"}, {"head.features"}),
+        ({"method": "fixed", "classifier_bias": "none"}, set()),
+    ],
+)
+def test_gradients_of_what_a_head_makes_of_a_batch_are_logged(settings, expected, tmp_path):
+    rows = gradients_of_heads(tmp_path / "run", **settings)
+    for _, of_epoch in rows.groupby("epoch"):
+        assert set(of_epoch["parameter"]) == expected
+    assert (rows["mean"] <= rows["max"]).all()
+    assert (rows["max"] > 0).all()
+
+
+def test_the_logged_gradients_of_the_nearest_etf_are_those_of_finite_differences(tmp_path):
+    """The first step, from one batch of all classes: the loss as a function of class means, weight and bias."""
+    settings = {"method": "implicit", "loss": "mse", "epochs": 1, "batch_size": 200, "train_samples": 100}
+    config = RunConfig(**SMALL | settings)
+    module = ClassifierTraining(config, load_data(config))
+    images, targets = next(iter(module._batches(0)))
+    with torch.no_grad():
+        features = module.head.features(copy.deepcopy(module.model.model).train()(images)).double()
+    run = RunFolder(tmp_path / "run")
+    run.start(config.in_force())
+    train(module, run)
+    logged = pd.read_csv(run.gradients).set_index("parameter")
+    mean, classes = features.mean(0), nn.functional.one_hot(targets, 10).double()
+    class_means = classes.T @ features / classes.sum(0)[:, None] - mean
+    etf = nearest_simplex_etf(class_means)
+
+    def loss(weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return (features @ weight.T + bias - classes).square().mean()
+
+    def differences(of: Callable[[torch.Tensor], torch.Tensor], at: torch.Tensor, step: float = 1e-5) -> torch.Tensor:
+        steps = step * torch.eye(at.numel(), dtype=at.dtype).reshape(-1, *at.shape)
+        return torch.stack([(of(at + one) - of(at - one)) / (2 * step) for one in steps]).abs()
+
+    of_etf = lambda weight: loss(weight, -weight @ mean)  # noqa: E731
+    by_hand = {
+        "head.bias": differences(lambda bias: loss(etf, bias), -etf @ mean),
+        "head.weight": differences(of_etf, etf),
+        "head.class_means": differences(lambda means: of_etf(nearest_simplex_etf(means)), class_means),
+    }
+    for name, gradient in by_hand.items():
+        found = {"mean": float(gradient.mean()), "max": float(gradient.max()), "norm": float(gradient.norm())}
+        assert logged.loc[name, list(found)].to_dict() == pytest.approx(found, rel=1e-3), name
 
 
 def test_agd_logs_its_step(tmp_path):

@@ -19,7 +19,7 @@ FIGURES = {
     "papyan": ("Figures 1 to 7 of Papyan, Han, Donoho 2020", 4),
     "zhu": ("NC1 to NC4 and accuracies, as Figures 3 and 6 of Zhu et al. 2021", 3),
     "markou": ("accuracy, NC, ETF distances and margins, as Markou et al. 2024 show them", 4),
-    "gradient-flow": ("mean and largest gradient of each layer", 3),
+    "gradient-flow": ("mean and largest gradient of each layer, and of features, class means, W and b", 3),
     "margins": ("sorted cosine margins of all samples", 2),
     "layers": ("collapse of every measured layer against its depth", 2),
     "classes": ("norms, variances and cosines of every class", 4),

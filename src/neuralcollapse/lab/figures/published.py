@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 Series = Sequence[tuple[str, str, str]]  # metric, split, words
 _SERIES_LINES: tuple[Any, ...] = ("-", "--", ":", "-.")
+# What a head makes of a batch, and its own parameters, in the order of their bars.
+_OF_HEAD = {"head.features": "features", "head.class_means": "class means", "head.weight": "W", "head.bias": "b"}
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
@@ -64,7 +66,7 @@ def markou(runs: Runs) -> list[Panel]:
 
 
 def gradient_flow(runs: Runs) -> list[Panel]:
-    """Mean and largest gradient of each layer's weight at the end of the last epoch."""
+    """Mean and largest gradient of each layer's weight and of the head's tensors at the end of the last epoch."""
     return [
         Panel(label.replace(" ", "-"), literal(label), partial(_draw_gradients, runs=runs, label=label))
         for label in runs.groups
@@ -124,16 +126,19 @@ def _draw_gradients(axes: Axes, *, runs: Runs, label: str) -> None:
     tables = [read_table(run.gradients) for run in runs.groups[label] if run.gradients.exists()]
     if not tables:
         raise ValueError("no gradients were written: these runs were not trained here")
-    table = pd.concat(tables)
-    last = table[table["epoch"] == table["epoch"].max()]
-    weights = last[~last["parameter"].str.endswith("bias")]
-    sizes = weights.groupby("parameter", sort=False)[["mean", "max"]].mean()
+    last = pd.concat([table[table["epoch"] == table["epoch"].max()] for table in tables])
+    shown = last[~last["parameter"].str.endswith("bias") | last["parameter"].isin(_OF_HEAD)]
+    sizes = shown.groupby("parameter", sort=False)[["mean", "max"]].mean()
+    head = [name for name in _OF_HEAD if name in sizes.index]
+    sizes = sizes.reindex([*(name for name in sizes.index if name not in head), *head])
     places = range(len(sizes))
     axes.bar(places, sizes["max"], color="#56B4E9", label="largest")
     axes.bar(places, sizes["mean"], color="#0072B2", label="mean", hatch="//", edgecolor="white", linewidth=0)
     axes.set_yscale("log")
-    step = max(1, len(sizes) // 8)
-    axes.set_xticks(list(places)[::step], [_short(name) for name in sizes.index[::step]], rotation=60, ha="right")
+    layers = len(sizes) - len(head)
+    ticks = [*range(0, layers, max(1, layers // 8)), *places[layers:]]
+    names = [_OF_HEAD.get(name) or _short(name) for name in sizes.index[ticks]]
+    axes.set_xticks(ticks, names, rotation=60, ha="right", rotation_mode="anchor")
     axes.set_ylabel("magnitude of the gradient", fontsize=8)
     axes.tick_params(axis="x", labelsize=6)
     axes.legend(frameon=False, fontsize=7)

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 from torch.optim import Optimizer
 
 from neuralcollapse.lab.results.files import write_csv
@@ -107,21 +108,65 @@ class TrainingLog(TableCallback):
 
 
 class GradientLog(TableCallback):
-    """Size of each parameter's gradient at the last batch of each epoch: mean and largest magnitude, and norm."""
+    """Size of each gradient at the last batch of each epoch: mean and largest magnitude, and norm.
+
+    Of the parameters; and of the features, class means, weight and bias that a head makes of a batch, where they are
+    not parameters and training is of one rank. An optimiser that evaluates gradients more often leaves the last ones,
+    as does accumulation those of the head.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        super().__init__(path)
+        self._hook: Any = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_index: int) -> None:
+        """Have the head's tensors kept in an epoch's last batch."""
+        module: Any = pl_module
+        class_means = getattr(module.head, "class_means", None)
+        if not trainer.is_last_batch or class_means is None or trainer.world_size > 1:
+            return
+        kept: dict[str, Tensor] = {}
+        module.head_tensors = kept
+        self._hook = class_means.register_forward_hook(lambda _, __, means: keep_gradients(kept, class_means=means[0]))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Look at the gradients; an optimiser that evaluates them more often leaves the last ones."""
+        """Look at the gradients."""
         if not trainer.is_last_batch:
             return
         epoch = trainer.current_epoch + 1
         self.rows = [row for row in self.rows if row["epoch"] < epoch]
-        for name, parameter in pl_module.named_parameters():
-            if parameter.grad is not None:
-                size = parameter.grad.abs()
+        gradients = {name.removeprefix("model."): one.grad for name, one in pl_module.named_parameters()}
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scale = 1.0 if scaler is None else scaler.get_scale()  # the parameters' gradients are divided by it already
+        module: Any = pl_module
+        for name, tensor in (module.head_tensors or {}).items():
+            if tensor.grad is not None:
+                gradients[f"head.{name}"] = tensor.grad.float() / scale
+        for name, gradient in gradients.items():
+            if gradient is not None:
+                size = gradient.abs()
                 figures = torch.stack([size.mean(), size.max(), torch.linalg.vector_norm(size)]).tolist()
                 row = dict(zip(("mean", "max", "norm"), figures, strict=True))
-                self.rows.append({"epoch": epoch, "parameter": name.removeprefix("model.")} | row)
+                self.rows.append({"epoch": epoch, "parameter": name} | row)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_index: int
+    ) -> None:
+        """Let go of the head's tensors."""
+        module: Any = pl_module
+        module.head_tensors = None
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write."""
         self.write(trainer)
+
+
+def keep_gradients(kept: dict[str, Tensor], **tensors: Tensor | None) -> None:
+    """Add tensors to those kept, where they will have a gradient that is not a parameter's."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad and not tensor.is_leaf:
+            tensor.retain_grad()
+            kept[name] = tensor

@@ -38,7 +38,7 @@ from neuralcollapse.lab.training.checkpoints import (
 from neuralcollapse.lab.training.collapse_callback import CollapseCallback
 from neuralcollapse.lab.training.devices import end_launched, lost_ranks
 from neuralcollapse.lab.training.loggers import build_loggers, finish_loggers
-from neuralcollapse.lab.training.logs import GradientLog, TrainingLog
+from neuralcollapse.lab.training.logs import GradientLog, TrainingLog, keep_gradients
 from neuralcollapse.lab.training.objective import batch_loss, penalty
 from neuralcollapse.lab.training.optimizers import build_optimizer, build_schedule
 from neuralcollapse.metrics import ClassMoments
@@ -61,6 +61,8 @@ class ClassifierTraining(LightningModule):
             alignment, over all ranks. They are never compared: the head of the method `implicit` knows the labels of
             its batch.
         batch_samples: How many it had.
+        head_tensors: If a dict, the features, weight and bias of the head in the last batch are added to it, and keep
+            their gradients.
 
     Raises:
         ValueError: Settings that do not fit together, or do not fit the data.
@@ -83,6 +85,7 @@ class ClassifierTraining(LightningModule):
         self._backbone = torch.compile(self.model.model.forward) if config.compile else self.model.model.forward
         self._sizes: list[int] = []
         self.batch_samples = 0
+        self.head_tensors: dict[str, Tensor] | None = None
         self._seen = (-1, -1)
         self._resumed: dict[str, Any] = {}
 
@@ -111,6 +114,8 @@ class ClassifierTraining(LightningModule):
         """The loss of one batch."""
         images, targets = batch
         features, weight, bias = self.head.prepare(self._backbone(images), targets)
+        if self.head_tensors is not None:
+            keep_gradients(self.head_tensors, features=features, weight=weight, bias=bias)
         logits, features = self.head.decide(features, weight, bias).float(), features.float()
         ranks, self.batch_samples = self.config.ranks, self._sizes[batch_index]
         share = ranks * len(targets) / self.batch_samples
