@@ -18,6 +18,7 @@ LOSSES = {
     "normface": losses.normface,
     "ntce": losses.ntce,
     **{f"nonl {m}": partial(losses.nonl, margin=m) for m in MARGINS},
+    **{f"bidirectional {m}": partial(losses.nonl, margin=m, bidirectional=True) for m in MARGINS},
     **{f"decoupled {m}": partial(losses.decoupled_cross_entropy, margin=m) for m in MARGINS},
     **{f"two-way {m}": partial(losses.two_way, margin=m) for m in MARGINS},
 }
@@ -51,13 +52,15 @@ def double_loop(name, features, targets, weight, temperature):
     for i, y in enumerate(labels):
         own = score(i, y)
         held_back = math.exp(own - margin) if margin < math.inf else 0.0
-        rows = held_back + sum(math.exp(score(i, k)) for k in range(len(vectors)) if k != y)
-        columns = held_back + sum(math.exp(score(j, y)) for j in everybody if labels[j] != y)
+        other_classes = sum(math.exp(score(i, k)) for k in range(len(vectors)) if k != y)
+        other_samples = sum(math.exp(score(j, y)) for j in everybody if labels[j] != y)
+        rows, columns = held_back + other_classes, held_back + other_samples
         whole = sum(math.exp(score(j, y)) for j in everybody)
         total += {
             "normface": math.log(rows),
             "decoupled": math.log(rows),
             "nonl": math.log(columns),
+            "bidirectional": math.log(held_back + other_classes + other_samples),
             "two-way": 0.5 * math.log(rows) + 0.5 * math.log(columns),
             "ntce": math.log(whole),
         }[kind] - own
@@ -102,6 +105,18 @@ def test_the_floor_of_ntce_is_the_logarithm_of_the_samples_of_a_class():
     for seed in range(5):
         features, _, weight = batch(6 * each, 6, seed=seed)
         assert losses.ntce(features, torch.arange(6).repeat(each), weight, temperature=0.02) > math.log(each)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_norms_do_not_matter_from_the_smallest_to_the_greatest(name):
+    features, targets, weight = batch()
+    expected = LOSSES[name](features, targets, weight)
+    for scale in (1e-30, 1e-20, 1e20, 1e30):
+        inputs = (features * scale).float().requires_grad_(), targets, (weight / scale).float()
+        found = LOSSES[name](*inputs)
+        assert found.item() == pytest.approx(float(expected), rel=1e-4)
+        (gradient,) = torch.autograd.grad(found, inputs[0])
+        assert float(gradient.double().norm() * scale) > 1e-3
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -169,6 +184,119 @@ def test_modules_call_the_functions(kind):
     module = kind(**options)
     assert module(features, targets, weight) == MODULES[kind](features, targets, weight, **options)
     assert "temperature=0.3" in repr(module)
+
+
+def test_a_bidirectional_batch_of_one_class_has_the_other_class_vectors():
+    features, _, weight = batch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = losses.nonl(features, torch.full((23,), 2), weight, bidirectional=True)
+    rows = losses.decoupled_cross_entropy(features, torch.full((23,), 2), weight)
+    assert (found - rows).abs() < 1e-12
+
+
+def test_the_module_of_nonl_takes_both_directions():
+    features, targets, weight = batch()
+    module = losses.NONLLoss(bidirectional=True)
+    assert module(features, targets, weight) == losses.nonl(features, targets, weight, bidirectional=True)
+    assert "bidirectional=True" in repr(module)
+
+
+# --- dot regression ------------------------------------------------------------------------------------------------
+
+
+def dot_regression_by_hand(features, targets, weight, class_lengths=None):
+    total = 0.0
+    for h, y in zip(features.tolist(), targets.tolist(), strict=True):
+        w = weight[y].tolist()
+        if class_lengths is not None:
+            w = [float(class_lengths[y]) * value / math.hypot(*w) for value in w]
+        lengths = math.hypot(*h) * math.hypot(*w)
+        total += (sum(a * b for a, b in zip(h, w, strict=True)) - lengths) ** 2 / (2 * lengths)
+    return total / len(targets)
+
+
+@pytest.mark.parametrize("class_lengths", [None, torch.tensor([0.3, 1.0, 2.0, 5.0, 0.1])])
+def test_dot_regression_is_its_formula(class_lengths):
+    features, targets, weight = batch()
+    expected = dot_regression_by_hand(features, targets, weight, class_lengths)
+    assert float(losses.dot_regression(features, targets, weight, class_lengths)) == pytest.approx(expected, rel=1e-7)
+    assert losses.DotRegressionLoss()(features, targets, weight, class_lengths) == losses.dot_regression(
+        features, targets, weight, class_lengths
+    )
+    tokens, labels = features.float().reshape(1, 23, 7), targets.where(targets != 3, -100).reshape(1, 23)
+    found = losses.dot_regression(tokens, labels, weight.float(), class_lengths, ignore_index=-100)
+    kept = targets != 3
+    assert found.item() == pytest.approx(
+        dot_regression_by_hand(features[kept], targets[kept], weight, class_lengths), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("radius", [1e-3, 1.0, 6.1, 20.0])
+@pytest.mark.parametrize("length", [0.2, 1.0, 7.0])
+def test_dot_regression_is_least_at_cosine_1_for_any_norms(radius, length):
+    _, targets, weight = batch()
+    rows = length * torch.nn.functional.normalize(weight)
+    there = (radius * torch.nn.functional.normalize(weight[targets])).requires_grad_()
+    least = losses.dot_regression(there, targets, rows)
+    assert abs(float(least.detach())) < 1e-12
+    (gradient,) = torch.autograd.grad(least, there)
+    assert float(gradient.abs().max()) < 1e-12
+    away = radius * torch.nn.functional.normalize(there.detach() + 0.1 * radius * normal(23, 7, seed=3))
+    cosines = (away * rows[targets]).sum(1) / (radius * length)
+    found = losses.dot_regression(away, targets, rows)
+    assert float(found) == pytest.approx(float((0.5 * radius * length * (1 - cosines) ** 2).mean()), rel=1e-9)
+
+
+def test_the_gradient_of_dot_regression_pulls_by_one_less_the_cosine_whatever_the_norm():
+    features, targets, weight = batch()
+    features.requires_grad_()
+    (gradient,) = torch.autograd.grad(losses.dot_regression(features, targets, weight), features)
+    cosines = torch.nn.functional.cosine_similarity(features, weight[targets])
+    assert torch.allclose(gradient, -(1 - cosines)[:, None] * weight[targets] / 23, atol=1e-12)
+    dead = torch.zeros(2, 7).requires_grad_()
+    (pull,) = torch.autograd.grad(losses.dot_regression(dead, targets[:2], weight.float()), dead)
+    assert torch.allclose(pull, -weight[targets[:2]].float() / 2, rtol=1e-4)
+
+
+def test_the_gradients_of_dot_regression_are_those_of_finite_differences_on_the_sphere():
+    features, targets, weight = batch(9, 3, 4)
+    lengths = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)
+    inputs = (features.requires_grad_(), weight.requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda x, w: losses.dot_regression(4 * torch.nn.functional.normalize(x), targets, w, lengths), inputs
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dot_regression_of_low_precision_is_computed_in_fp32(dtype):
+    features, targets, weight = batch()
+    low = features.to(dtype)
+    expected = losses.dot_regression(low.float(), targets, weight.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(losses.dot_regression(low, targets, weight.float()), expected)
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e18])
+def test_dot_regression_of_tiny_and_huge_features(scale):
+    features, targets, weight = batch()
+    found = losses.dot_regression((scale * features).float(), targets, weight.float())
+    assert found.item() == pytest.approx(scale * dot_regression_by_hand(features, targets, weight), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("class_lengths", "message"),
+    [
+        (torch.ones(4), r"class_lengths must be of shape \(5,\), got \(4,\)"),
+        (torch.ones(5).long(), "class_lengths must be a floating-point tensor"),
+        (torch.tensor([1.0, 1, 0, 1, 1]), "class_lengths must be positive, got 0.0"),
+        (torch.tensor([1.0, 1, math.nan, 1, 1]), "class_lengths must be finite"),
+        ([1.0] * 5, "class_lengths must be a floating-point tensor, got list"),
+    ],
+)
+def test_bad_class_lengths_are_named(class_lengths, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        losses.dot_regression(*batch(), class_lengths)
 
 
 def test_every_gradient_path_of_a_head_is_kept():

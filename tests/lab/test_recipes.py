@@ -89,7 +89,15 @@ ZHU_LBFGS = ZHU | {
     "schedule": "constant",
 }
 ZHU_CIFAR10 = {"data": "cifar10", **CIFAR10_PIXELS}
-ZHU_RANDOM = ZHU_SGD | ZHU_CIFAR10 | {"random_labels": True, "batch_size": 64, "lr": 0.01, "weight_decay": 1e-4}
+ZHU_RANDOM = {
+    **ZHU_SGD,
+    "data": "cifar10",
+    **IMAGENET_PIXELS,
+    "random_labels": True,
+    "batch_size": 64,
+    "lr": 0.01,
+    "weight_decay": 1e-4,
+}
 ZHU_SOTA = ZHU_SGD | CROPPED_AND_FLIPPED | {"data": "cifar10", **CIFAR10_PIXELS, "stem": "3x3"}
 
 

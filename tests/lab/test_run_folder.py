@@ -60,10 +60,20 @@ def test_a_folder_of_format_0_goes_on_and_is_run_again(old, tmp_path):
     ],
 )
 def test_settings_whose_default_has_changed_keep_their_meaning_in_older_folders(settings, meant, tmp_path):
-    for number, expected in ((1, meant), (2, dict.fromkeys(meant))):
+    for number, expected in ((1, meant), (2, {name: settings.get(name) for name in meant})):
         (tmp_path / "config.yaml").write_text(yaml.safe_dump({"format": number, **settings}))
         found = RunFolder(tmp_path).settings()
         assert {name: found.get(name) for name in meant} == expected
+
+
+def test_a_config_of_an_older_folder_keeps_its_meaning_as_a_file_of_settings(tmp_path, capsys):
+    file = tmp_path / "config.yaml"
+    for head, orientation in (({"format": 1}, "canonical"), ({"environment": {}}, "canonical"), ({}, "random")):
+        file.write_text(yaml.safe_dump({**head, "method": "fixed"}))
+        assert main(["train", "--config", str(file), "--print_config"]) == 0
+        assert yaml.safe_load(capsys.readouterr().out)["orientation"] == orientation
+        assert main(["train", "--config", str(file), "--orientation", "random", "--print_config"]) == 0
+        assert yaml.safe_load(capsys.readouterr().out)["orientation"] == "random"
 
 
 @pytest.mark.usefixtures("without_figures")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from dataclasses import fields
 from functools import cache
 from itertools import product
 
 import pytest
+import yaml
 
+from helpers import error_of
 from neuralcollapse import losses
+from neuralcollapse.cli import main
 from neuralcollapse.heads import ClassMeanClassifier, FixedETFClassifier, NearestETFClassifier
 from neuralcollapse.lab.config import RunConfig
 from neuralcollapse.lab.experiments import Comparison, common_settings, comparison_runs, single_run
@@ -233,6 +237,24 @@ def test_what_a_run_says_is_in_force_makes_the_same_run(name):
 def test_what_is_wrong_is_named(settings, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         RunConfig(**settings)
+
+
+@pytest.mark.parametrize("infinity", ["inf", math.inf, float("1e400")])
+def test_an_infinite_margin_is_one_value_however_it_is_written(infinity, tmp_path, capsys):
+    run = RunConfig(loss="two-way", margin=infinity)
+    assert run == RunConfig(loss="two-way")
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"loss": "two-way", "margin": infinity}))
+    for written in (f"--config={tmp_path / 'mine.yaml'}", f"--margin={infinity}"):
+        assert main(["train", "--loss=two-way", written, "--print_config"]) == 0
+        assert yaml.safe_load(capsys.readouterr().out)["margin"] == "inf"
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_no_other_margin_is_infinite(value, tmp_path, capsys):
+    with pytest.raises(ValueError, match=f"margin must be finite or inf, got {value}"):
+        RunConfig(loss="two-way", margin=value)
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"loss": "two-way", "margin": value}))
+    assert "margin must be" in error_of(capsys, "train", f"--config={tmp_path / 'mine.yaml'}", "--print_config")
 
 
 def test_the_defaults_of_the_heads_are_those_of_the_settings():

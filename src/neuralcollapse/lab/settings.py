@@ -126,7 +126,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         hints = type_hints(type(self))
-        given = {one.name: getattr(self, one.name) for one in fields(self)}
+        given = {one.name: _infinity_by_name(getattr(self, one.name), hints[one.name]) for one in fields(self)}
         for name, value in given.items():
             if value is not None and not _fits(value, hints[name]):
                 raise ValueError(f"{name} must be {describe(hints[name])}, got {value!r}")
@@ -135,7 +135,7 @@ class Settings:
             raise ValueError(next(iter(refused.values())))
         for one in fields(self):
             object.__setattr__(self, one.name, values[one.name])
-            _check_bounds(one.name, values[one.name], one.metadata.get("bounds", {}))
+            _check_bounds(one.name, values[one.name], hints[one.name], one.metadata.get("bounds", {}))
 
     def in_force(self) -> dict[str, Any]:
         """The settings that have a value: enough to make the same ones again."""
@@ -147,10 +147,19 @@ class Settings:
         return kind(**{one.name: getattr(self, one.name) for one in fields(kind)})
 
 
-def _check_bounds(name: str, value: Any, bounds: Mapping[str, float]) -> None:
+def _infinity_by_name(value: Any, hint: Any) -> Any:
+    """Return ``"inf"`` for an infinite number where that is a value of the setting, else the value.
+
+    So ``math.inf``, YAML's ``.inf`` and ``inf`` on the command line are one value, and compare equal.
+    """
+    infinite = isinstance(value, float) and value == math.inf
+    return "inf" if infinite and _fits("inf", hint) else value
+
+
+def _check_bounds(name: str, value: Any, hint: Any, bounds: Mapping[str, float]) -> None:
     items = value if isinstance(value, list) else [value]
     if any(isinstance(item, float) and not math.isfinite(item) for item in items):
-        raise ValueError(f"{name} must be finite, got {value}")
+        raise ValueError(f"{name} must be finite{' or inf' if _fits('inf', hint) else ''}, got {value}")
     for kind, bound in bounds.items():
         if any(isinstance(item, int | float) and not _BOUNDS[kind](item, bound) for item in items):
             raise ValueError(f"{name} must be {kind} {bound:g}, got {value}")

@@ -2,6 +2,7 @@
 
 With u_i = h_i/‖h_i‖, ŵ_k = w_k/‖w_k‖ and s_ik = u_i·ŵ_k/t, a sample is told from the other classes by its row of s, and
 a class vector from the other samples by its column. Rows and columns give the losses here; none has a bias.
+`dot_regression` compares with no other class or sample, and keeps the norms.
 
 All take features (..., d), targets (...) and a weight (K, d): what `Head.prepare` gives (without its bias), an
 ``nn.Linear``'s, or any other. They are computed in at least fp32, under autocast and for low-precision input as well,
@@ -13,9 +14,10 @@ the mean over ranks is the loss of the whole batch, and the mean of the gradient
 DistributedDataParallel takes, is its gradient.
 """
 
-from neuralcollapse.losses.functions import decoupled_cross_entropy, nonl, normface, ntce, two_way
+from neuralcollapse.losses.functions import decoupled_cross_entropy, dot_regression, nonl, normface, ntce, two_way
 from neuralcollapse.losses.modules import (
     DecoupledCrossEntropyLoss,
+    DotRegressionLoss,
     NONLLoss,
     NormFaceLoss,
     NTCELoss,
@@ -24,11 +26,13 @@ from neuralcollapse.losses.modules import (
 
 __all__ = [
     "DecoupledCrossEntropyLoss",
+    "DotRegressionLoss",
     "NONLLoss",
     "NTCELoss",
     "NormFaceLoss",
     "TwoWayLoss",
     "decoupled_cross_entropy",
+    "dot_regression",
     "nonl",
     "normface",
     "ntce",

@@ -8,21 +8,27 @@ from typing import Any
 from torch import Tensor, nn
 
 from neuralcollapse._checks import check_ignore_index
-from neuralcollapse.losses.functions import decoupled_cross_entropy, nonl, normface, ntce, two_way
+from neuralcollapse.losses.functions import decoupled_cross_entropy, dot_regression, nonl, normface, ntce, two_way
 from neuralcollapse.losses.scores import DEFAULT_TEMPERATURE, check_margin, check_temperature
 
 
-class _Loss(nn.Module):
+class _AnyLoss(nn.Module):
     """A loss with its settings."""
 
-    def __init__(self, *, temperature: float = DEFAULT_TEMPERATURE, ignore_index: int | None = None) -> None:
+    def __init__(self, *, ignore_index: int | None = None) -> None:
         super().__init__()
-        check_temperature(temperature)
         check_ignore_index(ignore_index)
-        self.settings: dict[str, Any] = {"temperature": temperature, "ignore_index": ignore_index}
+        self.settings: dict[str, Any] = {"ignore_index": ignore_index}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.settings.items() if value is not None)
+
+
+class _Loss(_AnyLoss):
+    def __init__(self, *, temperature: float = DEFAULT_TEMPERATURE, ignore_index: int | None = None) -> None:
+        check_temperature(temperature)
+        super().__init__(ignore_index=ignore_index)
+        self.settings = {"temperature": temperature, **self.settings}
 
 
 class _LossWithMargin(_Loss):
@@ -55,6 +61,17 @@ class NTCELoss(_Loss):
 class NONLLoss(_LossWithMargin):
     """`nonl` as a module: ``forward(features, targets, weight)``."""
 
+    def __init__(
+        self,
+        *,
+        temperature: float = DEFAULT_TEMPERATURE,
+        margin: float = math.inf,
+        bidirectional: bool = False,
+        ignore_index: int | None = None,
+    ) -> None:
+        super().__init__(temperature=temperature, margin=margin, ignore_index=ignore_index)
+        self.settings["bidirectional"] = bidirectional
+
     def forward(self, features: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
         return nonl(features, targets, weight, **self.settings)
 
@@ -79,3 +96,10 @@ class TwoWayLoss(_LossWithMargin):
 
     def forward(self, features: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
         return two_way(features, targets, weight, **self.settings)
+
+
+class DotRegressionLoss(_AnyLoss):
+    """`dot_regression` as a module: ``forward(features, targets, weight, class_lengths=None)``."""
+
+    def forward(self, features: Tensor, targets: Tensor, weight: Tensor, class_lengths: Tensor | None = None) -> Tensor:
+        return dot_regression(features, targets, weight, class_lengths, **self.settings)

@@ -22,21 +22,39 @@ from neuralcollapse._ranks import greatest_over_ranks, number_of_ranks, sum_over
 DEFAULT_TEMPERATURE = 0.1
 
 
-class Scores:
-    """The scores s (N, K) of a batch, and what each sample's own is compared with; every term is (N,)."""
+class Batch:
+    """Checked features (N, d) and weight (K, d) in at least fp32, and the targets (N,) of the samples that count."""
 
-    def __init__(
-        self, features: Tensor, targets: Tensor, weight: Tensor, temperature: float, ignore_index: int | None
-    ) -> None:
-        check_temperature(temperature)
+    def __init__(self, features: Tensor, targets: Tensor, weight: Tensor, ignore_index: int | None) -> None:
         check_ignore_index(ignore_index)
         features, targets = _flat(features, targets, weight, ignore_index)
         self._inputs = {"features": features, "weight": weight}
         self.counted = torch.ones_like(targets, dtype=torch.bool) if ignore_index is None else targets != ignore_index
         self.targets = targets.long().where(self.counted, 0)
         dtype = compute_dtype(features.dtype)
+        self.features, self.weight = features.to(dtype), weight.to(dtype)
+
+    def mean(self, terms: Tensor) -> Tensor:
+        """The mean over the samples that count, of all ranks; of a rank its share times their number."""
+        total, ranks = terms.where(self.counted, 0).sum(), number_of_ranks()
+        count = sum_over_ranks(self.counted.sum().to(terms.dtype)).clamp_min(1)
+        loss = total * (ranks / count)
+        if loss.device.type == "cpu" and values_readable(loss) and not math.isfinite(loss.detach()):
+            for name, tensor in self._inputs.items():
+                check_finite(name, tensor)
+        return loss
+
+
+class Scores(Batch):
+    """The scores s (N, K) of a batch, and what each sample's own is compared with; every term is (N,)."""
+
+    def __init__(
+        self, features: Tensor, targets: Tensor, weight: Tensor, temperature: float, ignore_index: int | None
+    ) -> None:
+        check_temperature(temperature)
+        super().__init__(features, targets, weight, ignore_index)
         with torch.autocast(features.device.type, enabled=False):
-            self.values = _unit_rows(features.to(dtype)) @ _unit_rows(weight.to(dtype)).T / temperature
+            self.values = unit_rows(self.features) @ unit_rows(self.weight).T / temperature
             self.own = self.values.gather(1, self.targets[:, None])[:, 0]
 
     def among_classes(self, margin: float) -> Tensor:
@@ -49,11 +67,13 @@ class Scores:
         sums, _ = _log_sum_of_columns(self.values.masked_fill(~self.counted[:, None], -math.inf))
         return sums[self.targets] - self.own
 
-    def among_samples_of_other_classes(self, margin: float) -> Tensor:
-        """log(e^{s_{i,y_i}−m} + Σ_{j: y_j≠y_i} e^{s_{j,y_i}}) − s_{i,y_i}."""
+    def among_samples_of_other_classes(self, margin: float, *, and_classes: bool = False) -> Tensor:
+        """log(e^{s_{i,y_i}−m} + Σ_{j: y_j≠y_i} e^{s_{j,y_i}}) − s_{i,y_i}; if asked, Σ_{k≠y_i} e^{s_ik} in the sum."""
         others = self.values.scatter(1, self.targets[:, None], -math.inf)
         sums, there = _log_sum_of_columns(others.masked_fill(~self.counted[:, None], -math.inf))
         sums, there = sums[self.targets], there[self.targets]
+        if and_classes:
+            sums, there = torch.logaddexp(sums, others.logsumexp(1)), torch.ones_like(there)
         if margin < math.inf:
             return torch.logaddexp(self.own - margin, sums) - self.own
         alone = self.counted & ~there
@@ -64,16 +84,6 @@ class Scores:
                 stacklevel=3,
             )
         return sums.where(there, 0) - self.own
-
-    def mean(self, terms: Tensor) -> Tensor:
-        """The mean over the samples that count, of all ranks; of a rank its share times their number."""
-        total, ranks = terms.where(self.counted, 0).sum(), number_of_ranks()
-        count = sum_over_ranks(self.counted.sum().to(terms.dtype)).clamp_min(1)
-        loss = total * (ranks / count)
-        if loss.device.type == "cpu" and values_readable(loss) and not math.isfinite(loss.detach()):
-            for name, tensor in self._inputs.items():
-                check_finite(name, tensor)
-        return loss
 
 
 def _log_sum_of_columns(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,8 +99,16 @@ def _log_sum_of_columns(scores: Tensor) -> tuple[Tensor, Tensor]:
     return (greatest + sums.where(there, 1).log()).where(there, -math.inf), there
 
 
-def _unit_rows(rows: Tensor) -> Tensor:
-    norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+def row_norms(rows: Tensor) -> Tensor:
+    """Norms of rows, (..., 1), right also where squares overflow or vanish."""
+    peaks = rows.detach().abs().amax(-1, keepdim=True)
+    peaks = peaks.where(peaks > 0, 1)
+    return peaks * torch.linalg.vector_norm(rows / peaks, dim=-1, keepdim=True)
+
+
+def unit_rows(rows: Tensor) -> Tensor:
+    """Rows of norm 1; zero rows stay zero."""
+    norms = row_norms(rows)
     return rows / norms.where(norms > 0, 1)
 
 

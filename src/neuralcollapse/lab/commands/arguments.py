@@ -14,6 +14,7 @@ from typing import Any, get_args, get_origin
 import yaml
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 
+from neuralcollapse.lab.results.folder import FORMAT, with_earlier_meanings
 from neuralcollapse.lab.settings import Settings, describe, type_hints
 
 _EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
@@ -61,7 +62,10 @@ def asked_for(settings: Namespace, *sections: type[Settings]) -> dict[str, Any]:
     given: Mapping[str, Any] = settings.as_dict()
     hints = {name: hint for section in sections for name, hint in type_hints(section).items()}
     found = {name: given[name] for name in hints if name in given}
-    return {name: _items(value) if _is_list(hints[name]) else value for name, value in found.items()}
+    found = {name: _items(value) if _is_list(hints[name]) else value for name, value in found.items()}
+    # Of a config.yaml that an earlier version wrote; format 0 has no number, and the environment in the same file.
+    earlier = given.get("format", 0 if "environment" in given else FORMAT) < FORMAT
+    return with_earlier_meanings(found) if earlier else found
 
 
 def _items(value: Any) -> Any:

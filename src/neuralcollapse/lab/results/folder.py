@@ -153,7 +153,7 @@ class RunFolder:
             )
         if number == 0:
             stored = _from_format_0(stored)
-        return _with_earlier_meanings(stored) if number < 2 else stored
+        return with_earlier_meanings(stored) if number < 2 else stored
 
     def read_environment(self) -> dict[str, Any]:
         """What the result depends on beside its settings."""
@@ -295,11 +295,11 @@ def _from_format_0(stored: dict[str, Any]) -> dict[str, Any]:
     return stored | changed
 
 
-def _with_earlier_meanings(stored: dict[str, Any]) -> dict[str, Any]:
-    """Settings of format 0 or 1, with what has another default since then said explicitly."""
+def with_earlier_meanings(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings of format 0 or 1 with what has another default or another name since then."""
     methods = [stored.get("method"), *(stored.get("methods") or [])]
     methods += [text.partition("/")[0] for text in stored.get("combinations") or []]
     changed: dict[str, Any] = {}
     if {"fixed", "fixed-frame"} & set(methods):
         changed["orientation"] = "canonical"
-    return changed | stored
+    return changed | dict(stored)
