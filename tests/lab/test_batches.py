@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from helpers import generator
-from neuralcollapse.lab.config import BatchSettings
+from neuralcollapse.lab.config import BatchSettings, RunConfig
 from neuralcollapse.lab.data.augmentation import augment, batch_shape, centre_crop, crop, rotate
 from neuralcollapse.lab.data.batches import EpochBatches, EvaluationBatches, evaluation_batches
 from neuralcollapse.lab.data.splits import ImageData, Split
 from neuralcollapse.lab.data.standardisation import Standardisation, standardisation
+from neuralcollapse.lab.training.one_run import ClassifierTraining
 
 
 def images_of(number: int = 20, channels: int = 3, height: int = 7, width: int = 5) -> torch.Tensor:
@@ -78,6 +79,60 @@ def test_stratified_batches_hold_the_classes_in_proportion():
     for batch in epoch_of(split=split, stratified=True):
         counts = split.labels[batch].bincount(minlength=3)
         assert (counts - torch.tensor([3, 5, 2])).abs().max() <= 1
+
+
+def test_balanced_batches_hold_as_many_samples_of_each_of_their_classes():
+    split = numbered_split((30, 50, 5, 15))
+    drawn = torch.zeros(4)
+    seen = torch.zeros(100)
+    for epoch in range(30):
+        batches = epoch_of(epoch=epoch, split=split, batch_size=9, classes_per_batch=3)
+        assert len(batches) == 11
+        for batch in batches:
+            assert len(set(batch)) == 9  # every class has three
+            counts = split.labels[batch].bincount(minlength=4)
+            assert sorted(counts.tolist()) == [0, 3, 3, 3]
+            drawn += counts > 0
+            seen += torch.tensor(batch).bincount(minlength=100)
+    assert (drawn - drawn.mean()).abs().max() <= 30  # a round of classes at a time: one apart in an epoch
+    for label in range(4):  # and the samples of a class alike
+        assert seen[split.labels == label].std() < 0.2 * seen[split.labels == label].mean()
+
+
+def test_balanced_batches_follow_from_seed_and_epoch_alone():
+    options = {"batch_size": 6, "classes_per_batch": 2}
+    first = epoch_of(seed=1, epoch=2, **options)
+    torch.manual_seed(7)
+    assert epoch_of(seed=1, epoch=2, **options) == first
+    assert epoch_of(seed=1, epoch=3, **options) != first
+
+
+def test_a_class_with_too_few_samples_repeats_them_evenly():
+    split = numbered_split((2, 40))
+    for batch in epoch_of(split=split, batch_size=10, classes_per_batch=2):
+        assert sorted(index for index in batch if index < 2) in ([0, 0, 0, 1, 1], [0, 0, 1, 1, 1])
+        assert len({index for index in batch if index >= 2}) == 5
+
+
+def test_balanced_batches_resume_inside_an_epoch_and_are_split_over_ranks():
+    split, identity = numbered_split(), Standardisation(torch.zeros(1, 1, 1), torch.ones(1, 1, 1))
+    settings = BatchSettings(batch_size=8, classes_per_batch=2)
+    whole = [images.flatten().int().tolist() for images, _ in EpochBatches(split, identity, settings, 0, 0)]
+    assert EpochBatches(split, identity, settings, 0, 0).sizes == [8] * len(whole)
+    rest = EpochBatches(split, identity, settings, 0, 0, done=5)
+    assert [images.flatten().int().tolist() for images, _ in rest] == whole[5:]
+    parts = [EpochBatches(split, identity, settings, 0, 0, rank=rank, ranks=2) for rank in (0, 1)]
+    joined = [
+        [*one[0].flatten().int().tolist(), *other[0].flatten().int().tolist()]
+        for one, other in zip(*parts, strict=True)
+    ]
+    assert joined == whole
+
+
+def test_more_classes_in_a_batch_than_there_are_is_refused():
+    data = ImageData("own", *(Split(images_of(number), torch.arange(number) % 4) for number in (20, 8)), 4)
+    with pytest.raises(ValueError, match="classes_per_batch must be at most the number of classes with training"):
+        ClassifierTraining(RunConfig(batch_size=10, classes_per_batch=5), data)
 
 
 def test_standardised_images_have_mean_0_and_variance_1_in_each_channel():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -43,6 +44,13 @@ def rates(config: RunConfig, batches: int) -> list[float]:
         ({"schedule": "multistep", "epochs": 1}, [1]),
         ({"schedule": "multistep", "milestones": [1, 5]}, [1, 0.1, 0.1, 0.1, 0.1, 0.01]),
         ({"schedule": "cosine"}, [0.5 * (1 + math.cos(math.pi * epoch / 6)) for epoch in range(6)]),
+        ({"schedule": "constant", "warmup_epochs": 2}, [0.1, 0.6, 1, 1, 1, 1]),
+        ({"schedule": "step", "step_epochs": 2, "warmup_epochs": 1}, [0.2, 1, 0.1, 0.1, 0.01, 0.01]),
+        ({"schedule": "multistep", "milestones": [1, 5], "warmup_epochs": 1}, [0.2, 0.1, 0.1, 0.1, 0.1, 0.01]),
+        (
+            {"schedule": "cosine", "warmup_epochs": 2},
+            [0.1, 0.6, *(0.5 * (1 + math.cos(math.pi * epoch / 4)) for epoch in range(4))],
+        ),
     ],
 )
 def test_the_schedule_at_the_start_of_each_epoch(settings, expected):
@@ -58,6 +66,43 @@ def test_one_cycle_rises_to_the_rate_and_falls_to_nothing():
     assert found[:top] == sorted(found[:top])
     assert found[top:] == sorted(found[top:], reverse=True)
     assert found[-1] < 1e-3
+
+
+def test_the_warm_up_is_linear_and_the_cosine_after_it_ends_at_nothing():
+    found = rates(small(method="standard", lr=0.4, epochs=6, warmup_epochs=3), batches=5)
+    assert found[:15] == pytest.approx([0.4 * (step + 1) / 15 for step in range(15)])
+    assert found[15:] == pytest.approx([0.2 * (1 + math.cos(math.pi * step / 15)) for step in range(15)])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("cycle_momentum", [True, False])
+def test_one_cycle_is_torchs_with_the_settings_and_moves_the_momentum(optimizer, cycle_momentum):
+    settings = {"momentum": 0.7} if optimizer == "sgd" and not cycle_momentum else {}
+    config = small(
+        method="standard",
+        optimizer=optimizer,
+        lr=0.4,
+        epochs=4,
+        schedule="one-cycle",
+        div_factor=8.0,
+        final_div_factor=50.0,
+        cycle_momentum=cycle_momentum,
+        **settings,
+    )
+    built = build_optimizer(config, build_model(config, SHAPE, 10))
+    schedule, found = build_schedule(config, built, 5), []
+    for _ in range(20):
+        group = built.param_groups[0]
+        found.append((group["lr"], group["momentum"] if optimizer == "sgd" else group["betas"][0]))
+        built.step()
+        schedule.step()
+    rate, momentum = zip(*found, strict=True)
+    assert (rate[0], max(rate), rate[-1]) == pytest.approx((0.05, 0.4, 0.001), rel=1e-6)
+    if cycle_momentum:
+        assert (momentum[0], min(momentum), momentum[-1]) == pytest.approx((0.95, 0.85, 0.95))
+        assert rate.index(max(rate)) == momentum.index(min(momentum))
+    else:
+        assert set(momentum) == {0.7 if optimizer == "sgd" else 0.9}
 
 
 def test_one_cycle_of_three_phases_falls_as_fast_as_it_rose():
@@ -133,7 +178,7 @@ def test_the_losses_are_their_formulas():
     smoothed = 0.9 * one_hot + 0.1 / 4
     expected = {
         "mse": sum((logits[i, k] - one_hot[i, k]) ** 2 for i in range(6) for k in range(4)) / 24,
-        "dot-regression": sum(0.5 * (logits[i, targets[i]] - 1) ** 2 for i in range(6)) / 6,
+        "dot-regression-published": sum(0.5 * (logits[i, targets[i]] - 1) ** 2 for i in range(6)) / 6,
         "cross-entropy": -(smoothed * log_shares).sum() / 6,
     }
     for name, value in expected.items():
@@ -153,6 +198,13 @@ def test_losses_of_directions_are_those_of_the_library_with_their_settings():
         "two-way": losses.two_way(features, targets, weight, temperature=0.3, margin=2.0),
     }
     assert len({float(value) for value in expected.values()}) == 5
+    for name, call in (
+        ({"loss": "nonl", "bidirectional": True}, partial(losses.nonl, temperature=0.1, bidirectional=True)),
+        ({"loss": "dot-regression"}, losses.dot_regression),
+    ):
+        assert batch_loss(small(**name), features @ weight.T, targets, features, weight) == call(
+            features, targets, weight
+        )
     for name, value in expected.items():
         margin = {} if name in ("normface", "ntce") else {"margin": 2.0}
         config = small(loss=name, temperature=0.3, **margin)

@@ -57,6 +57,15 @@ def test_a_folder_of_format_0_goes_on_and_is_run_again(old, tmp_path):
         ({"method": "implicit"}, {"orientation": None}),
         ({"methods": ["standard", "fixed"]}, {"orientation": "canonical"}),
         ({"combinations": ["implicit/nonl", "fixed-frame/mse"]}, {"orientation": "canonical"}),
+        ({"loss": "dot-regression", "method": "implicit"}, {"loss": "dot-regression-published", "orientation": None}),
+        ({"losses": ["mse", "dot-regression"]}, {"losses": ["mse", "dot-regression-published"]}),
+        (
+            {"combinations": ["means/dot-regression/0.1", "means/nonl"]},
+            {"combinations": ["means/dot-regression-published/0.1", "means/nonl"]},
+        ),
+        ({"schedule": "one-cycle", "optimizer": "adam"}, {"cycle_momentum": False}),
+        ({"schedule": "one-cycle", "optimizer": "lbfgs"}, {"cycle_momentum": None}),
+        ({"schedule": "cosine", "optimizer": "sgd"}, {"cycle_momentum": None}),
     ],
 )
 def test_settings_whose_default_has_changed_keep_their_meaning_in_older_folders(settings, meant, tmp_path):

@@ -20,7 +20,7 @@ from neuralcollapse.lab.config import RunConfig
 from neuralcollapse.lab.experiments import Comparison, common_settings, comparison_runs, single_run
 
 OPTIMIZERS = ("sgd", "adam", "adamw", "lbfgs", "agd")
-LOSSES = ("cross-entropy", "mse", "dot-regression")
+LOSSES = ("cross-entropy", "mse", "dot-regression-published")
 BACKBONES = ("convnet", "mlp", "resnet18", "vgg13", "package.module.Class")
 METHODS = ("standard", "fixed", "implicit")
 FURTHER_METHODS = ("linear", "means", "frame", "softmax-code", "trust-region", "mahalanobis")
@@ -53,6 +53,7 @@ OTHER = {
     "workers": 3,
     "batch_size": 32,
     "stratified": True,
+    "classes_per_batch": 4,
     "crop_padding": 2,
     "crop_size": 5,
     "flip": True,
@@ -76,6 +77,7 @@ OTHER = {
     "class_means": "current",
     "temperature": 0.2,
     "margin": 3.0,
+    "bidirectional": True,
     "means_momentum": 0.3,
     "epochs": 7,
     "label_smoothing": 0.4,
@@ -88,7 +90,11 @@ OTHER = {
     "gain": 3.0,
     "lbfgs_history": 4,
     "lbfgs_iterations": 6,
+    "warmup_epochs": 2,
     "three_phase": True,
+    "div_factor": 10.0,
+    "final_div_factor": 100.0,
+    "cycle_momentum": False,
     "step_epochs": 3,
     "milestones": [2],
     "lr_factor": 0.7,
@@ -118,7 +124,9 @@ def kinds() -> list[dict]:
     """Every optimiser, loss, backbone and method together, where they go together; and every schedule."""
     choices = [{"optimizer": o, "loss": x, "backbone": b, "method": m} for o, x, b, m in product(*CHOICES)]
     choices += [{"optimizer": "sgd", "method": "standard", "schedule": schedule} for schedule in SCHEDULES]
-    choices += [{"method": m, "loss": x} for m, x in product(METHODS + FURTHER_METHODS, ("normface", "nonl"))]
+    choices += [
+        {"method": m, "loss": x} for m, x in product(METHODS + FURTHER_METHODS, ("normface", "nonl", "dot-regression"))
+    ]
     choices += [{"method": method, "optimizer": o} for method, o in product(FURTHER_METHODS, OPTIMIZERS)]
     choices += [{"method": method, "class_attributes": "digits"} for method in ATTRIBUTE_METHODS]
     found = []
@@ -204,7 +212,33 @@ def test_what_a_run_says_is_in_force_makes_the_same_run(name):
         ({"loss": "nonl", "label_smoothing": 0.1}, "label_smoothing belongs to loss cross-entropy; here loss is nonl"),
         (
             {"loss": "nonl", "classifier_bias": "none"},
-            "classifier_bias belongs to loss cross-entropy, mse or dot-regression; here loss is nonl",
+            "classifier_bias belongs to loss cross-entropy, mse or dot-regression-published; here loss is nonl",
+        ),
+        (
+            {"loss": "dot-regression", "classifier_bias": "learned"},
+            "classifier_bias belongs to loss cross-entropy, mse or dot-regression-published; here loss is dot-regress",
+        ),
+        ({"loss": "dot-regression", "temperature": 0.2}, "temperature belongs to loss normface, ntce, nonl, decoupled"),
+        ({"loss": "two-way", "bidirectional": True}, "bidirectional belongs to loss nonl; here loss is two-way"),
+        ({"method": "implicit", "orientation": "random"}, "orientation belongs to method fixed or fixed-frame; here"),
+        (
+            {"schedule": "one-cycle", "momentum": 0.9},
+            "momentum belongs to optimizer sgd, where one-cycle does not move it (cycle_momentum); here optimizer is",
+        ),
+        ({"div_factor": 10.0}, "div_factor belongs to schedule one-cycle; here schedule is cosine"),
+        ({"schedule": "one-cycle", "final_div_factor": 0.5}, "final_div_factor must be at least 1, got 0.5"),
+        (
+            {"schedule": "one-cycle", "warmup_epochs": 1},
+            "warmup_epochs belongs to schedule constant, cosine, step or multistep; here schedule is one-cycle",
+        ),
+        ({"epochs": 5, "warmup_epochs": 5}, "warmup_epochs must be less than epochs, which is 5, got 5"),
+        (
+            {"stratified": True, "classes_per_batch": 4},
+            "classes_per_batch belongs to batches that are not stratified; here stratified is True",
+        ),
+        (
+            {"batch_size": 128, "classes_per_batch": 10},
+            "batch_size must be a multiple of classes_per_batch, which is 10, got 128",
         ),
         ({"loss": "nonl", "temperature": 0.0}, "temperature must be above 0, got 0.0"),
         ({"loss": "nonl", "margin": -1.0}, "margin must be at least 0, got -1.0"),

@@ -32,6 +32,8 @@ BATCHES = 9  # 100 images in batches of 12
 RUNS = {
     "sgd": {"method": "implicit"},
     "adamw": {"method": "standard", "optimizer": "adamw", "lr": 0.01, "schedule": "one-cycle"},
+    "cycled": {"method": "standard", "schedule": "one-cycle"},
+    "balanced": {"method": "fixed", "classes_per_batch": 6, "schedule": "step", "step_epochs": 1, "warmup_epochs": 1},
     "agd": {"method": "fixed", "optimizer": "agd", "batch_norm_affine": False, "classifier_bias": "none"},
     "lbfgs": {"method": "fixed", "optimizer": "lbfgs", "lbfgs_iterations": 3},
     "averaged": {"method": "frame", "weight_average": 0.1, "accumulate": 2},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from neuralcollapse.lab.settings import Condition, Values, listed, where
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50-32x4d", "wide-resnet50-2")
-OF_LOGITS = ("cross-entropy", "mse", "dot-regression")
+OF_LOGITS = ("cross-entropy", "mse", "dot-regression-published")
 OF_DIRECTIONS = ("normface", "ntce", "nonl", "decoupled", "two-way")
 # Whose weight moves with the class means of each batch: it is nearest to them, or they themselves.
 NEAREST = ("implicit", "mahalanobis", "trust-region", "frame", "attribute-frame")
@@ -17,6 +17,7 @@ BIASES = {
     **dict.fromkeys(("fixed", "fixed-frame", "softmax-code"), _ANY_BIAS),
     **dict.fromkeys(MOVING, ("centring", "none")),
 }
+NOT_ONE_CYCLE = ("constant", "cosine", "step", "multistep")
 DRAWN_DATA = ("mnist-1d", "features")
 
 STORED = Condition(
@@ -44,6 +45,12 @@ MOVING_MEANS = Condition(
     f"method {listed(MOVING, 'or')}, or to classifier_bias centring",
     ("method", "classifier_bias"),
     lambda values: values["method"] in MOVING or values["classifier_bias"] == "centring",
+)
+NOT_STRATIFIED = Condition("batches that are not stratified", ("stratified",), lambda values: not values["stratified"])
+STEADY_MOMENTUM = Condition(
+    "optimizer sgd, where one-cycle does not move it (cycle_momentum)",
+    ("optimizer", "cycle_momentum"),
+    lambda values: values["optimizer"] == "sgd" and not values["cycle_momentum"],
 )
 WITH_RATE = where(optimizer=("sgd", "adam", "adamw", "lbfgs"))
 SEVERAL_RANKS = Condition(

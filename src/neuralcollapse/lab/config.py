@@ -20,7 +20,17 @@ FurtherMethod = Literal[
 ]
 Method = Literal[PublishedMethod, FurtherMethod]
 METHODS: tuple[Method, ...] = get_args(Method)
-Loss = Literal["cross-entropy", "mse", "dot-regression", "normface", "ntce", "nonl", "decoupled", "two-way"]
+Loss = Literal[
+    "cross-entropy",
+    "mse",
+    "dot-regression",
+    "dot-regression-published",
+    "normface",
+    "ntce",
+    "nonl",
+    "decoupled",
+    "two-way",
+]
 LOSSES: tuple[Loss, ...] = get_args(Loss)
 MOST_SEED = 2**63 - 1
 
@@ -47,10 +57,11 @@ class LossSettings(Settings):
     """Loss."""
 
     loss: Loss = "cross-entropy"
-    """Of logits: cross-entropy, mse (mean squared error to one-hot targets) or dot-regression ((logit of the true class
-    - 1)^2 / 2). Of directions alone: normface (cross-entropy of cosines), ntce and nonl (a class's samples against
-    those of its batch), decoupled (cross-entropy, the positive held back by a margin), two-way (half decoupled, half
-    nonl)."""
+    """Of logits: cross-entropy, mse (mean squared error to one-hot targets) or dot-regression-published ((logit of the
+    true class - 1)^2 / 2, as in the released code of Markou et al., whatever the feature norm). Of products without a
+    bias: dot-regression (pulls each feature to the vector of its class, for classifiers that are not trained). Of
+    directions alone: normface (cross-entropy of cosines), ntce and nonl (a class's samples against those of its batch),
+    decoupled (cross-entropy, the positive held back by a margin), two-way (half decoupled, half nonl)."""
     label_smoothing: float | None = setting(0.0, belongs_to=where(loss="cross-entropy"), at_least=0, at_most=1)
     """Share of the target that is spread over all classes."""
     temperature: float | None = setting(0.1, belongs_to=where(loss=only.OF_DIRECTIONS), above=0)
@@ -59,6 +70,8 @@ class LossSettings(Settings):
         "inf", belongs_to=where(loss=("nonl", "decoupled", "two-way")), at_least=0
     )
     """How far the positive is held back in the denominator, in units of logits; with inf it is left out."""
+    bidirectional: bool | None = setting(False, belongs_to=where(loss="nonl"))
+    """Compare each sample with the vectors of the other classes too, in one sum, as in the released code of nonl."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +146,9 @@ class BatchSettings(Settings):
     """Images in a batch."""
     stratified: bool = False
     """Every batch holds the classes in proportion."""
+    classes_per_batch: int | None = setting(belongs_to=only.NOT_STRATIFIED, at_least=2)
+    """Every batch holds this many classes, drawn at random, and batch_size / classes_per_batch images of each; images
+    of small classes come more often. An epoch has as many batches as the train split has full ones."""
     crop_padding: int | None = setting(0, belongs_to=only.PICTURES, at_least=0)
     """Augmentation: pad by this many pixels, then crop at random."""
     crop_size: int | None = setting(belongs_to=only.PICTURES, at_least=1)
@@ -146,6 +162,14 @@ class BatchSettings(Settings):
     own mean."""
     pixel_std: list[float] | None = None
     """What each channel is divided by then. By default the training images' own standard deviation."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.classes_per_batch is not None and self.batch_size % self.classes_per_batch:
+            raise ValueError(
+                f"batch_size must be a multiple of classes_per_batch, which is {self.classes_per_batch}, "
+                f"got {self.batch_size}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,8 +239,6 @@ class Optimisation(Settings):
     """First weights of convolutions: normal by the fan-out (He et al., ICCV 2015), or torch's own. agd has its own."""
     lr: float | None = setting(0.05, belongs_to=only.WITH_RATE, above=0)
     """Learning rate, at the start; the greatest, of one-cycle."""
-    momentum: float | None = setting(0.9, belongs_to=where(optimizer="sgd"), at_least=0)
-    """Momentum."""
     feature_decay: float | None = setting(at_least=0)
     """Part of the loss: this over 2 times the sum of squares of a batch's features, which feature_norm must leave as
     they are. weight_decay is then of the classifier alone, and part of the loss too."""
@@ -233,10 +255,23 @@ class Optimisation(Settings):
     schedule: Literal["constant", "cosine", "step", "multistep", "one-cycle"] | None = setting(
         "cosine", belongs_to=only.WITH_RATE
     )
-    """The learning rate's: cosine ends at 0; step and multistep multiply it by lr_factor; one-cycle rises, then falls
-    to 0."""
+    """Schedule of the learning rate: cosine ends at 0; step and multistep multiply it by lr_factor; one-cycle rises,
+    then falls."""
+    warmup_epochs: int | None = setting(0, belongs_to=where(schedule=only.NOT_ONE_CYCLE), at_least=0)
+    """Epochs at the start in which the learning rate rises linearly, batch by batch, to lr. The cosine falls in the
+    epochs after them; step_epochs and milestones count them in."""
     three_phase: bool | None = setting(False, belongs_to=where(schedule="one-cycle"))
     """One-cycle falls as fast as it rose, then to 0 in a phase of its own."""
+    div_factor: float | None = setting(25.0, belongs_to=where(schedule="one-cycle"), at_least=1)
+    """One-cycle begins at lr over this."""
+    final_div_factor: float | None = setting(1e4, belongs_to=where(schedule="one-cycle"), at_least=1)
+    """One-cycle ends at its first learning rate over this."""
+    cycle_momentum: bool | None = setting(
+        True, belongs_to=where(schedule="one-cycle", optimizer=("sgd", "adam", "adamw"))
+    )
+    """One-cycle moves the momentum (of adam and adamw beta1) from 0.95 to 0.85 and back, against the learning rate."""
+    momentum: float | None = setting(0.9, belongs_to=only.STEADY_MOMENTUM, at_least=0)
+    """Momentum."""
     step_epochs: int | None = setting(40, belongs_to=where(schedule="step"), at_least=1)
     """Multiply after every so many epochs."""
     milestones: list[int] | None = setting(only.thirds, belongs_to=where(schedule="multistep"))
@@ -282,6 +317,10 @@ class RunConfig(Record, Ranks, Optimisation, ModelSettings, BatchSettings, DataS
             )
         if self.method in only.WITH_ATTRIBUTES and self.class_attributes is None:
             raise ValueError(f"class_attributes must say what classes share for method {self.method}, and is not given")
+        if self.warmup_epochs and self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"warmup_epochs must be less than epochs, which is {self.epochs}, got {self.warmup_epochs}"
+            )
         if self.feature_decay and not self.published_quirk and self.feature_norm not in ("none", None):
             raise ValueError("feature_decay needs feature_norm none: of normalised features it is a constant")
         if self.optimizer == "lbfgs" and self.method in only.MOVING:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from neuralcollapse.lab.config import BatchSettings
 from neuralcollapse.lab.data.augmentation import augment, batch_shape, centre_crop
-from neuralcollapse.lab.data.selection import stratified_order
+from neuralcollapse.lab.data.selection import balanced_order, stratified_order
 from neuralcollapse.lab.data.splits import AnySplit, ImageData
 from neuralcollapse.lab.data.standardisation import Standardisation, handy_batch_size, standardisation
 from neuralcollapse.lab.seeds import derived_seed
@@ -22,6 +22,9 @@ class EpochBatches:
 
     No sample is left out: the last batch may be smaller, and one sample, of which batch norm knows no variance, joins
     the batch before it. Stratified batches are as many as are full, and differ in size by one at most.
+
+    With ``classes_per_batch``, batches are as many as are full, all of the same size, and hold as many samples of each
+    of their classes: a sample of a small class may come several times in an epoch, one of a large class not at all.
 
     Of several ranks, each gets its part of every batch, two samples or more. The batches are those of one rank, but
     that a last one of fewer than two samples for each of them joins the batch before it.
@@ -40,20 +43,20 @@ class EpochBatches:
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.split), self.settings.batch_size)
-        return max(1, full + (rest >= 2 * self.ranks and not self.settings.stratified))
+        only_full = self.settings.stratified or self.settings.classes_per_batch is not None
+        return max(1, full + (rest >= 2 * self.ranks and not only_full))
 
     @property
     def sizes(self) -> list[int]:
         """Samples of each batch, those done among them."""
+        if self.settings.classes_per_batch is not None:
+            return [self.settings.batch_size] * len(self)
         return [len(chunk) for chunk in self._chunks(torch.arange(len(self.split)))]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         # Drawn on the CPU, so that every device sees the same batches.
         generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
-        labels = self.split.labels.cpu()
-        stratified = self.settings.stratified
-        order = stratified_order(labels, generator) if stratified else torch.randperm(len(labels), generator=generator)
-        chunks = self._chunks(order)
+        chunks = self._chunks(self._order(generator))
         for indices in chunks[: self.done]:  # no images, but all that is drawn for them
             nothing = torch.empty(len(indices), *self.split.image_shape, dtype=torch.uint8, device="meta")
             augment(nothing, self.settings, generator)
@@ -62,6 +65,15 @@ class EpochBatches:
         own = self.split.batches(chunk[part] for chunk, part in zip(chunks, parts, strict=True))
         for chunk, part, (images, targets) in zip(chunks, parts, own, strict=True):
             yield self.standardise(augment(images, self.settings, generator, part, len(chunk))), targets
+
+    def _order(self, generator: torch.Generator) -> Tensor:
+        labels, settings = self.split.labels.cpu(), self.settings
+        if settings.classes_per_batch is not None:
+            each = settings.batch_size // settings.classes_per_batch
+            return balanced_order(labels, len(self), settings.classes_per_batch, each, generator)
+        if settings.stratified:
+            return stratified_order(labels, generator)
+        return torch.randperm(len(labels), generator=generator)
 
     def _chunks(self, order: Tensor) -> tuple[Tensor, ...]:
         if self.settings.stratified:

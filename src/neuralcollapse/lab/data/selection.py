@@ -91,6 +91,49 @@ def stratified_order(labels: Tensor, generator: torch.Generator) -> Tensor:
     return shuffled[((_rank_in_class(codes) + start[codes]) / counts[codes]).argsort(stable=True)]
 
 
+def balanced_order(
+    labels: Tensor, batches: int, classes_per_batch: int, per_class: int, generator: torch.Generator
+) -> Tensor:
+    """Indices for so many batches, each of the same number of samples of some classes, one batch after the other.
+
+    Classes come in rounds of all of them, and the samples of a class in rounds of all of its samples, so that the
+    classes of a batch are different ones, and its samples wherever a class has enough.
+    """
+    classes = labels.unique().tolist()
+    samples = {label: _Rounds((labels == label).nonzero().flatten().tolist(), generator) for label in classes}
+    rounds, order = _Rounds(classes, generator), []
+    for _ in range(batches):
+        batch = [index for label in rounds.take(classes_per_batch) for index in samples[label].take(per_class)]
+        order += [batch[place] for place in torch.randperm(len(batch), generator=generator).tolist()]
+    return torch.tensor(order)
+
+
+class _Rounds:
+    """Items in random order, round after round."""
+
+    def __init__(self, items: list[int], generator: torch.Generator) -> None:
+        self._items, self._generator = items, generator
+        self._left: list[int] = []
+
+    def take(self, number: int) -> list[int]:
+        """Return the next items, each at most once more often than another."""
+        rounds, rest = divmod(number, len(self._items))
+        next_ones, self._left = self._left[:rest], self._left[rest:]
+        missing = rest - len(next_ones)
+        if missing:
+            order = torch.randperm(len(self._items), generator=self._generator).tolist()
+            shuffled = [self._items[place] for place in order]
+            fresh = _without(shuffled, next_ones)[:missing]
+            self._left = _without(shuffled, fresh)
+            next_ones += fresh
+        return self._items * rounds + next_ones
+
+
+def _without(items: list[int], left_out: list[int]) -> list[int]:
+    there = set(left_out)
+    return [item for item in items if item not in there]
+
+
 def hold_out(labels: Tensor, share: float = 0.2, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """Indices of a part to keep and of one that is held out, every class in proportion; the same ones by default."""
     order = stratified_order(labels, generator or torch.Generator().manual_seed(_PART_SEED))

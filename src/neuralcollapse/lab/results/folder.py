@@ -15,7 +15,8 @@ from neuralcollapse.lab.results.provenance import environment, now, start
 from neuralcollapse.lab.settings import resolve
 
 # Number of the format that is written. 0 had settings and environment in one file, and settings without effect as well.
-# In 0 and 1, a fixed classifier had the canonical orientation, which was not a setting.
+# Until 2 a fixed classifier had the canonical orientation, one-cycle kept the momentum, and dot-regression was what is
+# dot-regression-published now.
 FORMAT = 2
 # Schedules whose rate at an epoch does not depend on how many there are; of an optimiser without a rate, None.
 # What may change between a start and the next: it has no part in what is computed.
@@ -297,9 +298,22 @@ def _from_format_0(stored: dict[str, Any]) -> dict[str, Any]:
 
 def with_earlier_meanings(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings of format 0 or 1 with what has another default or another name since then."""
+    changed = dict(stored)
+    for name in ("loss", "losses", "combinations"):
+        if changed.get(name) is not None:
+            changed[name] = _renamed_loss(changed[name])
     methods = [stored.get("method"), *(stored.get("methods") or [])]
     methods += [text.partition("/")[0] for text in stored.get("combinations") or []]
-    changed: dict[str, Any] = {}
     if {"fixed", "fixed-frame"} & set(methods):
-        changed["orientation"] = "canonical"
-    return changed | dict(stored)
+        changed.setdefault("orientation", "canonical")
+    if stored.get("schedule") == "one-cycle" and stored.get("optimizer", "sgd") != "lbfgs":
+        changed.setdefault("cycle_momentum", False)
+    return changed
+
+
+def _renamed_loss(value: Any) -> Any:
+    """A loss, METHOD/LOSS/SHARE or a list of them, with the name of today."""
+    if isinstance(value, list):
+        return [_renamed_loss(item) for item in value]
+    parts = str(value).split("/")
+    return "/".join("dot-regression-published" if part == "dot-regression" else part for part in parts)

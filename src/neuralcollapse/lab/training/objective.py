@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,8 @@ from neuralcollapse import losses
 from neuralcollapse.heads import AttachedHead
 from neuralcollapse.lab.config import LossSettings, Optimisation
 
-_OF_DIRECTIONS: dict[str, Callable[..., Tensor]] = {
+_OF_FEATURES: dict[str, Callable[..., Tensor]] = {
+    "dot-regression": losses.dot_regression,
     "normface": losses.normface,
     "ntce": losses.ntce,
     "nonl": losses.nonl,
@@ -28,8 +30,8 @@ def batch_loss(
 
     - ``"cross-entropy"``, with the share ``label_smoothing`` of each target spread over all classes;
     - ``"mse"``: mean over samples and classes of (logit − one-hot)² (Zhu et al., NeurIPS 2021);
-    - ``"dot-regression"``: ½(w_y·h + b_y − 1)² (Markou, Ajanthan, Gould, NeurIPS 2024);
-    - those of `neuralcollapse.losses`, of features and weight without their norms.
+    - ``"dot-regression-published"``: ½(w_y·h + b_y − 1)² (released code of Markou, Ajanthan, Gould, NeurIPS 2024);
+    - those of `neuralcollapse.losses`, of features and weight.
 
     Args:
         config: The settings.
@@ -39,13 +41,15 @@ def batch_loss(
         weight: (K, d), with its graph.
         share: The part of the whole batch's samples that this rank has, times the number of ranks.
     """
-    if config.loss in _OF_DIRECTIONS:
+    if config.loss in _OF_FEATURES:
         options = {"temperature": config.temperature, "margin": config.margin}
-        given = {name: float(value) for name, value in options.items() if value is not None}
-        return _OF_DIRECTIONS[config.loss](features, targets, weight, **given)
+        given: dict[str, Any] = {name: float(value) for name, value in options.items() if value is not None}
+        if config.bidirectional is not None:
+            given["bidirectional"] = config.bidirectional
+        return _OF_FEATURES[config.loss](features, targets, weight, **given)
     if config.loss == "mse":
         return share * functional.mse_loss(logits, functional.one_hot(targets, logits.shape[1]).to(logits.dtype))
-    if config.loss == "dot-regression":
+    if config.loss == "dot-regression-published":
         true_logit = logits.gather(1, targets[:, None])
         return share * 0.5 * (true_logit - 1).square().mean()
     return share * functional.cross_entropy(logits, targets, label_smoothing=config.label_smoothing or 0.0)

@@ -74,6 +74,12 @@ class ClassifierTraining(LightningModule):
         super().__init__()
         if len(data.train) < 2 * config.ranks:
             raise ValueError(f"devices must leave two training images to a rank, got {config.ranks} ranks for {data}")
+        classes = len(data.train.labels.unique())
+        if (config.classes_per_batch or 0) > classes:
+            raise ValueError(
+                f"classes_per_batch must be at most the number of classes with training images, which is {classes}, "
+                f"got {config.classes_per_batch}"
+            )
         self.config = config
         self.data = data
         self.evaluation = evaluation_batches(data, config) if evaluation is None else evaluation

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -56,7 +58,8 @@ def _optimizer(config: RunConfig, model: AttachedHead) -> torch.optim.Optimizer:
     # With a feature decay, the weight decay is part of the loss.
     weight_decay = _value(config.weight_decay) if config.feature_decay is None else 0.0
     if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=rate, momentum=_value(config.momentum), weight_decay=weight_decay)
+        momentum = 0.0 if config.momentum is None else config.momentum  # None: the schedule gives it
+        return torch.optim.SGD(parameters, lr=rate, momentum=momentum, weight_decay=weight_decay)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
     return kind(parameters, lr=rate, weight_decay=weight_decay)
 
@@ -74,6 +77,8 @@ def build_schedule(
     if config.schedule is None:
         return None
     steps = config.epochs * batches
+    if config.warmup_epochs:
+        return lr_scheduler.LambdaLR(optimizer, _after_warmup(config, batches))
     if config.schedule == "cosine":
         return lr_scheduler.CosineAnnealingLR(optimizer, steps)
     if config.schedule == "step":
@@ -82,15 +87,35 @@ def build_schedule(
         milestones = [epoch * batches for epoch in _value(config.milestones)]
         return lr_scheduler.MultiStepLR(optimizer, milestones, _value(config.lr_factor))
     if config.schedule == "one-cycle":
-        # Momentum stays, as the settings say.
         return lr_scheduler.OneCycleLR(
             optimizer,
             _value(config.lr),
             total_steps=max(steps, 2),
             three_phase=_value(config.three_phase),
-            cycle_momentum=False,
+            div_factor=_value(config.div_factor),
+            final_div_factor=_value(config.final_div_factor),
+            cycle_momentum=bool(config.cycle_momentum),
         )
     return lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+
+def _after_warmup(config: Optimisation, batches: int) -> Callable[[int], float]:
+    """Return the factor of the learning rate at step t: (t+1)/W in the W steps of the warm-up, then the schedule's."""
+    warmup, steps = _value(config.warmup_epochs) * batches, config.epochs * batches
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        if config.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+        if config.schedule == "step":
+            return _value(config.lr_factor) ** (step // (_value(config.step_epochs) * batches))
+        if config.schedule == "multistep":
+            passed = sum(step >= epoch * batches for epoch in _value(config.milestones))
+            return _value(config.lr_factor) ** passed
+        return 1.0
+
+    return factor
 
 
 def _value(setting: _T | None) -> _T:
