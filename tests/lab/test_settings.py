@@ -36,6 +36,9 @@ OTHER = {
     "train_split": "training",
     "test_split": "testing",
     "label_column": "fine",
+    "table": "labels.csv",
+    "drop_unlabelled": True,
+    "drop_copies": True,
     "image_size": 9,
     "channels": 3,
     "digits_per_image": 2,
@@ -159,7 +162,7 @@ def test_a_setting_changes_the_resolved_run_or_is_refused(name):
     reasons = (f"{name} belongs to", "feature_decay needs", "optimizer lbfgs needs", "classifier_bias must be")
     assert all(reason.startswith(reasons) for reason in refusals)
     assert accepted or name in {  # these belong to settings that are not among the kinds
-        *("data_config", "train_split", "test_split", "label_column"),
+        *("data_config", "train_split", "test_split", "label_column", "table", "drop_unlabelled", "drop_copies"),
         *("imbalance_factor", "data_seed", "feature_decay", "published_quirk"),
         *("generator", "measure_last", "checkpoint_from", "sync_batchnorm"),
     }

@@ -94,6 +94,12 @@ class DataSettings(Settings):
     out."""
     label_column: str | None = setting(belongs_to=only.STORED)
     """The column of labels, where a data set has several."""
+    table: str | None = setting(belongs_to=only.STORED)
+    """CSV, TSV or JSONL file in the data folder whose paths and labels are taken in place of class sub-folders."""
+    drop_unlabelled: bool | None = setting(False, belongs_to=only.STORED)
+    """Leave out test images labelled -1, and images without a label. By default they are refused."""
+    drop_copies: bool | None = setting(False, belongs_to=only.STORED)
+    """Leave out test images that are training images too. By default they are refused in a folder."""
     image_size: int | None = setting(belongs_to=only.PICTURES, at_least=1)
     """Scale every image to this height and width. Needed where images differ in size."""
     channels: Literal[1, 3] | None = setting(belongs_to=only.PICTURES)

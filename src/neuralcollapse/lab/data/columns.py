@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from neuralcollapse.lab.data.folders import listed
+from neuralcollapse.lab.data.selection import Samples
 
 # Names of a column of labels that are not declared to be class labels.
 _LABELS = ("label", "labels", "class", "target")
+_INTEGER = re.compile(r"[+-]?[0-9]+")
+# What images are labelled with that are of no known class.
+_UNLABELLED = -1
+_Name = str | int | None
 
 
 def find_image_column(data: str, rows: Any) -> str:
@@ -56,7 +65,7 @@ def find_label_column(data: str, wanted: str | None, features: Any) -> str:
         candidates = [name for name in features if name == wanted]
     else:
         candidates = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-        candidates = candidates or [name for name in features if name in _LABELS]
+        candidates = candidates or [name for name in features if name.strip().casefold() in _LABELS]
         candidates = ["label"] if "label" in candidates else candidates
     if len(candidates) > 1:
         raise ValueError(f"label_column must say which labels of {data!r} to take: {', '.join(candidates)}")
@@ -71,38 +80,160 @@ def find_label_column(data: str, wanted: str | None, features: Any) -> str:
     return candidates[0]
 
 
-def read_labels(data: str, splits: Mapping[str, Any], column: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The labels of each split, as integers from 0, and the names of their classes.
+@dataclass(frozen=True)
+class Given:
+    """Labels as they are stored: integers, texts or booleans, None where there is none.
 
-    Where the classes are not declared, they are the values that occur, in their order.
+    Attributes:
+        values: One per image.
+        names: The names of the classes that integers stand for, if they are declared.
+    """
+
+    values: Sequence[Any]
+    names: Sequence[str] | None = None
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """The images of a split that have a label, and which class each is of."""
+
+    samples: Samples
+    note: str | None = None
+    """What was left out."""
+
+
+def given_labels(data: str, split: str, rows: Any, column: str) -> Given:
+    """The labels of a Hugging Face data set.
 
     Raises:
-        ValueError: A split has no labels, or some that are no class.
+        ValueError: if it has no such column.
     """
-    values = {split: _values(data, split, rows, column) for split, rows in splits.items()}
-    names = getattr(next(iter(splits.values())).features[column], "names", None)
-    if names is None:
-        classes = sorted({value for one in values.values() for value in one})
-        number = {value: place for place, value in enumerate(classes)}
-        return {split: torch.tensor([number[value] for value in one]) for split, one in values.items()}, tuple(
-            map(str, classes)
-        )
-    labels = {split: torch.tensor(one) for split, one in values.items()}
-    for split, one in labels.items():
-        low, high = (int(bound) for bound in torch.aminmax(one))
-        if low < 0 or high >= len(names):
-            raise ValueError(
-                f"data {data!r} must have labels in [0, {len(names)}), its {split} split has {low} to {high}"
-            )
-    return labels, tuple(names)
-
-
-def _values(data: str, split: str, rows: Any, column: str) -> list[Any]:
     if column not in rows.features:
         raise ValueError(f"data {data!r} must have labels in each split, its {split} split has no column {column!r}")
-    values = rows[column][:]
-    if not values:
+    return Given(rows[column][:], getattr(rows.features[column], "names", None))
+
+
+def number_classes(
+    data: str, splits: Mapping[str, Sequence[Given]], train: str, *, drop_unlabelled: bool = False
+) -> tuple[dict[str, Labelled], tuple[str, ...]]:
+    """Number the classes of all splits alike, by their names.
+
+    The order is the one that the training split declares; else names are sorted, those that are all integers by value.
+    The label -1 means that an image is unlabelled.
+
+    Args:
+        data: The name of the data, for messages.
+        splits: The labels of each split, in parts that may declare different orders.
+        train: The split whose unlabelled images are always left out.
+        drop_unlabelled: Leave those of other splits out as well, and images whose label is missing.
+
+    Returns:
+        The labelled images of each split, and the names of the classes.
+
+    Raises:
+        ValueError: if a split has no labels, or some that cannot be classes, or splits have labels of different kinds.
+    """
+    names = {split: [name for part in parts for name in _names(data, split, part)] for split, parts in splits.items()}
+    rows = {split: [row for row, name in enumerate(found) if isinstance(name, str)] for split, found in names.items()}
+    notes = {
+        split: _unlabelled(data, split, found, may_drop=drop_unlabelled, always_drop=split == train)
+        for split, found in names.items()
+    }
+    present = {split: {str(names[split][row]) for row in found} for split, found in rows.items()}
+    _check_alike(data, splits, present, train)
+    declared = next((part.names for part in splits[train] if part.names is not None), ())
+    others = set().union(*present.values()) - set(declared)
+    classes = (*declared, *_in_order(data, others))
+    number = {name: place for place, name in enumerate(classes)}
+    return {
+        split: Labelled(
+            Samples(
+                torch.tensor(found, dtype=torch.long)[:, None],
+                torch.tensor([number[str(names[split][row])] for row in found], dtype=torch.long),
+            ),
+            notes[split],
+        )
+        for split, found in rows.items()
+    }, classes
+
+
+def has_labels(given: Given) -> bool:
+    """Return whether any image is labelled."""
+    return any(value not in (None, "", _UNLABELLED, str(_UNLABELLED)) for value in given.values)
+
+
+def _names(data: str, split: str, given: Given) -> Iterable[_Name]:
+    """The name of each image's class, -1 for one that is unlabelled, None for one without a label."""
+    if given.names is None:
+        texts = (value if value is None else str(value) for value in given.values)
+        names = [_UNLABELLED if text == str(_UNLABELLED) else text or None for text in texts]
+        negative = next((name for name in names if isinstance(name, str) and re.fullmatch("-[0-9]+", name)), None)
+        if negative is not None and all(_INTEGER.fullmatch(name) for name in names if isinstance(name, str)):
+            raise ValueError(f"data {data!r} must have labels of at least 0, or -1; its {split} split has {negative}")
+        return names
+    for value in given.values:
+        if value is not None and not _UNLABELLED <= value < len(given.names):
+            raise ValueError(
+                f"data {data!r} must have labels in [0, {len(given.names)}), its {split} split has {value}"
+            )
+    return [given.names[value] if value is not None and value >= 0 else value for value in given.values]
+
+
+def _unlabelled(data: str, split: str, names: Sequence[_Name], *, may_drop: bool, always_drop: bool) -> str | None:
+    """One line about the images that are left out because they have no label.
+
+    Raises:
+        ValueError: if they must not be left out.
+    """
+    if not names:
         raise ValueError(f"data {data!r} must have at least one image in its {split} split")
-    if None in values:
-        raise ValueError(f"data {data!r} must have a label for each image, its {split} split has images without")
-    return list(values)
+    missing, unlabelled = names.count(None), names.count(_UNLABELLED)
+    if missing and not may_drop:
+        raise ValueError(
+            f"data {data!r} must have a label for each image, its {split} split has images without ({missing} of "
+            f"{len(names)}); with --drop_unlabelled they are left out"
+        )
+    if unlabelled and not (may_drop or always_drop):
+        raise ValueError(
+            f"data {data!r} must have a label for each image, and {unlabelled} of {len(names)} in its {split} split "
+            "have -1, which means unlabelled: --drop_unlabelled leaves them out, --test_split names another split"
+        )
+    number = missing + unlabelled
+    return f"{number} of {len(names)} images of the {split} split left out: they have no label" if number else None
+
+
+def _check_alike(data: str, splits: Mapping[str, Sequence[Given]], present: Mapping[str, set[str]], train: str) -> None:
+    """Check that labels of all splits are of one kind, and that none differ from those of training by case alone."""
+    numbers = {split for split, parts in splits.items() if any(_are_numbers(part) for part in parts)}
+    texts = {split for split in splits if not all(_INTEGER.fullmatch(name) for name in present[split])}
+    if numbers and texts:
+        first, second = (sorted(present[min(kind)])[0] for kind in (numbers, texts))
+        raise ValueError(
+            f"data {data!r} must have labels of one kind: those of its {min(numbers)} split are numbers such as "
+            f"{first}, those of its {min(texts)} split are names such as {second!r}"
+        )
+    similar = {name.strip().casefold(): name for name in present[train]}
+    for split, names in present.items():
+        for name in sorted(names - present[train]):
+            other = similar.get(name.strip().casefold())
+            if other is not None and other not in names:
+                raise ValueError(
+                    f"data {data!r} must have classes of the same names in all splits: {name!r} of its {split} split "
+                    f"and {other!r} of its {train} split differ only in case or spaces"
+                )
+
+
+def _are_numbers(given: Given) -> bool:
+    first = next((value for value in given.values if value is not None), None)
+    return given.names is None and isinstance(first, int)
+
+
+def _in_order(data: str, names: set[str]) -> list[str]:
+    """Names in order: by value if all of them are integers."""
+    if not all(_INTEGER.fullmatch(name) for name in names):
+        return sorted(names)
+    values = Counter(map(int, names))
+    if names and max(values.values()) > 1:
+        same = [name for name in sorted(names) if values[int(name)] > 1]
+        raise ValueError(f"data {data!r} must have a different number for each class, got {listed(same)}")
+    return sorted(names, key=int)

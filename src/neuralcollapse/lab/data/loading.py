@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import multiprocessing
 import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from neuralcollapse.lab.conditions import DRAWN_DATA
 from neuralcollapse.lab.config import DataSettings
-from neuralcollapse.lab.data.decoding import EncodedSamples, Format, decode, one_size
+from neuralcollapse.lab.data.copies import copy_groups, decoded_copies, same_pixels, stored_copies
+from neuralcollapse.lab.data.decoding import EncodedSamples, Format, decode, one_size, side_by_side
 from neuralcollapse.lab.data.generated import generated
-from neuralcollapse.lab.data.selection import choose_test, choose_train, choose_validation, count_classes
-from neuralcollapse.lab.data.sources import Source, Table, digits, hugging_face
+from neuralcollapse.lab.data.selection import Samples, choose_test, choose_train, choose_validation, count_classes
+from neuralcollapse.lab.data.sources import Source, Table, digits, stored
 from neuralcollapse.lab.data.splits import AnySplit, ImageData, Split, StreamedSplit
+from neuralcollapse.lab.ranks import global_rank
 
 _MOST_WORKERS = 16
 
@@ -38,9 +49,13 @@ def load_data(config: DataSettings, *, progress: bool = True) -> ImageData:
     _check_memory(config)
     source = _source(config)
     num_classes = count_classes(source.num_classes, config.digits_per_image)
+    train_samples = source.train.samples
+    if config.validation_share is not None and source.copies != "ignore" and train_samples.groups is None:
+        groups = copy_groups(source.train.images, train_samples.rows.flatten())
+        train_samples = replace(train_samples, groups=groups)
     chosen = {
-        "train": (source.train, choose_train(source.train.samples, source.num_classes, config)),
-        "validation": (source.train, choose_validation(source.train.samples, source.num_classes, config)),
+        "train": (source.train, choose_train(train_samples, source.num_classes, config)),
+        "validation": (source.train, choose_validation(train_samples, source.num_classes, config)),
         "test": (source.test, choose_test(source.test.samples, source.num_classes, config)),
     }
     tables = {name: Table(table.images, samples) for name, (table, samples) in chosen.items() if samples is not None}
@@ -53,9 +68,11 @@ def load_data(config: DataSettings, *, progress: bool = True) -> ImageData:
     height, width = one_size({(height, width) for _, height, width in shapes}, config.data)
     shape = (channels, height, config.digits_per_image * width)
     required = sum(len(table.samples) for table in tables.values()) * math.prod(shape)
+    _check_batch(config, shape)
 
     splits: dict[str, AnySplit]
     if required > config.memory_budget * 2**30:
+        tables["test"], note = _without_copies(source, tables, None, form)
         form = Format(config.image_size, channels)
         workers = _default_workers() if config.workers is None else config.workers
         splits = {
@@ -73,7 +90,11 @@ def load_data(config: DataSettings, *, progress: bool = True) -> ImageData:
                 f"workers belongs to data over memory_budget; {config.data!r} takes {required / 2**30:.2g} GiB "
                 f"and the budget is {config.memory_budget:g} GiB"
             )
-        splits = _alike({name: _decoded(table, form, progress) for name, table in tables.items()})
+        _check_fits(config, required)
+        decoded = _alike({name: _decoded(table, form, progress) for name, table in tables.items()})
+        tables["test"], note = _without_copies(source, tables, decoded, form)
+        splits = {name: _composed(tables[name].samples, *decoded[name]) for name in tables}
+    _check_samples(config.data, tables)
     relabelled = config.random_labels or config.label_noise > 0
     names = source.class_names if config.digits_per_image == 1 else None
     data = ImageData(
@@ -85,15 +106,24 @@ def load_data(config: DataSettings, *, progress: bool = True) -> ImageData:
         splits.get("validation"),
         class_names=names,
         revision=source.revision,
+        notes=(*source.notes, *([note] if note else [])),
     )
     _check_classes(data, config)
+    _say(data)
     return data
+
+
+def _say(data: ImageData) -> None:
+    """Print what was left out, once for all ranks and processes."""
+    if global_rank() == 0 and multiprocessing.parent_process() is None:
+        for note in data.notes:
+            print(f"data {data.name}: {note}", file=sys.stderr)
 
 
 def _source(config: DataSettings) -> Source:
     if config.data == "digits":
         return digits()
-    return generated(config) if config.data in DRAWN_DATA else hugging_face(config)
+    return generated(config) if config.data in DRAWN_DATA else stored(config)
 
 
 def _check_samples(data: str, tables: dict[str, Table]) -> None:
@@ -118,15 +148,39 @@ def _check_classes(data: ImageData, config: DataSettings) -> None:
 
 def _check_memory(config: DataSettings) -> None:
     """Before an image is decoded: a batch must fit into the memory of this machine."""
-    if config.image_size is None or not hasattr(os, "sysconf"):
-        return
-    number = getattr(config, "batch_size", 1)
-    needed = 4 * number * (config.channels or 1) * config.image_size**2
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if config.image_size is not None:
+        _check_batch(config, (config.channels or 1, config.image_size, config.image_size))
+
+
+def _memory() -> float:
+    """Bytes that this process may use: what is available, or the limit of its container."""
+    found = []
+    with contextlib.suppress(OSError, StopIteration):  # not on every system
+        lines = Path("/proc/meminfo").read_text().split("\n")
+        found.append(next(int(line.split()[1]) * 2.0**10 for line in lines if line.startswith("MemAvailable")))
+    with contextlib.suppress(OSError, ValueError):
+        found.append(float(Path("/sys/fs/cgroup/memory.max").read_text()))  # "max" where there is no limit
+    if not found and hasattr(os, "sysconf"):
+        found.append(float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")))
+    return min(found, default=math.inf)
+
+
+def _check_batch(config: DataSettings, shape: tuple[int, int, int]) -> None:
+    number, (channels, height, width) = getattr(config, "batch_size", 1), shape
+    needed, there = 4 * number * channels * height * width, _memory()
     if needed > there:
         raise ValueError(
             f"image_size must be such that a batch fits into memory: {number} images of "
-            f"{config.image_size}x{config.image_size} take {needed / 2**30:.0f} GiB, and there are {there / 2**30:.0f}"
+            f"{height}x{width} take {needed / 2**30:.0f} GiB, and there are {there / 2**30:.0f}"
+        )
+
+
+def _check_fits(config: DataSettings, required: int) -> None:
+    there = _memory()
+    if required > there:
+        raise ValueError(
+            f"memory_budget must be less than there is: the images of {config.data!r} take {required / 2**30:.2g} GiB "
+            f"when decoded, and {there / 2**30:.2g} GiB are there; over the budget they are read while training"
         )
 
 
@@ -136,19 +190,74 @@ def _first_image_shape(table: Table, form: Format) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def _decoded(table: Table, form: Format, progress: bool) -> Split:
-    return Split(decode(table.images, table.samples.rows, form, progress=progress), table.samples.labels)
+_Decoded = tuple[Tensor, Tensor]
+"""Images (N, C, H, W), and their rows (N,)."""
 
 
-def _alike(splits: dict[str, Split]) -> dict[str, AnySplit]:
-    """The splits, all of them in colour if one is."""
-    channels = max(split.image_shape[0] for split in splits.values())
+def _decoded(table: Table, form: Format, progress: bool) -> _Decoded:
+    single = table.samples.rows.shape[1] == 1
+    rows = table.samples.rows.flatten() if single else table.samples.rows.unique()
+    return decode(table.images, rows, form, progress=progress), rows
+
+
+def _alike(decoded: dict[str, _Decoded]) -> dict[str, _Decoded]:
+    """The images of all splits, in colour if those of one are."""
+    channels = max(images.shape[1] for images, _ in decoded.values())
     return {
-        name: split
-        if split.image_shape[0] == channels
-        else Split(split.images.expand(-1, channels, -1, -1).contiguous(), split.labels)
-        for name, split in splits.items()
+        name: (images if images.shape[1] == channels else images.expand(-1, channels, -1, -1).contiguous(), rows)
+        for name, (images, rows) in decoded.items()
     }
+
+
+def _composed(samples: Samples, images: Tensor, rows: Tensor) -> Split:
+    if samples.rows.shape[1] > 1:
+        return Split(side_by_side(images, torch.searchsorted(rows, samples.rows)), samples.labels)
+    if len(samples) < len(rows):
+        images = images[torch.isin(rows, samples.rows.flatten())]
+    return Split(images, samples.labels)
+
+
+def _without_copies(
+    source: Source, tables: dict[str, Table], decoded: dict[str, _Decoded] | None, form: Format
+) -> tuple[Table, str | None]:
+    """The samples to test on without images that are trained on too, and one line about those that there are.
+
+    Raises:
+        ValueError: if there are some, and they are to be refused.
+    """
+    test = tables["test"]
+    copies: dict[int, int] = {}
+    for name in tables if source.copies != "ignore" else ():
+        if name != "test":
+            copies |= {other: row for row, other in _copies(tables[name], test, name, decoded, form)}
+    if not copies:
+        return test, None
+    is_copy = torch.isin(test.samples.rows, torch.tensor(list(copies))).any(1)
+    other, row = next(iter(copies.items()))
+    example = f"{source.train.images.name(row)} and {test.images.name(other)} are the same"
+    number = f"{int(is_copy.sum())} of {len(is_copy)} test images are training images too"
+    if source.copies == "refuse":
+        raise ValueError(
+            f"data must have no image both to train and to test on, and {example}; {number}: remove one of each two, "
+            "or leave them out of the test split with --drop_copies"
+        )
+    if source.copies == "report":
+        return test, f"{number} ({example}), as published; --drop_copies leaves them out"
+    return Table(test.images, test.samples.take((~is_copy).nonzero().flatten())), f"{number} and left out ({example})"
+
+
+def _copies(
+    train: Table, test: Table, name: str, decoded: dict[str, _Decoded] | None, form: Format
+) -> Iterator[tuple[int, int]]:
+    """Rows of both tables with the same image: by their files, or by the pixels where those are decoded."""
+    if decoded is None:
+        yield from stored_copies(*((table.images, table.samples.rows.unique().tolist()) for table in (train, test)))
+        return
+    (first, rows), (second, test_rows) = decoded[name], decoded["test"]
+    for row, other in decoded_copies((first, rows.tolist()), (second, test_rows.tolist())):
+        # What is scaled may have become alike.
+        if form == Format() or same_pixels(train.images, row, test.images, other):
+            yield row, other
 
 
 def _default_workers() -> int:

@@ -22,13 +22,15 @@ class Samples:
 
     rows: Tensor
     labels: Tensor
+    groups: Tensor | None = None
+    """Equal numbers (N,) for samples of the same image, where that is known."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, indices: Tensor) -> Samples:
         """The samples at these indices."""
-        return Samples(self.rows[indices], self.labels[indices])
+        return Samples(self.rows[indices], self.labels[indices], None if self.groups is None else self.groups[indices])
 
 
 def count_classes(num_classes: int, digits_per_image: int) -> int:
@@ -57,7 +59,7 @@ def choose_train(source: Samples, num_classes: int, config: DataSettings) -> Sam
     samples = _selected(source, num_classes, config)
     num_classes **= config.digits_per_image
     if config.validation_share is not None:
-        samples = samples.take(_validation_parts(samples.labels, config)[0])
+        samples = samples.take(_validation_parts(samples, config)[0])
     labels = samples.labels
     if config.random_labels:
         labels = labels[torch.randperm(len(labels), generator=_generator(config.data_seed, "random labels"))]
@@ -71,7 +73,7 @@ def choose_validation(source: Samples, num_classes: int, config: DataSettings) -
     if config.validation_share is None:
         return None
     samples = _selected(source, num_classes, config)
-    return samples.take(_validation_parts(samples.labels, config)[1])
+    return samples.take(_validation_parts(samples, config)[1])
 
 
 def choose_test(source: Samples, num_classes: int, config: DataSettings) -> Samples:
@@ -134,11 +136,23 @@ def _without(items: list[int], left_out: list[int]) -> list[int]:
     return [item for item in items if item not in there]
 
 
-def hold_out(labels: Tensor, share: float = 0.2, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """Indices of a part to keep and of one that is held out, every class in proportion; the same ones by default."""
-    order = stratified_order(labels, generator or torch.Generator().manual_seed(_PART_SEED))
-    held_out = round(len(labels) * share)
-    return order[held_out:].sort().values, order[:held_out].sort().values
+def hold_out(
+    labels: Tensor, share: float = 0.2, generator: torch.Generator | None = None, groups: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Indices of a part to keep and of one that is held out, every class in proportion; the same ones by default.
+
+    Samples of equal ``groups`` (N,), if those are given, are in the same part.
+    """
+    first = torch.arange(len(labels))
+    if groups is not None:
+        _, codes = groups.unique(return_inverse=True)
+        first = first.scatter_reduce(0, codes, first, "amin", include_self=False)[codes]
+    leaders = (first == torch.arange(len(labels))).nonzero().flatten()
+    order = leaders[stratified_order(labels[leaders], generator or torch.Generator().manual_seed(_PART_SEED))]
+    is_held_out = torch.zeros(len(labels), dtype=torch.bool)
+    is_held_out[order[: round(len(leaders) * share)]] = True
+    is_held_out = is_held_out[first]
+    return (~is_held_out).nonzero().flatten(), is_held_out.nonzero().flatten()
 
 
 def subset(labels: Tensor, limit: int | None) -> Tensor:
@@ -191,8 +205,9 @@ def _selected(source: Samples, num_classes: int, config: DataSettings) -> Sample
     return samples.take(subset(samples.labels, config.train_samples))
 
 
-def _validation_parts(labels: Tensor, config: DataSettings) -> tuple[Tensor, Tensor]:
-    return hold_out(labels, config.validation_share or 0.0, _generator(config.data_seed, "validation"))
+def _validation_parts(samples: Samples, config: DataSettings) -> tuple[Tensor, Tensor]:
+    generator = _generator(config.data_seed, "validation")
+    return hold_out(samples.labels, config.validation_share or 0.0, generator, samples.groups)
 
 
 def _side_by_side(source: Samples, num_classes: int, config: DataSettings, number: int | None, split: str) -> Samples:

@@ -9,19 +9,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from neuralcollapse.lab.config import DataSettings
-from neuralcollapse.lab.data.columns import find_image_column, find_label_column, read_labels
+from neuralcollapse.lab.data.columns import (
+    Given,
+    find_image_column,
+    find_label_column,
+    given_labels,
+    has_labels,
+    number_classes,
+)
+from neuralcollapse.lab.data.copies import copy_groups
 from neuralcollapse.lab.data.decoding import ArrayImages, EncodedImages, Images
+from neuralcollapse.lab.data.folders import TEST_NAMES, TRAIN_NAMES, split_kind
+from neuralcollapse.lab.data.local import Stored, read_folder
 from neuralcollapse.lab.data.selection import Samples, hold_out
 
 _HUB_SECONDS = 5.0
-_TEST_SPLITS = ("test", "validation", "valid", "val", "dev")
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,10 @@ class Source:
     class_names: tuple[str, ...] | None = None
     revision: str | None = None
     """Of a data set of the hub, the commit."""
+    copies: Literal["refuse", "report", "drop", "ignore"] = "ignore"
+    """What to do about test images that are training images too."""
+    notes: tuple[str, ...] = ()
+    """What was left out or decided in reading it, one line each."""
 
 
 def digits() -> Source:
@@ -84,28 +97,64 @@ def digits() -> Source:
     )
 
 
-def hugging_face(config: DataSettings) -> Source:
+def stored(config: DataSettings) -> Source:
     """A folder or a data set of the hub; where it has no test split, one image in five is held out.
 
     Raises:
         ValueError: There is no such data set, or it has no images, no labels, or labels that do not fit.
     """
     wanted = _resolve(config)
-    splits = _load_splits(config.data, wanted)
-    train, test = _split_names(config.data, wanted, list(splits))
-    image_column = find_image_column(config.data, splits[train])
-    label_column = find_label_column(config.data, wanted.label_column, splits[train].features)
-    labels, names = read_labels(config.data, {name: splits[name] for name in (train, test or train)}, label_column)
-
-    def table(split: str, rows: Tensor) -> Table:
-        images = EncodedImages(splits[split], image_column, f"{Path(config.data).name} ({split})", wanted.path)
-        return Table(images, _samples(labels[split], rows))
-
+    found = _stored(config, wanted)
+    train, tests = _split_names(config.data, wanted, list(found.splits))
+    notes, drop = list(found.notes), bool(config.drop_unlabelled)
+    given = {
+        name: _labels(config.data, wanted, found, train, name) for name in (train, *(tests if drop else tests[:1]))
+    }
+    test = next((name for name in tests if not drop or any(has_labels(each) for each in given[name])), None)
+    if test is None and wanted.test_split is not None:
+        raise ValueError(f"test_split must be a split with labels, and no image of {wanted.test_split!r} has one")
+    used = [name for name in (train, test) if name is not None]
+    labelled, names = number_classes(config.data, {name: given[name] for name in used}, train, drop_unlabelled=drop)
+    notes += [labelled[name].note or "" for name in used]
+    if unused := [
+        f"{name} ({sum(map(len, parts))} images)" for name, parts in found.splits.items() if name not in used
+    ]:
+        notes.append(f"splits that are not used: {', '.join(unused)}")
+    tables = {name: Table(_images(config, found, train, name), labelled[name].samples) for name in used}
+    copies: Literal["drop", "report", "refuse"] = "report" if found.published else "refuse"
     if test is None:
-        first, second = (table(train, rows) for rows in hold_out(labels[train]))
+        groups = copy_groups(tables[train].images, labelled[train].samples.rows.flatten())
+        if number := int((groups != torch.arange(len(groups))).sum()):
+            notes.append(
+                f"{number} images are copies of others; copies of one image are all trained on or all held out"
+            )
+        parts = hold_out(labelled[train].samples.labels, groups=groups)
+        first, second = (Table(tables[train].images, labelled[train].samples.take(part)) for part in parts)
+        copies = "drop"
     else:
-        first, second = (table(split, torch.arange(len(labels[split]))) for split in (train, test))
-    return Source(first, second, len(names), names, _revision(splits[train]))
+        first, second = tables[train], tables[test]
+    revision = _revision(found.splits[train][0])
+    return Source(
+        first, second, len(names), names, revision, "drop" if config.drop_copies else copies, tuple(filter(None, notes))
+    )
+
+
+def _labels(data: str, wanted: HubDataSet, found: Stored, train: str, split: str) -> list[Given]:
+    if found.labels is not None:
+        return [found.labels[split]]
+    column = find_label_column(data, wanted.label_column, found.splits[train][0].features)
+    return [given_labels(data, split, rows, column) for rows in found.splits[split]]
+
+
+def _images(config: DataSettings, found: Stored, train: str, split: str) -> EncodedImages:
+    column = find_image_column(config.data, found.splits[train][0])
+    description = f"{Path(config.data).name} ({split})"
+    if any(column not in rows.features for rows in found.splits[split]):
+        raise ValueError(f"data must have a column {column!r} of images in each split, and {description} has none")
+    images = EncodedImages(found.splits[split], column, description, found.folder, _caches() if found.published else ())
+    if not found.published and found.labels is None:
+        images.check_files()
+    return images
 
 
 def _samples(labels: Tensor, rows: Tensor) -> Samples:
@@ -125,42 +174,49 @@ def _resolve(config: DataSettings) -> HubDataSet:
     return replace(found, **{name: value for name, value in asked.items() if value is not None})
 
 
-def _load_splits(data: str, wanted: HubDataSet) -> Any:
+def _stored(config: DataSettings, wanted: HubDataSet) -> Stored:
     """The splits of a folder or of a data set of the hub, or a ValueError that says what was wrong."""
     import datasets
 
+    data = config.data
     if not data:
         raise ValueError("data must name a data set or a folder, got ''")
     folder = Path(wanted.path).expanduser()
     is_folder = folder.is_dir()
     if not is_folder and (folder.exists() or folder.is_absolute() or data.startswith((".", "~"))):
         raise ValueError(f"data must be 'digits', a folder, or a data set's id on the hub; {data!r} is no folder")
+    if not is_folder and config.table is not None:
+        raise ValueError(f"table belongs to data from a folder; {data!r} is a data set of the hub")
     try:
         with _quiet_hub():
-            tables = _csv_tables(folder) if is_folder else {}
-            if tables:
-                return datasets.load_dataset("csv", data_files=tables)
             if is_folder:
-                return datasets.load_dataset(str(folder), wanted.config)
+                return read_folder(folder, config, wanted.config)
             with _reached(wanted.path):
-                return datasets.load_dataset(wanted.path, wanted.config)
+                splits = datasets.load_dataset(wanted.path, wanted.config)
     except (datasets.exceptions.DatasetGenerationError, RuntimeError, TypeError, ValueError) as error:
+        if is_folder and isinstance(error, ValueError):
+            raise
         raise ValueError(f"data {data!r} cannot be read: {_reason(error.__cause__ or error)}") from error
-    except OSError as error:  # no connection; or no files: in an empty folder, or a name that the hub does not have
+    except OSError as error:  # no connection, or a name that the hub does not have; or no room for what is prepared
         if is_folder:
-            raise ValueError(f"data must have images, but the folder {data!r} has none: {_reason(error)}") from error
+            raise ValueError(f"data {data!r} cannot be read: {error}") from error
         name = "" if data == wanted.path else f"{data!r}, "
         reason = "it does not answer" if "OfflineMode" in str(error) else _reason(error)
         raise ValueError(
             f"data set {name}{wanted.path!r} could not be fetched from the hub ({reason}); "
             "without a network, give data a folder that holds it: --data FOLDER"
         ) from error
+    beside = Path(data)
+    notes = (f"the data set of the hub, and not the folder {data}/ here: --data ./{data}",) if beside.is_dir() else ()
+    return Stored({name: [rows] for name, rows in splits.items()}, "", notes, published=True)
 
 
-def _csv_tables(folder: Path) -> dict[str, str]:
-    """The CSV files of a folder, by split; ``metadata.csv`` belongs to the images beside it."""
-    tables = {path.stem: str(path) for path in sorted(folder.glob("*.csv")) if path.stem != "metadata"}
-    return {"train": next(iter(tables.values()))} if len(tables) == 1 else tables
+def _caches() -> tuple[str, ...]:
+    """Where the files of data sets of the hub are."""
+    import datasets
+    from huggingface_hub import constants
+
+    return tuple(map(str, (datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE)))
 
 
 @contextmanager
@@ -217,15 +273,27 @@ def _revision(rows: Any) -> str | None:
     return next((found[1] for address in addresses if (found := re.search(r"@([0-9a-f]{40})/", address))), None)
 
 
-def _split_names(data: str, wanted: HubDataSet, names: list[str]) -> tuple[str, str | None]:
-    """The names of the train split and of the test split, if there is one."""
-    for setting, name in (("train_split", wanted.train_split), ("test_split", wanted.test_split)):
-        if name is not None and name not in names:
+def _split_names(data: str, wanted: HubDataSet, names: list[str]) -> tuple[str, list[str]]:
+    """The name of the split to train on, and those to test on, the preferred one first."""
+    asked = {"train_split": wanted.train_split, "test_split": wanted.test_split}
+    chosen: dict[str, str | None] = {}
+    for setting, name in asked.items():
+        alike = [each for each in names if each == name] or [
+            each for each in names if name and split_kind(each) == split_kind(name)
+        ]
+        if name is not None and len(alike) != 1:
             raise ValueError(f"{setting} must be a split of {data!r}, which has {', '.join(names)}; got {name!r}")
-    train = wanted.train_split or ("train" if "train" in names else names[0])
-    if wanted.train_split is None and train != "train" and len(names) > 1:
+        chosen[setting] = alike[0] if name is not None else None
+    trains = [each for each in names if each.strip().casefold() in TRAIN_NAMES]
+    train = chosen["train_split"] or (trains[0] if len(trains) == 1 else names[0])
+    if chosen["train_split"] is None and len(names) > 1 and len(trains) != 1:
         raise ValueError(f"train_split must say which split of {data!r} to train on: {', '.join(names)}")
-    test = wanted.test_split or next((name for name in _TEST_SPLITS if name in names and name != train), None)
+    test = chosen["test_split"]
     if train == test:
         raise ValueError(f"test_split must be another split than train_split, got {test!r} for both")
-    return train, test
+    by_rank = sorted(
+        (TEST_NAMES.index(each.strip().casefold()), each)
+        for each in names
+        if each != train and each.strip().casefold() in TEST_NAMES
+    )
+    return train, [test] if test is not None else [each for _, each in by_rank]

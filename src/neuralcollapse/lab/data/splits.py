@@ -116,6 +116,8 @@ class ImageData:
     class_names: tuple[str, ...] | None = None
     revision: str | None = None
     """Of a data set of the hub, the commit."""
+    notes: tuple[str, ...] = ()
+    """What was left out or decided in reading the data, one line each."""
 
     @property
     def splits(self) -> dict[str, AnySplit]:

@@ -6,7 +6,7 @@ import copy
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,16 @@ from neuralcollapse.lab.models.attributes import attribute_code
 from neuralcollapse.lab.models.backbones import MLP, VGG13, Backbone, ConvNet, ImageShape, ResNet
 
 
-def build_model(config: RunConfig, image_shape: ImageShape, num_classes: int) -> AttachedHead:
+def build_model(
+    config: RunConfig, image_shape: ImageShape, num_classes: int, *, class_names: Sequence[str] | None = None
+) -> AttachedHead:
     """A backbone with the head of its method. The backbone's first weights follow from the seed, whatever the method.
 
     Args:
         config: The settings.
         image_shape: Channels, height and width.
         num_classes: K.
+        class_names: The names of the classes, for what classes share.
 
     Returns:
         A module from images (N, C, H, W) to logits (N, K), ``forward(images, targets=None)``.
@@ -53,7 +56,7 @@ def build_model(config: RunConfig, image_shape: ImageShape, num_classes: int) ->
         torch.manual_seed(config.seed)
         backbone = build_backbone(config, image_shape, initialisation=config.initialisation)
         place = nn.Linear(backbone.feature_dim, num_classes)
-        head = build_head(config, place.in_features, num_classes)
+        head = build_head(config, place.in_features, num_classes, class_names=class_names)
     if isinstance(head, FixedETFClassifier) and head.learned_bias is not None:
         head.learned_bias = (
             place.bias
@@ -61,7 +64,9 @@ def build_model(config: RunConfig, image_shape: ImageShape, num_classes: int) ->
     return attach_head(nn.Sequential(backbone, place), head)
 
 
-def build_head(config: RunConfig, feature_dim: int, num_classes: int) -> Head:
+def build_head(
+    config: RunConfig, feature_dim: int, num_classes: int, *, class_names: Sequence[str] | None = None
+) -> Head:
     """The head of a method.
 
     Raises:
@@ -85,12 +90,13 @@ def build_head(config: RunConfig, feature_dim: int, num_classes: int) -> Head:
     if config.method == "means":
         return ClassMeanClassifier(means=config.class_means or "previous", **options)
     if config.method == "fixed-frame":
-        code = attribute_code(config, feature_dim, num_classes)
+        code = attribute_code(config, feature_dim, num_classes, class_names=class_names)
         return FixedFrameClassifier(code=code, orientation=config.orientation or "random", **options)
     options["proximal_weight"] = config.proximal_weight or 0.0
     if config.method in ("frame", "attribute-frame"):
-        means = config.method == "frame"
-        geometry: Any = "means" if means else attribute_code(config, feature_dim, num_classes)
+        geometry: Any = "means"
+        if config.method == "attribute-frame":
+            geometry = attribute_code(config, feature_dim, num_classes, class_names=class_names)
         return NearestFrameClassifier(geometry=geometry, **options)
     solver: Any = "trust-region" if config.method == "trust-region" else "closed-form"
     metric: Any = "within-class" if config.method == "mahalanobis" else None

@@ -175,6 +175,8 @@ def _facts(data: ImageData) -> dict[str, Any]:
     found |= {"data_revision": data.revision, "device": str(data.train.labels.device)}
     if data.absent_classes:
         found["absent_classes"] = data.absent_classes
+    if data.notes:
+        found["data_notes"] = list(data.notes)
     return found | {"largest_class_share": round(float(data.train.labels.bincount().max()) / len(data.train), 6)}
 
 

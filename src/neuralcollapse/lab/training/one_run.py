@@ -83,7 +83,8 @@ class ClassifierTraining(LightningModule):
         self.config = config
         self.data = data
         self.evaluation = evaluation_batches(data, config) if evaluation is None else evaluation
-        self.model = build_model(config, batch_shape(data.image_shape, config), data.num_classes)
+        shape = batch_shape(data.image_shape, config)
+        self.model = build_model(config, shape, data.num_classes, class_names=data.class_names)
         # What is measured: with `weight_average` a copy of the model, of averaged weights.
         self.average = copy.deepcopy(self.model).requires_grad_(False) if config.weight_average else None
         self.batch_figures: dict[str, Tensor] = {}
