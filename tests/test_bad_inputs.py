@@ -107,14 +107,12 @@ BAD_INPUTS = {
     "class_scatter": (lambda: metric(class_scatter="yes"), "class_scatter must be True or False, got 'yes'"),
     "center": (lambda: metric(center="mean"), "center must be 'samples' or 'classes', got 'mean'"),
     "min_samples": (lambda: metric(min_samples=-1), "min_samples must be at least 0, got -1"),
-    "max_samples": (
-        lambda: metric(min_samples=5, max_samples=2),
-        "max_samples must be at least min_samples = 5, got 2",
+    "drop_classes_above": (
+        lambda: metric(min_samples=5, drop_classes_above=2),
+        "drop_classes_above must be at least min_samples = 5, got 2",
     ),
     "half precision": (lambda: metric(dtype=torch.float16), "dtype must be torch.float64, torch.float32 or 'mixed'"),
     "unknown option": (lambda: metric(top_k=5), "Unexpected keyword arguments: `top_k`"),
-    "nothing seen": (lambda: metric().compute(), "at least 2 classes .* got 0 .and 0 samples in all."),
-    "one class seen": (lambda: seen(FEATURES, TARGETS * 0).compute(), "at least 2 classes .* got 1 .and 12 samples"),
     "padding in a metric": (lambda: seen(FEATURES, PADDED), "got labels from -100 to 3"),
     "merged with a number": (lambda: metric().merge_state(3), "Expected incoming state to be a dict or an instance"),
     "no metrics": (lambda: collection(metrics=[]), r"metrics must be a list of names among nc1_pinv, .*; got \[\]"),

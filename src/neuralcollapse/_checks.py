@@ -115,6 +115,7 @@ def check_targets(
         raise ValueError(f"targets must be of shape ({num_samples},), got {tuple(targets.shape)}")
     if not (values and num_samples and values_readable(targets)):
         return
+    targets = targets.long()  # compared as they are, labels of uint8 would take -100 for 156
     if ignore_index is not None:
         targets = targets[targets != ignore_index]
     if targets.numel():

@@ -140,7 +140,9 @@ def test_feature_maps_are_pooled_or_flattened(pooling, expected_dim):
         nn.Sequential(nn.Identity(), nn.Linear(expected_dim, K)), [(pooled, torch.arange(20) % K)], progress=False
     )
     for name, value in measurement.layers["0"].items():
-        assert value == pytest.approx(expected.metrics[name], rel=1e-6), name
+        assert value == pytest.approx(expected.metrics[name], rel=1e-6, nan_ok=True), name
+    # The mean of a map of one channel is a line in all five: pairs of classes have the same direction.
+    assert ("nc2_hyperspherical_log_mean" in measurement.layers_undefined.get("0", {})) == (pooling == "mean")
 
 
 def test_dictionaries_are_unpacked():
@@ -242,7 +244,6 @@ class Uncalled(nn.Module):
         (None, {"loader": [torch.zeros(3, 6)]}, "loader must yield .input, target. pairs, got no target"),
         (None, {"loader": [{"x": torch.zeros(3, 6)}]}, "loader must yield .input, target. pairs, got dict"),
         (None, {"loader": [(torch.zeros(3, 6), torch.tensor([0, 1, 9]))]}, r"targets must lie in \[0, 4\)"),
-        (None, {"loader": [(torch.zeros(1, 6), torch.tensor([0]))]}, "moments must hold at least 2 classes"),
         (None, {"classifier": "fc"}, "classifier must name a module of the model, got 'fc'"),
         (None, {"loader": 3}, "loader must be an iterable of batches, got int"),
         (None, {"loader": torch.zeros(3, 6)}, "loader must be an iterable of batches, got Tensor"),
@@ -260,12 +261,3 @@ def test_bad_input(model, make_model, options, message):
     model = make_model() if make_model else model
     with pytest.raises(ValueError, match=message):
         measure(model, options.pop("loader", make_loader()), progress=False, **options)
-
-
-def test_a_network_whose_features_are_all_the_same_is_measured():
-    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 3))
-    torch.nn.init.zeros_(model[0].weight)
-    batches = [(torch.randn(30, 4), torch.arange(30) % 3)]
-    found = measure(model, batches, progress=False).metrics
-    assert found["mir_released"] == 0
-    assert found["accuracy"] == pytest.approx(1 / 3)

@@ -100,18 +100,19 @@ def test_what_is_saved_comes_back(dtype, bias, tmp_path):
         {},
         {"center": "classes"},
         {"min_samples": 2},
-        {"max_samples": 30},
-        {"min_samples": 11, "max_samples": 35, "center": "classes"},
+        {"drop_classes_above": 30},
+        {"min_samples": 11, "drop_classes_above": 35, "center": "classes"},
         {"pairwise": False},
     ],
 )
 def test_recomputed_from_the_file_it_is_what_measuring_so_would_have_given(path, options):
     recomputed, direct = Measurement.load(path).recompute(**options), make_measurement(class_scatter=True, **options)
     pooled = {"nc1_pinv", "nc1_vci", "rank_me"}  # of classes left out, whose scatter the file has pooled
-    for name in recomputed.metrics.keys() - OF_SAMPLES:
+    assert recomputed.undefined.keys() in (set(), pooled)
+    for name in recomputed.metrics.keys() - OF_SAMPLES - recomputed.undefined.keys():
         assert recomputed.metrics[name] == pytest.approx(direct.metrics[name], rel=1e-12, abs=1e-14), name
-    assert direct.metrics.keys() - recomputed.metrics.keys() <= OF_SAMPLES | pooled
-    assert ("nc1_pinv" in recomputed.metrics) == ("max_samples" not in options)
+    assert direct.metrics.keys() - recomputed.metrics.keys() <= OF_SAMPLES
+    assert ("nc1_pinv" in recomputed.undefined) == ("drop_classes_above" in options)
     for name in OF_SAMPLES & recomputed.metrics.keys():
         assert recomputed.metrics[name] == pytest.approx(direct.metrics[name], rel=1e-12), name
     assert recomputed.options == direct.options
@@ -151,7 +152,7 @@ def test_values_of_samples_are_kept_only_while_they_are_true(measurement):
     assert OF_SAMPLES & pooled.recompute().metrics.keys() == kept["same"]
     assert OF_SAMPLES & pooled.recompute(center="classes").metrics.keys() == kept["center"]
     assert OF_SAMPLES & pooled.recompute(min_samples=3).metrics.keys() == kept["classes"]
-    assert pooled.recompute(min_samples=3).recompute(max_samples=None).options.min_samples == 3
+    assert pooled.recompute(min_samples=3).recompute(drop_classes_above=None).options.min_samples == 3
 
 
 def test_values_of_classes_come_from_the_file_as_well(path, measurement):
@@ -265,8 +266,8 @@ def test_tensors_of_somebody_else(path):
 
 
 def test_a_file_of_a_later_version(path):
-    path.write_bytes(save({"mystery": torch.eye(3)}, {"format": KIND, "format_version": "2", "package_version": "7.1"}))
-    with pytest.raises(ValueError, match="is newer: it has format 2 .* written by neuralcollapse 7.1; .* up to 1"):
+    path.write_bytes(save({"mystery": torch.eye(3)}, {"format": KIND, "format_version": "3", "package_version": "7.1"}))
+    with pytest.raises(ValueError, match="is newer: it has format 3 .* written by neuralcollapse 7.1; .* up to 2"):
         Measurement.load(path)
 
 

@@ -76,7 +76,7 @@ def test_exponents_of_matrices():
         ({"names": ["cosines_weights"]}, "weight must be given for cosines_weights"),
         ({"exponent": 0}, "exponent must be greater than 0"),
         ({"weight": WEIGHT[:3]}, "weight must be of shape"),
-        ({"max_samples": 0}, "max_samples must be at least"),
+        ({"drop_classes_above": 0}, "drop_classes_above must be at least"),
     ],
 )
 def test_bad_arguments_of_matrices(options, message):

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from neuralcollapse.metrics.collapse import collapse_metrics
+    from neuralcollapse.metrics.collapse import collapse_metrics, undefined_metrics
     from neuralcollapse.metrics.distances import etf_distances
     from neuralcollapse.metrics.features import effective_rank, feature_norm, rank_me
     from neuralcollapse.metrics.gram import nc2_gram, nc3_gram_duality
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from neuralcollapse.metrics.statistics import ClassStatistics, class_statistics, moments_about
 
 _HOMES = {
-    "collapse": ["collapse_metrics"],
+    "collapse": ["collapse_metrics", "undefined_metrics"],
     "distances": ["etf_distances"],
     "features": ["effective_rank", "feature_norm", "rank_me"],
     "gram": ["nc2_gram", "nc3_gram_duality"],
@@ -115,6 +115,7 @@ __all__ = [
     "pair_matrices",
     "rank_me",
     "released_matrix_information",
+    "undefined_metrics",
 ]
 
 

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from neuralcollapse._checks import check_floating
+from neuralcollapse._checks import check_floating, check_integral
+from neuralcollapse.metrics.scaling import power_of_two
 
 _STRIP = 192  # width of the strips in which a symmetric product is formed
 
@@ -47,7 +48,9 @@ def flat_batch(
     if not isinstance(targets, Tensor) or targets.shape != features.shape[:-1]:
         got = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
         raise ValueError(f"targets must be a tensor of shape {tuple(features.shape[:-1])}, got {got}")
-    features, targets = features.reshape(-1, feature_dim).to(device), targets.reshape(-1).to(device)
+    check_integral("targets", targets)
+    # Compared as they are, labels of uint8 would take -100 for 156.
+    features, targets = features.reshape(-1, feature_dim).to(device), targets.reshape(-1).to(device, torch.int64)
     if ignore_index is None:
         return features, targets
     kept = targets != ignore_index
@@ -77,6 +80,14 @@ def group_by_class(targets: Tensor, num_classes: int) -> Group:
     return Group(present, (counts > 0).cumsum(0).sub_(1)[targets], counts[present])
 
 
+class Deviations(NamedTuple):
+    """Rows (N, d) of deviations, in units of a power of two, and new class means (P, d)."""
+
+    rows: Tensor
+    means: Tensor
+    unit: Tensor | float
+
+
 class Merge(NamedTuple):
     """New means (P, d), and the points (P, d) from which deviations are to be taken."""
 
@@ -99,26 +110,32 @@ def merge_means(means: Tensor, counts: Tensor, batch_means: Tensor, batch_counts
 
 def deviations_exactly(
     features: Tensor, group: Group, means: Tensor, counts: Tensor, workspace: Workspace
-) -> tuple[Tensor, Tensor]:
-    """Deviations (N, d) in the means' dtype from the points of `merge_means`, and the new means (P, d)."""
+) -> Deviations:
+    """Deviations in the means' dtype from the points of `merge_means`, and the new means."""
     features = workspace.take(features.shape, means, "features").copy_(features)
     sums = workspace.take(means.shape, means, "sums").zero_().index_add_(0, group.members, features)
     batch_means = sums.div_(group.counts.clamp(min=1)[:, None])
     means, origins = merge_means(means, counts, batch_means, group.counts)
     subtracted = torch.index_select(origins, 0, group.members, out=workspace.take(features.shape, means, "subtracted"))
-    return features.sub_(subtracted), means
+    return Deviations(features.sub_(subtracted), means, 1.0)
 
 
 def deviations_in_fp32(
     features: Tensor, group: Group, means: Tensor, counts: Tensor, workspace: Workspace
-) -> tuple[Tensor, Tensor]:
+) -> Deviations:
     """The same in fp32, new means in fp64: every large difference is taken from a sample of the class itself.
 
     x − r for a sample r of the class loses nothing that matters, however far from 0 the class lies: both are of the
-    features' own precision. Sums and a second, small shift of these differences bring them to the points wanted.
+    features' own precision. Sums and a second, small shift of these differences bring them to the points wanted. All
+    is in units of the greatest magnitude, so that no square leaves the range of fp32.
     """
     if features.dtype not in (torch.float32, torch.float64):
         features = features.float()
+    low, high = torch.aminmax(features)
+    greatest = torch.maximum(torch.maximum(-low, high).to(means.dtype), means.abs().amax())
+    factor = power_of_two(greatest.clamp(min=torch.finfo(features.dtype).tiny))
+    out = workspace.take(features.shape, features, "scaled")
+    features, means = torch.mul(features, factor.to(features.dtype), out=out), means.mul_(factor)
     order = torch.arange(len(features), device=features.device)
     last = torch.full_like(group.counts, len(features) - 1)
     references = features[last.scatter_reduce_(0, group.members, order, "amin")]
@@ -134,23 +151,33 @@ def deviations_in_fp32(
     subtracted = torch.index_select(
         shifts, 0, group.members, out=workspace.take(features.shape, deviations, "subtracted")
     )
-    return deviations.sub_(subtracted), means
+    unit = factor.reciprocal()
+    return Deviations(deviations.sub_(subtracted), means.mul_(unit), unit)
 
 
-def add_gram(scatter: Tensor, rows: Tensor, workspace: Workspace) -> None:
-    """Add rowsᵀ rows to the upper triangle of a scatter (d, d), in strips that save 40% of the work."""
+def add_gram(scatter: Tensor, rows: Tensor, unit: Tensor | float, workspace: Workspace) -> None:
+    """Add unit² rowsᵀ rows to the upper triangle of a scatter (d, d), in strips that save 40% of the work.
+
+    The unit of rows in the scatter's own dtype is 1.
+    """
     for start in range(0, len(scatter), _STRIP):
         strip, left, right = scatter[start : start + _STRIP, start:], rows[:, start : start + _STRIP], rows[:, start:]
         if rows.dtype == strip.dtype:
             strip.addmm_(left.T, right)
-        else:
-            strip += torch.mm(left.T, right, out=workspace.take(strip.shape, rows, "product"))
+            continue
+        product = torch.mm(left.T, right, out=workspace.take(strip.shape, rows, "product"))
+        if strip.device.type == "cpu":
+            strip.add_(product, alpha=float(unit) * float(unit))
+        else:  # where reading the unit would wait for the device
+            strip.add_(product.to(strip.dtype).mul_(unit).mul_(unit))
 
 
-def add_class_grams(class_scatter: Tensor, rows: Tensor, classes: Tensor, workspace: Workspace) -> None:
-    """Add each class's rowsᵀ rows to the upper triangle of its scatter (K, d, d), in segments of sorted rows."""
+def add_class_grams(
+    class_scatter: Tensor, rows: Tensor, unit: Tensor | float, classes: Tensor, workspace: Workspace
+) -> None:
+    """Add each class's unit² rowsᵀ rows to the upper triangle of its scatter (K, d, d), in segments of sorted rows."""
     order = classes.argsort(stable=True)
     rows = torch.index_select(rows, 0, order, out=workspace.take(rows.shape, rows, "sorted"))
     present, counts = torch.unique_consecutive(classes[order], return_counts=True)
     for index, segment in zip(present.tolist(), rows.split(counts.tolist()), strict=True):
-        add_gram(class_scatter[index], segment, workspace)
+        add_gram(class_scatter[index], segment, unit, workspace)

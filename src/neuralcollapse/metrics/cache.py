@@ -72,28 +72,45 @@ class FeatureCache:
             size: How many at most.
             among: (K,) whether a class's samples may be drawn; all if not given.
         """
-        starts = [0]
-        for batch in self._held:
-            starts.append(starts[-1] + len(batch.targets))
-        eligible = torch.arange(starts[-1])
-        if among is not None and self._held:
-            eligible = eligible[among.cpu()[torch.cat([batch.targets.cpu().long() for batch in self._held])]]
+        if not self._held:
+            return torch.empty(0, 0), torch.empty(0, dtype=torch.int64)
+        targets = self.targets
+        eligible = torch.arange(len(targets)) if among is None else among.cpu()[targets].nonzero().flatten()
         order = torch.randperm(len(eligible), generator=torch.Generator().manual_seed(0))
         drawn = eligible[order[:size]].sort().values
-        features, targets = [], []
-        for start, end, batch in zip(starts, starts[1:], self._held, strict=False):
-            own = drawn[(drawn >= start) & (drawn < end)] - start
-            features.append(batch.features[own.to(batch.features.device)].cpu())
-            targets.append(batch.targets[own.to(batch.targets.device)].cpu().long())
-        if not features:
-            return torch.empty(0, 0), torch.empty(0, dtype=torch.int64)
-        return torch.cat(features), torch.cat(targets)
+        return self.take(drawn, torch.device("cpu")), targets[drawn]
+
+    @property
+    def targets(self) -> Tensor:
+        """(N,) targets of all samples, in their order."""
+        held = [batch.targets.cpu().long() for batch in self._held]
+        return torch.cat(held) if held else torch.empty(0, dtype=torch.int64)
+
+    def take(self, indices: Tensor, device: torch.device) -> Tensor:
+        """Return the features of samples on a device.
+
+        Args:
+            indices: (n,) ascending places in the order of all samples.
+            device: Where to.
+        """
+        starts = torch.tensor([0, *(len(batch.targets) for batch in self._held)]).cumsum(0)
+        bounds = torch.searchsorted(indices.contiguous(), starts).tolist()
+        found = [
+            batch.features[(indices[first:end] - start).to(batch.features.device)].to(device)
+            for batch, start, first, end in zip(self._held, starts.tolist(), bounds, bounds[1:], strict=False)
+            if first < end
+        ]
+        return torch.cat(found) if found else torch.empty(0, self._held[0].features.shape[1], device=device)
 
     def sample(self, size: int) -> tuple[Tensor, Tensor]:
-        """As `draw`, with features in fp16, or in bf16 where they exceed the range of fp16."""
+        """As `draw`, with features in fp16; in bf16, or in their own dtype, where their size is beyond its range."""
         rows, targets = self.draw(size)
-        fits = not len(rows) or bool(rows.abs().max() <= torch.finfo(torch.float16).max)
-        return rows.to(torch.float16 if fits else torch.bfloat16), targets
+        greatest = float(rows.abs().max()) if len(rows) else 0.0
+        for dtype in (torch.float16, torch.bfloat16, rows.dtype):
+            limits = torch.finfo(dtype)
+            if greatest == 0 or limits.tiny / limits.eps <= greatest <= limits.max:
+                return rows.to(dtype), targets
+        return rows, targets
 
     def __iter__(self) -> Iterator[Samples]:
         return iter(self._held)

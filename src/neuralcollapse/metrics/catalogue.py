@@ -67,7 +67,8 @@ class Metric:
             >>> METRICS["nc2_cos_margin"].value_at_collapse(5)
             1.25
         """
-        return self.at_collapse(num_classes) if isinstance(self.at_collapse, OfClasses) else self.at_collapse
+        value = self.at_collapse(num_classes) if isinstance(self.at_collapse, OfClasses) else self.at_collapse
+        return None if value is None or math.isnan(value) else value
 
 
 PAPYAN = "Papyan, Han & Donoho 2020"
@@ -91,9 +92,9 @@ _INF = math.inf
 
 
 def _shared_information(num_classes: int) -> float:
-    """MIR at balanced collapse to a simplex ETF; 0 where two classes leave no entropy to share."""
+    """MIR at balanced collapse to a simplex ETF; NaN where two classes leave no entropy to share."""
     if num_classes == 2:
-        return 0.0
+        return math.nan
     others = num_classes - 1
     return 1 / others + (others - 1) * math.log(others - 1) / (others * math.log(others))
 

@@ -50,15 +50,18 @@ def check_integers(name: str, tensor: object, length: int) -> None:
         raise ValueError(f"{name} must be of shape ({length},), got {tuple(tensor.shape)}")
 
 
-def check_samples(features: object, targets: object, weight: object, center: object) -> None:
-    """Raise unless features (N, d), targets (N,) in [0, K), weight (K, d) and centre (d,) fit each other."""
-    check_shapes(features=(features, "N d"), weight=(weight, "K d"), center=(center, "d"))
+def check_samples(features: object, targets: object, weight: object, *center: object) -> Tensor:
+    """Return the targets as int64; raise unless features (N, d), targets (N,) in [0, K), weight and centre (d,) fit."""
+    centers = {"center": (center[0], "d")} if center else {}
+    check_shapes(features=(features, "N d"), weight=(weight, "K d"), **centers)
     assert isinstance(features, Tensor)
     assert isinstance(weight, Tensor)
     check_integers("targets", targets, len(features))
     assert isinstance(targets, Tensor)
+    targets = targets.long()  # as an index, uint8 would be taken for a mask
     # On an accelerator looking at values would wait for the device.
     check_targets(targets, len(features), len(weight), values=targets.device.type == "cpu")
+    return targets
 
 
 def check_exponent(name: str, value: object) -> None:
@@ -69,12 +72,12 @@ def check_exponent(name: str, value: object) -> None:
         raise ValueError(f"{name} must be greater than 0, got {value}")
 
 
-def check_sample_bounds(min_samples: object, max_samples: object) -> None:
+def check_sample_bounds(min_samples: object, drop_classes_above: object) -> None:
     """Raise unless both are counts of samples, the second None or at least the first."""
     check_at_least("min_samples", min_samples, 0)  # type: ignore[arg-type]
-    if max_samples is not None:
+    if drop_classes_above is not None:
         assert isinstance(min_samples, int)
-        check_at_least("max_samples", max_samples, max(min_samples, 1), "min_samples")  # type: ignore[arg-type]
+        check_at_least("drop_classes_above", drop_classes_above, max(min_samples, 1), "min_samples")  # type: ignore[arg-type]
 
 
 def check_device(device: object) -> None:

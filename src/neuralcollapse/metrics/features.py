@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from neuralcollapse._checks import check_finite
 from neuralcollapse.metrics.doors import check_integers, check_shapes
+from neuralcollapse.metrics.scaling import power_of_two, rescaled, square_root
 
 
 def feature_norm(class_means: Tensor, within_class_variances: Tensor, counts: Tensor) -> Tensor:
@@ -25,15 +27,17 @@ def feature_norm(class_means: Tensor, within_class_variances: Tensor, counts: Te
     """
     check_shapes(class_means=(class_means, "K d"), within_class_variances=(within_class_variances, "K"))
     check_integers("counts", counts, len(class_means))
-    squares = within_class_variances + class_means.square().sum(dim=1)
-    return (squares @ counts.to(squares.dtype) / counts.sum()).sqrt()
+    unit = power_of_two(class_means, within_class_variances.detach().clamp(min=0).sqrt())
+    squares = within_class_variances * unit * unit + (class_means * unit).square().sum(dim=1)
+    return square_root(squares @ (counts.to(squares.dtype) / counts.sum())) / unit
 
 
 def rank_me(within_class_covariance: Tensor, class_means: Tensor, counts: Tensor) -> Tensor:
     """RankMe, exp(−Σ p_i log p_i) with p_i = σ_i/Σσ, σ the singular values of the features (N, d).
 
     They are the roots of the eigenvalues of S + Σ n_k M_kM_kᵀ; eigenvalues under d·eps·λ₁ count as 0. K − 1 at collapse
-    of balanced classes whose global mean is 0, min(N, d) at most. Source: Garrido et al., ICML 2023.
+    of balanced classes whose global mean is 0, min(N, d) at most; NaN of zero features. What counts as 0 has no
+    gradient. Source: Garrido et al., ICML 2023.
 
     Args:
         within_class_covariance: Σ_W = S/N (d, d).
@@ -49,18 +53,21 @@ def rank_me(within_class_covariance: Tensor, class_means: Tensor, counts: Tensor
     """
     check_shapes(within_class_covariance=(within_class_covariance, "d d"), class_means=(class_means, "K d"))
     check_integers("counts", counts, len(class_means))
-    shares = counts.to(class_means.dtype) / counts.sum()
-    second_moment = within_class_covariance + class_means.T @ (shares[:, None] * class_means)
-    eigenvalues = torch.linalg.eigvalsh(second_moment)
-    zero = len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps * eigenvalues[-1]
-    singular_values = eigenvalues[eigenvalues > zero].sqrt()
-    return torch.distributions.Categorical(probs=singular_values, validate_args=False).entropy().exp()
+    check_finite("within_class_covariance", within_class_covariance)
+    check_finite("class_means", class_means)
+    unit = power_of_two(class_means, within_class_covariance.detach().diagonal().clamp(min=0).sqrt())
+    means, shares = class_means * unit, counts.to(class_means.dtype) / counts.sum()
+    within = (within_class_covariance + within_class_covariance.T) / 2 * unit * unit
+    eigenvalues = torch.linalg.eigvalsh(within + means.T @ (shares[:, None] * means))
+    zero = len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps * eigenvalues.detach()[-1]
+    return _exponential_entropy(square_root(torch.where(eigenvalues.detach() > zero, eigenvalues, 0)))
 
 
 def effective_rank(vectors: Tensor) -> Tensor:
     """exp(−Σ p_i log p_i) with p_i = σ_i/Σσ, σ the singular values of the rows; K − 1 at collapse, min(K, d) at most.
 
-    Of all features it is `rank_me`. Source: Roy & Vetterli, EUSIPCO 2007.
+    NaN of X = 0. Singular values under max(K, d)·eps·σ₁ count as 0 and have no gradient. Of all features it is
+    `rank_me`. Source: Roy & Vetterli, EUSIPCO 2007.
 
     Args:
         vectors: X (K, d): centred class means or classifier rows.
@@ -73,5 +80,15 @@ def effective_rank(vectors: Tensor) -> Tensor:
         3.0
     """
     check_shapes(vectors=(vectors, "K d"))
-    singular_values = torch.linalg.svdvals(vectors)
-    return torch.special.entr(singular_values / singular_values.sum()).sum().exp()
+    check_finite("vectors", vectors)
+    singular_values = torch.linalg.svdvals(rescaled(vectors))
+    zero = max(vectors.shape) * torch.finfo(vectors.dtype).eps * singular_values.detach()[:1]
+    return _exponential_entropy(torch.where(singular_values.detach() > zero, singular_values, 0))
+
+
+def _exponential_entropy(values: Tensor) -> Tensor:
+    """Return exp(−Σ p_i log p_i) of p = values/Σ; NaN if all are 0."""
+    positive = values > 0
+    shares = values / values.sum()
+    entropy = torch.where(positive, torch.special.entr(torch.where(positive, shares, 1)), 0).sum()
+    return torch.where(positive.any(), entropy.exp(), torch.nan)

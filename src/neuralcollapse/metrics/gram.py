@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from neuralcollapse.metrics.doors import check_shapes
+from neuralcollapse.metrics.scaling import rescaled, square_root
 
 _CANCELLATION = 1e-3  # below this the closed form has lost more than half of its digits
 _TILE_ELEMENTS = 2**22
@@ -18,6 +19,8 @@ _TILE_ELEMENTS = 2**22
 
 def nc2_gram(vectors: Tensor, code: Tensor) -> Tensor:
     """‖ΠXXᵀΠ/‖ΠXXᵀΠ‖_F − ΠGΠ/‖ΠGΠ‖_F‖_F, Π = I − 11ᵀ/K; 0 at collapse to a frame of the Gram G = LLᵀ, √2 at most.
+
+    NaN where the rows of X, or those of L, are all equal.
 
     Source: `nc2_etf` (Zhu et al., NeurIPS 2021) of another Gram than the simplex's.
 
@@ -39,6 +42,8 @@ def nc2_gram(vectors: Tensor, code: Tensor) -> Tensor:
 
 def nc3_gram_duality(weight: Tensor, class_means: Tensor, code: Tensor) -> Tensor:
     """‖ΠWMᵀΠ/‖ΠWMᵀΠ‖_F − ΠGΠ/‖ΠGΠ‖_F‖_F; 0 at collapse to a frame of the Gram G = LLᵀ, 2 at most.
+
+    NaN where the product of W and M is 0, or the rows of L are all equal.
 
     Source: `nc3_duality` (Zhu et al., NeurIPS 2021) of another Gram than the simplex's.
 
@@ -65,12 +70,14 @@ def _distance_to_gram(left: Tensor, right: Tensor, code: Tensor) -> Tensor:
     From ‖XYᵀ‖_F² = ⟨XᵀX, YᵀY⟩ and ⟨XYᵀ, LLᵀ⟩ = ⟨LᵀX, LᵀY⟩; where those cancel, or XYᵀ is the smaller matrix, from the
     difference itself, in tiles of rows.
     """
-    left, right, code = (rows - rows.mean(dim=0) for rows in (left, right, code.to(left)))
     num_classes, feature_dim = left.shape
+    if num_classes < 2:
+        return left.new_full((), torch.nan)
+    left, right, code = (rescaled(_centred(rows)) for rows in (left, right, code.to(left)))
     own = torch.linalg.matrix_norm(code.T @ code)
     if num_classes <= feature_dim:
         return _difference_to_gram(left, right, code, torch.linalg.matrix_norm(left @ right.T), own)
-    norm = ((left.T @ left) * (right.T @ right)).sum().sqrt()
+    norm = square_root(((left.T @ left) * (right.T @ right)).sum())
     squared = 2 - 2 * ((code.T @ left) * (code.T @ right)).sum() / (norm * own)
     if squared < _CANCELLATION**2:
         return _difference_to_gram(left, right, code, norm, own)
@@ -79,8 +86,17 @@ def _distance_to_gram(left: Tensor, right: Tensor, code: Tensor) -> Tensor:
 
 def _difference_to_gram(left: Tensor, right: Tensor, code: Tensor, norm: Tensor, own: Tensor) -> Tensor:
     step = max(1, _TILE_ELEMENTS // len(left))
-    squared = torch.zeros_like(norm)
+    norms = []
     for start in range(0, len(left), step):
         rows = slice(start, start + step)
-        squared += (left[rows] @ right.T / norm - code[rows] @ code.T / own).square().sum()
-    return squared.sqrt()
+        norms.append(torch.linalg.matrix_norm(left[rows] @ right.T / norm - code[rows] @ code.T / own))
+    return torch.linalg.vector_norm(torch.stack(norms))  # whose gradient is 0 at 0
+
+
+def _centred(rows: Tensor) -> Tensor:
+    """Return the rows less their mean; zero where they are all equal, up to rounding."""
+    mean = rows.mean(dim=0)
+    centred = rows - mean
+    rounding = 4 * torch.finfo(rows.dtype).eps * torch.linalg.vector_norm(mean.detach())
+    equal = torch.linalg.vector_norm(centred.detach(), dim=1).amax() <= rounding
+    return torch.where(equal, 0, centred)

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from neuralcollapse.metrics.catalogue import in_order
-from neuralcollapse.metrics.collapse import collapse_metrics
+from neuralcollapse.metrics.collapse import measure_moments
 from neuralcollapse.metrics.moments import ClassMoments
 from neuralcollapse.metrics.statistics import Center
 from neuralcollapse.metrics.tensor_file import read_tensors, write_tensors
+from neuralcollapse.metrics.undefined import grouped, listed, warn_of
 
-KIND, FORMAT = "neuralcollapse.measurement", 1
+KIND, FORMAT = "neuralcollapse.measurement", 2
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,13 @@ class Options:
 
     center: Center = "samples"
     min_samples: int = 1
-    max_samples: int | None = None
+    drop_classes_above: int | None = None
     pairwise: bool = True
 
     def kept_values(self, other: Options) -> set[str]:
         """Those of the values that moments do not give which stay true under other options."""
         kept = {"accuracy", "accuracy_top5"}
-        if (self.min_samples, self.max_samples) == (other.min_samples, other.max_samples):
+        if (self.min_samples, self.drop_classes_above) == (other.min_samples, other.drop_classes_above):
             kept |= {"nc4_ncc_mismatch", "nc4_ncc_mismatch_class_mean", "nc1_numerical_rank"}
             kept |= {"instance_alignment", "class_alignment", "mir", "hdr", "mir_released", "hdr_released"}
             if self.center == other.center:
@@ -65,17 +66,19 @@ class Measurement:
     """What `measure` found.
 
     Attributes:
-        metrics: Name to value: all of `collapse_metrics`; ``accuracy`` and (for K > 5) ``accuracy_top5`` of the
-            classifier itself; and of single samples ``alignment``, ``nc2_cos_margin``, ``nc4_ncc_mismatch``,
-            ``nc4_ncc_mismatch_class_mean`` (averaged over classes), and those of `neuralcollapse.metrics.sphere`. What
-            each is: `neuralcollapse.metrics.catalogue`.
+        metrics: Name to value, NaN for what is not defined: all of `collapse_metrics`; ``accuracy`` and (for K > 5)
+            ``accuracy_top5`` of the classifier itself; and of single samples ``alignment``, ``nc2_cos_margin``,
+            ``nc4_ncc_mismatch``, ``nc4_ncc_mismatch_class_mean`` (averaged over classes), ``nc1_numerical_rank``, and
+            those of `neuralcollapse.metrics.sphere`. What each is: `neuralcollapse.metrics.catalogue`.
         moments: Class moments of the features.
         weight: W (K, d) of the classifier.
         bias: b (K,), or None.
         cos_margins: (N,) cosine margins of all samples, ascending.
         ncc_mismatch: (K,) share of each class's samples whose nearest class mean is not the classifier's answer;
             NaN for a class without samples.
+        undefined: For each metric that is NaN, why.
         layers: For each layer named, its metrics.
+        layers_undefined: For each layer with metrics that are NaN, why each of them is.
         layer_moments: For each layer named, its class moments.
         sample_features: At most 1,000 of the features, in fp16 (bf16 where they exceed its range), for pictures: always
             the same samples of the same data.
@@ -93,7 +96,9 @@ class Measurement:
     bias: Tensor | None
     cos_margins: Tensor
     ncc_mismatch: Tensor
+    undefined: dict[str, str] = field(default_factory=dict)
     layers: dict[str, dict[str, float]] = field(default_factory=dict)
+    layers_undefined: dict[str, dict[str, str]] = field(default_factory=dict)
     layer_moments: dict[str, ClassMoments] = field(default_factory=dict)
     sample_features: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.float16))
     sample_targets: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
@@ -103,29 +108,46 @@ class Measurement:
     provenance: Provenance = field(default_factory=Provenance)
     options: Options = field(default_factory=Options)
 
+    @property
+    def num_classes(self) -> int:
+        """K of the weight."""
+        return len(self.weight)
+
+    @property
+    def absent_classes(self) -> list[int]:
+        """Classes of the weight of which no sample was measured."""
+        return (self.moments.counts == 0).nonzero().flatten().tolist()
+
     def __repr__(self) -> str:
-        """The metrics; tensors would hide them."""
+        """The metrics, why some of them are not defined, and which classes are absent; tensors would hide them."""
         of = f"Measurement of {self.provenance.model or 'a model'}, {self.moments.counts.sum():,} samples"
-        return "\n".join([of, *(f"  {name:32} {value:.4g}" for name, value in self.metrics.items())])
+        lines = [of, *(f"  {name:32} {value:.4g}" for name, value in self.metrics.items())]
+        if absent := self.absent_classes:
+            present = self.num_classes - len(absent)
+            lines.append(f"of {self.num_classes:,} classes {present:,} have samples; absent: {listed(absent)}")
+        reasons = grouped(self.undefined)
+        for layer, undefined in self.layers_undefined.items():
+            reasons += [f"layer {layer!r}: {line}" for line in grouped(undefined)]
+        return "\n".join([*lines, *(["not defined:"] if reasons else []), *(f"  {line}" for line in reasons)])
 
     def recompute(
         self,
         *,
         center: Center | None = None,
         min_samples: int | None = None,
-        max_samples: int | EllipsisType | None = ...,
+        drop_classes_above: int | EllipsisType | None = ...,
         pairwise: bool | None = None,
     ) -> Measurement:
         """Every metric that moments give, again, as this version of the package computes it.
 
         Values that need single samples or per-class scatter stay where the changed options do not touch them (the
         accuracies always; NCC mismatch and numerical rank while the same classes count; alignment and cosine margin
-        while the centre is the same as well), and are missing otherwise.
+        while the centre is the same as well), and are missing otherwise. One warning says which are not defined.
 
         Args:
             center: As for `collapse_metrics`; by default as measured, as for the others.
             min_samples: As for `collapse_metrics`.
-            max_samples: As for `collapse_metrics`.
+            drop_classes_above: As for `collapse_metrics`.
             pairwise: As for `collapse_metrics`.
 
         Raises:
@@ -133,20 +155,42 @@ class Measurement:
         """
         changed = {"center": center, "min_samples": min_samples, "pairwise": pairwise}
         options = replace(self.options, **{name: value for name, value in changed.items() if value is not None})  # type: ignore[arg-type]
-        if not isinstance(max_samples, EllipsisType):
-            options = replace(options, max_samples=max_samples)
-        kept = self.options.kept_values(options)
-
-        def again(old: dict[str, float], moments: ClassMoments, name: str, **classifier: Any) -> dict[str, float]:
-            ood_mean = self.ood_means.get(name)
-            new = collapse_metrics(moments, ood_mean=ood_mean, code=self.code, **classifier, **asdict(options))
-            return in_order({key: value for key, value in old.items() if key in kept} | new)
-
+        if not isinstance(drop_classes_above, EllipsisType):
+            options = replace(options, drop_classes_above=drop_classes_above)
+        layers = {
+            name: self._again(self.layers[name], self.layers_undefined.get(name, {}), moments, name, options)
+            for name, moments in self.layer_moments.items()
+        }
+        classifier = {"weight": self.weight, "bias": self.bias}
+        metrics, undefined = self._again(self.metrics, self.undefined, self.moments, "", options, **classifier)
+        layers_undefined = {name: reasons for name, (_, reasons) in layers.items() if reasons}
+        warn_of(undefined, layers_undefined)
         return replace(
             self,
-            metrics=again(self.metrics, self.moments, "", weight=self.weight, bias=self.bias),
-            layers={name: again(self.layers[name], moments, name) for name, moments in self.layer_moments.items()},
+            metrics=metrics,
+            undefined=undefined,
+            layers={name: values for name, (values, _) in layers.items()},
+            layers_undefined=layers_undefined,
             options=options,
+        )
+
+    def _again(
+        self,
+        values: dict[str, float],
+        undefined: dict[str, str],
+        moments: ClassMoments,
+        name: str,
+        options: Options,
+        **classifier: Any,
+    ) -> tuple[dict[str, float], dict[str, str]]:
+        """Return the metrics that moments give under these options, the others that stay true, and their reasons."""
+        new, reasons = measure_moments(
+            moments, ood_mean=self.ood_means.get(name), code=self.code, **classifier, **asdict(options)
+        )
+        kept = self.options.kept_values(options) - new.keys()
+        return (
+            in_order({key: value for key, value in values.items() if key in kept} | new),
+            in_order({key: reason for key, reason in undefined.items() if key in kept} | reasons),
         )
 
     def save(self, path: str | Path) -> None:
@@ -179,7 +223,10 @@ class Measurement:
         contents = {
             "provenance": asdict(self.provenance),
             "options": asdict(self.options),
+            "classes": {"of_weight": self.num_classes, "with_samples": self.num_classes - len(self.absent_classes)},
             "metrics": list(self.metrics),
+            "undefined": self.undefined,
+            "layers_undefined": self.layers_undefined,
             "layers": {name: list(values) for name, values in self.layers.items()},
             "ood": list(self.ood_means),
         }
@@ -197,6 +244,8 @@ class Measurement:
         """
         tensors, header = read_tensors(path, KIND, FORMAT)
         contents = {name: json.loads(header[name]) for name in ("provenance", "options", "metrics", "layers", "ood")}
+        if "max_samples" in contents["options"]:  # as format 1 called it
+            contents["options"]["drop_classes_above"] = contents["options"].pop("max_samples")
         layers: dict[str, list[str]] = contents["layers"]
         return cls(
             metrics=dict(zip(contents["metrics"], tensors["values"].tolist(), strict=True)),
@@ -205,6 +254,8 @@ class Measurement:
             bias=tensors.get("bias"),
             cos_margins=tensors["cos_margins"],
             ncc_mismatch=tensors["ncc_mismatch"],
+            undefined=json.loads(header.get("undefined", "{}")),
+            layers_undefined=json.loads(header.get("layers_undefined", "{}")),
             layers={
                 name: dict(zip(names, tensors[f"layer{place}.values"].tolist(), strict=True))
                 for place, (name, names) in enumerate(layers.items())
@@ -242,6 +293,7 @@ def _packed(prefix: str, moments: ClassMoments) -> dict[str, Tensor]:
         f"{prefix}means": moments.means.double(),
         f"{prefix}within_class_scatter": scatter[rows, columns],
         f"{prefix}within_class_trace": moments.within_class_trace.double(),
+        f"{prefix}rounding": moments.rounding.double(),
     }
 
 
@@ -251,4 +303,7 @@ def _unpacked(prefix: str, tensors: dict[str, Tensor]) -> ClassMoments:
     scatter = torch.zeros(feature_dim, feature_dim, dtype=torch.float64)
     rows, columns = torch.triu_indices(feature_dim, feature_dim).unbind()
     scatter[rows, columns] = tensors[f"{prefix}within_class_scatter"]
-    return ClassMoments.from_state(state | {"within_class_scatter": scatter})
+    state |= {"within_class_scatter": scatter}
+    if f"{prefix}rounding" in tensors:  # which format 1 lacks
+        state["rounding"] = tensors[f"{prefix}rounding"]
+    return ClassMoments.from_state(state)

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from neuralcollapse._checks import check_at_least, check_ignore_index
 from neuralcollapse.classifier import resolve_classifier
-from neuralcollapse.metrics import sphere
 from neuralcollapse.metrics.cache import FeatureCache
 from neuralcollapse.metrics.catalogue import in_order
-from neuralcollapse.metrics.collapse import collapse_metrics
+from neuralcollapse.metrics.collapse import measure_moments
 from neuralcollapse.metrics.doors import check_device
 from neuralcollapse.metrics.measurement import LabelFingerprint, Measurement, Options, Provenance
 from neuralcollapse.metrics.model_run import ModelRun, Outputs, Pooling, Unpack, evaluation_mode, unpack_pair
 from neuralcollapse.metrics.moments import ClassMoments
-from neuralcollapse.metrics.nc2 import cos_margins
-from neuralcollapse.metrics.nc3 import alignment
-from neuralcollapse.metrics.nc4 import nearest_class_mean
-from neuralcollapse.metrics.statistics import Center, ClassStatistics, class_statistics
+from neuralcollapse.metrics.samples import SampleValues, measure_samples
+from neuralcollapse.metrics.statistics import Center
+from neuralcollapse.metrics.undefined import NO_SAMPLE, warn_of
 
 SAMPLE_SIZE = 1000  # features kept for pictures
-INFORMATION_SIZE = 512  # samples of MIR and HDR, which take the eigenvalues of a matrix of that size
-RELEASED_CLASSES = 4096  # above which the K × K kernels of the released MIR and HDR are not formed
 
 
 @torch.no_grad()  # not inference_mode: what a model caches of its own must stay usable in training
@@ -45,7 +42,7 @@ def measure(
     device: torch.device | str | None = None,
     center: Center = "samples",
     min_samples: int = 1,
-    max_samples: int | None = None,
+    drop_classes_above: int | None = None,
     ignore_index: int | None = None,
     dtype: torch.dtype | Literal["mixed"] = torch.float64,
     class_scatter: bool = False,
@@ -69,7 +66,7 @@ def measure(
             features (B, T, d) of tokens (B, T).
         classifier: The classifier, or its dotted name, where `find_classifier` does not find it.
         train_loader: The train split, when ``loader`` is another: its class means and centre are used for the
-            nearest class mean, the cosine margin and the alignment.
+            nearest class mean, the cosine margin and the alignment; samples of classes that it lacks have none.
         train_moments: In place of ``train_loader``, the ``moments`` of the train split's own measurement.
         ood_loader: Out-of-distribution data for ``nc5_ood``; targets, if any, are not looked at.
         layers: Dotted names of modules whose outputs are measured as well.
@@ -81,10 +78,11 @@ def measure(
         device: Where to run: the model is moved there. By default where the model is.
         center: As for `collapse_metrics`.
         min_samples: As for `collapse_metrics`.
-        max_samples: As for `collapse_metrics`.
+        drop_classes_above: As for `collapse_metrics`.
         ignore_index: Samples of this target are left out.
         dtype: As for `ClassMoments`.
-        class_scatter: Keep per-class scatter, K d² numbers, for ``nc1_numerical_rank``.
+        class_scatter: Keep per-class scatter, K d² numbers, from which ``nc1_numerical_rank`` is found without single
+            samples, for layers too.
         pairwise: As for `collapse_metrics`.
         code: As for `collapse_metrics`.
         per_sample: Measure what needs single samples, O(N K d); without it features are not kept.
@@ -94,9 +92,14 @@ def measure(
         cache_bytes: Features kept in memory at most; what goes beyond is memory-mapped to a temporary file.
         progress: Show a progress bar.
 
+    Returns:
+        The measurement. Metrics that are not defined for what was measured are NaN in it; its ``undefined`` says why,
+        and so does one warning.
+
     Raises:
-        ValueError: No classifier found, an empty loader, train moments of another K or d, features that are not
-            finite (the batch is named), targets out of range, or too few classes.
+        ValueError: if there is no classifier, a loader is empty, train moments are of another K or d, features are not
+            finite (the batch is named), targets are out of range, or ``min_samples`` or ``drop_classes_above`` leaves
+            out too many classes.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -120,7 +123,7 @@ def measure(
             f"train_moments must be of K, d = {tuple(weight.shape)}, got {tuple(train_moments.means.shape)}"
         )
     run = ModelRun(model, name, head, layers, layer_pooling, unpack or unpack_pair, weight.device, progress)
-    options = Options(center, min_samples, max_samples, pairwise)
+    options = Options(center, min_samples, drop_classes_above, pairwise)
     with FeatureCache(cache_bytes if per_sample else 0) as cache, evaluation_mode(model):
         gathered = _Gathered(weight, cache if per_sample else None, ignore_index, dtype, class_scatter)
         for outputs in run.over(loader, "loader"):
@@ -131,26 +134,33 @@ def measure(
                 train_moments.update(outputs.features, outputs.targets, ignore_index=ignore_index)
         ood_means = {} if ood_loader is None else run.mean_features(ood_loader)
         moments = gathered.moments
-        metrics = collapse_metrics(moments, weight, bias, ood_mean=ood_means.get(""), code=code, **asdict(options))
-        metrics |= gathered.accuracies()
-        samples = _PerSample(torch.empty(0), torch.full((len(weight),), torch.nan), *FeatureCache().sample(0))
+        found = measure_moments(moments, weight, bias, ood_mean=ood_means.get(""), code=code, **asdict(options))
+        accuracies = gathered.accuracies()
+        metrics, undefined = found[0] | accuracies, found[1] | _undefined_accuracies(accuracies)
+        samples = SampleValues.of_none(len(weight))
+        sample_features, sample_targets = FeatureCache().sample(0)
         if per_sample:
-            reference = class_statistics(
-                train_moments or moments, center=center, min_samples=min_samples, max_samples=max_samples
-            )
-            values, samples = _per_sample(cache, weight, reference)
-            metrics |= values
+            values, reasons, samples = measure_samples(cache, weight, moments, train_moments or moments, options)
+            sample_features, sample_targets = cache.sample(SAMPLE_SIZE)
+            metrics, undefined = metrics | values, undefined | reasons
+    of_layers = {
+        layer: measure_moments(gathered.layers[layer], ood_mean=ood_means.get(layer), code=code, **asdict(options))
+        for layer in layers
+    }
+    layers_undefined = {layer: reasons for layer, (_, reasons) in of_layers.items() if reasons}
+    warn_of(undefined, layers_undefined, depth=4)
     return Measurement(
         metrics=in_order(metrics),
+        undefined=in_order(undefined),
         moments=moments,
         weight=weight.cpu().clone(),
         bias=None if bias is None else bias.cpu().clone(),
         code=None if code is None else code.detach().cpu().clone(),
         **samples._asdict(),
-        layers={
-            layer: collapse_metrics(gathered.layers[layer], ood_mean=ood_means.get(layer), code=code, **asdict(options))
-            for layer in layers
-        },
+        sample_features=sample_features,
+        sample_targets=sample_targets,
+        layers={layer: values for layer, (values, _) in of_layers.items()},
+        layers_undefined=layers_undefined,
         layer_moments={layer: gathered.layers[layer] for layer in layers},
         ood_means=ood_means,
         train_moments=train_moments,
@@ -234,58 +244,11 @@ def _parameters(classifier: Any) -> tuple[Tensor, Tensor | None]:
 
 def _samples(outputs: Outputs, ignore_index: int | None, answers: int) -> tuple[Tensor, Tensor, Tensor]:
     """Features (N, d), targets (N,) and the classifier's first answers (N, answers), without what is ignored."""
-    targets = outputs.targets.flatten()
+    targets = outputs.targets.flatten().long()  # as an index, uint8 would be taken for a mask
     kept = slice(None) if ignore_index is None else targets != ignore_index
     ranked = outputs.logits.flatten(0, -2)[kept].topk(answers).indices
     return outputs.features.flatten(0, -2)[kept], targets[kept], ranked
 
 
-class _PerSample(NamedTuple):
-    """What single samples gave, besides their metrics; see `Measurement`."""
-
-    cos_margins: Tensor
-    ncc_mismatch: Tensor
-    sample_features: Tensor
-    sample_targets: Tensor
-
-
-def _per_sample(cache: FeatureCache, weight: Tensor, reference: ClassStatistics) -> tuple[dict[str, float], _PerSample]:
-    """The metrics of single samples, and what else they gave."""
-    num_classes, device = len(weight), weight.device
-    rows = weight.double()[reference.classes]
-    place = torch.full((num_classes,), -1, device=device)  # of a class among those measured
-    place[reference.classes] = torch.arange(len(rows), device=device)
-    margins, (aligned, instances) = [], torch.zeros(2, dtype=torch.float64, device=device)
-    unit_sums = torch.zeros_like(rows)
-    samples, mismatches = torch.zeros(2, num_classes, dtype=torch.float64, device=device).unbind()
-    for batch in cache:
-        features, targets, predictions = (tensor.to(device) for tensor in batch)
-        measured = place[targets] >= 0
-        features, targets, predictions = features[measured].double(), targets[measured], predictions[measured]
-        if not len(features):
-            continue
-        margins.append(cos_margins(features, place[targets], rows, reference.center))
-        aligned += len(features) * alignment(features, place[targets], rows, reference.center)
-        instances += len(features) * sphere.instance_alignment(features, place[targets], rows)
-        unit_sums += sphere.unit_class_sums(features, place[targets], rows)[0]
-        nearest = reference.classes[nearest_class_mean(features, reference.class_means)]
-        samples.index_add_(0, targets, torch.ones_like(targets, dtype=torch.float64))
-        mismatches.index_add_(0, targets, (nearest != predictions).double())
-    present = samples[reference.classes] > 0
-    drawn, labels = (tensor.to(device) for tensor in cache.draw(INFORMATION_SIZE, place >= 0))
-    information = {"": sphere.matrix_information(drawn, place[labels], rows)}
-    if len(rows) <= RELEASED_CLASSES:
-        information["_released"] = sphere.released_information_of_sums(unit_sums[present], rows[present])
-    all_margins = torch.cat(margins).sort().values.cpu()
-    by_class = mismatches / samples
-    values = {
-        "nc2_cos_margin": float(all_margins.mean()),
-        "alignment": float(aligned / samples.sum()),
-        "instance_alignment": float(instances / samples.sum()),
-        "class_alignment": float(sphere.alignment_of_sums(unit_sums[present], rows[present])),
-        "nc4_ncc_mismatch": float(mismatches.sum() / samples.sum()),
-        "nc4_ncc_mismatch_class_mean": float(by_class.nanmean()),
-        **{f"mir{form}": float(mir) for form, (mir, _) in information.items()},
-        **{f"hdr{form}": float(hdr) for form, (_, hdr) in information.items()},
-    }
-    return values, _PerSample(all_margins, by_class.cpu(), *cache.sample(SAMPLE_SIZE))
+def _undefined_accuracies(accuracies: dict[str, float]) -> dict[str, str]:
+    return {name: NO_SAMPLE for name, value in accuracies.items() if math.isnan(value)}

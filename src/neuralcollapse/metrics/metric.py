@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torchmetrics import Metric, MetricCollection
 
 from neuralcollapse._checks import check_bool, check_choice, check_ignore_index
 from neuralcollapse.classifier import check_not_lazy, is_classifier
-from neuralcollapse.metrics.accumulation import Workspace
+from neuralcollapse.metrics.accumulation import Workspace, flat_batch
 from neuralcollapse.metrics.catalogue import METRICS
 from neuralcollapse.metrics.collapse import collapse_metrics
 from neuralcollapse.metrics.doors import check_code, check_sample_bounds
+from neuralcollapse.metrics.model_run import evaluation_mode
 from neuralcollapse.metrics.moments import ClassMoments
 from neuralcollapse.metrics.statistics import Center
+
+# What torchmetrics changes while `forward` runs, besides the states.
+_INTERNAL = (
+    "_update_count",
+    "_computed",
+    "_forward_cache",
+    "_cache",
+    "_is_synced",
+    "_to_sync",
+    "_should_unsync",
+    "_enable_grad",
+    "compute_on_cpu",
+)
+_FEATURES_CHECKED = 64  # of a batch, to see whether it is normalised
 
 
 class _Reference:
@@ -32,15 +51,19 @@ class _Reference:
 class NeuralCollapse(Metric):
     """Neural collapse of the features seen, over all ranks: `collapse_metrics` as a ``torchmetrics.Metric``.
 
-    The classifier is held by reference: its parameters are read when `compute` is called, it is not in the
-    metric's ``state_dict`` and not copied by ``clone``. A deep copy of a model that holds the metric therefore still
-    measures the first model's classifier.
+    The classifier is held by reference: its parameters are read whenever `compute` is called, which therefore computes
+    anew each time (``compute_with_cache=True`` keeps the values until the next update). It is not in the metric's
+    ``state_dict`` and not copied by ``clone``. A deep copy of a model that holds the metric therefore still measures
+    the first model's classifier.
 
     States are the class moments, read as ``metric.moments``. Their merge is exact, so ``full_state_update`` is
     False: `forward` updates once and merges, ranks are merged in `compute`, and `merge_state` merges any two metrics.
     Synchronising gathers the (K, d) means and the (d, d) scatter of every rank. `forward` also computes the batch's
-    own metrics, which costs more than updating and needs two classes in the batch; in a training loop call
-    ``update``.
+    own metrics, which costs more than updating; in a training loop call ``update``. Whatever raises, the states are
+    as they were. Metrics that are not defined, as NC1 for a batch of one class, are NaN, and a warning says why.
+
+    ``half()``, ``double()`` and ``to(dtype)`` leave the states' dtype as it is; ``set_dtype`` changes it, to fp32 or
+    fp64.
 
     Args:
         num_classes: K.
@@ -53,7 +76,7 @@ class NeuralCollapse(Metric):
             waits for the device.
         center: As for `collapse_metrics`.
         min_samples: As for `collapse_metrics`.
-        max_samples: As for `collapse_metrics`.
+        drop_classes_above: As for `collapse_metrics`.
         pairwise: As for `collapse_metrics`.
         code: As for `collapse_metrics`.
         **kwargs: Those of every ``torchmetrics.Metric``.
@@ -78,6 +101,7 @@ class NeuralCollapse(Metric):
     means: Tensor
     within_class_scatter: Tensor
     within_class_trace: Tensor
+    rounding: Tensor
 
     def __init__(
         self,
@@ -91,16 +115,16 @@ class NeuralCollapse(Metric):
         check_values: bool = True,
         center: Center = "samples",
         min_samples: int = 1,
-        max_samples: int | None = None,
+        drop_classes_above: int | None = None,
         pairwise: bool = True,
         code: Tensor | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(**{"compute_with_cache": False} | kwargs)
         for name, value in {"class_scatter": class_scatter, "check_values": check_values, "pairwise": pairwise}.items():
             check_bool(name, value)
         check_choice("center", center, ("samples", "classes"))
-        check_sample_bounds(min_samples, max_samples)
+        check_sample_bounds(min_samples, drop_classes_above)
         check_ignore_index(ignore_index)
         state = ClassMoments(num_classes, feature_dim, dtype=dtype, class_scatter=class_scatter).state
         for name, tensor in state.items():
@@ -126,7 +150,7 @@ class NeuralCollapse(Metric):
         self._options: dict[str, Any] = {
             "center": center,
             "min_samples": min_samples,
-            "max_samples": max_samples,
+            "drop_classes_above": drop_classes_above,
             "pairwise": pairwise,
             "code": code,
         }
@@ -142,13 +166,84 @@ class NeuralCollapse(Metric):
         Args:
             features: (..., d), what the classifier's weight multiplies (``classifier.features(x)`` of a head).
             target: (...) integer classes.
+
+        Raises:
+            ValueError: As for `ClassMoments.update`; and if the classifier normalises its input, and these features are
+                not normalised (where ``check_values`` is True).
         """
-        moments = self.moments
-        moments.num_batches = self._update_count - 1
-        moments.update(features, target, ignore_index=self.ignore_index, check_values=self.check_values)
+        try:
+            moments = self.moments
+            moments.num_batches = self._update_count - 1
+            features, target = flat_batch(features, target, moments.feature_dim, moments.device, self.ignore_index)
+            if self.check_values and self._classifier is not None:
+                _check_normalised(self._classifier.module, features)
+            moments.update(features, target, check_values=self.check_values)
+        except BaseException:
+            self._update_count -= 1
+            raise
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Take in a batch, and compute the metrics of it alone; if it is refused, the states are as they were."""
+        # torchmetrics puts other tensors in their place, unless it synchronises at every step: then it updates these.
+        kept = self._copy_state_dict() if self.dist_sync_on_step else dict(self.metric_state)
+        internal = {name: getattr(self, name) for name in _INTERNAL}
+        try:
+            return super().forward(*args, **kwargs)
+        except BaseException:
+            for name, value in (kept | internal).items():
+                setattr(self, name, value)
+            raise
+
+    def set_dtype(self, dst_type: str | torch.dtype) -> NeuralCollapse:
+        """Change the dtype of means and scatters, as for a device without fp64; counts stay integers.
+
+        Args:
+            dst_type: ``torch.float32`` or ``torch.float64``.
+
+        Raises:
+            ValueError: if it is another dtype.
+        """
+        if dst_type not in (torch.float32, torch.float64):
+            raise ValueError(f"dst_type must be torch.float32 or torch.float64, got {dst_type!r}")
+        super().set_dtype(dst_type)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> NeuralCollapse:
+        """Move the states with the module; only `set_dtype` changes a dtype, and never that of counts."""
+        if not self._dtype_convert:
+            other = fn
+
+            def fn(tensor: Tensor) -> Tensor:
+                return tensor.to(other(torch.empty(0, device=tensor.device)).device)
+
+        super()._apply(fn, exclude_state=("counts", *exclude_state))
+        defaults: Any = self._defaults
+        self.counts, defaults["counts"] = (counts.to(self.means.device) for counts in (self.counts, defaults["counts"]))
+        return self
+
+    @contextmanager
+    def sync_context(
+        self,
+        dist_sync_fn: Callable[..., Any] | None = None,
+        process_group: Any = None,
+        should_sync: bool = True,
+        should_unsync: bool = True,
+        distributed_available: Callable[[], bool] | None = None,
+    ) -> Iterator[None]:
+        """As every ``torchmetrics.Metric`` has it, but that the rank's own states come back if `compute` raises."""
+        self.sync(
+            dist_sync_fn=dist_sync_fn,
+            process_group=process_group,
+            should_sync=should_sync,
+            distributed_available=distributed_available,
+        )
+        try:
+            yield
+        finally:
+            self.unsync(should_unsync=self._is_synced and should_unsync)
 
     def compute(self) -> dict[str, Tensor]:
-        """Every metric by name, as scalars; see `collapse_metrics`."""
+        """Every metric by name, as scalars; NaN, with a warning, for what is not defined. See `collapse_metrics`."""
         values = collapse_metrics(self.moments, *self._weight_and_bias(), **self._options)
         return {name: torch.tensor(value, dtype=self.means.dtype, device=self.device) for name, value in values.items()}
 
@@ -219,15 +314,20 @@ class NeuralCollapse(Metric):
         moments.update(torch.tensor([[1.0, 0], [1, 1], [-1, 0], [-1, -1]]), torch.tensor([0, 0, 1, 1]))
         weight = None if self._classifier is None else torch.eye(2)
         code = None if self._options["code"] is None else torch.eye(2)
-        small = {"min_samples": 1, "max_samples": None, "code": code}
+        small = {"min_samples": 1, "drop_classes_above": None, "code": code}
         return list(collapse_metrics(moments, weight, **self._options | small))
 
     def _weight_and_bias(self) -> tuple[Tensor | None, Tensor | None]:
-        classifier: Any = None if self._classifier is None else self._classifier.module
-        return (None, None) if classifier is None else (classifier.weight, classifier.bias)
+        if self._classifier is None:
+            return None, None
+        classifier: Any = self._classifier.module
+        _remake_weight(classifier)
+        return classifier.weight, classifier.bias
 
     def _moments_of(self, state: dict[str, Any]) -> ClassMoments:
-        return ClassMoments.from_state(state, dtype=self._moments_dtype, workspace=self._workspace)
+        dtype = state["means"].dtype
+        mixed = self._moments_dtype == "mixed" and dtype == torch.float64
+        return ClassMoments.from_state(state, dtype="mixed" if mixed else dtype, workspace=self._workspace)
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
         """Merge, where torchmetrics would stack (it calls this in `forward` and `merge_state`)."""
@@ -293,6 +393,50 @@ class _LastValues:
             self._values = compute()
             self._seen = [None if part is None else part.detach().clone() for part in parts]
         return self._values
+
+
+@torch.no_grad()
+def _check_normalised(classifier: nn.Module, features: Tensor) -> None:
+    """Raise if the classifier's own `features` would normalise these, as it would not what it has normalised.
+
+    It is known by doing nothing the second time.
+    """
+    function: Any = getattr(classifier, "features", None)
+    if isinstance(classifier, nn.Linear) or not callable(function) or not len(features):
+        return
+    if getattr(classifier, "in_features", features.shape[1]) != features.shape[1]:
+        return
+    rows = features.detach()[:_FEATURES_CHECKED]
+    with evaluation_mode(classifier):
+        try:
+            once = function(rows)
+            twice = function(once)
+        except RuntimeError:  # it takes another shape or dtype: then these are not its input
+            return
+    if once.shape == rows.shape and _close(once, twice) and not _close(rows, once):
+        name, radius = type(classifier).__name__, getattr(classifier, "feature_norm", None)
+        norms = torch.linalg.vector_norm(rows.double(), dim=1)
+        on_sphere = "" if radius is None else f" of norm {radius:.4g}"
+        raise ValueError(
+            f"features must be what the weight of {name} multiplies, which it normalises first{on_sphere}; "
+            f"got norms from {norms.min():.4g} to {norms.max():.4g}. Give it classifier.features(features)"
+        )
+
+
+def _close(first: Tensor, second: Tensor) -> bool:
+    """Whether rows are equal within the rounding of bf16, in which they may have been computed."""
+    first, second = first.double(), second.double()
+    size = torch.linalg.vector_norm(second, dim=1)
+    distance = torch.linalg.vector_norm(first - second, dim=1)
+    return bool((distance <= torch.finfo(torch.bfloat16).eps * size).all())
+
+
+def _remake_weight(classifier: nn.Module) -> None:
+    """Have a weight that hooks of torch make before each forward made of the parameters as they are now."""
+    with evaluation_mode(classifier):
+        for hook in classifier._forward_pre_hooks.values():
+            if isinstance(hook, WeightNorm | SpectralNorm | BasePruningMethod):
+                hook(classifier, ())
 
 
 def _equal(first: Tensor | None, second: Tensor | None) -> bool:

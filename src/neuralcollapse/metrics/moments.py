@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from neuralcollapse._checks import check_at_least, check_finite, check_targets
+from neuralcollapse._checks import check_at_least, check_finite, check_targets, compute_dtype
 from neuralcollapse.metrics.accumulation import (
     Workspace,
     add_class_grams,
@@ -21,6 +21,7 @@ from neuralcollapse.metrics.accumulation import (
     group_by_class,
 )
 from neuralcollapse.metrics.doors import check_device
+from neuralcollapse.metrics.scaling import power_of_two
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,9 @@ class ClassMoments:
         num_classes: K.
         feature_dim: d.
         dtype: ``torch.float64``, ``torch.float32``, or ``"mixed"``: means and merges in fp64, each batch's deviations
-            from its own class means and their product in fp32 (about twice as fast, accurate to about 1e-6).
+            from its own class means and their product in fp32 (about twice as fast, accurate to about 1e-6). With
+            the first and the last, features from 1e-140 to 1e140 are right (in fp64; those of other dtypes always);
+            fp32 moments hold squares from 1e-38 to 1e38, and metrics of others are NaN.
         class_scatter: Keep the scatter of each class apart as well, which `nc1_numerical_rank` needs. It takes
             K d² numbers: `required_bytes` says how much that is, and a log line does before the memory is taken.
         device: Where the state lives; batches are moved there.
@@ -54,10 +57,11 @@ class ClassMoments:
         within_class_scatter: (d, d) pooled S = Σ (h − M_y)(h − M_y)ᵀ.
         within_class_trace: (K,) each class's t_k = Σ ‖h − M_k‖².
         class_scatter: (K, d, d) each class's scatter, or None.
+        rounding: The relative rounding error of the features seen, (): that of the coarsest of their dtypes.
         num_batches: Updates so far.
 
     Raises:
-        ValueError: ``num_classes`` under 2, ``feature_dim`` under 1, or an unknown dtype or device.
+        ValueError: if ``num_classes`` is under 2 or ``feature_dim`` under 1, or the dtype or device is unknown.
 
     Examples:
         >>> moments = ClassMoments(num_classes=2, feature_dim=3)
@@ -97,6 +101,7 @@ class ClassMoments:
             if class_scatter
             else None
         )
+        self.rounding = torch.zeros((), dtype=state_dtype, device=device)
         self.num_batches = 0
         self._workspace = Workspace()
 
@@ -111,7 +116,7 @@ class ClassMoments:
         """Moments that share the tensors of a `state`, as saved, or as held by a metric.
 
         Args:
-            state: What `state` returned.
+            state: The `state` of other moments; one without ``rounding`` is taken to be of features of its own dtype.
             dtype: As in the constructor; by default that of ``state["means"]``.
             workspace: Memory for temporaries that others use as well, one after the other.
 
@@ -124,6 +129,7 @@ class ClassMoments:
         moments = cls.__new__(cls)
         moments.counts, moments.means, moments._scatter, moments.within_class_trace = (state[name] for name in names)
         moments._class_scatter = state.get("class_scatter")
+        moments.rounding = state.get("rounding", moments.means.new_tensor(_rounding_of(moments.means.dtype)))
         moments.dtype = moments.means.dtype if dtype is None else dtype
         moments.num_batches = 0
         moments._workspace = Workspace() if workspace is None else workspace
@@ -145,7 +151,7 @@ class ClassMoments:
         """
         item = 4 if dtype == torch.float32 else 8
         scatters = 1 + num_classes if class_scatter else 1
-        return item * (num_classes * (feature_dim + 1) + scatters * feature_dim**2) + 8 * num_classes
+        return item * (num_classes * (feature_dim + 1) + scatters * feature_dim**2 + 1) + 8 * num_classes
 
     @property
     def num_classes(self) -> int:
@@ -185,6 +191,7 @@ class ClassMoments:
             "means": self.means,
             "within_class_scatter": self.within_class_scatter,
             "within_class_trace": self.within_class_trace,
+            "rounding": self.rounding,
         }
         return state if self.class_scatter is None else state | {"class_scatter": self.class_scatter}
 
@@ -213,21 +220,26 @@ class ClassMoments:
             targets: (...) integer classes in [0, K).
             ignore_index: Samples of this target are left out.
             check_values: Check that features are finite and targets in range. On an accelerator that waits for
-                the device, so a training step passes False; shapes and dtypes are always checked.
+                the device, so a training step passes False; shapes and dtypes, and on a CPU targets, are always
+                checked.
 
         Raises:
             ValueError: Wrong shape or dtype, targets out of range, or features that are not finite (the message
                 says in which batch). The moments are then as they were.
         """
         features, targets = flat_batch(features, targets, self.feature_dim, self.device, ignore_index)
-        check_targets(targets, len(features), self.num_classes, values=check_values)
+        on_cpu = self.device.type == "cpu"
+        check_targets(targets, len(features), self.num_classes, values=check_values or on_cpu)
         # The sum is a cheap test: it is finite only if every entry is (or, rarely, when finite entries overflow).
         if check_values and not torch.isfinite(features.sum()):
             check_finite(f"features of batch {self.num_batches}", features)
         self.num_batches += 1
-        elements = _CHUNK_ELEMENTS["cpu" if self.device.type == "cpu" else "accelerator"]
+        if len(features):
+            arithmetic = torch.float32 if self.dtype in ("mixed", torch.float32) else compute_dtype(features.dtype)
+            self.rounding.clamp_(min=max(_rounding_of(features.dtype), _rounding_of(arithmetic)))
+        elements = _CHUNK_ELEMENTS["cpu" if on_cpu else "accelerator"]
         pieces = max(1, math.ceil(len(features) / max(256, elements // self.feature_dim)))
-        for chunk, labels in zip(features.chunk(pieces), targets.long().chunk(pieces), strict=True):
+        for chunk, labels in zip(features.chunk(pieces), targets.chunk(pieces), strict=True):
             if len(chunk):
                 self._update_chunk(chunk, labels)
 
@@ -239,7 +251,7 @@ class ClassMoments:
         # Sums in fp32 pay where a class has several samples; with one each they save nothing.
         fast = self.dtype == "mixed" and 2 * len(group.present) <= len(targets)
         take_deviations = deviations_in_fp32 if fast else deviations_exactly
-        deviations, means = take_deviations(features, group, means, counts, self._workspace)
+        deviations, means, unit = take_deviations(features, group, means, counts, self._workspace)
         self.means.index_copy_(0, group.present, means)
         self.counts.index_add_(0, group.present, group.counts)
 
@@ -250,14 +262,15 @@ class ClassMoments:
             out = self._workspace.take((len(kept), self.feature_dim), deviations, "kept")
             deviations = torch.index_select(deviations, 0, kept, out=out)
         if self.dtype == "mixed" and not fast:
+            factor = power_of_two(deviations)
             rounded = self._workspace.take(deviations.shape, deviations, "rounded", torch.float32)
-            deviations = rounded.copy_(deviations)
-        squared_norms = torch.linalg.vector_norm(deviations, dim=1).to(self.means.dtype).square()
+            deviations, unit = torch.mul(deviations, factor, out=rounded), factor.reciprocal()
+        squared_norms = torch.linalg.vector_norm(deviations, dim=1).to(self.means.dtype).mul_(unit).square_()
         self.within_class_trace.index_add_(0, classes, squared_norms)
         if self._class_scatter is None:
-            add_gram(self._scatter, deviations, self._workspace)
+            add_gram(self._scatter, deviations, unit, self._workspace)
         else:
-            add_class_grams(self._class_scatter, deviations, classes, self._workspace)
+            add_class_grams(self._class_scatter, deviations, unit, classes, self._workspace)
 
     @torch.no_grad()
     def merge(self, other: ClassMoments) -> None:
@@ -286,12 +299,13 @@ class ClassMoments:
             difference = other.means[rows].to(means) - means
             weighted = torch.sqrt(counts[:, None] * share) * difference
             if self._class_scatter is None:
-                add_gram(self._scatter, weighted, self._workspace)
+                add_gram(self._scatter, weighted, 1, self._workspace)
             else:
                 self._class_scatter[rows] += weighted[:, :, None] * weighted[:, None, :]
             self.within_class_trace[rows] += weighted.square().sum(dim=1)
             means += share * difference
             counts += new
+        self.rounding.clamp_(min=other.rounding.to(self.rounding))
         self.num_batches += other.num_batches
 
     def _class_tiles(self) -> Iterator[slice]:
@@ -299,3 +313,8 @@ class ClassMoments:
         row_elements = self.feature_dim if self._class_scatter is None else self.feature_dim**2
         step = max(1, 2**22 // row_elements)
         return (slice(start, start + step) for start in range(0, self.num_classes, step))
+
+
+def _rounding_of(dtype: torch.dtype) -> float:
+    """Return the relative error of features of a dtype: of fp32 and fp64 that of sums, else that of the last digit."""
+    return torch.finfo(dtype).eps * (1 if dtype.itemsize < 4 else 4)

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from neuralcollapse.metrics.doors import check_shapes
+from neuralcollapse.metrics.scaling import rescaled
 
 
 def nc0_weight_sum(weight: Tensor) -> Tensor:
-    """‖Σ_k w_k‖₂/‖W‖_F; 0 at collapse, √K at most. Source: NC0 of arXiv 2602.16642, made scale-free.
+    """‖Σ_k w_k‖₂/‖W‖_F; 0 at collapse, √K at most; NaN of W = 0. Source: NC0 of arXiv 2602.16642, made scale-free.
 
     Args:
         weight: W (K, d).
@@ -22,4 +23,5 @@ def nc0_weight_sum(weight: Tensor) -> Tensor:
         tensor(1.)
     """
     check_shapes(weight=(weight, "K d"))
+    weight = rescaled(weight)
     return torch.linalg.vector_norm(weight.sum(dim=0)) / torch.linalg.matrix_norm(weight)

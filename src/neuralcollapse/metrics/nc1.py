@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from neuralcollapse._checks import check_finite
 from neuralcollapse.metrics.doors import check_exponent, check_integers, check_shapes
-from neuralcollapse.metrics.pairs import PairTile, pair_statistics
+from neuralcollapse.metrics.pairs import PairTile, kernel_of_distances, pair_statistics
+from neuralcollapse.metrics.scaling import power_of_two, rescaled, square_root
 
 
 class BetweenClassSpectrum(NamedTuple):
@@ -26,8 +29,12 @@ class BetweenClassSpectrum(NamedTuple):
     num_classes: int
 
     @classmethod
+    @torch.no_grad()
     def of(cls, centred_means: Tensor) -> BetweenClassSpectrum:
-        """The spectrum, from the singular values of C (K, d): forming CᵀC would square its condition number."""
+        """The spectrum, from the singular values of C (K, d): forming CᵀC would square its condition number.
+
+        It has no gradient; `nc1_pinv` and `nc1_vci` have theirs in closed form.
+        """
         num_classes, feature_dim = centred_means.shape
         # Only the right singular vectors are needed, and R of C = QR has those of C: for K > d it is the smaller one.
         matrix = torch.linalg.qr(centred_means, mode="r")[1] if num_classes > feature_dim else centred_means
@@ -40,9 +47,10 @@ class BetweenClassSpectrum(NamedTuple):
 def nc1_pinv(
     within_class_covariance: Tensor, centred_means: Tensor, *, spectrum: BetweenClassSpectrum | None = None
 ) -> Tensor:
-    """tr(Σ_W Σ_B†)/K, within-class variability measured against that between classes; 0 at collapse.
+    """tr(Σ_W Σ_B†)/K, within-class variability measured against that between classes; 0 at collapse; NaN of C = 0.
 
-    Σ_B† is taken from the K − 1 leading eigenpairs of Σ_B; eigenvalues under d·eps·λ₁ count as 0.
+    Σ_B† is taken from the K − 1 leading eigenpairs of Σ_B; eigenvalues under d·eps·λ₁ count as 0. The gradient is that
+    of matrices of the same rank, and has no difference of two eigenvalues that count.
     Source: Papyan, Han & Donoho, PNAS 2020 (Fig. 6).
 
     Args:
@@ -51,20 +59,21 @@ def nc1_pinv(
         spectrum: That of ``centred_means``, when it is known already.
 
     Raises:
-        ValueError: Another shape or type.
+        ValueError: if an argument has another shape or type, or is not finite.
 
     Examples:
         >>> nc1_pinv(torch.eye(2), torch.tensor([[1.0, 0], [-1, 0]]))
         tensor(0.5000)
     """
-    check_shapes(centred_means=(centred_means, "K d"), within_class_covariance=(within_class_covariance, "d d"))
-    eigenvalues, eigenvectors, num_classes = spectrum or BetweenClassSpectrum.of(centred_means)
-    projected = (eigenvectors * (within_class_covariance @ eigenvectors)).sum(dim=0)
-    return (projected / eigenvalues).sum() / num_classes
+    within, means, spectrum = _checked(within_class_covariance, centred_means, spectrum)
+    if not len(spectrum.eigenvalues):
+        return _nan_of(within, means)
+    value: Tensor = _PinvTrace.apply(within, means, spectrum)
+    return value
 
 
 def nc1_quotient(within_class_trace: Tensor, centred_means: Tensor) -> Tensor:
-    """Ratio of traces tr Σ_W / tr Σ_B; 0 at collapse. Source: Tirer, Huang & Niles-Weed, ICML 2023.
+    """Ratio of traces tr Σ_W / tr Σ_B; 0 at collapse; NaN of C = 0. Source: Tirer, Huang & Niles-Weed, ICML 2023.
 
     Args:
         within_class_trace: tr Σ_W, a scalar.
@@ -78,12 +87,15 @@ def nc1_quotient(within_class_trace: Tensor, centred_means: Tensor) -> Tensor:
         tensor(2.)
     """
     check_shapes(centred_means=(centred_means, "K d"), within_class_trace=(within_class_trace, ""))
-    return within_class_trace * len(centred_means) / centred_means.square().sum()
+    factor = power_of_two(centred_means)
+    between = (centred_means * factor).square().sum()
+    return within_class_trace * factor * factor * len(centred_means) / torch.where(between > 0, between, torch.nan)
 
 
 def nc1_cdnv(class_means: Tensor, within_class_variances: Tensor, *, power: float = 1.0) -> Tensor:
     """Class-distance normalised variance: mean over pairs of (v_k + v_l)/(2‖M_k − M_l‖^{2p}); 0 at collapse.
 
+    NaN where two classes have the same mean, up to rounding.
     Source: Galanti, György & Hutter, ICLR 2022 (p = 1).
 
     Args:
@@ -109,7 +121,8 @@ def cdnv_of_pairs(within_class_variances: Tensor, power: float = 1.0) -> Callabl
 
     def ratio(tile: PairTile) -> Tensor:
         left, right = within_class_variances[tile.rows], within_class_variances[tile.columns]
-        return (left[:, None] + right) / (2 * tile.squared_distances**power)
+        inverse = kernel_of_distances(tile.squared_distances, lambda squared: squared**-power, torch.nan)
+        return (left[:, None] + right) / 2 * inverse
 
     return ratio
 
@@ -122,7 +135,8 @@ def nc1_vci(
     With Σ_B = VΛVᵀ it equals tr((S + Λ)⁻¹S)/r, where S = (VᵀΣ_W†V)⁻¹, which loses nothing in deep collapse; each
     pair that Σ_B lacks to rank r adds 1/r. S is computed as the Schur complement A − B D†Bᵀ of Σ_W in the basis
     [V, V⊥], which is that inverse where Σ_W is regular, and its limit where Σ_W is singular: directions of V in
-    which the features do not vary within classes count as collapsed. At Σ_W = 0 the index is 0.
+    which the features do not vary within classes count as collapsed. At Σ_W = 0 the index is 0, at C = 0 NaN. The
+    gradient is that of matrices of the same ranks.
     Source: Xu & Liu, ICML 2023.
 
     Args:
@@ -137,27 +151,19 @@ def nc1_vci(
         >>> nc1_vci(torch.eye(2), torch.tensor([[1.0, 0], [-1, 0]]))
         tensor(0.5000)
     """
-    check_shapes(centred_means=(centred_means, "K d"), within_class_covariance=(within_class_covariance, "d d"))
-    eigenvalues, basis, num_classes = spectrum or BetweenClassSpectrum.of(centred_means)
-    feature_dim, found = basis.shape
-    rank = min(feature_dim, num_classes - 1)
-    complement = torch.linalg.qr(basis, mode="complete")[0][:, found:]
-    within_basis = within_class_covariance @ basis
-    shorted = basis.T @ within_basis
-    if found < feature_dim:
-        values, vectors = torch.linalg.eigh(complement.T @ within_class_covariance @ complement)
-        kept = values > _zero_below(values, feature_dim)
-        half = (complement.T @ within_basis).T @ vectors[:, kept] / values[kept].sqrt()
-        shorted = shorted - half @ half.T
-    uncollapsed = torch.linalg.solve(shorted + eigenvalues.diag(), shorted).trace()
-    return (uncollapsed + (rank - found)) / rank
+    within, means, spectrum = _checked(within_class_covariance, centred_means, spectrum)
+    if not len(spectrum.eigenvalues):
+        return _nan_of(within, means)
+    value: Tensor = _CollapseIndex.apply(within, means, spectrum)
+    return value
 
 
 def nc1_numerical_rank(class_scatter: Tensor, class_means: Tensor, counts: Tensor) -> Tensor:
     """Mean over k of (‖H_k‖_*/‖H_k‖_F)², H_k (n_k, d) the features of class k; 1 at collapse.
 
     The singular values of H_k are the roots of the min(n_k, d) leading eigenvalues of
-    H_kᵀH_k = S_k + n_k M_kM_kᵀ. Source: Zhou et al., NeurIPS 2022.
+    H_kᵀH_k = S_k + n_k M_kM_kᵀ; singular values that count as 0 have no gradient. NaN of a class whose features are all
+    zero. Source: Zhou et al., NeurIPS 2022.
 
     Args:
         class_scatter: (K, d, d) each class's S_k.
@@ -173,17 +179,173 @@ def nc1_numerical_rank(class_scatter: Tensor, class_means: Tensor, counts: Tenso
     """
     check_shapes(class_means=(class_means, "K d"), class_scatter=(class_scatter, "K d d"))
     check_integers("counts", counts, len(class_means))
-    feature_dim = class_means.shape[1]
     ranks = []
     for scatter, mean, count in zip(class_scatter, class_means, counts.tolist(), strict=True):
-        eigenvalues = torch.linalg.eigvalsh(scatter + count * torch.outer(mean, mean)).flip(0)[
-            : min(count, feature_dim)
-        ]
-        eigenvalues = eigenvalues.where(eigenvalues > _zero_below(eigenvalues, feature_dim), 0)
-        ranks.append(eigenvalues.sqrt().sum().square() / eigenvalues.sum())
+        unit = power_of_two(mean, scatter.detach().diagonal().clamp(min=0).sqrt())
+        second_moment = scatter * unit * unit + count * torch.outer(mean * unit, mean * unit)
+        ranks.append(rank_of_gram(second_moment, min(count, len(mean)), len(mean)))
     return torch.stack(ranks).mean()
+
+
+def rank_of_features(features: Tensor) -> Tensor:
+    """Return (‖H‖_*/‖H‖_F)² of features H (n, d), whose mean over the classes is `nc1_numerical_rank`.
+
+    Examples:
+        >>> rank_of_features(torch.eye(3, 5))
+        tensor(3.)
+    """
+    count, feature_dim = features.shape
+    rows = rescaled(features)
+    return rank_of_gram(rows @ rows.T if count < feature_dim else rows.T @ rows, min(count, feature_dim), feature_dim)
+
+
+def rank_of_gram(gram: Tensor, rank: int, feature_dim: int) -> Tensor:
+    """Return (‖H‖_*/‖H‖_F)² from the ``rank`` leading eigenvalues of HᵀH or HHᵀ."""
+    eigenvalues = torch.linalg.eigvalsh((gram + gram.mT) / 2).flip(0)[:rank]
+    kept = eigenvalues.detach() > _zero_below(eigenvalues.detach(), feature_dim)
+    eigenvalues = torch.where(kept, eigenvalues, 0)
+    total = eigenvalues.sum()
+    return square_root(eigenvalues).sum().square() / torch.where(total > 0, total, torch.nan)
 
 
 def _zero_below(eigenvalues: Tensor, feature_dim: int) -> Tensor:
     """The bound under which an eigenvalue counts as zero, d·eps·λ₁."""
     return feature_dim * torch.finfo(eigenvalues.dtype).eps * eigenvalues.max().clamp(min=0)
+
+
+def _checked(
+    within: Tensor, means: Tensor, spectrum: BetweenClassSpectrum | None
+) -> tuple[Tensor, Tensor, BetweenClassSpectrum]:
+    """Return the arguments in units of a power of two, Σ_W symmetric, and the spectrum of C in these units."""
+    check_shapes(centred_means=(means, "K d"), within_class_covariance=(within, "d d"))
+    check_finite("centred_means", means)
+    check_finite("within_class_covariance", within)
+    if spectrum is None:
+        unit = power_of_two(means)
+        within, means = within * unit * unit, means * unit
+        spectrum = BetweenClassSpectrum.of(means)
+    return (within + within.T) / 2, means, spectrum
+
+
+def _nan_of(*tensors: Tensor) -> Tensor:
+    """Return NaN, with a graph if one of the tensors has one."""
+    return torch.stack([tensor.sum() for tensor in tensors]).sum() * torch.nan
+
+
+class _Between(NamedTuple):
+    """The singular value decomposition C = U diag(σ) Vᵀ, and which of its triplets count."""
+
+    left: Tensor
+    values: Tensor
+    right: Tensor
+    kept: Tensor
+
+    @classmethod
+    def of(cls, means: Tensor, rank: int) -> _Between:
+        left, values, right = torch.linalg.svd(means, full_matrices=False)
+        return cls(left, values, right.T, torch.arange(len(values), device=means.device) < rank)
+
+    def gradient(self, outer: Tensor, differences: Callable[[Tensor, Tensor], Tensor], outside: Tensor) -> Tensor:
+        """Return the gradient in C of a function of φ(CᵀC), where φ is 0 for the triplets that do not count.
+
+        With G the gradient in φ(CᵀC) it is 2C·V(Φ∘VᵀGV)Vᵀ, where Φ are divided differences of φ (Daleckii & Krein): of
+        two eigenvalues that count a polynomial of their inverses, of one that counts and one that does not
+        φ(λ_i)/(λ_i − λ_j), of two that do not 0.
+
+        Args:
+            outer: (r, d) rows v_iᵀG of those that count.
+            differences: Φ of the eigenvalues (r, 1) and (1, r) that count.
+            outside: (r,) φ of each, over the eigenvalue itself: Φ with a direction in which C is zero.
+        """
+        count = int(self.kept.sum())
+        eigenvalues = self.values.square()
+        leading, others = eigenvalues[:count, None], eigenvalues[count:]
+        inside = outer @ self.right
+        gaps = leading - others
+        gaps = torch.where(gaps > torch.finfo(gaps.dtype).eps * leading, gaps, torch.inf)  # of equal ones there is none
+        mixed = (outside[:, None] * leading / gaps) * inside[:, count:]
+        rows = torch.cat([differences(leading, leading.T) * inside[:, :count], mixed], dim=1) @ self.right.T
+        rows = rows + outside[:, None] * (outer - inside @ self.right.T)
+        of_others = mixed.T @ self.right[:, :count].T
+        return 2 * self.left @ (self.values[:, None] * torch.cat([rows, of_others]))
+
+
+class _PinvTrace(torch.autograd.Function):
+    """tr(Σ_W Σ_B†)/K = Σ_i v_iᵀΣ_W v_i/σ_i², of the singular values σ and right singular vectors v of C that count."""
+
+    @staticmethod
+    def forward(within: Tensor, means: Tensor, spectrum: BetweenClassSpectrum) -> Tensor:
+        eigenvalues, eigenvectors, num_classes = spectrum
+        projected = (eigenvectors * (within @ eigenvectors)).sum(dim=0)
+        return (projected / eigenvalues).sum() / num_classes
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        within, means, spectrum = inputs
+        ctx.save_for_backward(within, means)
+        ctx.rank = len(spectrum.eigenvalues)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        within, means = ctx.saved_tensors
+        between = _Between.of(means, ctx.rank)
+        leading = between.right[:, : ctx.rank]
+        inverse = between.values[: ctx.rank].square().reciprocal()
+        of_means = between.gradient(leading.T @ within, lambda a, b: -1 / (a * b), inverse.square())
+        return gradient * (leading * inverse) @ leading.T, gradient * of_means, None
+
+
+class _CollapseIndex(torch.autograd.Function):
+    """tr((S + Λ)⁻¹S)/r plus 1/r for each pair that Σ_B lacks; see `nc1_vci`.
+
+    With T = Σ_W + Σ_B its gradient is T†Σ_BT†/r in Σ_W and −T†Σ_WT†/r in Σ_B. Of X = T†V = (V − V⊥D†Bᵀ)(S + Λ)⁻¹, in
+    which nothing cancels, they are XΛXᵀ and, along V, VᵀT†Σ_WT† = (S(S + Λ)⁻¹)ᵀXᵀ.
+    """
+
+    @staticmethod
+    def forward(within: Tensor, means: Tensor, spectrum: BetweenClassSpectrum) -> Tensor:
+        eigenvalues, basis, num_classes = spectrum
+        feature_dim, found = basis.shape
+        rank = min(feature_dim, num_classes - 1)
+        shorted, _ = _schur_complement(within, basis)
+        uncollapsed = torch.linalg.solve(shorted + eigenvalues.diag(), shorted).trace()
+        return (uncollapsed + (rank - found)) / rank
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        within, means, spectrum = inputs
+        ctx.save_for_backward(within, means)
+        ctx.found = len(spectrum.eigenvalues)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        within, means = ctx.saved_tensors
+        num_classes, feature_dim = means.shape
+        rank = min(feature_dim, num_classes - 1)
+        between = _Between.of(means, ctx.found)
+        basis, eigenvalues = between.right[:, : ctx.found], between.values[: ctx.found].square() / num_classes
+        shorted, reduced = _schur_complement(within, basis)
+        inverse = torch.linalg.inv(shorted + eigenvalues.diag())
+        columns = reduced @ inverse
+        of_within = (columns * eigenvalues) @ columns.T / rank
+        of_between = -(shorted @ inverse).T @ columns.T / rank
+        one = torch.ones_like(eigenvalues)
+        of_means = between.gradient(of_between, lambda a, b: torch.ones_like(a * b), one) / num_classes
+        return gradient * of_within, gradient * of_means, None
+
+
+def _schur_complement(within: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """Return S = A − B D†Bᵀ of Σ_W in the basis [V, V⊥], and V − V⊥D†Bᵀ, which is T†V(S + Λ)."""
+    feature_dim, found = basis.shape
+    within_basis = within @ basis
+    shorted = basis.T @ within_basis
+    if found == feature_dim:
+        return shorted, basis
+    complement = torch.linalg.qr(basis, mode="complete")[0][:, found:]
+    values, vectors = torch.linalg.eigh(complement.T @ within @ complement)
+    kept = values > _zero_below(values, feature_dim)
+    vectors, scale = vectors[:, kept], values[kept].sqrt()
+    half = (complement.T @ within_basis).T @ vectors / scale
+    return shorted - half @ half.T, basis - complement @ (vectors / scale) @ half.T

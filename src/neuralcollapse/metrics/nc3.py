@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
 from neuralcollapse.metrics.doors import check_samples, check_shapes
 from neuralcollapse.metrics.nc2 import distance_to_simplex_gram
+from neuralcollapse.metrics.scaling import rescaled, unit_deviations, unit_rows
 
 
 def nc3_duality(weight: Tensor, centred_means: Tensor) -> Tensor:
-    """‖WCᵀ/‖WCᵀ‖_F − T‖_F with T = (I − 11ᵀ/K)/√(K − 1); 0 at collapse, 2 at most. Source: Zhu et al., NeurIPS 2021.
+    """‖WCᵀ/‖WCᵀ‖_F − T‖_F with T = (I − 11ᵀ/K)/√(K − 1); 0 at collapse, 2 at most; NaN where WCᵀ = 0.
+
+    Source: Zhu et al., NeurIPS 2021 (NC3).
 
     Args:
         weight: W (K, d).
@@ -29,7 +31,9 @@ def nc3_duality(weight: Tensor, centred_means: Tensor) -> Tensor:
 
 
 def nc3_distance(weight: Tensor, centred_means: Tensor) -> Tensor:
-    """‖W/‖W‖_F − C/‖C‖_F‖_F²; 0 at collapse, 4 at most. Source: Papyan, Han & Donoho, PNAS 2020 (Fig. 5).
+    """‖W/‖W‖_F − C/‖C‖_F‖_F²; 0 at collapse, 4 at most; NaN where W or C is 0.
+
+    Source: Papyan, Han & Donoho, PNAS 2020 (Fig. 5).
 
     Args:
         weight: W (K, d).
@@ -43,13 +47,14 @@ def nc3_distance(weight: Tensor, centred_means: Tensor) -> Tensor:
         tensor(4.0000)
     """
     check_shapes(weight=(weight, "K d"), centred_means=(centred_means, "K d"))
-    difference = weight / torch.linalg.matrix_norm(weight)
-    difference = difference.addcmul_(centred_means, -1 / torch.linalg.matrix_norm(centred_means))
-    return torch.linalg.matrix_norm(difference).square()
+    weight, means = rescaled(weight), rescaled(centred_means)
+    return (weight / torch.linalg.matrix_norm(weight) - means / torch.linalg.matrix_norm(means)).square().sum()
 
 
 def nc3_uniform(weight: Tensor, centred_means: Tensor) -> Tensor:
-    """Variance over the classes of w_k·c_k; 0 at collapse. Source: Wu & Papyan, NeurIPS 2024 (UNC3).
+    """Variance over the classes of w_k·c_k; 0 at collapse; NaN where W or C is 0.
+
+    Source: Wu & Papyan, NeurIPS 2024 (UNC3).
 
     Args:
         weight: W (K, d).
@@ -63,11 +68,14 @@ def nc3_uniform(weight: Tensor, centred_means: Tensor) -> Tensor:
         tensor(0.)
     """
     check_shapes(weight=(weight, "K d"), centred_means=(centred_means, "K d"))
-    return (weight * centred_means).sum(dim=1).var()
+    defined = weight.detach().any() & centred_means.detach().any()
+    return torch.where(defined, _variance((weight * centred_means).sum(dim=1)), torch.nan)
 
 
 def nc3_uniform_cos(weight: Tensor, centred_means: Tensor) -> Tensor:
-    """Variance over the classes of cos(w_k, c_k); 0 at collapse. Source: Wu & Papyan, NeurIPS 2024 (UNC3).
+    """Variance over the classes of cos(w_k, c_k); 0 at collapse; NaN with a zero row.
+
+    Source: Wu & Papyan, NeurIPS 2024 (UNC3).
 
     Args:
         weight: W (K, d).
@@ -81,12 +89,13 @@ def nc3_uniform_cos(weight: Tensor, centred_means: Tensor) -> Tensor:
         tensor(0.)
     """
     check_shapes(weight=(weight, "K d"), centred_means=(centred_means, "K d"))
-    norms = torch.linalg.vector_norm(weight, dim=1) * torch.linalg.vector_norm(centred_means, dim=1)
-    return ((weight * centred_means).sum(dim=1) / norms).var()
+    return _variance((unit_rows(weight) * unit_rows(centred_means)).sum(dim=1))
 
 
 def alignment(features: Tensor, targets: Tensor, weight: Tensor, center: Tensor) -> Tensor:
     """Mean over the samples of cos(h − m, w_y − w̄); 1 at collapse. Source: Markou, Ajanthan & Gould, NeurIPS 2024.
+
+    NaN if a sample is at the centre, or the row of a sample's class is the mean row: such a vector has no direction.
 
     Args:
         features: h (N, d).
@@ -102,7 +111,11 @@ def alignment(features: Tensor, targets: Tensor, weight: Tensor, center: Tensor)
         >>> alignment(torch.tensor([[2.0, 1]]), torch.tensor([0]), weight, center=torch.tensor([0, 1.0]))
         tensor(1.)
     """
-    check_samples(features, targets, weight, center)
-    rows = weight - weight.mean(dim=0)
-    centred = (features - center).to(rows.dtype)
-    return cosine_similarity(centred, rows[targets], dim=1, eps=torch.finfo(rows.dtype).tiny).mean()
+    targets = check_samples(features, targets, weight, center)
+    rows = unit_deviations(weight, weight.mean(dim=0))
+    return (unit_deviations(features, center).to(rows.dtype) * rows[targets]).sum(dim=1).mean()
+
+
+def _variance(values: Tensor) -> Tensor:
+    """Return the unbiased variance; NaN of fewer than two values."""
+    return values.var() if len(values) > 1 else values.new_full((), torch.nan)

@@ -40,6 +40,7 @@ def nearest_class_mean(features: Tensor, class_means: Tensor) -> Tensor:
 def nc4_ncc_mismatch(features: Tensor, predictions: Tensor, class_means: Tensor) -> Tensor:
     """Share of samples whose nearest class mean is not the classifier's answer; 0 at collapse, 1 at most.
 
+    NaN where the class means are all equal, so that none is the nearest, and of no samples.
     Source: Papyan, Han & Donoho, PNAS 2020 (Fig. 7).
 
     Args:
@@ -56,7 +57,8 @@ def nc4_ncc_mismatch(features: Tensor, predictions: Tensor, class_means: Tensor)
     """
     check_shapes(features=(features, "N d"), class_means=(class_means, "K d"))
     check_integers("predictions", predictions, len(features))
-    return (nearest_class_mean(features, class_means) != predictions).double().mean()
+    mismatch = (nearest_class_mean(features, class_means) != predictions).double().mean()
+    return torch.where((class_means != class_means[:1]).any(), mismatch, torch.nan)
 
 
 def nc4_bias(weight: Tensor, bias: Tensor | None, center: Tensor) -> Tensor:

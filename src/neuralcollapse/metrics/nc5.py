@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 
 from neuralcollapse.metrics.doors import check_shapes
+from neuralcollapse.metrics.scaling import unit_rows
 
 
 def nc5_ood(class_means: Tensor, ood_mean: Tensor) -> Tensor:
-    """Mean over k of |cos(M_k, m_ood)|; 0 at collapse, 1 at most. Source: Ammar et al., ICLR 2024 (NECO).
+    """Mean over k of |cos(M_k, m_ood)|; 0 at collapse, 1 at most; NaN with a zero mean.
+
+    Source: Ammar et al., ICLR 2024 (NECO).
 
     Args:
         class_means: M (K, d), not centred.
@@ -23,5 +26,4 @@ def nc5_ood(class_means: Tensor, ood_mean: Tensor) -> Tensor:
         tensor(0.)
     """
     check_shapes(class_means=(class_means, "K d"), ood_mean=(ood_mean, "d"))
-    norms = torch.linalg.vector_norm(class_means, dim=1) * torch.linalg.vector_norm(ood_mean)
-    return (class_means @ ood_mean / norms).abs().mean()
+    return torch.mv(unit_rows(class_means), unit_rows(ood_mean)).abs().mean()

@@ -47,7 +47,7 @@ def class_values(
     *,
     center: Center = "samples",
     min_samples: int = 1,
-    max_samples: int | None = None,
+    drop_classes_above: int | None = None,
 ) -> ClassValues:
     """Norms, within-class variance and duality of each class.
 
@@ -56,7 +56,7 @@ def class_values(
         weight: W (K, d).
         center: As for `collapse_metrics`.
         min_samples: As for `collapse_metrics`.
-        max_samples: As for `collapse_metrics`.
+        drop_classes_above: As for `collapse_metrics`.
 
     Raises:
         ValueError: As for `collapse_metrics`.
@@ -68,7 +68,7 @@ def class_values(
         >>> values.mean_norms.tolist(), values.within_class_variances.tolist()
         ([3.0, 3.0], [0.25, 0.0])
     """
-    measured = class_statistics(moments, center=center, min_samples=min_samples, max_samples=max_samples)
+    measured = class_statistics(moments, center=center, min_samples=min_samples, drop_classes_above=drop_classes_above)
     rows = _rows(weight, moments, measured.classes)
     means = measured.centred_means
     return ClassValues(
@@ -89,7 +89,7 @@ def pair_matrices(
     names: Sequence[str] | None = None,
     center: Center = "samples",
     min_samples: int = 1,
-    max_samples: int | None = None,
+    drop_classes_above: int | None = None,
     exponent: float = 1.0,
     max_classes: int = 2048,
 ) -> dict[str, Tensor]:
@@ -105,7 +105,7 @@ def pair_matrices(
         names: Which; all that there are by default.
         center: As for `collapse_metrics`.
         min_samples: As for `collapse_metrics`.
-        max_samples: As for `collapse_metrics`.
+        drop_classes_above: As for `collapse_metrics`.
         exponent: Of the kernels' distance and of CDNV's squared distance.
         max_classes: Above so many classes an error says how much memory the matrices would take.
 
@@ -119,7 +119,7 @@ def pair_matrices(
         >>> pair_matrices(moments, names=["cosines_means"])["cosines_means"].tolist()
         [[1.0, -1.0], [-1.0, 1.0]]
     """
-    measured = class_statistics(moments, center=center, min_samples=min_samples, max_samples=max_samples)
+    measured = class_statistics(moments, center=center, min_samples=min_samples, drop_classes_above=drop_classes_above)
     rows = _rows(weight, moments, measured.classes)
     check_exponent("exponent", exponent)
     if names is None:

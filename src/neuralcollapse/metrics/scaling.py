@@ -1,0 +1,66 @@
+"""Arithmetic that neither overflows nor vanishes with the scale of its input, and has gradients at its edges."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def power_of_two(*tensors: Tensor) -> Tensor:
+    """Return 2^−e, as a scalar without gradient, that brings the greatest magnitude of all tensors into [1, 2).
+
+    Multiplying by it is exact. It is 1 for half-precision tensors, whose squares are formed in a wider dtype.
+
+    Examples:
+        >>> power_of_two(torch.tensor([3.0, -40.0]))
+        tensor(0.0312)
+    """
+    bounds = [torch.stack(torch.aminmax(tensor.detach())) for tensor in tensors if tensor.numel()]
+    greatest = torch.stack(bounds or [tensors[0].new_zeros(2)]).abs().amax()
+    if greatest.dtype in (torch.float16, torch.bfloat16):
+        return torch.ones_like(greatest)
+    greatest = greatest.clamp(min=torch.finfo(greatest.dtype).tiny)
+    return 2 * torch.frexp(greatest).mantissa / greatest
+
+
+def rescaled(tensor: Tensor) -> Tensor:
+    """Return the tensor times `power_of_two` of it."""
+    return tensor * power_of_two(tensor)
+
+
+def unit_rows(rows: Tensor, least: Tensor | float = 0.0) -> Tensor:
+    """Return each row scaled to unit norm; NaN for a row whose norm is at most ``least``, which has no direction.
+
+    Args:
+        rows: (..., N, d).
+        least: Norms, (..., N) or one for all.
+
+    Examples:
+        >>> unit_rows(torch.tensor([[3e-30, 4e-30], [0.0, 0.0]]))
+        tensor([[0.6000, 0.8000],
+                [   nan,    nan]])
+    """
+    greatest = rows.detach().abs().amax(dim=-1, keepdim=True)
+    scaled = rows / torch.where(greatest > 0, greatest, 1)
+    norms = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+    least = torch.as_tensor(least, dtype=rows.dtype, device=rows.device)
+    directed = norms.detach() * greatest > least.unsqueeze(-1)
+    return scaled / torch.where(directed, norms, torch.nan)
+
+
+def unit_deviations(rows: Tensor, center: Tensor) -> Tensor:
+    """Return `unit_rows` of rows − center; NaN for a row that is the centre, up to the rounding of the difference."""
+    deviations = rows - center
+    norms = torch.linalg.vector_norm(rows.detach(), dim=-1) + torch.linalg.vector_norm(center.detach())
+    return unit_rows(deviations, 2 * torch.finfo(deviations.dtype).eps * norms)
+
+
+def square_root(values: Tensor) -> Tensor:
+    """Return the square root, whose gradient is taken as 0 at 0.
+
+    Examples:
+        >>> square_root(torch.tensor([0.0, 4.0]))
+        tensor([0., 2.])
+    """
+    positive = values != 0  # NaN stays NaN
+    return torch.where(positive, torch.where(positive, values, 1).sqrt(), 0)
