@@ -1,21 +1,25 @@
-"""The command ``neuralcollapse``: parsing, and errors in one line."""
+"""The command ``neuralcollapse``: parsing, and errors in one line.
+
+Importing it takes the standard library alone: what else a command needs is imported when Ctrl-C has its answer, and a
+package that is not installed is one line.
+"""
 
 from __future__ import annotations
 
 import re
 import sys
-from argparse import Action, ArgumentError
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+from neuralcollapse import __version__
+from neuralcollapse.lab.stopping import INTERRUPTED, TERMINATED, Terminated, answering_signals, caused_by
+from neuralcollapse.lab.streams import lasting_streams
 
-from neuralcollapse.lab.settings import nearest, type_hints
-from neuralcollapse.lab.stopping import TERMINATED, Terminated, on_sigterm, terminate
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
 
 # In the order of the list that `--help` prints.
 COMMANDS = (
@@ -31,35 +35,81 @@ COMMANDS = (
     "ufm",
     "landscape",
 )
-_USER_ERROR, _INTERRUPTED = 2, 130
-
-
-class _Help(DefaultHelpFormatter):
-    """Help that says what is written here, and not types and defaults of Python."""
-
-    def _get_help_string(self, action: Action) -> str:
-        return action.help or ""
+_RESUMABLE = ("compare", "train", "ufm")
+_USER_ERROR = 2
+# Packages of the extra `lab`, by the names that are imported.
+_LAB = (
+    "datasets",
+    "jsonargparse",
+    "lightning",
+    "matplotlib",
+    "pandas",
+    "PIL",
+    "plotly",
+    "pyarrow",
+    "scipy",
+    "sklearn",
+    "yaml",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; errors of the user's are one line on stderr and exit code 2."""
+    """Run the command; errors of the user's are one line on stderr and exit code 2.
+
+    Args:
+        arguments: Of the command line; None for those of this process, which then ends with the command: its streams
+            are prepared, a second Ctrl-C ends it at once, and one after the command is over is ignored.
+
+    Returns:
+        The exit code: 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    alone = arguments is None
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    try:
-        with on_sigterm(terminate):
-            name, command = _chosen(arguments)
-            parser = _parser(name)
-            chosen = _parse(parser, command, arguments)
-            return command.run(chosen[chosen.subcommand]) or 0
-    except (ArgumentError, ValueError, OSError) as error:
-        message = _one_line(str(error))
-        print(f"neuralcollapse: error: {message}{_place(message, arguments)}", file=sys.stderr)
-        return _USER_ERROR
-    except KeyboardInterrupt:
-        print("\nneuralcollapse: interrupted; with --resume, without --overwrite, it goes on", file=sys.stderr)
-        return _INTERRUPTED
-    except Terminated:
-        print("\nneuralcollapse: terminated; with --resume, without --overwrite, it goes on", file=sys.stderr)
-        return TERMINATED
+    advice = "; with --resume, without --overwrite, it goes on" if _name(arguments) in _RESUMABLE else ""
+    interrupted = f"neuralcollapse: interrupted{advice}"
+    with lasting_streams(alone=alone), answering_signals(interrupted if alone else None) as signals:
+        try:
+            code = _run(arguments)
+        except BaseException as error:
+            signals.ignore()
+            if signals.interrupted or caused_by(error, KeyboardInterrupt):
+                return _end(interrupted, INTERRUPTED)
+            if caused_by(error, Terminated):
+                return _end(f"neuralcollapse: terminated{advice}", TERMINATED)
+            message = _message(error)
+            if message is None:
+                raise
+            return _end(f"neuralcollapse: error: {message}{_place(message, arguments)}", _USER_ERROR)
+        return _end(interrupted, INTERRUPTED) if signals.interrupted else code
+
+
+def _run(arguments: list[str]) -> int:
+    name, command = _chosen(arguments)
+    chosen = _parse(_parser(name), command, arguments)
+    assert command is not None  # without one the parser ends, or raises
+    return command.run(chosen[chosen.subcommand]) or 0
+
+
+def _end(line: str, code: int) -> int:
+    """Say why the command ends, below a progress bar if there is one; of several ranks, only the first one does."""
+    from neuralcollapse.lab.ranks import global_rank
+
+    if global_rank() == 0:
+        print("\n" * (code != _USER_ERROR and sys.stderr.isatty()) + line, file=sys.stderr)
+    return code
+
+
+def _message(error: BaseException) -> str | None:
+    """What is wrong, if it is for the user to mend."""
+    if isinstance(error, ImportError):
+        named = (error.name or "").partition(".")[0]
+        missing = next((name for name in _LAB if name == named or f"'{name}'" in str(error)), None)
+        if missing is None:
+            return None
+        return f"the package {missing} of the extra lab is not installed: pip install 'neuralcollapse[lab]'"
+    from argparse import ArgumentError
+
+    return _one_line(str(error)) if isinstance(error, ArgumentError | ValueError | OSError) else None
 
 
 def _command(name: str) -> Any:
@@ -67,18 +117,35 @@ def _command(name: str) -> Any:
     return import_module(f"neuralcollapse.lab.commands.{name}")
 
 
-def _chosen(arguments: Sequence[str]) -> tuple[str | None, Any]:
+def _name(arguments: Sequence[str]) -> str | None:
+    """The command that is chosen, if there is such a one."""
     name = next((argument for argument in arguments if not argument.startswith("-")), None)
-    return (name, _command(name)) if name in COMMANDS else (None, None)
+    return name if name in COMMANDS else None
+
+
+def _chosen(arguments: Sequence[str]) -> tuple[str | None, Any]:
+    name = _name(arguments)
+    return (name, None) if name is None else (name, _command(name))
 
 
 def _parser(chosen: str | None) -> ArgumentParser:
     """The parser of all commands, with the arguments of the one that is chosen."""
-    options: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False, "formatter_class": _Help}
+    import yaml
+    from jsonargparse import ArgumentParser, set_loader
+
+    from neuralcollapse.lab.parsing import load_yaml
+
+    set_loader("settings", load_yaml, exceptions=(yaml.YAMLError,))
+    options: dict[str, Any] = {
+        "exit_on_error": False,
+        "allow_abbrev": False,
+        "formatter_class": _help_formatter(),
+        "parser_mode": "settings",
+    }
     parser = ArgumentParser(
         prog="neuralcollapse", description="Measure, induce and guide neural collapse in classifiers.", **options
     )
-    parser.add_argument("--version", action="version", version=f"neuralcollapse {version('neuralcollapse')}")
+    parser.add_argument("--version", action="version", version=f"neuralcollapse {__version__}")
     commands = parser.add_subcommands(dest="subcommand", metavar="COMMAND")
     for name in COMMANDS:
         command = _command(name)
@@ -90,8 +157,24 @@ def _parser(chosen: str | None) -> ArgumentParser:
     return parser
 
 
+def _help_formatter() -> Any:
+    from jsonargparse import DefaultHelpFormatter
+
+    class Help(DefaultHelpFormatter):
+        """Help that says what is written here, and not types and defaults of Python."""
+
+        def _get_help_string(self, action: Any) -> str:
+            return action.help or ""
+
+    return Help
+
+
 def _parse(parser: ArgumentParser, command: Any, arguments: list[str]) -> Namespace:
     """What is asked for; a flag that does not exist is answered with those most like it."""
+    from argparse import ArgumentError
+
+    from neuralcollapse.lab.settings import nearest, type_hints
+
     try:
         return parser.parse_args(arguments, defaults=False)
     except ArgumentError as error:
@@ -120,6 +203,12 @@ def _place(message: str, arguments: Sequence[str]) -> str:
 
 def _one_line(message: str) -> str:
     """A message of jsonargparse, or any other, in the words of the command line."""
+    message = re.sub(
+        r"Unexpected config: .*",
+        "Unexpected config: a file of settings holds lines NAME: VALUE",
+        message,
+        flags=re.DOTALL,
+    )
     message = re.sub(r'Parser key "(\w+)":', r"--\1:", message)
     message = message.replace('in "<unicode string>", ', "in ")
     message = re.sub(r"<class '(\w+)'>", r"\1", message)

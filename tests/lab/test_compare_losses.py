@@ -111,7 +111,9 @@ def test_a_method_that_trains_at_no_candidate_is_named(tmp_path, capsys):
 def test_nothing_is_written_where_a_setting_is_wrong(tmp_path, capsys):
     flags = [*SMALL, *TUNED, "--out", str(tmp_path / "out")]
     assert "crop_size" in error_of(capsys, "compare", *flags, "--crop_size=99")
-    assert "--lr: Expected float" in error_of(capsys, "train", "--lr", "auto", "--out", str(tmp_path / "out"))
+    assert "lr must be a number, got 'auto'" in error_of(
+        capsys, "train", "--lr", "auto", "--out", str(tmp_path / "out")
+    )
     assert not (tmp_path / "out").exists()
 
 

@@ -180,7 +180,7 @@ def test_a_recipe_trains_on_another_folder(tmp_path, monkeypatch, real_data, cap
         (["--recip", "zhu2021-mnist-sgd"], "unrecognized arguments: --recip"),
         (["--seed", "1" + "0" * 30], "seed must be at most"),
         (["--data="], "data must name a data set or a folder"),
-        (["--method", "explicit"], "--method: Expected one of 'standard', 'fixed', 'implicit'"),
+        (["--method", "explicit"], "method must be one of standard, fixed, implicit"),
         (["--classifier_bias", "learned"], "classifier_bias must be centring or none for method implicit"),
         (["--data", "./missing"], "'./missing' is no folder"),
         (["--loggers", "wandb,paper"], "loggers must be a list, each item one of tensorboard, wandb, got"),

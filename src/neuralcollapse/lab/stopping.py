@@ -1,15 +1,20 @@
-"""How a process is ended from outside: SIGTERM, as schedulers of clusters send it before they kill."""
+"""Signals that end a process: Ctrl-C, and SIGTERM, which schedulers of clusters send before they kill."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-# What a shell says of a process that SIGTERM ended.
-TERMINATED = 128 + signal.SIGTERM
+# What a shell says of a process that these signals ended.
+INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+# Seconds until Ctrl-C comes again where its exception could not be raised.
+_AGAIN = 0.05
 
 
 class Terminated(SystemExit):
@@ -32,3 +37,80 @@ def on_sigterm(handler: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+class Signals:
+    """Answers to signals while a command runs.
+
+    Args:
+        line: What to write to stderr at a second Ctrl-C, which then ends the process at once; None if the process goes
+            on after the command.
+
+    Attributes:
+        interrupted: Whether Ctrl-C came, whatever became of the exception that it raised: a library may have turned it
+            into another one.
+    """
+
+    def __init__(self, line: str | None) -> None:
+        self.line = line
+        self.interrupted = False
+
+    def on_interrupt(self, *_: Any) -> NoReturn:
+        """Raise KeyboardInterrupt, as a handler of SIGINT."""
+        if self.interrupted and self.line is not None:
+            with contextlib.suppress(OSError):
+                os.write(2, f"{self.line}\n".encode())
+            os._exit(INTERRUPTED)
+        self.interrupted = True
+        raise KeyboardInterrupt
+
+    def ignore(self) -> None:
+        """Ignore Ctrl-C from now on: the command ends already."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def answering_signals(line: str | None) -> Iterator[Signals]:
+    """Have Ctrl-C raise KeyboardInterrupt and SIGTERM raise `Terminated` inside, in the main thread.
+
+    An interrupt that comes where no exception can be raised, as in the finalizer of an object, comes again.
+
+    Args:
+        line: As for `Signals`; unless it is None, Ctrl-C is ignored afterwards.
+    """
+    signals = Signals(line)
+    if threading.current_thread() is not threading.main_thread():
+        yield signals
+        return
+
+    def on_unraisable(unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+            report(unraisable)
+            return
+        signals.interrupted = False
+        threading.Timer(_AGAIN, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    report, before = sys.unraisablehook, signal.signal(signal.SIGINT, signals.on_interrupt)
+    sys.unraisablehook = on_unraisable
+    try:
+        with on_sigterm(terminate):
+            yield signals
+    finally:
+        signal.signal(signal.SIGINT, before if line is None else signal.SIG_IGN)
+        sys.unraisablehook = report
+
+
+def caused_by(error: BaseException | None, kind: type[BaseException]) -> bool:
+    """Whether an exception is of a kind, or was raised in answer to one."""
+    seen: set[int] = set()
+    waiting = [error]
+    while waiting:
+        one = waiting.pop()
+        if one is None or id(one) in seen:
+            continue
+        if isinstance(one, kind):
+            return True
+        seen.add(id(one))
+        waiting += [one.__cause__, one.__context__]
+    return False

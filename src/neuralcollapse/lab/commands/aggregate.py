@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from jsonargparse import ArgumentParser, Namespace
 
 from neuralcollapse.lab.commands.runs import Outcome, add_runs, new_file, runs_of
+from neuralcollapse.lab.parsing import parse
 from neuralcollapse.lab.settings import Settings
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def _levels(text: str | None) -> dict[str, float]:
     for item in filter(None, (text or "").split(",")):
         name, _, level = item.partition("=")
         try:
-            levels[name.strip()] = float(level)
+            levels[name.strip()] = parse("level", level, float)
         except ValueError:
             raise ValueError(f"reach must be METRIC=LEVEL, such as accuracy=0.99, got {item!r}") from None
     return levels

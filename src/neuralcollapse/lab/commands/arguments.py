@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import ast
 import inspect
-import re
 import textwrap
 from argparse import SUPPRESS
-from collections.abc import Mapping
 from dataclasses import Field, fields
-from typing import Any, get_args, get_origin
+from typing import Any, get_args
 
-import yaml
-from jsonargparse import ActionYesNo, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace
 
+from neuralcollapse.lab.parsing import parse
 from neuralcollapse.lab.results.folder import FORMAT, with_earlier_meanings
 from neuralcollapse.lab.settings import Settings, describe, type_hints
 
-_EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
+_OUTPUT = {"out": str, "resume": bool, "overwrite": bool, "print_config": bool}
 
 
 def add_sections(parser: ArgumentParser, *sections: type[Settings]) -> None:
@@ -36,48 +34,54 @@ def add_sections(parser: ArgumentParser, *sections: type[Settings]) -> None:
                 continue
             there.add(one.name)
             text = f"{described[one.name]} ({_meaning(hints[one.name], one)})"
+            # The text is kept, and `asked_for` gives it its type.
             if bool in (hints[one.name], *get_args(hints[one.name])):
-                group.add_argument(f"--{one.name}", action=ActionYesNo(no_prefix="no-"), nargs="?", help=text)
+                group.add_argument(f"--{one.name}", nargs="?", const="true", metavar="{true,false}", help=text)
+                group.add_argument(
+                    f"--no-{one.name}", dest=one.name, action="store_const", const="false", help=SUPPRESS
+                )
             else:
-                hint = hints[one.name] | str if _is_list(hints[one.name]) else hints[one.name]
-                group.add_argument(f"--{one.name}", type=hint, metavar=one.name.upper(), help=text)
+                group.add_argument(f"--{one.name}", metavar=one.name.upper(), help=text)
     # In the config.yaml of a run, which can be given as --config.
-    parser.add_argument("--format", type=int, default=SUPPRESS, help=SUPPRESS)
-    parser.add_argument("--environment", type=dict[str, Any], default=SUPPRESS, help=SUPPRESS)
+    parser.add_argument("--format", default=SUPPRESS, help=SUPPRESS)
+    parser.add_argument("--environment", default=SUPPRESS, help=SUPPRESS)
 
 
 def add_output(parser: ArgumentParser, default: str) -> None:
     """Add where to write, and what to do with what is there."""
     output = parser.add_argument_group("Output")
-    output.add_argument("--out", type=str | None, metavar="OUT", help=f"folder to write; by default {default}")
+    output.add_argument("--out", metavar="OUT", help=f"folder to write; by default {default}")
     output.add_argument("--resume", action="store_true", help="go on with the run that the folder holds")
     output.add_argument("--overwrite", action="store_true", help="delete the run that the folder holds")
     output.add_argument("--print_config", action="store_true", help="print the settings in force as YAML, and exit")
 
 
 def asked_for(settings: Namespace, *sections: type[Settings]) -> dict[str, Any]:
-    """The settings of these sections that somebody gave, in a file or as a flag; null asks for the default."""
+    """The settings of these sections that somebody gave, in a file or as a flag; null asks for the default.
+
+    What `add_output` added is converted in its place.
+
+    Raises:
+        ValueError: if a value is not of its setting's type.
+    """
+    for name, hint in _OUTPUT.items():
+        if name in settings:
+            settings[name] = parse(name, settings[name], hint)
     if settings.get("resume") and settings.get("overwrite"):
         raise ValueError("resume and overwrite must not both be given")
-    given: Mapping[str, Any] = settings.as_dict()
-    hints = {name: hint for section in sections for name, hint in type_hints(section).items()}
-    found = {name: given[name] for name in hints if name in given}
-    found = {name: _items(value) if _is_list(hints[name]) else value for name, value in found.items()}
+    given: dict[str, Any] = settings.as_dict()
+    hints: dict[str, Any] = {}
+    for section in sections:
+        hints = type_hints(section) | hints  # of a setting that two sections have, the first one's type counts
+    found = {name: parse(name, given[name], hint) for name, hint in hints.items() if name in given}
     # Of a config.yaml that an earlier version wrote; format 0 has no number, and the environment in the same file.
-    earlier = given.get("format", 0 if "environment" in given else FORMAT) < FORMAT
-    return with_earlier_meanings(found) if earlier else found
+    number = parse("format", given.get("format", 0 if "environment" in given else FORMAT), int)
+    return with_earlier_meanings(found) if (number or 0) < FORMAT else found
 
 
-def _items(value: Any) -> Any:
-    """The items of a list that is written with commas alone."""
-    if not isinstance(value, str):
-        return value
-    # YAML 1.1 takes 1e-3, without a point, for a text.
-    return [float(item) if _EXPONENT.fullmatch(str(item)) else item for item in yaml.safe_load(f"[{value}]")]
-
-
-def _is_list(hint: Any) -> bool:
-    return any(get_origin(one) is list for one in (hint, *get_args(hint)))
+def integer(text: str | int) -> int:
+    """Convert the text of a flag, in decimal digits; raises ValueError if it is not an integer."""
+    return int(parse("it", text, int))
 
 
 def _descriptions(section: type[Settings]) -> dict[str, str]:

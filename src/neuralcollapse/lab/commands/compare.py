@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jsonargparse import ArgumentParser, Namespace
 
-from neuralcollapse.lab.commands.arguments import add_output, add_sections, asked_for
+from neuralcollapse.lab.commands.arguments import add_output, add_sections, asked_for, integer
 from neuralcollapse.lab.commands.training import output_folder, stored_settings, train_and_report
 from neuralcollapse.lab.config import OneRun, RunConfig
 from neuralcollapse.lab.experiments import Comparison, common_settings, comparison_of, comparison_runs
@@ -28,7 +28,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Add what the command takes."""
     add_sections(parser, *SECTIONS)
     parallel = "train so many runs at a time, each a process with a part of the CPU's threads or a device of cuda"
-    parser.add_argument("--parallel", type=int, metavar="PARALLEL", help=f"{parallel}; by default 1")
+    parser.add_argument("--parallel", type=integer, metavar="PARALLEL", help=f"{parallel}; by default 1")
     add_output(parser, "runs/compare, or runs/RECIPE")
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
+from neuralcollapse.lab.commands.arguments import integer
 from neuralcollapse.lab.commands.runs import Outcome, add_runs, runs_of
 from neuralcollapse.lab.settings import Settings
 
@@ -28,7 +29,7 @@ SECTIONS: tuple[type[Settings], ...] = ()
 def add_arguments(parser: ArgumentParser) -> None:
     """Add what the command takes."""
     add_runs(parser)
-    parser.add_argument("--reference", type=int, metavar="EPOCH", help="measured epoch to compare with; by default "
+    parser.add_argument("--reference", type=integer, metavar="EPOCH", help="measured epoch to compare with; by default "
                         "that of the distances that are there, or 1")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="compute again what is there already")
 

@@ -6,9 +6,10 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from neuralcollapse.lab.commands.arguments import add_sections, asked_for
+from neuralcollapse.lab.commands.arguments import add_sections, asked_for, integer
 from neuralcollapse.lab.commands.runs import Outcome, runs_of
 from neuralcollapse.lab.config import BatchSettings, DataSettings
+from neuralcollapse.lab.parsing import parse
 
 SUMMARY = "NC metrics of every checkpoint of a run, or of a model that was never trained here"
 USAGE = (
@@ -27,15 +28,15 @@ SECTIONS = (DataSettings, BatchSettings)
 def add_arguments(parser: ArgumentParser) -> None:
     """Add what the command takes."""
     parser.add_argument("runs", metavar="RUN", nargs="*", type=str, help="folders of runs or of comparisons of runs")
-    parser.add_argument("--every", type=int, metavar="N", help="every N-th of the saved checkpoints, and the last")
+    parser.add_argument("--every", type=integer, metavar="N", help="every N-th of the saved checkpoints, and the last")
     parser.add_argument("--split", type=str, metavar="A,B", help="splits to measure; by default all")
     parser.add_argument("--layers", type=str, metavar="A,B", help="modules whose outputs are measured as well")
     other = parser.add_argument_group("A model from elsewhere")
     other.add_argument("--checkpoint", type=str, metavar="FILE", help="its state_dict")
     other.add_argument("--model", type=str, metavar="CLASS", help="package.module.Class, or the name of a ResNet here")
-    other.add_argument("--model_options", type=dict[str, Any], metavar="OPTIONS", help="keyword arguments of the class")
+    other.add_argument("--model_options", metavar="OPTIONS", help="keyword arguments of the class")
     other.add_argument("--classifier", type=str, metavar="NAME", help="its classifier, where it is not found by itself")
-    other.add_argument("--epoch", type=int, metavar="N", help="epochs it was trained, for the record; by default 0")
+    other.add_argument("--epoch", type=integer, metavar="N", help="epochs it was trained, for the record; by default 0")
     other.add_argument("--out", type=str, metavar="FOLDER", help="folder to write")
     add_sections(parser, *SECTIONS)
 
@@ -58,6 +59,7 @@ def run(settings: Namespace) -> int:
         from neuralcollapse.lab.training.elsewhere import measure_state_dict
 
         options = {name: settings.get(name) for name in ("model_options", "classifier", "epoch")}
+        options["model_options"] = parse("model_options", options["model_options"], dict[str, Any])
         outcome.written = measure_state_dict(
             settings.checkpoint, settings.model, settings.out, given, splits=splits, layers=layers or (), **options
         )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from neuralcollapse.lab.commands.arguments import integer
 from neuralcollapse.lab.commands.plot import draw
 from neuralcollapse.lab.commands.runs import say_written
 from neuralcollapse.lab.results.files import read_yaml, write_whole, write_yaml
@@ -42,7 +43,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--data", type=str, metavar="FOLDER", help="where the data are; by default the hub's are fetched"
     )
     parser.add_argument("--out", type=str, metavar="FOLDER", help="folder to write; by default runs/studies/NAME-SCALE")
-    parser.add_argument("--parallel", type=int, metavar="N", help="train so many of the runs at a time; by default 1")
+    parser.add_argument(
+        "--parallel", type=integer, metavar="N", help="train so many of the runs at a time; by default 1"
+    )
     parser.add_argument("--overwrite", action="store_true", help="delete what the folder holds, and train again")
 
 
@@ -76,7 +79,7 @@ def _seeds(given: str | None, scale: Scale) -> list[int]:
     if given is None:
         return scale.seeds
     try:
-        seeds = [int(one) for one in given.split(",")]
+        seeds = [integer(one) for one in given.split(",")]
     except ValueError:
         raise ValueError(f"seeds must be a number of seeds, or seeds with commas between them, got {given!r}") from None
     if "," not in given:

@@ -12,6 +12,7 @@ import yaml
 
 from neuralcollapse.lab.config import RunConfig
 from neuralcollapse.lab.experiments import single_run
+from neuralcollapse.lab.parsing import load_typed_yaml
 from neuralcollapse.lab.recipes import load_recipe
 from neuralcollapse.lab.settings import nearest
 
@@ -19,7 +20,6 @@ Kind = Literal["last", "mean", "epochs", "fall", "deviation", "fact"]
 Relation = Literal["below", "above", "like", "at least", "at most"]
 SCALES = ("small", "full")
 _FOLDER = Path(__file__).parent
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,12 +150,12 @@ def load_study(name: str | Path) -> Study:
             )
         path = _FOLDER / f"{name}.yaml"
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _LOADER)
+        content = load_typed_yaml(path.read_text(encoding="utf-8"))
         scales = {scale: _scale(content.pop(scale)) for scale in SCALES if scale in content}
         claims = [_claim(one) for one in content.pop("claims")]
         runs = content.pop("runs", {})
         study = Study(name=path.stem, runs=runs, free_features=not runs, claims=claims, scales=scales, **content)
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+    except (yaml.YAMLError, ValueError, AttributeError, KeyError, TypeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise ValueError(f"{str(path)!r} must be a study, and is not: {reason}") from error
     _check(study, path)
