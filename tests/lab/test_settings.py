@@ -21,7 +21,7 @@ from neuralcollapse.lab.experiments import Comparison, common_settings, comparis
 
 OPTIMIZERS = ("sgd", "adam", "adamw", "lbfgs", "agd")
 LOSSES = ("cross-entropy", "mse", "dot-regression-published")
-BACKBONES = ("convnet", "mlp", "resnet18", "vgg13", "package.module.Class")
+BACKBONES = ("convnet", "mlp", "resnet18", "vgg13", "vit-tiny", "package.module.Class")
 METHODS = ("standard", "fixed", "implicit")
 FURTHER_METHODS = ("linear", "means", "frame", "softmax-code", "trust-region", "mahalanobis")
 ATTRIBUTE_METHODS = ("attribute-frame", "fixed-frame")
@@ -66,6 +66,7 @@ OTHER = {
     "backbone_options": {"neurons": 4},
     "width": 48,
     "depth": 2,
+    "patch_size": 8,
     "feature_dim": 33,
     "stem": "3x3",
     "batch_norm_affine": False,
@@ -187,7 +188,7 @@ def test_what_a_run_says_is_in_force_makes_the_same_run(name):
         ({"optimizer": "agd", "weight_decay": 0.0}, "weight_decay belongs to an optimizer other than agd"),
         (
             {"backbone": "mlp", "stem": "7x7"},
-            "stem belongs to backbone resnet18, resnet34, resnet50, resnet101, resnet152, resnext50-32x4d or wide-resn",
+            "stem belongs to backbone resnet18, resnet34, resnet50, resnet101, resnet152, resnext50-32x4d, resnext101",
         ),
         ({"loss": "mse", "label_smoothing": 0.0}, "label_smoothing belongs to loss cross-entropy; here loss is mse"),
         (

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,14 +13,16 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from helpers import generator, simplex_gram
+from helpers import generator, normal, simplex_gram
 from neuralcollapse import measure, nearest_simplex_etf
+from neuralcollapse.lab import train_runs
 from neuralcollapse.lab.conditions import WITH_ATTRIBUTES
 from neuralcollapse.lab.config import METHODS, DataSettings, ModelSettings, RunConfig
 from neuralcollapse.lab.data.batches import EpochBatches, evaluation_batches
 from neuralcollapse.lab.data.loading import load_data
 from neuralcollapse.lab.models.building import build_backbone, build_model
 from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.results.tables import read_table
 from neuralcollapse.lab.training import collapse_callback
 from neuralcollapse.lab.training.collapse_callback import CollapseCallback
 from neuralcollapse.lab.training.devices import resolve_device
@@ -58,7 +61,9 @@ def test_batch_norm_without_scale_leaves_no_vector(backbone):
         ("resnet101", 42_500_160, 2048),
         ("resnet152", 58_143_808, 2048),
         ("resnext50-32x4d", 22_979_904, 2048),
+        ("resnext101-32x8d", 88_791_336 - 2_049_000, 2048),
         ("wide-resnet50-2", 66_834_240, 2048),
+        ("wide-resnet101-2", 126_886_696 - 2_049_000, 2048),
     ],
 )
 def test_resnets_are_the_published_ones(backbone, parameters, feature_dim):
@@ -85,6 +90,62 @@ def test_a_feature_dim_narrows_the_last_block_alone(settings, parameters):
     model = build_model(RunConfig(**settings), (3, 32, 32), 10)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
     assert model.head.in_features == settings["feature_dim"]
+
+
+# ViT-Ti/16 and ViT-S/16 for images of 224 pixels, whose totals are with a classifier of 1000 classes.
+@pytest.mark.parametrize(("backbone", "total", "width"), [("vit-tiny", 5_717_416, 192), ("vit-small", 22_050_664, 384)])
+def test_vision_transformers_are_the_published_ones(backbone, total, width):
+    network = build_backbone(ModelSettings(backbone=backbone), (3, 224, 224))
+    assert sum(parameter.numel() for parameter in network.parameters()) == total - 1000 * (width + 1)
+    assert network.feature_dim == width
+    attention = network.layers.layers[0].self_attn
+    assert attention.num_heads == width // 64
+    first, second = (layer.linear1.weight for layer in network.layers.layers[:2])
+    assert not torch.equal(first, second)
+    assert float(first.detach().std()) == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (1, 28, 56)])
+@pytest.mark.parametrize("feature_dim", [None, 11])
+def test_a_vision_transformer_is_its_formula(shape, feature_dim):
+    """Pre-norm blocks by hand; with small images there are patches of 2 or 4 pixels."""
+    settings = ModelSettings(backbone="vit-tiny", width=24, depth=2, feature_dim=feature_dim)
+    network = build_backbone(settings, shape).double().eval()
+    images, side = normal(3, *shape), 2 if shape[1] < 16 else 4
+    patches = torch.nn.functional.unfold(images, side, stride=side).mT @ network.patches.weight.flatten(1).T
+    tokens = torch.cat([network.class_token.expand(3, 1, 24), patches + network.patches.bias], 1) + network.positions
+    for layer in network.layers.layers:
+        normed = layer.norm1(tokens)
+        query, key, value = (normed @ layer.self_attn.in_proj_weight.T + layer.self_attn.in_proj_bias).chunk(3, -1)
+        weights = (query @ key.mT / 24**0.5).softmax(-1)
+        tokens = tokens + layer.self_attn.out_proj(weights @ value)
+        tokens = tokens + layer.linear2(torch.nn.functional.gelu(layer.linear1(layer.norm2(tokens))))
+    expected = network.projection(network.layers.norm(tokens[:, 0]))
+    for mode in (True, False):
+        found = network.train(mode)(images)
+        assert torch.allclose(found, expected, atol=1e-10)
+    assert found.shape == (3, feature_dim or 24)
+
+
+def test_patches_and_heads_that_do_not_fit_are_refused():
+    with pytest.raises(
+        ValueError, match="patch_size must divide the height and the width of the images, 33 and 20, got"
+    ):
+        build_backbone(ModelSettings(backbone="vit-small"), (3, 33, 20))
+    with pytest.raises(ValueError, match=re.escape("width must be a multiple of its 3 heads (width / 64), got 200")):
+        build_backbone(ModelSettings(backbone="vit-tiny", width=200), (3, 32, 32))
+    with pytest.raises(ValueError, match="batch_norm_affine belongs to the backbones that have a name and batch norm"):
+        ModelSettings(backbone="vit-tiny", batch_norm_affine=True)
+    with pytest.raises(ValueError, match="patch_size belongs to backbone vit-tiny or vit-small; here backbone is mlp"):
+        ModelSettings(backbone="mlp", patch_size=4)
+
+
+def test_a_vision_transformer_trains(tmp_path):
+    config = RunConfig(backbone="vit-tiny", width=32, depth=2, optimizer="adamw", lr=3e-3, epochs=3, train_samples=500)
+    folder = train_runs(config, tmp_path / "out", progress=False)
+    metrics = read_table(folder.metrics)
+    last = metrics[(metrics["metric"] == "accuracy") & (metrics["split"] == "train") & (metrics["epoch"] == 3)]
+    assert float(last["value"].iloc[0]) > 0.5
 
 
 def test_a_feature_dim_or_width_that_a_backbone_cannot_give_is_refused():

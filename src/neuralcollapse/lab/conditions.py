@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from neuralcollapse.lab.settings import Condition, Values, listed, where
 
-RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50-32x4d", "wide-resnet50-2")
+RESNETS = (
+    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
+    *("resnext50-32x4d", "resnext101-32x8d", "wide-resnet50-2", "wide-resnet101-2"),
+)
+VITS = ("vit-tiny", "vit-small")
 OF_LOGITS = ("cross-entropy", "mse", "dot-regression-published")
 OF_DIRECTIONS = ("normface", "ntce", "nonl", "decoupled", "two-way")
 # Whose weight moves with the class means of each batch: it is nearest to them, or they themselves.
@@ -40,6 +44,11 @@ DRAWN = Condition(
 )
 OWN_CLASS = Condition("a backbone of your own", ("backbone",), lambda values: "." in values["backbone"])
 BUILT_IN = Condition("the backbones that have a name", ("backbone",), lambda values: "." not in values["backbone"])
+BATCH_NORM = Condition(
+    "the backbones that have a name and batch norm",
+    ("backbone",),
+    lambda values: "." not in values["backbone"] and values["backbone"] not in VITS,
+)
 NORMALISING = Condition("methods other than linear", ("method",), lambda values: values["method"] != "linear")
 MOVING_MEANS = Condition(
     f"method {listed(MOVING, 'or')}, or to classifier_bias centring",
@@ -87,7 +96,12 @@ def default_bias(values: Values) -> str:
 
 def default_width(values: Values) -> int:
     """The width that each backbone is known with."""
-    return {"convnet": 32, "mlp": 512}.get(values["backbone"], 64)
+    return {"convnet": 32, "mlp": 512, "vit-tiny": 192, "vit-small": 384}.get(values["backbone"], 64)
+
+
+def default_depth(values: Values) -> int:
+    """The depth that each backbone is known with."""
+    return 12 if values["backbone"] in VITS else 3
 
 
 def thirds(values: Values) -> list[int]:

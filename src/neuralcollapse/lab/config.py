@@ -184,20 +184,24 @@ class ModelSettings(Settings):
 
     backbone: str = "convnet"
     """What computes the features: convnet, mlp, resnet18, resnet34, resnet50, resnet101, resnet152, resnext50-32x4d,
-    wide-resnet50-2, vgg13, or the dotted path of your own class, such as package.module.Class, which gives features
-    (N, feature_dim)."""
+    resnext101-32x8d, wide-resnet50-2, wide-resnet101-2, vgg13, vit-tiny, vit-small, or the dotted path of your own
+    class, such as package.module.Class, which gives features (N, feature_dim)."""
     backbone_options: dict[str, Any] | None = setting(lambda _: {}, belongs_to=only.OWN_CLASS)
     """Keyword arguments of your own class."""
     width: int | None = setting(only.default_width, belongs_to=only.BUILT_IN, at_least=1)
-    """Channels of the first stage, or neurons of a layer. By default 32 (convnet), 512 (mlp), 64 (resnets, vgg13)."""
-    depth: int | None = setting(3, belongs_to=where(backbone="mlp"), at_least=1)
-    """Layers."""
+    """Channels of the first stage, neurons of a layer, or dimension of a token. By default 32 (convnet), 512 (mlp), 64
+    (resnets, vgg13), 192 (vit-tiny), 384 (vit-small)."""
+    depth: int | None = setting(only.default_depth, belongs_to=where(backbone=("mlp", *only.VITS)), at_least=1)
+    """Layers. By default 3 (mlp), 12 (vit-tiny, vit-small)."""
+    patch_size: int | None = setting(belongs_to=where(backbone=only.VITS), at_least=1)
+    """Height and width of a vision transformer's patches, which must divide those of the images. By default 16 for
+    images of 128 pixels or more, 4 for 16 or more, else 2."""
     feature_dim: int | None = setting(belongs_to=only.BUILT_IN, at_least=1)
-    """Dimension of the features: output channels of the last block or convolution, or neurons of the last layer. By
-    default the backbone's own."""
+    """Dimension of the features: output channels of the last block or convolution, or neurons of the last layer, which
+    a vision transformer has for this alone. By default the backbone's own."""
     stem: Literal["7x7", "3x3"] | None = setting("7x7", belongs_to=where(backbone=only.RESNETS))
     """First layer: 7x7 of stride 2 and max-pooling, or 3x3 of stride 1."""
-    batch_norm_affine: bool | None = setting(True, belongs_to=only.BUILT_IN)
+    batch_norm_affine: bool | None = setting(True, belongs_to=only.BATCH_NORM)
     """Batch norm trains a scale and a shift."""
     feature_norm: Literal["auto", "none"] | float | None = setting("auto", belongs_to=only.NORMALISING, above=0)
     """Norm that features are given before the classifier; `auto` follows from the number of classes."""

@@ -233,6 +233,73 @@ class VGG13(ConvolutionalBackbone):
             _initialise(self)
 
 
+class VisionTransformer(Backbone):
+    """A vision transformer of Dosovitskiy et al. (ICLR 2021), whose features are the normalised class token.
+
+    Pre-norm blocks of width/64 heads and MLPs of four times the width, without dropout; trained position embeddings.
+
+    Args:
+        image_shape: Channels, height and width.
+        width: Dimension of a token.
+        depth: Number of blocks.
+        patch_size: Height and width of a patch; if not given, 16 for images of at least 128 pixels, 4 for at least 16,
+            else 2.
+        feature_dim: Neurons of a linear layer after the class token, if there is one.
+
+    Raises:
+        ValueError: If the patches do not divide the images, or the heads the width.
+    """
+
+    def __init__(
+        self,
+        image_shape: ImageShape,
+        *,
+        width: int,
+        depth: int = 12,
+        patch_size: int | None = None,
+        feature_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        channels, *sides = image_shape
+        if patch_size is None:
+            patch_size = 16 if min(sides) >= 128 else 4 if min(sides) >= 16 else 2
+        if any(side % patch_size for side in sides):
+            raise ValueError(
+                f"patch_size must divide the height and the width of the images, {sides[0]} and {sides[1]}, "
+                f"got {patch_size}"
+            )
+        heads = max(1, width // 64)
+        if width % heads:
+            raise ValueError(f"width must be a multiple of its {heads} heads (width / 64), got {width}")
+        self.patches = nn.Conv2d(channels, width, patch_size, patch_size)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, width))
+        number = math.prod(side // patch_size for side in sides)
+        self.positions = nn.Parameter(torch.zeros(1, number + 1, width))
+        block = nn.TransformerEncoderLayer(
+            *(width, heads, 4 * width),
+            dropout=0.0,
+            activation="gelu",
+            layer_norm_eps=1e-6,
+            batch_first=True,
+            norm_first=True,
+        )
+        norm = nn.LayerNorm(width, eps=1e-6)
+        self.layers = nn.TransformerEncoder(block, depth, norm, enable_nested_tensor=False)
+        self.projection = nn.Identity() if feature_dim is None else nn.Linear(width, feature_dim)
+        self.feature_dim = feature_dim or width
+        for parameter in self.parameters():  # the blocks are copies of one: each draws weights of its own here
+            if parameter.ndim > 1:
+                nn.init.trunc_normal_(parameter, std=0.02)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.patches(images).flatten(2).mT
+        tokens = torch.cat([self.class_token.expand(len(images), -1, -1), patches], 1) + self.positions
+        return self.projection(self.layers(tokens)[:, 0])
+
+
 def _convolution(
     in_channels: int,
     out_channels: int,

@@ -25,9 +25,18 @@ from neuralcollapse.heads import (
     NearestFrameClassifier,
     attach_head,
 )
+from neuralcollapse.lab.conditions import VITS
 from neuralcollapse.lab.config import ModelSettings, RunConfig
 from neuralcollapse.lab.models.attributes import attribute_code
-from neuralcollapse.lab.models.backbones import MLP, VGG13, Backbone, ConvNet, ImageShape, ResNet
+from neuralcollapse.lab.models.backbones import (
+    MLP,
+    VGG13,
+    Backbone,
+    ConvNet,
+    ImageShape,
+    ResNet,
+    VisionTransformer,
+)
 
 
 def build_model(
@@ -152,8 +161,11 @@ _BACKBONES: dict[str, tuple[Callable[..., Backbone], tuple[str, ...]]] = {
     "resnet101": (partial(_deep, blocks=(3, 4, 23, 3)), ("width", "stem")),
     "resnet152": (partial(_deep, blocks=(3, 8, 36, 3)), ("width", "stem")),
     "resnext50-32x4d": (partial(_deep, blocks=(3, 4, 6, 3), widening=2, groups=32), ("width", "stem")),
+    "resnext101-32x8d": (partial(_deep, blocks=(3, 4, 23, 3), widening=4, groups=32), ("width", "stem")),
     "wide-resnet50-2": (partial(_deep, blocks=(3, 4, 6, 3), widening=2), ("width", "stem")),
+    "wide-resnet101-2": (partial(_deep, blocks=(3, 4, 23, 3), widening=2), ("width", "stem")),
     "vgg13": (VGG13, ("width",)),
+    **dict.fromkeys(VITS, (VisionTransformer, ("width", "depth", "patch_size"))),
 }
 
 
@@ -177,9 +189,8 @@ def build_backbone(config: ModelSettings, image_shape: ImageShape, *, initialisa
         )
     backbone, names = _BACKBONES[config.backbone]
     options: dict[str, Any] = {name: getattr(config, name) for name in (*names, "feature_dim")}
-    options["initialisation"] = initialisation
-    options = {name: value for name, value in options.items() if value is not None}
-    return backbone(image_shape, affine=bool(config.batch_norm_affine), **options)
+    options |= {"initialisation": initialisation, "affine": config.batch_norm_affine}
+    return backbone(image_shape, **{name: value for name, value in options.items() if value is not None})
 
 
 def own_module(path: str, options: dict[str, Any], image_shape: ImageShape) -> nn.Module:
