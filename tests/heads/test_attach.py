@@ -146,7 +146,7 @@ def test_unclear_models_are_asked_about():
         attach_head(Net(), FixedETFClassifier(9, 5))
 
 
-def test_conventional_names_and_nesting():
+def test_names_decide_nothing_without_a_run_but_the_number_of_features_does():
     class Encoder(nn.Module):
         def __init__(self):
             super().__init__()
@@ -154,10 +154,25 @@ def test_conventional_names_and_nesting():
             self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
             self.classifier = nn.Linear(16, 5)
 
-    assert find_classifier(Encoder())[0] == "classifier"
-    wrapped = nn.Module()
-    wrapped.inner = Encoder()
-    assert find_classifier(wrapped)[0] == "inner.classifier"
+        def forward(self, tokens):
+            return self.classifier(self.encoder(self.embed(tokens)).mean(dim=1))
+
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Encoder()
+
+        def forward(self, tokens):
+            return self.inner(tokens)
+
+    tokens = normal(4, 3, 6, dtype=torch.float32)
+    for model, name in ((Encoder(), "classifier"), (Wrapper(), "inner.classifier")):
+        with pytest.raises(
+            ValueError, match=r"embed', .*classifier'\. Name it with .* find_classifier\(model, example\)"
+        ):
+            find_classifier(model)
+        assert find_classifier(model, tokens)[0] == name
+    assert attach_head(Encoder(), NearestETFClassifier(16, 5))(tokens, targets=TARGETS[:4]).shape == (4, 5)
 
 
 def test_padded_tokens_of_an_attached_model_count_nowhere():
@@ -244,7 +259,7 @@ LOOK_ALIKES = {  # name in torchvision or timm -> where its classifier is, and a
 def test_structures_of_torchvision_and_timm(place, make):
     images, targets = normal(10, 3, 6, 6, dtype=torch.float32), torch.arange(10) % 3
     model = make()
-    assert find_classifier(model)[0] == place
+    assert find_classifier(model, images)[0] == place
     attached = attach_head(model, NearestETFClassifier(12, 3))
     assert f"classifier={place!r}, 5 classes before, 3 now" in repr(attached)
     cross_entropy(attached(images, targets=targets), targets).backward()

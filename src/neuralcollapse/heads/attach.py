@@ -10,9 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from neuralcollapse._checks import check_integral, check_module
+from neuralcollapse._running import evaluation_mode, unchanged_on_error, uncompiled
 from neuralcollapse.classifier import resolve_classifier
-from neuralcollapse.heads.head import Head
-from neuralcollapse.heads.pretrained import SavingGuard, set_number_of_classes, with_loss
+from neuralcollapse.heads.head import Head, LearnsFromTargets
+from neuralcollapse.heads.pretrained import (
+    SavingGuard,
+    ShowsModelArguments,
+    labels_loss,
+    set_number_of_classes,
+    with_logits,
+)
 from neuralcollapse.heads.step_watch import StepWatch
 
 Output = str | int | Callable[[Any], Tensor]
@@ -29,6 +36,24 @@ _OF_THE_MODEL = (
 )
 
 
+class _Place(nn.Identity):
+    """Stands in the classifier's place. While a call is checked, it notes what passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passed: list[tuple[Tensor, Tensor, int | None]] | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the features; while a call is checked, as a view of them, by which they are known again."""
+        if self.passed is None:
+            return input
+        # Autograd forbids in-place changes of one of several views, also while torch.compile traces.
+        view = input.unsqueeze(0).unbind(0)[0]
+        counts = not (torch.compiler.is_compiling() or view.is_inference())
+        self.passed.append((input, view, view._version if counts else None))
+        return view
+
+
 class AttachedHead(nn.Module):
     """A model whose classifier is replaced by a head; made by `attach_head`.
 
@@ -37,12 +62,18 @@ class AttachedHead(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, head: nn.Module, name: str, output: Output | None, classifier: nn.Module
+        self,
+        model: nn.Module,
+        head: nn.Module,
+        name: str,
+        output: Output | None,
+        classifier: nn.Module,
+        num_classes: int,
     ) -> None:
         super().__init__()
         self.model = model
         self.head = head
-        self.num_classes = (len(classifier.weight), _num_classes(head))  # type: ignore[arg-type]
+        self.num_classes = (num_classes, _num_classes(head))
         self._name = name
         self._output = output
         self._had_bias = classifier.bias is not None
@@ -60,6 +91,11 @@ class AttachedHead(nn.Module):
         before, now = self.num_classes
         return f"classifier={self._name!r}, {before} classes before" + ("" if now is None else f", {now} now")
 
+    def get_classifier(self) -> nn.Module:
+        """Return the head."""
+        return self.head
+
+    @ShowsModelArguments
     def forward(
         self,
         *args: Any,
@@ -75,16 +111,18 @@ class AttachedHead(nn.Module):
             targets: (...) integer classes.
             labels: The same, where the loss is wanted too, as Hugging Face's models take them. They go to the head,
                 not to the model.
-            num_items_in_batch: With labels: what their summed loss is divided by, as ``transformers.Trainer`` says.
+            num_items_in_batch: What a summed loss is divided by, as ``transformers.Trainer`` says.
             **kwargs: The model's.
 
         Returns:
             Logits (..., K). With labels, what the model returned with these logits and, as ``loss``, their
-            cross-entropy; a dictionary of the two if the model returns no mapping.
+            cross-entropy; a dictionary of the two if the model returns no mapping. With ``num_items_in_batch`` alone
+            (a Trainer that computes the loss itself), the same without ``loss``.
 
         Raises:
-            ValueError: Targets that are no integers, targets and labels; at the first call, a model that does something
-                after its classifier, or an ``output`` that is not there. The model then has its classifier back.
+            ValueError: if targets or labels are not integers, or both are given; at the first call, also under
+                ``torch.compile``, if the model does something after its classifier, or ``output`` is not there. The
+                model then has its classifier back, and its buffers and torch's random state are as before.
         """
         if self._spent:
             raise ValueError(self._spent)
@@ -95,11 +133,26 @@ class AttachedHead(nn.Module):
         if labels is not None:
             check_integral("labels", labels)
             targets = labels
+        elif num_items_in_batch is not None and targets is None:
+            self._check_targets_from_trainer()
         returned, features = self._run(*args, **kwargs)
         logits = self.head(features) if targets is None else self.head(features, targets)
-        if labels is None:
-            return logits
-        return with_loss(returned, logits, labels, getattr(self.head, "ignore_index", None), num_items_in_batch)
+        if labels is not None:
+            loss = labels_loss(logits, labels, getattr(self.head, "ignore_index", None), num_items_in_batch)
+            return with_logits(returned, logits, self._output, loss)
+        return logits if num_items_in_batch is None else with_logits(returned, logits, self._output)
+
+    def _check_targets_from_trainer(self) -> None:
+        if not isinstance(self.head, LearnsFromTargets):
+            return
+        try:
+            self.head.step_targets(None)
+        except ValueError as error:
+            raise ValueError(
+                f"{type(self.head).__name__} learns from targets, but with label_smoothing_factor or compute_loss_func "
+                "transformers.Trainer keeps the labels to itself: add the labels to the dataset a second time, as "
+                "`targets`"
+            ) from error
 
     def to_inference(self, **kwargs: Any) -> nn.Module:
         """The model itself (changed), with the head's ``to_inference(**kwargs)`` in its classifier's place.
@@ -129,10 +182,11 @@ class AttachedHead(nn.Module):
         return self.model
 
     def _run(self, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
-        """What the model returned, and the features in it."""
+        """Return what the model returned, and the features in it."""
         if torch.compiler.is_compiling():
-            returned = self.model(*args, **kwargs)
-            return returned, self._select(returned)
+            if not self._replaced or _in_one_graph():
+                return self._run_traced(*args, **kwargs)
+            return torch.compiler.disable(self._run_first)(*args, **kwargs)
         if self.training and torch.is_grad_enabled():
             self._watch.look(self.model, self.head)
         if not self._replaced:
@@ -141,33 +195,103 @@ class AttachedHead(nn.Module):
         return self._run_first(*args, **kwargs)
 
     def _run_first(self, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
-        """The first call, which sees that what the model returns is what its classifier's place returns."""
-        seen: list[Tensor] = []
-        place = self.model.get_submodule(self._name)
-        with place.register_forward_hook(lambda _module, _inputs, result: seen.append(result)):
-            returned = self.model(*args, **kwargs)
+        """Run the first call, and check that what the model returns is what passed its classifier's place."""
+        place: Any = self.model.get_submodule(self._name)
+        place.passed = []
         try:
-            if not seen:
-                raise ValueError(f"classifier {self._name!r} must be called by the model's forward; it was not")
-            features = self._select(returned)
-            if features is not seen[-1]:
-                raise ValueError(
-                    f"classifier {self._name!r} must be the last thing that the model does, but what "
-                    f"{type(self.model).__name__} returned is not its output: something comes after it. "
-                    "Take that away, or name the right module or output"
-                )
-        except Exception:
-            self._give_back()
+            with unchanged_on_error(self.model):
+                returned = self._run_without_classifier(*args, **kwargs)
+                features = self._known_again(place.passed, returned)
+        except _WrongArguments as error:
+            raise error.reason from None  # the model fails on them with its classifier, too
+        except Exception as error:
+            self._give_back(str(error))
             raise
+        finally:
+            place.passed = None
         self._replaced = ()
         return returned, features
 
-    def _give_back(self) -> None:
-        """The model as it was before it was attached to."""
+    def _run_without_classifier(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            with uncompiled():
+                return self.model(*args, **kwargs)
+        except Exception as error:
+            if self._fails_with_classifier(*args, **kwargs):
+                raise _WrongArguments(error) from error
+            raise ValueError(
+                f"classifier {self._name!r} must be the last thing that {type(self.model).__name__} does, which fails "
+                f"without it: {type(error).__name__}: {error}"
+            ) from error
+
+    def _fails_with_classifier(self, *args: Any, **kwargs: Any) -> bool:
+        """Return whether the model fails on these arguments also with its own classifier; leave no trace of it."""
+        if not self._name:
+            return False
+        place = self.model.get_submodule(self._name)
+        self.model.set_submodule(self._name, self._replaced[0])
+        try:
+            with torch.no_grad(), unchanged_on_error(self.model), uncompiled():
+                self.model(*args, **kwargs)
+                raise _Undo
+        except _Undo:
+            return False
+        except Exception:
+            return True
+        finally:
+            self.model.set_submodule(self._name, place)
+
+    def _run_traced(self, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
+        """Run in a graph that is traced whole: the first call's check is part of tracing."""
+        if not self._replaced:
+            returned = self.model(*args, **kwargs)
+            return returned, self._select(returned)
+        place: Any = self.model.get_submodule(self._name)
+        place.passed = []
+        returned = self.model(*args, **kwargs)
+        passed, place.passed = place.passed, None
+        features = self._select(returned)
+        if len(passed) != 1 or features is not passed[0][1]:
+            self._give_back("something comes after it")
+            raise ValueError(self._follows())
+        return returned, passed[0][0]
+
+    def _known_again(self, passed: list[tuple[Tensor, Tensor, int | None]], returned: Any) -> Tensor:
+        """Return the features in what the model returned, if they are what passed its classifier's place."""
+        if not passed:
+            raise ValueError(f"classifier {self._name!r} must be called by the model's forward; it was not")
+        selected = self._select(returned)
+        if len(passed) > 1:
+            raise ValueError(
+                f"classifier {self._name!r} must be called once by the model's forward, but was called "
+                f"{len(passed)} times"
+            )
+        features, view, version = passed[0]
+        if selected is not view or (version is not None and view._version != version):
+            raise ValueError(self._follows())
+        return features
+
+    def _follows(self) -> str:
+        return (
+            f"classifier {self._name!r} must be the last thing that the model does, but what "
+            f"{type(self.model).__name__} returned is not its output: something comes after it. "
+            "Take that away, or name the right module or output"
+        )
+
+    def _give_back(self, reason: str) -> None:
+        """Leave the model as it was before the head was attached."""
+        if not self._replaced:
+            return
         if self._name:
             self.model.set_submodule(self._name, self._replaced[0])
         self._guard.release(self.model)
-        self._spent = "attach_head was refused at the first call, and the model has its classifier back: attach again"
+        self._replaced = ()
+        self._spent = (
+            "attach_head was refused at the first call, and the model has its classifier back: attach again. The "
+            f"reason was: {reason}"
+        )
+
+    _give_back._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _select(self, returned: Any) -> Tensor:
         """The logits' place in what the model returned."""
@@ -190,20 +314,47 @@ class AttachedHead(nn.Module):
         return returned
 
 
+def _in_one_graph() -> bool:
+    """Return whether what is traced must be one graph (``fullgraph=True``, export), where no call can be left out."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        return bool(InstructionTranslator.current_tx().one_graph)
+    except AttributeError:  # not dynamo that traces
+        return True
+
+
+# As torch.compiler.assume_constant_result does, which imports dynamo: the function runs while dynamo traces its call.
+_in_one_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+class _WrongArguments(Exception):
+    """An error of the model's own forward that the head has no part in."""
+
+    def __init__(self, reason: Exception) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+class _Undo(Exception):
+    """Ends a run whose changes are to be undone."""
+
+
 def attach_head(
     model: nn.Module, head: nn.Module, *, classifier: str | nn.Module | None = None, output: Output | None = None
 ) -> AttachedHead:
     """Replace a model's classifier by a head, of as many classes or of others (fine-tuning).
 
-    `nn.Identity` takes the classifier's place in ``model`` (which is changed), and the head is called on what the
-    model returns. The first call checks that this is what the Identity returned. Whatever is refused leaves the model
-    as it was. Make the optimiser afterwards, from the attached model's ``parameters()``: of one that does not have the
-    head's, a warning says so after its first step.
+    An identity takes the classifier's place in ``model`` (which is changed), and the head is called on what the
+    model returns. The first call, compiled or not, checks that this is exactly what went into the classifier's place.
+    An error leaves the model, its buffers and torch's random state as they were. Make the optimiser afterwards, from
+    the attached model's ``parameters()``: of one that does not have the head's, a warning says so after its first step.
 
     Args:
         model: Any module that ends in a classifier.
         head: A head of this library, or any module called with features.
-        classifier: Dotted name of the module to replace, or the module; found by `find_classifier` if not given.
+        classifier: Dotted name of the module to replace, or the module. By default the one that the structure shows, as
+            for `find_classifier`; between several, the one that takes as many features as the head.
         output: Where the logits are in what the model returns, if that is no tensor: an attribute or key, an
             index, or a function.
 
@@ -213,9 +364,9 @@ def attach_head(
         Its ``to_inference()`` is the model again, with plain modules in the classifier's place.
 
     Raises:
-        ValueError: An argument of another kind, no classifier, several candidates, one that is lazy, or a head for
-            another feature dimension; at the first call, a model that does something after its classifier, or an
-            ``output`` that is not there.
+        ValueError: if an argument is of another kind, there is no classifier or several modules could be it, it is
+            lazy, or the head is for another number of features; at the first call, if the model does something after
+            its classifier, or ``output`` is not there.
 
     Examples:
         >>> from neuralcollapse import NearestETFClassifier, attach_head
@@ -227,18 +378,19 @@ def attach_head(
     check_module("head", head)
     if output is not None and (isinstance(output, bool) or not (isinstance(output, str | int) or callable(output))):
         raise ValueError(f"output must be a name, an index or a function, got {output!r}")
-    name, found = resolve_classifier(model, classifier)
-    expected = found.weight.shape[1]  # type: ignore[index]
+    name, found = resolve_classifier(model, classifier, getattr(head, "in_features", None))
+    with evaluation_mode(found):  # reading a parametrised weight in training mode may change it
+        num_classes, expected = found.weight.shape  # type: ignore[misc]
     given = getattr(head, "in_features", expected)
     if given != expected:
         raise ValueError(
             f"head must take the {expected} features that classifier {name!r} takes, got in_features = {given}"
         )
     if name:
-        model.set_submodule(name, nn.Identity())
+        model.set_submodule(name, _Place())
     else:
-        model = nn.Identity()
-    attached = AttachedHead(model, head, name, output, found)
+        model = _Place()
+    attached = AttachedHead(model, head, name, output, found, num_classes)
     logger.info(
         "%s takes the place of %r in %s: %s", type(head).__name__, name, type(model).__name__, attached.extra_repr()
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import CodeType
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,32 +14,89 @@ from torch.nn import functional
 from neuralcollapse._checks import check_targets
 
 
-def with_loss(
-    returned: Any, logits: Tensor, labels: Tensor, ignore_index: int | None, num_items_in_batch: Tensor | int | None
-) -> Any:
-    """What the model returned with these logits and their cross-entropy as ``loss``; a dictionary if it is no mapping.
+def with_logits(returned: Any, logits: Tensor, key: object = "logits", loss: Tensor | None = None) -> Any:
+    """Return what the model returned with these logits, and the loss if there is one; a dictionary if it is no mapping.
 
     Args:
         returned: What the model returned.
+        logits: (..., K).
+        key: The key of the logits in it.
+        loss: ().
+    """
+    key = key if isinstance(key, str) and isinstance(returned, Mapping) and key in returned else "logits"
+    first = {} if loss is None else {"loss": loss}  # tuples made of a model's output begin with the loss
+    if not isinstance(returned, Mapping):
+        return first | {"logits": logits}
+    return type(returned)(**(first | dict(returned) | first | {key: logits}))
+
+
+def labels_loss(
+    logits: Tensor, labels: Tensor, ignore_index: int | None, num_items_in_batch: Tensor | int | None
+) -> Tensor:
+    """Return the cross-entropy of logits and labels.
+
+    Args:
         logits: (..., K).
         labels: (...) integers.
         ignore_index: Labels of this value do not count; −100 if None.
         num_items_in_batch: What the sum over labels is divided by, where batches accumulate; else their number.
 
     Raises:
-        ValueError: Labels of another shape than the logits', or out of range.
+        ValueError: if labels are of another shape than the logits', or out of range.
     """
     ignored = -100 if ignore_index is None else ignore_index
     flat, labels = logits.flatten(0, -2).float(), labels.flatten().long()
     check_targets(labels, *flat.shape, values=labels.device.type == "cpu", ignore_index=ignored)
     if num_items_in_batch is None:
-        loss = functional.cross_entropy(flat, labels, ignore_index=ignored)
-    else:
-        loss = functional.cross_entropy(flat, labels, ignore_index=ignored, reduction="sum") / num_items_in_batch
-    if not isinstance(returned, Mapping):
-        return {"loss": loss, "logits": logits}
-    # The loss first, where tuples made of it have it.
-    return type(returned)(**({"loss": loss} | dict(returned) | {"loss": loss, "logits": logits}))
+        return functional.cross_entropy(flat, labels, ignore_index=ignored)
+    return functional.cross_entropy(flat, labels, ignore_index=ignored, reduction="sum") / num_items_in_batch
+
+
+class ShowsModelArguments:
+    """Decorator of a wrapper's ``forward``: its signature is that of ``self.model.forward``, with its own arguments.
+
+    ``transformers.Trainer`` reads from the signature which columns of a dataset the model takes.
+
+    Args:
+        function: The method.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.__doc__ = function.__doc__
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Callable[..., Any]:
+        return self.function if instance is None else _Bound(self.function, instance)
+
+
+class _Bound:
+    """The method of one instance."""
+
+    def __init__(self, function: Callable[..., Any], instance: Any) -> None:
+        self.function = function
+        self.instance = instance
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self.instance, *args, **kwargs)
+
+    @property
+    def __code__(self) -> CodeType:
+        """Asked for by torch.export."""
+        return self.function.__code__
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        own = dict(list(inspect.signature(self.function).parameters.items())[1:])
+        shown = dict(inspect.signature(self.instance.model.forward).parameters)
+        shown |= {
+            name: parameter
+            for name, parameter in own.items()
+            if name not in shown and parameter.kind is not inspect.Parameter.VAR_POSITIONAL
+        }
+        variable = [name for name, parameter in shown.items() if parameter.kind is inspect.Parameter.VAR_KEYWORD]
+        for name in variable[:-1]:
+            del shown[name]
+        return inspect.Signature(sorted(shown.values(), key=lambda parameter: parameter.kind))
 
 
 class SavingGuard:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from neuralcollapse._checks import check_at_least, check_ignore_index
-from neuralcollapse.classifier import resolve_classifier
+from neuralcollapse._running import device_of, evaluation_mode, unchanged_on_error, unwrapped
+from neuralcollapse.classifier import ClassifierObserver
 from neuralcollapse.metrics.cache import FeatureCache
 from neuralcollapse.metrics.catalogue import in_order
 from neuralcollapse.metrics.collapse import measure_moments
 from neuralcollapse.metrics.doors import check_device
 from neuralcollapse.metrics.measurement import LabelFingerprint, Measurement, Options, Provenance
-from neuralcollapse.metrics.model_run import ModelRun, Outputs, Pooling, Unpack, evaluation_mode, unpack_pair
+from neuralcollapse.metrics.model_run import ModelRun, Outputs, Pooling, Unpack, unpack_pair
 from neuralcollapse.metrics.moments import ClassMoments
 from neuralcollapse.metrics.samples import SampleValues, measure_samples
 from neuralcollapse.metrics.statistics import Center
@@ -60,16 +63,22 @@ def measure(
     The model runs once over each loader, in evaluation mode and without gradients; afterwards every module is in
     the mode it was in. What is measured is the tensor that the classifier's weight multiplies.
 
+    The first batch decides which module is the classifier: the one for which features · Wᵀ + b equals what the model
+    returned, within rounding. Names decide only between modules that pass. A model with none is refused, and so is one
+    that something follows, such as a prior or a temperature. Compiled models run as they were before compilation.
+
     Args:
-        model: Any module that ends in a classifier. Its output is not looked at.
+        model: Any module that ends in a classifier. It returns logits (..., K), alone or in a tuple, mapping or
+            dataclass; where one of its tensors is called ``logits``, that one is compared.
         loader: Batches; ``(input, target)`` pairs, unless ``unpack`` says otherwise. Targets are (B,), or for
             features (B, T, d) of tokens (B, T).
-        classifier: The classifier, or its dotted name, where `find_classifier` does not find it.
+        classifier: The classifier, or its dotted name, where several modules compute an output. It is verified too.
         train_loader: The train split, when ``loader`` is another: its class means and centre are used for the
             nearest class mean, the cosine margin and the alignment; samples of classes that it lacks have none.
         train_moments: In place of ``train_loader``, the ``moments`` of the train split's own measurement.
         ood_loader: Out-of-distribution data for ``nc5_ood``; targets, if any, are not looked at.
-        layers: Dotted names of modules whose outputs are measured as well.
+        layers: Dotted names of modules whose outputs are measured as well; of a module that is called several times,
+            the last one.
         layer_pooling: What becomes of outputs with more than two dimensions: ``"mean"`` over positions ((B, C, ...)
             keeps C, and (B, T, d) keeps d), ``"flatten"``, or a function to (B, d). Outputs (B, T, d) with targets
             (B, T) stay as they are. A layer of d dimensions takes d² numbers.
@@ -97,9 +106,11 @@ def measure(
         and so does one warning.
 
     Raises:
-        ValueError: if there is no classifier, a loader is empty, train moments are of another K or d, features are not
-            finite (the batch is named), targets are out of range, or ``min_samples`` or ``drop_classes_above`` leaves
-            out too many classes.
+        ValueError: if no module computes the model's output, or several do (the message names them, with their shapes
+            and greatest difference), or it is not called once per forward; if a loader is empty, train moments are of
+            another K or d, features are not finite (the batch is named), targets are out of range, or ``min_samples``
+            or ``drop_classes_above`` leaves out too many classes. The model, its hooks and buffers and torch's random
+            state are then left as they were.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -114,20 +125,23 @@ def measure(
         raise ValueError("train_loader and train_moments must not both be given")
     _check_types(model, loader, layers, classifier, unpack, device)
     _check_options(train_moments, layer_pooling, ignore_index, epoch, cache_bytes)
-    name, head = resolve_classifier(model, classifier)
+    observer = ClassifierObserver(model, classifier)
     if device is not None:
         model.to(device)
-    weight, bias = _parameters(head)
-    if train_moments is not None and train_moments.means.shape != weight.shape:
-        raise ValueError(
-            f"train_moments must be of K, d = {tuple(weight.shape)}, got {tuple(train_moments.means.shape)}"
-        )
-    run = ModelRun(model, name, head, layers, layer_pooling, unpack or unpack_pair, weight.device, progress)
+    run = ModelRun(model, observer, layers, layer_pooling, unpack or unpack_pair, device_of(model), progress)
     options = Options(center, min_samples, drop_classes_above, pairwise)
-    with FeatureCache(cache_bytes if per_sample else 0) as cache, evaluation_mode(model):
-        gathered = _Gathered(weight, cache if per_sample else None, ignore_index, dtype, class_scatter)
-        for outputs in run.over(loader, "loader"):
-            gathered.take(outputs)
+    with (
+        FeatureCache(cache_bytes if per_sample else 0) as cache,
+        unchanged_on_error(model),
+        evaluation_mode(model),
+    ):
+        with closing(run.over(loader, "loader")) as batches:
+            first = next(batches)
+            weight, bias = run.classifier.weight, run.classifier.bias
+            _check_train_moments(train_moments, weight)
+            gathered = _Gathered(weight, cache if per_sample else None, ignore_index, dtype, class_scatter)
+            for outputs in chain((first,), batches):
+                gathered.take(outputs)
         if train_loader is not None:
             train_moments = gathered.new_moments(*weight.shape)
             for outputs in run.over(train_loader, "train_loader"):
@@ -164,7 +178,9 @@ def measure(
         layer_moments={layer: gathered.layers[layer] for layer in layers},
         ood_means=ood_means,
         train_moments=train_moments,
-        provenance=Provenance(epoch, split, model_name or type(model).__name__, str(gathered.labels), __version__),
+        provenance=Provenance(
+            epoch, split, model_name or type(unwrapped(model)).__name__, str(gathered.labels), __version__
+        ),
         options=options,
     )
 
@@ -237,9 +253,11 @@ def _check_options(
     check_at_least("cache_bytes", cache_bytes, 0)
 
 
-def _parameters(classifier: Any) -> tuple[Tensor, Tensor | None]:
-    bias = classifier.bias
-    return classifier.weight.detach(), None if bias is None else bias.detach()
+def _check_train_moments(train_moments: ClassMoments | None, weight: Tensor) -> None:
+    if train_moments is not None and train_moments.means.shape != weight.shape:
+        raise ValueError(
+            f"train_moments must be of K, d = {tuple(weight.shape)}, got {tuple(train_moments.means.shape)}"
+        )
 
 
 def _samples(outputs: Outputs, ignore_index: int | None, answers: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from neuralcollapse.classifier import classifier_features
+from neuralcollapse._running import call_model, unwrapped
+from neuralcollapse.classifier import ClassifierObserver, OutputClassifier
 
 Unpack = Callable[[Any], tuple[Any, Tensor | None]]
 Pooling = Literal["mean", "flatten"] | Callable[[Tensor], Tensor]
@@ -28,73 +29,72 @@ class Outputs:
 
 @dataclass(frozen=True)
 class ModelRun:
-    """Runs of a model over loaders, with its classifier and some layers tapped."""
+    """Runs of a model over loaders, with its classifier and some layers observed.
+
+    The first batch decides which module is the classifier; every other one is compared with that decision.
+    """
 
     model: nn.Module
-    name: str
-    classifier: nn.Module
+    observer: ClassifierObserver
     layers: Sequence[str]
     layer_pooling: Pooling
     unpack: Unpack
     device: torch.device
     progress: bool
 
-    def over(self, loader: Iterable[Any], argument: str) -> Iterator[Outputs]:
-        """What each batch gives."""
-        for targets, calls in self._calls(loader, argument, self.layers):
+    @property
+    def classifier(self) -> OutputClassifier:
+        """The classifier, known after the first batch."""
+        return self.observer.classifier
+
+    def over(self, loader: Iterable[Any], argument: str) -> Generator[Outputs]:
+        """Yield what each batch gives."""
+        for targets, features, logits, layers in self._calls(loader, argument):
             if targets is None:
                 raise ValueError(f"{argument} must yield (input, target) pairs, got no target; see unpack=")
             if not isinstance(targets, Tensor):
                 raise ValueError(f"targets must be integer class indices, got {type(targets).__name__}")
-            inputs, logits = calls[self.name]
-            features = classifier_features(self.classifier, inputs)
-            yield Outputs(features, logits, targets.to(self.device), self._pooled(calls, targets.shape))
+            targets = targets.to(features.device)
+            if not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool):
+                targets = targets.long()  # a tensor of uint8 that indexes another one would be a mask
+            yield Outputs(features, logits, targets, self._pooled(layers, targets.shape))
 
     def mean_features(self, loader: Iterable[Any]) -> dict[str, Tensor]:
-        """(d,) mean feature over a loader, under the empty name, and of each layer."""
+        """Return the (d,) mean feature over a loader, under the empty name, and of each layer."""
         sums: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
-        for _, calls in self._calls(loader, "ood_loader", self.layers):
-            features = classifier_features(self.classifier, calls[self.name][0])
-            for name, values in {"": features, **self._pooled(calls, features.shape[:-1])}.items():
+        for _, features, _, layers in self._calls(loader, "ood_loader"):
+            for name, values in {"": features, **self._pooled(layers, features.shape[:-1])}.items():
                 rows = values.flatten(0, -2).double()
                 sums[name] = sums.get(name, torch.zeros_like(rows[0])) + rows.sum(dim=0)
                 counts[name] = counts.get(name, 0) + len(rows)
         return {name: total / counts[name] for name, total in sums.items()}
 
-    def _pooled(self, calls: dict[str, tuple[Any, Any]], shape: torch.Size) -> dict[str, Tensor]:
-        return {layer: self._pool(_first_tensor(calls[layer][1]), shape) for layer in self.layers}
+    def _pooled(self, layers: dict[str, Tensor], shape: torch.Size) -> dict[str, Tensor]:
+        return {layer: self._pool(layers[layer], shape) for layer in self.layers}
 
     def _calls(
-        self, loader: Iterable[Any], argument: str, layers: Sequence[str]
-    ) -> Iterator[tuple[Tensor | None, dict[str, tuple[Any, Any]]]]:
-        """The targets of each batch, and by name the (input, output) of the modules tapped."""
+        self, loader: Iterable[Any], argument: str
+    ) -> Iterator[tuple[Tensor | None, Tensor, Tensor, dict[str, Tensor]]]:
+        """Yield the targets, features and logits of each batch, and by name the outputs of layers."""
         from tqdm.auto import tqdm
 
-        calls: dict[str, tuple[Any, Any]] = {}
+        layers: dict[str, Tensor] = {}
         empty = True
         with ExitStack() as stack:
-            for name in dict.fromkeys((self.name, *layers)):
-                stack.enter_context(_tapped(self.model, name, calls))
+            stack.enter_context(self.observer)
+            for name in dict.fromkeys(self.layers):
+                stack.enter_context(_tapped(self.model, name, layers))
             for batch in tqdm(loader, desc=argument, disable=not self.progress, leave=False):
                 inputs, targets = _pair(self.unpack(batch))
-                calls.clear()
-                self._call(inputs)
-                if missing := [name for name in (self.name, *layers) if name not in calls]:
+                layers.clear()
+                features, logits = self.observer.read(call_model(self.model, inputs, self.device))
+                if missing := [name for name in self.layers if name not in layers]:
                     raise ValueError(f"{missing[0]!r} must be called by the model's forward, but was not")
                 empty = False
-                yield targets, calls
+                yield targets, features, logits, layers
         if empty:
             raise ValueError(f"{argument} must yield at least one batch, got none")
-
-    def _call(self, inputs: Any) -> None:
-        inputs = _move(inputs, self.device)
-        if isinstance(inputs, Mapping):
-            self.model(**inputs)
-        elif isinstance(inputs, tuple | list):
-            self.model(*inputs)
-        else:
-            self.model(inputs)
 
     def _pool(self, output: Tensor, shape: torch.Size) -> Tensor:
         """(B, d), or (B, T, d) where targets have the shape (B, T): one for each token."""
@@ -127,33 +127,25 @@ def _pair(unpacked: Any) -> tuple[Any, Tensor | None]:
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; outside, every module in the mode it was in."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+def _tapped(model: nn.Module, name: str, outputs: dict[str, Tensor]) -> Iterator[None]:
+    """Note the output of each call of a module under its name: a copy, since the model may change it in place."""
+
+    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        outputs[name] = _first_tensor(output).detach().clone()
+
+    modules = [root for root in (model, unwrapped(model)) if _has(root, name)]
+    if not modules:
+        raise ValueError(f"layers must name modules of the model, got {name!r}")
+    with modules[0].get_submodule(name).register_forward_hook(note):
         yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
-@contextmanager
-def _tapped(model: nn.Module, name: str, calls: dict[str, tuple[Any, Any]]) -> Iterator[None]:
-    """Note the first input and the output of each call of a module under its name."""
-
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        calls[name] = (args[0] if args else next(iter(kwargs.values())), output)
-
+def _has(model: nn.Module, name: str) -> bool:
     try:
-        module = model.get_submodule(name)
+        model.get_submodule(name)
     except AttributeError:
-        raise ValueError(f"layers must name modules of the model, got {name!r}") from None
-    handle = module.register_forward_hook(note, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+        return False
+    return True
 
 
 def _first_tensor(output: Any) -> Tensor:
@@ -162,13 +154,3 @@ def _first_tensor(output: Any) -> Tensor:
         return output
     values = output.values() if isinstance(output, Mapping) else output
     return next(value for value in values if isinstance(value, Tensor))
-
-
-def _move(inputs: Any, device: torch.device) -> Any:
-    if isinstance(inputs, Tensor):
-        return inputs.to(device)
-    if isinstance(inputs, Mapping):
-        return {key: _move(value, device) for key, value in inputs.items()}
-    if isinstance(inputs, tuple | list):
-        return tuple(_move(value, device) for value in inputs)
-    return inputs

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from neuralcollapse._checks import check_at_least, check_bool
-from neuralcollapse.classifier import resolve_classifier
+from neuralcollapse.classifier import expected_classifier
 from neuralcollapse.lab.models.backbones import evaluation_layout
 from neuralcollapse.lab.results.tables import COLUMNS, read_table
 from neuralcollapse.lab.training.epochs import is_due
@@ -41,7 +41,7 @@ class CollapseCallback(TableCallback):
             computed again.
         model: Dotted name of what is measured, in the `LightningModule`. By default the `LightningModule` itself if
             it has a ``forward`` of its own, else its only child with parameters (``self.model``, ``self.net``, …).
-        classifier: The classifier, or its dotted name in what is measured, where `find_classifier` does not find it.
+        classifier: The classifier, or its dotted name in what is measured, where several modules compute an output.
         options: What else `neuralcollapse.measure` takes.
 
     Attributes:
@@ -103,9 +103,9 @@ class CollapseCallback(TableCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what will be measured, before anything is trained."""
         self.measured, model = measured_module(pl_module, self.model)
-        classifier, _ = resolve_classifier(model, self.classifier)
+        classifier = expected_classifier(model, self.classifier)
         name = self.measured or "the LightningModule"
-        logger.info("measuring %s (%s) and its classifier %r", name, type(model).__name__, classifier)
+        logger.info("measuring %s (%s) and its classifier %s", name, type(model).__name__, classifier)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Of a run that goes on, keep what was added to its table since, of epochs that are over."""

@@ -1,0 +1,108 @@
+"""Runs of a model that leave it unchanged."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+
+def call_model(model: nn.Module, inputs: Any, device: torch.device) -> Any:
+    """Run a model on a tensor, a tuple of positional or a mapping of keyword arguments, and return its output.
+
+    Compiled parts run as the modules that they were made from, because compiled code may skip hooks; they stay
+    compiled. Of a model that is parallel over ranks or devices, the module inside runs.
+
+    Args:
+        model: The model.
+        inputs: Its arguments.
+        device: The device to which tensors in them are moved.
+    """
+    inputs, model = _move(inputs, device), unwrapped(model)
+    with uncompiled():
+        if isinstance(inputs, Mapping):
+            return model(**inputs)
+        if isinstance(inputs, tuple | list):
+            return model(*inputs)
+        return model(inputs)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module inside ``torch.compile``, `DataParallel` or `DistributedDataParallel`."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Return a context in which compiled modules and functions run as they were before compilation."""
+    # Nothing is compiled where dynamo was never imported, and importing it takes a second.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the model's first parameter or buffer; the CPU if it has none."""
+    for tensors in (model.parameters(), model.buffers()):
+        for tensor in tensors:
+            return tensor.device
+    return torch.device("cpu")
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode; afterwards every module is in the mode it was in."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+@contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """Restore the model's buffers and torch's random state if an error leaves the context."""
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    values = {
+        buffer: buffer.clone()
+        for _, held in buffers
+        for buffer in held.values()
+        if buffer is not None and not is_lazy(buffer) and buffer.device.type != "meta"
+    }
+    random = torch.get_rng_state()
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    random_of_devices = {device: torch.cuda.get_rng_state(device) for device in devices}
+    try:
+        yield
+    except BaseException:
+        for module, held in buffers:
+            module._buffers.clear()
+            module._buffers.update(held)
+        with torch.no_grad():
+            for buffer, value in values.items():
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+        torch.set_rng_state(random)
+        for device, state in random_of_devices.items():
+            torch.cuda.set_rng_state(state, device)
+        raise
+
+
+def _move(inputs: Any, device: torch.device) -> Any:
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    if isinstance(inputs, Mapping):
+        return {key: _move(value, device) for key, value in inputs.items()}
+    if isinstance(inputs, tuple | list):
+        return tuple(_move(value, device) for value in inputs)
+    return inputs
