@@ -73,8 +73,7 @@ def draw(name: str, runs: Runs, out: Path, formats: Sequence[str]) -> list[Path]
     from neuralcollapse.lab.figures.curves import draw_all
 
     words, columns = FIGURES[name]
-    first = next(iter(runs.groups.values()))[0]
-    title = f"{words[0].upper()}{words[1:]}: {first.read_environment().get('data', '')}".rstrip(": ")
+    title = f"{words[0].upper()}{words[1:]}: {runs.title}"
     if name == "overview":
         table = runs.metrics
         figure = draw_all(table[table["split"] == "train"], title, runs.num_classes)

@@ -98,9 +98,10 @@ def _draw(axes: Axes, values: pd.DataFrame) -> None:
         shown = group.assign(value=group["value"].clip(lower=_FLOOR))
         by_iteration = shown.groupby("iteration")["value"]
         middle = by_iteration.agg(lambda of_seeds: math.exp(sum(map(math.log, of_seeds)) / len(of_seeds)))
-        color, line = styles[str(method)]
-        axes.plot(middle.index, middle, linestyle=line, color=color, label=method, linewidth=1.5)
-        axes.fill_between(middle.index, by_iteration.min(), by_iteration.max(), color=color, alpha=0.18, linewidth=0)
+        style = styles[str(method)]
+        band = {"color": style["color"], "alpha": 0.18, "linewidth": 0}
+        axes.plot(middle.index, middle, label=method, linewidth=1.5, markersize=4, markevery=6, **style)
+        axes.fill_between(middle.index, by_iteration.min(), by_iteration.max(), **band)
     axes.set(xscale="log", yscale="log")
     axes.minorticks_off()
     axes.grid(alpha=0.3, linewidth=0.5)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -18,6 +19,7 @@ from matplotlib.figure import Figure
 from neuralcollapse.lab.results.aggregation import gather_groups, group_runs
 from neuralcollapse.lab.results.files import write_whole
 from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.results.labels import title_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from neuralcollapse.metrics import Measurement
 
 _WIDTH, _HEIGHT = 3.4, 2.7  # inches: a column of print
+_LETTERS, _LETTERS_OF_LEGEND = 13, 16  # per inch
+_LEGEND, _LINE = 8, 3.5  # points of its letters, and the length of its lines in letters
 
 
 @contextmanager
@@ -38,6 +42,11 @@ def without_latex() -> Iterator[None]:
 def literal(text: str) -> str:
     """Escape the dollar signs of a text of the user's, such as a folder's name, which matplotlib takes for formulas."""
     return text.replace("$", r"\$")
+
+
+def wrapped(text: str, width: float = _WIDTH, letters: int = _LETTERS) -> str:
+    """Break a text into lines of a width in inches, by default that of a panel."""
+    return textwrap.fill(text, max(1, int(letters * width)), break_on_hyphens=False)
 
 
 @without_latex()
@@ -77,12 +86,16 @@ class Runs:
     Args:
         runs: Which; or the groups themselves, by name.
 
+    Attributes:
+        groups: The runs of each group by its label, which says in what the groups differ.
+        num_classes: K, where it is known.
+
     Raises:
-        ValueError: They are of different numbers of classes, or one was not measured.
+        ValueError: if they are of different numbers of classes, or one was not measured.
     """
 
     def __init__(self, runs: Sequence[RunFolder] | Mapping[str, Sequence[RunFolder]]) -> None:
-        self.groups = runs if isinstance(runs, Mapping) else group_runs(runs)
+        self.groups = runs if isinstance(runs, Mapping) else group_runs(runs, always=())
         found = (run.read_environment().get("num_classes") for group in self.groups.values() for run in group)
         classes = {number for number in found if number is not None}
         if len(classes) > 1:
@@ -90,6 +103,21 @@ class Runs:
                 f"runs that are shown together must have the same number of classes, got {sorted(classes)}"
             )
         self.num_classes: int | None = next(iter(classes), None)
+
+    @property
+    def title(self) -> str:
+        """What the runs have in common, and in what they differ."""
+        runs = [run for group in self.groups.values() for run in group]
+        return title_of([run.settings() for run in runs], [run.read_environment().get("data") for run in runs])
+
+    @cached_property
+    def stems(self) -> dict[str, str]:
+        """The part of a file's name that each group has."""
+        stems: dict[str, str] = {}
+        for label in self.groups:
+            stem = re.sub(r"[^\w.=+-]+", "-", label)[:80]
+            stems[label] = stem if stem not in stems.values() else f"{stem}-{len(stems) + 1}"
+        return stems
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
@@ -152,10 +180,14 @@ def write_panels(
     """
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
-    page = Figure(figsize=(_WIDTH * columns, _HEIGHT * rows + 0.4), layout="constrained")
+    width = _WIDTH * columns
+    title = wrapped(title, width)
+    height = _HEIGHT * rows + 0.2 * (title.count("\n") + 2)
+    page = Figure(figsize=(width, height), layout="constrained")
     places = page.subplots(rows, columns, squeeze=False).flat
     for axes, panel in zip(places, panels, strict=False):
         _draw(panel, axes)
+    add_legend(page, page.axes)
     for axes in list(page.axes)[len(panels) :]:
         if axes.get_label() != "<colorbar>" and not axes.has_data():
             axes.remove()
@@ -163,9 +195,51 @@ def write_panels(
     figures = {name: page}
     if len(panels) > 1:
         for panel in panels:
-            figures[f"{name}-{panel.name}"] = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
-            _draw(panel, figures[f"{name}-{panel.name}"].subplots())
+            figures[f"{name}-{panel.name}"] = figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
+            _draw(panel, figure.subplots())
+            add_legend(figure, figure.axes)
     return save_figures(figures, out, formats)
+
+
+def add_legend(figure: Figure, panels: Iterable[Axes], *, outside: bool = True) -> float:
+    """Write what the lines and bars of the panels are, below them, once each, in as many columns as there is room for.
+
+    Args:
+        figure: The figure, which becomes higher by the legend.
+        panels: Its axes.
+        outside: Let the figure's layout make the room.
+
+    Returns:
+        The legend's height in inches; 0 without one, where there is nothing to tell apart.
+    """
+    handles: dict[str, Any] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    if len(handles) < 2:
+        return 0.0
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    line = (_LINE + 3) * _LEGEND * figure.dpi / 72  # with the space around it
+    labels = [wrapped(label, (figure.bbox.width - line) / figure.dpi, _LETTERS_OF_LEGEND) for label in handles]
+    texts = [figure.text(0, 0, label, fontsize=_LEGEND) for label in labels]
+    widest = max(text.get_window_extent(renderer).width for text in texts)
+    for text in texts:
+        text.remove()
+    columns = min(len(handles), max(1, int(figure.bbox.width / (widest + line))))
+    columns = -(-len(handles) // -(-len(handles) // columns))  # as many as fill the rows evenly
+    place: Any = "outside lower center" if outside else "lower center"
+    style: Any = {"frameon": False, "fontsize": _LEGEND, "handlelength": _LINE}
+    legend = figure.legend([*handles.values()], labels, loc=place, ncols=columns, **style)
+    height = float(legend.get_window_extent(renderer).height / figure.dpi)
+    figure.set_figheight(figure.get_figheight() + height)
+    return height
+
+
+def legend_above(axes: Axes, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    """Write what the lines of a panel are, between the panel and its title."""
+    place: Any = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "borderaxespad": 0.0, "ncols": len(labels)}
+    axes.legend(handles, labels, frameon=False, fontsize=7, handlelength=3, **place)
+    axes.set_title(axes.get_title(), fontsize=axes.title.get_fontsize(), pad=18)
 
 
 def files_of(names: Sequence[str], out: Path, formats: Sequence[str]) -> list[Path]:

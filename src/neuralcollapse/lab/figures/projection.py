@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from neuralcollapse.lab.figures.curves import COLORS
-from neuralcollapse.lab.figures.page import Panel, Runs, literal
+from neuralcollapse.lab.figures.page import Panel, Runs, literal, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -88,7 +88,7 @@ def feature_panels(runs: Runs) -> list[Panel]:
         for epoch in sorted({epochs[0], epochs[(len(epochs) - 1) // 4], epochs[-1]}):
             draw = partial(_draw_features, runs=runs, label=label, epoch=epoch)
             panels.append(
-                Panel(f"{label.replace(' ', '-')}-epoch{epoch:04d}", f"{literal(label)}, epoch {epoch}", draw)
+                Panel(f"{runs.stems[label]}-epoch{epoch:04d}", literal(wrapped(f"{label}, epoch {epoch}")), draw)
             )
     return panels
 
@@ -115,4 +115,3 @@ def _draw_features(axes: Axes, *, runs: Runs, label: str, epoch: int) -> None:
     axes.plot(*triangle.T, color="0.4", linewidth=0.8, linestyle=(0, (1, 2)), zorder=0)
     axes.set(aspect="equal", xlim=(-1.6, 1.6), ylim=(-1.7, 1.2), xticks=[], yticks=[])
     axes.set_xlabel("lines: classifier; large: class means; dotted: simplex", fontsize=7)
-    axes.legend(frameon=False, fontsize=6, loc="lower right")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from matplotlib.lines import Line2D
 
-from neuralcollapse.lab.figures.curves import draw_band, finish_axes, line_styles
-from neuralcollapse.lab.figures.page import Panel, Runs, literal
+from neuralcollapse.lab.figures.curves import draw_band, finish_axes, line_styles, metric_label
+from neuralcollapse.lab.figures.page import Panel, Runs, legend_above, literal, wrapped
 from neuralcollapse.lab.figures.records import margin_panels
 from neuralcollapse.lab.results.tables import read_table
 from neuralcollapse.metrics.catalogue import METRICS
@@ -22,7 +23,6 @@ Series = Sequence[tuple[str, str, str]]  # metric, split, words
 _SERIES_LINES: tuple[Any, ...] = ("-", "--", ":", "-.")
 # What a head makes of a batch, and its own parameters, in the order of their bars.
 _OF_HEAD = {"head.features": "features", "head.class_means": "class means", "head.weight": "W", "head.bias": "b"}
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def papyan(runs: Runs) -> list[Panel]:
@@ -36,7 +36,8 @@ def papyan(runs: Runs) -> list[Panel]:
         ("6-within-class", "6: within-class variation", [("nc1_pinv", "train", "")]),
         ("7-nearest-mean", "7: nearest class mean", [("nc4_ncc_mismatch", s, s) for s in ("train", "test")]),
     ]
-    return [Panel(name, title, partial(draw_series, runs=runs, series=series)) for name, title, series in rows]
+    draw = partial(draw_series, runs=runs, by_marker=True)
+    return [Panel(name, title, partial(draw, series=series)) for name, title, series in rows]
 
 
 def zhu(runs: Runs) -> list[Panel]:
@@ -60,7 +61,9 @@ def markou(runs: Runs) -> list[Panel]:
     rows: list[tuple[str, str, Series]] = [
         (f"{split}-accuracy", f"{split} accuracy", [("accuracy", split, "")]) for split in ("train", "test")
     ]
-    rows += [(name, METRICS[name].label.split("  $")[0], [(name, "train", "")]) for name in (*names, *distances)]
+    rows += [
+        (name, metric_label(name, runs.metrics).split("  $")[0], [(name, "train", "")]) for name in (*names, *distances)
+    ]
     panels = [Panel(name, title, partial(draw_series, runs=runs, series=series)) for name, title, series in rows]
     return panels + margin_panels(runs)
 
@@ -68,27 +71,32 @@ def markou(runs: Runs) -> list[Panel]:
 def gradient_flow(runs: Runs) -> list[Panel]:
     """Mean and largest gradient of each layer's weight and of the head's tensors at the end of the last epoch."""
     return [
-        Panel(label.replace(" ", "-"), literal(label), partial(_draw_gradients, runs=runs, label=label))
+        Panel(runs.stems[label], literal(wrapped(label)), partial(_draw_gradients, runs=runs, label=label))
         for label in runs.groups
     ]
 
 
-def draw_series(axes: Axes, *, runs: Runs, series: Series) -> None:
-    """Metrics of all groups: of one metric a line style a group; of several a line style a metric, a marker a group."""
-    drawn = []
-    labels = list(runs.groups)
-    styles = line_styles(labels)
-    for place, (name, split, _) in enumerate(series):
-        table = runs.metrics
+def draw_series(axes: Axes, *, runs: Runs, series: Series, by_marker: bool = False) -> None:
+    """Draw metrics of all groups.
+
+    Args:
+        axes: Where to draw.
+        runs: Whose.
+        series: One metric, of which each group has a line style; or several, of which each metric has one and each
+            group a marker.
+        by_marker: Tell groups apart by markers for one metric too, as beside panels of several.
+
+    Raises:
+        ValueError: if there is nothing to draw.
+    """
+    table, drawn = runs.metrics, []
+    by_marker = by_marker or len(series) > 1
+    styles = line_styles(list(runs.groups), markers=by_marker or None)
+    for (name, split, _), line in zip(series, _SERIES_LINES, strict=False):
         values = table[(table["metric"] == name) & (table["split"] == split)]
         for label, group in values.groupby("method", sort=False):
-            color, line = styles[str(label)]
-            marker = None
-            if len(series) > 1:
-                line, marker = _SERIES_LINES[place], _MARKERS[labels.index(str(label)) % len(_MARKERS)]
-            every = max(1, group["epoch"].nunique() // 6)
-            style = {"markersize": 4, "markevery": every} | ({"marker": marker} if marker else {})
-            draw_band(axes, group, color=color, linestyle=line, label=literal(str(label)), **style)
+            style = styles[str(label)] | ({"linestyle": line} if by_marker else {})
+            draw_band(axes, group, label=literal(str(label)), **style)
         drawn.append(values["value"])
     name, split, _ = series[0]
     found = pd.concat(drawn)
@@ -98,24 +106,9 @@ def draw_series(axes: Axes, *, runs: Runs, series: Series) -> None:
     finish_axes(axes, found, name, runs.num_classes)
     axes.set_xlabel("epoch", fontsize=8)
     axes.set_ylabel(METRICS[name].label.replace("  $", "\n$") if len(series) == 1 else "", fontsize=8)
-    axes.legend(handles=_handles(axes, series), frameon=False, fontsize=7, handlelength=3)
-
-
-def _handles(axes: Axes, series: Series) -> list[Line2D]:
-    groups = {str(line.get_label()): line for line in axes.get_lines() if not str(line.get_label()).startswith("_")}
-    handles = []
-    for label, line in groups.items():
-        style: dict[str, Any] = {"linestyle": line.get_linestyle() if len(series) == 1 else "-"}
-        handles.append(
-            Line2D([], [], color=line.get_color(), marker=line.get_marker(), markersize=4, label=label, **style)
-        )
     if len(series) > 1:
-        handles = handles if len(groups) > 1 else []
-        handles += [
-            Line2D([], [], color="0.3", linestyle=_SERIES_LINES[place], label=words)
-            for place, (_, _, words) in enumerate(series)
-        ]
-    return handles
+        lines = [Line2D([], [], color="0.3", linestyle=line) for _, line in zip(series, _SERIES_LINES, strict=False)]
+        legend_above(axes, lines, [words for *_, words in series])
 
 
 def _pair(name: str) -> Series:
@@ -131,18 +124,30 @@ def _draw_gradients(axes: Axes, *, runs: Runs, label: str) -> None:
     sizes = shown.groupby("parameter", sort=False)[["mean", "max"]].mean()
     head = [name for name in _OF_HEAD if name in sizes.index]
     sizes = sizes.reindex([*(name for name in sizes.index if name not in head), *head])
-    places = range(len(sizes))
-    axes.bar(places, sizes["max"], color="#56B4E9", label="largest")
-    axes.bar(places, sizes["mean"], color="#0072B2", label="mean", hatch="//", edgecolor="white", linewidth=0)
-    axes.set_yscale("log")
     layers = len(sizes) - len(head)
-    ticks = [*range(0, layers, max(1, layers // 8)), *places[layers:]]
-    names = [_OF_HEAD.get(name) or _short(name) for name in sizes.index[ticks]]
-    axes.set_xticks(ticks, names, rotation=60, ha="right", rotation_mode="anchor")
+    wide = max(1.0, layers / 12)  # so that the names of the head's bars have room
+    places = [*range(layers), *(layers + wide * place for place in range(1, len(head) + 1))]
+    shape: Any = {"x": places, "width": [0.8] * layers + [0.8 * wide] * len(head)}
+    axes.bar(height=sizes["max"], color="#56B4E9", label="largest", **shape)
+    axes.bar(height=sizes["mean"], color="#0072B2", label="mean", hatch="//", edgecolor="white", linewidth=0, **shape)
+    axes.set_yscale("log")
+    ticks = [*range(0, layers, max(1, layers // 8)), *range(layers, len(places))]
+    names = [*_without_shared_parts(sizes.index[:layers]), *(_OF_HEAD[name] for name in head)]
+    axes.set_xticks(
+        [places[tick] for tick in ticks],
+        [names[tick] for tick in ticks],
+        rotation=60,
+        ha="right",
+        rotation_mode="anchor",
+    )
     axes.set_ylabel("magnitude of the gradient", fontsize=8)
     axes.tick_params(axis="x", labelsize=6)
-    axes.legend(frameon=False, fontsize=7)
 
 
-def _short(name: str) -> str:
-    return name.removesuffix(".weight").replace("layers.", "")
+def _without_shared_parts(names: Sequence[str]) -> list[str]:
+    """Dotted names without what all of them begin with."""
+    split = [name.removesuffix(".weight").split(".") for name in names]
+    shared = (
+        len(list(takewhile(lambda parts: len(set(parts)) == 1, zip(*split, strict=False)))) if len(names) > 1 else 0
+    )
+    return [".".join(parts[shared:]) or name for parts, name in zip(split, names, strict=True)]

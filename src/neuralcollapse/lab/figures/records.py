@@ -7,9 +7,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from neuralcollapse.lab.figures.curves import finish_axes, line_styles
-from neuralcollapse.lab.figures.page import Panel, Runs, literal
+from neuralcollapse.lab.figures.page import Panel, Runs, legend_above, literal, wrapped
 from neuralcollapse.metrics.catalogue import METRICS
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def class_panels(runs: Runs) -> list[Panel]:
     """Norms, within-class variances and cosines of every class at the last epoch, of the first run of each group."""
     panels = []
     for label in runs.groups:
-        name = label.replace(" ", "-")
+        name = runs.stems[label]
         rows: list[tuple[str, str, Callable[..., None]]] = [
             ("norms", "norms", _draw_norms),
             ("variances", "within-class variance", _draw_variances),
@@ -49,7 +50,7 @@ def class_panels(runs: Runs) -> list[Panel]:
             ("weights", "cosines of weights", partial(_draw_cosines, of="weights")),
         ]
         panels += [
-            Panel(f"{name}-{what}", f"{literal(label)}: {words}", partial(draw, runs=runs, label=label))
+            Panel(f"{name}-{what}", literal(wrapped(f"{label}: {words}")), partial(draw, runs=runs, label=label))
             for what, words, draw in rows
         ]
     return panels
@@ -62,9 +63,10 @@ def _draw_margins(axes: Axes, *, runs: Runs, split: str) -> None:
         margins = [record.cos_margins.numpy() for record in runs.last_records(label, split)]
         share = np.linspace(0, 1, 400)
         at_share = np.stack([np.quantile(one, share) for one in margins])
-        color, line = styles[label]
-        axes.plot(100 * share, at_share.mean(0), color=color, linestyle=line, label=literal(label), linewidth=1.6)
-        axes.fill_between(100 * share, at_share.min(0), at_share.max(0), color=color, alpha=0.18, linewidth=0)
+        style = styles[label] | {"linewidth": 1.6, "markersize": 4, "markevery": len(share) // 6}
+        axes.plot(100 * share, at_share.mean(0), label=literal(label), **style)
+        band = {"color": style["color"], "alpha": 0.18, "linewidth": 0}
+        axes.fill_between(100 * share, at_share.min(0), at_share.max(0), **band)
         values += margins
     if runs.num_classes:
         collapsed = runs.num_classes / (runs.num_classes - 1)
@@ -72,13 +74,12 @@ def _draw_margins(axes: Axes, *, runs: Runs, split: str) -> None:
     axes.set_xlabel("share of samples below, in %", fontsize=8)
     axes.set_ylabel("cosine margin", fontsize=8)
     axes.grid(alpha=0.3, linewidth=0.5)
-    axes.legend(frameon=False, fontsize=7)
 
 
 def _draw_layers(axes: Axes, *, runs: Runs, name: str) -> None:
     import pandas as pd
 
-    styles, drawn = line_styles(list(runs.groups)), []
+    styles, drawn = line_styles(list(runs.groups), markers=True), []
     for label in runs.groups:
         records = [record for record in runs.last_records(label, "train") if record.layers]
         if not records:
@@ -86,17 +87,15 @@ def _draw_layers(axes: Axes, *, runs: Runs, name: str) -> None:
         courses = np.array(
             [[*(values[name] for values in record.layers.values()), record.metrics[name]] for record in records]
         )
-        color, line = styles[label]
         depth = range(1, courses.shape[1] + 1)
-        style = {"color": color, "linestyle": line, "marker": "o", "markersize": 4}
-        axes.plot(depth, courses.mean(0), label=literal(label), **style)
-        axes.fill_between(depth, courses.min(0), courses.max(0), color=color, alpha=0.18, linewidth=0)
+        axes.plot(depth, courses.mean(0), label=literal(label), markersize=4, **styles[label])
+        band = {"color": styles[label]["color"], "alpha": 0.18, "linewidth": 0}
+        axes.fill_between(depth, courses.min(0), courses.max(0), **band)
         drawn.append(courses)
     if not drawn:
         raise ValueError("no layers were measured: run `neuralcollapse measure --layers A,B` on the runs")
     finish_axes(axes, pd.Series(np.concatenate(drawn).ravel()), name, runs.num_classes)
     axes.set_xlabel("layer, the classifier's features last", fontsize=8)
-    axes.legend(frameon=False, fontsize=7)
 
 
 def cosines(record: Measurement, of: Literal["means", "weights"]) -> np.ndarray:
@@ -120,12 +119,14 @@ def _draw_norms(axes: Axes, *, runs: Runs, label: str) -> None:
     record = runs.last_records(label, "train")[0]
     means, weights = (_centred(record, of).norm(dim=1).numpy() for of in ("means", "weights"))
     places = np.arange(len(means))
-    axes.plot(places, means / means.mean(), "o-", color="#0072B2", markersize=3, linewidth=0.8, label="centred means")
-    axes.plot(places, weights / weights.mean(), "s--", color="#D55E00", markersize=3, linewidth=0.8, label="weights")
+    style: dict[str, Any] = {"markersize": 3, "linewidth": 0.8}
+    lines = axes.plot(places, means / means.mean(), "o-", color="#0072B2", **style)
+    lines += axes.plot(places, weights / weights.mean(), "s--", color="#D55E00", **style)
+    legend_above(axes, lines, ["centred means", "weights"])
     axes.set_ylabel("norm / mean norm", fontsize=8)
     axes.set_xlabel("class", fontsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.grid(alpha=0.3, linewidth=0.5)
-    axes.legend(frameon=False, fontsize=7)
 
 
 def _draw_variances(axes: Axes, *, runs: Runs, label: str) -> None:
@@ -133,6 +134,7 @@ def _draw_variances(axes: Axes, *, runs: Runs, label: str) -> None:
     variances = (record.moments.within_class_trace / record.moments.counts).numpy()
     axes.bar(np.arange(len(variances)), variances, color="#0072B2")
     axes.set_ylabel("mean squared distance to the mean", fontsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.set_xlabel("class", fontsize=8)
 
 
@@ -144,4 +146,6 @@ def _draw_cosines(axes: Axes, *, runs: Runs, label: str, of: Literal["means", "w
     bar = axes.figure.colorbar(picture, ax=axes, shrink=0.85)
     bar.ax.axhline(ideal, color="white", linewidth=1.5)
     bar.ax.tick_params(labelsize=7)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(5, integer=True))
     axes.set_xlabel(f"class; the line at {ideal:.2f} is an ETF's", fontsize=8)

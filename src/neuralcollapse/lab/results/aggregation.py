@@ -6,26 +6,29 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from neuralcollapse.lab.experiments import label_of, tell_apart
 from neuralcollapse.lab.results.distances import reference_epochs
 from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.results.labels import labels_of
 from neuralcollapse.lab.results.tables import COLUMNS, read_table
 
 # The columns of the training log that are aggregated as well, as metrics of the split "training".
 TRAINING = "training"
 
 
-def group_runs(runs: Sequence[RunFolder]) -> dict[str, list[RunFolder]]:
-    """Runs that differ in their seed alone, under a name that says in what the groups differ.
+def group_runs(runs: Sequence[RunFolder], always: Sequence[str] = ("method",)) -> dict[str, list[RunFolder]]:
+    """Runs that differ in their seed alone, under a label that says in what the groups differ.
+
+    Args:
+        runs: Their folders.
+        always: Settings that are in each label, whether the groups differ in them or not.
 
     Raises:
-        ValueError: A run twice, or one whose seed is another's with the same settings.
+        ValueError: if a run is given twice, or another one has its seed and its settings.
     """
     settings = [run.settings() for run in runs]
     groups: dict[str, list[RunFolder]] = {}
     seen: dict[str, set[int]] = {}
-    for run, one, telling in zip(runs, settings, tell_apart(settings), strict=True):
-        label = label_of(telling)
+    for run, one, label in zip(runs, settings, labels_of(settings, always), strict=True):
         if one["seed"] in seen.setdefault(label, set()):
             raise ValueError(
                 f"runs must differ, and two of {label!r} have seed {one['seed']}: {str(run.path)!r} is one"

@@ -14,7 +14,7 @@ _GOALS = {"acc": "accuracy", "nc1": "nc1_quotient", "nc2": "nc2_etf_means", "nc3
 _BASELINES = ("standard", "standard cross-entropy")
 
 
-def sooner_table(metrics: pd.DataFrame) -> pd.DataFrame | None:
+def sooner_table(metrics: pd.DataFrame, baseline: str | None = None) -> pd.DataFrame | None:
     """The first measured epoch at which each method is at least as good as standard of the same seed is at its end.
 
     Beside it the test accuracy: its mean over the measured epochs, the last one, and the last one's difference to
@@ -22,13 +22,15 @@ def sooner_table(metrics: pd.DataFrame) -> pd.DataFrame | None:
 
     Args:
         metrics: What was measured, gathered.
+        baseline: The name of standard among the methods; by default ``"standard"`` or ``"standard cross-entropy"``.
 
     Returns:
         One row a method: mean epochs over the seeds that are there, and how many of them if not all; of accuracies mean
         ± standard deviation over seeds. None where nothing is compared with standard.
     """
     test = metrics[metrics["split"] == "test"]
-    baseline = next((name for name in _BASELINES if name in set(test["method"])), None)
+    if baseline is None:
+        baseline = next((name for name in _BASELINES if name in set(test["method"])), None)
     if baseline is None or test["method"].nunique() < 2:
         return None
     goals = {name: _final(test[test["method"] == baseline], metric) for name, metric in _GOALS.items()}

@@ -12,17 +12,19 @@ from typing import Any
 
 import pandas as pd
 
-from neuralcollapse.lab.figures.curves import COLORS, line_styles
+from neuralcollapse.lab.config import METHODS
+from neuralcollapse.lab.figures.curves import COLORS, style_numbers
 from neuralcollapse.lab.figures.page import Runs
 from neuralcollapse.lab.figures.report import numbers
 from neuralcollapse.lab.figures.report.tables import html_table, metric_tables, provenance_tables
 from neuralcollapse.lab.results.files import write_whole
 from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.results.labels import differing_settings
 from neuralcollapse.lab.results.sooner import sooner_table
-from neuralcollapse.lab.results.tables import gather, results_table
+from neuralcollapse.lab.results.tables import read_table, results_table
 
 # The same colours where the page is dark, lighter; by name of the CSS variable.
-_ON_DARK = ("#4da3e0", "#f08c4a", "#35c999", "#e59ac7", "#f2b134", "#a9dcf7", "#e8ebee")
+_ON_DARK = ("#4da3e0", "#f08c4a", "#35c999", "#e59ac7", "#f2b134", "#a9dcf7", "#e8ebee", "#9aa3ad")
 _HEADLINE = ("accuracy", "nc1_quotient", "nc2_etf_means", "nc2_etf_weights", "nc3_duality", "nc4_ncc_mismatch")
 
 
@@ -40,13 +42,11 @@ def write_report(folders: Sequence[RunFolder], path: Path, classes: Sequence[int
     runs = Runs(folders)
     moving = numbers.motion(runs, classes)
     metrics = runs.metrics[runs.metrics["split"].isin(numbers.SPLITS)]
-    made = folders[0].read_environment()
-    title = f"{folders[0].settings()['backbone']} on {made.get('data') or folders[0].settings()['data']}"
     text = _template("page.html").substitute(
-        title=escape(title),
+        title=escape(runs.title),
         told=escape(_told(runs)),
         style=_template("page.css").substitute(light=_colours(COLORS), dark=_colours(_ON_DARK)),
-        results=_results(folders, metrics),
+        results=_results(runs, metrics),
         values=metric_tables(metrics, runs.num_classes),
         runs=provenance_tables(folders),
         numbers=_embedded(_numbers(runs, metrics, moving)),
@@ -57,39 +57,61 @@ def write_report(folders: Sequence[RunFolder], path: Path, classes: Sequence[int
 
 
 def _told(runs: Runs) -> str:
-    count = sum(map(len, runs.groups.values()))
-    seeds = sorted({run.settings()["seed"] for group in runs.groups.values() for run in group})
+    settings = [run.settings() for group in runs.groups.values() for run in group]
+    count = len(settings)
+    seeds = sorted({one["seed"] for one in settings})
     over = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+    differing = differing_settings(settings)
+    groups = "; ".join(runs.groups)
     return (
-        f"{count} run{'s' if count > 1 else ''}, {over}: {', '.join(runs.groups)}. Everything is measured in "
-        "evaluation mode, without targets, on images without augmentation."
+        f"{count} run{'s' if count > 1 else ''}, {over}: {groups}. "
+        + (f"They differ in {', '.join(differing)}. " if differing else "")
+        + "Everything is measured in evaluation mode, without targets, on images without augmentation."
     )
 
 
-def _results(folders: Sequence[RunFolder], metrics: pd.DataFrame) -> str:
-    logged = [run for run in folders if run.training_log.exists()]
-    log = gather(folders, "training_log") if len(logged) == len(folders) else pd.DataFrame()
-    parts = [html_table(results_table(metrics, log), "At the last measured epoch; collapse metrics of the train split")]
-    sooner = sooner_table(metrics)
+def _results(runs: Runs, metrics: pd.DataFrame) -> str:
+    tables = {"At the last measured epoch; collapse metrics of the train split": results_table(metrics, _seconds(runs))}
+    sooner = sooner_table(metrics, _baseline(runs))
     if sooner is not None:
-        parts.append(
-            html_table(sooner, "Epochs until as good on the test split as standard of the same seed at its end")
-        )
-    return "".join(parts)
+        tables["Epochs until as good on the test split as standard of the same seed at its end"] = sooner
+    heading = "method" if set(runs.groups) <= set(METHODS) else "run"
+    return "".join(html_table(table.rename(columns={"method": heading}), name) for name, table in tables.items())
+
+
+def _seconds(runs: Runs) -> pd.DataFrame:
+    """What the training logs say, by the groups' labels; empty where a run has none."""
+    tables = []
+    for label, group in runs.groups.items():
+        for run in group:
+            if not run.training_log.exists():
+                return pd.DataFrame()
+            tables.append(read_table(run.training_log).assign(method=label, seed=run.settings()["seed"]))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _baseline(runs: Runs) -> str | None:
+    """The label of the one group that is of the method standard, with the loss cross-entropy and no average."""
+    plain = {"method": "standard", "loss": "cross-entropy", "weight_average": None}
+    found = []
+    for label, group in runs.groups.items():
+        settings = group[0].settings()
+        if all(settings.get(name, value) == value for name, value in plain.items()):
+            found.append(label)
+    return found[0] if len(found) == 1 else None
 
 
 def _numbers(runs: Runs, metrics: pd.DataFrame, moving: dict[str, Any] | None) -> dict[str, Any]:
     """All that the page's script draws."""
     matrices = numbers.class_cosines(runs)
     size = len(next(iter(matrices["matrices"].values()))["means"])
-    styles = list(line_styles(list(runs.groups)))
     if moving is not None:
         moving["words"] = _words_of_motion(runs, moving)
     return {
-        "styles": {group: styles.index(group) for group in runs.groups},
+        "styles": style_numbers(list(runs.groups)),
         "colours": len(COLORS),
         "courses": numbers.courses(metrics),
-        "metrics": numbers.described(metrics["metric"].unique(), matrices["classes"]),
+        "metrics": numbers.described(runs.metrics, matrices["classes"]),
         "headline": [name for name in _HEADLINE if name in set(metrics["metric"])],
         "motion": moving,
         "cosines": matrices | {"words": _words_of_cosines(runs, size, matrices["classes"])},

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
+from neuralcollapse.lab.figures.curves import metric_label
 from neuralcollapse.lab.figures.page import Runs
 from neuralcollapse.lab.figures.projection import project, simplex_vertices
 from neuralcollapse.lab.figures.records import cosines
@@ -53,12 +54,12 @@ def courses(metrics: pd.DataFrame) -> dict[str, dict[str, dict[str, Any]]]:
     return {split: found[split] for split in SPLITS if split in found}
 
 
-def described(names: Iterable[str], num_classes: int) -> dict[str, dict[str, Any]]:
-    """What the catalogue says of metrics, in its order; labels without their mathematics."""
-    there = set(names)
+def described(metrics: pd.DataFrame, num_classes: int) -> dict[str, dict[str, Any]]:
+    """What the catalogue says of the metrics in a table, in its order; labels without their mathematics."""
+    there = set(metrics["metric"])
     return {
         name: {
-            "label": metric.label.partition("  $")[0],
+            "label": metric_label(name, metrics).partition("  $")[0],
             "formula": metric.formula,
             "scale": metric.scale,
             "atCollapse": metric.value_at_collapse(num_classes),

@@ -19,7 +19,7 @@ const shown = (value, scale) =>
 const find = (selector) => document.querySelector(selector);
 
 /* Panels: each is drawn again when what it depends on changes. */
-const painters = new Map();
+const painters = new Map(), zoomed = new Set();
 
 function panel(parent, title, draw) {
   const figure = document.createElement("figure"), caption = document.createElement("figcaption");
@@ -33,7 +33,12 @@ function panel(parent, title, draw) {
     const {traces, layout, label, note} = draw();
     plot.setAttribute("aria-label", label);
     more.textContent = note;
-    return Plotly.react(plot, traces, {...base(), ...layout}, CONFIG);
+    const drawn = Plotly.react(plot, traces, {...base(), ...layout}, CONFIG);
+    if (!zoomed.has(plot)) {
+      zoomed.add(plot);
+      plot.on("plotly_relayout", (change) => tickAgain(plot, change));
+    }
+    return drawn;
   });
   return plot;
 }
@@ -59,6 +64,7 @@ function course(name) {
   const values = all.filter((value) => value !== null), least = Math.min(...values), greatest = Math.max(...values);
   const logarithmic = scale === "log" && least > 0 && greatest > 3 * least;
   const traces = there.flatMap(([group, of]) => lines(group, of, scale));
+  const epochs = there.flatMap(([, of]) => of.epochs).sort((one, two) => one - two);
   const axis = {gridcolor: colour("grid"), zeroline: false, linecolor: colour("edge"), automargin: true};
   const percent = {tickformat: ".4~%"};
   const collapsed = atCollapse !== null && !(logarithmic && atCollapse <= 0);
@@ -70,7 +76,7 @@ function course(name) {
       (atCollapse === null ? "" : ` At collapse it is ${shown(atCollapse, scale)}.`),
     layout: {
       hovermode: "x unified",
-      xaxis: {...axis, title: {text: "epoch", standoff: 4}, nticks: 6, tickformat: "d"},
+      xaxis: {...axis, title: {text: "epoch", standoff: 4}, ...wholeTicks(epochs.at(0), epochs.at(-1))},
       yaxis: {
         ...axis, nticks: 6, ...(scale === "percent" ? percent : {exponentformat: "power"}),
         ...(logarithmic ? {type: "log", ...ticks(least, greatest)} : {}),
@@ -84,6 +90,25 @@ function course(name) {
       }],
     },
   };
+}
+
+/** Ticks at whole numbers, about six of them at most. */
+function wholeTicks(first = 0, last = 1) {
+  const least = Math.max(1, Math.abs(last - first) / 6), power = 10 ** Math.floor(Math.log10(least));
+  const dtick = [1, 2, 5, 10].map((head) => head * power).find((step) => step >= least);
+  return {tickmode: "linear", tick0: 0, dtick, tickformat: "d"};
+}
+
+/** After zooming, as many ticks as there is room for. */
+function tickAgain(plot, change) {
+  const update = {};
+  for (const name of ["xaxis", "yaxis"]) {
+    const axis = plot.layout[name];
+    if (axis?.tickmode !== "linear" || !Object.keys(change).some((key) => key.startsWith(name))) continue;
+    const {dtick} = wholeTicks(...axis.range);
+    if (dtick !== axis.dtick) update[`${name}.dtick`] = dtick;
+  }
+  if (Object.keys(update).length) Plotly.relayout(plot, update);
 }
 
 /** Ticks of a logarithmic axis: decades alone where there are many, else some values between them. */
@@ -161,7 +186,7 @@ function heat(group, rows, matrix, ideal, spread) {
   const values = matrix.flat().filter((value) => value !== null);
   const mean = values.reduce((sum, value) => sum + value, 0) / values.length;
   const [least, greatest] = [Math.min(...values), Math.max(...values)];
-  const axis = {showgrid: false, zeroline: false, constrain: "domain", nticks: 8, tickformat: "d", ticks: ""};
+  const axis = {showgrid: false, zeroline: false, constrain: "domain", ticks: "", ...wholeTicks(0, matrix.length)};
   const range = values.length ? `from ${shown(least)} to ${shown(greatest)}, mean ${shown(mean)}` : "none: all are zero";
   return {
     note: range,

@@ -8,9 +8,10 @@ from typing import Any
 
 import pandas as pd
 
-from neuralcollapse.lab.experiments import label_of, tell_apart
 from neuralcollapse.lab.figures.report.numbers import SPLITS
+from neuralcollapse.lab.results.distances import TO_REFERENCE, reference_epochs
 from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.results.labels import labels_of
 from neuralcollapse.lab.results.tables import last_epoch, spread
 from neuralcollapse.metrics.catalogue import METRICS
 
@@ -52,7 +53,7 @@ def metric_tables(metrics: pd.DataFrame, num_classes: int | None) -> str:
 def provenance_tables(runs: Sequence[RunFolder]) -> str:
     """Settings and environment: what all runs share, and what tells them apart."""
     settings = [run.settings() for run in runs]
-    labels = [label_of(telling) for telling in tell_apart(settings)]
+    labels = labels_of(settings)
     parts = []
     of_all = " of all runs" if len(runs) > 1 else ""
     for name, heading, facts in (
@@ -75,11 +76,13 @@ def provenance_tables(runs: Sequence[RunFolder]) -> str:
 def _last_values(last: pd.DataFrame, num_classes: int | None) -> pd.DataFrame:
     methods = last["method"].unique()
     there = set(last["metric"])
+    reference = ", ".join(map(str, sorted(reference_epochs(last))))
     groups = dict(list(last.groupby(["metric", "method"])["value"]))
     rows = []
     for name in filter(there.__contains__, METRICS):
         collapsed = METRICS[name].value_at_collapse(num_classes) if num_classes else None
-        row = {"metric": name, "at collapse": "–" if collapsed is None else f"{collapsed:.4g}"}
+        shown = f"{name} (epoch {reference})" if name in TO_REFERENCE and reference else name
+        row = {"metric": shown, "at collapse": "–" if collapsed is None else f"{collapsed:.4g}"}
         row |= {
             method: spread(groups[name, method], "{:.4g}") if (name, method) in groups else "–" for method in methods
         }
