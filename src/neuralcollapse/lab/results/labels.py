@@ -15,7 +15,8 @@ _OF_TITLE = ("backbone", "model", "method", "loss", "optimizer", "weight_average
 _NEXT = ("feature_dim", "width", "depth", "stem", "classifier_bias", "lr", "batch_size", "epochs", "train_samples")
 # Settings without a part in the result, and the seed.
 _IGNORED = ("seed", "environment", "recipe", "loggers", "device")
-_MOST_VALUES, _MOST_NAMES, _LONGEST = 4, 6, 30
+_PATH = re.compile(r"[/\\~]|\.{1,2}[/\\]|[A-Za-z]:[/\\]|[\w.-]+[/\\]")  # how a path begins
+_MOST_VALUES, _LONGEST = 4, 30
 
 
 def labels_of(runs: Sequence[Settings], always: Sequence[str] = ()) -> list[str]:
@@ -183,5 +184,7 @@ def _end(text: str, parts: int) -> str:
     """The last parts of a path, or of a dotted name."""
     if re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", text):
         return ".".join(text.split(".")[-parts:])
+    if not _PATH.match(text):
+        return text
     found = [part for part in re.split(r"[/\\]", text) if part]
-    return "/".join(found[-parts:]) if len(found) > 1 else text
+    return "/".join(found[-parts:])
