@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -13,17 +13,28 @@ from neuralcollapse._checks import (
     check_at_least,
     check_features,
     check_finite,
+    check_floating,
     check_ignore_index,
     check_targets,
+    compute_dtype,
     is_number,
     values_readable,
 )
 from neuralcollapse._ranks import number_of_ranks, sum_over_ranks
+from neuralcollapse.geometry.centring import check_weight_values
+from neuralcollapse.heads.head import may_overflow, readable
 from neuralcollapse.heads.recompute import counts_once
 
 Momentum = float | Literal["cumulative", "published"]
 # The best of those compared on a validation split at K = 10 and K = 100: docs/heads.md.
 DEFAULT_MOMENTUM: Momentum = 0.1
+# Of the norms of a frame's rows, relative: solves in fp32 are orthonormal to this.
+_ROUNDING = 1e-5
+
+
+def full_precision() -> torch.dtype:
+    """The default dtype, or fp32 if that is lower."""
+    return compute_dtype(torch.get_default_dtype())
 
 
 class KeepsFullPrecision(nn.Module):
@@ -32,19 +43,20 @@ class KeepsFullPrecision(nn.Module):
     _full_precision_buffers: tuple[str, ...]
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        before = {name: getattr(self, name) for name in self._full_precision_buffers}
+        before = {name: self._buffers[name] for name in self._full_precision_buffers}
         super()._apply(fn, recurse)
         for name, buffer in before.items():
-            after = getattr(self, name)
-            if after is not None and after.dtype in (torch.bfloat16, torch.float16):
-                setattr(self, name, buffer.to(after.device))
+            after = self._buffers[name]
+            if buffer is not None and after is not None and after.dtype in (torch.bfloat16, torch.float16):
+                self._buffers[name] = buffer.to(after.device)
         return self
 
 
 class MovingMean(KeepsFullPrecision):
     """Moving means of vectors, each updated where its batch has samples.
 
-    mean ← (1−α) mean + α batch_mean. The first sight of a vector sets it (α = 1), no sight leaves it (α = 0).
+    mean ← (1−α) mean + α batch_mean. The first sight of a vector sets it (α = 1), no sight leaves it (α = 0). A batch
+    that is not finite changes nothing.
     The buffers are rebound, never changed in place, and stay in at least fp32 whatever the module's dtype:
     bf16 loses any α below 2⁻⁸.
 
@@ -66,13 +78,20 @@ class MovingMean(KeepsFullPrecision):
         if not (named or (is_number(momentum) and 0 < momentum <= 1)):
             raise ValueError(f"momentum must lie in (0, 1] or be 'cumulative' or 'published', got {momentum!r}")
         self.momentum = momentum
-        self.register_buffer("mean", torch.zeros(rows, feature_dim, dtype=torch.float32))
+        self.register_buffer("mean", torch.zeros(rows, feature_dim, dtype=full_precision()))
         self.register_buffer("seen", torch.zeros(rows, dtype=torch.int64))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
 
-    def forward(self, batch_mean: Tensor, batch_count: Tensor) -> Tensor:
-        """Take in means (rows, d) and counts (rows,) of a batch; return the moving means, differentiable in these."""
-        self.batches = self.batches + 1
+    def forward(self, batch_mean: Tensor, batch_count: Tensor, finite: Tensor | None = None) -> Tensor:
+        """Take in means (rows, d) and counts (rows,) of a batch; return the moving means, differentiable in these.
+
+        Nothing is taken in where the batch is not ``finite``, a bool of shape (); by default whether the means are.
+        """
+        if finite is None:
+            finite = torch.isfinite(batch_mean.detach()).all()
+        batch_mean = torch.where(finite, batch_mean, self.mean.to(batch_mean))
+        batch_count = batch_count * finite
+        self.batches = self.batches + finite
         weight: Tensor | float
         if self.momentum == "cumulative":
             weight = batch_count / (batch_count + self.seen).clamp_min(1)
@@ -155,22 +174,73 @@ class ClassMeans(nn.Module):
 
         Returns:
             The moving centred class means C̄ (K, d) and the batch's global mean m (d,), both differentiable in
-            the features of every rank.
+            the features of every rank; in at least fp32.
 
         Raises:
-            ValueError: Shapes that do not match; on a CPU also NaN or infinite features and labels out of range.
+            ValueError: if shapes do not match; on a CPU also if labels are out of range, or features of full precision
+                are not finite (of half precision or under autocast, such a batch changes nothing, as on accelerators).
         """
         check_features(features, self.feature_dim)
+        with torch.autocast(features.device.type, enabled=False):
+            means, batch_mean, _ = self.take(features, targets, may_overflow(features))
+        return means, batch_mean
+
+    def take(self, features: Tensor, targets: Tensor, may_overflow: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """`forward`, and whether the batch is finite, as a bool of shape (); it raises if not and may not overflow."""
         readable = features.device.type == "cpu"  # elsewhere, reading a value would wait for the device at every step
         check_targets(targets, features.shape[0], self.num_classes, values=readable, ignore_index=self.ignore_index)
+        features = features.to(compute_dtype(features.dtype))
         sums, counts = sums_over_ranks(*class_sums(features, targets, self.num_classes, self.ignore_index))
         total = counts.sum()
         batch_mean = sums.sum(0) / total.clamp_min(1)
-        if readable and values_readable(batch_mean) and not math.isfinite(batch_mean.detach().sum()):
-            check_finite("features", features)  # which one pass over the mean has seen already
         centred = sums / counts.clamp_min(1).unsqueeze(-1) - batch_mean
-        self.overall(batch_mean.detach().unsqueeze(0), total.unsqueeze(0))
-        return self.centred(centred, counts), batch_mean
+        finite = torch.isfinite(centred.detach()).all()
+        if not may_overflow:
+            check_batch_mean("features", features, finite)
+        self.overall(batch_mean.detach().unsqueeze(0), total.unsqueeze(0), finite)
+        return self.centred(centred, counts, finite), batch_mean, finite
+
+
+def check_batch_mean(name: str, features: Tensor, finite: Tensor) -> None:
+    """Raise, on a CPU, if the mean of the features is not finite."""
+    if finite.device.type == "cpu" and values_readable(finite) and not bool(finite):
+        check_finite(name, features)
+        raise ValueError(
+            f"{name} must be finite on every rank and small enough to be summed in {features.dtype}, got magnitudes "
+            f"up to {float(features.detach().abs().max()):.3g} here"
+        )
+
+
+def check_class_weights(class_weights: Tensor | None, num_classes: int, device: torch.device) -> Tensor | None:
+    """A copy of ω (K,) in at least fp32, or None; raises unless it is a constant, at least 0 with a positive sum."""
+    if class_weights is None:
+        return None
+    check_floating("class_weights", class_weights)
+    if class_weights.shape != (num_classes,):
+        raise ValueError(f"class_weights must be of shape ({num_classes},), got {tuple(class_weights.shape)}")
+    if class_weights.requires_grad:
+        raise ValueError("class_weights must not require a gradient, since they are constants: detach them")
+    check_weight_values(class_weights)
+    return class_weights.to(device, compute_dtype(class_weights.dtype), copy=True)
+
+
+def rows_are_off(weight: Tensor, norms: Tensor | float) -> bool:
+    """Whether the norms of rows differ from those expected by more than a solve's error, where that can be seen.
+
+    A mean of several vectors of one norm has a smaller one, unless they are all equal: so this tells an average of
+    frames from a frame.
+    """
+    if not readable(weight):
+        return False
+    found = torch.linalg.vector_norm(weight.detach(), dim=1)
+    off = (found / norms - 1).abs()
+    return bool(((off > _ROUNDING) & torch.isfinite(found)).any())
+
+
+def mended(restore: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
+    """The restored weight, fit for training whatever mode it is read in."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        return restore(weight.detach()).to(weight.dtype)
 
 
 def class_sums(features: Tensor, targets: Tensor, num_classes: int, ignore_index: int | None) -> tuple[Tensor, Tensor]:

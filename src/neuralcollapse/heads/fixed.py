@@ -13,15 +13,20 @@ from neuralcollapse._checks import (
     check_etf_sizes,
     check_factory,
     check_floating,
-    check_integral,
     compute_dtype,
 )
 from neuralcollapse.geometry import random_simplex_etf, simplex_etf, softmax_code
 from neuralcollapse.geometry.codes import check_code, principal_code
 from neuralcollapse.geometry.frames import placed
 from neuralcollapse.geometry.simplex import check_simplex_etf
-from neuralcollapse.heads.class_means import DEFAULT_MOMENTUM, Momentum, MovingMean, sums_over_ranks
-from neuralcollapse.heads.head import Head
+from neuralcollapse.heads.class_means import (
+    DEFAULT_MOMENTUM,
+    Momentum,
+    MovingMean,
+    check_batch_mean,
+    sums_over_ranks,
+)
+from neuralcollapse.heads.head import Head, check_layout, may_overflow
 from neuralcollapse.heads.recompute import is_recomputing
 
 Bias = Literal["centring", "learned", "none"]
@@ -55,17 +60,25 @@ class FixedWeight(Head):
         return self.learned_bias
 
     def prepare(self, features: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """As `Head.prepare`; the weight is fixed, the bias in training mode that of the batch."""
+        """As `Head.prepare`; the weight is fixed, the bias in training mode that of the batch.
+
+        A batch that is not finite leaves the moving mean as it is. On a CPU and in full precision it raises.
+        """
         features = self.features(features)
+        check_layout(targets, features)
         if not (self.training and self.global_mean is not None):
             return features, self.weight, self.bias
+        overflowing = may_overflow(features)
         with torch.autocast(features.device.type, enabled=False):
             flat = features.detach().reshape(-1, self.in_features).to(compute_dtype(features.dtype))
+            count = flat.new_full((1,), flat.shape[0])
             if targets is not None and self.ignore_index is not None:
-                check_integral("targets", targets)
-                flat = flat[targets.reshape(-1) != self.ignore_index]
-            sums, counts = sums_over_ranks(flat.sum(0, keepdim=True), flat.new_tensor([flat.shape[0]]))
+                counted = targets.reshape(-1, 1) != self.ignore_index
+                flat, count = torch.where(counted, flat, 0), counted.sum(0).to(flat)
+            sums, counts = sums_over_ranks(flat.sum(0, keepdim=True), count)
             batch_mean = sums / counts.clamp_min(1)
+            if not overflowing:
+                check_batch_mean("features", flat, torch.isfinite(batch_mean).all())
             if not is_recomputing():
                 self.global_mean(batch_mean, counts)
             bias = -(self.weight.to(batch_mean) @ batch_mean[0])

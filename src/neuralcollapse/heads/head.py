@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from neuralcollapse._checks import (
     check_floating,
     check_ignore_index,
     check_integral,
-    compute_dtype,
     is_number,
     values_readable,
 )
@@ -26,11 +25,14 @@ from neuralcollapse._checks import (
 class FeatureNorm(nn.Module):
     """Projects features on the sphere of a given radius, τ h/‖h‖; a zero vector stays zero.
 
+    Vectors of any length that their dtype can hold are projected alike: the square of a large or small component
+    neither overflows nor vanishes.
+
     Args:
         radius: τ > 0.
 
     Raises:
-        ValueError: Another radius, or an input that is no floating-point tensor.
+        ValueError: if the radius is not positive, or the input is not a floating-point tensor.
 
     Shape: (..., d) to (..., d), in the dtype of the input (fp16 and bf16 are computed in fp32).
 
@@ -43,22 +45,60 @@ class FeatureNorm(nn.Module):
         super().__init__()
         if not (is_number(radius) and radius > 0):
             raise ValueError(f"radius must be a positive number, got {radius!r}")
-        self.radius = radius
+        self.radius = float(radius)
 
     def forward(self, features: Tensor) -> Tensor:
-        check_floating("features", features)
-        exact = features.to(compute_dtype(features.dtype))
-        if exact.requires_grad and values_readable(exact):
-            return _OnSphere.apply(exact, self.radius).to(features.dtype)
-        return (exact * _scale(exact, self.radius)).to(features.dtype)
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            check_floating("features", features)
+        low_precision = features.dtype == torch.float16 or features.dtype == torch.bfloat16
+        exact = features.float() if low_precision else features
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            projected = _project(exact, self.radius)[0]
+        else:
+            projected = _project_eagerly(exact, self.radius)
+        return projected.to(features.dtype)
 
     def extra_repr(self) -> str:
         return f"radius={self.radius:g}"
 
 
-def _scale(vectors: Tensor, radius: float) -> Tensor:
-    norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    return radius / torch.where(norm > 0, norm, 1)
+def _project(vectors: Tensor, radius: float) -> tuple[Tensor, Tensor]:
+    """The projection τ h/‖h‖, and τ/‖h‖."""
+    factor = _into_ordinary_range(vectors.detach())
+    ordinary = vectors * factor
+    norm = torch.linalg.vector_norm(ordinary, dim=-1, keepdim=True)
+    scale = radius / torch.where(norm > 0, norm, 1.0)
+    return ordinary * scale, factor * scale
+
+
+def _into_ordinary_range(vectors: Tensor) -> Tensor:
+    """A power of two per vector, 1 for nearly all, times which its squares are neither infinite nor zero."""
+    largest = torch.linalg.vector_norm(vectors, float("inf"), dim=-1, keepdim=True)
+    # Exponents of two: a vector whose largest component is outside 2^±limit is moved by 2^±shift.
+    limit, shift = (400.0, 620.0) if vectors.dtype == torch.float64 else (50.0, 76.0)
+    factor = torch.ones_like(largest)
+    factor = factor.masked_fill((largest > 0) & (largest < 2.0**-limit), 2.0**shift)
+    return factor.masked_fill(largest > 2.0**limit, 2.0**-shift)
+
+
+def _project_eagerly(vectors: Tensor, radius: float) -> Tensor:
+    """`_project` with fewer passes over memory where that is possible."""
+    if _is_tracing() or not values_readable(vectors):
+        return _project(vectors, radius)[0]
+    if vectors.requires_grad:
+        projected: Tensor = _OnSphere.apply(vectors, radius)
+        return projected
+    return _project_by_values(vectors, radius)[0]
+
+
+def _project_by_values(vectors: Tensor, radius: float) -> tuple[Tensor, Tensor]:
+    """`_project`, which on a CPU looks first whether all norms are ordinary."""
+    if vectors.device.type == "cpu":
+        norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+        if bool(((norm > 2.0**-40) & (norm < 2.0**60)).all()):
+            scale = radius / norm
+            return vectors * scale, scale
+    return _project(vectors, radius)
 
 
 class _OnSphere(torch.autograd.Function):
@@ -66,8 +106,7 @@ class _OnSphere(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, vectors: Tensor, radius: float) -> Tensor:  # type: ignore[no-untyped-def]
-        scale = _scale(vectors, radius)
-        projected = vectors * scale
+        projected, scale = _project_by_values(vectors, radius)
         ctx.save_for_backward(vectors, projected, scale)
         ctx.radius = radius
         return projected
@@ -76,8 +115,7 @@ class _OnSphere(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
         vectors, projected, scale = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again: what was saved has no graph
-            scale = _scale(vectors, ctx.radius)
-            projected = vectors * scale
+            projected, scale = _project(vectors, ctx.radius)
         along = torch.linalg.vecdot(gradient, projected).unsqueeze(-1)
         return torch.addcmul(gradient, projected, along, value=-1 / ctx.radius**2) * scale, None
 
@@ -110,7 +148,9 @@ def collapse_radius(num_classes: int, probability: float = 0.99) -> float:
 class Head(nn.Module):
     """A classifier that ends a backbone: logits = weight · features(x) + bias.
 
-    A subclass sets `weight` (K, d) and `bias` (K,) or None, as attributes or properties.
+    A subclass sets `weight` (K, d) and `bias` (K,) or None, as attributes or properties. Where the weight has to fulfil
+    a constraint that something outside the head may break, as an average of weights does, `_mended` restores it
+    whenever the weight is read.
 
     Args:
         in_features: d ≥ 1.
@@ -120,7 +160,8 @@ class Head(nn.Module):
         ignore_index: Label of samples that do not count, for the heads that take targets.
 
     Raises:
-        ValueError: An argument is out of range, or features are of another shape or kind.
+        ValueError: if an argument is out of range, features are of another shape or kind, or targets are not integers
+            in the layout of the features.
     """
 
     weight: Tensor
@@ -146,12 +187,54 @@ class Head(nn.Module):
             raise ValueError(f"feature_norm must be a positive number, 'auto' or None, got {feature_norm!r}")
         self.feature_norm = feature_norm
         self._norm = nn.Identity() if feature_norm is None else FeatureNorm(feature_norm)
+        self._precision = torch.get_default_dtype()  # of the features that it takes, as far as is known
+
+    def __getattr__(self, name: str) -> Any:
+        value: Any = super().__getattr__(name)
+        return self._mended(value) if name == "weight" else value
+
+    def _mended(self, weight: Tensor) -> Tensor:
+        """The weight as it is read from outside a training step."""
+        return weight
+
+    def _unmended(self) -> Tensor:
+        """The weight as it is stored."""
+        for store in (self.__dict__, self._parameters, self._buffers):
+            if isinstance(weight := store.get("weight"), Tensor):
+                return weight
+        return self.weight
+
+    def _store(self, weight: Tensor) -> Tensor:
+        """Take a buffer's new value."""
+        if torch.compiler.is_compiling():
+            self.weight = weight
+        else:  # setting an attribute would read the old one first
+            self._buffers["weight"] = weight
+        return weight
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the mode; evaluation begins with a weight that is as it should be."""
+        super().train(mode)
+        if not mode:
+            getattr(self, "weight", None)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        getattr(self, "weight", None)  # saved as it is read
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self._precision = fn(torch.empty(0, dtype=self._precision)).dtype
+        return self
 
     def features(self, inputs: Tensor) -> Tensor:
         """The tensor that the weight multiplies: the inputs (..., d), on the sphere where the head normalises."""
         check_floating("features", inputs)
         if inputs.ndim < 1 or inputs.shape[-1] != self.in_features:
             raise ValueError(f"features must be of shape (..., {self.in_features}), got {tuple(inputs.shape)}")
+        if not torch.compiler.is_compiling() and inputs.dtype != self._precision and not _under_autocast(inputs):
+            self._precision = inputs.dtype
         return self._norm(inputs)
 
     def forward(self, features: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -169,7 +252,9 @@ class Head(nn.Module):
             The tensor that the weight multiplies (..., d), the weight (K, d) and the bias (K,) or None. A loss of
             these reaches every gradient path that `forward` has.
         """
-        return self.features(features), self.weight, self.bias
+        features = self.features(features)
+        check_layout(targets, features)
+        return features, self.weight, self.bias
 
     @staticmethod
     def decide(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -180,18 +265,19 @@ class Head(nn.Module):
         """The same decision as plain modules: FeatureNorm then nn.Linear, or nn.Linear alone where there is no norm.
 
         Args:
-            dtype: Dtype of the linear layer; the weight's own if not given (heads that hold an ETF keep it in
-                fp32 in a model of lower precision: give that precision here).
+            dtype: Dtype of the linear layer. If not given, that of the features that the head took last (outside of
+                autocast), or of the model that it was cast with.
 
         Returns:
-            A module without state of its own beyond weight and bias. It can be exported and compiled whole.
+            A module without state of its own beyond weight and bias. It can be exported, compiled whole, traced and
+            scripted.
 
         Raises:
-            ValueError: A dtype that is not floating.
+            ValueError: if the dtype is not floating.
         """
         check_factory(dtype, None)
         weight, bias = self.weight.detach(), self.bias
-        dtype = dtype or weight.dtype
+        dtype = dtype or self._precision
         linear = nn.utils.skip_init(
             nn.Linear, self.in_features, self.num_classes, bias=bias is not None, dtype=dtype, device=weight.device
         )
@@ -219,22 +305,38 @@ class LearnsFromTargets(Head):
         self._frozen = False
         self._targets: Tensor | None = None
 
-    def step_targets(self, targets: Tensor | None) -> Tensor | None:
-        """The targets (...) to learn from; None where there is nothing to learn: in evaluation mode, or when frozen.
+    def step_targets(self, targets: Tensor | None, features: Tensor) -> Tensor | None:
+        """The targets (...) to learn from; None where there is nothing to learn.
+
+        There is nothing to learn in evaluation mode, when frozen, and in training mode without targets where gradients
+        are off, as when running statistics are taken anew (``torch.optim.swa_utils.update_bn``).
+
+        Args:
+            targets: As given to `forward`.
+            features: (..., d), whose classes they are.
 
         Raises:
-            ValueError: No targets where they are needed, or other than a tensor of integers.
+            ValueError: if there are no targets where they are needed, they are not integers in the layout of the
+                features, or they are given in evaluation mode for features that are being trained.
         """
-        if not self.training or self._frozen:
+        if self._frozen:
             return None
         targets = self._targets if targets is None else targets
-        if targets is None:
+        if targets is None and self.training and torch.is_grad_enabled():
             raise ValueError(
                 "targets must be given in training mode: head(features, targets), or `with head.use_targets(targets):` "
                 "around the model; `with head.frozen():` (or evaluation mode) needs none and updates nothing"
             )
-        check_integral("targets", targets)
-        return targets
+        check_layout(targets, features)
+        if self.training:
+            return targets
+        if targets is not None and torch.is_grad_enabled() and features.requires_grad:
+            raise ValueError(
+                f"targets are given to {type(self).__name__} in evaluation mode with gradients on, where it would stay "
+                "as it is while the features are trained: call model.train() to train; to evaluate, use "
+                "torch.no_grad(), `with head.frozen():`, or give no targets"
+            )
+        return None
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -258,3 +360,35 @@ class LearnsFromTargets(Head):
             yield
         finally:
             self._targets = before
+
+
+def check_layout(targets: Tensor | None, features: Tensor) -> None:
+    """Raise unless targets, where they are given, are integers of the shape (...) of features (..., d)."""
+    if targets is None:
+        return
+    check_integral("targets", targets)
+    if targets.shape != features.shape[:-1]:
+        raise ValueError(
+            f"targets must be of shape {tuple(features.shape[:-1])}, one per feature vector of features of shape "
+            f"{tuple(features.shape)}, got {tuple(targets.shape)}"
+        )
+
+
+def may_overflow(features: Tensor) -> bool:
+    """Whether a batch that is not finite belongs to the loop: in half precision, where a GradScaler skips its step."""
+    return features.dtype in (torch.float16, torch.bfloat16) or _under_autocast(features)
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether Python can look at the values of a stored tensor, here and now."""
+    if not values_readable(tensor) or tensor.is_meta or _is_tracing():
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _is_tracing() -> bool:
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined]
+
+
+def _under_autocast(tensor: Tensor) -> bool:
+    return torch.is_autocast_enabled(tensor.device.type)

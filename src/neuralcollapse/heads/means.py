@@ -13,9 +13,13 @@ from neuralcollapse.heads.class_means import (
     ClassMeans,
     KeepsFullPrecision,
     Momentum,
+    check_class_weights,
+    full_precision,
+    mended,
     random_unit_rows,
+    rows_are_off,
 )
-from neuralcollapse.heads.head import LearnsFromTargets
+from neuralcollapse.heads.head import LearnsFromTargets, may_overflow
 from neuralcollapse.heads.recompute import counts_once
 
 Means = Literal["previous", "current", "differentiable"]
@@ -25,7 +29,8 @@ class ClassMeanClassifier(KeepsFullPrecision, LearnsFromTargets):
     r"""A classifier whose weight is the moving class means, centred and of unit norm: any K in any d.
 
     In training, with targets, it takes the batch into its `ClassMeans`; in evaluation it is a linear classifier and
-    changes nothing. Classes that have not been seen have random unit rows.
+    changes nothing. Classes that have not been seen have random unit rows. An average of several heads' weights is
+    given unit rows when it is read.
 
     Args:
         in_features: d.
@@ -39,12 +44,15 @@ class ClassMeanClassifier(KeepsFullPrecision, LearnsFromTargets):
             (`neuralcollapse.losses`).
         momentum: The weight α of a new batch in the class means, as for `ClassMeans`.
         ignore_index: Features whose target is this count in no mean.
+        class_weights: (K,), ω ≥ 0 up to a common factor. If given, the means are centred at their ω-weighted mean, of
+            the classes seen so far, in place of the mean of the samples; with ``bias="centring"``, so are the features.
         generator: Source of the rows of classes not seen yet; by default one seeded with 0.
 
     Shape: features (..., d) and targets (...) to logits (..., K).
 
     Raises:
-        ValueError: Sizes or arguments out of range; in training mode, no targets, or labels outside [0, K).
+        ValueError: if sizes or arguments are out of range; in training mode, without targets, or with labels outside
+            [0, K); in evaluation mode, with targets for features that are being trained.
 
     Examples:
         >>> head = ClassMeanClassifier(64, 1000)
@@ -54,8 +62,9 @@ class ClassMeanClassifier(KeepsFullPrecision, LearnsFromTargets):
         torch.Size([32, 1000])
     """
 
-    _full_precision_buffers = ("weight",)
+    _full_precision_buffers = ("weight", "class_weights")
     weight: Tensor
+    class_weights: Tensor | None
 
     def __init__(
         self,
@@ -67,6 +76,7 @@ class ClassMeanClassifier(KeepsFullPrecision, LearnsFromTargets):
         bias: Literal["centring", "none"] = "centring",
         momentum: Momentum = DEFAULT_MOMENTUM,
         ignore_index: int | None = None,
+        class_weights: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(in_features, num_classes, feature_norm, ignore_index)
@@ -76,39 +86,62 @@ class ClassMeanClassifier(KeepsFullPrecision, LearnsFromTargets):
         self.means = means
         self.centring = bias == "centring"
         self.class_means = ClassMeans(num_classes, in_features, momentum=momentum, ignore_index=ignore_index)
+        device = self.class_means.global_mean.device
         rows = random_unit_rows(in_features, num_classes, generator)
-        self.register_buffer("weight", rows.to(self.class_means.global_mean.device))
+        self.register_buffer("weight", rows.to(device, full_precision()))
+        self.register_buffer("class_weights", check_class_weights(class_weights, num_classes, device))
 
     @property
     def bias(self) -> Tensor | None:  # type: ignore[override]
         """(K,), of the moving global mean; None without centring."""
-        return -(self.weight @ self.class_means.global_mean.to(self.weight)) if self.centring else None
+        if not self.centring:
+            return None
+        weight, means = self.weight, self.class_means
+        return _bias(weight, means.global_mean.to(weight), self._offset(means.centred_means))
 
     @counts_once
     def prepare(self, features: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """As `Head.prepare`; in training mode, targets (...) are needed (or ``with frozen()``)."""
         features = self.features(features)
-        targets = self.step_targets(targets)
+        targets = self.step_targets(targets, features)
         if targets is None:
             return features, self.weight, self.bias
+        overflowing = may_overflow(features)
         # Means stay in fp32 under autocast.
         with torch.autocast(features.device.type, enabled=False):
             flat = features.reshape(-1, self.in_features).to(compute_dtype(features.dtype))
-            before = self.weight
-            class_means, batch_mean = self.class_means(
-                flat if self.means == "differentiable" else flat.detach(), targets.reshape(-1)
+            last, previous = self._unmended(), self.means == "previous"
+            offset = self._offset(self.class_means.centred_means)
+            class_means, batch_mean, finite = self.class_means.take(
+                flat if self.means == "differentiable" else flat.detach(), targets.reshape(-1), overflowing
             )
-            weight = self._unit_rows(class_means)
-            previous = self.means == "previous"
+            offset_now = self._offset(class_means)
+            weight = self._unit_rows(class_means if offset_now is None else class_means - offset_now, last)
             # A copy where the graph holds `weight`: what restores or broadcasts buffers writes into them.
-            self.weight = weight.detach().to(self.weight.dtype, copy=not previous)
+            self._store(torch.where(finite, weight.detach().to(last.dtype), last))
             if previous:
-                weight = before.to(flat)
-            bias = -(weight @ batch_mean) if self.centring else None
+                weight, offset_now = last.to(flat), offset
+            bias = _bias(weight, batch_mean, offset_now) if self.centring else None
         return features, weight, bias
 
-    def _unit_rows(self, class_means: Tensor) -> Tensor:
+    def _offset(self, class_means: Tensor) -> Tensor | None:
+        """The ω-weighted mean (d,) of the centred means of the classes seen; None without class weights."""
+        if self.class_weights is None:
+            return None
+        weights = self.class_weights.to(class_means) * (self.class_means.centred.seen > 0)
+        return weights @ class_means / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
+
+    def _unit_rows(self, class_means: Tensor, last: Tensor) -> Tensor:
         """The means scaled to unit norm; what has none, as a class not seen yet, keeps the row it has."""
         norms = torch.linalg.vector_norm(class_means, dim=1, keepdim=True)
-        there = norms > 0
-        return torch.where(there, class_means / norms.where(there, 1), self.weight.to(class_means))
+        there = (norms > 0) & (self.class_means.centred.seen > 0).unsqueeze(-1)
+        return torch.where(there, class_means / norms.where(there, 1), last.to(class_means))
+
+    def _mended(self, weight: Tensor) -> Tensor:
+        if not rows_are_off(weight, 1.0):
+            return weight
+        return self._store(mended(torch.nn.functional.normalize, weight))
+
+
+def _bias(weight: Tensor, mean: Tensor, offset: Tensor | None) -> Tensor:
+    return -(weight @ (mean if offset is None else mean + offset.to(mean)))

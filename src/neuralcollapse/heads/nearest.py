@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Literal
 
 import torch
@@ -15,8 +16,15 @@ from neuralcollapse._checks import (
     check_etf_sizes,
     check_not_negative,
     compute_dtype,
+    values_readable,
 )
-from neuralcollapse.geometry import nearest_etf_diagnostics, nearest_simplex_etf, random_simplex_etf, simplex_etf
+from neuralcollapse.geometry import (
+    nearest_etf_diagnostics,
+    nearest_simplex_etf,
+    polar_factor,
+    random_simplex_etf,
+    simplex_etf,
+)
 from neuralcollapse.geometry.codes import check_code, check_code_rank, leading_code, principal_code
 from neuralcollapse.geometry.frames import placed, solve_frame
 from neuralcollapse.geometry.nearest import solve
@@ -29,10 +37,14 @@ from neuralcollapse.heads.class_means import (
     KeepsFullPrecision,
     Momentum,
     MovingMean,
+    check_class_weights,
+    full_precision,
+    mended,
     random_unit_rows,
+    rows_are_off,
     sums_over_ranks,
 )
-from neuralcollapse.heads.head import LearnsFromTargets
+from neuralcollapse.heads.head import LearnsFromTargets, may_overflow
 from neuralcollapse.heads.recompute import counts_once
 
 logger = logging.getLogger(__name__)
@@ -52,7 +64,7 @@ class NearestFrameClassifier(KeepsFullPrecision, LearnsFromTargets):
     In training, with targets, it takes the batch into its `ClassMeans`, solves for the nearest frame with the last one
     as anchor (the first solve has none, since no data has spoken before), and returns logits that carry two gradients:
     the direct one, and the one through the frame (a differentiable argmin). In evaluation it is a linear classifier and
-    changes nothing.
+    changes nothing. An average of several heads' weights is replaced by the frame nearest to it when it is read.
 
     Training-mode logits know the labels of their batch: compare accuracies in evaluation mode only.
 
@@ -73,6 +85,8 @@ class NearestFrameClassifier(KeepsFullPrecision, LearnsFromTargets):
             frame scales with α: at ``"published"``, which falls to 1e-4, it is practically off.
         implicit_gradient: Whether the gradient through the frame is kept.
         ignore_index: Features whose target is this count in no mean.
+        class_weights: (K,), ω ≥ 0 up to a common factor: how much each class counts in the distance from frame to means
+            (see `nearest_frame`); equal if not given.
         method: How the polar factor is found, as for `polar_factor`. On accelerators nothing waits for the device but
             the first solve; `svd_fallbacks` counts the solves that needed an SVD.
         generator: If given, the first frame has a random orientation drawn from it; else the canonical one. With
@@ -81,8 +95,9 @@ class NearestFrameClassifier(KeepsFullPrecision, LearnsFromTargets):
     Shape: features (..., d) and targets (...) to logits (..., K).
 
     Raises:
-        ValueError: Sizes or arguments out of range, a code that `nearest_frame` refuses, a rank without ``"means"``; in
-            training mode, no targets, or labels outside [0, K).
+        ValueError: if sizes or arguments are out of range, `nearest_frame` refuses the code, or a rank is given without
+            ``"means"``; in training mode, without targets, or with labels outside [0, K); in evaluation mode, with
+            targets for features that are being trained.
 
     Source: this project, after Markou, Ajanthan, Gould, "Guiding Neural Collapse" (NeurIPS 2024).
 
@@ -97,8 +112,9 @@ class NearestFrameClassifier(KeepsFullPrecision, LearnsFromTargets):
         torch.Size([32, 100])
     """
 
-    _full_precision_buffers: tuple[str, ...] = ("weight",)
+    _full_precision_buffers: tuple[str, ...] = ("weight", "class_weights")
     weight: Tensor
+    class_weights: Tensor | None
     code: Tensor  # in principal coordinates, where a code was given
 
     def __init__(
@@ -114,6 +130,7 @@ class NearestFrameClassifier(KeepsFullPrecision, LearnsFromTargets):
         momentum: Momentum = DEFAULT_MOMENTUM,
         implicit_gradient: bool = True,
         ignore_index: int | None = None,
+        class_weights: Tensor | None = None,
         method: Method = "auto",
         generator: torch.Generator | None = None,
     ) -> None:
@@ -139,19 +156,23 @@ class NearestFrameClassifier(KeepsFullPrecision, LearnsFromTargets):
         if isinstance(geometry, Tensor):
             check_code(geometry, num_classes)
             code = principal_code(geometry, in_features)
-            self.register_buffer("code", code.to(device, torch.float32))
-            self._full_precision_buffers = ("weight", "code")
-            start = placed(code, in_features, generator).float()
+            self.register_buffer("code", code.to(device, full_precision()))
+            self._full_precision_buffers = (*self._full_precision_buffers, "code")
+            start = placed(code, in_features, generator)
         elif geometry == "means" and in_features < num_classes - 1:
             start = random_unit_rows(in_features, num_classes, generator)
         else:
             start = _first_etf(in_features, num_classes, generator)
-        self.register_buffer("weight", start.to(device))
+        self.register_buffer("weight", start.to(device, full_precision()))
+        self.register_buffer("class_weights", check_class_weights(class_weights, num_classes, device))
 
     @property
     def bias(self) -> Tensor | None:  # type: ignore[override]
         """(K,), of the moving global mean; None without centring."""
-        return -(self.weight @ self.class_means.global_mean.to(self.weight)) if self.centring else None
+        if not self.centring:
+            return None
+        weight = self.weight
+        return -(weight @ self.class_means.global_mean.to(weight))
 
     @property
     def svd_fallbacks(self) -> int:
@@ -162,42 +183,76 @@ class NearestFrameClassifier(KeepsFullPrecision, LearnsFromTargets):
     def prepare(self, features: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """As `Head.prepare`; in training mode, targets (...) are needed (or ``with frozen()``)."""
         features = self.features(features)
-        targets = self.step_targets(targets)
+        targets = self.step_targets(targets, features)
         if targets is None:
             return features, self.weight, self.bias
+        overflowing = may_overflow(features)
         # Means and the solve stay in fp32 under autocast.
         with torch.autocast(features.device.type, enabled=False):
-            flat = features.reshape(-1, self.in_features).to(compute_dtype(features.dtype))
+            flat, targets = features.reshape(-1, self.in_features), targets.reshape(-1)
+            flat = flat.to(compute_dtype(features.dtype))
+            if not overflowing:
+                self._check_range(flat)
             seen = self.class_means.centred.seen
-            class_means, batch_mean = self.class_means(flat, targets.reshape(-1))
-            self._see(flat, targets.reshape(-1), class_means, batch_mean)
-            frame = self._solve(class_means if self.implicit_gradient else class_means.detach(), seen)
+            class_means, batch_mean, finite = self.class_means.take(flat, targets, overflowing)
+            self._see(flat, targets, class_means, batch_mean, finite)
+            frame = self._solve(class_means if self.implicit_gradient else class_means.detach(), seen, finite)
             bias = -(frame @ batch_mean) if self.centring else None
         return features, frame, bias
 
-    def _see(self, features: Tensor, targets: Tensor, centred_means: Tensor, batch_mean: Tensor) -> None:
+    def _check_range(self, features: Tensor) -> None:
+        """Raise if the features are too large for what is computed of them beside their means."""
+
+    def _see(
+        self, features: Tensor, targets: Tensor, centred_means: Tensor, batch_mean: Tensor, finite: Tensor
+    ) -> None:
         """Take in what the solve needs of a batch beside its class means."""
 
-    def _solve(self, class_means: Tensor, seen_before: Tensor) -> Tensor:
-        """The nearest frame, with its graph; the weight is its value from now on."""
+    def _solve(self, class_means: Tensor, seen_before: Tensor, finite: Tensor) -> Tensor:
+        """The nearest frame, with its graph; where the batch is finite, the weight is its value from now on."""
+        last = self._unmended()
         anchor_weight = self._anchor_weight(seen_before, self.class_means.centred.seen)
-        frame = self._nearest(class_means, anchor_weight)
-        if not torch.compiler.is_compiling() and logger.isEnabledFor(logging.DEBUG):
-            self._log_solution(class_means, frame, float(anchor_weight))
-        # A copy: what restores or broadcasts buffers writes into them, and the graph holds `frame`.
-        self.weight = frame.detach().to(self.weight.dtype, copy=True)
+        frame = self._nearest(class_means, last, anchor_weight, finite)
+        if not torch.compiler.is_compiling():
+            self._look_at(class_means, frame, last, anchor_weight)
+        # A new tensor: what restores or broadcasts buffers writes into them, and the graph holds `frame`.
+        self._store(torch.where(finite, frame.detach().to(last.dtype), last))
         return frame
 
-    def _nearest(self, class_means: Tensor, anchor_weight: Tensor | float) -> Tensor:
+    def _nearest(self, class_means: Tensor, last: Tensor, anchor_weight: Tensor | float, finite: Tensor) -> Tensor:
         # Unchecked: ClassMeans has looked at the batch, before anything changed.
-        method, watch = self.method, self._watch.handle
+        method, watch, weights = self.method, self._watch.handle, self.class_weights
         if self.geometry == "simplex":
             greatest = self.proximal_weight
-            return solve(class_means, self.weight, anchor_weight, method=method, watch=watch, greatest_weight=greatest)
+            return solve(class_means, last, anchor_weight, weights, method, watch, greatest_weight=greatest)
         # A copy, for the same reason as that of the weight.
         of_means = self.geometry == "means"
         code = leading_code(class_means, self.rank) if of_means else self.code.to(class_means, copy=True)
-        return solve_frame(class_means, code, self.weight, anchor_weight, method=method, watch=watch)
+        return solve_frame(class_means, code, last, anchor_weight, weights, method, watch)
+
+    def _mended(self, weight: Tensor) -> Tensor:
+        """The weight; where it is not a frame of the geometry, as an average of frames is not, the nearest frame."""
+        if not rows_are_off(*self._comparable(weight)):
+            return weight
+        if self.geometry == "means" and not bool(self.class_means.centred.seen.any()):
+            return weight  # what it was made with
+        return self._store(mended(self._restored, weight))
+
+    def _comparable(self, weight: Tensor) -> tuple[Tensor, Tensor | float]:
+        """The weight as rows of norms that are known, and these norms."""
+        if self.geometry == "simplex":
+            return weight, 1.0
+        centred = weight - weight.mean(0)  # class weights shift a frame's rows, all alike
+        if self.geometry == "means":  # a tight frame: only the norm of the whole is known
+            return centred.reshape(1, -1), math.sqrt(self.num_classes)
+        return centred, torch.linalg.vector_norm(self.code.to(weight), dim=1)
+
+    def _restored(self, weight: Tensor) -> Tensor:
+        if self.geometry == "simplex":
+            return solve(weight, None, 0.0)
+        of_means = self.geometry == "means"
+        code = leading_code(self.class_means.centred_means, self.rank) if of_means else self.code
+        return solve_frame(weight, code.to(weight), None, 0.0, self.class_weights)
 
     def _anchor_weight(self, seen_before: Tensor, seen: Tensor) -> Tensor | float:
         """γ, or in the first solve 0; there, if classes are missing, just enough to decide what they leave open.
@@ -210,12 +265,10 @@ class NearestFrameClassifier(KeepsFullPrecision, LearnsFromTargets):
         first = torch.where(seen.all(), 0.0, usual.clamp_max(FIRST_ANCHOR_WEIGHT))
         return torch.where(seen_before.any(), usual, first)
 
-    def _log_solution(self, class_means: Tensor, frame: Tensor, anchor_weight: float) -> None:
-        if self.geometry != "simplex":
-            logger.debug("nearest frame: distance_to_last %.3e", float((frame - self.weight).norm()))
-            return
-        diagnostics = nearest_etf_diagnostics(class_means, frame, anchor=self.weight, proximal_weight=anchor_weight)
-        logger.debug("nearest ETF: %s", ", ".join(f"{name} {value:.3e}" for name, value in diagnostics.items()))
+    def _look_at(self, class_means: Tensor, frame: Tensor, last: Tensor, anchor_weight: Tensor | float) -> None:
+        """Log how good a solution is, if that is asked for."""
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("nearest frame: distance_to_anchor %.3e", float((frame.detach() - last).norm()))
 
 
 class NearestETFClassifier(NearestFrameClassifier):
@@ -224,7 +277,8 @@ class NearestETFClassifier(NearestFrameClassifier):
     In training, with targets, it takes the batch into its `ClassMeans`, solves for the nearest ETF with the last
     one as anchor (the first solve has none, since no data has spoken
     before), and returns logits that carry two gradients: the direct one, and the one through the ETF
-    (a differentiable argmin). In evaluation it is a linear classifier and changes nothing.
+    (a differentiable argmin). In evaluation it is a linear classifier and changes nothing. An average of several heads'
+    weights is replaced by the ETF nearest to it when it is read.
 
     Training-mode logits know the labels of their batch: compare accuracies in evaluation mode only.
 
@@ -247,6 +301,12 @@ class NearestETFClassifier(NearestFrameClassifier):
             variance v of each feature, M = diag(1/(v + 0.1 v̄)) with v̄ their mean, so that a feature counts the less the
             more it varies within classes. It has no closed form: `nearest_simplex_etf` with ``metric`` solves it by a
             trust region, which waits for the device. ``None``: Euclid's.
+        class_weights: (K,), ω ≥ 0 up to a common factor: how much each class counts in the distance from ETF to means
+            (see `nearest_simplex_etf`); equal if not given.
+        diagnostics: Whether each training step leaves in ``last_solve`` how good its solution is, at the price of an
+            SVD and a copy to the host: ``objective``, ``gradient_norm``, ``distance_to_anchor`` (Frobenius norm of the
+            difference to the last ETF) and ``stopping_criterion`` in words; of the closed form also
+            ``least_singular_value`` (see `nearest_etf_diagnostics`), of the trust region ``iterations``.
         method: How the closed form finds the nearest ETF, as for `polar_factor`. On accelerators nothing waits for
             the device but the first solve; `svd_fallbacks` counts the solves that needed an SVD.
         generator: If given, the first ETF has a random orientation drawn from it; else the canonical one.
@@ -254,7 +314,8 @@ class NearestETFClassifier(NearestFrameClassifier):
     Shape: features (..., d) and targets (...) to logits (..., K).
 
     Raises:
-        ValueError: Sizes or arguments out of range; in training mode, no targets, or labels outside [0, K).
+        ValueError: if sizes or arguments are out of range; in training mode, without targets, or with labels outside
+            [0, K); in evaluation mode, with targets for features that are being trained.
 
     Source: Markou, Ajanthan, Gould, "Guiding Neural Collapse" (NeurIPS 2024).
 
@@ -268,6 +329,7 @@ class NearestETFClassifier(NearestFrameClassifier):
 
     frame: Tensor  # the published problem's P, with solver="trust-region"
     within: MovingMean  # of squared deviations (1, d), with metric="within-class"
+    last_solve: dict[str, float | str] | None
 
     def __init__(
         self,
@@ -282,6 +344,8 @@ class NearestETFClassifier(NearestFrameClassifier):
         ignore_index: int | None = None,
         solver: Literal["closed-form", "trust-region"] = "closed-form",
         metric: Literal["within-class"] | None = None,
+        class_weights: Tensor | None = None,
+        diagnostics: bool = False,
         method: Method = "auto",
         generator: torch.Generator | None = None,
     ) -> None:
@@ -294,59 +358,127 @@ class NearestETFClassifier(NearestFrameClassifier):
             momentum=momentum,
             implicit_gradient=implicit_gradient,
             ignore_index=ignore_index,
+            class_weights=class_weights,
             method=method,
             generator=generator,
         )
+        check_bool("diagnostics", diagnostics)
+        self.diagnostics = diagnostics
+        self.last_solve = None
         check_choice("solver", solver, ("closed-form", "trust-region"))
         self.solver = solver
         if solver == "trust-region":
             check_at_least("in_features", in_features, num_classes, "num_classes")
-            self.register_buffer("frame", torch.eye(num_classes, in_features, dtype=torch.float32))
+            if class_weights is not None:
+                raise ValueError(
+                    "class_weights must be None with solver='trust-region': the published problem has none"
+                )
+            self.register_buffer("frame", torch.eye(num_classes, in_features, dtype=full_precision()))
         if metric not in (None, "within-class"):
             raise ValueError(f"metric must be 'within-class' or None, got {metric!r}")
         self.metric = metric
         if metric is not None:
             if solver == "trust-region":
                 raise ValueError("metric must be None with solver='trust-region': the published problem has Euclid's")
+            if diagnostics:
+                raise ValueError("diagnostics must be False with a metric: they are of the Euclidean problem")
             self.within = MovingMean(1, in_features, momentum)
 
+    def _check_range(self, features: Tensor) -> None:
+        if self.metric is None or not values_readable(features) or not features.numel():
+            return
+        largest = float(features.detach().abs().max())
+        if 4 * largest**2 * len(features) > torch.finfo(features.dtype).max:
+            raise ValueError(
+                f"features must be small enough for the sum of their squares in {features.dtype} with "
+                f"metric='within-class', got magnitudes up to {largest:.3g}"
+            )
+
     @torch.no_grad()
-    def _see(self, features: Tensor, targets: Tensor, centred_means: Tensor, batch_mean: Tensor) -> None:
+    def _see(
+        self, features: Tensor, targets: Tensor, centred_means: Tensor, batch_mean: Tensor, finite: Tensor
+    ) -> None:
         if self.metric is None:
             return
         counted = (
             torch.ones_like(targets, dtype=torch.bool) if self.ignore_index is None else targets != self.ignore_index
         )
         own_means = (centred_means + batch_mean)[torch.where(counted, targets, 0).long()]
-        deviations = (features - own_means).square() * counted.unsqueeze(-1)
+        deviations = torch.where(counted.unsqueeze(-1), (features - own_means).square(), 0)
         sums, count = sums_over_ranks(deviations.sum(0, keepdim=True), counted.sum().to(features).unsqueeze(0))
-        self.within(sums / count.clamp_min(1).unsqueeze(-1), count)
+        self.within(sums / count.clamp_min(1).unsqueeze(-1), count, finite & torch.isfinite(sums).all())
 
-    def _nearest(self, class_means: Tensor, anchor_weight: Tensor | float) -> Tensor:
+    def _nearest(self, class_means: Tensor, last: Tensor, anchor_weight: Tensor | float, finite: Tensor) -> Tensor:
         if self.metric is None:
-            return super()._nearest(class_means, anchor_weight)
+            return super()._nearest(class_means, last, anchor_weight, finite)
+        if not bool(finite):
+            return last.to(class_means)
         variance = self.within.mean[0].to(class_means)
         floor = (_VARIANCE_FLOOR * variance.mean()).clamp_min(torch.finfo(variance.dtype).tiny)
         weight = float(anchor_weight)
         anchor = self.weight if weight > 0 else None
         # As it is: ClassMeans has looked at the batch. Equal means, of a first batch of one class, have no nearest ETF.
         return nearest_simplex_etf(
-            class_means, anchor=anchor, proximal_weight=weight, metric=1 / (variance + floor), method=self.method
+            class_means,
+            anchor=anchor,
+            proximal_weight=weight,
+            class_weights=self.class_weights,
+            metric=1 / (variance + floor),
+            method=self.method,
         )
 
-    def _solve(self, class_means: Tensor, seen_before: Tensor) -> Tensor:
+    def _solve(self, class_means: Tensor, seen_before: Tensor, finite: Tensor) -> Tensor:
         if self.solver == "closed-form":
-            return super()._solve(class_means, seen_before)
-        etf = self._solve_as_published(class_means, seen_before)
-        self.weight = etf.detach().to(self.weight.dtype, copy=True)
+            return super()._solve(class_means, seen_before, finite)
+        last = self.weight
+        if not bool(finite):
+            return last.to(class_means)
+        etf = self._solve_as_published(class_means, last, seen_before)
+        self._store(etf.detach().to(last.dtype, copy=True))
         return etf
 
-    def _solve_as_published(self, class_means: Tensor, seen_before: Tensor) -> Tensor:
-        last = self.frame.to(class_means) if bool(seen_before.any()) else None
+    def _solve_as_published(self, class_means: Tensor, last: Tensor, seen_before: Tensor) -> Tensor:
+        previous = _orthonormal(self.frame).to(class_means) if bool(seen_before.any()) else None
         weight = 2 * self.proximal_weight / (self.num_classes - 1)
-        frame = published_nearest_frame(class_means, last, proximal_weight=weight).point
-        self.frame = frame.detach().to(self.frame.dtype, copy=True)
-        return frame_to_etf(frame)
+        solution = published_nearest_frame(class_means, previous, proximal_weight=weight)
+        self.frame = solution.point.detach().to(self.frame.dtype, copy=True)
+        etf = frame_to_etf(solution.point)
+        if self.diagnostics:
+            self.last_solve = {
+                "objective": float(solution.cost),
+                "gradient_norm": float(solution.gradient_norm),
+                "iterations": float(solution.iterations),
+                "distance_to_anchor": float((etf.detach() - last).norm()),
+                "stopping_criterion": solution.reason,
+            }
+        return etf
+
+    def _restored(self, weight: Tensor) -> Tensor:
+        if self.solver == "closed-form":
+            return super()._restored(weight)
+        self.frame = _orthonormal(self.frame)
+        return frame_to_etf(self.frame)
+
+    def _look_at(self, class_means: Tensor, frame: Tensor, last: Tensor, anchor_weight: Tensor | float) -> None:
+        logged = logger.isEnabledFor(logging.DEBUG)
+        if not (logged or self.diagnostics) or self.metric is not None:
+            return
+        found = nearest_etf_diagnostics(
+            class_means.detach(),
+            frame.detach(),
+            anchor=last,
+            proximal_weight=float(anchor_weight),
+            class_weights=self.class_weights,
+        )
+        logger.debug("nearest ETF: %s", ", ".join(f"{name} {value:.3e}" for name, value in found.items()))
+        if self.diagnostics:
+            self.last_solve = found | {"stopping_criterion": "closed form"}
+
+
+def _orthonormal(frame: Tensor) -> Tensor:
+    """The frame, or where its rows are not orthonormal, as an average's are not, the nearest one whose rows are."""
+    identity = torch.eye(len(frame), dtype=frame.dtype, device=frame.device)
+    return frame if bool((frame @ frame.mT - identity).abs().max() < 1e-5) else polar_factor(frame)
 
 
 def _named(geometry: object) -> str:
@@ -361,7 +493,7 @@ def _named(geometry: object) -> str:
 def _first_etf(in_features: int, num_classes: int, generator: torch.Generator | None) -> Tensor:
     check_etf_sizes(num_classes, in_features)
     if generator is None:
-        return simplex_etf(num_classes, in_features, dtype=torch.float32)
+        return simplex_etf(num_classes, in_features, dtype=full_precision())
     return random_simplex_etf(
-        num_classes, in_features, generator=generator, dtype=torch.float32, device=generator.device
+        num_classes, in_features, generator=generator, dtype=full_precision(), device=generator.device
     )

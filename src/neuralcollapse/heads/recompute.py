@@ -110,4 +110,7 @@ def _state(module: nn.Module) -> State:
 
 def _restore(state: State) -> None:
     for part, name, value in state:
-        setattr(part, name, value)
+        if name in part._buffers:
+            part._buffers[name] = value
+        else:
+            setattr(part, name, value)
