@@ -114,7 +114,8 @@ class ClassMeans(nn.Module):
 
         M_k = S_k/n_k,   m = Σ S_k/Σ n_k,   C̄_k ← (1−α) C̄_k + α (M_k − m)   for the classes present.
 
-    An absent class keeps its mean, a class never seen is zero, the first sight of a class sets it.
+    An absent class keeps its mean, a class never seen is zero, the first sight of a class sets it. A batch that is not
+    finite changes nothing, nor does it count.
 
     Args:
         num_classes: K ≥ 2.
@@ -160,33 +161,35 @@ class ClassMeans(nn.Module):
         return self.centred.mean
 
     @property
+    def batches(self) -> Tensor:
+        """How many batches it has taken in, of shape ()."""
+        return self.overall.batches
+
+    @property
     def global_mean(self) -> Tensor:
         """The moving global mean m̄ (d,), detached."""
         return self.overall.mean[0]
 
     @counts_once
-    def forward(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, features: Tensor, targets: Tensor, *, overflowing: bool | None = None) -> tuple[Tensor, Tensor]:
         """Take a batch in.
 
         Args:
             features: (N, d) floating.
             targets: (N,) integers in [0, K), or ``ignore_index``.
+            overflowing: Whether a batch that is not finite changes nothing on a CPU as well. If not given, in half
+                precision and under autocast, where the loop skips its step.
 
         Returns:
             The moving centred class means C̄ (K, d) and the batch's global mean m (d,), both differentiable in
             the features of every rank; in at least fp32.
 
         Raises:
-            ValueError: if shapes do not match; on a CPU also if labels are out of range, or features of full precision
-                are not finite (of half precision or under autocast, such a batch changes nothing, as on accelerators).
+            ValueError: if shapes do not match; on a CPU also if labels are out of range or the batch is not finite.
         """
         check_features(features, self.feature_dim)
-        with torch.autocast(features.device.type, enabled=False):
-            means, batch_mean, _ = self.take(features, targets, may_overflow(features))
-        return means, batch_mean
-
-    def take(self, features: Tensor, targets: Tensor, may_overflow: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """`forward`, and whether the batch is finite, as a bool of shape (); it raises if not and may not overflow."""
+        if overflowing is None:
+            overflowing = may_overflow(features)
         readable = features.device.type == "cpu"  # elsewhere, reading a value would wait for the device at every step
         check_targets(targets, features.shape[0], self.num_classes, values=readable, ignore_index=self.ignore_index)
         features = features.to(compute_dtype(features.dtype))
@@ -195,10 +198,10 @@ class ClassMeans(nn.Module):
         batch_mean = sums.sum(0) / total.clamp_min(1)
         centred = sums / counts.clamp_min(1).unsqueeze(-1) - batch_mean
         finite = torch.isfinite(centred.detach()).all()
-        if not may_overflow:
+        if not overflowing:
             check_batch_mean("features", features, finite)
         self.overall(batch_mean.detach().unsqueeze(0), total.unsqueeze(0), finite)
-        return self.centred(centred, counts, finite), batch_mean, finite
+        return self.centred(centred, counts, finite), batch_mean
 
 
 def check_batch_mean(name: str, features: Tensor, finite: Tensor) -> None:

@@ -65,7 +65,7 @@ class LearnedClassifier(Head):
         linear = nn.Linear(in_features, num_classes, bias=bias)
         self.weight = linear.weight
         self.bias = linear.bias
-        self._may_be_perturbed = False
+        self._may_be_perturbed: bool | None = None  # from the first training forward of unit rows on, and once
         if unit_weight:
             self.project_weight()
         _follow_steps()
@@ -105,7 +105,7 @@ class LearnedClassifier(Head):
         if self in _FOLLOWED:
             return weight
         if not _is_off(weight):
-            self._may_be_perturbed = True
+            self._may_be_perturbed = self._may_be_perturbed is not False
         elif self._may_be_perturbed:
             self._may_be_perturbed = False
         else:

@@ -112,9 +112,11 @@ class ClassMeanClassifier(KeepsFullPrecision, LearnsFromTargets):
             flat = features.reshape(-1, self.in_features).to(compute_dtype(features.dtype))
             last, previous = self._unmended(), self.means == "previous"
             offset = self._offset(self.class_means.centred_means)
-            class_means, batch_mean, finite = self.class_means.take(
-                flat if self.means == "differentiable" else flat.detach(), targets.reshape(-1), overflowing
+            batches = self.class_means.batches
+            class_means, batch_mean = self.class_means(
+                flat if self.means == "differentiable" else flat.detach(), targets.reshape(-1), overflowing=overflowing
             )
+            finite = self.class_means.batches > batches
             offset_now = self._offset(class_means)
             weight = self._unit_rows(class_means if offset_now is None else class_means - offset_now, last)
             # A copy where the graph holds `weight`: what restores or broadcasts buffers writes into them.

@@ -193,8 +193,9 @@ class NearestFrameClassifier(KeepsFullPrecision, LearnsFromTargets):
             flat = flat.to(compute_dtype(features.dtype))
             if not overflowing:
                 self._check_range(flat)
-            seen = self.class_means.centred.seen
-            class_means, batch_mean, finite = self.class_means.take(flat, targets, overflowing)
+            seen, batches = self.class_means.centred.seen, self.class_means.batches
+            class_means, batch_mean = self.class_means(flat, targets, overflowing=overflowing)
+            finite = self.class_means.batches > batches
             self._see(flat, targets, class_means, batch_mean, finite)
             frame = self._solve(class_means if self.implicit_gradient else class_means.detach(), seen, finite)
             bias = -(frame @ batch_mean) if self.centring else None

@@ -21,24 +21,24 @@ def is_recomputing() -> bool:
 
 
 def counts_once(step: Callable[..., Result]) -> Callable[..., Result]:
-    """Wrap a method ``step(self, features, targets)`` that changes its module's buffers, for gradient checkpointing.
+    """Wrap a method ``step(self, features, targets, **options)`` that changes its module's buffers.
 
-    Where it runs a second time, inside the backward pass, it returns what it returned the first time, and the buffers
+    For gradient checkpointing: where it runs a second time, inside the backward pass, it returns what it returned the first time, and the buffers
     stay as they are. What is needed for that lives as long as the graph of the first run.
     """
 
     @wraps(step)
-    def wrapped(self: nn.Module, features: Tensor, targets: Tensor | None = None) -> Result:
+    def wrapped(self: nn.Module, features: Tensor, targets: Tensor | None = None, **options: Any) -> Result:
         if not self.training or torch.compiler.is_compiling():
-            return step(self, features, targets)
+            return step(self, features, targets, **options)
         if _WITHIN.get():  # what it is a part of keeps its state, or has brought it back
-            return step(self, features, targets)
+            return step(self, features, targets, **options)
         if is_recomputing():
             with _at_its_beginning(self, features):
-                return step(self, features, targets)
+                return step(self, features, targets, **options)
         before, token = _state(self), _WITHIN.set(True)
         try:
-            result = step(self, features, targets)
+            result = step(self, features, targets, **options)
         finally:
             _WITHIN.reset(token)
         nodes = [tensor.grad_fn for tensor in result if tensor is not None and tensor.grad_fn is not None]

@@ -84,11 +84,10 @@ def build_head(
     norm = None if config.feature_norm == "none" else config.feature_norm
     options: dict[str, Any] = {"in_features": feature_dim, "num_classes": num_classes, "feature_norm": norm}
     if config.method in ("standard", "linear"):
-        head = LearnedClassifier(
+        # Without a unit start, the optimiser's first step makes it one of unit rows: see build_optimizer.
+        return LearnedClassifier(
             unit_weight=config.unit_start is True, bias=config.classifier_bias == "learned", **options
         )
-        head.unit_weight = bool(config.unit_weight)
-        return head
     options["bias"] = config.classifier_bias or "none"
     if config.means_momentum is not None:
         options["momentum"] = config.means_momentum

@@ -29,8 +29,10 @@ def update_average(average: AttachedHead, model: AttachedHead, *, share: float, 
         own.lerp_(current, rate)
     for own, current in zip(average.head.buffers(), model.head.buffers(), strict=True):
         own.copy_(current)
-    if isinstance(average.head, LearnedClassifier) and average.head.unit_weight:
-        average.head.project_weight()
+    if isinstance(average.head, LearnedClassifier) and isinstance(model.head, LearnedClassifier):
+        average.head.unit_weight = model.head.unit_weight
+        if average.head.unit_weight:
+            average.head.project_weight()
 
 
 def _averaged(model: AttachedHead) -> list[Tensor]:

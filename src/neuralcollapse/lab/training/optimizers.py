@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch.optim import lr_scheduler
 
-from neuralcollapse.heads import AttachedHead, LearnedClassifier, project_after_step
+from neuralcollapse.heads import AttachedHead, LearnedClassifier
 from neuralcollapse.lab.config import Optimisation, RunConfig
 from neuralcollapse.lab.seeds import derived_seed
 from neuralcollapse.lab.training.agd import AGD, orthogonal_start
@@ -20,7 +20,7 @@ _START = 2
 
 
 def build_optimizer(config: RunConfig, model: AttachedHead) -> torch.optim.Optimizer:
-    """The optimiser of all parameters; it keeps the rows of a unit weight at unit norm.
+    """The optimiser of all parameters; without a unit start, its first step gives the rows of a unit weight unit norm.
 
     AGD asks for first weights of its own, which the model is given; they follow from the seed.
 
@@ -33,10 +33,11 @@ def build_optimizer(config: RunConfig, model: AttachedHead) -> torch.optim.Optim
             torch.manual_seed(derived_seed(config.seed, _START))
             orthogonal_start(model)
     head = model.head
-    if isinstance(head, LearnedClassifier) and head.unit_weight:
+    if isinstance(head, LearnedClassifier) and config.unit_weight:
         if config.unit_start:
             head.project_weight()
-        project_after_step(optimizer, head)
+        else:
+            optimizer.register_step_post_hook(lambda *_: setattr(head, "unit_weight", True))
     return optimizer
 
 
