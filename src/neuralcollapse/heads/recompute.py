@@ -23,8 +23,8 @@ def is_recomputing() -> bool:
 def counts_once(step: Callable[..., Result]) -> Callable[..., Result]:
     """Wrap a method ``step(self, features, targets, **options)`` that changes its module's buffers.
 
-    For gradient checkpointing: where it runs a second time, inside the backward pass, it returns what it returned the first time, and the buffers
-    stay as they are. What is needed for that lives as long as the graph of the first run.
+    For gradient checkpointing: where it runs a second time, inside the backward pass, it returns what it returned the
+    first time, and the buffers stay as they are. What is needed for that lives as long as the graph of the first run.
     """
 
     @wraps(step)
