@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import matplotlib
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 
-from neuralcollapse.lab.figures.curves import draw_all, draw_figures
-from neuralcollapse.lab.figures.page import Panel, check_drawing, literal, save_figures, write_panels
+from neuralcollapse.lab.figures.curves import draw_all, draw_figures, draw_metric, line_styles, metric_label
+from neuralcollapse.lab.figures.page import Panel, add_legend, check_drawing, literal, save_figures, write_panels
 from neuralcollapse.metrics.catalogue import METRICS
 
 
@@ -85,3 +88,85 @@ def test_settings_that_matplotlib_cannot_draw_with_are_named_before_training():
         pytest.raises(ValueError, match="matplotlib cannot draw with .*matplotlibrc"),
     ):
         check_drawing()
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 7, 8, 12])
+def test_lines_of_up_to_twelve_groups_differ_without_colour(number):
+    styles = line_styles([f"group {place}" for place in range(number)])
+    without_colour = {(str(style["linestyle"]), style["marker"]) for style in styles.values()}
+    assert len(without_colour) == number
+    assert len({style["color"] for style in styles.values()}) == min(number, 8)
+    many = line_styles([f"group {place}" for place in range(40)]).values()
+    assert len({tuple(map(str, style.values())) for style in many}) == 40
+
+
+def test_the_published_methods_always_have_the_same_styles():
+    published = line_styles(["standard", "fixed", "implicit"])
+    for labels in (["implicit", "standard"], ["frame", "fixed", "means"], ["a", "b", "standard", "c"]):
+        styles = line_styles(labels, markers=False)
+        assert len({style["color"] for style in styles.values()}) == len(labels)
+        for label in labels:
+            of_published = [name for name, style in published.items() if style["color"] == styles[label]["color"]]
+            assert of_published == ([label] if label in published else [])
+
+
+def drawn_on(rows: int, columns: int, groups: int, words: str = "standard resnet18 feature_dim") -> Figure:
+    """A figure of lines with its legend, and its layout done."""
+    figure = Figure(figsize=(3.4 * columns, 2.7 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for axes in panels:
+        for label, style in line_styles([f"{words}={group}" for group in range(groups)]).items():
+            axes.plot([1, 2], [0, len(label)], label=label, **style)
+        axes.set(xlabel="epoch", title="title")
+    add_legend(figure, figure.axes)
+    figure.suptitle("title")
+    FigureCanvasAgg(figure).draw()
+    return figure
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (2, 3), (5, 4)])
+@pytest.mark.parametrize("groups", [2, 3, 8, 12])
+@pytest.mark.parametrize("words", ["adam", "standard resnet18 feature_dim", "a b c " * 12])
+def test_a_legend_is_below_the_axes_and_inside_the_figure(rows, columns, groups, words):
+    figure = drawn_on(rows, columns, groups, words)
+    (legend,) = figure.legends
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    box = legend.get_window_extent(renderer)
+    assert [text.get_text().replace("\n", " ") for text in legend.get_texts()] == [
+        f"{words}={group}" for group in range(groups)
+    ]
+    assert box.x0 >= 0
+    assert box.y0 >= 0
+    assert box.x1 <= figure.bbox.width
+    for axes in figure.axes:
+        assert axes.get_legend() is None
+        assert box.y1 <= axes.get_tightbbox(renderer).y0
+        assert axes.get_window_extent(renderer).height > 1.2 * figure.dpi  # no panel gives its room to the legend
+    texts = [text.get_window_extent(renderer) for text in legend.get_texts()]
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(texts, 2))
+
+
+def test_one_group_needs_no_legend():
+    assert drawn_on(1, 1, 1).legends == []
+
+
+@pytest.mark.parametrize("epochs", [[1], [1, 2], [2, 3], [1, 2, 3], [5, 10, 15], list(range(1, 201)), [0, 1000]])
+def test_epochs_are_whole_numbers_once_each(epochs):
+    rows = [("a run", 0, epoch, "train", "accuracy", 0.1 + 0.001 * epoch) for epoch in epochs]
+    figure = Figure()
+    axes = figure.subplots()
+    draw_metric(axes, pd.DataFrame(rows, columns=list(table(1, 1))), "accuracy")
+    FigureCanvasAgg(figure).draw()
+    low, high = axes.get_xlim()
+    ticks = [label for label in axes.get_xticklabels() if low <= label.get_position()[0] <= high]
+    texts = [label.get_text() for label in ticks]
+    assert len(set(texts)) == len(texts) > 0
+    assert all(re.fullmatch(r"\d+", text) for text in texts)
+
+
+def test_distances_to_a_reference_epoch_name_it():
+    rows = [(epoch, "train", "etf_reference_epoch", 7.0) for epoch in (1, 7)]
+    rows += [(epoch, "train", "etf_means_reference", 0.5) for epoch in (1, 7)]
+    metrics = pd.DataFrame(rows, columns=["epoch", "split", "metric", "value"])
+    assert metric_label("etf_means_reference", metrics).startswith("ETF of means to reference, epoch 7  $")
+    assert metric_label("etf_means", metrics) == METRICS["etf_means"].label

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import (
+    FixedLocator,
     FuncFormatter,
     LogFormatterSciNotation,
     LogLocator,
@@ -119,7 +120,8 @@ def finish_axes(axes: Axes, values: pd.Series, name: str, num_classes: int | Non
     at_collapse = _at_collapse(name, num_classes)
     if at_collapse is not None and axes.get_yscale() == "linear":
         axes.axhline(at_collapse, color="0.4", linewidth=0.8, linestyle=(0, (1, 2)), zorder=0)
-    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    first, last = axes.dataLim.intervalx
+    axes.xaxis.set_major_locator(FixedLocator([first]) if first == last else MaxNLocator(4, integer=True))
     axes.grid(alpha=0.3, linewidth=0.5)
 
 

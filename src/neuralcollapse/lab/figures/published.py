@@ -105,7 +105,8 @@ def draw_series(axes: Axes, *, runs: Runs, series: Series, by_marker: bool = Fal
         raise ValueError(f"{name} was not measured on the {split} split: run `neuralcollapse {command}` on the runs")
     finish_axes(axes, found, name, runs.num_classes)
     axes.set_xlabel("epoch", fontsize=8)
-    axes.set_ylabel(METRICS[name].label.replace("  $", "\n$") if len(series) == 1 else "", fontsize=8)
+    label = METRICS[name].label.replace("  $", "\n$") if len(series) == 1 else ""
+    axes.set_ylabel(label, fontsize=8, linespacing=1.5)
     if len(series) > 1:
         lines = [Line2D([], [], color="0.3", linestyle=line) for _, line in zip(series, _SERIES_LINES, strict=False)]
         legend_above(axes, lines, [words for *_, words in series])
