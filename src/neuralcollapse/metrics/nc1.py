@@ -121,8 +121,8 @@ def cdnv_of_pairs(within_class_variances: Tensor, power: float = 1.0) -> Callabl
 
     def ratio(tile: PairTile) -> Tensor:
         left, right = within_class_variances[tile.rows], within_class_variances[tile.columns]
-        inverse = kernel_of_distances(tile.squared_distances, lambda squared: squared**-power, torch.nan)
-        return (left[:, None] + right) / 2 * inverse
+        variances = (left[:, None] + right) / 2
+        return kernel_of_distances(tile.squared_distances, lambda squared: variances / squared**power, torch.nan)
 
     return ratio
 
