@@ -9,7 +9,9 @@ from neuralcollapse._checks import check_finite
 from neuralcollapse.geometry import nearest_simplex_etf
 from neuralcollapse.metrics.doors import check_integers, check_shapes
 from neuralcollapse.metrics.nc3 import nc3_distance
+from neuralcollapse.metrics.scaling import rescaled
 from neuralcollapse.metrics.statistics import Center, check_center
+from neuralcollapse.metrics.undefined import warn_of, without_undefined
 
 
 @torch.no_grad()
@@ -25,7 +27,8 @@ def etf_distances(
     """Squared Frobenius distances of W, C and their nearest simplex ETFs, each scaled to unit Frobenius norm.
 
     C are the class means less their centre. Distances to a nearest ETF lie in [0, 2], those between ETFs in [0, 4].
-    At collapse the first three are 0. Source: Markou, Ajanthan & Gould, NeurIPS 2024.
+    At collapse the first three are 0. Rows that are all equal have no nearest ETF: their distances are NaN, and a
+    warning says so. Source: Markou, Ajanthan & Gould, NeurIPS 2024.
 
     Args:
         weight: W (K, d), d at least K − 1.
@@ -41,7 +44,7 @@ def etf_distances(
         ``etf_weights_reference`` ‖E(W) − E(W₀)‖² and ``etf_means_reference`` ‖E(C) − E(C₀)‖².
 
     Raises:
-        ValueError: Shapes that differ, values that are not finite, negative or all-zero counts, or d under K − 1.
+        ValueError: if shapes differ, values are not finite, counts are negative or all zero, or d is under K − 1.
 
     Examples:
         >>> from neuralcollapse.geometry import simplex_etf
@@ -59,7 +62,7 @@ def etf_distances(
     shares = _shares(class_counts, class_means) if center == "samples" else _shares(None, class_means)
 
     weight, centred_means = weight.double(), _centred(class_means, shares)
-    weight_etf, means_etf = nearest_simplex_etf(weight), nearest_simplex_etf(centred_means)
+    weight_etf, means_etf = _nearest(weight), _nearest(centred_means, class_means)
     # Of two matrices, nc3_distance is the squared distance at unit Frobenius norm.
     distances = {
         "etf_weights": nc3_distance(weight_etf, weight),
@@ -67,11 +70,21 @@ def etf_distances(
         "etf_between": nc3_distance(weight_etf, means_etf),
     }
     if reference_weight is not None:
-        distances["etf_weights_reference"] = nc3_distance(weight_etf, nearest_simplex_etf(reference_weight.double()))
+        distances["etf_weights_reference"] = nc3_distance(weight_etf, _nearest(reference_weight.double()))
     if reference_means is not None:
-        reference_etf = nearest_simplex_etf(_centred(reference_means, shares))
+        reference_etf = _nearest(_centred(reference_means, shares), reference_means)
         distances["etf_means_reference"] = nc3_distance(means_etf, reference_etf)
-    return {name: float(distance) for name, distance in distances.items()}
+    values, undefined = without_undefined({name: float(distance) for name, distance in distances.items()}, {})
+    warn_of(dict.fromkeys(undefined, "the rows of a matrix are all equal, up to rounding, and have no nearest ETF"))
+    return values
+
+
+def _nearest(rows: Tensor, given: Tensor | None = None) -> Tensor:
+    """Return the nearest simplex ETF of rows; NaN if they are all equal, up to the rounding of those given."""
+    given = rows if given is None else given
+    noise = 4 * torch.finfo(given.dtype).eps * torch.linalg.vector_norm(given.double(), dim=1).amax()
+    spread = torch.linalg.vector_norm(rows - rows.mean(dim=0), dim=1).amax()
+    return nearest_simplex_etf(rescaled(rows)) if spread > noise else torch.full_like(rows, torch.nan)
 
 
 def _shares(class_counts: Tensor | None, class_means: Tensor) -> Tensor:

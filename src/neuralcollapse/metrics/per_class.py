@@ -14,6 +14,7 @@ from neuralcollapse.metrics.moments import ClassMoments
 from neuralcollapse.metrics.nc1 import cdnv_of_pairs
 from neuralcollapse.metrics.nc2 import HYPERSPHERICAL_KERNELS, cosines, hyperspherical_kernel
 from neuralcollapse.metrics.pairs import PairTile
+from neuralcollapse.metrics.scaling import power_of_two, rescaled, unit_rows
 from neuralcollapse.metrics.statistics import Center, class_statistics
 
 MATRICES = ("cosines_means", "cosines_weights", "cdnv", *HYPERSPHERICAL_KERNELS)
@@ -29,7 +30,8 @@ class ClassValues:
         mean_norms: (K,) ‖c_k‖ of the centred means, whose spread is ``nc2_equinorm_means``.
         weight_norms: (K,) ‖w_k‖, or None without a weight.
         within_class_variances: (K,) v_k, mean squared distance to the class mean.
-        duality: (K,) cos(w_k, c_k), whose variance is ``nc3_uniform_cos``, or None without a weight.
+        duality: (K,) cos(w_k, c_k), whose variance is ``nc3_uniform_cos``; NaN of a class whose row or centred mean is
+            zero. None without a weight.
     """
 
     classes: Tensor
@@ -77,7 +79,7 @@ def class_values(
         mean_norms=torch.linalg.vector_norm(means, dim=1),
         weight_norms=None if rows is None else torch.linalg.vector_norm(rows, dim=1),
         within_class_variances=measured.within_class_variances,
-        duality=None if rows is None else torch.cosine_similarity(rows, means, dim=1),
+        duality=None if rows is None else (unit_rows(rows) * unit_rows(means)).sum(dim=1),
     )
 
 
@@ -96,8 +98,9 @@ def pair_matrices(
     """(K, K) matrices of pairs of classes: those whose means over pairs are the pairwise metrics.
 
     ``cosines_means`` and ``cosines_weights`` of centred means (what others call interference) and of W; ``cdnv``; and
-    the kernels ``dist``, ``log`` and ``riesz`` of the distance between unit centred means. What no pair has, a class
-    with itself in ``cdnv``, ``log`` and ``riesz``, is NaN.
+    the kernels ``dist``, ``log`` and ``riesz`` of the distance between unit centred means. What is not defined is NaN:
+    ``cdnv``, ``log`` and ``riesz`` of a class with itself or with one of the same mean (direction), up to rounding, and
+    what takes the direction of a zero vector.
 
     Args:
         moments: The moments of the features that the weight multiplies.
@@ -127,24 +130,24 @@ def pair_matrices(
     elif isinstance(names, str) or (unknown := [name for name in names if name not in MATRICES]):
         raise ValueError(f"names must be of {', '.join(MATRICES)}, got {names if isinstance(names, str) else unknown}")
     _check_memory(len(measured.classes), len(names), max_classes)
+    unit = power_of_two(measured.centred_means)
     functions: dict[str, Callable[[PairTile], Tensor]] = {
         "cosines_means": cosines,
         "cosines_weights": cosines,
-        "cdnv": cdnv_of_pairs(measured.within_class_variances, exponent),
+        "cdnv": cdnv_of_pairs(measured.within_class_variances * unit ** (2 * exponent), exponent),
     } | {kernel: hyperspherical_kernel(kernel, exponent) for kernel in HYPERSPHERICAL_KERNELS}
-    tiles = {False: _tile(measured.centred_means)} | ({} if rows is None else {True: _tile(rows)})
+    tiles = {False: _tile(measured.centred_means * unit, measured.resolution * unit)}
+    tiles |= {} if rows is None else {True: _tile(rescaled(rows))}
     matrices = {}
     for name in names:
         if name == "cosines_weights" and rows is None:
             raise ValueError("weight must be given for cosines_weights, got None")
         matrices[name] = functions[name](tiles[name == "cosines_weights"]).clone()
-        if name in ("cdnv", "log", "riesz"):
-            matrices[name].fill_diagonal_(torch.nan)
     return matrices
 
 
-def _tile(vectors: Tensor) -> PairTile:
-    return PairTile(vectors, torch.linalg.vector_norm(vectors, dim=1), slice(None), slice(None))
+def _tile(vectors: Tensor, resolution: Tensor | float = 0.0) -> PairTile:
+    return PairTile(vectors, torch.linalg.vector_norm(vectors, dim=1), slice(None), slice(None), resolution)
 
 
 def _rows(weight: Tensor | None, moments: ClassMoments, classes: Tensor) -> Tensor | None:

@@ -51,8 +51,9 @@ def unit_rows(rows: Tensor, least: Tensor | float = 0.0) -> Tensor:
 def unit_deviations(rows: Tensor, center: Tensor) -> Tensor:
     """Return `unit_rows` of rows − center; NaN for a row that is the centre, up to the rounding of the difference."""
     deviations = rows - center
-    norms = torch.linalg.vector_norm(rows.detach(), dim=-1) + torch.linalg.vector_norm(center.detach())
-    return unit_rows(deviations, 2 * torch.finfo(deviations.dtype).eps * norms)
+    unit = power_of_two(rows, center.to(rows.dtype))
+    norms = torch.linalg.vector_norm(rows.detach() * unit, dim=-1) + torch.linalg.vector_norm(center.detach() * unit)
+    return unit_rows(deviations, 2 * torch.finfo(deviations.dtype).eps * norms / unit)
 
 
 def square_root(values: Tensor) -> Tensor:
