@@ -16,6 +16,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from helpers import generator
+from neuralcollapse.heads import ClassMeanClassifier, FixedETFClassifier, LearnedClassifier, NearestETFClassifier
 from neuralcollapse.metrics import ClassMoments, NeuralCollapse, collapse_metrics
 
 FEATURES = torch.randn(120, 8, generator=generator(1)) + 2
@@ -345,3 +346,210 @@ def test_a_code_adds_what_is_relative_to_its_gram(classifier):
     assert all(scalar.higher_is_better in (True, False, None) for scalar in collection.values())
     with pytest.raises(ValueError, match=r"code must be of shape \(K, r\)"):
         NeuralCollapse(4, 8, classifier, code=code[:3])
+
+
+def test_compute_follows_the_classifier(classifier):
+    metric = updated(NeuralCollapse(4, 8, classifier))
+    scalars = NeuralCollapse.collection(4, 8, classifier, metrics=["nc3_duality", "nc4_bias"])
+    scalars.update(FEATURES, TARGETS)
+    for step in range(3):
+        wanted = expected(classifier)
+        assert as_floats(metric.compute()) == pytest.approx(wanted, rel=1e-10)
+        values = {name: wanted[name] for name in ("nc3_duality", "nc4_bias")}
+        assert as_floats(scalars.compute()) == pytest.approx(values, rel=1e-10)
+        with torch.no_grad():
+            classifier.weight += torch.randn(4, 8, generator=generator(step))
+            classifier.bias.zero_()
+
+
+@pytest.mark.parametrize(
+    "reparametrise",
+    [
+        nn.utils.weight_norm,
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.spectral_norm,
+        lambda layer: nn.utils.prune.random_unstructured(layer, "weight", 0.3),
+    ],
+    ids=["weight_norm by a hook", "weight_norm", "spectral_norm by a hook", "pruned"],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_compute_takes_a_weight_that_is_made_of_other_parameters(classifier, reparametrise):
+    layer = reparametrise(classifier)
+    metric = updated(NeuralCollapse(4, 8, layer))
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.mul_(2).add_(0.1)
+    values = as_floats(metric.compute())
+    with torch.no_grad():
+        layer.eval()(FEATURES)  # which makes the weight that the values are to be of
+    assert values == pytest.approx(expected(layer), rel=1e-6)
+
+
+BATCHES = {
+    "one class": (FEATURES[:5], TARGETS[:5] * 0),
+    "one sample": (FEATURES[:1], TARGETS[:1]),
+    "nothing": (FEATURES[:0], TARGETS[:0]),
+    "ignored": (FEATURES[:5], TARGETS[:5] * 0 - 1),
+    "one per class": (FEATURES[:4], TARGETS[:4]),
+    "constant": (FEATURES[:8] * 0 + 1, TARGETS[:8]),
+}
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.filterwarnings("ignore:metrics that are not defined")
+def test_forward_on_any_batch_keeps_what_was_seen(classifier, batch):
+    features, targets = BATCHES[batch]
+    metric = updated(NeuralCollapse(4, 8, classifier, ignore_index=-1))
+    values = metric(features, targets)
+    assert values["nc1_quotient"].isnan()
+    kept = targets >= 0
+    seen = torch.cat([FEATURES, features[kept]]), torch.cat([TARGETS, targets[kept]])
+    assert as_floats(metric.compute()) == pytest.approx(expected(classifier, *seen), rel=1e-10)
+
+
+REFUSED = {
+    "NaN": (FEATURES[:4] * torch.nan, TARGETS[:4]),
+    "label": (FEATURES[:4], TARGETS[:4] + 4),
+    "shape": (FEATURES[:4, :5], TARGETS[:4]),
+    "dtype": (FEATURES[:4], TARGETS[:4].float()),
+    "None": (None, TARGETS[:4]),
+}
+
+
+@pytest.mark.parametrize("batch", REFUSED)
+@pytest.mark.parametrize("method", ["update", "forward"])
+@pytest.mark.parametrize("on_step", [False, True])
+def test_a_refused_batch_changes_nothing(classifier, batch, method, on_step):
+    metric = updated(NeuralCollapse(4, 8, classifier, dist_sync_on_step=on_step))
+    before = {name: tensor.clone() for name, tensor in metric.metric_state.items()}
+    for _ in range(2):
+        with pytest.raises(ValueError, match="features|targets"):
+            getattr(metric, method)(*REFUSED[batch])
+        assert all(torch.equal(tensor, before[name]) for name, tensor in metric.metric_state.items())
+        assert metric.update_count == 5
+    assert as_floats(metric.compute()) == pytest.approx(expected(classifier), rel=1e-10)
+    metric(FEATURES[:40], TARGETS[:40])
+    assert int(metric.counts.sum()) == 160
+
+
+def test_forward_that_cannot_compute_changes_nothing(classifier):
+    """Of 40 samples each class has ten: a bound that the batch does not meet is an error of the batch alone."""
+    metric = updated(NeuralCollapse(4, 8, classifier, min_samples=15))
+    with pytest.raises(ValueError, match="at least 2 classes of min_samples = 15"):
+        metric(FEATURES[:40], TARGETS[:40])
+    assert int(metric.counts.sum()) == 120
+    assert as_floats(metric.compute()) == pytest.approx(expected(classifier), rel=1e-10)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_set_dtype_changes_means_and_scatters_alone(classifier, mixed):
+    metric = NeuralCollapse(4, 8, classifier, dtype="mixed" if mixed else torch.float64)
+    metric.update(FEATURES[:60], TARGETS[:60])
+    assert metric.set_dtype(torch.float32) is metric
+    assert metric.means.dtype == metric.within_class_scatter.dtype == torch.float32
+    assert metric.counts.dtype == torch.int64
+    metric.update(FEATURES[60:], TARGETS[60:])
+    assert as_floats(metric.compute()) == pytest.approx(expected(classifier), rel=1e-4)
+    metric.reset()
+    assert metric.counts.dtype == torch.int64
+    assert metric.means.dtype == torch.float32
+    metric.set_dtype(torch.float64)
+    assert as_floats(updated(metric).compute()) == pytest.approx(expected(classifier), rel=1e-6)
+    with pytest.raises(ValueError, match="dst_type must be torch.float32 or torch.float64, got torch.float16"):
+        metric.set_dtype(torch.float16)
+    assert metric.means.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module: module.half(),
+        lambda module: module.to(torch.bfloat16),
+        lambda module: module.to("cpu", torch.float16),
+        lambda module: module.double(),
+        lambda module: module.bfloat16().float(),
+    ],
+)
+def test_a_model_of_another_dtype_leaves_its_metric_as_it_is(classifier, change):
+    model = nn.ModuleDict({"metric": updated(NeuralCollapse(4, 8, classifier), 0, 60), "layer": nn.Linear(2, 2)})
+    metric = change(model)["metric"]
+    assert {tensor.dtype for tensor in metric.metric_state.values()} == {torch.float64, torch.int64}
+    updated(metric, 60, 120)
+    assert as_floats(metric.compute()) == pytest.approx(expected(classifier), rel=1e-10)
+
+
+def test_the_default_dtype_does_not_matter(classifier):
+    wanted = expected(classifier)
+    torch.set_default_dtype(torch.float64)
+    try:
+        metric = updated(NeuralCollapse(4, 8, classifier))
+        scalars = NeuralCollapse.collection(4, 8, classifier)
+        scalars.update(FEATURES, TARGETS)
+        assert as_floats(metric.compute()) == pytest.approx(wanted, rel=1e-10)
+        assert as_floats(scalars.compute()) == pytest.approx(wanted, rel=1e-10)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_small_integer_labels(classifier):
+    for dtype in (torch.uint8, torch.int8, torch.int16):
+        metric = NeuralCollapse(4, 8, classifier)
+        metric.update(FEATURES, TARGETS.to(dtype))
+        assert as_floats(metric.compute()) == pytest.approx(expected(classifier), rel=1e-10)
+
+
+class Normalising(nn.Module):
+    """A user's own cosine classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(4, 8)), None
+
+    def features(self, inputs):
+        return nn.functional.normalize(inputs, dim=-1)
+
+
+HEADS = {
+    "fixed": lambda: FixedETFClassifier(8, 4),
+    "nearest": lambda: NearestETFClassifier(8, 4, feature_norm=3.0),
+    "learned": lambda: LearnedClassifier(8, 4, feature_norm="auto"),
+    "class means": lambda: ClassMeanClassifier(8, 4),
+    "own": Normalising,
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_raw_features_for_a_head_that_normalises_are_refused(head, dtype):
+    torch.manual_seed(0)
+    head = HEADS[head]()
+    raw = FEATURES.to(dtype)
+    for metric in (NeuralCollapse(4, 8, head), NeuralCollapse.collection(4, 8, head)):
+        with pytest.raises(ValueError, match=rf"weight of {type(head).__name__} multiplies.*classifier.features"):
+            metric.update(raw, TARGETS)
+    metric = NeuralCollapse(4, 8, head)
+    normalised = head.features(raw).detach()
+    metric.update(normalised, TARGETS)
+    metric.update(normalised.float(), TARGETS)
+    metric.update(torch.zeros(2, 8, dtype=dtype), TARGETS[:2])  # a zero vector stays zero
+    assert int(metric.counts.sum()) == 242
+    unchecked = NeuralCollapse(4, 8, head, check_values=False)
+    unchecked.update(raw, TARGETS)
+
+
+def test_features_of_a_head_without_a_norm_and_of_a_learned_neck_are_taken():
+    class Neck(Normalising):
+        def __init__(self, in_features):
+            super().__init__()
+            self.neck = nn.Sequential(nn.Linear(in_features, 8), nn.BatchNorm1d(8), nn.ReLU())
+
+        def features(self, inputs):
+            return self.neck(inputs)
+
+    torch.manual_seed(0)
+    for head in (LearnedClassifier(8, 4), FixedETFClassifier(8, 4, feature_norm=None), Neck(8), Neck(5)):
+        state = {name: tensor.clone() for name, tensor in head.state_dict().items()}
+        mode = head.training
+        NeuralCollapse(4, 8, head).update(FEATURES, TARGETS)
+        assert head.training == mode
+        assert all(torch.equal(tensor, state[name]) for name, tensor in head.state_dict().items())
