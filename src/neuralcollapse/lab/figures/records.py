@@ -61,6 +61,9 @@ def _draw_margins(axes: Axes, *, runs: Runs, split: str) -> None:
     values: list[Any] = []
     for label in runs.groups:
         margins = [record.cos_margins.numpy() for record in runs.last_records(label, split)]
+        margins = [one[np.isfinite(one)] for one in margins if np.isfinite(one).any()]
+        if not margins:
+            continue
         share = np.linspace(0, 1, 400)
         at_share = np.stack([np.quantile(one, share) for one in margins])
         style = styles[label] | {"linewidth": 1.6, "markersize": 4, "markevery": len(share) // 6}
@@ -68,6 +71,8 @@ def _draw_margins(axes: Axes, *, runs: Runs, split: str) -> None:
         band = {"color": style["color"], "alpha": 0.18, "linewidth": 0}
         axes.fill_between(100 * share, at_share.min(0), at_share.max(0), **band)
         values += margins
+    if not values:
+        raise ValueError(f"no cosine margin of the {split} split is defined")
     if runs.num_classes:
         collapsed = runs.num_classes / (runs.num_classes - 1)
         axes.axhline(collapsed, color="0.4", linewidth=0.8, linestyle=(0, (1, 2)), zorder=0)

@@ -119,6 +119,8 @@ def _epochs_to_goal(metrics: pd.DataFrame) -> str:
 
 
 def spread(values: pd.Series, form: str) -> str:
-    """Mean ± standard deviation, in a format."""
-    mean = form.format(values.mean())
-    return mean if len(values) < 2 else f"{mean} ± {form.format(values.std())}"
+    """Mean ± standard deviation, in a format; of those that are defined, and of how many where some are not."""
+    defined = values.dropna()
+    mean = form.format(defined.mean())
+    shown = mean if len(defined) < 2 else f"{mean} ± {form.format(defined.std())}"
+    return f"{shown} ({len(defined)} of {len(values)})" if 0 < len(defined) < len(values) else shown

@@ -44,7 +44,7 @@ from neuralcollapse.lab.training.optimizers import build_optimizer, build_schedu
 from neuralcollapse.metrics import ClassMoments
 from neuralcollapse.metrics.nc3 import alignment
 
-# The numerical rank needs each class's own scatter, K d² numbers: it is measured where they take no more than this.
+# Each class's own scatter, from which layers have a numerical rank, takes K d² numbers: kept up to this many bytes.
 _CLASS_SCATTER_BYTES = 2**28
 
 
