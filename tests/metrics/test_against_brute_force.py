@@ -31,6 +31,8 @@ def assert_equal(measured: dict[str, float], expected: dict[str, float]) -> None
         absolute = 1e-12
         if name.startswith(("nc2_etf", "nc3_duality", "nc2_gram", "nc3_gram")) and value < 1e-6:
             absolute = 1e-7
+        if not math.isfinite(value):  # the kernels of two directions on one line
+            value = math.nan
         assert measured[name] == pytest.approx(value, rel=1e-8, abs=absolute, nan_ok=True), name
 
 

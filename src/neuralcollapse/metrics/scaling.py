@@ -40,20 +40,21 @@ def unit_rows(rows: Tensor, least: Tensor | float = 0.0) -> Tensor:
         tensor([[0.6000, 0.8000],
                 [   nan,    nan]])
     """
-    greatest = rows.detach().abs().amax(dim=-1, keepdim=True)
-    scaled = rows / torch.where(greatest > 0, greatest, 1)
-    norms = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
-    least = torch.as_tensor(least, dtype=rows.dtype, device=rows.device)
-    directed = norms.detach() * greatest > least.unsqueeze(-1)
-    return scaled / torch.where(directed, norms, torch.nan)
+    norms = _norms(rows)
+    directed = norms.detach() > torch.as_tensor(least, dtype=norms.dtype, device=norms.device)
+    return rows / torch.where(directed, norms, torch.nan).unsqueeze(-1).to(rows.dtype)
 
 
 def unit_deviations(rows: Tensor, center: Tensor) -> Tensor:
     """Return `unit_rows` of rows − center; NaN for a row that is the centre, up to the rounding of the difference."""
     deviations = rows - center
-    unit = power_of_two(rows, center.to(rows.dtype))
-    norms = torch.linalg.vector_norm(rows.detach() * unit, dim=-1) + torch.linalg.vector_norm(center.detach() * unit)
-    return unit_rows(deviations, 2 * torch.finfo(deviations.dtype).eps * norms / unit)
+    return unit_rows(deviations, 4 * torch.finfo(deviations.dtype).eps * _norms(center.detach()))
+
+
+def _norms(rows: Tensor) -> Tensor:
+    """Return the norms of rows, in a dtype whose range holds the squares of every fp32 number."""
+    wide = torch.float64 if rows.dtype == torch.float32 and rows.device.type != "mps" else None
+    return torch.linalg.vector_norm(rows, dim=-1, dtype=wide)
 
 
 def square_root(values: Tensor) -> Tensor:
