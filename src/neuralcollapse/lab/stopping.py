@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -64,6 +65,17 @@ class Signals:
         self.interrupted = True
         raise KeyboardInterrupt
 
+    def exit_as_interrupted(self) -> None:
+        """End the process with exit code 130 if Ctrl-C came, as the last thing that it does.
+
+        Python itself may end it by the signal, for an interrupt that came in a call of `exec`, although it was caught.
+        """
+        if self.interrupted:
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError):
+                    stream.flush()
+            os._exit(INTERRUPTED)
+
     def ignore(self) -> None:
         """Ignore Ctrl-C from now on: the command ends already."""
         if threading.current_thread() is threading.main_thread():
@@ -91,6 +103,8 @@ def answering_signals(line: str | None) -> Iterator[Signals]:
         signals.interrupted = False
         threading.Timer(_AGAIN, os.kill, (os.getpid(), signal.SIGINT)).start()
 
+    if line is not None:
+        atexit.register(signals.exit_as_interrupted)  # first, so that it is called last
     report, before = sys.unraisablehook, signal.signal(signal.SIGINT, signals.on_interrupt)
     sys.unraisablehook = on_unraisable
     try:

@@ -40,6 +40,8 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         cause = error if isinstance(error, OSError) else error.__context__  # of what torch says of its own
+        if isinstance(cause, KeyboardInterrupt | SystemExit):
+            raise cause from None
         if isinstance(cause, OSError):
             reason = cause.strerror or str(cause)
             raise OSError(f"{str(path)!r} cannot be written: {reason}; what it held before is left") from error

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from torch import nn
 
 from neuralcollapse._checks import check_at_least, check_bool
@@ -20,6 +24,8 @@ from neuralcollapse.lab.training.logs import TableCallback
 from neuralcollapse.metrics import Measurement, measure
 
 logger = logging.getLogger(__name__)
+_RECORDS = "epoch*-*.safetensors"
+_ADVICE = "take another name, resume its training with ckpt_path, or give overwrite=True"
 
 
 class CollapseCallback(TableCallback):
@@ -27,7 +33,12 @@ class CollapseCallback(TableCallback):
 
     What is measured is logged as ``SPLIT/METRIC`` and written to a table. The table is part of the checkpoints, so
     that a run that is stopped and resumed ends with the same one. Of several ranks the first one measures, by
-    itself: its loaders are to give all samples.
+    itself: its loaders are to give all samples. With a true half or double precision of the trainer, batches are cast
+    as in training; with a mixed one, the model is measured in the precision of its weights.
+
+    Each `fit` that does not resume another one begins a new table. A callback that is used again writes it beside the
+    one before, as ``NAME-2.csv`` and ``MOMENTS-2``; files that something else wrote are never replaced unless
+    ``overwrite`` says so.
 
     Args:
         loaders: Name of each split to its batches. Give un-augmented data. Where one is called ``"train"``, it is
@@ -35,22 +46,24 @@ class CollapseCallback(TableCallback):
         every_n_epochs: Measure after every so many epochs, and after the first.
         first_epoch: Where these steps begin: 1 of 5 is epochs 1, 6, 11, ... By default where the first step ends: 1, 5,
             10, ...
-        last_epoch: Measure after the last epoch as well.
+        last_epoch: Measure after the last epoch as well, whatever ends the training: ``max_epochs``, ``max_steps``,
+            ``max_time`` or early stopping. An interrupt or an error measures nothing.
         csv: File to write: epoch, split, metric, value.
         moments: Folder to write each `Measurement` to, as ``epoch0005-train.safetensors``: from it every metric can be
             computed again.
         model: Dotted name of what is measured, in the `LightningModule`. By default the `LightningModule` itself if
             it has a ``forward`` of its own, else its only child with parameters (``self.model``, ``self.net``, …).
         classifier: The classifier, or its dotted name in what is measured, where several modules compute an output.
+        overwrite: Replace the files of ``csv`` and ``moments`` that are there when a training begins.
         options: What else `neuralcollapse.measure` takes.
 
     Attributes:
-        rows: What was measured so far, as (epoch, split, metric, value).
+        rows: What was measured so far in this training, as (epoch, split, metric, value).
         measured: Name of the module that is measured, known when training begins; empty for the `LightningModule`.
 
     Raises:
-        ValueError: Arguments out of range; when training begins, no module or several that could be meant, or no
-            classifier in it.
+        ValueError: if arguments are out of range; when training begins, if no module or several could be meant, there
+            is no classifier in it, or there are files that would be replaced.
 
     Examples:
         >>> import torch
@@ -71,6 +84,7 @@ class CollapseCallback(TableCallback):
         moments: str | Path | None = None,
         model: str | None = None,
         classifier: str | nn.Module | None = None,
+        overwrite: bool = False,
         **options: Any,
     ) -> None:
         if not isinstance(loaders, Mapping) or not loaders:
@@ -82,6 +96,7 @@ class CollapseCallback(TableCallback):
         if first_epoch is not None:
             check_at_least("first_epoch", first_epoch, 1)
         check_bool("last_epoch", last_epoch)
+        check_bool("overwrite", overwrite)
         if model is not None and not isinstance(model, str):
             raise ValueError(f"model must be a dotted name in the LightningModule, got {type(model).__name__}")
         if classifier is not None and not isinstance(classifier, str | nn.Module):
@@ -91,6 +106,7 @@ class CollapseCallback(TableCallback):
             raise ValueError(f"options must be arguments of measure, got {', '.join(sorted(unknown))}")
         super().__init__(None if csv is None else Path(csv), COLUMNS)
         self.moments = None if moments is None else Path(moments)
+        self._files = (self.path, self.moments)
         self.loaders = dict(loaders)
         self.every_n_epochs = every_n_epochs
         self.first_epoch = first_epoch
@@ -98,7 +114,15 @@ class CollapseCallback(TableCallback):
         self.model = model
         self.measured = ""
         self.classifier = classifier
+        self.overwrite = overwrite
         self.options: dict[str, Any] = {"progress": False} | options
+        self._has_written = False
+        self._ended = self._measured = 0  # epochs
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget the rows of another training; those of one that is resumed are in its checkpoint."""
+        if stage == "fit" and not _has_trained(trainer):
+            self.rows = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what will be measured, before anything is trained."""
@@ -108,29 +132,130 @@ class CollapseCallback(TableCallback):
         logger.info("measuring %s (%s) and its classifier %s", name, type(model).__name__, classifier)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Of a run that goes on, keep what was added to its table since, of epochs that are over."""
-        if self.path is None or not trainer.is_global_zero or not trainer.current_epoch or not self.path.exists():
-            return
-        known = {tuple(row[:3]) for row in self.rows}
-        table = read_table(self.path).itertuples(index=False, name=None)
-        added = [row for row in table if row[0] <= trainer.current_epoch and row[:3] not in known]
-        self.rows = sorted([*self.rows, *added], key=lambda row: row[0])
+        """Begin a table; or, of a training that is resumed, keep what was added to it of epochs that are over."""
+        self._ended = self._measured = 0
+        if not _has_trained(trainer):
+            if self._has_written and not self.overwrite:
+                self.path, self.moments = _free_names(*self._files)
+            self._make_room(trainer)
+            self._has_written = False
+        elif self.path is not None and trainer.is_global_zero and trainer.current_epoch and self.path.exists():
+            known = {tuple(row[:3]) for row in self.rows}
+            table = read_table(self.path).itertuples(index=False, name=None)
+            added = [row for row in table if row[0] <= trainer.current_epoch and row[:3] not in known]
+            self.rows = sorted([*self.rows, *added], key=lambda row: row[0])
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure, log and write."""
-        epoch = trainer.current_epoch + 1
-        last = self.last_epoch and epoch == trainer.max_epochs
-        if not trainer.is_global_zero or not (last or is_due(epoch, self.every_n_epochs, self.first_epoch)):
+        """Measure, log and write, where it is time to."""
+        self._ended = trainer.current_epoch + 1
+        last = self.last_epoch and _is_last(trainer, self._ended)
+        if trainer.is_global_zero and (last or is_due(self._ended, self.every_n_epochs, self.first_epoch)):
+            pl_module.log_dict(self._record(trainer, pl_module, self._ended), rank_zero_only=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the last epoch, where a callback that was called later has ended the training after it."""
+        if not self.last_epoch or not trainer.is_global_zero or self._measured == self._ended:
             return
+        values = self._record(trainer, pl_module, self._ended)
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+        for one in trainer.loggers:
+            one.log_metrics(values | {"epoch": self._ended - 1}, step=trainer.global_step - 1)
+
+    def measure(self, pl_module: LightningModule, epoch: int) -> dict[str, Measurement]:
+        """Measure every split."""
         model = pl_module.get_submodule(self.measured) if self.measured else pl_module
-        found = measure_splits(model, self.loaders, classifier=self.classifier, epoch=epoch, **self.options)
+        precision = pl_module.trainer.precision_plugin
+        loaders: dict[str, Any] = dict(self.loaders)
+        if type(precision).convert_input is not Precision.convert_input:
+            loaders = {split: _Converted(loader, precision) for split, loader in loaders.items()}
+        with _called_in(model, precision):
+            return measure_splits(model, loaders, classifier=self.classifier, epoch=epoch, **self.options)
+
+    def _record(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> dict[str, float]:
+        """Measure, and write table and records; the metrics by SPLIT/METRIC."""
+        found = self.measure(pl_module, epoch)
+        self._measured = epoch
+        values: dict[str, float] = {}
         for split, measurement in found.items():
-            if self.moments is not None and trainer.is_global_zero:
+            if self.moments is not None:
                 measurement.save(self.moments / f"epoch{epoch:04d}-{split}.safetensors")
             self.rows += [(epoch, split, name, value) for name, value in measurement.metrics.items()]
-            named = {f"{split}/{name}": value for name, value in measurement.metrics.items()}
-            pl_module.log_dict(named, rank_zero_only=True)
+            values |= {f"{split}/{name}": value for name, value in measurement.metrics.items()}
         self.write(trainer)
+        self._has_written = True
+        return values
+
+    def _make_room(self, trainer: Trainer) -> None:
+        """Refuse files that are there, or remove the records among them.
+
+        Raises:
+            ValueError: if there are some, and they are not to be replaced.
+        """
+        records = [] if self.moments is None else list(self.moments.glob(_RECORDS))
+        if not self.overwrite:
+            if self.path is not None and self.path.exists():
+                raise ValueError(f"csv must be a new file, and {str(self.path)!r} exists: {_ADVICE}")
+            if records:
+                raise ValueError(f"moments must be a folder without records, and {str(self.moments)!r} has: {_ADVICE}")
+        elif trainer.is_global_zero:
+            for record in records:
+                record.unlink()
+
+
+class _Converted:
+    """A loader whose batches are cast as the trainer casts those of training."""
+
+    def __init__(self, loader: Iterable[Any], precision: Precision) -> None:
+        self.loader = loader
+        self.precision = precision
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.precision.convert_input, self.loader)
+
+
+@contextmanager
+def _called_in(model: nn.Module, precision: Precision) -> Iterator[None]:
+    """Have the model's forward run as in training inside, but for autocast: tensors that it makes are of its dtype."""
+    if isinstance(precision, MixedPrecision):
+        yield
+        return
+    contexts: list[AbstractContextManager[Any]] = []
+
+    def enter(*_: Any) -> None:
+        contexts.append(precision.forward_context())
+        contexts[-1].__enter__()
+
+    def leave(*_: Any) -> None:
+        contexts.pop().__exit__(None, None, None)
+
+    with ExitStack() as stack:
+        stack.callback(model.register_forward_pre_hook(enter).remove)
+        stack.callback(model.register_forward_hook(leave, always_call=True).remove)
+        yield
+
+
+def _has_trained(trainer: Trainer) -> bool:
+    """Whether the trainer goes on with a training."""
+    return trainer.current_epoch > 0 or trainer.global_step > 0
+
+
+def _is_last(trainer: Trainer, epoch: int) -> bool:
+    """Whether the trainer stops after this epoch, as far as it is known at its end."""
+    if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epoch:
+        return True
+    if 0 <= trainer.max_steps <= trainer.global_step:
+        return True
+    early = epoch >= (trainer.min_epochs or 0) and trainer.global_step >= (trainer.min_steps or 0)
+    return trainer.should_stop and early
+
+
+def _free_names(csv: Path | None, moments: Path | None) -> tuple[Path | None, Path | None]:
+    """Return the names of another table and its records: with the first number from 2 on that is free for both."""
+    for number in count(2):
+        names = [path and path.with_name(f"{path.stem}-{number}{path.suffix}") for path in (csv, moments)]
+        if not any(path is not None and path.exists() for path in names):
+            break
+    return names[0], names[1]
 
 
 def measured_module(pl_module: LightningModule, name: str | None = None) -> tuple[str, nn.Module]:

@@ -290,6 +290,7 @@ def _records(module: ClassifierTraining, folder: RunFolder) -> list[Callback]:
         last_epoch=module.config.measure_last is not False,
         csv=folder.metrics,
         moments=folder.moments,
+        overwrite=True,  # of a run that was killed before its first checkpoint
         **module.measuring,
     )
     return [TrainingLog(folder.training_log), GradientLog(folder.gradients), collapse]
