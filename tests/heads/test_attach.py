@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import inspect
 import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -385,3 +387,171 @@ def test_torchs_average_of_an_attached_model_ends_in_the_models_own_frame(kind):
     own = dict(model.head.named_buffers())
     assert all(torch.equal(buffer, own[name]) for name, buffer in average.module.head.named_buffers())
     assert average.eval()(features.float()).shape == (20, 4)
+
+
+class Follows(nn.Module):
+    """A model in training mode, with batch norm and dropout, and something after its classifier."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Dropout(0.5))
+        self.fc = nn.Linear(12, 5)
+        self.register_buffer("prior", torch.arange(5.0))
+        self.after = after
+
+    def forward(self, inputs):
+        return self.after(self, self.body(inputs))
+
+
+def scaled_in_place(model, h):
+    logits = model.fc(h)
+    logits *= 2
+    return logits
+
+
+FOLLOWS = {
+    "a prior": lambda m, h: m.fc(h) - m.prior,
+    "log_softmax": lambda m, h: m.fc(h).log_softmax(1),
+    "in place": scaled_in_place,
+    "a choice": lambda m, h: m.fc(h)[:, :5],
+    "its weight": lambda m, h: m.fc(h) / m.fc.weight.norm(),
+    "called twice": lambda m, h: (m.fc(h), m.fc(h.flip(1)))[1],
+    "features alone": lambda m, h: (m.fc(h), h)[1],
+    "an error of its own": lambda m, h: {5: m.fc(h)}[m.fc(h).shape[1]],
+}
+FAILS = ("a prior", "its weight", "an error of its own")  # without the classifier
+
+
+def everything(model):
+    return (
+        {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        {name: (module, module.training) for name, module in model.named_modules()},
+        {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()},
+        torch.get_rng_state().tolist(),
+    )
+
+
+@pytest.mark.parametrize("run", ["eager", "no gradients", "compiled", "compiled, with graph breaks"])
+@pytest.mark.parametrize("follows", FOLLOWS)
+def test_what_follows_the_classifier_is_refused_and_leaves_no_trace(follows, run):
+    after = FOLLOWS[follows]
+    torch._dynamo.reset()
+    model = Follows(after if "breaks" not in run else lambda m, h: (torch._dynamo.graph_break(), after(m, h))[1])
+    tensors, *before = everything(model)
+    attached = attach_head(model, NearestETFClassifier(12, 5))
+    call = torch.compile(attached, backend="eager") if "compiled" in run else attached
+    with torch.set_grad_enabled(run != "no gradients"):
+        with pytest.raises(ValueError, match="classifier 'fc' must be (the last thing that|called once)") as caught:
+            call(INPUTS, targets=TARGETS)
+        fails = follows in FAILS or (follows == "in place" and run != "no gradients")
+        assert (caught.value.__cause__ is not None) is fails
+        now, *after_refusal = everything(model)
+        assert all(torch.equal(tensor, tensors[name]) for name, tensor in now.items())
+        assert after_refusal == before
+        assert not attached.head.class_means.overall.batches
+        with pytest.raises(ValueError, match="attach again. The reason was: "):
+            call(INPUTS, targets=TARGETS)
+
+
+@pytest.mark.parametrize("follows", FOLLOWS)
+def test_what_follows_the_classifier_is_refused_in_a_whole_graph(follows):
+    """Tracing itself sees it, with an error of torch's; a later call that is not compiled says what is wrong."""
+    torch._dynamo.reset()
+    model = Follows(FOLLOWS[follows])
+    tensors, *_ = everything(model)
+    attached = attach_head(model, FixedETFClassifier(12, 5))
+    with pytest.raises((RuntimeError, KeyError)):
+        torch.compile(attached, backend="eager", fullgraph=True)(INPUTS)
+    with pytest.raises(ValueError, match="attach_head was refused|classifier 'fc' must be"):
+        attached(INPUTS)
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("kind", [LearnedClassifier, FixedETFClassifier, NearestETFClassifier])
+def test_a_compiled_attached_model_is_that_model(kind, first, fullgraph):
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    outputs = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = attach_head(Net(), kind(12, 5))
+        if compiled and first:
+            model(INPUTS, targets=TARGETS)
+        call = torch.compile(model, backend=backend, fullgraph=fullgraph) if compiled else model
+        for _ in range(3 - (compiled and first)):
+            logits = call(INPUTS, targets=TARGETS)
+        traced = len(graphs)
+        call(INPUTS, targets=TARGETS)
+        assert len(graphs) == traced
+        outputs.append(logits)
+    torch.testing.assert_close(outputs[0], outputs[1])
+    assert graphs
+    if fullgraph:
+        assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("kind", [LearnedClassifier, NearestETFClassifier])
+def test_a_model_that_was_compiled_before(kind):
+    torch.manual_seed(0)
+    plain = Net()
+    expected = attach_head(copy.deepcopy(plain), kind(12, 5))(INPUTS, targets=TARGETS)
+    model = torch.compile(plain, backend="eager")
+    model(INPUTS)
+    attached = attach_head(model, kind(12, 5))
+    for _ in range(2):
+        logits = attached(INPUTS, targets=TARGETS)
+    if kind is NearestETFClassifier:
+        torch.testing.assert_close(logits, expected)
+    assert logits.shape == expected.shape
+
+
+def test_wrong_arguments_at_the_first_call_are_the_callers_and_can_be_mended():
+    torch.manual_seed(0)
+    model = Follows(lambda m, h: m.fc(h))
+    tensors, *_ = everything(model)
+    attached = attach_head(model, NearestETFClassifier(12, 5))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        attached(INPUTS[:, :4], targets=TARGETS)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'mask'"):
+        attached(INPUTS, mask=None, targets=TARGETS)
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
+    assert attached(INPUTS, targets=TARGETS).shape == (16, 5)
+
+
+def test_candidates_are_told_apart_by_the_heads_features():
+    model = nn.ModuleDict({"fc": nn.Linear(6, 12), "out": nn.Linear(12, 5)})
+    assert "classifier='out'" in repr(attach_head(model, NearestETFClassifier(12, 5)))
+    model = nn.ModuleDict({"fc": nn.Linear(12, 12), "out": nn.Linear(12, 5)})
+    with pytest.raises(ValueError, match="'fc', 'out'. Name it with classifier="):
+        attach_head(model, NearestETFClassifier(12, 5))
+
+
+def test_the_signature_of_an_attached_model_is_the_models_own():
+    model = attach_head(Net(), NearestETFClassifier(12, 5))
+    names = ["inputs", "scale", "targets", "labels", "num_items_in_batch", "kwargs"]
+    assert list(inspect.signature(model.forward).parameters) == names
+    assert list(inspect.signature(type(model).forward).parameters)[:3] == ["self", "args", "targets"]
+    again = copy.deepcopy(model)
+    again.model.body[0].weight.data.zero_()
+    assert not torch.equal(again.eval()(INPUTS), model.eval()(INPUTS))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+@pytest.mark.parametrize("kind", [NearestETFClassifier, ClassMeanClassifier])
+@pytest.mark.parametrize("name", ["targets", "labels"])
+def test_targets_of_any_integers(kind, dtype, name):
+    outputs = []
+    for targets in (TARGETS, TARGETS.to(dtype)):
+        torch.manual_seed(0)
+        model = attach_head(Net(), kind(12, 5, ignore_index=2))
+        for _ in range(2):
+            output = model(INPUTS, **{name: targets})
+        outputs.append(torch.cat([output["logits"].flatten(), output["loss"][None]]) if name == "labels" else output)
+    assert torch.equal(*outputs)

@@ -11,7 +11,14 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from helpers import normal
-from neuralcollapse import FixedETFClassifier, LearnedClassifier, NearestETFClassifier, attach_head
+from neuralcollapse import (
+    FixedETFClassifier,
+    LearnedClassifier,
+    NearestETFClassifier,
+    attach_head,
+    find_classifier,
+    measure,
+)
 
 transformers = pytest.importorskip("transformers")
 
@@ -31,14 +38,17 @@ def attached(num_labels=5, **options):
     return attach_head(vit(num_labels), NearestETFClassifier(16, 5, **options), output="logits")
 
 
-def trainer(model, folder, **settings):
+def trainer(model, folder, loss=None, targets=False, **settings):
     settings = {"max_steps": 4, "per_device_train_batch_size": 10, "learning_rate": 1e-2} | settings
     arguments = transformers.TrainingArguments(
-        str(folder), remove_unused_columns=False, report_to="none", use_cpu=True, disable_tqdm=True, **settings
+        str(folder), report_to="none", use_cpu=True, disable_tqdm=True, **settings
     )
-    data = [{"pixel_values": image, "labels": label} for image, label in zip(IMAGES, LABELS, strict=True)]
+    data = [{"pixel_values": image, "labels": label, "name": 3} for image, label in zip(IMAGES, LABELS, strict=True)]
+    data = [sample | {"targets": sample["labels"]} for sample in data] if targets else data
     accuracy = lambda seen: {"accuracy": (seen.predictions.argmax(-1) == seen.label_ids).mean()}  # noqa: E731
-    return transformers.Trainer(model, arguments, train_dataset=data, eval_dataset=data, compute_metrics=accuracy)
+    return transformers.Trainer(
+        model, arguments, train_dataset=data, eval_dataset=data, compute_metrics=accuracy, compute_loss_func=loss
+    )
 
 
 def test_labels_go_to_the_head_and_come_back_as_the_loss():
@@ -88,6 +98,123 @@ def test_trainer_trains_evaluates_saves_and_goes_on(tmp_path):
         resume_from_checkpoint=str(tmp_path / "checkpoint-2")
     )
     assert torch.allclose(resumed.eval()(IMAGES), logits, atol=1e-5)
+
+
+def margin_loss(outputs, labels, num_items_in_batch=None):
+    loss = torch.nn.functional.multi_margin_loss(outputs["logits"], labels, reduction="sum")
+    return loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+
+OWN_LOSSES = {
+    "label smoothing": (
+        {"label_smoothing_factor": 0.1},
+        lambda logits: cross_entropy(logits, LABELS, label_smoothing=0.1),
+    ),
+    "a function": ({"loss": margin_loss}, lambda logits: torch.nn.functional.multi_margin_loss(logits, LABELS)),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", [LearnedClassifier, FixedETFClassifier, NearestETFClassifier])
+@pytest.mark.parametrize("own_loss", OWN_LOSSES)
+@pytest.mark.parametrize("targets", [False, True])
+def test_a_trainer_that_computes_the_loss(tmp_path, kind, own_loss, targets):
+    settings, expected = OWN_LOSSES[own_loss]
+    model = attach_head(vit(), kind(16, 5), output="logits")
+    before = [parameter.clone() for parameter in model.parameters()]
+    run = trainer(model, tmp_path, targets=targets, save_strategy="no", **settings)
+    if kind is NearestETFClassifier and not targets:
+        with pytest.raises(ValueError, match="add the labels to the dataset a second time, as `targets`$"):
+            run.train()
+        return
+    run.train()
+    assert any(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    found = run.evaluate()
+    with torch.no_grad():
+        logits = model.eval()(IMAGES)
+    assert found["eval_loss"] == pytest.approx(float(expected(logits)), rel=1e-5)
+    assert found["eval_accuracy"] == pytest.approx(float((logits.argmax(-1) == LABELS).double().mean()))
+
+
+def test_the_loss_may_be_computed_outside_from_the_models_own_kind_of_output():
+    model = attach_head(vit(), LearnedClassifier(16, 5), output="logits")
+    output = model(pixel_values=IMAGES, num_items_in_batch=40)
+    assert type(output) is type(vit()(IMAGES))
+    assert "loss" not in output
+    assert torch.equal(output.logits, model(IMAGES))
+    plain = attach_head(nn.Sequential(nn.Flatten(), nn.Linear(64, 5)), LearnedClassifier(64, 5))
+    assert plain(IMAGES, num_items_in_batch=40).keys() == {"logits"}
+
+
+def test_logits_of_another_name_are_replaced_by_that_name():
+    config = transformers.BertConfig(vocab_size=20, max_position_embeddings=8, **SIZES)
+    model = attach_head(
+        transformers.BertForNextSentencePrediction(config),
+        LearnedClassifier(16, 2),
+        classifier="cls.seq_relationship",
+        output="logits",
+    )
+    tokens = torch.arange(32).reshape(4, 8) % 20
+    assert model(input_ids=tokens, labels=LABELS[:4] % 2).logits.shape == (4, 2)
+    inner = nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
+    named = nn.Module()
+    named.body = inner
+    named.forward = lambda images: {"scores": inner(images), "images": images}
+    output = attach_head(named, LearnedClassifier(64, 5), output="scores")(IMAGES, labels=LABELS)
+    assert output.keys() == {"loss", "scores", "images"}
+    assert output["scores"].shape == (40, 5)
+
+
+HUGGING_FACE = {
+    "vit": ("classifier", vit, {"pixel_values": IMAGES}),
+    "bert": (
+        "classifier",
+        lambda: transformers.BertForSequenceClassification(
+            transformers.BertConfig(vocab_size=20, num_labels=5, max_position_embeddings=8, **SIZES)
+        ),
+        {"input_ids": torch.arange(320).reshape(40, 8) % 20},
+    ),
+    "bert, hidden states as well": (
+        "classifier",
+        lambda: transformers.BertForTokenClassification(
+            transformers.BertConfig(
+                vocab_size=20, num_labels=5, max_position_embeddings=8, output_hidden_states=True, **SIZES
+            )
+        ),
+        {"input_ids": torch.arange(320).reshape(40, 8) % 20},
+    ),
+    "gpt2": (
+        "lm_head",
+        lambda: transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(vocab_size=5, n_positions=8, n_embd=16, n_layer=1, n_head=2)
+        ),
+        {"input_ids": torch.arange(320).reshape(40, 8) % 5},
+    ),
+}
+
+
+@pytest.mark.parametrize("network", HUGGING_FACE)
+def test_models_of_transformers_are_measured(network):
+    name, make, inputs = HUGGING_FACE[network]
+    torch.manual_seed(0)
+    model = make()
+    assert find_classifier(model, inputs)[0] == name
+    with torch.no_grad():
+        returned = model.eval()(**inputs)
+    logits = returned["logits"] if isinstance(returned, dict) else returned[0]
+    labels = torch.arange(logits[..., 0].numel()).reshape(logits.shape[:-1]) % 5
+    measured = measure(model, [{**inputs, "labels": labels}], unpack=lambda batch: (inputs, labels), progress=False)
+    assert measured.metrics["accuracy"] == pytest.approx(float((logits.argmax(-1) == labels).double().mean()))
+    assert torch.equal(measured.weight, model.get_submodule(name).weight)
+
+
+def test_a_classifier_whose_last_token_is_chosen_afterwards_is_refused():
+    config = transformers.GPT2Config(
+        vocab_size=20, n_positions=8, n_embd=16, n_layer=1, n_head=2, num_labels=5, pad_token_id=0
+    )
+    inputs = {"input_ids": torch.arange(320).reshape(40, 8) % 20}
+    with pytest.raises(ValueError, match=r"'score' with weight \(5, 16\) on features \(40, 8, 16\) differs by up to"):
+        find_classifier(transformers.GPT2ForSequenceClassification(config), inputs)
 
 
 @pytest.mark.parametrize("num_labels", [5, 3])
