@@ -41,7 +41,6 @@ with tempfile.TemporaryDirectory() as folder:
         gradient_accumulation_steps=2,
         learning_rate=5e-3,
         bf16=True,
-        remove_unused_columns=False,  # the columns are the ViT's arguments, not the attached model's
         save_strategy="no",
         report_to="none",
         use_cpu=True,

@@ -1,4 +1,4 @@
-"""The classifier of a model: found from the model's structure, or by running it."""
+"""The classifier of a model, found from the model's structure, or by running it."""
 
 from __future__ import annotations
 
@@ -320,7 +320,7 @@ Path = tuple[str | int, ...]
 
 @dataclass
 class _Call:
-    """What is kept of the calls of one module during one forward."""
+    """The calls of one module during one forward: their number, and the tensors of the first."""
 
     count: int = 0
     inputs: Tensor | None = None
@@ -381,7 +381,7 @@ def _compare(
         return _Match(name, f"({type(module).__name__}) has no floating-point weight of shape (K, d)")
     try:
         inputs = classifier_features(module, call.inputs)
-    except Exception as error:  # somebody else's method of that name
+    except Exception as error:  # a method of that name with another purpose
         return _Match(name, f"({type(module).__name__}) has a method features that fails: {error}")
     passed, failed = "computes the features that another module takes", _Match(name, "is compared with nothing")
     for path, logits in tensors:

@@ -133,20 +133,20 @@ class AttachedHead(nn.Module):
         if labels is not None:
             check_integral("labels", labels)
             targets = labels
-        elif num_items_in_batch is not None and targets is None:
-            self._check_targets_from_trainer()
         returned, features = self._run(*args, **kwargs)
+        if targets is None and num_items_in_batch is not None:
+            self._check_targets_from_trainer(features)
         logits = self.head(features) if targets is None else self.head(features, targets)
         if labels is not None:
             loss = labels_loss(logits, labels, getattr(self.head, "ignore_index", None), num_items_in_batch)
             return with_logits(returned, logits, self._output, loss)
         return logits if num_items_in_batch is None else with_logits(returned, logits, self._output)
 
-    def _check_targets_from_trainer(self) -> None:
+    def _check_targets_from_trainer(self, features: Tensor) -> None:
         if not isinstance(self.head, LearnsFromTargets):
             return
         try:
-            self.head.step_targets(None)
+            self.head.step_targets(None, features)
         except ValueError as error:
             raise ValueError(
                 f"{type(self.head).__name__} learns from targets, but with label_smoothing_factor or compute_loss_func "
