@@ -238,15 +238,17 @@ def test_the_default_orientation_is_the_same_each_time_and_uses_every_feature(ma
     assert int((weight.abs() > 1e-6).sum()) == weight.numel()  # no vector along an axis
 
 
-def test_the_random_orientation_does_not_depend_on_the_default_dtype():
-    single = FixedETFClassifier(12, 5).weight
-    torch.set_default_dtype(torch.float64)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_default_orientation_is_that_of_a_generator_with_seed_0(dtype):
+    torch.set_default_dtype(dtype)
     try:
-        double = FixedETFClassifier(12, 5).weight
+        weight = FixedETFClassifier(12, 5).weight
+        seeded = FixedETFClassifier(12, 5, generator=torch.Generator().manual_seed(0)).weight
     finally:
         torch.set_default_dtype(torch.float32)
-    assert double.dtype == torch.float64
-    assert torch.equal(double.float(), single)
+    assert weight.dtype == dtype
+    assert torch.equal(weight, seeded)
+    assert torch.equal(weight, random_simplex_etf(5, 12, generator=torch.Generator().manual_seed(0), dtype=dtype))
 
 
 def test_the_default_orientation_is_made_on_the_default_device():

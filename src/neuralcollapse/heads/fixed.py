@@ -215,9 +215,9 @@ def _oriented(
     if orientation == "random" or num_classes <= feature_dim + 1:
         if generator is not None:
             return random_simplex_etf(num_classes, feature_dim, generator=generator)
-        # On the CPU and in fp64, so that the ETF is the same on any device and in any default dtype.
-        etf = random_simplex_etf(num_classes, feature_dim, generator=_seeded(), dtype=torch.float64, device="cpu")
-        return etf.to(torch.get_default_device(), torch.get_default_dtype())
+        # On the CPU, so that it is the same on any device.
+        etf = random_simplex_etf(num_classes, feature_dim, generator=_seeded(), device="cpu")
+        return etf.to(torch.get_default_device())
     code = softmax_code(num_classes, feature_dim, generator=generator)
     if num_classes > 2 * feature_dim:
         return code
