@@ -79,6 +79,7 @@ OTHER = {
     "attribute_weight": 0.2,
     "proximal_weight": 0.2,
     "class_means": "current",
+    "class_weights": "inverse",
     "temperature": 0.2,
     "margin": 3.0,
     "bidirectional": True,
@@ -247,6 +248,10 @@ def test_what_a_run_says_is_in_force_makes_the_same_run(name):
         ({"loss": "nonl", "temperature": 0.0}, "temperature must be above 0, got 0.0"),
         ({"loss": "nonl", "margin": -1.0}, "margin must be at least 0, got -1.0"),
         ({"method": "linear", "feature_norm": 5.0}, "feature_norm belongs to methods other than linear; here method"),
+        (
+            {"method": "trust-region", "class_weights": "inverse"},
+            "class_weights belongs to method implicit, mahalanobis, frame or attribute-frame; here method is trust-reg",
+        ),
         ({"class_means": "current"}, "class_means belongs to method means; here method is implicit"),
         (
             {"method": "means", "classifier_bias": "learned"},

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -125,6 +126,23 @@ def test_a_vision_transformer_is_its_formula(shape, feature_dim):
         found = network.train(mode)(images)
         assert torch.allclose(found, expected, atol=1e-10)
     assert found.shape == (3, feature_dim or 24)
+
+
+@pytest.mark.parametrize("method", ["implicit", "mahalanobis", "frame", "attribute-frame"])
+def test_class_weights_are_those_of_the_training_images(method, tmp_path):
+    attributes = {"class_attributes": "digits"} if method == "attribute-frame" else {}
+    long_tail = {"imbalance": "step", "imbalance_factor": 0.5}
+    config = RunConfig(**SMALL | {"epochs": 1}, method=method, class_weights="inverse", **long_tail, **attributes)
+    data = load_data(config, progress=False)
+    counts = data.train.labels.bincount(minlength=10)
+    assert len(counts.unique()) > 1
+    folder = train_runs(config, tmp_path / "out", progress=False)
+    weights = torch.load(folder.last_checkpoint, weights_only=True)["state_dict"]["model.head.class_weights"]
+    assert torch.allclose(weights * counts, torch.ones(10))
+    plain = train_runs(replace(config, class_weights="none"), tmp_path / "plain", progress=False)
+    states = [torch.load(one.last_checkpoint, weights_only=True)["state_dict"] for one in (folder, plain)]
+    assert "model.head.class_weights" not in states[1]
+    assert not torch.allclose(*(state["model.head.weight"] for state in states), atol=1e-3)
 
 
 def test_patches_and_heads_that_do_not_fit_are_refused():

@@ -13,6 +13,7 @@ OF_LOGITS = ("cross-entropy", "mse", "dot-regression-published")
 OF_DIRECTIONS = ("normface", "ntce", "nonl", "decoupled", "two-way")
 # Whose weight moves with the class means of each batch: it is nearest to them, or they themselves.
 NEAREST = ("implicit", "mahalanobis", "trust-region", "frame", "attribute-frame")
+WEIGHING = ("implicit", "mahalanobis", "frame", "attribute-frame")
 MOVING = (*NEAREST, "means")
 WITH_ATTRIBUTES = ("attribute-frame", "fixed-frame")
 _ANY_BIAS = ("learned", "centring", "none")

@@ -227,6 +227,9 @@ class ModelSettings(Settings):
     over it where feature_dim is below K - 1, too small for the simplex ETF that is the rest."""
     proximal_weight: float | None = setting(0.5, belongs_to=where(method=only.NEAREST), at_least=0)
     """How strongly the classifier stays with the last one."""
+    class_weights: Literal["none", "inverse"] | None = setting("none", belongs_to=where(method=only.WEIGHING))
+    """Weight of each class in the distance of the classifier from the class means: none, all the same; inverse, one
+    over its number of training images."""
     class_means: Literal["previous", "current", "differentiable"] | None = setting(
         "previous", belongs_to=where(method="means")
     )

@@ -40,7 +40,12 @@ from neuralcollapse.lab.models.backbones import (
 
 
 def build_model(
-    config: RunConfig, image_shape: ImageShape, num_classes: int, *, class_names: Sequence[str] | None = None
+    config: RunConfig,
+    image_shape: ImageShape,
+    num_classes: int,
+    *,
+    class_names: Sequence[str] | None = None,
+    class_counts: Tensor | None = None,
 ) -> AttachedHead:
     """A backbone with the head of its method. The backbone's first weights follow from the seed, whatever the method.
 
@@ -49,6 +54,7 @@ def build_model(
         image_shape: Channels, height and width.
         num_classes: K.
         class_names: The names of the classes, for what classes share.
+        class_counts: (K,), training images of each class, for ``class_weights``; all the same if not given.
 
     Returns:
         A module from images (N, C, H, W) to logits (N, K), ``forward(images, targets=None)``.
@@ -65,7 +71,7 @@ def build_model(
         torch.manual_seed(config.seed)
         backbone = build_backbone(config, image_shape, initialisation=config.initialisation)
         place = nn.Linear(backbone.feature_dim, num_classes)
-        head = build_head(config, place.in_features, num_classes, class_names=class_names)
+        head = build_head(config, place.in_features, num_classes, class_names=class_names, class_counts=class_counts)
     if isinstance(head, FixedETFClassifier) and head.learned_bias is not None:
         head.learned_bias = (
             place.bias
@@ -74,7 +80,12 @@ def build_model(
 
 
 def build_head(
-    config: RunConfig, feature_dim: int, num_classes: int, *, class_names: Sequence[str] | None = None
+    config: RunConfig,
+    feature_dim: int,
+    num_classes: int,
+    *,
+    class_names: Sequence[str] | None = None,
+    class_counts: Tensor | None = None,
 ) -> Head:
     """The head of a method.
 
@@ -101,6 +112,9 @@ def build_head(
         code = attribute_code(config, feature_dim, num_classes, class_names=class_names)
         return FixedFrameClassifier(code=code, orientation=config.orientation or "random", **options)
     options["proximal_weight"] = config.proximal_weight or 0.0
+    if config.class_weights == "inverse":
+        counts = torch.ones(num_classes) if class_counts is None else class_counts.cpu().float()
+        options["class_weights"] = torch.where(counts > 0, 1 / counts, 0.0)  # a class without images has no mean
     if config.method in ("frame", "attribute-frame"):
         geometry: Any = "means"
         if config.method == "attribute-frame":

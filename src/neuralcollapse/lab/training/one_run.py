@@ -74,17 +74,20 @@ class ClassifierTraining(LightningModule):
         super().__init__()
         if len(data.train) < 2 * config.ranks:
             raise ValueError(f"devices must leave two training images to a rank, got {config.ranks} ranks for {data}")
-        classes = len(data.train.labels.unique())
-        if (config.classes_per_batch or 0) > classes:
+        class_counts = data.train.labels.bincount(minlength=data.num_classes)
+        present = int((class_counts > 0).sum())
+        if (config.classes_per_batch or 0) > present:
             raise ValueError(
-                f"classes_per_batch must be at most the number of classes with training images, which is {classes}, "
+                f"classes_per_batch must be at most the number of classes with training images, which is {present}, "
                 f"got {config.classes_per_batch}"
             )
         self.config = config
         self.data = data
         self.evaluation = evaluation_batches(data, config) if evaluation is None else evaluation
         shape = batch_shape(data.image_shape, config)
-        self.model = build_model(config, shape, data.num_classes, class_names=data.class_names)
+        self.model = build_model(
+            config, shape, data.num_classes, class_names=data.class_names, class_counts=class_counts
+        )
         # What is measured: with `weight_average` a copy of the model, of averaged weights.
         self.average = copy.deepcopy(self.model).requires_grad_(False) if config.weight_average else None
         self.batch_figures: dict[str, Tensor] = {}
