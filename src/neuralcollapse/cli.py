@@ -87,7 +87,11 @@ def _run(arguments: list[str]) -> int:
     name, command = _chosen(arguments)
     chosen = _parse(_parser(name), command, arguments)
     assert command is not None  # without one the parser ends, or raises
-    return command.run(chosen[chosen.subcommand]) or 0
+    from neuralcollapse.lab.commands.arguments import check_named_classes
+
+    settings = chosen[chosen.subcommand]
+    check_named_classes(settings, arguments)
+    return command.run(settings) or 0
 
 
 def _end(line: str, code: int) -> int:

@@ -169,7 +169,7 @@ def small_files(most: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize(("most", "file"), [(20_000, "last.ckpt"), (4_000, "safetensors"), (10, "config.yaml")])
+@pytest.mark.parametrize(("most", "file"), [(20_000, "last.ckpt"), (4_000, "safetensors"), (10, "environment.yaml")])
 def test_a_disk_that_fills_is_one_line_and_the_last_state_is_left(most, file, run, capsys):
     checkpoint, metrics = run.last_checkpoint.read_bytes(), run.metrics.read_bytes()
     with small_files(most):
@@ -250,6 +250,7 @@ def test_a_comparison_is_extended(tmp_path):
 )
 def test_what_a_run_does_not_go_on_with_is_named(arguments, expected, run, capsys):
     run.summary.write_text("| implicit |")
+    run.add_facts(reported=True)
     assert expected in error_of(capsys, "train", "--resume", "--out", str(run.path), *arguments.split())
 
 

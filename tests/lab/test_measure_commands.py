@@ -272,15 +272,17 @@ def test_a_model_of_ones_own_class_is_measured(foreign, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "someones_model.py").write_text(
         "from torch import nn\n"
-        "def make(neurons):\n"
-        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, neurons), nn.ReLU(), nn.Linear(neurons, 10))\n"
+        "class Net(nn.Sequential):\n"
+        "    def __init__(self, neurons):\n"
+        "        super().__init__(nn.Flatten(), nn.Linear(64, neurons), nn.ReLU(), nn.Linear(neurons, 10))\n"
     )
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 10))
     torch.save(model.state_dict(), "model.pt")
-    options = ["--model", "someones_model.make", "--model_options", '{"neurons": 12}', "--out", "out"]
+    options = ["--model", "someones_model.Net", "--model_options", '{"neurons": 12}', "--out", "out"]
     assert main(["measure", "--checkpoint", "model.pt", *options, "--split", "test"]) == 0
     assert set(read_table(Path("out/metrics.csv"))["split"]) == {"test"}
-    assert main(["measure", "--checkpoint", "model.pt", *options]) == 2
+    assert main(["measure", "--checkpoint", "model.pt", *options]) == 0
+    assert set(read_table(Path("out/metrics.csv"))["split"]) == {"train", "test"}
 
 
 def test_bad_input_is_one_line(runs, foreign, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -20,7 +21,8 @@ from neuralcollapse.lab.config import (
 )
 from neuralcollapse.lab.recipes import Recipe, load_recipe, recipe_family
 from neuralcollapse.lab.running import Ranks
-from neuralcollapse.lab.settings import Condition, Settings, nearest, resolve, setting, where
+from neuralcollapse.lab.settings import Condition, Settings, nearest, resolve, setting, where, wrong_types
+from neuralcollapse.lab.untrusted import without_secrets
 
 _PRODUCTS = Condition(
     "a comparison without combinations", ("combinations",), lambda values: values["combinations"] is None
@@ -120,6 +122,7 @@ def single_run(settings: Mapping[str, Any], base: Mapping[str, Any] | None = Non
         recipe = settings.get("recipe")
         base = {} if recipe is None else load_recipe(recipe).settings
     _check_names(settings)
+    _check_types(settings, base)
     values, refused = resolve(RunConfig, settings, base)
     if refused:
         raise ValueError(next(iter(refused.values())))
@@ -155,6 +158,7 @@ def comparison_runs(
             raise ValueError(f"{name} must not be given beside {'combinations' if comparison.combinations else axis}")
     if comparison.lr == "auto":
         base = {name: value for name, value in (base or {}).items() if name != "lr"}
+    _check_types(settings, base)
     methods = [kind["method"] for kind in kinds]
     bases = {method: base or {} for method in methods}
     names: dict[str, str | None] = dict.fromkeys(methods)
@@ -185,21 +189,35 @@ def tell_apart(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         runs: Their settings.
 
     Returns:
-        For each the telling ones of its settings; loss and weight average are among them where not all have the same.
+        For each the telling ones of its settings, of an external model its name as the method; loss and weight average
+        are among them where not all have the same. Secrets are left out, and absolute paths are relative to what they
+        have in common.
 
     Examples:
         >>> tell_apart([{"method": "fixed", "lr": 0.1}, {"method": "fixed", "lr": 0.2}, {"method": "means", "lr": 0.1}])
         [{'method': 'fixed', 'lr': 0.1}, {'method': 'fixed', 'lr': 0.2}, {'method': 'means', 'lr': 0.1}]
     """
+    runs = [without_secrets({**run, "method": run.get("method") or run.get("model")}) for run in runs]
     compared = ("method", "loss", "weight_average")
-    own = ("seed", "environment", "recipe", "loggers", "device", *compared)
+    own = ("seed", "environment", "recipe", "loggers", "device", "model", *compared)
     names = sorted({name for run in runs for name in run}.difference(own))
     kinds: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for run in runs:
         kinds.setdefault(tuple(run.get(name) for name in compared), []).append(run)
     telling = [name for name in names if any(len({str(run.get(name)) for run in kind}) > 1 for kind in kinds.values())]
     several = [name for name in compared[1:] if len({run.get(name) for run in runs}) > 1]
-    return [{name: run.get(name) for name in ("method", *several, *telling)} for run in runs]
+    shown = {name: _short_paths([run.get(name) for run in runs]) for name in ("method", *several, *telling)}
+    return [{name: values[place] for name, values in shown.items()} for place in range(len(runs))]
+
+
+def _short_paths(values: list[Any]) -> list[Any]:
+    """Absolute paths relative to the folder that they have in common; other values as they are."""
+    paths = {value for value in values if isinstance(value, str) and os.path.isabs(value)}
+    if not paths:
+        return values
+    common = os.path.commonpath(paths)
+    root = os.path.dirname(common) if common in map(os.path.normpath, paths) else common
+    return [os.path.relpath(value, root) if value in paths else value for value in values]
 
 
 def label_of(telling: Mapping[str, Any]) -> str:
@@ -262,6 +280,13 @@ def _check_reached(settings: Mapping[str, Any], values: Mapping[str, Any]) -> No
         beyond = [epoch for epoch in settings.get(name) or [] if epoch > values["epochs"]]
         if beyond and values[name] is not None:
             raise ValueError(f"{name} must be at most epochs, which is {values['epochs']}, got {beyond[0]}")
+
+
+def _check_types(*sources: Mapping[str, Any] | None) -> None:
+    """Values of other types, such as those of a damaged file, are refused before anything is decided by them."""
+    for source in sources:
+        if wrong := wrong_types(RunConfig, source or {}):
+            raise ValueError(next(iter(wrong.values())))
 
 
 def _check_names(settings: Mapping[str, Any], *, without: Iterable[str] = ()) -> None:

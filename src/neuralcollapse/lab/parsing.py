@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, Union, get_args, get_origin
 import yaml
 
 from neuralcollapse.lab.settings import describe
+from neuralcollapse.lab.untrusted import check_limits
 
 _INTEGER = re.compile(r"[-+]?[0-9]+")
 _NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.?(?:inf|nan)", re.IGNORECASE)
@@ -66,9 +67,10 @@ def load_yaml(text: str) -> Any:
     """Load YAML whose scalars stay text: quoted ones as `str`, others as `Plain`.
 
     Raises:
-        yaml.YAMLError: if it is not YAML, has a key twice, or a tag.
+        yaml.YAMLError: if it is not YAML, has a key twice, or a tag; or exceeds the limits of `check_limits`.
     """
     try:
+        check_limits(text)
         return yaml.load(text, _Loader)
     except RecursionError:
         raise yaml.YAMLError("it is nested too deep") from None

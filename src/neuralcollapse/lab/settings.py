@@ -127,9 +127,8 @@ class Settings:
     def __post_init__(self) -> None:
         hints = type_hints(type(self))
         given = {one.name: _infinity_by_name(getattr(self, one.name), hints[one.name]) for one in fields(self)}
-        for name, value in given.items():
-            if value is not None and not _fits(value, hints[name]):
-                raise ValueError(f"{name} must be {describe(hints[name])}, got {value!r}")
+        if wrong := wrong_types(type(self), given):
+            raise ValueError(next(iter(wrong.values())))
         values, refused = resolve(type(self), given)
         if refused:
             raise ValueError(next(iter(refused.values())))
@@ -170,6 +169,16 @@ def type_hints(kind: type[Settings]) -> dict[str, Any]:
     if kind not in _HINTS:
         _HINTS[kind] = get_type_hints(kind)
     return _HINTS[kind]
+
+
+def wrong_types(kind: type[Settings], values: Values) -> dict[str, str]:
+    """What is wrong with values that are not of the types of their settings, by name; other names are left out."""
+    hints = type_hints(kind)
+    return {
+        name: f"{name} must be {describe(hints[name])}, got {value!r}"
+        for name, value in values.items()
+        if name in hints and value is not None and not _fits(value, hints[name])
+    }
 
 
 def _fits(value: Any, hint: Any) -> bool:

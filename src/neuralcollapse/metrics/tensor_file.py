@@ -26,6 +26,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mappi
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        temporary.unlink(missing_ok=True)  # a link there would be written through
         with temporary.open("wb") as file:
             file.write(signed)
             file.flush()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
-from neuralcollapse.lab.commands.runs import Outcome, add_runs, new_file, runs_of
+from neuralcollapse.lab.commands.runs import Outcome, add_runs, new_files, runs_of
 from neuralcollapse.lab.parsing import parse
 from neuralcollapse.lab.settings import Settings
 
@@ -37,24 +37,25 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(settings: Namespace) -> int:
     """Gather, write, and say so."""
     levels = _levels(settings.get("reach"))
-    overwrite = bool(settings.get("overwrite"))
     out = Path(settings.get("out") or "")
     if out.suffix not in (".csv", ".parquet"):
         raise ValueError(f"out must be a file ending in .csv or .parquet, got {settings.get('out')!r}")
-    new_file(out, overwrite=overwrite)
-    reach = new_file(out.with_name(f"{out.stem}-reach{out.suffix}"), overwrite=overwrite)
+    reach = out.with_name(f"{out.stem}-reach{out.suffix}")
+    files = [out, reach] if levels else [out]
     runs = runs_of(settings.runs)
 
     from neuralcollapse.lab.results.aggregation import epochs_to_reach, gather_groups, group_runs, statistics_over_seeds
 
-    groups = group_runs(runs)
-    values = gather_groups(groups)
     outcome = Outcome()
-    _write(statistics_over_seeds(values), out, outcome)
+    with new_files(files, overwrite=bool(settings.get("overwrite"))):
+        groups = group_runs(runs)
+        values = gather_groups(groups)
+        epochs = epochs_to_reach(values, levels, settings.get("split") or "train")
+        _write(statistics_over_seeds(values), out, outcome)
+        if levels:
+            _write(epochs, reach, outcome)
     print("\n".join(f"{label}: {len(found)} runs" for label, found in groups.items()), end="\n\n")
     if levels:
-        epochs = epochs_to_reach(values, levels, settings.get("split") or "train")
-        _write(epochs, reach, outcome)
         table = epochs.groupby(["group", "metric", "level"], sort=False)["epoch"].agg(
             ["mean", "std", "min", "max", "count"]
         )
@@ -75,8 +76,11 @@ def _levels(text: str | None) -> dict[str, float]:
 
 
 def _write(table: pd.DataFrame, path: Path, outcome: Outcome) -> None:
-    from neuralcollapse.lab.results.files import write_whole
+    from neuralcollapse.lab.results.files import without_formulas, write_whole
 
-    parquet = path.suffix == ".parquet"
-    write_whole(path, lambda partial: table.to_parquet(partial) if parquet else table.to_csv(partial, index=False))
+    if path.suffix == ".parquet":
+        write_whole(path, table.to_parquet)
+    else:
+        text = without_formulas(table)
+        write_whole(path, lambda partial: text.to_csv(partial, index=False))
     outcome.written.append(path)

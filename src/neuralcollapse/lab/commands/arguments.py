@@ -6,7 +6,9 @@ import ast
 import inspect
 import textwrap
 from argparse import SUPPRESS
+from collections.abc import Sequence
 from dataclasses import Field, fields
+from itertools import pairwise
 from typing import Any, get_args
 
 from jsonargparse import ArgumentParser, Namespace
@@ -82,6 +84,29 @@ def asked_for(settings: Namespace, *sections: type[Settings]) -> dict[str, Any]:
 def integer(text: str | int) -> int:
     """Convert the text of a flag, in decimal digits; raises ValueError if it is not an integer."""
     return int(parse("it", text, int))
+
+
+def check_named_classes(settings: Namespace, arguments: Sequence[str]) -> None:
+    """Check that classes are named on the command line, and not in a file of settings alone: they are imported.
+
+    Args:
+        settings: What was parsed.
+        arguments: The command line.
+
+    Raises:
+        ValueError: if a class is named elsewhere.
+    """
+    for name in ("backbone", "model"):
+        value, flag = settings.get(name), f"--{name}"
+        if not isinstance(value, str) or "." not in value:
+            continue
+        given = {following for one, following in pairwise(arguments) if one == flag}
+        given |= {one.partition("=")[2] for one in arguments if one.startswith(f"{flag}=")}
+        if value not in given:
+            raise ValueError(
+                f"{name} {str(value)!r} is a class named in a file of settings, and is not imported for that: if you "
+                f"trust it, name it on the command line with {flag} {value}"
+            )
 
 
 def _descriptions(section: type[Settings]) -> dict[str, str]:

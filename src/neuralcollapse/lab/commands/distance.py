@@ -30,7 +30,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Add what the command takes."""
     add_runs(parser)
     parser.add_argument("--reference", type=integer, metavar="EPOCH", help="measured epoch to compare with; by default "
-                        "that of the distances that are there, or 1")  # fmt: skip
+                        "that of the distances that are there, or the first")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="compute again what is there already")
 
 
@@ -38,35 +38,48 @@ def run(settings: Namespace) -> int:
     """Compute, add to the tables, and say so."""
     import pandas as pd
 
-    from neuralcollapse.lab.results.distances import TO_REFERENCE, distance_rows
-    from neuralcollapse.lab.results.tables import COLUMNS, add_rows, read_table
+    from neuralcollapse.lab.results.locking import sole_writer
 
     outcome = Outcome()
     tables = []
     for one in runs_of(settings.runs):
-        there = read_table(one.metrics) if one.metrics.exists() else pd.DataFrame(columns=COLUMNS)
-        reference, replaced = _reference(there, settings.get("reference"))
-        if not replaced and not settings.get("overwrite") and _complete(there, one):
-            continue
-        rows = outcome.sound(distance_rows(one, reference))
-        if not rows:
-            continue
-        add_rows(one.metrics, rows, in_place_of=TO_REFERENCE if replaced else ())
-        if replaced:
-            print(f"{one.path.name}: distances to the ETFs of epoch {reference} replace those of epoch {replaced}")
-        outcome.written.append(one.metrics)
-        tables.append(_last(one.path.name, pd.DataFrame(rows, columns=COLUMNS)))
+        with sole_writer(one.path):
+            added = _add_distances(one, settings.get("reference"), outcome, overwrite=bool(settings.get("overwrite")))
+        if added is not None:
+            tables.append(added)
     if tables:
         print(pd.concat(tables).to_string(index=False, float_format="{:.4g}".format), end="\n\n")
     return outcome.report("nothing to do: the distances are there; --overwrite computes them again")
 
 
-def _reference(there: pd.DataFrame, asked: int | None) -> tuple[int, str]:
+def _add_distances(run: RunFolder, asked: int | None, outcome: Outcome, *, overwrite: bool) -> pd.DataFrame | None:
+    """Compute a run's distances and add them to its table, where they are not there; those at the last epoch."""
+    import pandas as pd
+
+    from neuralcollapse.lab.results.distances import TO_REFERENCE, distance_rows
+    from neuralcollapse.lab.results.tables import COLUMNS, add_rows, read_table
+
+    there = read_table(run.metrics) if run.metrics.exists() else pd.DataFrame(columns=COLUMNS)
+    first = min((epoch for epoch, _ in run.measured()), default=1)
+    reference, replaced = _reference(there, asked, first)
+    if not replaced and not overwrite and _complete(there, run):
+        return None
+    rows = outcome.sound(distance_rows(run, reference))
+    if not rows:
+        return None
+    add_rows(run.metrics, rows, in_place_of=TO_REFERENCE if replaced else ())
+    if replaced:
+        print(f"{run.path.name}: distances to the ETFs of epoch {reference} replace those of epoch {replaced}")
+    outcome.written.append(run.metrics)
+    return _last(run.path.name, pd.DataFrame(rows, columns=COLUMNS))
+
+
+def _reference(there: pd.DataFrame, asked: int | None, first: int) -> tuple[int, str]:
     """The reference epoch; and those of distances in the table that are to other epochs, in words."""
     from neuralcollapse.lab.results.distances import reference_epochs
 
     found = sorted(reference_epochs(there))
-    reference = asked if asked is not None else found[0] if len(found) == 1 else 1
+    reference = asked if asked is not None else found[0] if len(found) == 1 else first
     others = [epoch for epoch in found if epoch != reference]
     return reference, "" if reference in found and len(found) == 1 else " and ".join(map(str, others))
 

@@ -85,9 +85,9 @@ def run(settings: Namespace) -> None:
     groups = sum(config.num_classes % number == 0 for number in range(1, config.num_classes))
     total, quiet = config.starts + 2 * groups, not sys.stderr.isatty()
     bar = tqdm(chain([first], visits), total=total, unit="point", dynamic_ncols=True, disable=quiet)
-    with folder.writing(config.in_force(), overwrite=bool(settings.get("overwrite"))):
+    with folder.writing(config.in_force(), overwrite=bool(settings.get("overwrite")), reported=True):
         tables = tabulate(bar, generator)
-    points, spectrum, slices = tables.frames()
-    known = {"optimum": tables.optimum, "bound": origin_curvature(*sizes)}
-    table, written = report_landscape(folder, points, spectrum, slices, config.title, **known)
+        points, spectrum, slices = tables.frames()
+        known = {"optimum": tables.optimum, "bound": origin_curvature(*sizes)}
+        table, written = report_landscape(folder, points, spectrum, slices, config.title, **known)
     print_table(table, written)

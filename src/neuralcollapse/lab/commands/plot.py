@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
-from neuralcollapse.lab.commands.runs import Outcome, add_runs, runs_of
+from neuralcollapse.lab.commands.runs import Outcome, add_runs, new_files, runs_of
 from neuralcollapse.lab.settings import Settings, nearest
 
 if TYPE_CHECKING:
@@ -58,12 +58,10 @@ def run(settings: Namespace) -> int:
 
     from neuralcollapse.lab.figures import page
 
-    if (there := [path for path in page.files_of([name], out, formats) if path.exists()]) and not settings.get(
-        "overwrite"
-    ):
-        raise ValueError(f"out must hold no such figure, and {str(there[0])!r} exists: --overwrite replaces it")
-    outcome = Outcome()
-    outcome.written = draw(name, page.Runs(folders), out, formats)
+    runs, outcome = page.Runs(folders), Outcome()
+    with new_files(page.files_of([name], out, formats), overwrite=bool(settings.get("overwrite"))):
+        outcome.written = draw(name, runs, out, formats)
+    outcome.sound(runs.problems.values())
     return outcome.report("")
 
 

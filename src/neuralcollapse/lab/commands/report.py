@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from neuralcollapse.lab.commands.runs import Outcome, add_runs, new_file, runs_of
+from neuralcollapse.lab.commands.runs import Outcome, add_runs, new_file, new_files, runs_of
 from neuralcollapse.lab.settings import Settings
 
 SUMMARY = "one self-contained HTML page of one run or several"
@@ -37,14 +37,16 @@ def run(settings: Namespace) -> int:
     out = Path(settings.get("out") or "report.html")
     if out.suffix not in (".html", ".htm"):
         raise ValueError(f"out must be a file ending in .html, got {str(out)!r}")
-    new_file(out, overwrite=bool(settings.get("overwrite")))
+    overwrite = bool(settings.get("overwrite"))
+    new_file(out, overwrite=overwrite)
     classes = _classes(settings.get("classes"))
     folders = runs_of(settings.runs)
 
     from neuralcollapse.lab.figures.report import write_report
 
     outcome = Outcome()
-    write_report(folders, out, classes)
+    with new_files([out], overwrite=overwrite):
+        write_report(folders, out, classes)
     outcome.written.append(out)
     return outcome.report("")
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TypeVar
 
 from jsonargparse import ArgumentParser
 
 from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.results.locking import sole_writer
 
 _Found = TypeVar("_Found")
 FAILED_IN_PART = 1
@@ -39,6 +41,38 @@ def new_file(path: Path, *, overwrite: bool) -> Path:
     if path.exists() and not overwrite:
         raise ValueError(f"out must be a new file, and {str(path)!r} exists: --overwrite replaces it")
     return path
+
+
+@contextmanager
+def new_files(paths: Sequence[Path], *, overwrite: bool) -> Iterator[None]:
+    """Write files that belong together, and hold their folder meanwhile if it is a run's.
+
+    None of them may be there, unless they are to be replaced, or the same command was stopped while it wrote them.
+
+    Raises:
+        ValueError: if one is there, or another process writes the run's folder.
+    """
+    folder = paths[0].parent
+    unfinished = folder / f".{paths[0].name}.unfinished"
+    for path in paths:
+        if path.exists() and not path.is_file():
+            raise ValueError(f"out must be a regular file, and {str(path)!r} is not")
+        new_file(path, overwrite=overwrite or unfinished.exists())
+    with sole_writer(folder) if (folder / RunFolder.FILES["checksums"]).exists() else nullcontext():
+        there_before, is_new = {path for path in paths if path.exists()}, not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished.unlink(missing_ok=True)
+        unfinished.touch()
+        try:
+            yield
+        except BaseException:
+            if not any(path.exists() for path in paths if path not in there_before):
+                unfinished.unlink(missing_ok=True)
+                with suppress(OSError):  # it has other files
+                    if is_new:
+                        folder.rmdir()
+            raise
+        unfinished.unlink(missing_ok=True)
 
 
 def say_written(paths: Sequence[Path]) -> None:

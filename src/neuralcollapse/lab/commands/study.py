@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +15,10 @@ from neuralcollapse.lab.commands.plot import draw
 from neuralcollapse.lab.commands.runs import say_written
 from neuralcollapse.lab.results.files import read_yaml, write_whole, write_yaml
 from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.results.locking import sole_writer
 from neuralcollapse.lab.settings import Settings
 from neuralcollapse.lab.studies import SCALES, Scale, Study, load_study, study_names, study_runs
+from neuralcollapse.lab.untrusted import check_class_is_named
 
 if TYPE_CHECKING:
     from neuralcollapse.lab.config import RunConfig
@@ -43,6 +47,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--data", type=str, metavar="FOLDER", help="where the data are; by default the hub's are fetched"
     )
     parser.add_argument("--out", type=str, metavar="FOLDER", help="folder to write; by default runs/studies/NAME-SCALE")
+    parser.add_argument("--backbone", type=str, metavar="CLASS", help="class of yours that the study's file names: "
+                        "it is not imported for that")  # fmt: skip
     parser.add_argument(
         "--parallel", type=integer, metavar="N", help="train so many of the runs at a time; by default 1"
     )
@@ -60,19 +66,24 @@ def run(settings: Namespace) -> None:
     chosen = study.scale(scale)
     seeds = _seeds(settings.get("seeds"), chosen)
     folder = RunFolder(settings.get("out") or _FOLDER / f"{study.name}-{scale}")
-    if study.free_features:
-        groups, figures = _free_features(chosen, seeds, settings, folder)
-    else:
-        data = settings.get("data") or (None if settings.get("overwrite") else _data_of(folder))
-        runs = study_runs(study, scale, seeds, data)
-        parallel = 1 if settings.get("parallel") is None else settings.parallel
-        overwrite = bool(settings.get("overwrite"))
-        _train_missing(runs, folder, {"study": study.name, "scale": scale}, overwrite=overwrite, parallel=parallel)
-        found = _finished_runs(study, runs, folder)
-        groups = {label: _results(of_label) for label, of_label in found.items()}
-        figures = _draw(study, found, folder)
-    print()
-    _report(study, scale, seeds, groups, folder, figures)
+    with ExitStack() as locks:
+        if study.free_features:
+            groups, figures = _free_features(chosen, seeds, settings, folder)
+            locks.enter_context(sole_writer(folder.path))
+        else:
+            data = settings.get("data") or (None if settings.get("overwrite") else _data_of(folder))
+            runs = study_runs(study, scale, seeds, data)
+            for one in runs.values():
+                check_class_is_named(one.in_force(), settings.get("backbone"), name)
+            parallel = 1 if settings.get("parallel") is None else settings.parallel
+            overwrite = bool(settings.get("overwrite"))
+            kept = {"study": study.name, "scale": scale}
+            _train_missing(runs, folder, kept, locks, overwrite=overwrite, parallel=parallel)
+            found = _finished_runs(study, runs, folder)
+            groups = {label: _results(of_label) for label, of_label in found.items()}
+            figures = _draw(study, found, folder)
+        print()
+        _report(study, scale, seeds, groups, folder, figures)
 
 
 def _seeds(given: str | None, scale: Scale) -> list[int]:
@@ -100,9 +111,15 @@ def _is_finished(place: RunFolder) -> bool:
 
 
 def _train_missing(
-    runs: Mapping[str, RunConfig], folder: RunFolder, settings: dict[str, Any], *, overwrite: bool, parallel: int
+    runs: Mapping[str, RunConfig],
+    folder: RunFolder,
+    settings: dict[str, Any],
+    locks: ExitStack,
+    *,
+    overwrite: bool,
+    parallel: int,
 ) -> None:
-    """Train what is not finished, if anything.
+    """Train what is not finished, if anything; hold the folder for writing from then on.
 
     Raises:
         ValueError: Runs are there that were made with other settings; each difference is named.
@@ -119,7 +136,12 @@ def _train_missing(
             f"{len(differing)} of the runs in {str(folder.path)!r} are not the study's: {'; '.join(differing)}; "
             "--out names another folder, --overwrite trains all of it again"
         )
+
+    def hold() -> None:
+        locks.enter_context(sole_writer(folder.path))
+
     if all(name in there and _is_finished(folder.run(name)) for name in runs):
+        hold()
         return
 
     from neuralcollapse.lab.training.many_runs import train_runs  # seconds
@@ -133,6 +155,7 @@ def _train_missing(
         overwrite=overwrite,
         leave_out_failed=True,
         parallel=parallel,
+        before_writing=hold,
     )
 
 
@@ -166,9 +189,14 @@ def _draw(study: Study, found: Mapping[str, Mapping[int, RunFolder]], folder: Ru
         raise ValueError(f"study {study.name} has no run that is finished: none trained to its end")
     if study.figure == "markou":
         for one in (run for runs in there.values() for run in runs):
-            if "etf_means" not in set(read_table(one.metrics)["metric"]):
-                add_rows(one.metrics, [row for row in distance_rows(one) if isinstance(row, tuple)])
-    return draw(study.figure, Runs(there), folder.figures, ["png"])
+            with sole_writer(one.path):
+                if "etf_means" not in set(read_table(one.metrics)["metric"]):
+                    add_rows(one.metrics, [row for row in distance_rows(one) if isinstance(row, tuple)])
+    drawn = Runs(there)
+    written = draw(study.figure, drawn, folder.figures, ["png"])
+    for problem in drawn.problems.values():
+        print(f"neuralcollapse: left out: {problem}", file=sys.stderr)
+    return written
 
 
 def _free_features(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from neuralcollapse.lab.config import RunConfig
 from neuralcollapse.lab.experiments import Comparison
 from neuralcollapse.lab.ranks import global_rank
 from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.results.resuming import is_external
+from neuralcollapse.lab.untrusted import check_class_is_named
 
 
 def output_folder(settings: Namespace, default: str) -> str:
@@ -37,9 +40,7 @@ def check_output(folder: RunFolder, config: dict[str, Any], settings: Namespace)
         ValueError: It may not, or what is to go on is finished.
     """
     folder.check(config, **what_is_there(settings))
-    written = all(path.exists() for path in (folder.summary, folder.metrics))
-    finished = settings.get("resume") and written and folder.read_environment().get("finished")
-    if finished and folder.settings().get("epochs") == config.get("epochs"):
+    if settings.get("resume") and folder.is_reported(config):
         raise ValueError(
             f"resume goes on with a run, and that in {str(folder.path)!r} is finished: --epochs of more extends one "
             "that is trained, --overwrite starts it again"
@@ -57,9 +58,17 @@ def stored_settings(
     """What is asked for, and the settings to take where nothing is: of the run to go on with, if there is one.
 
     A file of settings of format 0 has some without effect: they count where they have one.
+
+    Raises:
+        ValueError: if the folder is of an external model, or its settings name a class that the command line does not.
     """
     if settings.get("resume"):
-        return given, RunFolder(out).settings()
+        folder = RunFolder(out)
+        stored = folder.settings()
+        if is_external(stored):
+            raise ValueError(f"resume goes on with a run, and {out!r} holds measurements of an external model")
+        check_class_is_named(stored, given.get("backbone"), folder.config)
+        return given, stored
     if settings.get("environment") is not None:
         return {}, given
     return given, None
@@ -98,12 +107,17 @@ def train_and_report(
 
     check_drawing()
     options["parallel"] = 1 if settings.get("parallel") is None else settings.parallel
-    if comparison is not None and comparison.lr == "auto" and not isinstance(runs, RunConfig):
-        runs = with_chosen_rates(runs, comparison, RunFolder(out), config, **options)
-        options |= {"resume": True, "overwrite": False}
-    folder = train_runs(runs, out, settings=config, **options)
-    summary = summarise(folder, command)
-    print_table(summary.table, summary.written)
+    summaries = []
+
+    def report(folder: RunFolder) -> None:
+        summaries.append(summarise(folder, command))
+
+    with ExitStack() as locks:
+        if comparison is not None and comparison.lr == "auto" and not isinstance(runs, RunConfig):
+            runs = with_chosen_rates(runs, comparison, RunFolder(out), config, locks=locks, **options)
+            options |= {"resume": True, "overwrite": False}
+        train_runs(runs, out, settings=config, finish=report, **options)
+    print_table(summaries[0].table, summaries[0].written)
 
 
 def print_table(table: str, written: Sequence[Path]) -> None:

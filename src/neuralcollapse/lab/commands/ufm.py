@@ -135,12 +135,12 @@ def train_free_features(
 
     folder.check(config.in_force(), resume=resume, overwrite=overwrite)
     runs = config.runs()
-    with folder.writing(config.in_force(), resume=resume, overwrite=overwrite):
-        metrics, tuning = compare_free_features(runs, range(config.seeds), folder.runs)
     sizes = dict.fromkeys(
         f"UFM-{one.num_classes}: n = {one.samples_per_class}, d = {one.feature_dim}, "
         f"feature norm {one.feature_norm:g}, {schedule.iterations} iterations"
         for one, schedule in runs
     )
-    table, written = report_free_features(folder, metrics, tuning, list(sizes))
+    with folder.writing(config.in_force(), resume=resume, overwrite=overwrite, reported=True):
+        metrics, tuning = compare_free_features(runs, range(config.seeds), folder.runs)
+        table, written = report_free_features(folder, metrics, tuning, list(sizes))
     return table, metrics, written

@@ -20,6 +20,8 @@ from neuralcollapse.lab.results.aggregation import gather_groups, group_runs
 from neuralcollapse.lab.results.files import write_whole
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.labels import title_of
+from neuralcollapse.lab.results.records import Records
+from neuralcollapse.lab.results.tables import read_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,12 +91,15 @@ class Runs:
     Attributes:
         groups: The runs of each group by its label, which says in what the groups differ.
         num_classes: K, where it is known.
+        problems: What was wrong with files that could not be read, each once; the panels say it as well.
 
     Raises:
         ValueError: if they are of different numbers of classes, or one was not measured.
     """
 
     def __init__(self, runs: Sequence[RunFolder] | Mapping[str, Sequence[RunFolder]]) -> None:
+        self.problems: dict[str, ValueError] = {}
+        self._records: dict[Path, Records] = {}
         self.groups = runs if isinstance(runs, Mapping) else group_runs(runs, always=())
         found = (run.read_environment().get("num_classes") for group in self.groups.values() for run in group)
         classes = {number for number in found if number is not None}
@@ -122,7 +127,17 @@ class Runs:
     @cached_property
     def metrics(self) -> pd.DataFrame:
         """What was measured: columns method (the group's name), seed, epoch, split, metric, value."""
-        return gather_groups(self.groups).rename(columns={"group": "method"})
+        with self._noting_problems():
+            return gather_groups(self.groups).rename(columns={"group": "method"})
+
+    def gradients(self, label: str) -> list[pd.DataFrame]:
+        """The table of gradients of each run of a group that has one.
+
+        Raises:
+            ValueError: if one cannot be read.
+        """
+        with self._noting_problems():
+            return [read_table(run.gradients) for run in self.groups[label] if run.gradients.exists()]
 
     def last_records(self, label: str, split: str) -> list[Measurement]:
         """The last record of each run of a group.
@@ -147,14 +162,22 @@ class Runs:
         """
         return self._load(self.groups[label][0], split, epoch)
 
-    @staticmethod
-    def _load(run: RunFolder, split: str, epoch: int | None) -> Measurement:
-        from neuralcollapse.metrics import Measurement
-
-        paths = {of_epoch: path for (of_epoch, of), path in run.measured().items() if of == split}
-        if not paths or (epoch is not None and epoch not in paths):
+    def _load(self, run: RunFolder, split: str, epoch: int | None) -> Measurement:
+        epochs = [of_epoch for of_epoch, of in run.measured() if of == split]
+        if not epochs or (epoch is not None and epoch not in epochs):
             raise ValueError(_no_records(run, split))
-        return Measurement.load(paths[max(paths) if epoch is None else epoch])
+        records = self._records.setdefault(run.path, Records(run))
+        with self._noting_problems():
+            return records.load(max(epochs) if epoch is None else epoch, split)
+
+    @contextmanager
+    def _noting_problems(self) -> Iterator[None]:
+        """Keep what is wrong with a file that is read inside."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            self.problems.setdefault(str(error), ValueError(str(error)))
+            raise
 
 
 def _no_records(run: RunFolder, split: str) -> str:

@@ -13,7 +13,6 @@ from matplotlib.lines import Line2D
 from neuralcollapse.lab.figures.curves import draw_band, finish_axes, line_styles, metric_label
 from neuralcollapse.lab.figures.page import Panel, Runs, legend_above, literal, wrapped
 from neuralcollapse.lab.figures.records import margin_panels
-from neuralcollapse.lab.results.tables import read_table
 from neuralcollapse.metrics.catalogue import METRICS
 
 if TYPE_CHECKING:
@@ -117,7 +116,7 @@ def _pair(name: str) -> Series:
 
 
 def _draw_gradients(axes: Axes, *, runs: Runs, label: str) -> None:
-    tables = [read_table(run.gradients) for run in runs.groups[label] if run.gradients.exists()]
+    tables = runs.gradients(label)
     if not tables:
         raise ValueError("no gradients were written: these runs were not trained here")
     last = pd.concat([table[table["epoch"] == table["epoch"].max()] for table in tables])

@@ -37,6 +37,7 @@ from neuralcollapse.lab.models.backbones import (
     ResNet,
     VisionTransformer,
 )
+from neuralcollapse.lab.untrusted import without_secrets
 
 
 def build_model(
@@ -206,33 +207,43 @@ def build_backbone(config: ModelSettings, image_shape: ImageShape, *, initialisa
     return backbone(image_shape, **{name: value for name, value in options.items() if value is not None})
 
 
-def own_module(path: str, options: dict[str, Any], image_shape: ImageShape) -> nn.Module:
+def own_module(path: str, options: dict[str, Any], image_shape: ImageShape, *, setting: str = "backbone") -> nn.Module:
     """A module of the user's class, looked for in the folder of work as well.
 
+    The caller sees to it that the user named the class, and not a file that somebody else may have written.
+
     Args:
-        path: package.module.Class.
+        path: package.module.Class, of a class that is an `nn.Module`: nothing else is called.
         options: Keyword arguments of the class; ``image_shape`` is among them if it has such an argument.
         image_shape: Channels, height and width.
+        setting: The name of the setting, for messages.
 
     Raises:
-        ValueError: It cannot be imported or made.
+        ValueError: It cannot be imported or made, or is no such class.
     """
     module_name, _, name = path.rpartition(".")
     if "/" in path or not all(path.split(".")):
-        raise ValueError(f"backbone must be a dotted path such as package.module.Class, got {path!r}")
+        raise ValueError(f"{setting} must be a dotted path such as package.module.Class, got {path!r}")
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:
-        make = getattr(importlib.import_module(module_name), name)
+        found = getattr(importlib.import_module(module_name), name)
     except Exception as error:  # the user's code may fail in any way, here and below
-        raise ValueError(f"backbone {path!r} cannot be imported: {error}") from error
+        raise ValueError(f"{setting} {path!r} cannot be imported: {error}") from error
     finally:
         sys.path.remove(here)
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise ValueError(
+            f"{setting} must be a class that is a torch.nn.Module, and {path!r} is {_article(type(found).__name__)}: "
+            "what makes a module belongs into the __init__ of a class of your own"
+        )
     try:
-        takes_shape = "image_shape" in inspect.signature(make).parameters
-        made = make(**options, **({"image_shape": image_shape} if takes_shape else {}))
+        takes_shape = "image_shape" in inspect.signature(found).parameters
+        return found(**options, **({"image_shape": image_shape} if takes_shape else {}))
     except Exception as error:
-        raise ValueError(f"backbone {path!r} cannot be made with backbone_options {options}: {error}") from error
-    if not isinstance(made, nn.Module):
-        raise ValueError(f"backbone {path!r} must make a torch.nn.Module, it made a {type(made).__name__}")
-    return made
+        shown = without_secrets(options)
+        raise ValueError(f"{setting} {path!r} cannot be made with {setting}_options {shown}: {error}") from error
+
+
+def _article(name: str) -> str:
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"

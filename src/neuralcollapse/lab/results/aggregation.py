@@ -9,7 +9,7 @@ import pandas as pd
 from neuralcollapse.lab.results.distances import reference_epochs
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.labels import labels_of
-from neuralcollapse.lab.results.tables import COLUMNS, read_table
+from neuralcollapse.lab.results.tables import COLUMNS, read_table, seed_of
 
 # The columns of the training log that are aggregated as well, as metrics of the split "training".
 TRAINING = "training"
@@ -27,13 +27,13 @@ def group_runs(runs: Sequence[RunFolder], always: Sequence[str] = ("method",)) -
     """
     settings = [run.settings() for run in runs]
     groups: dict[str, list[RunFolder]] = {}
-    seen: dict[str, set[int]] = {}
+    seen: dict[str, set[int | None]] = {}
     for run, one, label in zip(runs, settings, labels_of(settings, always), strict=True):
-        if one["seed"] in seen.setdefault(label, set()):
-            raise ValueError(
-                f"runs must differ, and two of {label!r} have seed {one['seed']}: {str(run.path)!r} is one"
-            )
-        seen[label].add(one["seed"])
+        seed = one.get("seed")
+        if seed in seen.setdefault(label, set()):
+            same = f"have seed {seed}" if seed is not None else "have no seed (`measure --checkpoint` takes --seed)"
+            raise ValueError(f"runs must differ, and two of {label!r} {same}: {str(run.path)!r} is one")
+        seen[label].add(seed)
         groups.setdefault(label, []).append(run)
     return groups
 
@@ -62,7 +62,7 @@ def gather_groups(groups: Mapping[str, Sequence[RunFolder]]) -> pd.DataFrame:
                     "--reference computes them again"
                 )
             table.insert(0, "group", label)
-            table.insert(1, "seed", run.settings()["seed"])
+            table.insert(1, "seed", seed_of(run))
             tables.append(table)
     return pd.concat(tables, ignore_index=True)
 
@@ -109,7 +109,7 @@ def epochs_to_reach(values: pd.DataFrame, levels: Mapping[str, float], split: st
             raise ValueError(
                 f"reach must name a metric that was measured on the {split} split ({there}), got {metric!r}"
             )
-        for (group, seed), course in measured.groupby(["group", "seed"], sort=False):
+        for (group, seed), course in measured.groupby(["group", "seed"], sort=False, dropna=False):
             by_epoch = course.sort_values("epoch").set_index("epoch")["value"]
             rows.append((group, seed, metric, level, first_crossing(by_epoch, metric, level)))
     return pd.DataFrame(rows, columns=["group", "seed", "metric", "level", "epoch"])

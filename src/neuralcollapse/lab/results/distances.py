@@ -50,24 +50,25 @@ def distance_rows(run: RunFolder, reference: int = 1) -> Iterator[tuple[int, str
     Raises:
         ValueError: if the run has no records, or none of the reference epoch.
     """
-    from neuralcollapse.metrics import Measurement, etf_distances
+    from neuralcollapse.lab.results.records import Records
+    from neuralcollapse.metrics import etf_distances
 
-    records = run.measured()
+    records, loaded = run.measured(), Records(run)
     if not records:
         raise ValueError(f"run {str(run.path)!r} must have records in {run.moments.name}/, and has none: measure it")
-    references = {split: path for (epoch, split), path in records.items() if epoch == reference}
+    references = {split for epoch, split in records if epoch == reference}
     for split in dict.fromkeys(split for _, split in records):
-        epochs = {epoch: path for (epoch, other), path in records.items() if other == split}
+        epochs = [epoch for epoch, other in records if other == split]
         if split not in references:
             measured = ", ".join(map(str, epochs))
             raise ValueError(
                 f"reference must be a measured epoch of {str(run.path)!r}, whose {split} split has {measured}; "
                 f"got {reference}"
             )
-        first = Measurement.load(references[split])
-        for epoch, path in epochs.items():
+        first = loaded.load(reference, split)
+        for epoch in epochs:
             try:
-                record = Measurement.load(path)
+                record = loaded.load(epoch, split)
             except (ValueError, OSError) as error:
                 yield ValueError(str(error))
                 continue

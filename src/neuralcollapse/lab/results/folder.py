@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from neuralcollapse.lab.config import RunConfig
 from neuralcollapse.lab.results.files import CHECKSUMS, read_yaml, write_yaml
 from neuralcollapse.lab.results.locking import check_free, sole_writer
 from neuralcollapse.lab.results.provenance import environment, now, start
-from neuralcollapse.lab.settings import resolve
+from neuralcollapse.lab.results.resuming import (
+    FACTS,
+    NEEDED_FACTS,
+    SETTINGS,
+    changed_data,
+    changed_settings,
+    check_types,
+)
 
 # Number of the format that is written. 0 had settings and environment in one file, and settings without effect as well.
 # Until 2 a fixed classifier had the canonical orientation, one-cycle kept the momentum, and dot-regression was what is
 # dot-regression-published now.
 FORMAT = 2
-# Schedules whose rate at an epoch does not depend on how many there are; of an optimiser without a rate, None.
-# What may change between a start and the next: it has no part in what is computed.
-_FREE = ("checkpoint_minutes", "devices", "num_nodes")
-_OPEN_ENDED = (None, "constant", "step", "multistep")
 
 
 class RunFolder:
@@ -130,7 +133,8 @@ class RunFolder:
         self.settings()
         if not self.runs.is_dir():
             return [self]
-        names = self.read_environment().get("runs") or sorted(path.name for path in self.runs.iterdir())
+        there = sorted(path.name for path in self.runs.glob("[!.]*"))
+        names = self.read_environment().get("runs") or there
         return [self.run(name) for name in names]
 
     def settings(self) -> dict[str, Any]:
@@ -147,30 +151,64 @@ class RunFolder:
                 f"{str(self.config)!r} must be a run's settings, and is not; --overwrite starts that run again"
             )
         number = stored.pop("format", 0)
-        if not isinstance(number, int) or number > FORMAT:
+        if not isinstance(number, int):
+            raise ValueError(f"{str(self.config)!r} is damaged: format must be a number, got {number!r}")
+        if number > FORMAT:
             raise ValueError(
                 f"{str(self.path)!r} is a run of format {number}, and this version of neuralcollapse reads up to "
                 f"{FORMAT}: install a newer one"
             )
+        check_types(stored, SETTINGS, str(self.config))
         if number == 0:
             stored = _from_format_0(stored)
         return with_earlier_meanings(stored) if number < 2 else stored
 
     def read_environment(self) -> dict[str, Any]:
-        """What the result depends on beside its settings."""
+        """What the result depends on beside its settings; empty where that is not kept.
+
+        Raises:
+            ValueError: if it is damaged.
+        """
         path = self.environment if self.environment.exists() else self.config
-        stored = read_yaml(path) or {}
-        return stored.get("environment", stored)
+        if not path.exists():
+            return {}
+        stored = read_yaml(path)
+        if stored is None:
+            raise ValueError(f"{str(path)!r} must be facts of a run by name, and is damaged")
+        found = stored.get("environment", stored) if path == self.config else stored
+        if not isinstance(found, dict):
+            raise ValueError(f"{str(path)!r} is damaged: environment must be a mapping, got {found!r}")
+        check_types(found, FACTS, str(path))
+        return found
 
     def check(self, settings: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False) -> None:
         """See whether a run with these settings may use the folder; change nothing.
 
         Raises:
-            ValueError: It holds a run that is neither to be resumed nor to be overwritten, a run with other settings
+            ValueError: if it holds a run that is neither to be resumed nor to be overwritten, a run with other settings
                 than those to resume with, or files that are no run; or another process writes there.
+            OSError: if it cannot be written to.
         """
+        _check_writable(self.path)
         check_free(self.path)
         self._check(settings, resume=resume, overwrite=overwrite)
+
+    def check_data(self, facts: Mapping[str, Any]) -> None:
+        """Check that the data are those that the run was begun with.
+
+        Args:
+            facts: With the fingerprint of the data as they are now, under ``"data_fingerprint"``.
+
+        Raises:
+            ValueError: if labels or images of a split changed since.
+        """
+        kept = self.read_environment().get("data_fingerprint") or {}
+        changed = changed_data(kept, facts.get("data_fingerprint") or {})
+        if changed is not None:
+            raise ValueError(
+                f"data must stay those that the run in {str(self.path)!r} was begun with ({self.environment.name}): "
+                f"{changed}"
+            )
 
     @contextlib.contextmanager
     def writing(
@@ -180,6 +218,7 @@ class RunFolder:
         resume: bool = False,
         overwrite: bool = False,
         facts: Mapping[str, Any] | None = None,
+        reported: bool = False,
     ) -> Iterator[None]:
         """Be the one process that writes a run with these settings into the folder; keep when, and whether to its end.
 
@@ -188,12 +227,16 @@ class RunFolder:
             resume: Go on with the run that it holds.
             overwrite: Delete the run that it holds.
             facts: To keep beside its environment.
+            reported: Whether table, figures and page are written inside as well, so that a run that is finished has
+                those of its last epoch.
 
         Raises:
-            ValueError: As `check`.
+            ValueError: As `check`; or the run that is resumed was begun with other data.
         """
         with sole_writer(self.path):
             self._check(settings, resume=resume, overwrite=overwrite)
+            if self.config.exists() and not overwrite:
+                self.check_data(facts or {})
             self.start(settings, overwrite=overwrite, facts=facts)
             try:
                 yield
@@ -201,13 +244,14 @@ class RunFolder:
                 with contextlib.suppress(OSError, ValueError):  # what went wrong before is to be heard of
                     self.add_facts(ended=now())
                 raise
-            self.add_facts(ended=now(), finished=True)
+            self.add_facts(ended=now(), finished=True, reported=reported)
 
     def _check(self, settings: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
         if self.config.exists() and overwrite:
             return
         if self.config.exists() and resume:
             self._check_same(settings)
+            self._check_facts()
         elif self.config.exists():
             raise ValueError(
                 f"out must not hold a run, and {str(self.path)!r} does: --resume goes on with it, "
@@ -219,6 +263,17 @@ class RunFolder:
     def _is_empty(self) -> bool:
         """Whether there is nothing but what a run killed at its start leaves."""
         return {path.name for path in self.path.glob("[!.]*")} <= {self.checksums.name, self.environment.name}
+
+    def _check_facts(self) -> None:
+        """See that the environment is there and whole, before a training that would end without it."""
+        made = self.read_environment()
+        missing = [name for name in NEEDED_FACTS if made.get(name) is None]
+        if missing:
+            lacking = f"lacks {', '.join(missing)}" if self.environment.exists() else "is missing"
+            raise ValueError(
+                f"{str(self.environment)!r} {lacking}, and without it the run is not resumed: put it back, or start "
+                "the run again with --overwrite"
+            )
 
     def start(
         self, settings: Mapping[str, Any], *, overwrite: bool = False, facts: Mapping[str, Any] | None = None
@@ -234,55 +289,81 @@ class RunFolder:
             self._clear()
         if not self.config.exists():
             write_yaml(self.checksums, {})  # first: from here on, what is written is entered there
-            write_yaml(self.environment, {**environment(), **(facts or {}), "started": now(), "finished": False})
+            made = environment(self.path)
+            write_yaml(self.environment, {**made, **(facts or {}), "started": now(), "finished": False})
             write_yaml(self.config, {"format": FORMAT, **settings})  # last: this makes it a run's folder
             return
-        made, again = self.read_environment(), start()
-        if self.settings().get("epochs") != settings.get("epochs"):
-            write_yaml(self.config, {"format": FORMAT, **settings})
+        made, again = self.read_environment(), start(self.path)
+        extended = self.settings().get("epochs") != settings.get("epochs")
+        if extended:
             again["epochs"] = settings["epochs"]
         new = {name: fact for name, fact in (facts or {}).items() if name not in made}
-        self.add_facts(**new, finished=False, resumed=[*made.get("resumed", []), again])
+        # First: a kill between the two leaves a run that is not finished, with the epochs of before.
+        self.add_facts(**new, finished=False, reported=False, resumed=[*made.get("resumed", []), again])
+        if extended:
+            write_yaml(self.config, {"format": FORMAT, **settings})
 
     def is_finished(self, settings: Mapping[str, Any]) -> bool:
         """Whether it holds a run with these settings, trained to its end."""
         there = self.config.exists() and self.last_checkpoint.exists()
         same = there and self.settings().get("epochs") == settings.get("epochs")
-        return same and self.read_environment().get("finished") is True
+        return same and self.read_environment().get("finished") is True and self._is_logged(settings)
+
+    def is_reported(self, settings: Mapping[str, Any]) -> bool:
+        """Whether table, figures and page are those of its last epoch, and it is finished."""
+        written = self.config.exists() and all(path.exists() for path in (self.summary, self.metrics))
+        made = self.read_environment() if written else {}
+        same = written and self.settings().get("epochs") == settings.get("epochs")
+        # Earlier versions kept no `reported`.
+        return same and made.get("finished") is True and made.get("reported") is not False and self._is_logged(settings)
+
+    def _is_logged(self, settings: Mapping[str, Any]) -> bool:
+        """Whether its runs were trained for as many epochs as its settings say; true where there are no such tables."""
+        from neuralcollapse.lab.results.tables import read_table
+
+        if not self.training_log.exists() or settings.get("epochs") is None:
+            return True
+        log = read_table(self.training_log)
+        by_run = [name for name in ("method", "seed") if name in log]
+        last = log.groupby(by_run)["epoch"].max() if by_run else log["epoch"].agg(["max"])
+        return bool((last == settings["epochs"]).all())
 
     def add_facts(self, **facts: Any) -> None:
         """Keep more of what is known of the run beside its environment."""
         write_yaml(self.environment, self.read_environment() | facts)
 
     def _clear(self) -> None:
-        for place in self.FOLDERS.values():
-            shutil.rmtree(self.path / place, ignore_errors=True)
-        for place in reversed(self.FILES.values()):  # config.yaml last: until then it is a run's folder
-            (self.path / place).unlink(missing_ok=True)
+        """Delete what a run wrote. Of a link to another folder the link is deleted, not what is there."""
+        for name in self.FOLDERS.values():
+            place = self.path / name
+            if place.is_symlink():
+                place.unlink()
+            elif place.exists():
+                shutil.rmtree(place)
+        for name in reversed(self.FILES.values()):  # config.yaml last: until then it is a run's folder
+            (self.path / name).unlink(missing_ok=True)
 
     def _check_same(self, settings: Mapping[str, Any]) -> None:
-        stored = self.settings()
-        if "environment" in stored:  # format 0 says less of what is in force, and more of what is not
-            compared = [name for name in settings if stored.get(name) is not None]
-        else:
-            compared = [*settings, *(name for name in stored if name not in settings)]
-        # A setting that is newer than the folder was at its default.
-        known = resolve(RunConfig, {}, stored)[0] | stored
-        changed = [name for name in compared if settings.get(name) != known.get(name) and name not in _FREE]
-        reason = ""
-        if "epochs" in changed and settings["epochs"] > known["epochs"]:
-            if known.get("schedule") in _OPEN_ENDED:
-                changed.remove("epochs")
-            else:
-                reason = f" (schedule {known['schedule']} ends with the last epoch: a run with it is not extended)"
+        changed, reason = changed_settings(self.settings(), settings)
         if changed:
-            more = "".join(
-                f"; {name} must stay {known.get(name)!r}, got {settings.get(name)!r}" for name in changed[1:]
-            )
+            (name, (known, asked)), *others = changed.items()
+            more = "".join(f"; {other} must stay {was!r}, got {now!r}" for other, (was, now) in others)
             raise ValueError(
-                f"{changed[0]} must stay {known.get(changed[0])!r} to resume the run in {str(self.path)!r}, "
-                f"got {settings.get(changed[0])!r}{more}{reason}"
+                f"{name} must stay {known!r} to resume the run in {str(self.path)!r}, got {asked!r}{more}{reason}"
             )
+
+
+def _check_writable(folder: Path) -> None:
+    """See that a folder can be made, or written to, before anything that takes long."""
+    place = folder.absolute()
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    if place == folder.absolute() and not place.is_dir():
+        return  # refused for what it is
+    if not place.is_dir():
+        raise ValueError(f"out must be a folder in a folder, and {str(place)!r} is none")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"out must be a folder that can be written to, and {str(place)!r} cannot")
 
 
 def _from_format_0(stored: dict[str, Any]) -> dict[str, Any]:

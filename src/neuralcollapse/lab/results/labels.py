@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from neuralcollapse.lab.untrusted import without_secrets
+
 Settings = Mapping[str, Any]
 
 # Settings that make two runs different experiments. A label names each of them that differs, a title all of them.
@@ -36,6 +38,7 @@ def labels_of(runs: Sequence[Settings], always: Sequence[str] = ()) -> list[str]
         >>> labels_of([{"method": "fixed", "lr": 0.1}, {"method": "fixed", "lr": 0.2}], always=["method"])
         ['fixed lr=0.1', 'fixed lr=0.2']
     """
+    runs = [without_secrets(run) for run in runs]
     names = _telling(runs, always)
     if not names:  # one group: its name
         names = [name for name in ("method", "backbone", "model", "data") if runs and runs[0].get(name)][:1]
@@ -66,6 +69,7 @@ def title_of(runs: Sequence[Settings], data: Sequence[str | None]) -> str:
         >>> title_of(runs, ["digits: 200 images"] * 2)
         'mlp, fixed on digits: 200 images; differing: optimizer (a, b)'
     """
+    runs = [without_secrets(run) for run in runs]
     named = [name for name in _OF_TITLE if any(run.get(name) is not None for run in runs)]
     differing = [name for name in named if len(_values(runs, name)) > 1]
     common = ", ".join(_alone_or_named(name, runs[0][name]) for name in named if name not in differing)

@@ -1,10 +1,13 @@
-"""One writer a folder: an advisory lock of the kernel's, gone with its process however that ends."""
+"""One writer per folder: an advisory lock of the kernel, which ends with its process however that ends."""
 
 from __future__ import annotations
 
 import os
+import re
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -14,33 +17,104 @@ except ImportError:  # not on every system; there, nothing is locked
     fcntl = None  # type: ignore[assignment]
 
 _LOCK = ".lock"
+# What a process that was killed leaves of the files that it wrote: `files.write_whole`, `tensor_file.write_tensors`.
+_TEMPORARY = re.compile(r"\..+\.(ya?ml|csv|parquet|md|html?|png|pdf|svg|ckpt)\.partial|\..+\.safetensors\.\d+")
+
+
+@dataclass
+class _Held:
+    """A lock that this process holds."""
+
+    file: IO[str]
+    folder: str
+    process: int
+    depth: int = 1
+
+
+_HELD: dict[tuple[int, int], _Held] = {}
 
 
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Hold a folder, made if it is not there, for writing.
+    """Hold a folder, made if it is not there, for writing; delete the temporary files that a killed process left.
+
+    The process that holds it may hold it again.
 
     Raises:
-        ValueError: Another process holds it.
+        ValueError: if another process holds it.
+        OSError: if it cannot be made or written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _LOCK).open("a+") as file:
+    file = _open(folder)
+    held = _HELD.get(_inode(file))
+    if held is not None and held.process == os.getpid():
+        file.close()
+        held.depth += 1
+        try:
+            yield
+        finally:
+            held.depth -= 1
+        return
+    with file:
         _lock(file, folder)
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield
+        key = _inode(file)
+        _HELD[key] = _Held(file, os.path.abspath(folder), os.getpid())
+        try:
+            _delete_temporary_files(folder)
+            yield
+        finally:
+            del _HELD[key]
 
 
 def check_free(folder: Path) -> None:
-    """See that no process holds a folder for writing; change nothing.
+    """Check that no other process holds a folder for writing; change nothing.
 
     Raises:
-        ValueError: One does.
+        ValueError: if one does.
     """
     if (folder / _LOCK).exists():
-        with (folder / _LOCK).open("a+") as file:
-            _lock(file, folder)
+        with _open(folder) as file:
+            held = _HELD.get(_inode(file))
+            if held is None or held.process != os.getpid():
+                _lock(file, folder)
+
+
+def check_held(path: Path) -> None:
+    """Check that the locked folder in which a file is to be written, if any, is still the one that was locked.
+
+    Raises:
+        OSError: if it was deleted or replaced: what is written now would be all that a new one has.
+    """
+    place = os.path.abspath(path)
+    for held in _HELD.values():
+        if place.startswith(held.folder + os.sep) and held.process == os.getpid():
+            lock = os.path.join(held.folder, _LOCK)
+            if not os.path.exists(lock) or not os.path.samestat(os.stat(lock), os.fstat(held.file.fileno())):
+                raise OSError(f"{held.folder!r} was deleted or replaced while this process was writing to it")
+
+
+def _open(folder: Path) -> IO[str]:
+    """The lock's file, which is not a link that leads elsewhere."""
+    path = folder / _LOCK
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if path.is_symlink():
+            raise ValueError(f"{str(path)!r} must be a file of its own, and is a link: delete it") from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{str(path)!r} must be a regular file, and is not: delete it")
+    return os.fdopen(descriptor, "a+")
+
+
+def _inode(file: IO[str]) -> tuple[int, int]:
+    found = os.fstat(file.fileno())
+    return found.st_dev, found.st_ino
 
 
 def _lock(file: IO[str], folder: Path) -> None:
@@ -54,3 +128,12 @@ def _lock(file: IO[str], folder: Path) -> None:
             f"{str(folder)!r} is being written by process {file.read() or 'unknown'}: wait for its end, "
             "or name another folder"
         ) from None
+
+
+def _delete_temporary_files(folder: Path) -> None:
+    """In the folder and in the folders inside it; those of single runs are locked by themselves."""
+    for place in (folder, *(path for path in folder.iterdir() if path.is_dir())):
+        with suppress(OSError):  # what cannot be deleted is replaced or left, and harms nothing
+            for path in list(place.iterdir()):
+                if _TEMPORARY.fullmatch(path.name) and (path.is_file() or path.is_symlink()):
+                    path.unlink()

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import platform
+import re
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from neuralcollapse.lab.untrusted import load_yaml, without_secrets
 
 _PACKAGES = (
     "torch",
@@ -28,8 +33,8 @@ _PACKAGES = (
 )
 
 
-def environment() -> dict[str, Any]:
-    """Versions, machine and command."""
+def environment(folder: Path) -> dict[str, Any]:
+    """Versions, machine and command, of what is written to a folder."""
     import torch
 
     return {
@@ -41,19 +46,55 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "command": command(),
+        "command": command(sys.argv, folder),
     }
 
 
-def start() -> dict[str, Any]:
+def start(folder: Path) -> dict[str, Any]:
     """When something begins, or goes on, by which command and with which versions that decide its numbers."""
     versions = {"neuralcollapse": version("neuralcollapse"), "torch": _version("torch")}
-    return {"time": now(), "command": command(), **versions}
+    return {"time": now(), "command": command(sys.argv, folder), **versions}
 
 
-def command() -> str:
-    """The command line."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+def command(arguments: Sequence[str], folder: Path) -> str:
+    """The command line as it may be shown: absolute paths are relative to the folder, secrets are left out.
+
+    Args:
+        arguments: The program and its arguments.
+        folder: That of the run.
+
+    Examples:
+        >>> command(["/usr/bin/neuralcollapse", "train", "--data=/home/me/mnist"], Path("/home/me/runs/one"))
+        'neuralcollapse train --data=../../mnist'
+    """
+    shown = [Path(arguments[0]).name]
+    before = ""
+    for argument in arguments[1:]:
+        flag, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+        name = (flag or before).lstrip("-")
+        shown.append(argument if flag and not equals else f"{flag}{equals}{_shown_value(value, name, folder)}")
+        before = argument if argument.startswith("--") and not equals else ""
+    return " ".join(shown)
+
+
+def shown_settings(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return settings as they may be shown: absolute paths are relative to the run's folder, secrets are left out."""
+    shown: dict[str, Any] = without_secrets(dict(settings))
+    return {name: relative_path(value, folder) for name, value in shown.items()}
+
+
+def relative_path(value: Any, folder: Path) -> Any:
+    """Return an absolute path relative to a folder; anything else as it is."""
+    return os.path.relpath(value, folder) if isinstance(value, str) and os.path.isabs(value) else value
+
+
+def _shown_value(value: str, name: str, folder: Path) -> str:
+    if "." in name or re.search(r"[\[{:]", value):  # of a mapping: one entry, or all of it
+        with contextlib.suppress(ValueError):
+            found = load_yaml(value)
+            safe = without_secrets(found, name.rpartition(".")[2])
+            value = value if safe == found else safe if isinstance(safe, str) else json.dumps(safe)
+    return str(relative_path(without_secrets(value, name), folder))
 
 
 def now() -> str:

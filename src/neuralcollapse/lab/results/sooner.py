@@ -42,7 +42,7 @@ def sooner_table(metrics: pd.DataFrame, baseline: str | None = None) -> pd.DataF
             row[f"to {heading}"] = _epochs(own[own["metric"] == metric], metric, goals[heading])
         accuracies = own[own["metric"] == "accuracy"]
         final = _final(own, "accuracy")
-        row["mean acc %"] = spread(100 * accuracies.groupby("seed")["value"].mean(), "{:.1f}")
+        row["mean acc %"] = spread(100 * accuracies.groupby("seed", dropna=False)["value"].mean(), "{:.1f}")
         row["last acc %"] = spread(100 * final, "{:.1f}")
         row["- standard"] = "" if method == baseline else _interval(100 * (final - goals["acc"]).dropna())
         rows.append(row)
@@ -52,7 +52,7 @@ def sooner_table(metrics: pd.DataFrame, baseline: str | None = None) -> pd.DataF
 def _final(metrics: pd.DataFrame, metric: str) -> pd.Series:
     """The last value of each seed."""
     of_metric = metrics[metrics["metric"] == metric].sort_values("epoch", kind="stable")
-    return of_metric.groupby("seed")["value"].last()
+    return of_metric.groupby("seed", dropna=False)["value"].last()
 
 
 def _epochs(course: pd.DataFrame, metric: str, goals: pd.Series) -> str:
@@ -61,8 +61,8 @@ def _epochs(course: pd.DataFrame, metric: str, goals: pd.Series) -> str:
 
     goal = course["seed"].map(goals)
     there = course["value"] >= goal if METRICS[metric].better == "higher" else course["value"] <= goal
-    reached = course[there].groupby("seed")["epoch"].min()
-    seeds = course["seed"].nunique()
+    reached = course[there].groupby("seed", dropna=False)["epoch"].min()
+    seeds = course["seed"].nunique(dropna=False)
     if reached.empty:
         return "never"
     return f"{reached.mean():.1f}" + ("" if len(reached) == seeds else f" ({len(reached)}/{seeds})")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from neuralcollapse.lab.experiments import label_of, tell_apart
-from neuralcollapse.lab.results.files import check, write_csv
+from neuralcollapse.lab.results.files import read_checked, write_csv
 from neuralcollapse.lab.results.folder import RunFolder
 
 COLUMNS = ["epoch", "split", "metric", "value"]
+# Columns that a table of this name always has.
+_NEEDED = {"metrics.csv": COLUMNS, "training.csv": ["epoch"], "gradients.csv": ["epoch", "parameter"]}
 GOAL = 0.99
 # Heading of a column of the table: split, metric, format. All of the last epoch.
 _COLUMNS = {
@@ -36,9 +40,15 @@ def gather(runs: Sequence[RunFolder], table: str) -> pd.DataFrame:
     for run, method in zip(runs, methods_of(runs), strict=True):
         one = read_table(getattr(run, table))
         one.insert(0, "method", method)
-        one.insert(1, "seed", run.settings()["seed"])
+        one.insert(1, "seed", seed_of(run))
         tables.append(one)
     return pd.concat(tables, ignore_index=True)
+
+
+def seed_of(run: RunFolder) -> float:
+    """The seed that a run was trained with; NaN where that is not known."""
+    seed = run.settings().get("seed")
+    return math.nan if seed is None else seed
 
 
 def methods_of(runs: Sequence[RunFolder]) -> list[str]:
@@ -47,9 +57,22 @@ def methods_of(runs: Sequence[RunFolder]) -> list[str]:
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """A table of a run's folder, with every value as it was written; raises ValueError if it was changed since."""
-    check(path)
-    return pd.read_csv(path, converters={"value": float})  # the default parser is not exact
+    """A table of a run's folder, with every value as it was written.
+
+    Raises:
+        ValueError: if it was changed since it was written, or is damaged.
+    """
+    content = read_checked(path)
+    try:
+        table = pd.read_csv(io.BytesIO(content), converters={"value": float})  # the default parser is not exact
+    except ValueError as error:  # pandas' own errors are of this kind
+        raise ValueError(f"{str(path)!r} must be a table, and is damaged: {' '.join(str(error).split())}") from error
+    needed = _NEEDED.get(path.name, ())
+    if missing := [name for name in needed if name not in table]:
+        raise ValueError(f"{str(path)!r} is damaged: it must have a column {missing[0]!r}")
+    if "epoch" in needed and not pd.api.types.is_integer_dtype(table["epoch"]) and len(table):
+        raise ValueError(f"{str(path)!r} is damaged: its epochs must be whole numbers")
+    return table
 
 
 def add_rows(path: Path, rows: Sequence[tuple[int, str, str, float]], *, in_place_of: Collection[str] = ()) -> None:
@@ -89,7 +112,7 @@ def results_table(
             chosen = last[(last["method"] == method) & (last["split"] == split) & (last["metric"] == metric)]
             row[heading] = spread(chosen["value"], form)
         if not log.empty:
-            seconds = log[log["method"] == method].groupby("seed")["seconds"].mean()
+            seconds = log[log["method"] == method].groupby("seed", dropna=False)["seconds"].mean()
             row["s/epoch"] = spread(seconds, "{:.2f}")
         rows.append(row)
     return pd.DataFrame(rows)
@@ -97,7 +120,7 @@ def results_table(
 
 def last_epoch(metrics: pd.DataFrame) -> pd.DataFrame:
     """Of each run what was measured last."""
-    return metrics[metrics["epoch"] == metrics.groupby(["method", "seed"])["epoch"].transform("max")]
+    return metrics[metrics["epoch"] == metrics.groupby(["method", "seed"], dropna=False)["epoch"].transform("max")]
 
 
 def aligned(table: pd.DataFrame) -> str:
@@ -111,8 +134,8 @@ def aligned(table: pd.DataFrame) -> str:
 
 def _epochs_to_goal(metrics: pd.DataFrame) -> str:
     accuracy = metrics[(metrics["split"] == "train") & (metrics["metric"] == "accuracy")]
-    reached = accuracy[accuracy["value"] >= GOAL].groupby("seed")["epoch"].min()
-    seeds = accuracy["seed"].nunique()
+    reached = accuracy[accuracy["value"] >= GOAL].groupby("seed", dropna=False)["epoch"].min()
+    seeds = accuracy["seed"].nunique(dropna=False)
     if reached.empty:
         return "not reached"
     return spread(reached, "{:.1f}") + ("" if len(reached) == seeds else f" ({len(reached)} of {seeds} seeds)")

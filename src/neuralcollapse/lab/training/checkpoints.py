@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 import signal
 import threading
 import time
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -21,10 +23,12 @@ from torch import Tensor
 
 from neuralcollapse.lab.config import RunConfig
 from neuralcollapse.lab.results.files import write_whole
-from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.results.folder import RunFolder, with_earlier_meanings
+from neuralcollapse.lab.results.resuming import OPEN_ENDED, changed_data, changed_settings
 from neuralcollapse.lab.running import Record
 from neuralcollapse.lab.stopping import terminate
 from neuralcollapse.lab.training.epochs import is_due
+from neuralcollapse.lab.untrusted import without_secrets
 
 # Number of the format of checkpoints that is written. Those of 0 do not say whose they are.
 FORMAT = 1
@@ -121,19 +125,25 @@ class Checkpointing(Callback):
         self._saved = time.monotonic()
 
 
-def provenance(config: RunConfig, trainer: Trainer) -> dict[str, Any]:
+def provenance(config: RunConfig, trainer: Trainer, data: Mapping[str, Any]) -> dict[str, Any]:
     """Whose checkpoint it is that is written now, and where it is in training.
 
+    Args:
+        config: The run's settings.
+        trainer: What trains it.
+        data: The fingerprint of its data.
+
     Returns:
-        Format and package, config, seed and epoch (counted from 1); inside it ``batches``, the number of those trained
-        on, and the states of the generators that the network draws from.
+        Format and package, config without secrets, seed, data and epoch (counted from 1); inside it ``batches``, the
+        number of those trained on, and the states of the generators that the network draws from.
     """
     epoch: Any = trainer.fit_loop.epoch_progress.current
     found = {
         "format_version": FORMAT,
         "package_version": version("neuralcollapse"),
-        "config": config.in_force(),
+        "config": without_secrets(config.in_force()),
         "seed": config.seed,
+        "data": dict(data),
         "epoch": trainer.current_epoch + 1,
     }
     if epoch.processed < epoch.started:
@@ -151,6 +161,47 @@ def restore_generators(found: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(others[: torch.cuda.device_count()])
 
 
+@dataclass(frozen=True)
+class Owner:
+    """The run that a checkpoint is to be of.
+
+    Attributes:
+        config: Its settings.
+        data: The fingerprint of its data.
+    """
+
+    config: RunConfig
+    data: Mapping[str, Any]
+
+    def check(self, kept: Mapping[str, Any], epoch: int | None = None) -> None:
+        """Check that a checkpoint says that it is of this run.
+
+        Args:
+            kept: What `provenance` kept in it; nothing in those of format 0.
+            epoch: The epoch that it is to be of, where its name says one.
+
+        Raises:
+            ValueError: if it is of another run, of other data or of another epoch.
+        """
+        stored = kept.get("config", {})
+        if not kept.get("data"):  # of an earlier version, in whose time some settings had other meanings
+            stored = with_earlier_meanings(stored)
+        compared_otherwise = ("epochs", "data") if kept.get("data") else ("epochs",)
+        config = {name: value for name, value in stored.items() if name not in compared_otherwise}
+        asked = {name: value for name, value in self.config.in_force().items() if name in config}
+        changed, _ = changed_settings(config, asked)
+        different = [f"its {name} is {there!r}, not {here!r}" for name, (there, here) in changed.items()]
+        if data := changed_data(kept.get("data") or {}, self.data):
+            different.append(f"its data are other ones: {data}")
+        at, epochs = kept.get("epoch"), stored.get("epochs", self.config.epochs)
+        if epochs != self.config.epochs and (self.config.schedule not in OPEN_ENDED or epochs > self.config.epochs):
+            different.append(f"its epochs are {epochs}, not {self.config.epochs}")
+        if at is not None and epoch is not None and at != epoch:
+            different.append(f"it is of epoch {at}, not {epoch}")
+        if different:
+            raise ValueError(f"it is not of this run: {'; '.join(different)}")
+
+
 class WholeCheckpoints(TorchCheckpointIO):
     """Checkpoints of tensors and plain values, that replace the last one only when they are whole.
 
@@ -158,10 +209,12 @@ class WholeCheckpoints(TorchCheckpointIO):
 
     Args:
         model: Tensors of the model that they are to be of, by name; by default that is not looked at.
+        owner: The run that they are to be of; by default that is not looked at.
     """
 
-    def __init__(self, model: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(self, model: Mapping[str, Tensor] | None = None, owner: Owner | None = None) -> None:
         self.model = model
+        self.owner = owner
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write a checkpoint; raises OSError if it cannot be written."""
@@ -171,10 +224,15 @@ class WholeCheckpoints(TorchCheckpointIO):
         """Read a checkpoint, and execute nothing of it.
 
         Raises:
-            ValueError: It is truncated, damaged, foreign, of a newer format or of another model, as the message says.
+            ValueError: It is truncated, damaged, foreign, of a newer format, of another run or epoch than its place and
+                name say, or of another model, as the message says.
         """
+        path = Path(path)
         try:
-            found = _read(Path(path))
+            found = _read(path)
+            if self.owner is not None:
+                number = path.stem.removeprefix("epoch")
+                self.owner.check(found[PROVENANCE], int(number) if number.isdecimal() else None)
             if self.model is not None:
                 _check_model(found["state_dict"], self.model)
         except ValueError as error:
@@ -190,28 +248,58 @@ def _save(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        with zipfile.ZipFile(path) as records:
-            damaged = records.testzip()
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"it is truncated, or no checkpoint ({error})") from error
-    if damaged is not None:
-        raise ValueError(f"it is damaged: its record {damaged} does not have the checksum that it was written with")
+    check_zip(path)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError("it holds other things than tensors and plain values, which are not executed") from error
-    except (RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(f"it is no checkpoint ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # what is not as torch wrote it fails in many ways
+        raise ValueError(f"it is no checkpoint ({_first_line(error)})") from error
     if not isinstance(found, dict) or not {"state_dict", "loops", "epoch"} <= set(found):
         raise ValueError("it is foreign: no run of the laboratory wrote it")
-    kept = found.get(PROVENANCE, {})
+    kept = found.setdefault(PROVENANCE, {})
+    sound = (
+        isinstance(kept, dict) and isinstance(kept.get("config", {}), dict) and isinstance(found["state_dict"], dict)
+    )
+    if not sound or not all(isinstance(number, int) for number in (kept.get("format_version", 0), found["epoch"])):
+        raise ValueError("it is foreign: what it says of itself is not what the laboratory writes")
     if kept.get("format_version", 0) > FORMAT:
         raise ValueError(
             f"it is of format {kept['format_version']}, written by neuralcollapse {kept.get('package_version')}, and "
             f"this version reads up to {FORMAT}: install a newer one"
         )
     return found
+
+
+def check_zip(path: Path) -> None:
+    """Check that each record of a file written by torch is as it was written, by its checksum.
+
+    Raises:
+        ValueError: if it is truncated or damaged, or holds compressed records, which torch does not write.
+        OSError: if it cannot be read.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError("it is not a regular file")
+    try:
+        with zipfile.ZipFile(path) as records:
+            compressed = next((one.filename for one in records.infolist() if one.compress_type), None)
+            damaged = None if compressed is not None else records.testzip()
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"it is truncated, or no checkpoint ({error})") from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a place in the file that its directory names, and that there is not
+            raise
+        raise ValueError("it is damaged: its directory is not that of its records") from error
+    except Exception as error:  # a damaged directory fails in many ways
+        raise ValueError(f"it is damaged ({_first_line(error)})") from error
+    if compressed is not None:
+        raise ValueError(f"it is damaged, or no checkpoint: its record {compressed} is compressed")
+    if damaged is not None:
+        raise ValueError(f"it is damaged: its record {damaged} does not have the checksum that it was written with")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _check_model(found: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> None:

@@ -1,24 +1,34 @@
-"""Measure a model that was never trained here, from its state_dict."""
+"""Measure external models, from their state_dicts: one, or a series of one model."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from neuralcollapse.lab.config import BatchSettings, DataSettings, RunConfig
+from neuralcollapse.lab.config import BatchSettings, DataSettings
 from neuralcollapse.lab.data.augmentation import batch_shape
-from neuralcollapse.lab.data.batches import evaluation_batches
+from neuralcollapse.lab.data.batches import EvaluationBatches, evaluation_batches
 from neuralcollapse.lab.data.loading import load_data
+from neuralcollapse.lab.data.splits import ImageData
+from neuralcollapse.lab.experiments import single_run
 from neuralcollapse.lab.models.building import build_backbone, own_module
+from neuralcollapse.lab.results.files import sha256
 from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.results.provenance import relative_path
+from neuralcollapse.lab.results.records import Records
+from neuralcollapse.lab.results.resuming import is_external
+from neuralcollapse.lab.training.checkpoints import check_zip
 from neuralcollapse.lab.training.collapse_callback import measure_splits
-from neuralcollapse.lab.training.measuring import select_splits, write_measurements
+from neuralcollapse.lab.training.measuring import is_measured, select_splits, write_measurements
+from neuralcollapse.metrics import Measurement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,29 +37,34 @@ class Images(BatchSettings, DataSettings):
 
 
 def measure_state_dict(
-    checkpoint: str | Path,
+    checkpoint: str | Path | Sequence[str | Path],
     model: str,
     out: str | Path,
     settings: Mapping[str, Any],
     *,
     model_options: dict[str, Any] | None = None,
     classifier: str | None = None,
-    epoch: int | None = None,
+    epoch: int | Sequence[int] | None = None,
+    seed: int | None = None,
     splits: Sequence[str] | None = None,
     layers: Sequence[str] = (),
 ) -> list[Path]:
-    """Measure a model from elsewhere on data of the laboratory.
+    """Measure an external model on data of the laboratory, at one checkpoint or at several.
+
+    The folder may hold earlier measurements of the same model on the same data: further epochs are added. What is
+    measured already is left as it is.
 
     Args:
         checkpoint: A state_dict, in a safetensors file or a torch file of tensors alone, there also under
-            ``"state_dict"`` or ``"model"``.
+            ``"state_dict"`` or ``"model"``; or several, of one training.
         model: The dotted path of a class, whose module ends in a classifier; or the name of a ResNet of the
             laboratory, for a state_dict with torchvision's names.
         out: The folder to write: settings, environment, metrics.csv and moments/.
         settings: Of the data and their batches.
         model_options: Keyword arguments of the class.
         classifier: The classifier's dotted name, where it is not found.
-        epoch: Epochs it was trained, for the record.
+        epoch: Epochs that it was trained, of each checkpoint; by default as `series_epochs`.
+        seed: The seed that it was trained with, for the record.
         splits: Which to measure; by default all.
         layers: Dotted names of modules whose outputs are measured as well.
 
@@ -57,28 +72,108 @@ def measure_state_dict(
         The files written.
 
     Raises:
-        ValueError: A file that is no state_dict, a class that cannot be made, a state_dict of another class, or data
-            or a folder that cannot be used.
+        ValueError: A file that is no state_dict, a class that cannot be made, a state_dict of another class, epochs
+            that are not one for each checkpoint or are those of other checkpoints, or data or a folder that cannot be
+            used.
     """
-    images, state = Images(**settings), read_state_dict(Path(checkpoint))
-    folder, name = RunFolder(out), Path(checkpoint).stem
-    kept = {"checkpoint": str(checkpoint), "model": model, "model_options": model_options, "epoch": epoch}
+    images, folder = Images(**settings), RunFolder(out)
+    paths = [Path(one) for one in ([checkpoint] if isinstance(checkpoint, str | Path) else checkpoint)]
+    of_epoch = dict(zip(series_epochs(len(paths), epoch), paths, strict=True))
+    for path in paths:
+        _check_file(path)
+    kept = {"model": model, "model_options": model_options, "classifier": classifier, "seed": seed}
     kept = {key: value for key, value in kept.items() if value is not None} | images.in_force()
-    folder.check(kept)
+    there = _check_folder(folder, kept)
+    digests = {number: sha256(path) for number, path in of_epoch.items()}
+    for number, path in of_epoch.items():
+        before = there.get(number)
+        if before is not None and before.get("sha256") != digests[number]:
+            raise ValueError(
+                f"epoch {number} of {str(folder.path)!r} is that of the checkpoint {before.get('file')!r}, and "
+                f"{str(path)!r} is another one: --epoch says of which epoch a checkpoint is, --out names another folder"
+            )
     data = load_data(images)
-    network = _network(model, model_options or {}, state, batch_shape(data.image_shape, images), data.num_classes)
-    wanted, loaders = select_splits(evaluation_batches(data, images), splits)
-    found = measure_splits(
-        network,
-        loaders,
-        classifier=classifier,
-        layers=list(layers),
-        epoch=epoch or 0,
-        model_name=f"{model} ({name})",
-    )
-    with folder.writing(kept, facts={"data": str(data), "num_classes": data.num_classes}):
-        records = write_measurements(folder, epoch or 0, {split: found[split] for split in wanted})
-    return [folder.metrics, *records, folder.config]
+    loaders = evaluation_batches(data, images)
+    wanted, loaders = select_splits(loaders, splits)
+    records = Records(folder)
+    missing = [number for number in of_epoch if number not in there or not is_measured(records, number, wanted, layers)]
+    if not missing:
+        return []
+
+    def measured() -> Iterator[tuple[int, dict[str, Measurement]]]:
+        for number in missing:
+            path, options = of_epoch[number], {"layers": list(layers), "epoch": number, "classifier": classifier}
+            network = _network(model, model_options or {}, read_state_dict(path), data, images)
+            found = measure_splits(network, loaders, model_name=f"{model} ({path.stem})", **options)
+            yield number, {split: found[split] for split in wanted}
+
+    series, written = measured(), []
+    first = next(series)  # what does not fit shows here, before anything is written
+    facts = {"data": str(data), "num_classes": data.num_classes, "data_fingerprint": data.fingerprint()}
+    facts |= {"pixels": _pixels(loaders["train"], images)}
+    with folder.writing(kept, resume=folder.config.exists(), facts=facts):
+        for number, found in chain([first], series):
+            written += write_measurements(folder, number, found)
+            there[number] = {"file": relative_path(str(of_epoch[number].absolute()), folder.path)}
+            there[number]["sha256"] = digests[number]
+            folder.add_facts(checkpoints=dict(sorted(there.items())))
+    return [folder.metrics, *written, folder.config]
+
+
+def series_epochs(checkpoints: int, epoch: int | Sequence[int] | None) -> list[int]:
+    """The epochs of a number of checkpoints, where they are not given: 0 for one, 1, 2, … for several.
+
+    Raises:
+        ValueError: if they are given and not one for each, or not different.
+
+    Examples:
+        >>> series_epochs(3, None), series_epochs(1, None), series_epochs(2, [10, 20])
+        ([1, 2, 3], [0], [10, 20])
+    """
+    if epoch is None:
+        return [0] if checkpoints == 1 else list(range(1, checkpoints + 1))
+    epochs = [epoch] if isinstance(epoch, int) else list(epoch)
+    if len(epochs) != checkpoints or len(set(epochs)) < len(epochs) or min(epochs, default=0) < 0:
+        raise ValueError(
+            f"epoch must be given once for each of {checkpoints} checkpoints, different ones, got {epochs}"
+        )
+    return epochs
+
+
+def _check_folder(folder: RunFolder, kept: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """The checkpoints that are measured there, by epoch."""
+    if not folder.config.exists():
+        folder.check(kept)
+        return {}
+    stored = folder.settings()
+    if not is_external(stored):
+        raise ValueError(
+            f"out must be a new folder or one of measurements of an external model, and {str(folder.path)!r} "
+            "holds a run"
+        )
+    if "checkpoint" in stored:
+        raise ValueError(
+            f"out must be a new folder: {str(folder.path)!r} was written by an earlier version, which kept one "
+            "checkpoint in a folder"
+        )
+    folder.check(kept, resume=True)
+    return {int(number): dict(one) for number, one in (folder.read_environment().get("checkpoints") or {}).items()}
+
+
+def _pixels(batches: EvaluationBatches, images: Images) -> dict[str, Any]:
+    """How pixels are standardised: the constants, in units of pixels in [0, 1], and where each comes from."""
+    own = f"of the {len(batches.split)} training images"
+    found: dict[str, Any] = {}
+    for name, given in (("mean", images.pixel_mean), ("std", images.pixel_std)):
+        values = getattr(batches.standardise, name).flatten() / 255
+        found[name] = [round(value, 6) for value in values.tolist()]
+        found[f"{name}_from"] = own if given is None else f"as given by pixel_{name}"
+    return found
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise ValueError(f"checkpoint must be a file, and {str(path)!r} is none")
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -87,9 +182,10 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: There is no such file, or it holds something else.
     """
-    if not path.is_file():
-        raise ValueError(f"checkpoint must be a file, and {str(path)!r} is none")
+    _check_file(path)
     try:
+        if zipfile.is_zipfile(path):
+            check_zip(path)
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
@@ -106,14 +202,15 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def _network(
-    model: str, options: dict[str, Any], state: dict[str, Tensor], image_shape: tuple[int, int, int], num_classes: int
+    model: str, options: dict[str, Any], state: dict[str, Tensor], data: ImageData, images: Images
 ) -> nn.Module:
+    image_shape = batch_shape(data.image_shape, images)
     if "." in model:
-        network = own_module(model, options, image_shape)
+        network = own_module(model, options, image_shape, setting="model")
     else:
-        config = RunConfig(backbone=model, method="standard", **options)
+        config = single_run({"backbone": model, "method": "standard", **options})
         backbone = build_backbone(config, image_shape)
-        network = nn.Sequential(backbone, nn.Linear(backbone.feature_dim, num_classes, bias="fc.bias" in state))
+        network = nn.Sequential(backbone, nn.Linear(backbone.feature_dim, data.num_classes, bias="fc.bias" in state))
         state = _from_torchvision(state, network)
     try:
         network.load_state_dict(state)

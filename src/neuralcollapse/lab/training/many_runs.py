@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -23,12 +26,16 @@ from neuralcollapse.lab.ranks import global_rank
 from neuralcollapse.lab.results.files import write_whole
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.provenance import forget_peak_memory, peak_memory
+from neuralcollapse.lab.results.resuming import is_folder_name
 from neuralcollapse.lab.results.tables import read_table
 from neuralcollapse.lab.training.devices import check_precision, check_ranks, resolve_device
 from neuralcollapse.lab.training.loggers import check_loggers
 from neuralcollapse.lab.training.one_run import ClassifierTraining, train
 from neuralcollapse.lab.training.processes import in_processes
 from neuralcollapse.lab.training.progress import Progress
+
+# Bytes: what a name of a folder may have beside it of the names of temporary files.
+_LONGEST_NAME = 200
 
 
 def train_runs(
@@ -42,6 +49,7 @@ def train_runs(
     leave_out_failed: bool = False,
     parallel: int = 1,
     before_writing: Callable[[], None] | None = None,
+    finish: Callable[[RunFolder], object] | None = None,
 ) -> RunFolder:
     """Train one run, or several, one after another or so many at a time.
 
@@ -50,7 +58,8 @@ def train_runs(
 
     Args:
         runs: The settings of one run, whose folder it will be; or of several, each with a folder of its own in
-            ``runs/``, whose name says in what it differs, or is given.
+            ``runs/``, whose name says in what it differs, or is given: a plain name of a folder, which differs from the
+            others in more than case.
         folder: Where to write.
         settings: What the folder keeps as the settings of several runs; by default what they have in common.
         resume: Go on with what the folder holds.
@@ -60,6 +69,8 @@ def train_runs(
         parallel: Train so many of several runs at a time, each in a process of its own: on a CPU with a part of its
             threads, on cuda on one device in turn.
         before_writing: Called when everything is checked.
+        finish: Called with the folder when all runs are trained, to write what is made of them, while no other process
+            may write there. The folder counts as finished only after it.
 
     Returns:
         The folder, whose `run_folders` are those of the runs.
@@ -85,6 +96,7 @@ def train_runs(
         places, own = {whole: runs}, runs.in_force()
     else:
         named = runs if isinstance(runs, Mapping) else _named(runs)
+        _check_folder_names(named)
         if any(run.ranks > 1 for run in named.values()):
             raise ValueError("devices must be 1 for each of several runs: ranks are for one run")
         places, own = {whole.run(name): run for name, run in named.items()}, common_settings([*named.values()])
@@ -100,12 +112,16 @@ def train_runs(
     bar = Progress(len(places), shown=progress)
     if progress:
         _say_of_batches(next(iter(places.values())), len(data.train))
-    with closing(bar), whole.writing(settings, resume=resume, overwrite=overwrite, facts=facts):
+    done = finish or (lambda _: None)
+    options: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "facts": facts, "reported": finish is not None}
+    with closing(bar), whole.writing(settings, **options):
         there = whole.read_environment().get("runs", names)
         if new := [name for name in names if name not in there]:
             whole.add_facts(runs=there + new)
         if isinstance(runs, RunConfig):
             _train_one(preparation.module(runs, whole), whole, bar.next_run(runs.method, 0))
+            bar.close()
+            done(whole)
             return whole
         ended = _apart(places, bar, parallel, resume) if parallel > 1 else _in_turn(places, bar, preparation)
         for name, failure in ended:
@@ -113,6 +129,8 @@ def train_runs(
                 raise ValueError(f"{name}: {failure}") from failure
             if failure is not None:
                 print(f"neuralcollapse: left out: {name}: {failure}", file=sys.stderr)
+        bar.close()
+        done(whole)
     return whole
 
 
@@ -161,7 +179,8 @@ def _train_one(module: ClassifierTraining, place: RunFolder, *callbacks: Callbac
     forget_peak_memory()
     train(module, place, *callbacks)
     parameters = sum(parameter.numel() for parameter in module.model.parameters())
-    place.add_facts(parameters=parameters, peak_memory_mib=round(peak_memory()))
+    before = place.read_environment().get("peak_memory_mib") or 0  # of a run that is resumed
+    place.add_facts(parameters=parameters, peak_memory_mib=max(before, round(peak_memory())))
 
 
 def _say_of_batches(run: RunConfig, images: int) -> None:
@@ -231,9 +250,40 @@ def _named(runs: Sequence[RunConfig]) -> dict[str, RunConfig]:
             for telling in tell_apart([run.in_force() for run in runs])
         ]
         names = ["-".join([*part, f"seed{run.seed}"]) for part, run in zip(parts, runs, strict=True)]
-    if len(set(names)) < len(names):
+    if len(set(map(repr, runs))) < len(runs):
         raise ValueError("runs must be different ones, got one of them twice")
-    return {re.sub(r"[^\w.=-]+", "_", name): run for name, run in zip(names, runs, strict=True)}
+    return dict(zip(_folder_names(names, runs), runs, strict=True))
+
+
+def _folder_names(names: Sequence[str], runs: Sequence[RunConfig]) -> list[str]:
+    """Names that every file system tells apart.
+
+    Where two differ in characters that it does not take, in case alone or not at all, or one is too long, a hash of the
+    settings follows.
+    """
+    plain = [re.sub(r"[^\w.=-]+", "_", name) for name in names]
+    alike = Counter(map(_alike, plain))
+    return [
+        name
+        if alike[_alike(name)] == 1 and len(name.encode()) <= _LONGEST_NAME
+        else f"{name[: _LONGEST_NAME // 4]}-{hashlib.sha256(repr(run).encode()).hexdigest()[:8]}"
+        for name, run in zip(plain, runs, strict=True)
+    ]
+
+
+def _alike(name: str) -> str:
+    """What file systems that ignore case, or how letters are composed, see of a name."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def _check_folder_names(names: Iterable[str]) -> None:
+    seen: dict[str, str] = {}
+    for name in names:
+        if not is_folder_name(name) or name.startswith("."):
+            raise ValueError(f"runs must be named by plain names of folders, got {name!r}")
+        other = seen.setdefault(_alike(name), name)
+        if other != name:
+            raise ValueError(f"runs must have names that differ in more than case, got {other!r} and {name!r}")
 
 
 def _kind(run: RunConfig) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -10,12 +11,16 @@ from tqdm.auto import tqdm
 from neuralcollapse.lab.data.batches import EvaluationBatches
 from neuralcollapse.lab.experiments import single_run
 from neuralcollapse.lab.results.folder import RunFolder
-from neuralcollapse.lab.results.locking import check_free, sole_writer
+from neuralcollapse.lab.results.locking import sole_writer
+from neuralcollapse.lab.results.records import Records
 from neuralcollapse.lab.results.tables import add_rows
-from neuralcollapse.lab.training.checkpoints import PROVENANCE, WholeCheckpoints
+from neuralcollapse.lab.training.checkpoints import PROVENANCE, Owner, WholeCheckpoints
 from neuralcollapse.lab.training.collapse_callback import measure_splits
 from neuralcollapse.lab.training.many_runs import Preparation
+from neuralcollapse.lab.untrusted import check_class_is_named
 from neuralcollapse.metrics import Measurement
+
+logger = logging.getLogger(__name__)
 
 
 def measure_run(
@@ -25,9 +30,12 @@ def measure_run(
     every: int = 1,
     splits: Sequence[str] | None = None,
     layers: Sequence[str] = (),
+    backbone: str | None = None,
     progress: bool = True,
 ) -> Iterator[Path | ValueError]:
     """Measure every saved checkpoint of a run that is not measured yet, and write tables and records.
+
+    Until the iterator ends, no other process may write the folder.
 
     Args:
         run: Its folder.
@@ -35,46 +43,63 @@ def measure_run(
         every: Every so many of the saved checkpoints only, from the first on, and the last.
         splits: Which to measure; by default all.
         layers: Dotted names of modules of the model whose outputs are measured as well.
+        backbone: The class that the run's settings name as its backbone, where they name one and it may be imported.
         progress: Show a progress bar.
 
     Yields:
         Each record written; or what was wrong with a checkpoint, which is left out.
 
     Raises:
-        ValueError: The run has no checkpoints or no such split, or its data cannot be had.
+        ValueError: The run has no checkpoints or no such split, its data cannot be had or have changed, or its settings
+            name a class that ``backbone`` does not.
     """
-    check_free(run.path)
-    checkpoints = sorted(run.checkpoints.glob("*.ckpt"), key=lambda path: (path == run.last_checkpoint, path.name))
-    if not checkpoints:
-        raise ValueError(f"run {str(run.path)!r} must have checkpoints to measure, and has none")
-    module = preparation.module(single_run({}, run.settings()), run)
-    wanted, loaders = select_splits(module.evaluation, splits)
-    layers = [f"{module.measured}.{name}" for name in layers]
-    chosen = [path for place, path in enumerate(checkpoints) if place % every == 0 or path == checkpoints[-1]]
-    for path in tqdm(chosen, desc=run.path.name, unit="checkpoint", disable=None if progress else True):
-        try:
-            checkpoint = None if path != run.last_checkpoint else WholeCheckpoints().load_checkpoint(path)
-            epoch = int(path.stem.removeprefix("epoch")) if checkpoint is None else int(checkpoint["epoch"]) + 1
-            if all(_is_there(run.measurement(epoch, split), layers) for split in wanted):
+    with sole_writer(run.path):
+        checkpoints = sorted(run.checkpoints.glob("*.ckpt"), key=lambda path: (path == run.last_checkpoint, path.name))
+        if not checkpoints:
+            raise ValueError(f"run {str(run.path)!r} must have checkpoints to measure, and has none")
+        settings = run.settings()
+        check_class_is_named(settings, backbone, run.config)
+        module = preparation.module(single_run({}, settings), run)
+        run.check_data({"data_fingerprint": module.fingerprint})
+        wanted, loaders = select_splits(module.evaluation, splits)
+        layers = [f"{module.measured}.{name}" for name in layers]
+        records, files = Records(run), WholeCheckpoints(owner=Owner(module.config, module.fingerprint))
+        chosen = [path for place, path in enumerate(checkpoints) if place % every == 0 or path == checkpoints[-1]]
+        for path in tqdm(chosen, desc=run.path.name, unit="checkpoint", disable=None if progress else True):
+            try:
+                checkpoint = None if path != run.last_checkpoint else files.load_checkpoint(path)
+                epoch = int(path.stem.removeprefix("epoch")) if checkpoint is None else int(checkpoint["epoch"]) + 1
+                if is_measured(records, epoch, wanted, layers):
+                    continue
+                checkpoint = checkpoint or files.load_checkpoint(path)
+                if "batches" in checkpoint[PROVENANCE]:
+                    raise ValueError(f"the run was stopped inside epoch {epoch}; --resume goes on with it")
+                module.load_state_dict(checkpoint["state_dict"])
+            except (ValueError, KeyError, RuntimeError) as error:
+                yield ValueError(f"{str(path)!r} cannot be measured: {str(error).splitlines()[0]}")
                 continue
-            checkpoint = checkpoint or WholeCheckpoints().load_checkpoint(path)
-            if "batches" in checkpoint.get(PROVENANCE, {}):
-                raise ValueError(f"the run was stopped inside epoch {epoch}; --resume goes on with it")
-            module.load_state_dict(checkpoint["state_dict"])
-        except (ValueError, KeyError, RuntimeError) as error:
-            yield ValueError(f"{str(path)!r} cannot be measured: {str(error).splitlines()[0]}")
-            continue
-        found = measure_splits(
-            module,
-            loaders,
-            **module.measuring,
-            layers=layers,
-            epoch=epoch,
-            progress=False,
-        )
-        with sole_writer(run.path):
-            records = write_measurements(run, epoch, {split: found[split] for split in wanted})
-        yield from records
+            options = {**module.measuring, "layers": layers, "epoch": epoch, "progress": False}
+            found = measure_splits(module, loaders, **options)
+            yield from write_measurements(run, epoch, {split: found[split] for split in wanted})
+            records = Records(run)
+
+
+def is_measured(records: Records, epoch: int, splits: Sequence[str], layers: Sequence[str]) -> bool:
+    """Whether records of an epoch are there, sound and with these layers, and in the run's table as well.
+
+    A command that was stopped may have left records that are in no table: they are measured again.
+    """
+    for split in splits:
+        if not records.run.measurement(epoch, split).exists():
+            return False
+        try:
+            record = records.load(epoch, split)
+        except ValueError as error:
+            logger.warning("measured again: %s", error)
+            return False
+        if not set(layers) <= set(record.layers) or not records.is_in_table(epoch, split, record):
+            return False
+    return True
 
 
 def select_splits(
@@ -101,9 +126,3 @@ def write_measurements(folder: RunFolder, epoch: int, found: Mapping[str, Measur
         one.save(record)
     add_rows(folder.metrics, rows)
     return records
-
-
-def _is_there(path: Path, layers: Sequence[str]) -> bool:
-    if not path.exists():
-        return False
-    return not layers or set(layers) <= set(Measurement.load(path).layers)

@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
@@ -25,12 +26,14 @@ from neuralcollapse.lab.data.splits import ImageData
 from neuralcollapse.lab.models.building import build_model
 from neuralcollapse.lab.ranks import global_rank
 from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.results.provenance import shown_settings
 from neuralcollapse.lab.seeds import derived_seed
 from neuralcollapse.lab.stopping import on_sigterm
 from neuralcollapse.lab.training.averaging import update_average
 from neuralcollapse.lab.training.checkpoints import (
     PROVENANCE,
     Checkpointing,
+    Owner,
     WholeCheckpoints,
     provenance,
     restore_generators,
@@ -144,7 +147,7 @@ class ClassifierTraining(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep whose checkpoint it is, and where in the epoch."""
-        checkpoint[PROVENANCE] = provenance(self.config, self.trainer)
+        checkpoint[PROVENANCE] = provenance(self.config, self.trainer, self.fingerprint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on where the checkpoint was written: inside an epoch, if it was written there."""
@@ -164,6 +167,11 @@ class ClassifierTraining(LightningModule):
         if schedule is None:
             return self._optimizer
         return {"optimizer": self._optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @cached_property
+    def fingerprint(self) -> dict[str, dict[str, str]]:
+        """The fingerprint of the data."""
+        return self.data.fingerprint()
 
     @property
     def head(self) -> Head:
@@ -240,7 +248,7 @@ def train(module: ClassifierTraining, folder: RunFolder, *callbacks: Callback, r
     config, last = module.config, folder.last_checkpoint
     loggers = build_loggers(config.loggers, folder) if global_rank() == 0 else []
     for logger in loggers:
-        logger.log_hyperparams(config.in_force())
+        logger.log_hyperparams(shown_settings(config.in_force(), folder.path))
     device = module.data.train.labels.device
     checkpointing = Checkpointing(folder, config)
     # In scratch lightning leaves the checkpoint that it writes before it requeues; that of the folder is there before.
@@ -257,7 +265,7 @@ def train(module: ClassifierTraining, folder: RunFolder, *callbacks: Callback, r
             gradient_clip_val=config.gradient_clip,
             accumulate_grad_batches=config.accumulate or 1,
             callbacks=[*_records(module, folder), *callbacks, checkpointing],
-            plugins=[WholeCheckpoints(module.state_dict())],
+            plugins=[WholeCheckpoints(module.state_dict(), Owner(config, module.fingerprint))],
             reload_dataloaders_every_n_epochs=1,
             logger=loggers or False,
             enable_checkpointing=False,

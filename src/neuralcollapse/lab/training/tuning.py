@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from itertools import count
 from typing import Any
 
 from neuralcollapse.lab.config import RunConfig
 from neuralcollapse.lab.experiments import Comparison
 from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.results.locking import sole_writer
 from neuralcollapse.lab.results.tables import read_table
 from neuralcollapse.lab.training.many_runs import train_runs
 
@@ -22,6 +23,7 @@ def with_chosen_rates(
     settings: dict[str, Any],
     *,
     parallel: int = 1,
+    locks: ExitStack | None = None,
     **options: Any,
 ) -> list[RunConfig]:
     """Train each method with each loss and weight average at every candidate, and give their runs the best.
@@ -36,6 +38,7 @@ def with_chosen_rates(
         folder: That of the comparison.
         settings: What it keeps as its settings.
         parallel: How many runs to train at a time.
+        locks: What holds the folder for writing from its start on, until it is closed.
         options: Whether to ``resume`` and to ``overwrite``, as for `train_runs`.
 
     Raises:
@@ -50,7 +53,12 @@ def with_chosen_rates(
         for run in reversed(kinds.values())
         for rate in rates
     ]
-    start = partial(folder.start, settings, overwrite=options.get("overwrite", False))
+
+    def start() -> None:
+        if locks is not None:
+            locks.enter_context(sole_writer(folder.path))
+        folder.start(settings, overwrite=options.get("overwrite", False))
+
     whole = train_runs(tried, folder.tuning, before_writing=start, leave_out_failed=True, parallel=parallel, **options)
     scores: dict[tuple[str, str, float | None], dict[float, tuple[float, float, float]]] = {kind: {} for kind in kinds}
     for run, place in zip(tried, whole.run_folders(), strict=True):

@@ -21,7 +21,7 @@ from neuralcollapse.lab.results.files import write_whole
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.labels import differing_settings
 from neuralcollapse.lab.results.sooner import sooner_table
-from neuralcollapse.lab.results.tables import read_table, results_table
+from neuralcollapse.lab.results.tables import read_table, results_table, seed_of
 
 # The same colours where the page is dark, lighter; by name of the CSS variable.
 _ON_DARK = ("#4da3e0", "#f08c4a", "#35c999", "#e59ac7", "#f2b134", "#a9dcf7", "#e8ebee", "#9aa3ad")
@@ -59,12 +59,12 @@ def write_report(folders: Sequence[RunFolder], path: Path, classes: Sequence[int
 def _told(runs: Runs) -> str:
     settings = [run.settings() for group in runs.groups.values() for run in group]
     count = len(settings)
-    seeds = sorted({one["seed"] for one in settings})
-    over = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+    seeds = sorted({one["seed"] for one in settings if one.get("seed") is not None})
+    over = f", seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}" if seeds else ""
     differing = differing_settings(settings)
     groups = "; ".join(runs.groups)
     return (
-        f"{count} run{'s' if count > 1 else ''}, {over}: {groups}. "
+        f"{count} run{'s' if count > 1 else ''}{over}: {groups}. "
         + (f"They differ in {', '.join(differing)}. " if differing else "")
         + "Everything is measured in evaluation mode, without targets, on images without augmentation."
     )
@@ -86,7 +86,7 @@ def _seconds(runs: Runs) -> pd.DataFrame:
         for run in group:
             if not run.training_log.exists():
                 return pd.DataFrame()
-            tables.append(read_table(run.training_log).assign(method=label, seed=run.settings()["seed"]))
+            tables.append(read_table(run.training_log).assign(method=label, seed=seed_of(run)))
     return pd.concat(tables, ignore_index=True)
 
 

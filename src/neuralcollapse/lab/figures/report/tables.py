@@ -12,11 +12,12 @@ from neuralcollapse.lab.figures.report.numbers import SPLITS
 from neuralcollapse.lab.results.distances import TO_REFERENCE, reference_epochs
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.labels import labels_of
+from neuralcollapse.lab.results.provenance import shown_settings
 from neuralcollapse.lab.results.tables import last_epoch, spread
 from neuralcollapse.metrics.catalogue import METRICS
 
 # Facts that say nothing to a reader, or stand elsewhere on the page.
-_LEFT_OUT = {"seed", "environment", "runs", "num_classes", "largest_class_share"}
+_LEFT_OUT = {"seed", "checkpoints", "reported", "environment", "runs", "num_classes", "largest_class_share"}
 
 
 def html_table(table: pd.DataFrame, caption: str) -> str:
@@ -57,8 +58,8 @@ def provenance_tables(runs: Sequence[RunFolder]) -> str:
     parts = []
     of_all = " of all runs" if len(runs) > 1 else ""
     for name, heading, facts in (
-        ("Settings", "setting", settings),
-        ("Environment", "fact", [run.read_environment() for run in runs]),
+        ("Settings", "setting", [shown_settings(run.settings(), run.path) for run in runs]),
+        ("Environment", "fact", [shown_settings(run.read_environment(), run.path) for run in runs]),
     ):
         names = [key for key in dict.fromkeys(key for one in facts for key in one) if key not in _LEFT_OUT]
         told = {key: [_words(one.get(key)) for one in facts] for key in names}
@@ -68,7 +69,7 @@ def provenance_tables(runs: Sequence[RunFolder]) -> str:
             html_table(pd.DataFrame({heading: list(shared), "value": list(shared.values())}), f"{name}{of_all}")
         )
         if own:
-            each = {"run": labels, "seed": [one["seed"] for one in settings], **own}
+            each = {"run": labels, "seed": [one.get("seed", "–") for one in settings], **own}
             parts.append(html_table(pd.DataFrame(each), f"{name} of single runs"))
     return "".join(parts)
 

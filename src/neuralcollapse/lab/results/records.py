@@ -1,0 +1,85 @@
+"""Records of a run, checked to be what their names say."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.results.tables import read_table
+
+if TYPE_CHECKING:
+    from neuralcollapse.metrics import Measurement
+
+_TOLERANCE = 1e-6
+
+
+class Records:
+    """The records in a run's folder.
+
+    Args:
+        run: The run's folder.
+    """
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
+
+    def load(self, epoch: int, split: str) -> Measurement:
+        """Load the record of an epoch and a split.
+
+        Raises:
+            ValueError: if it is damaged, is of another epoch, split or run than its name and place say, or of other
+                labels than the run's.
+            OSError: if it cannot be read.
+        """
+        from neuralcollapse.metrics import Measurement
+
+        path = self.run.measurement(epoch, split)
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{str(path)!r} must be a regular file, and is not")
+        try:
+            record = Measurement.load(path)
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:  # with a checksum of its own
+            raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+        made = record.provenance
+        if made.epoch not in (None, epoch) or made.split not in (None, split):
+            raise ValueError(
+                f"{path} must be the record of epoch {epoch}, {split} split, and says that it is of epoch "
+                f"{made.epoch}, {made.split} split"
+            )
+        labels = (self._fingerprint.get(split) or {}).get("labels")
+        if labels and made.labels and labels != made.labels:
+            raise ValueError(
+                f"{path} must be of the run's labels, whose SHA-256 is {labels[:12]}… ({self.run.environment.name}), "
+                f"and is of labels with {made.labels[:12]}…"
+            )
+        for name, value in self._table.get((epoch, split), {}).items():
+            found = record.metrics.get(name, value)
+            undefined = math.isnan(found) and math.isnan(value)
+            if not undefined and not math.isclose(found, value, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE**2):
+                raise ValueError(
+                    f"{path} must be the record that {self.run.metrics.name} is of, where {name} is {value:.6g} for "
+                    f"epoch {epoch}, {split} split, and has {found:.6g}: it is of another run, or of another model"
+                )
+        return record
+
+    def is_in_table(self, epoch: int, split: str, record: Measurement) -> bool:
+        """Whether the run's table has every metric of a record."""
+        return set(record.metrics) <= set(self._table.get((epoch, split), {}))
+
+    @cached_property
+    def _fingerprint(self) -> dict[str, dict[str, str]]:
+        return self.run.read_environment().get("data_fingerprint") or {}
+
+    @cached_property
+    def _table(self) -> dict[tuple[int, str], dict[str, float]]:
+        if not self.run.metrics.exists():
+            return {}
+        table = read_table(self.run.metrics)
+        found: dict[tuple[int, str], dict[str, float]] = {}
+        for epoch, split, metric, value in zip(
+            table["epoch"], table["split"], table["metric"], table["value"], strict=True
+        ):
+            found.setdefault((int(epoch), str(split)), {})[str(metric)] = float(value)
+        return found

@@ -1,0 +1,133 @@
+"""Checks that what is resumed or measured is what it says it is: the same settings, the same data, sound facts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from neuralcollapse.lab.config import RunConfig
+from neuralcollapse.lab.settings import resolve, wrong_types
+from neuralcollapse.lab.untrusted import without_secrets
+
+# What may change between a start and the next: it has no part in what is computed.
+FREE = ("checkpoint_minutes", "devices", "num_nodes")
+# Schedules whose rate at an epoch does not depend on how many there are; of an optimiser without a rate, None.
+OPEN_ENDED = (None, "constant", "step", "multistep")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_fingerprint(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(of_split, dict) for of_split in value.values())
+
+
+_Check = tuple[Callable[[Any], bool], str]
+_TEXT, _INTEGER = (_is_text, "a text"), (_is_integer, "an integer")
+# Of the values that are read again, their types; a value that is None is as good as none.
+SETTINGS: dict[str, _Check] = {
+    **dict.fromkeys(("method", "loss", "backbone", "model", "data", "recipe", "schedule"), _TEXT),
+    **dict.fromkeys(("seed", "epochs"), _INTEGER),
+    "weight_average": (_is_number, "a number"),
+    "lr": (lambda value: _is_number(value) or value == "auto", "a number or auto"),
+}
+FACTS: dict[str, _Check] = {
+    **dict.fromkeys(("neuralcollapse", "machine", "accelerator", "command", "data", "started", "ended"), _TEXT),
+    "packages": (lambda value: isinstance(value, dict), "a mapping"),
+    "num_classes": (lambda value: _is_integer(value) and value >= 2, "an integer of at least 2"),
+    "largest_class_share": (_is_number, "a number"),
+    "finished": (lambda value: isinstance(value, bool), "true or false"),
+    "resumed": (lambda value: isinstance(value, list), "a list"),
+    "runs": (
+        lambda value: isinstance(value, list) and all(map(is_folder_name, value)),
+        "a list of names of folders, without any path",
+    ),
+    "data_fingerprint": (_is_fingerprint, "a mapping of splits to mappings"),
+    "checkpoints": (_is_fingerprint, "a mapping of epochs to mappings"),
+}
+# Without these a run is not resumed: what is made of it at its end shows them.
+NEEDED_FACTS = ("neuralcollapse", "packages", "machine", "command")
+
+
+def is_folder_name(name: Any) -> bool:
+    """Whether it is the plain name of a folder, which leads nowhere else.
+
+    Examples:
+        >>> [is_folder_name(name) for name in ("fixed-seed0", "..", "a/b", "/tmp", "")]
+        [True, False, False, False, False]
+    """
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
+
+
+def is_external(settings: Mapping[str, Any]) -> bool:
+    """Whether settings are those of measurements of an external model, and of no run."""
+    return "method" not in settings and "model" in settings
+
+
+def check_types(values: Mapping[str, Any], checks: Mapping[str, _Check], where: str) -> None:
+    """Check values that a file holds.
+
+    Raises:
+        ValueError: if one is of another type.
+    """
+    for name, (fits, words) in checks.items():
+        value = values.get(name)
+        if value is not None and not fits(value):
+            raise ValueError(f"{where!r} is damaged: {name} must be {words}, got {without_secrets(value, name)!r}")
+
+
+def changed_settings(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> tuple[dict[str, tuple[Any, Any]], str]:
+    """Find the settings with which a run, or its checkpoint, would not be resumed.
+
+    A setting that is newer than what was stored was at its default. More epochs are no change where no rate depends on
+    their number.
+
+    Args:
+        stored: Those that are kept.
+        asked: Those to resume with.
+
+    Returns:
+        Name to what it must stay and what it is; and why, where that is not plain.
+    """
+    stored, asked = (dict(without_secrets(settings)) for settings in (stored, asked))
+    if "environment" in stored:  # format 0 says less of what is in force, and more of what is not
+        compared = [name for name in asked if stored.get(name) is not None]
+    else:
+        compared = [*asked, *(name for name in stored if name not in asked)]
+    sound = {name: value for name, value in stored.items() if name not in wrong_types(RunConfig, stored)}
+    known = resolve(RunConfig, {}, sound)[0] | stored
+    changed = [name for name in compared if asked.get(name) != known.get(name) and name not in FREE]
+    reason = ""
+    if "epochs" in changed and _is_integer(known["epochs"]) and asked.get("epochs", 0) > known["epochs"]:
+        if known.get("schedule") in OPEN_ENDED:
+            changed.remove("epochs")
+        else:
+            reason = f" (schedule {known['schedule']} ends with the last epoch: a run with it is not extended)"
+    return {name: (known.get(name), asked.get(name)) for name in changed}, reason
+
+
+def changed_data(kept: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
+    """Say which part of the data is not what it was, by their fingerprints; None where all is, or none is known.
+
+    Args:
+        kept: Split to the name of what was hashed to its SHA-256, as it was.
+        found: The same, as it is.
+    """
+    for split, of_split in kept.items():
+        for part, digest in of_split.items():
+            now = found.get(split, {}).get(part)
+            if now != digest:
+                is_now = "there are none" if now is None else f"it is {str(now)[:12]}…"
+                return f"{part} of the {split} split had the SHA-256 {str(digest)[:12]}…, now {is_now}"
+    more = [split for split in found if split not in kept]
+    return f"there is a {more[0]} split, and there was none" if kept and more else None

@@ -1,0 +1,111 @@
+"""Files received from others: YAML within limits, classes that are not imported, secrets that are not shown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_MOST_DEPTH, _MOST_VALUES = 50, 1_000_000
+_SECRET_NAME = re.compile(
+    r"token(?!iz)|secret|passw|pwd|credential|authoriz|(api|access|private|auth|account|sas|signing)[-_]?key|(^|[-_])(key|auth)$",
+    re.IGNORECASE,
+)
+_SECRET_VALUE = re.compile(
+    r"\b(hf_\w{8}|sk-[\w-]{8}|gh[pousr]_\w{8}|github_pat_\w{8}|glpat-[\w-]{8}|xox[abp]-\w|AKIA\w{8}|AIza[\w-]{8}|eyJ[\w-]{10})"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY|://[^/\s:@]+:[^/\s@]+@"
+)
+REDACTED = "***"
+
+
+def load_yaml(text: str) -> Any:
+    """Return the plain values of a YAML document.
+
+    Raises:
+        ValueError: if it is not YAML, holds other things than plain values, or exceeds the limits of `check_limits`.
+    """
+    try:
+        check_limits(text)
+        return yaml.load(text, _LOADER)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"not YAML of plain values: {' '.join(str(error).split())}") from error
+
+
+def check_limits(text: str) -> None:
+    """Check that what a YAML document stands for is of a size that can be loaded, before anything of it is.
+
+    Deep nesting would end the process inside libyaml, and aliases of aliases stand for more values than memory holds.
+
+    Raises:
+        yaml.YAMLError: if it is nested deeper or holds more values than settings need, or is not YAML.
+    """
+    anchors: dict[str, int] = {}
+    sizes: list[int] = [0]  # of the collections that are open, the document first
+    names: list[str | None] = [None]
+    for event in yaml.parse(text, _LOADER):
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor not in anchors:
+                raise yaml.YAMLError(f"the alias *{event.anchor} stands for nothing, or for what it is part of")
+            sizes[-1] += anchors[event.anchor]
+        elif isinstance(event, yaml.ScalarEvent):
+            sizes[-1] += 1
+            if event.anchor:
+                anchors[event.anchor] = 1
+        elif isinstance(event, yaml.CollectionStartEvent):
+            if event.anchor:
+                anchors.pop(event.anchor, None)
+            sizes.append(1)
+            names.append(event.anchor)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            size, name = sizes.pop(), names.pop()
+            sizes[-1] += size
+            if name:
+                anchors[name] = size
+        if len(sizes) > _MOST_DEPTH:
+            raise yaml.YAMLError(f"its values are nested more than {_MOST_DEPTH} deep")
+        if sum(sizes) > _MOST_VALUES:
+            raise yaml.YAMLError(f"it holds more than {_MOST_VALUES:,} values")
+
+
+def check_class_is_named(settings: Mapping[str, Any], named: str | None, where: Path | str) -> None:
+    """Check that settings from a file name no class that the command line does not name as well.
+
+    Args:
+        settings: Those of the file.
+        named: The class that the command line names, if it names one.
+        where: The file.
+
+    Raises:
+        ValueError: if they do.
+    """
+    backbone = settings.get("backbone")
+    if isinstance(backbone, str) and "." in backbone and backbone != named:
+        raise ValueError(
+            f"backbone {backbone!r} is a class named in {str(where)!r}, and is not imported for that: if you trust it, "
+            f"name it on the command line with --backbone {backbone}"
+        )
+
+
+def without_secrets(values: Any, name: str = "") -> Any:
+    """Return plain values with every text replaced that looks like a secret, by its name or by itself.
+
+    Args:
+        values: A mapping, a list or a single value.
+        name: The value's name.
+
+    Examples:
+        >>> without_secrets({"depth": 3, "hub_token": "abc", "num_tokens": 4})
+        {'depth': 3, 'hub_token': '***', 'num_tokens': 4}
+    """
+    if isinstance(values, Mapping):
+        inherited = name if _SECRET_NAME.search(name) else ""
+        return {key: without_secrets(value, inherited or str(key)) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [without_secrets(value, name) for value in values]
+    if isinstance(values, str) and values and (_SECRET_NAME.search(name) or _SECRET_VALUE.search(values)):
+        return REDACTED
+    return values
