@@ -6,7 +6,7 @@ import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +94,14 @@ def measure_state_dict(
             )
     data = load_data(images)
     loaders = evaluation_batches(data, images)
+    facts = {"data": str(data), "num_classes": data.num_classes, "data_fingerprint": data.fingerprint()}
+    facts |= {"pixels": _pixels(loaders["train"], images)}
+    if there:
+        folder.check_data(facts)
     wanted, loaders = select_splits(loaders, splits)
     records = Records(folder)
     missing = [number for number in of_epoch if number not in there or not is_measured(records, number, wanted, layers)]
-    if not missing:
+    if not missing and folder.read_environment().get("finished"):
         return []
 
     def measured() -> Iterator[tuple[int, dict[str, Measurement]]]:
@@ -108,11 +112,9 @@ def measure_state_dict(
             yield number, {split: found[split] for split in wanted}
 
     series, written = measured(), []
-    first = next(series)  # what does not fit shows here, before anything is written
-    facts = {"data": str(data), "num_classes": data.num_classes, "data_fingerprint": data.fingerprint()}
-    facts |= {"pixels": _pixels(loaders["train"], images)}
+    first = list(islice(series, 1))  # what does not fit shows here, before anything is written
     with folder.writing(kept, resume=folder.config.exists(), facts=facts):
-        for number, found in chain([first], series):
+        for number, found in chain(first, series):
             written += write_measurements(folder, number, found)
             there[number] = {"file": relative_path(str(of_epoch[number].absolute()), folder.path)}
             there[number]["sha256"] = digests[number]
