@@ -316,3 +316,40 @@ def test_the_norm_has_its_first_and_second_derivative_and_a_zero_vector_a_plain_
     zero = torch.zeros(2, 5, dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(norm(zero), zero, upstream := normal(2, 5))
     assert torch.equal(gradient, 3.0 * upstream)
+
+
+SCALES = {  # of the features, from the least normal numbers up, short of those whose gradient τ/‖h‖ overflows
+    torch.float64: (1e-300, 1e-200, 1e-25, 1.0, 1e25, 1e200, 1e300),
+    torch.float32: (1e-36, 1e-30, 1e-25, 1e-20, 1e-14, 1.0, 1e14, 1e18, 1e20, 1e30, 1e37),
+    torch.bfloat16: (1e-36, 1e-30, 1e-20, 1.0, 1e20, 1e30, 1e37),
+    torch.float16: (1e-3, 1e-1, 1.0, 1e2, 1e4),
+}
+
+
+@pytest.mark.parametrize("project", [FeatureNorm(5.0), torch.compile(FeatureNorm(5.0), backend="aot_eager")])
+@pytest.mark.parametrize(("dtype", "scale"), [(dtype, scale) for dtype in SCALES for scale in SCALES[dtype]])
+def test_the_norm_is_right_for_features_of_any_size(project, dtype, scale):
+    """Against h/max|h| in fp64: values to the rounding of the dtype, and the gradient τ/‖h‖ (g − p p·g/τ²)."""
+    features = (normal(6, 8, seed=1).clamp(-3, 3) * scale).to(dtype).requires_grad_()
+    upstream = normal(6, 8, seed=2).to(dtype)
+    projected = project(features)
+    projected.backward(upstream)
+    exact, gradient = features.detach().double(), upstream.double()
+    largest = exact.abs().amax(1, keepdim=True)
+    norm = (exact / largest).norm(dim=1, keepdim=True)
+    unit = exact / largest / norm
+    across = gradient - unit * (unit * gradient).sum(1, keepdim=True)
+    tolerance = 8 * torch.finfo(dtype).eps
+    assert torch.allclose(projected.double(), 5 * unit, rtol=0, atol=5 * tolerance)
+    # Compared as multiples of 1/max|h|, since in fp64 their size itself is out of range.
+    assert torch.allclose(features.grad.double() * largest, 5 * across / norm, rtol=0, atol=20 * tolerance)
+
+
+def test_features_of_all_sizes_in_one_batch_are_projected_row_by_row():
+    sizes = torch.tensor([0.0, 1e-30, 1e-10, 1.0, 1e10, 1e30])
+    features = sizes.unsqueeze(1) * normal(1, 8, dtype=torch.float32)
+    norms = FeatureNorm(3.0)(features).norm(dim=1)
+    assert torch.allclose(norms, torch.tensor([0.0, 3, 3, 3, 3, 3]), rtol=1e-6)
+    assert torch.allclose(torch.func.vmap(FeatureNorm(3.0))(features), FeatureNorm(3.0)(features), rtol=1e-6)
+    bad = torch.tensor([[torch.inf, 1.0], [torch.nan, 1.0], [3.0, 4.0]])
+    assert FeatureNorm(5.0)(bad).isfinite().all(dim=1).tolist() == [False, False, True]

@@ -10,7 +10,12 @@ from torch.autograd import gradcheck
 from torch.nn.functional import cross_entropy
 
 from helpers import generator, normal, simplex_gram
-from neuralcollapse import NearestETFClassifier, nearest_simplex_etf, random_simplex_etf
+from neuralcollapse import (
+    NearestETFClassifier,
+    nearest_simplex_etf,
+    random_simplex_etf,
+)
+from neuralcollapse.geometry import nearest_etf_diagnostics
 
 
 def batch(seed, size=40, dtype=torch.float64):
@@ -247,3 +252,45 @@ def test_labels_out_of_range_are_named_and_lose_nothing():
     with pytest.raises(ValueError, match="features must be finite"):
         head(torch.full((2, 12), torch.nan).double(), torch.tensor([0, 1]))
     assert all(torch.equal(before[name], value) for name, value in head.state_dict().items())
+
+
+@pytest.mark.parametrize("weights", [None, torch.tensor([1.0, 2, 3, 4, 5])])
+def test_diagnostics_say_how_good_the_last_solution_is(weights):
+    head = NearestETFClassifier(12, 5, diagnostics=True, momentum=0.4, class_weights=weights).double()
+    assert head.last_solve is None
+    for seed in range(3):
+        last = head.weight
+        head(*batch(seed))
+        found = dict(head.last_solve)
+        anchored = {"anchor": last, "proximal_weight": 0.5} if seed else {"anchor": last}
+        expected = nearest_etf_diagnostics(
+            head.class_means.centred_means, head.weight, class_weights=weights, **anchored
+        )
+        assert found.pop("stopping_criterion") == "closed form"
+        assert found == pytest.approx(expected, rel=1e-6, abs=1e-9)
+        assert found["gradient_norm"] < 1e-6
+        assert found["distance_to_anchor"] == pytest.approx(float((head.weight - last).norm()))
+    before = head.last_solve
+    head.eval()(batch(4)[0])
+    assert head.last_solve is before
+
+
+def test_diagnostics_of_the_published_problem_are_those_of_its_solver():
+    head = NearestETFClassifier(12, 5, solver="trust-region", diagnostics=True).double()
+    for seed in range(2):
+        last = head.weight
+        head(*batch(seed))
+        assert head.last_solve["stopping_criterion"].startswith("gradient norm within the tolerance")
+        assert head.last_solve["distance_to_anchor"] == pytest.approx(float((head.weight - last).norm()))
+        assert head.last_solve["iterations"] >= 1
+        assert head.last_solve.keys() >= {"objective", "gradient_norm"}
+
+
+def test_diagnostics_are_off_by_default_and_refused_where_they_would_be_of_another_problem():
+    head = NearestETFClassifier(12, 5)
+    head(*batch(0, dtype=torch.float32))
+    assert head.last_solve is None
+    with pytest.raises(ValueError, match="diagnostics must be True or False, got 1"):
+        NearestETFClassifier(12, 5, diagnostics=1)
+    with pytest.raises(ValueError, match="diagnostics must be False with a metric"):
+        NearestETFClassifier(12, 5, diagnostics=True, metric="within-class")

@@ -389,7 +389,7 @@ class NearestETFClassifier(NearestFrameClassifier):
         if self.metric is None or not values_readable(features) or not features.numel():
             return
         largest = float(features.detach().abs().max())
-        if 4 * largest**2 * len(features) > torch.finfo(features.dtype).max:
+        if math.sqrt(torch.finfo(features.dtype).max / len(features)) < 2 * largest < math.inf:
             raise ValueError(
                 f"features must be small enough for the sum of their squares in {features.dtype} with "
                 f"metric='within-class', got magnitudes up to {largest:.3g}"
