@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import stat
 import warnings
 from collections.abc import Collection, Iterator, Sequence
@@ -174,7 +175,7 @@ class EncodedImages:
     def _unreadable(self, encoded: dict[str, Any] | None, row: int, error: Exception) -> ValueError:
         name = (encoded or {}).get("path") or f"number {row}"
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        reason = text.split("\n")[0] or type(error).__name__
+        reason = re.sub(r" <_io\..*>", "", text.split("\n")[0]) or type(error).__name__
         return ValueError(f"data must have images that can be read; {name} of {self.description} cannot: {reason}")
 
 

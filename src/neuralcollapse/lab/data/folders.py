@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +15,11 @@ from pathlib import Path
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation")
 _KINDS = {"train": TRAIN_NAMES, "test": ("test", "testing"), "validation": ("validation", "valid", "val", "dev")}
+# Words by which the name of a folder may mean a split.
+_WORDS = {
+    "train": re.compile(r"(?<![a-z])train", re.IGNORECASE),
+    "test": re.compile(r"(?<![a-z])(test|valid|val(?![a-z])|dev(?![a-z])|eval)", re.IGNORECASE),
+}
 # Left behind by file managers, archivers and notebooks.
 _LITTER = {".ds_store", "thumbs.db", "desktop.ini", "__macosx", "__pycache__", "@eadir", "lost+found"}
 # Formats that Pillow names and does not decode by itself.
@@ -124,11 +130,11 @@ def class_folders(
         if len(classes) < 2 or all(is_split_name(name) for name in classes):
             return None
         _check_classes_first(classes, data)
-        if like_splits := [name for name in classes if is_split_name(name)]:
-            notes.append(f"{listed(like_splits)} taken as a class: no folder of images is in it")
+        if like_splits := _like_splits(list(classes), data):
+            notes.append(f"taken as classes and not as splits: {listed(like_splits)}")
         splits = {"train": listing}
     else:
-        splits = named
+        splits = dict(sorted(named.items(), key=lambda item: (split_kind(item[0]) != "train", item[0])))
         if unused := [folder for name, folder in listing.with_images.items() if name not in splits]:
             numbers = [f"{each.path}/ ({sum(len(inner.images) for inner in each.walk())} images)" for each in unused]
             notes.append(f"left out, beside the splits {', '.join(splits)}: {listed(numbers)}")
@@ -141,9 +147,11 @@ def class_folders(
         empty += [f"{inner.path}/" for name, inner in folder.folders.items() if name not in folder.with_images]
         strays += [path for inner in folder.with_images.values() for each in inner.walk() for path in each.others]
     if empty:
-        notes.append(f"{len(empty)} without an image left out: {listed(empty)}")
-    if strays:
-        notes.append(f"{len(strays)} that are not images of a class left out: {listed(strays)}")
+        notes.append(f"left out, without an image in it: {listed(empty)}")
+    if tables := [path for path in strays if Path(path).suffix.lower() in (".csv", ".tsv", ".jsonl")]:
+        notes.append(f"not used, as the sub-folders are the classes: {listed(tables)}; --table FILE takes its labels")
+    if others := [path for path in strays if path not in tables]:
+        notes.append(f"left out, not an image of a class: {listed(others)}")
     return ClassFolders({name: _by_class(folder) for name, folder in splits.items()}, tuple(notes))
 
 
@@ -228,6 +236,22 @@ def _splits(listing: Listing, data: str, drop_unlabelled: bool) -> dict[str, Lis
         f"with folders in it may be either, beside {listed([*flat, *others])}; name the splits (train_split, "
         "test_split), or move one of these folders away"
     )
+
+
+def _like_splits(names: Sequence[str], data: str) -> list[str]:
+    """The names of classes that could be those of splits.
+
+    Raises:
+        ValueError: if all could be, as ``train_images`` and ``test_images``.
+    """
+    kinds = {name: {kind for kind, word in _WORDS.items() if word.search(name)} for name in names}
+    alike = [name for name, found in kinds.items() if found]
+    if len(set().union(*kinds.values())) > 1 and len(alike) == len(names):
+        raise ValueError(
+            f"data must show which sub-folders are splits and which are classes: {listed(names)} of {data!r} may be "
+            "either; name the splits (train_split, test_split), or put the classes into a folder called train"
+        )
+    return alike
 
 
 def _check_classes_first(classes: dict[str, Listing], data: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from neuralcollapse.lab.data.tables import (
     read_table,
     splits_of,
 )
+
+_FRACTION = re.compile(r"[+-]?[0-9]*\.?[0-9]*(e[+-]?[0-9]+)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,9 @@ def _tables(folder: Path, tables: Mapping[str, PathTable], config: DataSettings,
     rows = datasets.Dataset.from_dict(next(iter(tables.values())).columns)
     image_column = find_image_column(config.data, rows)
     label_column = find_label_column(config.data, config.label_column, rows.features)
+    values = [value for table in tables.values() for value in table.columns.get(label_column, ()) if value]
+    if all(_FRACTION.fullmatch(value) for value in values) and any("." in value for value in values):
+        raise ValueError(f"labels must be integers or names, and {label_column!r} has numbers such as {values[0]}")
     parts = splits_of(tables, image_column, label_column)
     for table in parts.values():
         table.columns.setdefault(label_column, [""] * len(table))

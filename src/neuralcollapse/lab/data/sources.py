@@ -114,12 +114,16 @@ def stored(config: DataSettings) -> Source:
     if test is None and wanted.test_split is not None:
         raise ValueError(f"test_split must be a split with labels, and no image of {wanted.test_split!r} has one")
     used = [name for name in (train, test) if name is not None]
+    earlier = tests[: tests.index(test)] if test in tests else tests  # there are some with drop_unlabelled alone
+    notes += [f"the {name} split left out: none of its images has a label" for name in earlier]
     labelled, names = number_classes(config.data, {name: given[name] for name in used}, train, drop_unlabelled=drop)
     notes += [labelled[name].note or "" for name in used]
     if unused := [
         f"{name} ({sum(map(len, parts))} images)" for name, parts in found.splits.items() if name not in used
     ]:
         notes.append(f"splits that are not used: {', '.join(unused)}")
+    if len(found.splits) == 1 and split_kind(train) != "train":
+        notes.append(f"its only split is {train}: one image in five of it is held out")
     tables = {name: Table(_images(config, found, train, name), labelled[name].samples) for name in used}
     copies: Literal["drop", "report", "refuse"] = "report" if found.published else "refuse"
     if test is None:

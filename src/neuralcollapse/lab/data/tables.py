@@ -109,6 +109,7 @@ def find_tables(root: Path, listing: Listing) -> tuple[dict[str, PathTable], lis
         metadata = {name: next((path for path in paths if _is_metadata(path)), None) for name, paths in inner.items()}
         by_split = {name: read_table(root / path) for name, path in metadata.items() if path is not None}
     used = [table.path for table in by_split.values()]
+    by_split = dict(sorted(by_split.items(), key=lambda item: split_kind(item[0]) != "train"))
     return by_split, [path for path in files if root / path not in used]
 
 
@@ -116,7 +117,7 @@ def split_rows(table: PathTable, image_column: str, label_column: str | None) ->
     """Divide a table by its column of splits, or by the folders of splits that all its paths begin with.
 
     Returns:
-        The tables by split; one called ``train`` if neither is there.
+        The tables by split; none if neither is there.
 
     Raises:
         ValueError: if two of them disagree, or a column holds names of splits beside others.
@@ -134,7 +135,7 @@ def split_rows(table: PathTable, image_column: str, label_column: str | None) ->
     if all(is_split_name(name) for name in folders):
         found["the folder of the path"] = folders
     if not found:
-        return {"train": table}
+        return {}
     (first, names), *others = found.items()
     for where, values in others:
         for place, (name, other) in enumerate(zip(names, values, strict=True)):
@@ -154,24 +155,23 @@ def split_rows(table: PathTable, image_column: str, label_column: str | None) ->
 
 
 def splits_of(tables: Mapping[str, PathTable], image_column: str, label_column: str | None) -> dict[str, PathTable]:
-    """Divide each table by `split_rows`; a table of one split keeps the name of its file.
+    """Divide each table by `split_rows`, and name those that are not divided by their files.
 
     Raises:
-        ValueError: if rows of two tables are of the same split.
+        ValueError: if a table has no such column of images, or rows of another split than its file says.
     """
     splits: dict[str, PathTable] = {}
     for file, table in tables.items():
-        parts = split_rows(table, image_column, label_column)
-        if len(tables) > 1 and len(parts) == 1:
-            (name,) = parts
-            if name != "train" and split_kind(name) != split_kind(file):
-                raise ValueError(f"table {table.path.name} must hold the split {file}, and its rows are of {name!r}")
-            parts = {file: table}
+        if image_column not in table.columns:
+            columns = ", ".join(table.columns)
+            raise ValueError(f"table {table.path.name} must have a column {image_column!r}, and has {columns}")
+        parts = split_rows(table, image_column, label_column) or {file: table}
         for name, part in parts.items():
-            if name in splits:
-                raise ValueError(
-                    f"split {name!r} must be in one table, and is in {splits[name].path.name} and {table.path.name}"
-                )
+            own = split_kind(name) == split_kind(file) or (len(parts) > 1 and split_kind(file) == "train")
+            if len(tables) > 1 and not own:
+                raise ValueError(f"table {table.path.name} must hold the split {file!r}, and has rows of {name!r}")
+            if any(split_kind(name) == split_kind(other) and name not in parts for other in splits):
+                raise ValueError(f"split {name!r} must be in one table, and is in {table.path.name} and another one")
             splits[name] = part
     return splits
 
