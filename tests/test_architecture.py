@@ -39,6 +39,7 @@ GROUND = {
     "ranks",
     "running",
     "untrusted",
+    "memory",
 }
 LAB = {  # room or module of lab -> what it may import of the others
     "config": {"settings", "conditions", "running"},
@@ -51,6 +52,7 @@ LAB = {  # room or module of lab -> what it may import of the others
     "stopping": set(),
     "ranks": set(),
     "untrusted": set(),
+    "memory": set(),
     "recipes": {"settings"},
     "experiments": {"config", "running", "settings", "recipes", "untrusted"},
     "studies": {"config", "experiments", "parsing", "recipes", "settings"},

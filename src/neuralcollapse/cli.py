@@ -37,6 +37,7 @@ COMMANDS = (
 )
 _RESUMABLE = ("compare", "train", "ufm")
 _USER_ERROR = 2
+_OUT_OF_MEMORY = re.compile(r"can't allocate memory|out of memory", re.IGNORECASE)
 # Packages of the extra `lab`, by the names that are imported.
 _LAB = (
     "datasets",
@@ -113,6 +114,9 @@ def _message(error: BaseException) -> str | None:
         return f"the package {missing} of the extra lab is not installed: pip install 'neuralcollapse[lab]'"
     from argparse import ArgumentError
 
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error))):
+        reason = _one_line(str(error)).partition("DefaultCPUAllocator: ")
+        return f"there is too little memory: {reason[2] or reason[0] or 'an array could not be made'}"
     return _one_line(str(error)) if isinstance(error, ArgumentError | ValueError | OSError) else None
 
 

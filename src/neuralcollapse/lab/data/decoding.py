@@ -305,9 +305,10 @@ def _decode(file: BinaryIO) -> np.ndarray:
             transparent = image.has_transparency_data
             grey = image.mode in ("1", "L", "LA", "La")
             mode = "L" if grey else "RGB"
-            turned = ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)
             if transparent:
-                over = turned.convert("RGBA")
-                turned = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
-            pixels = np.asarray(turned if turned.mode == mode else turned.convert(mode))
+                over = image.convert("RGBA")
+                pixels = np.asarray(Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert(mode))
+            else:
+                pixels = np.asarray(image if image.mode == mode else image.convert(mode))
     return pixels[..., None] if grey else pixels

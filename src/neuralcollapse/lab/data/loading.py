@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,6 +20,7 @@ from neuralcollapse.lab.data.generated import generated
 from neuralcollapse.lab.data.selection import Samples, choose_test, choose_train, choose_validation, count_classes
 from neuralcollapse.lab.data.sources import Source, Table, digits, stored
 from neuralcollapse.lab.data.splits import AnySplit, ImageData, Split, StreamedSplit
+from neuralcollapse.lab.memory import check_memory
 from neuralcollapse.lab.ranks import global_rank
 
 _MOST_WORKERS = 16
@@ -90,7 +89,8 @@ def load_data(config: DataSettings, *, progress: bool = True) -> ImageData:
                 f"workers belongs to data over memory_budget; {config.data!r} takes {required / 2**30:.2g} GiB "
                 f"and the budget is {config.memory_budget:g} GiB"
             )
-        _check_fits(config, required)
+        images = f"memory_budget must be less than there is: the decoded images of {config.data!r}"
+        check_memory(required, images, "; over the budget they are read while training")
         decoded = _alike({name: _decoded(table, form, progress) for name, table in tables.items()})
         tables["test"], note = _without_copies(source, tables, decoded, form)
         splits = {name: _composed(tables[name].samples, *decoded[name]) for name in tables}
@@ -152,36 +152,10 @@ def _check_memory(config: DataSettings) -> None:
         _check_batch(config, (config.channels or 1, config.image_size, config.image_size))
 
 
-def _memory() -> float:
-    """Bytes that this process may use: what is available, or the limit of its container."""
-    found = []
-    with contextlib.suppress(OSError, StopIteration):  # not on every system
-        lines = Path("/proc/meminfo").read_text().split("\n")
-        found.append(next(int(line.split()[1]) * 2.0**10 for line in lines if line.startswith("MemAvailable")))
-    with contextlib.suppress(OSError, ValueError):
-        found.append(float(Path("/sys/fs/cgroup/memory.max").read_text()))  # "max" where there is no limit
-    if not found and hasattr(os, "sysconf"):
-        found.append(float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")))
-    return min(found, default=math.inf)
-
-
 def _check_batch(config: DataSettings, shape: tuple[int, int, int]) -> None:
     number, (channels, height, width) = getattr(config, "batch_size", 1), shape
-    needed, there = 4 * number * channels * height * width, _memory()
-    if needed > there:
-        raise ValueError(
-            f"image_size must be such that a batch fits into memory: {number} images of "
-            f"{height}x{width} take {needed / 2**30:.0f} GiB, and there are {there / 2**30:.0f}"
-        )
-
-
-def _check_fits(config: DataSettings, required: int) -> None:
-    there = _memory()
-    if required > there:
-        raise ValueError(
-            f"memory_budget must be less than there is: the images of {config.data!r} take {required / 2**30:.2g} GiB "
-            f"when decoded, and {there / 2**30:.2g} GiB are there; over the budget they are read while training"
-        )
+    images = f"image_size must be such that a batch fits into memory: {number} images of {height}x{width}"
+    check_memory(4 * number * channels * height * width, images)
 
 
 def _first_image_shape(table: Table, form: Format) -> tuple[int, int, int]:

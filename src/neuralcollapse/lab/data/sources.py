@@ -31,6 +31,7 @@ from neuralcollapse.lab.data.local import Stored, read_folder
 from neuralcollapse.lab.data.selection import Samples, hold_out
 
 _HUB_SECONDS = 5.0
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,8 @@ def _stored(config: DataSettings, wanted: HubDataSet) -> Stored:
         raise ValueError("data must name a data set or a folder, got ''")
     folder = Path(wanted.path).expanduser()
     is_folder = folder.is_dir()
-    if not is_folder and (folder.exists() or folder.is_absolute() or data.startswith((".", "~"))):
+    elsewhere = folder.exists() or folder.is_absolute() or data.startswith((".", "~"))
+    if not is_folder and (elsewhere or not _HUB_ID.fullmatch(wanted.path)):
         raise ValueError(f"data must be 'digits', a folder, or a data set's id on the hub; {data!r} is no folder")
     if not is_folder and config.table is not None:
         raise ValueError(f"table belongs to data from a folder; {data!r} is a data set of the hub")

@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from neuralcollapse.lab.figures.curves import finish_axes, line_styles
 from neuralcollapse.lab.figures.page import Panel, Runs, legend_above, literal, wrapped
+from neuralcollapse.lab.memory import check_memory
 from neuralcollapse.metrics.catalogue import METRICS
 
 if TYPE_CHECKING:
@@ -103,9 +104,19 @@ def _draw_layers(axes: Axes, *, runs: Runs, name: str) -> None:
     axes.set_xlabel("layer, the classifier's features last", fontsize=8)
 
 
-def cosines(record: Measurement, of: Literal["means", "weights"]) -> np.ndarray:
-    """(K, K) cosines between the centred class means, or the classifier's rows; NaN of a class with itself."""
-    rows = _centred(record, of)
+def cosines(record: Measurement, of: Literal["means", "weights"], most: int | None = None) -> np.ndarray:
+    """Return the cosines (K, K) between the centred class means, or the classifier's rows; NaN of a class with itself.
+
+    Args:
+        record: The measurement.
+        of: Of which vectors.
+        most: Of the first classes alone.
+
+    Raises:
+        ValueError: if they do not fit into memory.
+    """
+    rows = _centred(record, of)[:most]
+    check_memory(2 * 8 * len(rows) ** 2, f"cosines of {len(rows)} classes")
     unit = rows / rows.norm(dim=1, keepdim=True)
     found: np.ndarray = (unit @ unit.T).numpy()
     np.fill_diagonal(found, np.nan)

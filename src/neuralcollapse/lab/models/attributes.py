@@ -11,6 +11,7 @@ from torch import Tensor
 
 from neuralcollapse.geometry import attribute_gram, code_from_gram
 from neuralcollapse.lab.config import ModelSettings
+from neuralcollapse.lab.memory import check_memory
 
 # Of all attributes together, where the features have room for the simplex ETF that the rest of the Gram is.
 _SHARED = 0.6
@@ -33,6 +34,8 @@ def attribute_code(
         ValueError: if the attributes cannot be read or do not fit the classes, or the Gram does not fit.
     """
     source = str(config.class_attributes)
+    cosines = f"class_attributes needs fewer classes: the cosines of {num_classes} of them, and their decomposition,"
+    check_memory(4 * 8 * num_classes**2, cosines)
     if source == "digits":
         attributes = digits_of_classes(num_classes, class_names=class_names)
     else:

@@ -27,6 +27,7 @@ from neuralcollapse.heads import (
 )
 from neuralcollapse.lab.conditions import VITS
 from neuralcollapse.lab.config import ModelSettings, RunConfig
+from neuralcollapse.lab.memory import check_memory
 from neuralcollapse.lab.models.attributes import attribute_code
 from neuralcollapse.lab.models.backbones import (
     MLP,
@@ -71,6 +72,8 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         backbone = build_backbone(config, image_shape, initialisation=config.initialisation)
+        rows = f"{num_classes} classes of {backbone.feature_dim} features: the classifier, its gradient and class means"
+        check_memory(4 * 4 * num_classes * backbone.feature_dim, rows)
         place = nn.Linear(backbone.feature_dim, num_classes)
         head = build_head(config, place.in_features, num_classes, class_names=class_names, class_counts=class_counts)
     if isinstance(head, FixedETFClassifier) and head.learned_bias is not None:

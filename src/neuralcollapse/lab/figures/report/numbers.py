@@ -75,7 +75,7 @@ def class_cosines(runs: Runs) -> dict[str, Any]:
     for label in shown_groups(runs):
         record = runs.record(label, "train", runs.epochs(label, "train")[-1])
         for of in ("means", "weights"):
-            found = cosines(record, of)[:MAX_MATRIX, :MAX_MATRIX]
+            found = cosines(record, of, MAX_MATRIX)
             matrices.setdefault(label, {})[of] = [_significant(row, 3) for row in found]
     num_classes = _num_classes(runs)
     ideal = -1 / (num_classes - 1)
