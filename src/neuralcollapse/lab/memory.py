@@ -35,5 +35,5 @@ def check_memory(needed: float, what: str, advice: str = "") -> None:
     there = available_memory()
     if needed > there:
         raise ValueError(
-            f"{what} take {needed / 2**30:.3g} GiB, and {there / 2**30:.3g} GiB of memory are there{advice}"
+            f"{what} take {needed / 2**30:.4g} GiB, and there are {there / 2**30:.3g} GiB of memory{advice}"
         )

@@ -58,7 +58,7 @@ def decoded_copies(
 
 
 def same_pixels(first: Images, row: int, second: Images, other: int) -> bool:
-    """Whether two images are the same before they are scaled."""
+    """Return whether two images are the same before they are scaled."""
     (one,), (two,) = first.read([row]), second.read([other])
     return np.array_equal(one, two)
 

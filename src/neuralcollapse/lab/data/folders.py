@@ -29,7 +29,7 @@ _LISTED = 3
 
 @dataclass
 class Listing:
-    """What a folder holds; paths are relative to the root."""
+    """Contents of a folder; paths are relative to the root."""
 
     path: str
     images: list[str] = field(default_factory=list)
@@ -156,7 +156,7 @@ def class_folders(
 
 
 def contents(listing: Listing) -> str:
-    """What kinds of files a folder holds, for a message."""
+    """Return the kinds of files in a folder and their numbers, for a message."""
     files = [path for folder in listing.walk() for path in (*folder.images, *folder.others)]
     kinds = Counter(Path(path).suffix.lower() or "without an extension" for path in files)
     return ", ".join(f"{number} {kind}" for kind, number in kinds.most_common(5)) or "no files"
@@ -196,7 +196,7 @@ def _list(folder: Path, listing: Listing, above: tuple[tuple[int, int], ...]) ->
 
 
 def _named_splits(listing: Listing, data: str, train: str | None, test: str | None) -> dict[str, Listing] | None:
-    """The splits where the settings name them, and those beside them that have usual names."""
+    """Return the splits that the settings name and other sub-folders with usual names; None without such settings."""
     folders = listing.with_images
     named = [name for name in (train, test) if name in folders]
     if not named:
@@ -214,7 +214,7 @@ def _named_splits(listing: Listing, data: str, train: str | None, test: str | No
 
 
 def _splits(listing: Listing, data: str, drop_unlabelled: bool) -> dict[str, Listing] | None:
-    """The splits that can be told by their usual names; None if the folders are classes, or neither."""
+    """Return the splits by their usual names; None if the folders are classes, or neither."""
     known = {name: folder for name, folder in listing.with_images.items() if is_split_name(name)}
     others = [name for name in listing.with_images if name not in known]
     with_classes = {name: folder for name, folder in known.items() if folder.with_images}

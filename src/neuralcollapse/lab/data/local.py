@@ -40,7 +40,7 @@ class Stored:
         folder: The folder that paths of images are relative to.
         notes: What was left out, one line each.
         labels: The labels of each split, if they are not a column.
-        published: Whether the splits are as somebody published them.
+        published: True for a data set of the hub, whose splits stay as they were published.
     """
 
     splits: Mapping[str, Sequence[Any]]

@@ -120,7 +120,7 @@ def split_rows(table: PathTable, image_column: str, label_column: str | None) ->
         The tables by split; none if neither is there.
 
     Raises:
-        ValueError: if two of them disagree, or a column holds names of splits beside others.
+        ValueError: if two of them disagree, or a row has no split.
     """
     found: dict[str, list[str]] = {}
     for name, values in table.columns.items():
