@@ -170,3 +170,17 @@ def test_distances_to_a_reference_epoch_name_it():
     metrics = pd.DataFrame(rows, columns=["epoch", "split", "metric", "value"])
     assert metric_label("etf_means_reference", metrics).startswith("ETF of means to reference, epoch 7  $")
     assert metric_label("etf_means", metrics) == METRICS["etf_means"].label
+
+
+def test_values_that_are_not_defined_stay_so_in_a_table_and_are_counted(tmp_path):
+    from neuralcollapse.lab.results.tables import add_rows, read_table, spread
+
+    path = tmp_path / "metrics.csv"
+    add_rows(path, [(1, "train", "nc1_pinv", float("nan")), (1, "train", "accuracy", 0.5)])
+    add_rows(path, [(2, "train", "nc1_pinv", 0.25)])
+    values = read_table(path).set_index(["epoch", "metric"])["value"]
+    assert values.isna().tolist() == [True, False, False]
+    assert values[2, "nc1_pinv"] == 0.25
+    assert spread(values, "{:.3f}") == "0.375 ± 0.177 (2 of 3)"
+    assert spread(values.iloc[:1], "{:.3f}") == "nan"
+    assert spread(values.iloc[1:], "{:.3f}") == "0.375 ± 0.177"

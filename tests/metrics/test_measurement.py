@@ -309,3 +309,17 @@ def test_a_file_of_format_1_stays_readable():
     assert {name: again.metrics[name] for name in old.metrics} == pytest.approx(old.metrics, rel=1e-9)
     assert list(old.layers) == ["1", "3"]
     assert old.sample_features.shape == (N, D)
+
+
+def test_a_file_of_format_2_stays_readable():
+    """It has absent classes, an undefined metric of a layer, and the rounding of features."""
+    old = Measurement.load(Path(__file__).parent / "data" / "measurement-format2.safetensors")
+    assert old.absent_classes == [2]
+    assert old.options.drop_classes_above == 40
+    assert old.undefined.keys() == {"nc1_cdnv"} | {name for name in old.metrics if "log" in name or "riesz" in name}
+    assert old.layers_undefined["0"].keys() >= {"nc1_pinv", "nc3_duality"} & old.layers["0"].keys()
+    assert old.moments.rounding == 4 * torch.finfo(torch.float32).eps
+    with pytest.warns(UserWarning, match="not defined are NaN"):
+        again = old.recompute()
+    assert again.metrics == pytest.approx(old.metrics, rel=1e-9, nan_ok=True)
+    assert again.undefined == old.undefined

@@ -553,3 +553,23 @@ def test_features_of_a_head_without_a_norm_and_of_a_learned_neck_are_taken():
         NeuralCollapse(4, 8, head).update(FEATURES, TARGETS)
         assert head.training == mode
         assert all(torch.equal(tensor, state[name]) for name, tensor in head.state_dict().items())
+
+
+def test_a_rank_has_its_own_states_back_when_computing_fails(classifier):
+    """As if two ranks had gathered theirs; class 3 has no sample, which min_samples=0 refuses."""
+    metric = NeuralCollapse(
+        4,
+        8,
+        classifier,
+        min_samples=0,
+        dist_sync_fn=lambda tensor, group: [tensor, tensor],
+        distributed_available_fn=lambda: True,
+    )
+    metric.update(FEATURES, TARGETS % 3)
+    with pytest.raises(ValueError, match="every class must have a sample, got none of class 3"):
+        metric.compute()
+    assert int(metric.counts.sum()) == 120
+    metric.update(FEATURES, TARGETS)
+    doubled = torch.cat([FEATURES] * 4), torch.cat([TARGETS % 3, TARGETS] * 2)
+    assert as_floats(metric.compute()) == pytest.approx(expected(classifier, *doubled), rel=1e-10)
+    assert int(metric.counts.sum()) == 240

@@ -156,7 +156,7 @@ _ALL = [
            "1 − tr((Σ_W + Σ_B)†Σ_B)/r, r = min(d, K−1)", (0, 1), 0, "log", "lower", "Xu & Liu 2023", "SVD of C, d³"),
     Metric("nc1_numerical_rank", r"numerical rank  $(\|H_k\|_*/\|H_k\|_F)^2$", "NC1",
            "mean over k of (‖H_k‖_*/‖H_k‖_F)², H_k the features of class k", (1, _INF), 1, "linear", "lower", ZHOU,
-           "Kd³, and Kd² memory"),
+           "N·d·min(n_k, d)"),
     *_of_means_and_weights("nc2_etf", "Gram", lambda x, _: rf"\|{x}{x}^\top/\|{x}{x}^\top\|_F-T\|_F",
                            lambda x: f"‖{x}{x}ᵀ/‖{x}{x}ᵀ‖_F − T‖_F", 2, f"{ZHU} (NC2)", "Kd·min(K, d)"),
     Metric("nc2_gram_means", r"means to a Gram  $\|CC^\top/\|CC^\top\|_F-\hat G\|_F$", "NC2",

@@ -41,7 +41,7 @@ _ON_SPHERE = ("instance_alignment", "class_alignment", *_INFORMATION)
 
 
 class SampleValues(NamedTuple):
-    """What single samples gave besides their metrics; see `Measurement`."""
+    """Values of single samples and of classes, besides the metrics; see `Measurement`."""
 
     cos_margins: Tensor
     ncc_mismatch: Tensor
@@ -170,7 +170,7 @@ def numerical_rank(cache: FeatureCache, own: ClassStatistics) -> float:
 
 
 def _groups(members: list[Tensor], most: int) -> Iterator[list[Tensor]]:
-    """Yield members in groups of at most so many in all; more are a group of their own."""
+    """Yield members in groups with at most `most` samples together; a larger one is a group by itself."""
     group: list[Tensor] = []
     held = 0
     for one in members:
