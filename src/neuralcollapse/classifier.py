@@ -233,8 +233,8 @@ class ClassifierObserver:
             match = self._again(calls, returned, self._found)
         if match.features is None or match.classifier is None:
             raise ValueError(
-                f"classifier {match.name!r} computed the output of the first batch, but not of a later one: it "
-                f"{match.reason}"
+                f"classifier {match.name!r} computed the output of the first batch, but not of a later one: "
+                f"{match.name!r} {match.reason}"
             )
         return match.features, _at(returned, match.classifier.output)
 
@@ -301,9 +301,9 @@ class ClassifierObserver:
         if self.named is not None:
             matches = [match for match in matches if match.name == self.named]
         nearest = sorted(matches, key=lambda match: match.difference)[:3]
-        reasons = (
-            "; ".join(f"{match.name!r} {match.reason}" for match in nearest) or "no module with a weight is called"
-        )
+        reasons = "; ".join(f"{match.name!r} {match.reason}" for match in nearest)
+        if not reasons:
+            reasons = f"{', '.join(map(repr, list(self._modules)[:3]))} not called"
         subject = "no module" if self.named is None else f"classifier {self.named!r}"
         shapes = " or ".join(str(tuple(tensor.shape)) for _, tensor in tensors[:3])
         instead = f". That is the output of {passing[0].name!r}" if passing else ""
@@ -375,7 +375,9 @@ def _compare(
     if call.count != 1:
         return _Match(name, f"{_times(call.count)} per forward")
     if call.inputs is None:
-        return _Match(name, "takes or returns something else than floating-point tensors, or is called too early")
+        return _Match(
+            name, "was not compared: it takes or returns no floating-point tensor, or too much was called after it"
+        )
     weight, bias = _parameters(module) if found is None else (found.weight, found.bias)
     if weight is None or weight.ndim != 2 or not weight.is_floating_point() or weight.device.type == "meta":
         return _Match(name, f"({type(module).__name__}) has no floating-point weight of shape (K, d)")

@@ -345,3 +345,29 @@ def test_a_training_whose_checkpoint_has_no_table_adds_to_the_one_that_is_there(
     fit(max_epochs=2).save_checkpoint(saved)
     fit(CollapseCallback({"train": BATCHES}, csv=csv), max_epochs=3, ckpt_path=saved)
     assert epochs_in(csv) == [1, 2, 3]
+
+
+class Named(nn.Module):
+    """A hidden layer with a classifier's name, and a prior after the classifier."""
+
+    def __init__(self, prior):
+        super().__init__()
+        self.fc, self.out, self.prior = nn.Linear(6, 8), nn.Linear(8, 3), prior * torch.arange(3)
+
+    def forward(self, inputs, targets=None):
+        return self.out(self.fc(inputs).relu()) + self.prior
+
+
+def test_the_callback_measures_the_layer_that_computes_the_output(caplog):
+    module = TrainsAnAttribute(model=Named(0))
+    with caplog.at_level("INFO", "neuralcollapse"):
+        trainer = fit_once(module, CollapseCallback({"train": BATCHES}))
+    assert "measuring model (Named) and its classifier (the first batch decides)" in caplog.text
+    expected = measure(module.model, BATCHES, classifier="out", progress=False).metrics
+    assert float(trainer.callback_metrics["train/accuracy"]) == pytest.approx(expected["accuracy"])
+    with pytest.raises(
+        ValueError, match=r"no module of Named computes .*'out' with weight \(3, 8\).* differs by up to 2"
+    ):
+        fit_once(TrainsAnAttribute(model=Named(1)), CollapseCallback({"train": BATCHES}))
+    with pytest.raises(ValueError, match="classifier must name a module of the model, got 'output'"):
+        fit_once(TrainsAnAttribute(model=Named(0)), CollapseCallback({"train": BATCHES}, classifier="output"))

@@ -285,6 +285,39 @@ def test_a_model_of_ones_own_class_is_measured(foreign, tmp_path, monkeypatch):
     assert set(read_table(Path("out/metrics.csv"))["split"]) == {"train", "test"}
 
 
+OTHER_NAMES = """
+from torch import nn
+
+class Model(nn.Module):
+    def __init__(self, temperature):
+        super().__init__()
+        self.fc, self.out, self.temperature = nn.Linear(64, 12), nn.Linear(12, 10), temperature
+
+    def forward(self, images):
+        return self.out(self.fc(images.flatten(1)).relu()) / self.temperature
+"""
+
+
+@pytest.mark.parametrize("temperature", [1, 2])
+def test_the_classifier_of_a_checkpoint_computes_its_output(temperature, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "other_names", raising=False)
+    (tmp_path / "other_names.py").write_text(OTHER_NAMES)
+    state = {"fc.weight": (12, 64), "fc.bias": (12,), "out.weight": (10, 12), "out.bias": (10,)}
+    save_file({name: torch.randn(shape, generator=generator(1)) for name, shape in state.items()}, "model.safetensors")
+    options = ["--model", "other_names.Model", "--model_options", f'{{"temperature": {temperature}}}', "--out", "out"]
+    code = main(["measure", "--checkpoint", "model.safetensors", *options, "--split", "test"])
+    if temperature == 1:
+        assert code == 0
+        assert set(read_table(Path("out/metrics.csv"))["split"]) == {"test"}
+        return
+    assert code == 2
+    line = capsys.readouterr().err.strip().split("\n")[-1]
+    assert "no module of Model computes its output" in line
+    assert "'out' with weight (10, 12) on features" in line
+    assert not Path("out").exists()
+
+
 def test_bad_input_is_one_line(runs, foreign, tmp_path, capsys):
     torch.save(foreign.state_dict(), tmp_path / "model.pt")
     (tmp_path / "broken.pt").write_bytes(b"no tensors")

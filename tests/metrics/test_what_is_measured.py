@@ -699,3 +699,13 @@ def test_an_example_may_be_positional_or_by_keyword():
     model = Tagger()
     for example in (INPUTS, (INPUTS,), [INPUTS], {"inputs": INPUTS}):
         assert find_classifier(model, example)[0] == "lm_head"
+
+
+def test_the_first_forward_keeps_little_and_what_is_named(monkeypatch):
+    monkeypatch.setattr("neuralcollapse.classifier._KEPT_BYTES", 1)
+    assert find_classifier(plain(), INPUTS)[0] == "out"
+    torch.manual_seed(1)
+    model = ended(lambda m, h: (m.main(h), m.aux(h))[0], main=linear(), aux=linear())
+    with pytest.raises(ValueError, match="'main' was not compared: .* too much was called after it"):
+        measure(model, BATCHES, progress=False)
+    assert torch.equal(measure(model, BATCHES, classifier="main", progress=False).weight, model.main.weight)
