@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import neuralcollapse
 
@@ -35,3 +40,40 @@ def test_the_wheel_installs_into_an_empty_environment_and_its_command_runs(tmp_p
     assert str(tmp_path) in where
     small = ["--backbone", "mlp", "--width", "16", "--epochs", "1", "--seeds", "1", "--out", "out"]
     assert "| implicit" in run(binaries / "neuralcollapse", "compare", *small)
+
+
+def name_of(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def pinned_versions() -> dict[str, str]:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    return {name_of(name): version for name, version in (line.split("==") for line in lines)}
+
+
+def test_every_requirement_is_pinned_within_its_bounds():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins = pinned_versions()
+    for line in [
+        *project["dependencies"],
+        *(one for extra in project["optional-dependencies"].values() for one in extra),
+    ]:
+        requirement = Requirement(line)
+        if name_of(requirement.name) != "neuralcollapse":
+            assert Version(pins[name_of(requirement.name)]) in requirement.specifier, line
+
+
+def test_all_that_the_extras_pull_in_is_pinned():
+    pins, seen = pinned_versions(), set()
+    waiting = [("neuralcollapse", frozenset(["dev"]))]
+    while waiting:
+        name, extras = waiting.pop()
+        if (name, extras) in seen:
+            continue
+        seen.add((name, extras))
+        assert name == "neuralcollapse" or name in pins, name
+        for requirement in map(Requirement, metadata.requires(name) or []):
+            marker = requirement.marker
+            if marker is None or any(marker.evaluate({"extra": extra}) for extra in (*extras, "")):
+                waiting.append((name_of(requirement.name), frozenset(requirement.extras)))
+    assert len(seen) > 50
