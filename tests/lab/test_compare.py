@@ -155,9 +155,8 @@ def test_training_that_diverges_is_one_line_that_names_the_run(tmp_path, capsys)
     flags = ["--feature_norm=none", "--lr=1e30", "--seeds=1", "--epochs=2", "--methods=standard"]
     assert compare(tmp_path / "out", *flags) == 2
     line = capsys.readouterr().err.strip().split("\n")[-1]
-    assert line == (
-        "neuralcollapse: error: standard-seed0: lr must be smaller: "
-        "training diverged in epoch 1, its loss is not finite"
+    assert line.startswith(
+        "neuralcollapse: error: standard-seed0: lr must be smaller: training diverged in epoch 1, step "
     )
 
 

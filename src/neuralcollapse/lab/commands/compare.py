@@ -32,7 +32,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_output(parser, "runs/compare, or runs/RECIPE")
 
 
-def run(settings: Namespace) -> None:
+def run(settings: Namespace) -> int:
     """Train every method with every loss, weight average and seed, and say what was written."""
     given = asked_for(settings, *SECTIONS)
     out = output_folder(settings, f"runs/{given.get('recipe') or 'compare'}")
@@ -44,4 +44,4 @@ def run(settings: Namespace) -> None:
     runs = comparison_runs(comparison, shared, base)
     config = comparison.in_force() | common_settings(runs) | ({"lr": "auto"} if auto else {})
     config = {name: value for name, value in config.items() if name not in comparison.kinds()[0]}
-    train_and_report(runs, out, config, settings, "compare", comparison)
+    return train_and_report(runs, out, config, settings, "compare", comparison)

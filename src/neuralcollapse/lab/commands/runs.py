@@ -23,13 +23,19 @@ def add_runs(parser: ArgumentParser) -> None:
 
 
 def runs_of(paths: Sequence[str]) -> list[RunFolder]:
-    """The runs in these folders, each once.
+    """The runs in these folders, each once; those of several that diverged are named and left out.
 
     Raises:
         ValueError: One is no run's folder.
     """
-    runs = [run for path in paths for run in RunFolder(path).run_folders()]
-    return list({run.path.resolve(): run for run in runs}.values())
+    runs: dict[Path, RunFolder] = {}
+    for folder in map(RunFolder, paths):
+        sound = {run.path.resolve(): run for run in folder.run_folders()}
+        for run in folder.run_folders(diverged=True):
+            if run.path.resolve() not in sound:
+                print(f"neuralcollapse: left out: {run.path.name}, which diverged", file=sys.stderr)
+        runs |= sound
+    return list(runs.values())
 
 
 def new_file(path: Path, *, overwrite: bool) -> Path:

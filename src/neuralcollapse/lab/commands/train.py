@@ -24,10 +24,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_output(parser, "runs/train, or runs/RECIPE")
 
 
-def run(settings: Namespace) -> None:
+def run(settings: Namespace) -> int:
     """Train, and say what was written."""
     given = asked_for(settings, *SECTIONS)
     out = output_folder(settings, f"runs/{given.get('recipe') or 'train'}")
     given, base = stored_settings(settings, given, out)
     config = single_run(given, base)
-    train_and_report(config, out, config.in_force(), settings, "train")
+    return train_and_report(config, out, config.in_force(), settings, "train")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 
-from neuralcollapse.lab.commands.runs import say_written
+from neuralcollapse.lab.commands.runs import FAILED_IN_PART, say_written
 from neuralcollapse.lab.config import RunConfig
 from neuralcollapse.lab.experiments import Comparison
 from neuralcollapse.lab.ranks import global_rank
@@ -40,6 +41,9 @@ def check_output(folder: RunFolder, config: dict[str, Any], settings: Namespace)
         ValueError: It may not, or what is to go on is finished.
     """
     folder.check(config, **what_is_there(settings))
+    diverged = folder.read_environment().get("diverged") if settings.get("resume") else None
+    if diverged is not None:
+        raise ValueError(f"the run in {str(folder.path)!r} cannot be resumed: {diverged}")
     if settings.get("resume") and folder.is_reported(config):
         raise ValueError(
             f"resume goes on with a run, and that in {str(folder.path)!r} is finished: --epochs of more extends one "
@@ -86,28 +90,33 @@ def train_and_report(
     settings: Namespace,
     command: str,
     comparison: Comparison | None = None,
-) -> None:
-    """Train, write the table, the summary and the figures, and say so; or show the settings, if that is asked for."""
+) -> int:
+    """Train, write the table, the summary and the figures, and say so; or show the settings, if that is asked for.
+
+    Returns:
+        The exit code: 1 if some of several runs diverged; the table is then of the others.
+    """
     if settings.get("print_config"):
         show_config(config)
-        return
+        return 0
 
     options: dict[str, Any] = what_is_there(settings)
     if isinstance(runs, RunConfig) and runs.ranks > 1 and global_rank() > 0:  # the first rank checks, and writes
         from neuralcollapse.lab.training.many_runs import train_runs
 
         train_runs(runs, out, settings=config, **options)
-        return
+        return 0
     check_output(RunFolder(out), config, settings)
 
     from neuralcollapse.lab.figures.page import check_drawing
     from neuralcollapse.lab.figures.summary import summarise  # seconds: not for a mistake in a flag
+    from neuralcollapse.lab.training.divergence import Diverged
     from neuralcollapse.lab.training.many_runs import train_runs
     from neuralcollapse.lab.training.tuning import with_chosen_rates
 
     check_drawing()
     options["parallel"] = 1 if settings.get("parallel") is None else settings.parallel
-    summaries = []
+    summaries, code = [], 0
 
     def report(folder: RunFolder) -> None:
         summaries.append(summarise(folder, command))
@@ -116,8 +125,15 @@ def train_and_report(
         if comparison is not None and comparison.lr == "auto" and not isinstance(runs, RunConfig):
             runs = with_chosen_rates(runs, comparison, RunFolder(out), config, locks=locks, **options)
             options |= {"resume": True, "overwrite": False}
-        train_runs(runs, out, settings=config, finish=report, **options)
+        try:
+            train_runs(runs, out, settings=config, finish=report, **options)
+        except Diverged as error:
+            if not summaries:
+                raise
+            print(f"neuralcollapse: left out of table and figures: {error}", file=sys.stderr)
+            code = FAILED_IN_PART
     print_table(summaries[0].table, summaries[0].written)
+    return code
 
 
 def print_table(table: str, written: Sequence[Path]) -> None:

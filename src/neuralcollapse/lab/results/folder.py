@@ -124,8 +124,11 @@ class RunFolder:
         """The folder of one of several runs."""
         return RunFolder(self.runs / name)
 
-    def run_folders(self) -> list[RunFolder]:
+    def run_folders(self, *, diverged: bool = False) -> list[RunFolder]:
         """The folders of its runs, in the order in which they are trained; of one run, itself.
+
+        Args:
+            diverged: Among several runs, keep those whose training diverged: they have no result.
 
         Raises:
             ValueError: It is no run's folder.
@@ -135,7 +138,8 @@ class RunFolder:
             return [self]
         there = sorted(path.name for path in self.runs.glob("[!.]*"))
         names = self.read_environment().get("runs") or there
-        return [self.run(name) for name in names]
+        runs = [self.run(name) for name in names]
+        return [run for run in runs if diverged or "diverged" not in run.read_environment()]
 
     def settings(self) -> dict[str, Any]:
         """The settings that were in force; of format 0, all there were.

@@ -42,7 +42,9 @@ SETTINGS: dict[str, _Check] = {
     "lr": (lambda value: _is_number(value) or value == "auto", "a number or auto"),
 }
 FACTS: dict[str, _Check] = {
-    **dict.fromkeys(("neuralcollapse", "machine", "accelerator", "command", "data", "started", "ended"), _TEXT),
+    **dict.fromkeys(
+        ("neuralcollapse", "machine", "accelerator", "command", "data", "started", "ended", "diverged"), _TEXT
+    ),
     "packages": (lambda value: isinstance(value, dict), "a mapping"),
     "num_classes": (lambda value: _is_integer(value) and value >= 2, "an integer of at least 2"),
     "largest_class_share": (_is_number, "a number"),

@@ -98,6 +98,8 @@ class Checkpointing(Callback):
         due = self._of_any(trainer, late or self._terminated)
         # Of the last batch, lightning would take the epoch's end as done too.
         if due and not trainer.is_last_batch:
+            module: Any = pl_module
+            module.check_finite()  # what has diverged is not resumed
             self._save_last(trainer)
         if due and self._of_any(trainer, self._terminated):
             self._end()

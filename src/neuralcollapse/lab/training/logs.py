@@ -69,9 +69,12 @@ class TrainingLog(TableCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_index: int
     ) -> None:
         """Add what the batch gave, weighted by its samples, and keep AGD's step."""
-        samples, sums = pl_module.batch_samples, self._epoch["sums"]
+        module: Any = pl_module
+        samples, sums, figures = module.batch_samples, self._epoch["sums"], module.batch_figures
+        if module.is_scaled:  # a batch that overflowed is skipped, and counts for nothing
+            samples = samples * figures["batch_loss"].isfinite()
+            figures = {name: torch.where(samples > 0, value, 0.0) for name, value in figures.items()}
         self._epoch["samples"] += samples
-        figures: Any = pl_module.batch_figures
         for name, value in figures.items():
             sums[name] = sums.get(name, 0) + samples * value
         optimizer = trainer.optimizers[0]
@@ -80,15 +83,14 @@ class TrainingLog(TableCallback):
             self._epoch["steps"] += 1
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock, and write; a loss that is not finite ends the run."""
+        """Stop the clock, and write, unless training has diverged."""
         epoch = trainer.current_epoch + 1
         steps = self._epoch["steps"]
         figures = {name: float(total / self._epoch["samples"]) for name, total in self._epoch["sums"].items()}
         seconds = time.perf_counter() - self._started  # after the figures, which wait for the accelerator
+        module: Any = pl_module
+        module.check_finite()
         pl_module.log_dict(figures)
-        if not math.isfinite(figures["batch_loss"]):
-            setting = "gain" if steps else "lr"
-            raise ValueError(f"{setting} must be smaller: training diverged in epoch {epoch}, its loss is not finite")
         if steps:
             figures["agd_eta"] = float(self._epoch["eta"] / steps)
         else:

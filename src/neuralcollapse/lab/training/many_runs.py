@@ -29,6 +29,7 @@ from neuralcollapse.lab.results.provenance import forget_peak_memory, peak_memor
 from neuralcollapse.lab.results.resuming import is_folder_name
 from neuralcollapse.lab.results.tables import read_table
 from neuralcollapse.lab.training.devices import check_precision, check_ranks, resolve_device
+from neuralcollapse.lab.training.divergence import Diverged
 from neuralcollapse.lab.training.loggers import check_loggers
 from neuralcollapse.lab.training.one_run import ClassifierTraining, train
 from neuralcollapse.lab.training.processes import in_processes
@@ -76,7 +77,8 @@ def train_runs(
         The folder, whose `run_folders` are those of the runs.
 
     Raises:
-        ValueError: Settings, data or a folder that cannot be used; or a run that failed, which is named.
+        ValueError: if settings, data or a folder cannot be used; or a run failed, which is named.
+        Diverged: if runs diverged; the others are trained to their end first.
         KeyboardInterrupt: The user stopped it; it can be resumed.
 
     Examples:
@@ -124,13 +126,21 @@ def train_runs(
             done(whole)
             return whole
         ended = _apart(places, bar, parallel, resume) if parallel > 1 else _in_turn(places, bar, preparation)
+        diverged = []
         for name, failure in ended:
-            if failure is not None and not leave_out_failed:
-                raise ValueError(f"{name}: {failure}") from failure
-            if failure is not None:
+            if failure is None:
+                continue
+            if leave_out_failed:
                 print(f"neuralcollapse: left out: {name}: {failure}", file=sys.stderr)
+            elif "diverged" in whole.run(name).read_environment():
+                diverged.append(f"{name}: {failure}")
+            else:
+                raise ValueError(f"{name}: {failure}") from failure
         bar.close()
-        done(whole)
+        if not diverged or whole.run_folders():
+            done(whole)
+        if diverged:
+            raise Diverged("; ".join(diverged))
     return whole
 
 
@@ -175,12 +185,27 @@ def _train_one_of_several(run: RunConfig, place: RunFolder, preparation: Prepara
 
 
 def _train_one(module: ClassifierTraining, place: RunFolder, *callbacks: Callback) -> None:
+    check_not_diverged(place)
     _keep_labels(module.data, place)
     forget_peak_memory()
-    train(module, place, *callbacks)
+    try:
+        train(module, place, *callbacks)
+    except Diverged as error:
+        place.add_facts(diverged=str(error))
+        raise
     parameters = sum(parameter.numel() for parameter in module.model.parameters())
     before = place.read_environment().get("peak_memory_mib") or 0  # of a run that is resumed
     place.add_facts(parameters=parameters, peak_memory_mib=max(before, round(peak_memory())))
+
+
+def check_not_diverged(place: RunFolder) -> None:
+    """See whether a run can be resumed: from the same state it would diverge again.
+
+    Raises:
+        Diverged: if it has diverged.
+    """
+    if (reason := place.read_environment().get("diverged")) is not None:
+        raise Diverged(f"the run in {str(place.path)!r} cannot be resumed: {reason}")
 
 
 def _say_of_batches(run: RunConfig, images: int) -> None:

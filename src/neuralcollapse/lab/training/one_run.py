@@ -40,11 +40,12 @@ from neuralcollapse.lab.training.checkpoints import (
 )
 from neuralcollapse.lab.training.collapse_callback import CollapseCallback
 from neuralcollapse.lab.training.devices import end_launched, lost_ranks
+from neuralcollapse.lab.training.divergence import Diverged, FirstNonFinite
 from neuralcollapse.lab.training.loggers import build_loggers, finish_loggers
 from neuralcollapse.lab.training.logs import GradientLog, TrainingLog, keep_gradients
 from neuralcollapse.lab.training.objective import batch_loss, penalty
 from neuralcollapse.lab.training.optimizers import build_optimizer, build_schedule
-from neuralcollapse.metrics import ClassMoments
+from neuralcollapse.metrics import ClassMoments, Measurement
 from neuralcollapse.metrics.nc3 import alignment
 
 # Each class's own scatter, from which layers have a numerical rank, takes K d² numbers: kept up to this many bytes.
@@ -100,6 +101,7 @@ class ClassifierTraining(LightningModule):
         self.batch_samples = 0
         self.head_tensors: dict[str, Tensor] | None = None
         self._seen = (-1, -1)
+        self._first_non_finite = FirstNonFinite(self.model)
         self._resumed: dict[str, Any] = {}
 
     def forward(self, images: Tensor) -> Tensor:
@@ -114,6 +116,7 @@ class ClassifierTraining(LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Take a step, then bring the average of the weights up to date."""
         super().optimizer_step(*args, **kwargs)
+        self._first_non_finite.see_parameters(self._seen[1] + 1)
         if self.average is not None and self.config.weight_average is not None:
             update_average(self.average, self.model, share=self.config.weight_average, steps=self.global_step)
 
@@ -126,7 +129,13 @@ class ClassifierTraining(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         """The loss of one batch."""
         images, targets = batch
-        features, weight, bias = self.head.prepare(self._backbone(images), targets)
+        try:
+            features, weight, bias = self.head.prepare(self._backbone(images), targets)
+        except ValueError as error:
+            if "finite" not in str(error):
+                raise
+            found = self._first_non_finite.find(scaled=self.is_scaled)
+            raise self._diverged(*(found or (batch_index + 1, "a feature"))) from error
         if self.head_tensors is not None:
             keep_gradients(self.head_tensors, features=features, weight=weight, bias=bias)
         logits, features = self.head.decide(features, weight, bias).float(), features.float()
@@ -139,11 +148,36 @@ class ClassifierTraining(LightningModule):
         if place != self._seen:  # L-BFGS tries several points for a batch: the first counts
             self._seen = place
             self.batch_figures = self._figures(loss, logits, features, targets)
+            self._first_non_finite.see_loss(batch_index + 1, self.batch_figures["batch_loss"], features)
         return loss * self._share_of_step(batch_index)
+
+    def check_finite(self) -> None:
+        """See whether training is still finite; waits for the device.
+
+        Raises:
+            Diverged: if a feature, a loss or a parameter of this epoch is not; a batch that a gradient scaler skips
+                does not count.
+        """
+        found = self._first_non_finite.find(scaled=self.is_scaled, of_all_ranks=True)
+        if found is not None:
+            raise self._diverged(*found)
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether losses are scaled, and steps that overflow skipped."""
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
+
+    def _diverged(self, step: int, value: str) -> Diverged:
+        setting = "gain" if self.config.optimizer == "agd" else "lr"
+        return Diverged(
+            f"{setting} must be smaller: training diverged in epoch {self.current_epoch + 1}, step {step}, where "
+            f"{value} is not finite"
+        )
 
     def on_train_epoch_start(self) -> None:
         """Make what the network draws, as dropout does, follow from the seed and the epoch alone."""
         torch.manual_seed(derived_seed(self.config.seed, self.current_epoch, 1) + self.global_rank)
+        self._first_non_finite.begin_epoch()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep whose checkpoint it is, and where in the epoch."""
@@ -240,8 +274,8 @@ def train(module: ClassifierTraining, folder: RunFolder, *callbacks: Callback, r
         resume: Take its last checkpoint.
 
     Raises:
-        ValueError: A checkpoint that cannot be read or is of another model, a loss that is not finite, or another rank
-            that is lost.
+        Diverged: if a feature, the loss or a parameter is not finite.
+        ValueError: if a checkpoint cannot be read or is of another model, or another rank is lost.
         KeyboardInterrupt: The user stopped it.
         Terminated: SIGTERM stopped it; where it was inside an epoch is saved.
     """
@@ -292,9 +326,24 @@ def train(module: ClassifierTraining, folder: RunFolder, *callbacks: Callback, r
             finish_loggers(loggers)
 
 
+class _RunMeasurements(CollapseCallback):
+    """The measurements of a run, which ends where the features are not finite."""
+
+    def measure(self, pl_module: LightningModule, epoch: int) -> dict[str, Measurement]:
+        """Measure every split."""
+        try:
+            return super().measure(pl_module, epoch)
+        except ValueError as error:
+            if "finite" not in str(error):
+                raise
+            raise Diverged(
+                f"training diverged in epoch {epoch}, after its last step: {error}; take a smaller learning rate"
+            ) from error
+
+
 def _records(module: ClassifierTraining, folder: RunFolder) -> list[Callback]:
     """What writes the run's tables."""
-    collapse = CollapseCallback(
+    collapse = _RunMeasurements(
         module.evaluation,
         every_n_epochs=module.config.measure_every,
         first_epoch=module.config.measure_from,

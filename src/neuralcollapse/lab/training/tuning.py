@@ -61,7 +61,7 @@ def with_chosen_rates(
 
     whole = train_runs(tried, folder.tuning, before_writing=start, leave_out_failed=True, parallel=parallel, **options)
     scores: dict[tuple[str, str, float | None], dict[float, tuple[float, float, float]]] = {kind: {} for kind in kinds}
-    for run, place in zip(tried, whole.run_folders(), strict=True):
+    for run, place in zip(tried, whole.run_folders(diverged=True), strict=True):
         accuracies = _validation_accuracies(place)
         if run.lr is not None and accuracies and max(accuracies) == run.epochs:
             mean = sum(accuracies.values()) / len(accuracies)
