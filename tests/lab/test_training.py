@@ -24,7 +24,6 @@ from neuralcollapse.lab.data.loading import load_data
 from neuralcollapse.lab.models.building import build_backbone, build_model
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.tables import read_table
-from neuralcollapse.lab.training import collapse_callback
 from neuralcollapse.lab.training.collapse_callback import CollapseCallback
 from neuralcollapse.lab.training.devices import resolve_device
 from neuralcollapse.lab.training.loggers import check_loggers
@@ -227,12 +226,21 @@ def test_the_published_epochs_are_measured(settings, epochs, monkeypatch):
         last_epoch=config.measure_last,
     )
     measured = []
-    monkeypatch.setattr(collapse_callback, "measure_splits", lambda *_, **__: {})
-    monkeypatch.setattr(callback, "write", lambda trainer: measured.append(trainer.current_epoch + 1))
+    monkeypatch.setattr(callback, "_record", lambda trainer, module, epoch: measured.append(epoch) or {})
+    module = SimpleNamespace(log_dict=lambda values, **_: None)
     for epoch in range(config.epochs):
-        callback.on_train_epoch_end(
-            SimpleNamespace(current_epoch=epoch, max_epochs=config.epochs, is_global_zero=True), None
+        trainer = SimpleNamespace(
+            current_epoch=epoch,
+            max_epochs=config.epochs,
+            min_epochs=None,
+            max_steps=-1,
+            min_steps=None,
+            max_time=None,
+            should_stop=False,
+            global_step=epoch + 1,
+            is_global_zero=True,
         )
+        callback.on_train_epoch_end(trainer, module)
     assert measured == epochs
 
 
@@ -287,7 +295,7 @@ def test_a_class_of_the_users_own(tmp_path, monkeypatch):
         ("my_own_nets.Wrong", {}, r"must take images .*, of C, H, W = \(1, 8, 7\); Wrong fails"),
         ("./my_own_nets.py", {}, "backbone must be a dotted path"),
         (".my_own_nets.Net", {}, "backbone must be a dotted path"),
-        ("vgg", None, "backbone must be one of convnet, .*vgg13, or the dotted path"),
+        ("vgg", None, "backbone must be one of convnet, .*vgg13, .*or the dotted path"),
         ("mlp", {"neurons": 3}, "backbone_options belongs to a backbone of your own; here backbone is mlp"),
     ]
     for path, options, message in wrong:
