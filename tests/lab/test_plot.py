@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import re
 import shutil
 import subprocess
 import sys
+from html import unescape
 from pathlib import Path
 
+import matplotlib
+import pandas as pd
 import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -21,7 +25,8 @@ from neuralcollapse.lab import RunConfig, RunFolder, train_runs
 from neuralcollapse.lab.commands.plot import FIGURES
 from neuralcollapse.lab.figures.page import Panel, Runs, thin_ticks, write_panels
 from neuralcollapse.lab.figures.projection import project
-from neuralcollapse.lab.figures.published import draw_series
+from neuralcollapse.lab.figures.published import draw_series, gradient_flow, markou
+from neuralcollapse.lab.results.tables import add_rows
 
 SMALL = {"backbone": "mlp", "width": 16, "depth": 1, "train_samples": 150, "test_samples": 60, "epochs": 2}
 
@@ -152,3 +157,82 @@ def test_plotting_imports_neither_lightning_nor_datasets(trained, tmp_path):
         "assert not {'lightning', 'datasets', 'torch', 'sklearn'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def untrained(folder: Path, **settings) -> str:
+    """The folder of a run with a table, as if it had been trained."""
+    run = RunFolder(folder)
+    run.start(RunConfig(**settings).in_force())
+    run.add_facts(num_classes=10, data=f"{Path(settings.get('data', 'digits')).name}: 100 images")
+    names = ("nc1_pinv", "nc2_etf_weights", "nc3_duality", "nc4_bias", "accuracy")
+    rows = [(epoch, split, name, 0.1 * epoch) for epoch in (1, 2) for split in ("train", "test") for name in names]
+    add_rows(run.metrics, rows)
+    return str(folder)
+
+
+def words_of(svg: Path) -> list[str]:
+    return [unescape(text) for text in re.findall(r"<text[^>]*>([^<]*)</text>", svg.read_text())]
+
+
+def test_titles_name_what_is_common_and_legends_what_differs(tmp_path):
+    kinds = list(itertools.product(("mlp", "convnet"), ("sgd", "adam", "lbfgs"), ("fixed", "linear")))
+    settings = {"loss": "mse", "seed": 3}
+    runs = [
+        untrained(
+            tmp_path / "-".join(kind),
+            **settings,
+            backbone=kind[0],
+            optimizer=kind[1],
+            method=kind[2],
+            lr={"sgd": 0.05, "adam": 0.001, "lbfgs": 0.1}[kind[1]],
+        )
+        for kind in kinds
+    ]
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        assert main(["plot", *runs, "--figure", "zhu", "--out", str(tmp_path / "out"), "--format", "svg"]) == 0
+    for picture in ("zhu", "zhu-nc1"):
+        words = words_of(tmp_path / "out" / f"{picture}.svg")
+        for backbone, optimizer, method in kinds:
+            assert words.count(f"{method} {backbone} {optimizer}") == 1
+    title = " ".join(words_of(tmp_path / "out" / "zhu.svg"))
+    assert (
+        "mse on digits: 100 images; differing: backbone (mlp, convnet), method (fixed, linear), optimizer (sgd, adam, "
+        "lbfgs)" in title
+    )
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        assert main(["plot", *runs[:6:2], "--figure", "zhu", "--out", str(tmp_path / "three"), "--format", "svg"]) == 0
+    words = words_of(tmp_path / "three" / "zhu.svg")
+    assert [words.count(name) for name in ("sgd", "adam", "lbfgs")] == [1, 1, 1]
+
+
+def test_gradient_bars_of_the_implicit_head(trained):
+    runs = Runs(RunFolder(trained).run_folders())
+    names = {}
+    for panel in gradient_flow(runs):
+        axes = Figure().subplots()
+        panel.draw(axes)
+        names[panel.title] = [label.get_text() for label in axes.get_xticklabels()]
+        (tallest,) = [bars for bars in axes.containers if bars.get_label() == "largest"]
+        tables = [pd.read_csv(run.gradients).query("epoch == 2") for run in runs.groups[panel.title]]
+        largest = pd.concat(tables).groupby("parameter")["max"].mean()
+        assert tallest[-1].get_height() == pytest.approx(
+            largest["head.bias" if panel.title == "implicit" else "model.0.layers.1.1.weight"]
+        )
+    assert names["implicit"][-4:] == ["features", "class means", "W", "b"]
+    assert not {"features", "class means", "W"} & set(names["fixed"])
+
+
+def test_panels_of_distances_name_the_reference_epoch(trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained / "runs" / "implicit-seed0", folder)
+    assert main(["distance", str(folder), "--reference", "2"]) == 0
+    titles = [panel.title for panel in markou(Runs([RunFolder(folder)]))]
+    assert "ETF of weights to reference, epoch 2" in titles
+    assert "ETF of means to reference, epoch 2" in titles
+
+
+def test_names_of_files_are_told_apart(trained):
+    run = RunFolder(trained).run("fixed-seed0")
+    runs = Runs({"a/b": [run], "a b": [run], "..": [run], "a-b": [run]})
+    assert len(set(runs.stems.values())) == 4
+    assert not any("/" in stem for stem in runs.stems.values())

@@ -208,6 +208,36 @@ def test_nothing_from_a_folder_is_read_as_html(digits, tmp_path):
     assert [label.startswith("</script><img src=x") for label in labels] == [True, False]
 
 
+def test_the_title_of_unlike_runs_names_what_differs_and_what_is_common(digits, tmp_path):
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder, changed in zip(folders, ({}, {"backbone": "convnet", "optimizer": "adam", "lr": 0.001}), strict=True):
+        shutil.copytree(digits / "runs" / "fixed-seed0", folder)
+        (folder / "checksums.yaml").unlink()
+        config = folder / "config.yaml"
+        config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | changed))
+    out = tmp_path / "page.html"
+    assert main(["report", *map(str, folders), "--out", str(out)]) == 0
+    text = out.read_text()
+    (heading,) = re.findall(r"<h1>(.*)</h1>", text)
+    assert heading.startswith("fixed, cross-entropy on digits: ")
+    assert heading.endswith("; differing: backbone (mlp, convnet), optimizer (sgd, adam)")
+    assert f"<title>{heading} – neuralcollapse</title>" in text
+    assert "They differ in backbone, optimizer, lr." in text
+    assert list(numbers_of(out)["styles"]) == ["mlp sgd", "convnet adam"]
+    results = table_of(out, "At the last measured epoch; collapse metrics of the train split")
+    assert list(results.index) == ["mlp sgd", "convnet adam"]
+
+
+def test_tables_and_figures_name_the_reference_epoch(digits, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(digits / "runs" / "fixed-seed0", folder)
+    assert main(["distance", str(folder), "--reference", "3"]) == 0
+    assert main(["report", str(folder), "--out", str(tmp_path / "page.html")]) == 0
+    assert "etf_means_reference (epoch 3)" in table_of(tmp_path / "page.html", "Last values, train split").index
+    described = numbers_of(tmp_path / "page.html")["metrics"]["etf_means_reference"]
+    assert described["label"] == "ETF of means to reference, epoch 3"
+
+
 def test_bad_input_is_one_line(digits, hundred, tmp_path, capsys):
     bare = tmp_path / "bare"
     shutil.copytree(digits / "runs" / "fixed-seed0", bare)
@@ -321,6 +351,32 @@ def test_every_metric_is_drawn_of_either_split_and_says_what_it_shows(digits_pag
     )
     assert mean not in lines
     assert len(lines) == 1
+    assert errors(browser) == []
+
+
+@needs_browser
+def test_ticks_are_whole_numbers_once_each_also_after_zooming(digits_page, browser):
+    opened(browser, digits_page)
+
+    def ticks(plot: str) -> list[str]:
+        found = f"[...document.querySelector({plot!r}).querySelectorAll('.xtick text')].map((tick) => tick.textContent)"
+        return browser.execute_script(f"return {found}")
+
+    assert ticks("#courses .plot") == ["1", "2", "3", "4"]
+    assert ticks("#cosines .plot") == ["0", "2", "4", "6", "8"]
+    to = "Plotly.relayout(document.querySelector('#courses .plot'), {'xaxis.range[0]': %s, 'xaxis.range[1]': %s})"
+    for first, last, expected in [
+        (1, 200, ["50", "100", "150", "200"]),
+        (2.2, 3.9, ["3"]),
+        (1, 4, ["1", "2", "3", "4"]),
+    ]:
+        browser.execute_script(to % (first, last))
+        until(browser, "document.querySelector('#courses .plot').layout.xaxis.dtick === " + str(50 if last > 99 else 1))
+        until(
+            browser,
+            f"document.querySelectorAll('#courses .plot')[0].querySelectorAll('.xtick').length === {len(expected)}",
+        )
+        assert ticks("#courses .plot") == expected
     assert errors(browser) == []
 
 
