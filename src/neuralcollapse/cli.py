@@ -105,7 +105,7 @@ def _end(line: str, code: int) -> int:
 
 
 def _message(error: BaseException) -> str | None:
-    """What is wrong, if it is for the user to mend."""
+    """The message of an error that the user can mend; else None."""
     if isinstance(error, ImportError):
         named = (error.name or "").partition(".")[0]
         missing = next((name for name in _LAB if name == named or f"'{name}'" in str(error)), None)

@@ -162,7 +162,7 @@ class ClassMeans(nn.Module):
 
     @property
     def batches(self) -> Tensor:
-        """How many batches it has taken in, of shape ()."""
+        """The number of batches taken in, of shape ()."""
         return self.overall.batches
 
     @property
@@ -228,7 +228,7 @@ def check_class_weights(class_weights: Tensor | None, num_classes: int, device: 
 
 
 def rows_are_off(weight: Tensor, norms: Tensor | float) -> bool:
-    """Whether the norms of rows differ from those expected by more than a solve's error, where that can be seen.
+    """Return whether the norms of rows differ from those expected by more than a solve's error, where that can be seen.
 
     A mean of several vectors of one norm has a smaller one, unless they are all equal: so this tells an average of
     frames from a frame.

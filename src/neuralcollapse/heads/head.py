@@ -375,12 +375,12 @@ def check_layout(targets: Tensor | None, features: Tensor) -> None:
 
 
 def may_overflow(features: Tensor) -> bool:
-    """Whether a batch that is not finite belongs to the loop: in half precision, where a GradScaler skips its step."""
+    """Return whether the training loop handles batches that are not finite: a GradScaler skips their steps."""
     return features.dtype in (torch.float16, torch.bfloat16) or _under_autocast(features)
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether Python can look at the values of a stored tensor, here and now."""
+    """Return whether Python can read the values of a stored tensor, here and now."""
     if not values_readable(tensor) or tensor.is_meta or _is_tracing():
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())

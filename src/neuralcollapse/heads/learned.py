@@ -123,7 +123,7 @@ def _excess(weight: Tensor) -> Tensor:
 
 
 def _is_off(weight: Tensor) -> bool:
-    """Whether rows of a parameter are not of unit norm, where that can be seen."""
+    """Return whether rows of a parameter are not of unit norm, where that can be seen."""
     return isinstance(weight, nn.Parameter) and readable(weight) and bool((_excess(weight) != 1).any())
 
 

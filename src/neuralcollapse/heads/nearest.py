@@ -202,7 +202,7 @@ class NearestFrameClassifier(KeepsFullPrecision, LearnsFromTargets):
         return features, frame, bias
 
     def _check_range(self, features: Tensor) -> None:
-        """Raise if the features are too large for what is computed of them beside their means."""
+        """Raise if the features are too large to be squared."""
 
     def _see(
         self, features: Tensor, targets: Tensor, centred_means: Tensor, batch_mean: Tensor, finite: Tensor

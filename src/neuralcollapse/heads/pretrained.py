@@ -15,7 +15,7 @@ from neuralcollapse._checks import check_targets
 
 
 def with_logits(returned: Any, logits: Tensor, key: object = "logits", loss: Tensor | None = None) -> Any:
-    """Return what the model returned with these logits, and the loss if there is one; a dictionary if it is no mapping.
+    """Return what the model returned with these logits, and the loss if any; a dictionary unless it is a mapping.
 
     Args:
         returned: What the model returned.

@@ -211,7 +211,7 @@ def tell_apart(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _short_paths(values: list[Any]) -> list[Any]:
-    """Absolute paths relative to the folder that they have in common; other values as they are."""
+    """Absolute paths relative to their common folder; other values as they are."""
     paths = {value for value in values if isinstance(value, str) and os.path.isabs(value)}
     if not paths:
         return values

@@ -172,7 +172,7 @@ def type_hints(kind: type[Settings]) -> dict[str, Any]:
 
 
 def wrong_types(kind: type[Settings], values: Values) -> dict[str, str]:
-    """What is wrong with values that are not of the types of their settings, by name; other names are left out."""
+    """Errors of values that are not of the types of their settings, by name; other names are left out."""
     hints = type_hints(kind)
     return {
         name: f"{name} must be {describe(hints[name])}, got {value!r}"

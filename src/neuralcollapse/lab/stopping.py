@@ -116,7 +116,7 @@ def answering_signals(line: str | None) -> Iterator[Signals]:
 
 
 def caused_by(error: BaseException | None, kind: type[BaseException]) -> bool:
-    """Whether an exception is of a kind, or was raised in answer to one."""
+    """Return whether an exception is of a kind, or was raised in answer to one."""
     seen: set[int] = set()
     waiting = [error]
     while waiting:

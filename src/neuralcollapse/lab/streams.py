@@ -40,7 +40,7 @@ class _Lasting:
 
 @contextmanager
 def lasting_streams(*, alone: bool) -> Iterator[None]:
-    """Have nothing inside fail because nobody reads stdout or stderr any more.
+    """Keep what is inside from failing when stdout or stderr is closed.
 
     Of stdout, other errors are raised, such as those of a full disk.
 

@@ -424,7 +424,7 @@ def _check_normalised(classifier: nn.Module, features: Tensor) -> None:
 
 
 def _close(first: Tensor, second: Tensor) -> bool:
-    """Whether rows are equal within the rounding of bf16, in which they may have been computed."""
+    """Return whether rows are equal within the rounding of bf16, in which they may have been computed."""
     first, second = first.double(), second.double()
     size = torch.linalg.vector_norm(second, dim=1)
     distance = torch.linalg.vector_norm(first - second, dim=1)

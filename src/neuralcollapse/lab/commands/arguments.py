@@ -59,7 +59,7 @@ def add_output(parser: ArgumentParser, default: str) -> None:
 
 
 def asked_for(settings: Namespace, *sections: type[Settings]) -> dict[str, Any]:
-    """The settings of these sections that somebody gave, in a file or as a flag; null asks for the default.
+    """The settings of these sections that were given, in a file or as a flag; null asks for the default.
 
     What `add_output` added is converted in its place.
 

@@ -85,7 +85,7 @@ def _reference(there: pd.DataFrame, asked: int | None, first: int) -> tuple[int,
 
 
 def _complete(there: pd.DataFrame, run: RunFolder) -> bool:
-    """Whether a table names the reference epoch of each record's distances."""
+    """Return whether a table names the reference epoch of each record's distances."""
     from neuralcollapse.lab.results.distances import REFERENCE_EPOCH
 
     named = there[there["metric"] == REFERENCE_EPOCH]

@@ -40,7 +40,7 @@ class _Each(Action):
 
 
 def _each(value: Any) -> list[Any]:
-    """What a flag was given each time, or what a file of settings gives in its place: one value or a list."""
+    """The values of a repeated flag, or of the setting of a file: one value or a list."""
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
@@ -140,7 +140,7 @@ def _words_of_pixels(pixels: dict[str, Any]) -> str:
 
 
 def _values(table: pd.DataFrame, epoch: int, splits: list[str] | None) -> str:
-    """What was measured at an epoch: one row per metric, one column per split."""
+    """Table of an epoch: one row per metric, one column per split."""
     of_epoch = table[table["epoch"] == epoch]
     names = [name for name in of_epoch["split"].unique() if splits is None or name in splits]
     values = of_epoch.pivot(index="metric", columns="split", values="value")

@@ -49,9 +49,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=str, metavar="FOLDER", help="folder to write; by default runs/studies/NAME-SCALE")
     parser.add_argument("--backbone", type=str, metavar="CLASS", help="class of yours that the study's file names: "
                         "it is not imported for that")  # fmt: skip
-    parser.add_argument(
-        "--parallel", type=integer, metavar="N", help="train so many of the runs at a time; by default 1"
-    )
+    parser.add_argument("--parallel", type=integer, metavar="N", help="train N runs at a time; by default 1")
     parser.add_argument("--overwrite", action="store_true", help="delete what the folder holds, and train again")
 
 

@@ -82,7 +82,7 @@ def find_label_column(data: str, wanted: str | None, features: Any) -> str:
 
 @dataclass(frozen=True)
 class Given:
-    """Labels as they are stored: integers, texts or booleans, None where there is none.
+    """Labels as they are stored: integers, texts or booleans, None for a missing one.
 
     Attributes:
         values: One per image.
@@ -99,7 +99,7 @@ class Labelled:
 
     samples: Samples
     note: str | None = None
-    """What was left out."""
+    """A line on what was left out."""
 
 
 def given_labels(data: str, split: str, rows: Any, column: str) -> Given:

@@ -40,7 +40,7 @@ class Images(Protocol):
         ...
 
     def fingerprints(self, rows: Sequence[int]) -> Iterator[bytes]:
-        """What is alike for images of the same content, and nearly always differs for others."""
+        """A fingerprint: equal for images of the same content, and nearly always different for others."""
         ...
 
     def content(self, row: int) -> bytes:

@@ -137,7 +137,7 @@ def class_folders(
         splits = dict(sorted(named.items(), key=lambda item: (split_kind(item[0]) != "train", item[0])))
         if unused := [folder for name, folder in listing.with_images.items() if name not in splits]:
             numbers = [f"{each.path}/ ({sum(len(inner.images) for inner in each.walk())} images)" for each in unused]
-            notes.append(f"left out, beside the splits {', '.join(splits)}: {listed(numbers)}")
+            notes.append(f"left out, next to the splits {', '.join(splits)}: {listed(numbers)}")
         splits = _without_wrapping(splits, notes)
 
     strays += [] if named is None else [*listing.images, *listing.others]

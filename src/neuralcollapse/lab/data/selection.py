@@ -96,7 +96,7 @@ def stratified_order(labels: Tensor, generator: torch.Generator) -> Tensor:
 def balanced_order(
     labels: Tensor, batches: int, classes_per_batch: int, per_class: int, generator: torch.Generator
 ) -> Tensor:
-    """Indices for so many batches, each of the same number of samples of some classes, one batch after the other.
+    """Indices for the given number of batches, each of equally many samples of some classes, in order.
 
     Classes come in rounds of all of them, and the samples of a class in rounds of all of its samples, so that the
     classes of a batch are different ones, and its samples wherever a class has enough.

@@ -80,9 +80,9 @@ class Source:
     revision: str | None = None
     """Of a data set of the hub, the commit."""
     copies: Literal["refuse", "report", "drop", "ignore"] = "ignore"
-    """What to do about test images that are training images too."""
+    """The treatment of test images that are training images too."""
     notes: tuple[str, ...] = ()
-    """What was left out or decided in reading it, one line each."""
+    """Lines on what was left out or decided in reading it."""
 
 
 def digits() -> Source:
@@ -218,7 +218,7 @@ def _stored(config: DataSettings, wanted: HubDataSet) -> Stored:
 
 
 def _caches() -> tuple[str, ...]:
-    """Where the files of data sets of the hub are."""
+    """The addresses of the files of data sets of the hub."""
     import datasets
     from huggingface_hub import constants
 

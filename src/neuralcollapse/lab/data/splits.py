@@ -117,7 +117,7 @@ class ImageData:
     revision: str | None = None
     """Of a data set of the hub, the commit."""
     notes: tuple[str, ...] = ()
-    """What was left out or decided in reading the data, one line each."""
+    """Lines on what was left out or decided in reading the data."""
 
     @property
     def splits(self) -> dict[str, AnySplit]:

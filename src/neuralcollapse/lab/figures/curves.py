@@ -33,7 +33,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 _LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*", "h")
 _PUBLISHED = ("standard", "fixed", "implicit")
-# From more lines on, each has a marker too; up to so many have colours that stand for the published methods alone.
+# With more lines than this, each has a marker too, and the colours are no longer those of the published methods.
 _FEW, _WITH_PUBLISHED = 3, 8
 # File name and metric.
 _FIGURES = {

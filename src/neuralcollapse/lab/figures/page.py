@@ -111,7 +111,7 @@ class Runs:
 
     @property
     def title(self) -> str:
-        """What the runs have in common, and in what they differ."""
+        """The settings that the runs share, and those in which they differ."""
         runs = [run for group in self.groups.values() for run in group]
         return title_of([run.settings() for run in runs], [run.read_environment().get("data") for run in runs])
 

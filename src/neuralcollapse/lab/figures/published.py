@@ -83,7 +83,7 @@ def draw_series(axes: Axes, *, runs: Runs, series: Series, by_marker: bool = Fal
         runs: Whose.
         series: One metric, of which each group has a line style; or several, of which each metric has one and each
             group a marker.
-        by_marker: Tell groups apart by markers for one metric too, as beside panels of several.
+        by_marker: Tell groups apart by markers for one metric too, as in panels of several.
 
     Raises:
         ValueError: if there is nothing to draw.

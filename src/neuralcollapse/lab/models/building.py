@@ -213,7 +213,7 @@ def build_backbone(config: ModelSettings, image_shape: ImageShape, *, initialisa
 def own_module(path: str, options: dict[str, Any], image_shape: ImageShape, *, setting: str = "backbone") -> nn.Module:
     """A module of the user's class, looked for in the folder of work as well.
 
-    The caller sees to it that the user named the class, and not a file that somebody else may have written.
+    The caller checks that the user named the class, not a file that another person may have written.
 
     Args:
         path: package.module.Class, of a class that is an `nn.Module`: nothing else is called.
@@ -222,7 +222,7 @@ def own_module(path: str, options: dict[str, Any], image_shape: ImageShape, *, s
         setting: The name of the setting, for messages.
 
     Raises:
-        ValueError: It cannot be imported or made, or is no such class.
+        ValueError: if it cannot be imported or made, or is not such a class.
     """
     module_name, _, name = path.rpartition(".")
     if "/" in path or not all(path.split(".")):

@@ -168,7 +168,7 @@ class RunFolder:
         return with_earlier_meanings(stored) if number < 2 else stored
 
     def read_environment(self) -> dict[str, Any]:
-        """What the result depends on beside its settings; empty where that is not kept.
+        """The data and versions that the result depends on, besides its settings; empty if they were not kept.
 
         Raises:
             ValueError: if it is damaged.
@@ -314,7 +314,7 @@ class RunFolder:
         return same and self.read_environment().get("finished") is True and self._is_logged(settings)
 
     def is_reported(self, settings: Mapping[str, Any]) -> bool:
-        """Whether table, figures and page are those of its last epoch, and it is finished."""
+        """Return whether table, figures and page are those of its last epoch, and it is finished."""
         written = self.config.exists() and all(path.exists() for path in (self.summary, self.metrics))
         made = self.read_environment() if written else {}
         same = written and self.settings().get("epochs") == settings.get("epochs")
@@ -322,7 +322,7 @@ class RunFolder:
         return same and made.get("finished") is True and made.get("reported") is not False and self._is_logged(settings)
 
     def _is_logged(self, settings: Mapping[str, Any]) -> bool:
-        """Whether its runs were trained for as many epochs as its settings say; true where there are no such tables."""
+        """Return whether its runs were trained for all epochs of its settings; true without such tables."""
         from neuralcollapse.lab.results.tables import read_table
 
         if not self.training_log.exists() or settings.get("epochs") is None:

@@ -1,4 +1,4 @@
-"""Labels and titles of runs: what tells them apart, and what they have in common."""
+"""Labels and titles of runs: what differs between them, and what they share."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def labels_of(runs: Sequence[Settings], always: Sequence[str] = ()) -> list[str]
 
 
 def title_of(runs: Sequence[Settings], data: Sequence[str | None]) -> str:
-    """Return what runs have in common, and the settings that tell them apart with their values.
+    """Return the settings that runs share, and those in which they differ with their values.
 
     Args:
         runs: Their settings.
@@ -171,7 +171,7 @@ def _alone_or_named(name: str, value: Any) -> str:
 
 
 def _speaks_alone(name: str, texts: Mapping[str, Sequence[str]]) -> bool:
-    """Whether a main setting's values can stand without its name: no number, and of no other setting."""
+    """Return whether a main setting's values are clear without its name: not numbers, and not of another setting."""
     if name not in MAIN or name == "weight_average":
         return False
     others = {text for other, of_other in texts.items() if other != name for text in of_other if text}

@@ -65,7 +65,7 @@ class Records:
         return record
 
     def is_in_table(self, epoch: int, split: str, record: Measurement) -> bool:
-        """Whether the run's table has every metric of a record."""
+        """Return whether the run's table has every metric of a record."""
         return set(record.metrics) <= set(self._table.get((epoch, split), {}))
 
     @cached_property

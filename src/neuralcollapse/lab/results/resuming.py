@@ -62,7 +62,7 @@ NEEDED_FACTS = ("neuralcollapse", "packages", "machine", "command")
 
 
 def is_folder_name(name: Any) -> bool:
-    """Whether it is the plain name of a folder, which leads nowhere else.
+    """Return whether it is the plain name of a folder, which leads nowhere else.
 
     Examples:
         >>> [is_folder_name(name) for name in ("fixed-seed0", "..", "a/b", "/tmp", "")]
@@ -72,7 +72,7 @@ def is_folder_name(name: Any) -> bool:
 
 
 def is_external(settings: Mapping[str, Any]) -> bool:
-    """Whether settings are those of measurements of an external model, and of no run."""
+    """Return whether settings are those of measurements of an external model, and of no run."""
     return "method" not in settings and "model" in settings
 
 

@@ -235,12 +235,12 @@ def _called_in(model: nn.Module, precision: Precision) -> Iterator[None]:
 
 
 def _has_trained(trainer: Trainer) -> bool:
-    """Whether the trainer goes on with a training."""
+    """Return whether the trainer resumes a training."""
     return trainer.current_epoch > 0 or trainer.global_step > 0
 
 
 def _is_last(trainer: Trainer, epoch: int) -> bool:
-    """Whether the trainer stops after this epoch, as far as it is known at its end."""
+    """Return whether the trainer stops after this epoch, as far as it is known at its end."""
     if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epoch:
         return True
     if 0 <= trainer.max_steps <= trainer.global_step:

@@ -163,7 +163,7 @@ def _check_folder(folder: RunFolder, kept: Mapping[str, Any]) -> dict[int, dict[
 
 
 def _pixels(batches: EvaluationBatches, images: Images) -> dict[str, Any]:
-    """How pixels are standardised: the constants, in units of pixels in [0, 1], and where each comes from."""
+    """Standardisation of pixels: the constants, in units of pixels in [0, 1], and where each comes from."""
     own = f"of the {len(batches.split)} training images"
     found: dict[str, Any] = {}
     for name, given in (("mean", images.pixel_mean), ("std", images.pixel_std)):

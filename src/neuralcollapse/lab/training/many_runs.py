@@ -35,7 +35,7 @@ from neuralcollapse.lab.training.one_run import ClassifierTraining, train
 from neuralcollapse.lab.training.processes import in_processes
 from neuralcollapse.lab.training.progress import Progress
 
-# Bytes: what a name of a folder may have beside it of the names of temporary files.
+# Bytes that are left for the suffixes of temporary files in the longest name of a folder.
 _LONGEST_NAME = 200
 
 
@@ -297,7 +297,7 @@ def _folder_names(names: Sequence[str], runs: Sequence[RunConfig]) -> list[str]:
 
 
 def _alike(name: str) -> str:
-    """What file systems that ignore case, or how letters are composed, see of a name."""
+    """A name as file systems see it that ignore case, or how letters are composed."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 

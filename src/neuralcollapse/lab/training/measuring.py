@@ -85,7 +85,7 @@ def measure_run(
 
 
 def is_measured(records: Records, epoch: int, splits: Sequence[str], layers: Sequence[str]) -> bool:
-    """Whether records of an epoch are there, sound and with these layers, and in the run's table as well.
+    """Return whether records of an epoch are there, sound and with these layers, and in the run's table as well.
 
     A command that was stopped may have left records that are in no table: they are measured again.
     """

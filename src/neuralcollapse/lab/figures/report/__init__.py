@@ -80,7 +80,7 @@ def _results(runs: Runs, metrics: pd.DataFrame) -> str:
 
 
 def _seconds(runs: Runs) -> pd.DataFrame:
-    """What the training logs say, by the groups' labels; empty where a run has none."""
+    """The training logs by the groups' labels; empty where a run has none."""
     tables = []
     for label, group in runs.groups.items():
         for run in group:

@@ -55,7 +55,7 @@ def courses(metrics: pd.DataFrame) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def described(metrics: pd.DataFrame, num_classes: int) -> dict[str, dict[str, Any]]:
-    """What the catalogue says of the metrics in a table, in its order; labels without their mathematics."""
+    """The catalogue's entries of the metrics in a table, in its order; labels without their mathematics."""
     there = set(metrics["metric"])
     return {
         name: {
