@@ -213,28 +213,23 @@ def test_there_are_twenty_moments():
     assert len(MOMENTS) == 20
 
 
+KILL = "os.kill(os.getpid(), signal.SIGINT)"
 STARTED_SO = {
     # An interrupt in a call of `exec`, after which Python itself would end the process by the signal.
-    "exec": "exec('import os, signal; os.kill(os.getpid(), signal.SIGINT)')",
-    "turned into another error": (
-        "\n    try: os.kill(os.getpid(), signal.SIGINT)\n    except KeyboardInterrupt: raise RuntimeError('other')"
-    ),
-    "swallowed": "\n    try: os.kill(os.getpid(), signal.SIGINT)\n    except KeyboardInterrupt: pass",
-    "twice": (
-        "\n    try: os.kill(os.getpid(), signal.SIGINT)"
-        "\n    finally: os.kill(os.getpid(), signal.SIGINT); time.sleep(9)"
-    ),
+    "exec": [f"exec('import os, signal; {KILL}')"],
+    "turned into another error": [f"try: {KILL}", "except KeyboardInterrupt: raise RuntimeError('other')"],
+    "swallowed": [f"try: {KILL}", "except KeyboardInterrupt: pass"],
+    "twice": [f"try: {KILL}", f"finally: {KILL}; time.sleep(9)"],
 }
 
 
 @pytest.mark.parametrize("name", STARTED_SO)
 def test_an_interrupt_is_one_line_whatever_becomes_of_its_exception(name, tmp_path):
     module = tmp_path / "interrupted.py"
-    module.write_text(
-        "import os, signal, sys, time\nfrom neuralcollapse import cli\n"
-        f"def run(_):\n    {STARTED_SO[name].lstrip(chr(10)).lstrip()}\n    return 0\n"
-        "cli._run = run\nsys.argv = ['neuralcollapse', 'train']\nsys.exit(cli.main())\n"
-    )
+    lines = ["import os, signal, sys, time", "from neuralcollapse import cli", "def run(_):"]
+    lines += [f"    {line}" for line in [*STARTED_SO[name], "return 0"]]
+    lines += ["cli._run = run", "sys.argv = ['neuralcollapse', 'train']", "sys.exit(cli.main())"]
+    module.write_text("\n".join(lines))
     done = subprocess.run(
         [sys.executable, "-m", "interrupted"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
@@ -250,15 +245,11 @@ def test_an_interrupt_while_packages_are_imported_is_one_line(tmp_path):
 
 
 def test_the_answers_to_signals_are_those_of_before_afterwards(capsys):
-    before = (
-        signal.getsignal(signal.SIGINT),
-        signal.getsignal(signal.SIGTERM),
-        sys.unraisablehook,
-        sys.stdout,
-        sys.stderr,
-    )
+    def state():
+        handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+        return *handlers, sys.unraisablehook, sys.stdout, sys.stderr
+
+    before = state()
     assert main(["recipes", "papyan2020-cifar10"]) == 0
     assert main(["train", "--epochs", "few"]) == 2
-    assert before == (
-        signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), sys.unraisablehook, sys.stdout, sys.stderr
-    )  # fmt: skip
+    assert state() == before

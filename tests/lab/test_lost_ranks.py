@@ -25,12 +25,13 @@ from neuralcollapse.lab.results.tables import read_table
 BACKBONE = """
 from torch import nn
 
-def make(image_shape):
-    channels, height, width = image_shape
-    return nn.Sequential(nn.Flatten(), nn.Linear(channels * height * width, 16), nn.Tanh(), nn.Linear(16, 16))
+class Plain(nn.Sequential):
+    def __init__(self, image_shape):
+        channels, height, width = image_shape
+        super().__init__(nn.Flatten(), nn.Linear(channels * height * width, 16), nn.Tanh(), nn.Linear(16, 16))
 """
 SETTINGS = {
-    "backbone": "plain_backbone.make",
+    "backbone": "plain_backbone.Plain",
     "train_samples": 203,
     "test_samples": 40,
     "batch_size": 12,

@@ -20,12 +20,13 @@ from neuralcollapse.lab.results.tables import read_table
 BACKBONE = """
 from torch import nn
 
-def make(image_shape):
-    channels, height, width = image_shape
-    return nn.Sequential(nn.Flatten(), nn.Linear(channels * height * width, 16), nn.Tanh(), nn.Linear(16, 16))
+class Plain(nn.Sequential):
+    def __init__(self, image_shape):
+        channels, height, width = image_shape
+        super().__init__(nn.Flatten(), nn.Linear(channels * height * width, 16), nn.Tanh(), nn.Linear(16, 16))
 """
 # Batches of 48, and a last one of 11.
-SMALL = {"backbone": "plain_backbone.make", "train_samples": 203, "test_samples": 40, "batch_size": 48, "epochs": 2}
+SMALL = {"backbone": "plain_backbone.Plain", "train_samples": 203, "test_samples": 40, "batch_size": 48, "epochs": 2}
 OTHERS = {
     "feature decay": {"method": "standard", "feature_norm": "none", "feature_decay": 1e-4, "accumulate": 2},
     "nonl": {"method": "means", "loss": "nonl"},

@@ -99,9 +99,7 @@ def without(missing: set[str], arguments: str, folder: Path) -> subprocess.Compl
     return shell(f"{sys.executable} {script}", folder)
 
 
-@pytest.mark.parametrize(
-    "arguments", ["", "recipes", "--version", "--help", "train --help", TINY, "compare", "no-command"]
-)
+@pytest.mark.parametrize("arguments", ["recipes", "--version", "train --help", TINY, "no-command"])
 def test_a_base_install_names_the_extra(arguments, tmp_path):
     done = without(set(_LAB), arguments, tmp_path)
     assert done.returncode == 2

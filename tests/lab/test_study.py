@@ -294,7 +294,10 @@ def test_a_file_that_is_no_study_is_one_line(change, told, tmp_path, capsys, mon
         (["zhu2021-decay", "--seeds", "many"], "seeds must be a number of seeds"),
         (["zhu2021-decay", "--seeds", "0"], "seeds must be at least one"),
         (["markou2024-ufm", "--data", "somewhere"], "data must not be given"),
-        (["zhu2021-decay", "--data", "nowhere/at/all"], "give data a folder that holds it: --data FOLDER"),
+        (
+            ["zhu2021-decay", "--data", "nowhere/at/all"],
+            "data must be 'digits', a folder, or a data set's id on the hub",
+        ),
     ],
 )
 def test_what_is_wrong_is_one_line(arguments, told, capsys, tmp_path, monkeypatch):

@@ -88,15 +88,18 @@ def test_random_labels_are_memorised_kept_and_used_again(tmp_path):
     last = read(out).query("epoch == 20 and metric == 'accuracy'").set_index("split")["value"]
     assert last["train"] > 0.9
     assert last["test"] < 0.4
-    # What a resumed run trains on is what the folder says, not what would be drawn now.
+    # A resumed run trains on the labels that it was begun with: others are refused.
     changed = kept.assign(label=(kept["label"] + 1) % 10)
     changed.to_csv(out / "train_labels.csv", index=False)
     for name in ("checkpoints/last.ckpt", "summary.md"):
         (out / name).unlink()
     assert main(["train", "--out", str(out), "--resume"]) == 2
     (out / "checksums.yaml").unlink()  # of one that is changed on purpose
-    assert main(["train", "--out", str(out), "--resume"]) == 0
+    assert main(["train", "--out", str(out), "--resume"]) == 2
     assert pd.read_csv(out / "train_labels.csv").equals(changed)
+    kept.to_csv(out / "train_labels.csv", index=False)
+    assert main(["train", "--out", str(out), "--resume"]) == 0
+    assert pd.read_csv(out / "train_labels.csv").equals(kept)
     assert not read(out).query("epoch == 20 and metric == 'nc1_quotient'")["value"].empty
 
 

@@ -498,9 +498,11 @@ def test_dropout_follows_from_the_seed_and_the_epoch(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_dropout_net.py").write_text(
         "from torch import nn\n"
-        "def make(image_shape): return nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.ReLU(), nn.Dropout(0.5))\n"
+        "class Net(nn.Sequential):\n"
+        "    def __init__(self, image_shape):\n"
+        "        super().__init__(nn.Flatten(), nn.Linear(64, 24), nn.ReLU(), nn.Dropout(0.5))\n"
     )
-    settings = {"backbone": "my_dropout_net.make", "epochs": 3, "checkpoint_every": 1}
+    settings = {"backbone": "my_dropout_net.Net", "epochs": 3, "checkpoint_every": 1}
     first = trained(tmp_path / "first", **settings)
     before = torch.get_rng_state()
     second = trained(tmp_path / "second", **settings)
@@ -548,7 +550,9 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path):
     trained(tmp_path / "run", epochs=1)
     config = RunConfig(**SMALL | {"epochs": 2})
     data = load_data(DataSettings(image_size=12, train_samples=200, test_samples=60))
-    with pytest.raises(ValueError, match="checkpoint .* is of another model than settings and data ask for"):
+    with pytest.raises(
+        ValueError, match="checkpoint .* is not of this run: its data are other ones: images of the train split"
+    ):
         train(ClassifierTraining(config, data), RunFolder(tmp_path / "run"))
 
 

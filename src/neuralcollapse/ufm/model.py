@@ -110,7 +110,7 @@ class UnconstrainedFeatures(nn.Module):
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Logits (N, K) of the features, and the labels (N,)."""
-        return self.head(self.features, self.targets), self.targets
+        return self.head(self.features, self.targets if self.training else None), self.targets
 
     def risk(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The mean loss of logits (N, K) with labels (N,), without the decay."""
