@@ -31,6 +31,7 @@ OTHERS = {
     "feature decay": {"method": "standard", "feature_norm": "none", "feature_decay": 1e-4, "accumulate": 2},
     "nonl": {"method": "means", "loss": "nonl"},
 }
+OF_ONE_RANK = {f"head.{name}" for name in ("features", "class_means", "weight", "bias")}
 RUNS = {method: {"method": method, "crop_padding": 1} for method in PUBLISHED_METHODS} | OTHERS
 
 
@@ -67,6 +68,11 @@ def test_several_processes_train_as_one(curves, name, ranks):
         expected, found = (
             read_table(getattr(run, table)).drop(columns="seconds", errors="ignore") for run in (one, several)
         )
+        if table == "gradients":  # those of the head's tensors are of runs of one rank alone
+            of_one = ~expected["parameter"].isin(found["parameter"])
+            assert set(expected["parameter"][of_one]) <= OF_ONE_RANK
+            expected = expected[~of_one].reset_index(drop=True)
+        assert len(found) == len(expected) > 0
         numbers = expected.select_dtypes("number").columns
         assert (found[numbers] - expected[numbers]).abs().max().max() < 1e-5
     states = [torch.load(run.last_checkpoint, weights_only=True)["state_dict"] for run in (one, several)]
