@@ -52,7 +52,9 @@ def gather_groups(groups: Mapping[str, Sequence[RunFolder]]) -> pd.DataFrame:
         for run in runs:
             if not run.metrics.exists():
                 raise ValueError(f"run {str(run.path)!r} must have a {run.metrics.name}, and has none: measure it")
-            table = pd.concat([read_table(run.metrics), _training(run)], ignore_index=True)
+            measured, trained = read_table(run.metrics), _training(run)
+            # Not with an empty table, whose columns of no type would make epochs and values objects.
+            table = pd.concat([measured, trained], ignore_index=True) if len(trained) else measured
             references |= dict.fromkeys(reference_epochs(table), run)
             if len(references) > 1:
                 (first, one), (second, other) = references.items()
