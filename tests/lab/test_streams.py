@@ -110,7 +110,7 @@ def test_a_base_install_names_the_extra(arguments, tmp_path):
     )
 
 
-@pytest.mark.parametrize("missing", ["lightning", "datasets", "pandas", "PIL", "sklearn", "yaml", "jsonargparse"])
+@pytest.mark.parametrize("missing", ["lightning", "pandas", "PIL", "sklearn", "yaml", "jsonargparse"])
 def test_one_package_that_is_missing_is_named(missing, tmp_path):
     done = without({missing}, TINY, tmp_path)
     assert done.returncode == 2
