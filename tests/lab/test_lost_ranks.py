@@ -67,7 +67,7 @@ def free_port() -> int:
 
 def arguments(out: Path) -> list[str]:
     if (out / "config.yaml").exists():
-        return ["train", "--resume", "--devices=2", "--out", str(out)]
+        return ["train", "--resume", f"--backbone={SETTINGS['backbone']}", "--devices=2", "--out", str(out)]
     return ["train", *(f"--{name}={value}" for name, value in SETTINGS.items()), "--devices=2", "--out", str(out)]
 
 
