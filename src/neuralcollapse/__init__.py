@@ -43,7 +43,7 @@ if TYPE_CHECKING:
         measure,
     )
 
-__version__ = "0.1.0"
+from neuralcollapse._version import __version__ as __version__
 
 __all__ = [
     "ClassMeanClassifier",

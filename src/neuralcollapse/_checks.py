@@ -1,4 +1,4 @@
-"""What the public functions check at their doors."""
+"""Input validation of the library: shapes, kinds, ranges and finiteness."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
+
 
 def values_readable(tensor: Tensor) -> bool:
-    """Whether Python can branch on the tensor's values: not while compiling, nor under vmap or grad transforms."""
+    """Return whether Python can branch on the tensor's values: not while compiling, nor under vmap or grad."""
     return not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
@@ -23,7 +25,7 @@ def check_at_least(name: str, value: int, minimum: int, meaning: str = "") -> No
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether ``value`` is a finite real number (a bool is none)."""
+    """Return whether ``value`` is a finite real number (booleans are rejected)."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -46,7 +48,7 @@ def check_bool(name: str, value: bool) -> None:
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise unless ``value`` is one of the names."""
+    """Raise unless ``value`` is one of the choices."""
     if not (isinstance(value, str) and value in choices):
         names = [repr(choice) for choice in choices]
         raise ValueError(f"{name} must be {', '.join(names[:-1])} or {names[-1]}, got {value!r}")
@@ -55,27 +57,33 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 def check_module(name: str, module: nn.Module) -> None:
     """Raise unless ``module`` is an nn.Module."""
     if not isinstance(module, nn.Module):
-        raise ValueError(f"{name} must be an nn.Module, got {_kind(module)}")
+        raise ValueError(f"{name} must be an nn.Module, got {_type_name(module)}")
+
+
+def check_device(device: object) -> None:
+    """Raise unless the argument is None or names a device."""
+    if device is None or isinstance(device, torch.device):
+        return
+    try:
+        torch.device(device)  # type: ignore[call-overload]
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device must name a torch device, got {device!r}") from None
 
 
 def check_factory(
     dtype: torch.dtype | None, device: torch.device | str | int | None, generator: torch.Generator | None = None
 ) -> None:
-    """Raise unless a floating-point tensor can be asked for in this dtype, on this device, from this generator."""
+    """Raise unless dtype, device and generator can be used together to create a floating-point tensor."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
-    if device is not None:
-        try:
-            device = torch.device(device)
-        except (RuntimeError, TypeError) as error:
-            raise ValueError(f"device must name a torch device, got {device!r}") from error
+    check_device(device)
     if generator is None:
         return
     if not isinstance(generator, torch.Generator):
-        raise ValueError(f"generator must be a torch.Generator, got {_kind(generator)}")
-    place = torch.get_default_device() if device is None else torch.device(device)
-    if generator.device.type != place.type:
-        raise ValueError(f"generator must be on the device {place.type!r}, got one on {generator.device.type!r}")
+        raise ValueError(f"generator must be a torch.Generator, got {_type_name(generator)}")
+    target = torch.get_default_device() if device is None else torch.device(device)
+    if generator.device.type != target.type:
+        raise ValueError(f"generator must be on the device {target.type!r}, got one on {generator.device.type!r}")
 
 
 def check_etf_sizes(num_classes: int, feature_dim: int) -> None:
@@ -87,7 +95,7 @@ def check_etf_sizes(num_classes: int, feature_dim: int) -> None:
 def check_floating(name: str, tensor: Tensor) -> None:
     """Raise unless ``tensor`` is a real floating-point tensor."""
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-        raise ValueError(f"{name} must be a floating-point tensor, got {_kind(tensor)}")
+        raise ValueError(f"{name} must be a floating-point tensor, got {_type_name(tensor)}")
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
@@ -106,16 +114,14 @@ def check_features(features: Tensor, feature_dim: int) -> None:
 def check_targets(
     targets: Tensor, num_samples: int, num_classes: int, *, values: bool = True, ignore_index: int | None = None
 ) -> None:
-    """Raise unless ``targets`` is (num_samples,) integers, in [0, num_classes) where ``values`` are to be checked.
+    """Raise unless ``targets`` is (num_samples,) integers and, if ``values``, each in [0, num_classes).
 
-    Targets equal to ``ignore_index`` may be anything else.
+    Targets equal to ``ignore_index`` are not checked.
     """
-    check_integral("targets", targets)
-    if targets.shape != (num_samples,):
-        raise ValueError(f"targets must be of shape ({num_samples},), got {tuple(targets.shape)}")
+    check_integers("targets", targets, num_samples)
     if not (values and num_samples and values_readable(targets)):
         return
-    targets = targets.long()  # compared as they are, labels of uint8 would take -100 for 156
+    targets = targets.long()  # uint8 would compare -100 as 156
     if ignore_index is not None:
         targets = targets[targets != ignore_index]
     if targets.numel():
@@ -124,21 +130,80 @@ def check_targets(
             raise ValueError(f"targets must lie in [0, {num_classes}), got labels from {low} to {high}")
 
 
-def check_integral(name: str, tensor: Tensor) -> None:
-    """Raise unless ``tensor`` holds class indices: a tensor of an integer dtype."""
-    if (
-        not isinstance(tensor, Tensor)
-        or tensor.is_floating_point()
-        or tensor.is_complex()
-        or tensor.dtype == torch.bool
-    ):
-        raise ValueError(f"{name} must be integer class indices, got {_kind(tensor)}")
+def check_integers(name: str, tensor: object, length: int | None = None) -> None:
+    """Raise unless the argument is a tensor of an integer dtype, of shape (length,) if a length is given."""
+    if not isinstance(tensor, Tensor) or tensor.dtype not in _INTEGERS:
+        raise ValueError(f"{name} must be integer class indices, got {_type_name(tensor)}")
+    if length is not None and tensor.shape != (length,):
+        raise ValueError(f"{name} must be of shape ({length},), got {tuple(tensor.shape)}")
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to compute in: fp32 for lower precisions, else the dtype itself."""
+    """Return the dtype to compute in: fp32 for lower precisions, else the dtype itself."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def _kind(value: Any) -> str:
+def check_shapes(**arguments: tuple[object, str]) -> None:
+    """Raise unless each argument is a floating-point tensor of the given shape, where equal letters are equal sizes.
+
+    Examples:
+        >>> check_shapes(weight=(torch.eye(2), "K d"), bias=(torch.zeros(3), "K"))
+        Traceback (most recent call last):
+        ValueError: bias must be of shape (K,) = (2,), got (3,)
+    """
+    sizes: dict[str, int] = {}
+    for name, (tensor, letters) in arguments.items():
+        check_floating(name, tensor)  # type: ignore[arg-type]
+        assert isinstance(tensor, Tensor)
+        got, wanted = tuple(tensor.shape), letters.split()
+        expected = tuple(sizes.get(letter, -1) for letter in wanted)
+        if len(got) != len(wanted) or any(e not in (-1, g) for e, g in zip(expected, got, strict=True)):
+            known = "" if -1 in expected or not wanted else f" = {expected}"
+            shape = f"({wanted[0]},)" if len(wanted) == 1 else f"({', '.join(wanted)})"
+            raise ValueError(f"{name} must be of shape {shape}{known}, got {got}")
+        sizes |= dict(zip(wanted, got, strict=True))
+
+
+def check_code(code: object, num_classes: int) -> None:
+    """Raise unless the argument is None or a finite code (K, r)."""
+    if code is None:
+        return
+    check_floating("code", code)  # type: ignore[arg-type]
+    assert isinstance(code, Tensor)
+    if code.ndim != 2 or len(code) != num_classes:
+        raise ValueError(f"code must be of shape (K, r) with K = {num_classes}, got {tuple(code.shape)}")
+    check_finite("code", code)
+
+
+def check_samples(features: object, targets: object, weight: object, *center: object) -> Tensor:
+    """Return the targets as int64; raise unless features (N, d), targets (N,) in [0, K), weight and centre (d,) fit."""
+    centers = {"center": (center[0], "d")} if center else {}
+    check_shapes(features=(features, "N d"), weight=(weight, "K d"), **centers)
+    assert isinstance(features, Tensor)
+    assert isinstance(weight, Tensor)
+    check_integers("targets", targets, len(features))
+    assert isinstance(targets, Tensor)
+    targets = targets.long()  # a uint8 index is a mask
+    # On an accelerator, reading values would wait for the device.
+    check_targets(targets, len(features), len(weight), values=targets.device.type == "cpu")
+    return targets
+
+
+def check_exponent(name: str, value: object) -> None:
+    """Raise unless the argument is a finite number greater than 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be greater than 0, got {value}")
+
+
+def check_sample_bounds(min_samples: object, drop_classes_above: object) -> None:
+    """Raise unless both are counts of samples, the second None or at least the first."""
+    check_at_least("min_samples", min_samples, 0)  # type: ignore[arg-type]
+    if drop_classes_above is not None:
+        assert isinstance(min_samples, int)
+        check_at_least("drop_classes_above", drop_classes_above, max(min_samples, 1), "min_samples")  # type: ignore[arg-type]
+
+
+def _type_name(value: Any) -> str:
     return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__

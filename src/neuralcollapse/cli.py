@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neuralcollapse import __version__
+from neuralcollapse._version import __version__
 from neuralcollapse.lab.stopping import INTERRUPTED, TERMINATED, Terminated, answering_signals, caused_by
 from neuralcollapse.lab.streams import lasting_streams
 

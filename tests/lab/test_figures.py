@@ -12,9 +12,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from neuralcollapse.catalogue import METRICS
 from neuralcollapse.lab.figures.curves import draw_all, draw_figures, draw_metric, line_styles, metric_label
 from neuralcollapse.lab.figures.page import Panel, add_legend, check_drawing, literal, save_figures, write_panels
-from neuralcollapse.metrics.catalogue import METRICS
 
 
 def table(train: float, test: float) -> pd.DataFrame:

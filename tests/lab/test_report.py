@@ -19,13 +19,13 @@ import yaml
 
 from browser import chromium, errors, needs_browser, requested
 from helpers import error_of
+from neuralcollapse.catalogue import METRICS
 from neuralcollapse.cli import main
 from neuralcollapse.lab import RunConfig, RunFolder, train_runs
 from neuralcollapse.lab.figures.page import Runs
 from neuralcollapse.lab.figures.projection import project
 from neuralcollapse.lab.figures.report.numbers import courses, motion, thinned
 from neuralcollapse.metrics import Measurement
-from neuralcollapse.metrics.catalogue import METRICS
 
 SMALL = {"backbone": "mlp", "width": 16, "depth": 1, "train_samples": 150, "test_samples": 60}
 LIMIT = 12 * 2**20  # bytes of a page

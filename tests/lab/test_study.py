@@ -8,13 +8,13 @@ import pytest
 import yaml
 from scipy import stats
 
+from neuralcollapse.catalogue import METRICS
 from neuralcollapse.cli import main
 from neuralcollapse.lab import studies
 from neuralcollapse.lab.commands.plot import FIGURES
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.judging import Finished, judge
 from neuralcollapse.lab.studies import Claim, Value, load_study, study_names, study_runs
-from neuralcollapse.metrics.catalogue import METRICS
 
 TINY = {
     "title": "two learning rates",

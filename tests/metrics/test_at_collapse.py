@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from helpers import generator
+from neuralcollapse.catalogue import METRICS
 from neuralcollapse.geometry import attribute_gram, code_from_gram, nearest_frame, random_simplex_etf, simplex_etf
 from neuralcollapse.metrics import (
     ClassMoments,
@@ -18,7 +19,6 @@ from neuralcollapse.metrics import (
     nc3_gram_duality,
     released_matrix_information,
 )
-from neuralcollapse.metrics.catalogue import METRICS
 
 K, D = 10, 16
 MNIST_COUNTS = torch.tensor([5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949])

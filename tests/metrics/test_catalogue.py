@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from helpers import generator
+from neuralcollapse.catalogue import METRICS, OfClasses, in_order, table, with_table
 from neuralcollapse.metrics import ClassMoments, collapse_metrics
-from neuralcollapse.metrics.catalogue import METRICS, OfClasses, in_order, table, with_table
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
 
 
 def test_the_documented_table_is_the_catalogue_s():
     text = DOCUMENT.read_text()
-    assert with_table(text) == text, "run: python -m neuralcollapse.metrics.catalogue docs/metrics.md"
+    assert with_table(text) == text, "run: python -m neuralcollapse.catalogue docs/metrics.md"
     assert table().count("\n") == len(METRICS) + 1
 
 
@@ -73,7 +73,7 @@ def test_importing_the_catalogue_needs_neither_torch_nor_matplotlib():
 import sys, types
 package = types.ModuleType("neuralcollapse"); package.__path__ = [{str(package)!r}]
 sys.modules["neuralcollapse"] = package
-import neuralcollapse.metrics.catalogue
+import neuralcollapse.catalogue
 print([name for name in ("torch", "numpy", "matplotlib", "torchmetrics") if name in sys.modules])
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -250,7 +250,7 @@ class Uncalled(nn.Module):
         (None, {"layers": "0"}, "layers must be a list of names, got '0'"),
         (None, {"classifier": 4}, "classifier must be a module or its dotted name, got int"),
         (None, {"unpack": "pair"}, "unpack must be a function of a batch, got str"),
-        (None, {"device": "gpu"}, "device must be a torch.device or the name of one, got 'gpu'"),
+        (None, {"device": "gpu"}, "device must name a torch device, got 'gpu'"),
         (lambda: "model.pt", {}, "model must be an nn.Module, got str"),
         (None, {"layers": ["stem"]}, "layers must name modules of the model, got 'stem'"),
         (lambda: nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU()), {}, "model .Sequential. must end in a classifier"),

@@ -175,7 +175,7 @@ def test_large_finite_features_are_not_taken_for_nan():
         ((5, 0), {}, "feature_dim must be at least 1, got 0"),
         ((5, 12), {"dtype": torch.float16}, "dtype must be torch.float64, torch.float32 or 'mixed', got torch.float16"),
         (("5", 12), {}, "num_classes must be an integer, got '5'"),
-        ((5, 12), {"device": "gpu"}, "device must be a torch.device or the name of one, got 'gpu'"),
+        ((5, 12), {"device": "gpu"}, "device must name a torch device, got 'gpu'"),
     ],
 )
 def test_bad_sizes(arguments, options, message):

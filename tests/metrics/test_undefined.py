@@ -12,8 +12,8 @@ from torch import nn
 
 import neuralcollapse.metrics as nm
 from helpers import generator
+from neuralcollapse.catalogue import METRICS
 from neuralcollapse.metrics import ClassMoments, Measurement, collapse_metrics, measure, undefined_metrics
-from neuralcollapse.metrics.catalogue import METRICS
 
 K, D = 4, 6
 TARGETS = torch.arange(40) % K

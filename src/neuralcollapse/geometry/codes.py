@@ -13,7 +13,7 @@ from neuralcollapse._checks import (
     check_factory,
     check_finite,
     check_floating,
-    check_integral,
+    check_integers,
     compute_dtype,
 )
 from neuralcollapse.geometry.grams import check_semidefinite, check_square
@@ -85,7 +85,7 @@ def seli_code(class_counts: Tensor, *, dtype: torch.dtype | None = None) -> Tens
         >>> code.norm(dim=1)
         tensor([1.0548, 1.0548, 0.8803])
     """
-    check_integral("class_counts", class_counts)
+    check_integers("class_counts", class_counts)
     check_factory(dtype, None)
     if class_counts.ndim != 1:
         raise ValueError(f"class_counts must be of shape (K,), got {tuple(class_counts.shape)}")

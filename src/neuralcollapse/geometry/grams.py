@@ -14,7 +14,7 @@ from neuralcollapse._checks import (
     check_factory,
     check_finite,
     check_floating,
-    check_integral,
+    check_integers,
     check_not_negative,
     compute_dtype,
     is_number,
@@ -85,7 +85,7 @@ def attribute_gram(attributes: Tensor, weights: Tensor) -> Tensor:
                 [ 0., -1.,  1.,  0.],
                 [-1.,  0.,  0.,  1.]])
     """
-    check_integral("attributes", attributes)
+    check_integers("attributes", attributes)
     if attributes.ndim != 2:
         raise ValueError(f"attributes must be of shape (K, A), got {tuple(attributes.shape)}")
     num_classes, count = attributes.shape
@@ -258,7 +258,7 @@ def _made_semidefinite(name: str, gram: Tensor) -> Tensor:
 
 def _edges_to_root(parents: Tensor) -> Tensor:
     """(K, M) in fp64: 1 where the edge above a node lies between a class and the root."""
-    check_integral("parents", parents)
+    check_integers("parents", parents)
     if parents.ndim != 1:
         raise ValueError(f"parents must be of shape (M,), got {tuple(parents.shape)}")
     parents, nodes = parents.cpu().long(), len(parents)

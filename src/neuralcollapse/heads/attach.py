@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neuralcollapse._checks import check_integral, check_module
+from neuralcollapse._checks import check_integers, check_module
 from neuralcollapse._running import evaluation_mode, unchanged_on_error, uncompiled
 from neuralcollapse.classifier import resolve_classifier
 from neuralcollapse.heads.head import Head, LearnsFromTargets
@@ -129,9 +129,9 @@ class AttachedHead(nn.Module):
         if targets is not None and labels is not None:
             raise ValueError("targets and labels must not both be given")
         if targets is not None:
-            check_integral("targets", targets)
+            check_integers("targets", targets)
         if labels is not None:
-            check_integral("labels", labels)
+            check_integers("labels", labels)
             targets = labels
         returned, features = self._run(*args, **kwargs)
         if targets is None and num_items_in_batch is not None:

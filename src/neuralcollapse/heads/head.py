@@ -16,7 +16,7 @@ from neuralcollapse._checks import (
     check_factory,
     check_floating,
     check_ignore_index,
-    check_integral,
+    check_integers,
     is_number,
     values_readable,
 )
@@ -354,7 +354,7 @@ class LearnsFromTargets(Head):
         Raises:
             ValueError: Targets that are no tensor of integers.
         """
-        check_integral("targets", targets)
+        check_integers("targets", targets)
         before, self._targets = self._targets, targets
         try:
             yield
@@ -366,7 +366,7 @@ def check_layout(targets: Tensor | None, features: Tensor) -> None:
     """Raise unless targets, where they are given, are integers of the shape (...) of features (..., d)."""
     if targets is None:
         return
-    check_integral("targets", targets)
+    check_integers("targets", targets)
     if targets.shape != features.shape[:-1]:
         raise ValueError(
             f"targets must be of shape {tuple(features.shape[:-1])}, one per feature vector of features of shape "

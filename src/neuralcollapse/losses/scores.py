@@ -17,7 +17,7 @@ from neuralcollapse._checks import (
     is_number,
     values_readable,
 )
-from neuralcollapse._ranks import greatest_over_ranks, number_of_ranks, sum_over_ranks
+from neuralcollapse._distributed import greatest_over_ranks, number_of_ranks, sum_over_ranks
 
 DEFAULT_TEMPERATURE = 0.1
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from neuralcollapse._checks import check_floating, check_integral
+from neuralcollapse._checks import check_floating, check_integers
 from neuralcollapse.metrics.scaling import power_of_two
 
 _STRIP = 192  # width of the strips in which a symmetric product is formed
@@ -48,7 +48,7 @@ def flat_batch(
     if not isinstance(targets, Tensor) or targets.shape != features.shape[:-1]:
         got = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
         raise ValueError(f"targets must be a tensor of shape {tuple(features.shape[:-1])}, got {got}")
-    check_integral("targets", targets)
+    check_integers("targets", targets)
     # Compared as they are, labels of uint8 would take -100 for 156.
     features, targets = features.reshape(-1, feature_dim).to(device), targets.reshape(-1).to(device, torch.int64)
     if ignore_index is None:

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuralcollapse._checks import check_finite, check_floating
+from neuralcollapse._checks import check_code, check_finite, check_floating
+from neuralcollapse.catalogue import in_order
 from neuralcollapse.metrics import gram, nc0, nc1, nc2, nc3, nc4, nc5
-from neuralcollapse.metrics.catalogue import in_order
-from neuralcollapse.metrics.doors import check_code
 from neuralcollapse.metrics.features import effective_rank, feature_norm, rank_me
 from neuralcollapse.metrics.moments import ClassMoments
 from neuralcollapse.metrics.pairs import PairStatistics, pair_statistics
@@ -56,7 +55,7 @@ def collapse_metrics(
         code: L (K, r), whose Gram matrix LLᵀ the classifier is compared with (`neuralcollapse.code_from_gram`).
 
     Returns:
-        Name to value, in the order of `neuralcollapse.metrics.catalogue.METRICS`.
+        Name to value, in the order of `neuralcollapse.catalogue.METRICS`.
 
     Raises:
         ValueError: if the options leave fewer than two classes, a bias is given without a weight, or an argument has

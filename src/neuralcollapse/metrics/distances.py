@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from neuralcollapse._checks import check_finite
+from neuralcollapse._checks import check_finite, check_integers, check_shapes
 from neuralcollapse.geometry import nearest_simplex_etf
-from neuralcollapse.metrics.doors import check_integers, check_shapes
 from neuralcollapse.metrics.nc3 import nc3_distance
 from neuralcollapse.metrics.scaling import rescaled
 from neuralcollapse.metrics.statistics import Center, check_center

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from neuralcollapse._checks import check_finite
-from neuralcollapse.metrics.doors import check_integers, check_shapes
+from neuralcollapse._checks import check_finite, check_integers, check_shapes
 from neuralcollapse.metrics.scaling import power_of_two, rescaled, square_root
 
 

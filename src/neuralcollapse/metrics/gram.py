@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from neuralcollapse.metrics.doors import check_shapes
+from neuralcollapse._checks import check_shapes
 from neuralcollapse.metrics.scaling import rescaled, square_root
 
 _CANCELLATION = 1e-3  # below this the closed form has lost more than half of its digits

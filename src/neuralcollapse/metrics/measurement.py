@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuralcollapse.metrics.catalogue import in_order
+from neuralcollapse.catalogue import in_order
 from neuralcollapse.metrics.collapse import measure_moments
 from neuralcollapse.metrics.moments import ClassMoments
 from neuralcollapse.metrics.statistics import Center
@@ -69,7 +69,7 @@ class Measurement:
         metrics: Name to value, NaN for what is not defined: all of `collapse_metrics`; ``accuracy`` and (for K > 5)
             ``accuracy_top5`` of the classifier itself; and of single samples ``alignment``, ``nc2_cos_margin``,
             ``nc4_ncc_mismatch``, ``nc4_ncc_mismatch_class_mean`` (averaged over classes), ``nc1_numerical_rank``, and
-            those of `neuralcollapse.metrics.sphere`. What each is: `neuralcollapse.metrics.catalogue`.
+            those of `neuralcollapse.metrics.sphere`. What each is: `neuralcollapse.catalogue`.
         moments: Class moments of the features.
         weight: W (K, d) of the classifier.
         bias: b (K,), or None.

@@ -13,13 +13,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from neuralcollapse._checks import check_at_least, check_ignore_index
+from neuralcollapse._checks import check_at_least, check_device, check_ignore_index
 from neuralcollapse._running import device_of, evaluation_mode, unchanged_on_error, unwrapped
+from neuralcollapse._version import __version__
+from neuralcollapse.catalogue import in_order
 from neuralcollapse.classifier import ClassifierObserver
 from neuralcollapse.metrics.cache import FeatureCache
-from neuralcollapse.metrics.catalogue import in_order
 from neuralcollapse.metrics.collapse import measure_moments
-from neuralcollapse.metrics.doors import check_device
 from neuralcollapse.metrics.measurement import LabelFingerprint, Measurement, Options, Provenance
 from neuralcollapse.metrics.model_run import ModelRun, Outputs, Pooling, Unpack, unpack_pair
 from neuralcollapse.metrics.moments import ClassMoments
@@ -119,8 +119,6 @@ def measure(
         >>> measurement.cos_margins.shape
         torch.Size([48])
     """
-    from neuralcollapse import __version__
-
     if train_loader is not None and train_moments is not None:
         raise ValueError("train_loader and train_moments must not both be given")
     _check_types(model, loader, layers, classifier, unpack, device)

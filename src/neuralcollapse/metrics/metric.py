@@ -13,13 +13,12 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torchmetrics import Metric, MetricCollection
 
-from neuralcollapse._checks import check_bool, check_choice, check_ignore_index
+from neuralcollapse._checks import check_bool, check_choice, check_code, check_ignore_index, check_sample_bounds
 from neuralcollapse._running import evaluation_mode
+from neuralcollapse.catalogue import METRICS
 from neuralcollapse.classifier import check_not_lazy, is_classifier
 from neuralcollapse.metrics.accumulation import Workspace, flat_batch
-from neuralcollapse.metrics.catalogue import METRICS
 from neuralcollapse.metrics.collapse import collapse_metrics
-from neuralcollapse.metrics.doors import check_code, check_sample_bounds
 from neuralcollapse.metrics.moments import ClassMoments
 from neuralcollapse.metrics.statistics import Center
 

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from neuralcollapse._checks import check_at_least, check_finite, check_targets, compute_dtype
+from neuralcollapse._checks import check_at_least, check_device, check_finite, check_targets, compute_dtype
 from neuralcollapse.metrics.accumulation import (
     Workspace,
     add_class_grams,
@@ -20,7 +20,6 @@ from neuralcollapse.metrics.accumulation import (
     flat_batch,
     group_by_class,
 )
-from neuralcollapse.metrics.doors import check_device
 from neuralcollapse.metrics.scaling import power_of_two
 
 logger = logging.getLogger(__name__)

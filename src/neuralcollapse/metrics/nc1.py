@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from neuralcollapse._checks import check_finite
-from neuralcollapse.metrics.doors import check_exponent, check_integers, check_shapes
+from neuralcollapse._checks import check_exponent, check_finite, check_integers, check_shapes
 from neuralcollapse.metrics.pairs import PairTile, kernel_of_distances, pair_statistics
 from neuralcollapse.metrics.scaling import power_of_two, rescaled, square_root
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from neuralcollapse.metrics.doors import check_exponent, check_samples, check_shapes
+from neuralcollapse._checks import check_exponent, check_samples, check_shapes
 from neuralcollapse.metrics.pairs import PairTile, kernel_of_distances, pair_statistics
 from neuralcollapse.metrics.scaling import rescaled, square_root, unit_deviations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from neuralcollapse.metrics.doors import check_samples, check_shapes
+from neuralcollapse._checks import check_samples, check_shapes
 from neuralcollapse.metrics.nc2 import distance_to_simplex_gram
 from neuralcollapse.metrics.scaling import rescaled, unit_deviations, unit_rows
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from neuralcollapse.metrics.doors import check_integers, check_shapes
+from neuralcollapse._checks import check_integers, check_shapes
 
 _TILE_ELEMENTS = 2**22
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from neuralcollapse.metrics.doors import check_shapes
+from neuralcollapse._checks import check_shapes
 from neuralcollapse.metrics.scaling import unit_rows
 
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from neuralcollapse._checks import check_at_least
-from neuralcollapse.metrics.doors import check_exponent, check_shapes
+from neuralcollapse._checks import check_at_least, check_exponent, check_shapes
 from neuralcollapse.metrics.moments import ClassMoments
 from neuralcollapse.metrics.nc1 import cdnv_of_pairs
 from neuralcollapse.metrics.nc2 import HYPERSPHERICAL_KERNELS, cosines, hyperspherical_kernel

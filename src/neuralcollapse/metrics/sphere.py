@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from neuralcollapse._checks import check_finite
-from neuralcollapse.metrics.doors import check_samples
+from neuralcollapse._checks import check_finite, check_samples
 from neuralcollapse.metrics.scaling import unit_rows
 
 _NO_ENTROPY = 1e-12  # below this an entropy is rounding error

@@ -8,8 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from neuralcollapse._checks import check_finite
-from neuralcollapse.metrics.doors import check_sample_bounds, check_shapes
+from neuralcollapse._checks import check_finite, check_sample_bounds, check_shapes
 from neuralcollapse.metrics.moments import ClassMoments
 from neuralcollapse.metrics.scaling import power_of_two
 

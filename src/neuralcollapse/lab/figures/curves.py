@@ -19,10 +19,10 @@ from matplotlib.ticker import (
     PercentFormatter,
 )
 
+from neuralcollapse.catalogue import METRICS
 from neuralcollapse.lab.figures.page import add_legend, draw_or_say_why, literal, without_latex, wrapped
 from neuralcollapse.lab.results.distances import TO_REFERENCE, reference_epochs
 from neuralcollapse.lab.results.files import write_whole
-from neuralcollapse.metrics.catalogue import METRICS
 
 if TYPE_CHECKING:
     import pandas as pd

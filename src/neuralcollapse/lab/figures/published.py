@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from matplotlib.lines import Line2D
 
+from neuralcollapse.catalogue import METRICS
 from neuralcollapse.lab.figures.curves import draw_band, finish_axes, line_styles, metric_label
 from neuralcollapse.lab.figures.page import Panel, Runs, legend_above, literal, wrapped
 from neuralcollapse.lab.figures.records import margin_panels
-from neuralcollapse.metrics.catalogue import METRICS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
+from neuralcollapse.catalogue import METRICS
 from neuralcollapse.lab.figures.curves import finish_axes, line_styles
 from neuralcollapse.lab.figures.page import Panel, Runs, legend_above, literal, wrapped
 from neuralcollapse.lab.memory import check_memory
-from neuralcollapse.metrics.catalogue import METRICS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

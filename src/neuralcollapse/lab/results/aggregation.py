@@ -125,7 +125,7 @@ def first_crossing(course: pd.Series, metric: str, level: float) -> float:
         metric: Which.
         level: What is reached.
     """
-    from neuralcollapse.metrics.catalogue import METRICS
+    from neuralcollapse.catalogue import METRICS
 
     rising = METRICS[metric].better == "higher" if metric in METRICS else False
     epochs, values = course.index.to_numpy(float), course.to_numpy(float)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pandas as pd
 
+from neuralcollapse.catalogue import METRICS
 from neuralcollapse.lab.results.aggregation import first_crossing
 from neuralcollapse.lab.studies import Claim, Value
-from neuralcollapse.metrics.catalogue import METRICS
 
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 _CONFIDENCE = 0.95

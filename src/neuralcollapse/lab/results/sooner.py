@@ -57,7 +57,7 @@ def _final(metrics: pd.DataFrame, metric: str) -> pd.Series:
 
 def _epochs(course: pd.DataFrame, metric: str, goals: pd.Series) -> str:
     """The first epoch of each seed that is as good as its goal, over seeds."""
-    from neuralcollapse.metrics.catalogue import METRICS
+    from neuralcollapse.catalogue import METRICS
 
     goal = course["seed"].map(goals)
     there = course["value"] >= goal if METRICS[metric].better == "higher" else course["value"] <= goal

@@ -164,7 +164,7 @@ def load_study(name: str | Path) -> Study:
 
 def _check(study: Study, path: Path) -> None:
     """See whether a study's parts are about each other."""
-    from neuralcollapse.metrics.catalogue import METRICS
+    from neuralcollapse.catalogue import METRICS
 
     wrong = []
     if not study.scales:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from neuralcollapse._ranks import number_of_ranks
+from neuralcollapse._distributed import number_of_ranks
 
 _NEVER = 2**62
 

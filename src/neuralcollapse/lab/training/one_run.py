@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
-from neuralcollapse._ranks import number_of_ranks, sum_over_ranks
+from neuralcollapse._distributed import number_of_ranks, sum_over_ranks
 from neuralcollapse.heads import Head
 from neuralcollapse.lab.conditions import WITH_ATTRIBUTES
 from neuralcollapse.lab.config import RunConfig

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
+from neuralcollapse.catalogue import METRICS
 from neuralcollapse.lab.figures.curves import metric_label
 from neuralcollapse.lab.figures.page import Runs
 from neuralcollapse.lab.figures.projection import project, simplex_vertices
 from neuralcollapse.lab.figures.records import cosines
-from neuralcollapse.metrics.catalogue import METRICS
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -295,7 +295,7 @@ def _written(value: float | OfClasses | None) -> str:
     return names[value] if value in names else f"{value:g}".replace("-", "−")
 
 
-if __name__ == "__main__":  # python -m neuralcollapse.metrics.catalogue docs/metrics.md
+if __name__ == "__main__":  # python -m neuralcollapse.catalogue docs/metrics.md
     for name in sys.argv[1:]:
         path = Path(name)
         path.write_text(with_table(path.read_text()))

@@ -1,0 +1,363 @@
+"""Reference values of the library, recorded once and compared after every restructuring.
+
+``python tests/frozen.py record`` writes them to tests/fixtures/frozen.safetensors; ``python tests/frozen.py compare``
+prints, for each group, how many values are equal to the bit and the largest relative difference of the others.
+Names are ``group/case/value``. `test_frozen.py` holds the tolerances.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from helpers import generator, normal
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import neuralcollapse as nc
+from neuralcollapse import geometry, losses, metrics, ufm
+
+PATH = Path(__file__).parent / "fixtures" / "frozen.safetensors"
+PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64}
+Values = dict[str, Tensor]
+
+
+def stored_batches(
+    num_classes: int, feature_dim: int, dtype: torch.dtype, steps: int = 3
+) -> list[tuple[Tensor, Tensor]]:
+    """Batches of features around random class means; the first one lacks the last class."""
+    means = 2 * normal(num_classes, feature_dim, seed=1)
+    batches = []
+    for step in range(steps):
+        present = num_classes - 1 if step == 0 else num_classes
+        targets = torch.arange(4 * num_classes) % present
+        features = means[targets] + normal(len(targets), feature_dim, seed=10 + step)
+        batches.append((features.to(dtype), targets))
+    return batches
+
+
+# --- metrics --------------------------------------------------------------------------------------------------------
+
+
+def moment_sets() -> Iterator[tuple[str, nc.ClassMoments, Tensor, Tensor, Tensor]]:
+    """Ten sets of class moments, each with a weight, a bias and an out-of-distribution mean."""
+    for name, num_classes, feature_dim, counts in [
+        ("balanced", 5, 12, [20] * 5),
+        ("unbalanced", 5, 12, [50, 20, 10, 4, 2]),
+        ("two-classes", 2, 6, [15, 15]),
+        ("more-classes-than-dimensions", 12, 5, [8] * 12),
+        ("absent-class", 5, 12, [20, 0, 20, 20, 20]),
+        ("one-sample-per-class", 4, 8, [1] * 4),
+        ("equal-means", 3, 6, [10] * 3),
+        ("collapsed", 4, 8, [10] * 4),
+        ("far-from-zero", 4, 8, [10] * 4),
+        ("hundred-classes", 100, 64, [5] * 100),
+    ]:
+        means = 3 * normal(num_classes, feature_dim, seed=num_classes)
+        noise = 0.7
+        if name == "equal-means":
+            means = means[:1].expand_as(means)
+        if name == "collapsed":
+            means, noise = 5 * nc.random_simplex_etf(num_classes, feature_dim, generator=generator(3)).double(), 0.0
+        if name == "far-from-zero":
+            means = means + 1e4
+        targets = torch.arange(num_classes).repeat_interleave(torch.tensor(counts))
+        features = means[targets] + noise * normal(len(targets), feature_dim, seed=7)
+        moments = nc.ClassMoments(num_classes, feature_dim, class_scatter=True)
+        moments.update(features, targets)
+        weight = means - means.mean(0) + 0.1 * normal(num_classes, feature_dim, seed=8)
+        yield name, moments, weight, normal(num_classes, seed=9), normal(feature_dim, seed=10)
+
+
+def measured_moments() -> Values:
+    """Every metric of moments, with each centre."""
+    values: Values = {}
+    for name, moments, weight, bias, ood_mean in moment_sets():
+        code = geometry.code_from_gram(geometry.simplex_gram(len(weight)).double(), feature_dim=len(weight))
+        for center in ("samples", "classes"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found = nc.collapse_metrics(moments, weight, bias, center=center, ood_mean=ood_mean, code=code)
+            values |= {f"{name}-{center}/{metric}": torch.tensor(value) for metric, value in found.items()}
+        if name in ("balanced", "unbalanced", "more-classes-than-dimensions"):
+            found = nc.etf_distances(weight, moments.means) if len(weight) <= weight.shape[1] + 1 else {}
+            values |= {f"{name}/{metric}": torch.as_tensor(value) for metric, value in found.items()}
+    return values
+
+
+def measured_samples() -> Values:
+    """Every metric of single samples, by `measure` of a small network on stored data."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4)).double()
+    targets = torch.arange(120) % 4
+    inputs = 2 * normal(4, 6, seed=5)[targets] + normal(120, 6, seed=6)
+    loader = list(zip(inputs.split(40), targets.split(40), strict=True))
+    measurement = nc.measure(model, loader, ood_loader=[(normal(20, 6, seed=7), None)], layers=["0"], progress=False)
+    values = {f"network/{name}": torch.tensor(value) for name, value in measurement.metrics.items()}
+    values |= {f"layer/{name}": torch.tensor(value) for name, value in measurement.layers["0"].items()}
+    values["network/cos_margins"] = measurement.cos_margins
+    values["network/class_mismatch"] = measurement.ncc_mismatch
+    per_class = metrics.class_values(measurement.moments, measurement.weight, measurement.bias)
+    for name, value in vars(per_class).items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            values[f"per-class/{name}"] = value
+    return values
+
+
+# --- geometry -------------------------------------------------------------------------------------------------------
+
+
+def solved() -> Values:
+    """Nearest simplex ETFs and frames, polar factors and codes, with gradients."""
+    values: Values = {}
+    for precision, dtype in PRECISIONS.items():
+        for num_classes, feature_dim in [(2, 3), (5, 4), (10, 64), (40, 48)]:
+            case = f"{precision}-K{num_classes}-d{feature_dim}"
+            means = normal(num_classes, feature_dim, seed=21, dtype=dtype)
+            anchor = nc.random_simplex_etf(num_classes, feature_dim, generator=generator(22), dtype=dtype)
+            class_weights = normal(num_classes, seed=23, dtype=dtype).abs()
+            direction = normal(num_classes, feature_dim, seed=24, dtype=dtype)
+            for option, arguments in {
+                "plain": {},
+                "anchored": {"anchor": anchor, "proximal_weight": 0.5},
+                "weighted": {"class_weights": class_weights},
+                "products": {"method": "products"},
+            }.items():
+                values |= _with_gradient(
+                    f"etf-{case}-{option}",
+                    lambda h, arguments=arguments: nc.nearest_simplex_etf(h, **arguments),
+                    means,
+                    direction,
+                )
+            matrix = normal(num_classes, max(num_classes, feature_dim), seed=25, dtype=dtype)
+            values |= _with_gradient(f"polar-{case}", nc.polar_factor, matrix, torch.ones_like(matrix).cumsum(1))
+        attributes = torch.cartesian_prod(torch.arange(3), torch.arange(2))
+        gram = geometry.attribute_gram(attributes, torch.tensor([0.5, 0.3], dtype=dtype))
+        code = geometry.code_from_gram(gram, feature_dim=10)
+        means, direction = normal(6, 10, seed=26, dtype=dtype), normal(6, 10, seed=27, dtype=dtype)
+        values |= _with_gradient(f"frame-{precision}", lambda h: nc.nearest_frame(h, code), means, direction)
+        weights = torch.arange(1.0, 7.0, dtype=dtype)
+        values |= _with_gradient(
+            f"frame-{precision}-weighted", lambda h: nc.nearest_frame(h, code, class_weights=weights), means, direction
+        )
+        values[f"frame-{precision}/gram"] = gram
+        values[f"frame-{precision}/tree"] = geometry.tree_gram(torch.tensor([4, 4, 5, 5, 6, 6, -1]), 3.0, dtype=dtype)
+        values[f"frame-{precision}/embedding"] = geometry.embedding_gram(normal(5, 3, seed=28, dtype=dtype))
+        values[f"frame-{precision}/distance"] = geometry.distance_gram(gram.max() - gram, 2.0)
+        values[f"frame-{precision}/seli"] = _gram(geometry.seli_code(torch.tensor([8, 4, 2, 1]), dtype=dtype))
+    values["codes/softmax"] = _gram(nc.softmax_code(7, 3, generator=generator(29)))
+    return values
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """Gram matrix, which does not depend on an orientation."""
+    return rows @ rows.mT
+
+
+def _with_gradient(name: str, function: Callable[[Tensor], Tensor], inputs: Tensor, direction: Tensor) -> Values:
+    inputs = inputs.clone().requires_grad_()
+    output = function(inputs)
+    (gradient,) = torch.autograd.grad((output * direction).sum(), inputs)
+    return {f"{name}/value": output.detach(), f"{name}/gradient": gradient}
+
+
+# --- heads and losses -----------------------------------------------------------------------------------------------
+
+
+def heads(num_classes: int, feature_dim: int) -> dict[str, Callable[[], Any]]:
+    """Each head, in each of its configurations."""
+    sizes = (feature_dim, num_classes)
+    gram = geometry.tree_gram(torch.tensor([6, 6, 7, 7, 8, 8, 9, 9, 9, -1])[: num_classes + 4], 3.0)
+    code = geometry.code_from_gram(gram, feature_dim=feature_dim)
+    class_weights = torch.arange(1.0, num_classes + 1)
+    return {
+        "learned": lambda: nc.LearnedClassifier(*sizes),
+        "learned-unit": lambda: nc.LearnedClassifier(*sizes, feature_norm="auto", unit_weight=True),
+        "fixed": lambda: nc.FixedETFClassifier(*sizes),
+        "fixed-canonical": lambda: nc.FixedETFClassifier(*sizes, orientation="canonical", bias="learned"),
+        "fixed-frame": lambda: nc.FixedFrameClassifier(*sizes, code, bias="none"),
+        "nearest": lambda: nc.NearestETFClassifier(*sizes),
+        "nearest-published": lambda: nc.NearestETFClassifier(*sizes, momentum="published", bias="none"),
+        "nearest-weighted": lambda: nc.NearestETFClassifier(*sizes, class_weights=class_weights),
+        "nearest-detached": lambda: nc.NearestETFClassifier(*sizes, implicit_gradient=False, proximal_weight=0.0),
+        "nearest-products": lambda: nc.NearestETFClassifier(*sizes, method="products"),
+        "nearest-trust-region": lambda: nc.NearestETFClassifier(*sizes, solver="trust-region"),
+        "nearest-frame": lambda: nc.NearestFrameClassifier(*sizes, geometry=code),
+        "nearest-means": lambda: nc.NearestFrameClassifier(*sizes, geometry="means", rank=3),
+        "class-means": lambda: nc.ClassMeanClassifier(*sizes),
+        "class-means-current": lambda: nc.ClassMeanClassifier(*sizes, means="current", class_weights=class_weights),
+        "class-means-differentiable": lambda: nc.ClassMeanClassifier(*sizes, means="differentiable", bias="none"),
+    }
+
+
+def trained_heads() -> Values:
+    """Logits, gradients of the features and the weight of each head over three batches, then in evaluation mode."""
+    num_classes, feature_dim = 6, 16
+    values: Values = {}
+    for precision, dtype in PRECISIONS.items():
+        batches = stored_batches(num_classes, feature_dim, dtype)
+        with default_dtype(dtype):
+            made = heads(num_classes, feature_dim)
+            for name, make in made.items():
+                torch.manual_seed(0)
+                head = make()
+                case = f"{name}-{precision}"
+                for step, (features, targets) in enumerate(batches):
+                    features = features.clone().requires_grad_()
+                    logits = head(features, targets)
+                    torch.nn.functional.cross_entropy(logits, targets).backward()
+                    values[f"{case}/logits{step}"] = logits.detach()
+                    values[f"{case}/gradient{step}"] = features.grad
+                head.eval()
+                values[f"{case}/weight"] = head.weight.detach().clone()
+                values[f"{case}/evaluation"] = head(batches[0][0]).detach()
+    return values
+
+
+def computed_losses() -> Values:
+    """Each loss with its gradients of the features and of the weight."""
+    functions = {
+        "normface": lambda *arguments: losses.normface(*arguments, temperature=0.2),
+        "decoupled": losses.decoupled_cross_entropy,
+        "decoupled-margin": lambda *arguments: losses.decoupled_cross_entropy(*arguments, margin=0.5),
+        "ntce": losses.ntce,
+        "nonl": losses.nonl,
+        "nonl-bidirectional": lambda *arguments: losses.nonl(*arguments, bidirectional=True),
+        "two-way": losses.two_way,
+        "two-way-ignore": lambda *arguments: losses.two_way(*arguments, ignore_index=2),
+        "dot-regression": losses.dot_regression,
+    }
+    values: Values = {}
+    for precision, dtype in PRECISIONS.items():
+        features, targets = stored_batches(6, 16, dtype)[1]
+        for name, function in functions.items():
+            leaves = features.clone().requires_grad_(), normal(6, 16, seed=31, dtype=dtype).requires_grad_()
+            value = function(leaves[0], targets, leaves[1])
+            value.backward()
+            case = f"{name}-{precision}"
+            values |= {f"{case}/value": value.detach(), f"{case}/features": leaves[0].grad, f"{case}/weight": leaves[1].grad}
+    return values
+
+
+# --- unconstrained features model -----------------------------------------------------------------------------------
+
+
+def ufm_optima() -> Values:
+    """Closed-form optima, saddles and the ends of Hessian spectra."""
+    values: Values = {}
+    for loss in ("cross-entropy", "mse"):
+        for bias in (True, False):
+            optimum = ufm.global_optimum(4, 3, 0.01, 0.02, feature_dim=6, loss=loss, bias=bias)
+            case = f"{loss}-{'bias' if bias else 'none'}"
+            for name in ("loss", "weight_norm_squared", "feature_norm_squared", "margin", "bias_value"):
+                values[f"{case}/{name}"] = torch.tensor(getattr(optimum, name), dtype=torch.float64)
+            values[f"{case}/weight"] = optimum.weight
+    torch.manual_seed(0)
+    head = nc.LearnedClassifier(4, 3)
+    model = ufm.UnconstrainedFeatures(3, 2, 4, head, weight_decay=0.01, feature_decay=0.01, generator=generator(0))
+    values["model/curvature"] = torch.tensor(ufm.origin_curvature(3, 2, 0.01, 0.01), dtype=torch.float64)
+    extremes = ufm.hessian_extremes(model, count=2, method="dense")
+    values |= {"model/least": extremes.least, "model/greatest": extremes.greatest}
+    descent = ufm.minimize(model)
+    values["model/loss"] = torch.tensor(descent.objective, dtype=torch.float64)
+    return values
+
+
+# --- runs of the laboratory -----------------------------------------------------------------------------------------
+
+
+def runs() -> Values:
+    """Train and test metrics of two-epoch runs on the digits, for five methods."""
+    import pandas
+
+    from neuralcollapse.cli import main
+
+    values: Values = {}
+    with tempfile.TemporaryDirectory() as folder, one_thread():
+        for method in ("standard", "fixed", "implicit", "class-means", "linear"):
+            path = Path(folder) / method
+            arguments = ["train", "--dataset", "digits", "--method", method, "--epochs", "2", "--samples_per_class", "40"]
+            assert main([*arguments, "--device", "cpu", "--out", str(path)]) == 0
+            table = pandas.read_csv(next(path.rglob("metrics.csv")))
+            for column in table.columns:
+                if table[column].dtype.kind == "f" and "seconds" not in column:
+                    values[f"{method}/{column}"] = torch.tensor(table[column].to_numpy(), dtype=torch.float64)
+    return values
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+GROUPS: dict[str, Callable[[], Values]] = {
+    "moments": measured_moments,
+    "samples": measured_samples,
+    "geometry": solved,
+    "heads": trained_heads,
+    "losses": computed_losses,
+    "ufm": ufm_optima,
+    "runs": runs,
+}
+
+
+def compute(group: str) -> Values:
+    """Values of a group, by ``group/case/value``."""
+    with one_thread():
+        return {f"{group}/{name}": value.detach().contiguous().clone() for name, value in GROUPS[group]().items()}
+
+
+def difference(value: Tensor, reference: Tensor) -> float:
+    """Largest difference, relative to the largest magnitude of the reference; 0 only if equal to the bit."""
+    value, reference = value.double(), reference.double()
+    if value.shape != reference.shape or not torch.equal(value.isnan(), reference.isnan()):
+        return math.inf
+    value, reference = value.nan_to_num(0), reference.nan_to_num(0)
+    if not value.numel() or torch.equal(value, reference):
+        return 0.0
+    scale = float(reference.abs().max())
+    return float((value - reference).abs().max()) / max(scale, 1e-30)
+
+
+def main(command: str) -> None:
+    if command == "record":
+        save_file({name: value for group in GROUPS for name, value in compute(group).items()}, PATH)
+        return
+    stored = load_file(PATH)
+    for group in GROUPS:
+        computed = compute(group)
+        expected = {name for name in stored if name.startswith(f"{group}/")}
+        for name in sorted(expected ^ computed.keys()):
+            print(f"{'missing' if name in expected else 'new'}: {name}")
+        found = {name: difference(computed[name], stored[name]) for name in sorted(expected & computed.keys())}
+        other = {name: value for name, value in found.items() if value > 0}
+        print(f"{group}: {len(found) - len(other)} of {len(found)} equal to the bit; largest other difference", end=" ")
+        print(f"{max(other.values(), default=0.0):.2g}")
+        for name, value in sorted(other.items(), key=lambda item: -item[1])[:8]:
+            print(f"    {name} {value:.2g}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
