@@ -13,15 +13,16 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from helpers import generator, normal
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import neuralcollapse as nc
+from helpers import generator, normal
 from neuralcollapse import geometry, losses, metrics, ufm
 
 PATH = Path(__file__).parent / "fixtures" / "frozen.safetensors"
@@ -104,7 +105,7 @@ def measured_samples() -> Values:
     values |= {f"layer/{name}": torch.tensor(value) for name, value in measurement.layers["0"].items()}
     values["network/cos_margins"] = measurement.cos_margins
     values["network/class_mismatch"] = measurement.ncc_mismatch
-    per_class = metrics.class_values(measurement.moments, measurement.weight, measurement.bias)
+    per_class = metrics.class_values(measurement.moments, measurement.weight)
     for name, value in vars(per_class).items():
         if isinstance(value, Tensor) and value.is_floating_point():
             values[f"per-class/{name}"] = value
@@ -142,11 +143,11 @@ def solved() -> Values:
         gram = geometry.attribute_gram(attributes, torch.tensor([0.5, 0.3], dtype=dtype))
         code = geometry.code_from_gram(gram, feature_dim=10)
         means, direction = normal(6, 10, seed=26, dtype=dtype), normal(6, 10, seed=27, dtype=dtype)
-        values |= _with_gradient(f"frame-{precision}", lambda h: nc.nearest_frame(h, code), means, direction)
+        nearest = partial(nc.nearest_frame, code=code)
+        values |= _with_gradient(f"frame-{precision}", nearest, means, direction)
         weights = torch.arange(1.0, 7.0, dtype=dtype)
-        values |= _with_gradient(
-            f"frame-{precision}-weighted", lambda h: nc.nearest_frame(h, code, class_weights=weights), means, direction
-        )
+        nearest = partial(nc.nearest_frame, code=code, class_weights=weights)
+        values |= _with_gradient(f"frame-{precision}-weighted", nearest, means, direction)
         values[f"frame-{precision}/gram"] = gram
         values[f"frame-{precision}/tree"] = geometry.tree_gram(torch.tensor([4, 4, 5, 5, 6, 6, -1]), 3.0, dtype=dtype)
         values[f"frame-{precision}/embedding"] = geometry.embedding_gram(normal(5, 3, seed=28, dtype=dtype))
@@ -242,7 +243,11 @@ def computed_losses() -> Values:
             value = function(leaves[0], targets, leaves[1])
             value.backward()
             case = f"{name}-{precision}"
-            values |= {f"{case}/value": value.detach(), f"{case}/features": leaves[0].grad, f"{case}/weight": leaves[1].grad}
+            values |= {
+                f"{case}/value": value.detach(),
+                f"{case}/features": leaves[0].grad,
+                f"{case}/weight": leaves[1].grad,
+            }
     return values
 
 
@@ -277,18 +282,23 @@ def runs() -> Values:
     """Train and test metrics of two-epoch runs on the digits, for five methods."""
     import pandas
 
-    from neuralcollapse.cli import main
+    from neuralcollapse.lab import RunConfig, train_runs
 
     values: Values = {}
-    with tempfile.TemporaryDirectory() as folder, one_thread():
-        for method in ("standard", "fixed", "implicit", "class-means", "linear"):
-            path = Path(folder) / method
-            arguments = ["train", "--dataset", "digits", "--method", method, "--epochs", "2", "--samples_per_class", "40"]
-            assert main([*arguments, "--device", "cpu", "--out", str(path)]) == 0
-            table = pandas.read_csv(next(path.rglob("metrics.csv")))
-            for column in table.columns:
-                if table[column].dtype.kind == "f" and "seconds" not in column:
-                    values[f"{method}/{column}"] = torch.tensor(table[column].to_numpy(), dtype=torch.float64)
+    small = {"backbone": "mlp", "width": 24, "depth": 1, "train_samples": 200, "test_samples": 60, "batch_size": 50}
+    with tempfile.TemporaryDirectory() as folder:
+        configs = [
+            RunConfig(method=method, epochs=2, device="cpu", **small)
+            for method in ("linear", "standard", "fixed", "implicit", "means")
+        ]
+        train_runs(configs, Path(folder) / "runs")
+        for path in sorted(Path(folder).rglob("metrics.csv")):
+            table = pandas.read_csv(path)
+            for keys, rows in table.groupby([name for name in table.columns if table[name].dtype.kind not in "fi"]):
+                case = "-".join([path.parent.name, *map(str, keys)])
+                for column in rows.columns:
+                    if rows[column].dtype.kind == "f" and "seconds" not in column:
+                        values[f"{case}/{column}"] = torch.tensor(rows[column].to_numpy(), dtype=torch.float64)
     return values
 
 

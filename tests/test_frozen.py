@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import frozen
 import pytest
 import torch
 from safetensors.torch import load_file
+
+import frozen
 
 # Sums may be reordered: relative to the largest magnitude of each value.
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5}
