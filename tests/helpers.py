@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -22,6 +25,16 @@ def simplex_gram(num_classes: int) -> Tensor:
     """The Gram matrix of a unit simplex ETF, from its definition."""
     gram = torch.full((num_classes, num_classes), -1 / (num_classes - 1), dtype=torch.float64)
     return gram.fill_diagonal_(1)
+
+
+def slow_except(values: Iterable[Any], default: Container[Any]) -> list[Any]:
+    """Parameters of a test of which only those in ``default`` run without ``-m slow``."""
+    return [
+        value
+        if value in default
+        else pytest.param(*(value if isinstance(value, tuple) else [value]), marks=pytest.mark.slow)
+        for value in values
+    ]
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -219,6 +219,7 @@ def test_on_labels_that_are_noise_every_method_is_at_chance(noise_folder, tmp_pa
 
 
 @pytest.mark.usefixtures("without_figures")
+@pytest.mark.slow
 def test_resnet18_on_mnist(real_data, tmp_path):
     out = tmp_path / "out"
     flags = f"--data {real_data / 'mnist'} --backbone resnet18 --width 16 --train_samples 300 --test_samples 100"

@@ -168,6 +168,7 @@ def test_a_comparison_of_runs_that_all_diverge_is_an_error(tmp_path, capsys):
         assert f"{name}: lr must be smaller: training diverged in epoch 1, step " in line
 
 
+@pytest.mark.slow
 def test_runs_in_processes_diverge_alone_as_well(tmp_path):
     runs = [RunConfig(**RUN, epochs=1, method="linear", seed=seed, lr=lr) for seed, lr in ((0, 1e30), (1, 0.01))]
     with pytest.raises(Diverged, match="training diverged in epoch 1"):

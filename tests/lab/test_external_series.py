@@ -79,13 +79,20 @@ def test_the_commands_on_run_folders_read_a_series(place, capsys):
     assert main(["distance", "series"]) == 0
     assert main(["report", "series", "--out", "page.html"]) == 0
     assert "external.Net" in Path("page.html").read_text()
-    for figure in ("zhu", "papyan", "markou", "margins", "classes", "features", "overview"):
+    for figure in ("zhu", "classes"):
         assert main(["plot", "series", "--figure", figure, "--out", "figures"]) == 0
     assert main(["aggregate", "series", "--out", "all.csv", "--reach", "nc1_quotient=1e9"]) == 0
     table = pd.read_csv("all.csv")
     assert set(table["epoch"]) == {1, 2}
     assert set(table["seeds"]) <= {0, 1}  # of a value that is not defined, none
     assert pd.read_csv("all-reach.csv")["epoch"].tolist() == [1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("figure", ["papyan", "markou", "margins", "features", "overview"])
+def test_a_figure_of_a_series_is_drawn(figure, place):
+    assert measured("--checkpoint=a.pt", "--checkpoint=b.pt", "--out", "series") == 0
+    assert main(["plot", "series", "--figure", figure, "--out", "figures"]) == 0
 
 
 def test_series_of_several_seeds_are_one_group(place, capsys):

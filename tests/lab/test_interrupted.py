@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch import nn
 
+from helpers import slow_except
 from neuralcollapse.cli import main
 from neuralcollapse.lab import RunFolder
 from neuralcollapse.lab.commands import plot
@@ -240,7 +241,10 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], t
     return of
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW_CASES = ("figures", "overwriting", "extending a comparison")
+
+
+@pytest.mark.parametrize("name", slow_except(CASES, set(CASES) - set(SLOW_CASES)))
 def test_a_command_that_is_stopped_is_given_again_to_the_same_end(name, uninterrupted, tmp_path):
     base, expected, changes = uninterrupted(name)
     assert all(f in expected for f in CASES[name].files)

@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from helpers import error_of
+from helpers import error_of, slow_except
 from neuralcollapse import measure, random_simplex_etf
 from neuralcollapse.cli import main
 from neuralcollapse.lab import RunConfig, RunFolder, train_runs
@@ -45,7 +45,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("name", slow_except(FIGURES, set(FIGURES) - {"markou", "overview"}))
 def test_each_figure_is_drawn_from_the_folders(name, trained, tmp_path, capsys):
     out = tmp_path / "figures"
     assert main(["plot", str(trained), "--figure", name, "--out", str(out), "--format", "png,svg"]) == 0
@@ -174,6 +174,7 @@ def words_of(svg: Path) -> list[str]:
     return [unescape(text) for text in re.findall(r"<text[^>]*>([^<]*)</text>", svg.read_text())]
 
 
+@pytest.mark.slow
 def test_titles_name_what_is_common_and_legends_what_differs(tmp_path):
     kinds = list(itertools.product(("mlp", "convnet"), ("sgd", "adam", "lbfgs"), ("fixed", "linear")))
     settings = {"loss": "mse", "seed": 3}

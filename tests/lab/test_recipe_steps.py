@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
+from helpers import slow_except
 from neuralcollapse.lab.config import RunConfig
 from neuralcollapse.lab.data.loading import load_data
 from neuralcollapse.lab.recipes import load_recipe, recipe_names
@@ -51,7 +52,9 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-@pytest.mark.parametrize("name", representatives())
+@pytest.mark.parametrize(
+    "name", slow_except(representatives(), [name for name in representatives() if "resnet50" not in name])
+)
 def test_a_recipe_takes_two_steps(name, request, tmp_path):
     settings = recipe(name)
     if settings["data"] in STAND_INS:

@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from browser import chromium, errors, needs_browser, requested
-from helpers import error_of
+from helpers import error_of, slow_except
 from neuralcollapse.catalogue import METRICS
 from neuralcollapse.cli import main
 from neuralcollapse.lab import RunConfig, RunFolder, train_runs
@@ -294,7 +294,7 @@ def until(browser: Any, script: str) -> None:
 
 
 @needs_browser
-@pytest.mark.parametrize("name", ["digits", "hundred"])
+@pytest.mark.parametrize("name", slow_except(["digits", "hundred"], ["digits"]))
 def test_the_page_in_a_browser(name, request, browser):
     """No host is asked, nothing goes wrong, and the slider moves the points, on a plane and in space."""
     from selenium.webdriver.common.keys import Keys

@@ -59,7 +59,10 @@ def test_a_run_writes_its_folder_and_says_so(tmp_path, capsys):
         [],
         ["--optimizer=adam", "--schedule=one-cycle", "--stratified", "--crop_padding=1"],
         ["--optimizer=lbfgs", "--method=fixed", "--lbfgs_iterations=4"],
-        ["--optimizer=agd", "--gain=1", "--no-batch_norm_affine", "--memory_budget=0", "--workers=1"],
+        pytest.param(
+            ["--optimizer=agd", "--gain=1", "--no-batch_norm_affine", "--memory_budget=0", "--workers=1"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_run_goes_on_where_it_stopped_and_runs_again_from_its_config(settings, tmp_path):

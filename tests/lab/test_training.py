@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from helpers import generator, normal, simplex_gram
+from helpers import generator, normal, simplex_gram, slow_except
 from neuralcollapse import measure, nearest_simplex_etf
 from neuralcollapse.lab import train_runs
 from neuralcollapse.lab.conditions import WITH_ATTRIBUTES
@@ -333,7 +333,7 @@ def attributes_for(method):
     return {"class_attributes": "digits"} if method in WITH_ATTRIBUTES else {}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_except(METHODS, ["standard", "implicit", "attribute-frame", "means"]))
 def test_every_method_trains_with_every_optimiser(method, tmp_path):
     data = load_data(DataSettings(train_samples=200, test_samples=60))
     for optimizer, rate in (("sgd", 0.05), ("adamw", 3e-3)):

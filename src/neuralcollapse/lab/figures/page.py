@@ -284,10 +284,10 @@ def save_figures(figures: dict[str, Figure], out: Path, formats: Sequence[str]) 
 
 
 def thin_ticks(figure: Figure) -> None:
-    """Hide tick labels that would overlap the one before them."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    renderer = canvas.get_renderer()
+    """Lay the figure out, once for all formats, and hide tick labels that would overlap the one before them."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
             before: Any = None
