@@ -32,7 +32,6 @@ if TYPE_CHECKING:
         NearestFrameClassifier,
         attach_head,
         collapse_radius,
-        project_after_step,
     )
     from neuralcollapse.metrics import (
         ClassMoments,
@@ -70,7 +69,6 @@ __all__ = [
     "nearest_frame",
     "nearest_simplex_etf",
     "polar_factor",
-    "project_after_step",
     "random_simplex_etf",
     "seli_code",
     "simplex_basis",
@@ -110,7 +108,6 @@ _PLACES = {
         "NearestFrameClassifier",
         "attach_head",
         "collapse_radius",
-        "project_after_step",
     ),
     "metrics": ("ClassMoments", "Measurement", "NeuralCollapse", "collapse_metrics", "etf_distances", "measure"),
 }

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -264,6 +263,7 @@ def test_structures_of_torchvision_and_timm(place, make):
     assert find_classifier(model, images)[0] == place
     attached = attach_head(model, NearestETFClassifier(12, 3))
     assert f"classifier={place!r}, 5 classes before, 3 now" in repr(attached)
+    assert (attached.replaced_num_classes, attached.num_classes) == (5, 3)
     cross_entropy(attached(images, targets=targets), targets).backward()
     assert model.stem.weight.grad.abs().sum() > 0
     expected = attached.eval()(images)
@@ -334,42 +334,6 @@ def test_targets_and_labels_are_one_thing():
         model(INPUTS, targets=TARGETS, labels=TARGETS)
     with pytest.raises(ValueError, match="labels must be integer class indices"):
         model(INPUTS, labels=TARGETS.float())
-
-
-def steps(model, optimizer, head_optimizer=None, number=4, accumulate=1):
-    """Warnings of a training of a few steps."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for step in range(number * accumulate):
-            cross_entropy(model(INPUTS, targets=TARGETS), TARGETS).backward()
-            if (step + 1) % accumulate == 0:
-                for one in filter(None, (optimizer, head_optimizer)):
-                    one.step()
-                    one.zero_grad()
-    return [str(warning.message) for warning in caught]
-
-
-@pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
-def test_an_optimiser_made_before_the_head_is_warned_of_once(kind, accumulate):
-    model = Net()
-    optimizer = kind(model.parameters(), lr=0.1)
-    attached = attach_head(model, LearnedClassifier(12, 5))
-    (message,) = steps(attached, optimizer, accumulate=accumulate)
-    assert "'weight', 'bias' of LearnedClassifier are not among the parameters that it was given" in message
-
-
-def test_an_optimiser_that_has_the_head_or_need_not_is_not_warned_of():
-    model = attach_head(Net(), LearnedClassifier(12, 5))
-    assert not steps(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    model = attach_head(Net(), LearnedClassifier(12, 5))
-    optimizers = (torch.optim.SGD(part.parameters(), lr=0.1) for part in (model.model, model.head))
-    assert not steps(model, *optimizers)
-    model = Net()
-    before = torch.optim.SGD(model.parameters(), lr=0.1)
-    assert not steps(attach_head(model, NearestETFClassifier(12, 5)), before)  # nothing in it is stepped
-    model = attach_head(Net(), LearnedClassifier(12, 5))
-    assert not steps(model, torch.optim.SGD(model.head.parameters(), lr=0.1))  # a linear probe
 
 
 @pytest.mark.parametrize("kind", [NearestETFClassifier, ClassMeanClassifier, LearnedClassifier])

@@ -23,7 +23,6 @@ from neuralcollapse import (
     NearestFrameClassifier,
     attach_head,
     collapse_radius,
-    project_after_step,
     random_simplex_etf,
     simplex_etf,
 )
@@ -167,7 +166,6 @@ def test_standard_method_equals_the_explicit_loop():
     weight, bias = head.weight.detach().clone(), head.bias.detach().clone()
     momenta = [torch.zeros_like(weight), torch.zeros_like(bias)]
     optimizer = torch.optim.SGD(head.parameters(), lr=0.5, momentum=0.9, weight_decay=0.01)
-    project_after_step(optimizer, head)
     for step in range(10):
         features, targets = normal(16, 12, seed=step), torch.arange(16) % 5
         optimizer.zero_grad()
@@ -186,10 +184,9 @@ def test_standard_method_equals_the_explicit_loop():
         assert torch.allclose(head.bias, bias, atol=1e-12)
 
 
-def test_projection_ends_with_its_handle_and_does_not_keep_the_head():
+def test_projection_keeps_zero_rows_and_does_not_keep_a_deleted_head_alive():
     head = LearnedClassifier(12, 5, unit_weight=True)
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    handle = project_after_step(optimizer, head)
+    optimizer = torch.optim.SGD(head.parameters(), lr=1.0)
     with torch.no_grad():
         head.weight.mul_(2)
         head.weight[0] = 0
@@ -200,13 +197,6 @@ def test_projection_ends_with_its_handle_and_does_not_keep_the_head():
     gc.collect()
     assert reference() is None
     optimizer.step()
-    handle.remove()
-
-
-def test_projection_needs_unit_weights():
-    head = LearnedClassifier(12, 5)
-    with pytest.raises(ValueError, match="unit_weight=True"):
-        project_after_step(torch.optim.SGD(head.parameters(), lr=1.0), head)
 
 
 def test_fixed_weight_is_what_was_asked_for():

@@ -231,7 +231,7 @@ def test_a_head_without_norm_is_read_again_by_from_pretrained(tmp_path, head, nu
     for _ in range(3):
         model(pixel_values=IMAGES, labels=LABELS).loss.backward()
     logits = model.eval()(IMAGES)
-    with pytest.raises(ValueError, match=r"save_pretrained\(\) would lose the classifier"):
+    with pytest.raises(ValueError, match=r"model.to_inference\(\).save_pretrained\(folder\)"):
         model.save_pretrained(tmp_path)
     assert not any(tmp_path.iterdir())
     model.to_inference().save_pretrained(tmp_path)
@@ -243,19 +243,22 @@ def test_a_head_without_norm_is_read_again_by_from_pretrained(tmp_path, head, nu
 
 
 @pytest.mark.parametrize("kind", [FixedETFClassifier, NearestETFClassifier])
-def test_what_does_not_fit_into_the_architecture_is_not_saved_as_it(tmp_path, kind):
-    model = attach_head(vit(), kind(16, 5), output="logits")
+def test_saving_an_attached_head_is_refused_and_the_users_model_is_not_patched(tmp_path, kind):
+    inner = vit()
+    model = attach_head(inner, kind(16, 5), output="logits")
     model(IMAGES, targets=LABELS)
-    for saved in (model.model, copy.deepcopy(model).model, model.to_inference()):
+    for save in (model.save_pretrained, copy.deepcopy(model).save_pretrained, model.push_to_hub):
         with pytest.raises(
-            ValueError, match="'classifier' of ViTForImageClassification must be an nn.Linear with bias"
+            ValueError, match=rf"random classifier in place of the {kind.__name__}: call model.to_infer"
         ):
-            saved.save_pretrained(tmp_path)
+            save(tmp_path)
     assert not any(tmp_path.iterdir())
-    saved.classifier = nn.Linear(16, 5)  # somebody's own, again
-    saved.save_pretrained(tmp_path)
+    assert "save_pretrained" not in vars(inner)
+    assert model.to_inference() is inner
+    inner.classifier = nn.Linear(16, 5)
+    inner.save_pretrained(tmp_path)
     assert transformers.ViTForImageClassification.from_pretrained(tmp_path).classifier.weight.equal(
-        saved.classifier.weight
+        inner.classifier.weight
     )
 
 

@@ -30,8 +30,8 @@ LEARNING = {
     "differentiable means": lambda **options: ClassMeanClassifier(12, 5, means="differentiable", **options),
 }
 OTHERS = {
-    "learned": lambda **options: LearnedClassifier(12, 5, **options),
-    "unit rows": lambda **options: LearnedClassifier(12, 5, unit_weight=True, **options),
+    "learned": lambda ignore_index=None: LearnedClassifier(12, 5),  # it uses no targets, so it ignores none
+    "unit rows": lambda ignore_index=None: LearnedClassifier(12, 5, unit_weight=True),
     "fixed": lambda **options: FixedETFClassifier(12, 5, **options),
     "fixed, learned bias": lambda **options: FixedETFClassifier(12, 5, bias="learned", **options),
 }

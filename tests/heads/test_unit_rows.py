@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, linear
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from helpers import normal
-from neuralcollapse import LearnedClassifier, attach_head, project_after_step
+from neuralcollapse import LearnedClassifier, attach_head
 
 ONES = torch.ones(5, dtype=torch.float64)
 
@@ -131,7 +131,6 @@ def test_the_trajectory_is_that_of_projecting_after_each_step(make, step_of):
 def test_a_copy_of_head_and_optimiser_goes_on_alike():
     head = LearnedClassifier(12, 5, unit_weight=True).double()
     optimizer = torch.optim.SGD(head.parameters(), **SGD)
-    project_after_step(optimizer, head)
     pairs = [(head, optimizer)]
     for step in range(3):
         plainly(optimizer, lambda step: cross_entropy(head(batch(step)[0]), batch(step)[1]), step)

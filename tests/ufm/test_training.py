@@ -11,7 +11,6 @@ from neuralcollapse.heads import (
     FixedETFClassifier,
     LearnedClassifier,
     NearestETFClassifier,
-    project_after_step,
 )
 from neuralcollapse.metrics import ClassMoments, collapse_metrics
 from neuralcollapse.ufm import UnconstrainedFeatures, global_optimum, measure_free_features, train_free_features
@@ -28,8 +27,6 @@ def test_every_method_trains_free_features_to_collapse(method):
     torch.manual_seed(0)
     model = UnconstrainedFeatures(4, 5, 8, HEADS[method](), generator=generator())
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
-    if method == "standard":
-        project_after_step(optimizer, model.head)
     seen = list(train_free_features(model, optimizer, 400, {0, 3, 400}))
     assert len(seen) == 401
     measured = [snapshot for snapshot in seen if snapshot is not None]

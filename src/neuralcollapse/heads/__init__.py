@@ -4,7 +4,7 @@ from neuralcollapse.heads.attach import AttachedHead, attach_head
 from neuralcollapse.heads.class_means import ClassMeans
 from neuralcollapse.heads.fixed import FixedETFClassifier, FixedFrameClassifier
 from neuralcollapse.heads.head import FeatureNorm, Head, collapse_radius
-from neuralcollapse.heads.learned import LearnedClassifier, project_after_step
+from neuralcollapse.heads.learned import LearnedClassifier
 from neuralcollapse.heads.means import ClassMeanClassifier
 from neuralcollapse.heads.nearest import NearestETFClassifier, NearestFrameClassifier
 
@@ -21,5 +21,4 @@ __all__ = [
     "NearestFrameClassifier",
     "attach_head",
     "collapse_radius",
-    "project_after_step",
 ]

@@ -1,10 +1,10 @@
-"""Put a head on any model."""
+"""Attaching a head to any model in place of its classifier."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -13,44 +13,41 @@ from neuralcollapse._checks import check_integers, check_module
 from neuralcollapse._running import evaluation_mode, unchanged_on_error, uncompiled
 from neuralcollapse.classifier import resolve_classifier
 from neuralcollapse.heads.head import Head, LearnsFromTargets
-from neuralcollapse.heads.pretrained import (
-    SavingGuard,
-    ShowsModelArguments,
+from neuralcollapse.heads.huggingface import (
+    SAVING_REFUSED,
+    WithModelSignature,
     labels_loss,
     set_number_of_classes,
     with_logits,
 )
-from neuralcollapse.heads.step_watch import StepWatch
 
 Output = str | int | Callable[[Any], Tensor]
 logger = logging.getLogger(__name__)
 
-# What a Trainer of Hugging Face, or who saves, asks a model for; an attached model answers with its model's.
-_OF_THE_MODEL = (
+# Attributes that `transformers.Trainer` looks up; an attached model returns those of the model inside it.
+_MODEL_ATTRIBUTES = (
     "config",
     "activation_checkpointing_enable",
     "gradient_checkpointing_enable",
     "gradient_checkpointing_disable",
-    "save_pretrained",
-    "push_to_hub",
 )
 
 
-class _Place(nn.Identity):
-    """Stands in the classifier's place. While a call is checked, it notes what passes."""
+class _Placeholder(nn.Identity):
+    """The identity in place of the classifier. While a call is verified, it records the features that pass through."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.passed: list[tuple[Tensor, Tensor, int | None]] | None = None
+        self.recorded: list[tuple[Tensor, Tensor, int | None]] | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the features; while a call is checked, as a view of them, by which they are known again."""
-        if self.passed is None:
+        """Return the features; while a call is verified, a view of them that can be recognised in the output."""
+        if self.recorded is None:
             return input
         # Autograd forbids in-place changes of one of several views, also while torch.compile traces.
         view = input.unsqueeze(0).unbind(0)[0]
-        counts = not (torch.compiler.is_compiling() or view.is_inference())
-        self.passed.append((input, view, view._version if counts else None))
+        has_version = not (torch.compiler.is_compiling() or view.is_inference())
+        self.recorded.append((input, view, view._version if has_version else None))
         return view
 
 
@@ -58,44 +55,51 @@ class AttachedHead(nn.Module):
     """A model whose classifier is replaced by a head; made by `attach_head`.
 
     Attributes:
-        num_classes: How many classes the replaced classifier had, and how many the head has (None if it does not say).
+        num_classes: Number of classes of the head; None if it has no weight (K, d).
+        replaced_num_classes: Number of classes of the classifier that was replaced.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        head: nn.Module,
-        name: str,
-        output: Output | None,
-        classifier: nn.Module,
-        num_classes: int,
+        self, model: nn.Module, head: nn.Module, name: str, output: Output | None, classifier: nn.Module
     ) -> None:
         super().__init__()
         self.model = model
         self.head = head
-        self.num_classes = (num_classes, _num_classes(head))
+        with evaluation_mode(classifier):  # reading a parametrised weight in training mode may change it
+            self.replaced_num_classes = len(classifier.weight)  # type: ignore[arg-type]
+        weight = getattr(head, "weight", None)
+        self.num_classes = len(weight) if isinstance(weight, Tensor) and weight.ndim == 2 else None
         self._name = name
         self._output = output
         self._had_bias = classifier.bias is not None
-        self._guard = SavingGuard(model, name, classifier)
-        self._replaced: tuple[nn.Module, ...] = (classifier,)  # until the first call; a tuple hides it from nn.Module
-        self._spent = ""
-        self._watch = StepWatch()
+        # The classifier, until the first call has been verified; a tuple hides it from nn.Module.
+        self._replaced: tuple[nn.Module, ...] = (classifier,)
+        self._unusable = ""  # why it can no longer be called
 
     def __getattr__(self, name: str) -> Any:
-        if name in _OF_THE_MODEL and "model" in self.__dict__.get("_modules", {}):
+        if name in _MODEL_ATTRIBUTES and "model" in self.__dict__.get("_modules", {}):
             return getattr(self.model, name)
         return super().__getattr__(name)
 
     def extra_repr(self) -> str:
-        before, now = self.num_classes
-        return f"classifier={self._name!r}, {before} classes before" + ("" if now is None else f", {now} now")
+        now = "" if self.num_classes is None else f", {self.num_classes} now"
+        return f"classifier={self._name!r}, {self.replaced_num_classes} classes before{now}"
 
     def get_classifier(self) -> nn.Module:
         """Return the head."""
         return self.head
 
-    @ShowsModelArguments
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raise, because ``from_pretrained`` would start with a random classifier.
+
+        Raises:
+            ValueError: always; the message says how to save the model.
+        """
+        raise ValueError(SAVING_REFUSED.format(head=type(self.head).__name__))
+
+    push_to_hub = save_pretrained
+
+    @WithModelSignature
     def forward(
         self,
         *args: Any,
@@ -104,28 +108,28 @@ class AttachedHead(nn.Module):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Logits of the model's arguments; a head that learns from targets is given them in training.
+        """Return the logits for the model's arguments, passing the targets to a head that learns from them.
 
         Args:
-            *args: The model's.
+            *args: Positional arguments of the model.
             targets: (...) integer classes.
-            labels: The same, where the loss is wanted too, as Hugging Face's models take them. They go to the head,
-                not to the model.
-            num_items_in_batch: What a summed loss is divided by, as ``transformers.Trainer`` says.
-            **kwargs: The model's.
+            labels: The same, in place of targets, if the loss is wanted too, as in Hugging Face models. They are
+                passed to the head, not to the model.
+            num_items_in_batch: Divisor of a summed loss, as given by ``transformers.Trainer``.
+            **kwargs: Keyword arguments of the model.
 
         Returns:
-            Logits (..., K). With labels, what the model returned with these logits and, as ``loss``, their
-            cross-entropy; a dictionary of the two if the model returns no mapping. With ``num_items_in_batch`` alone
-            (a Trainer that computes the loss itself), the same without ``loss``.
+            Logits (..., K). With labels, the model's output with these logits and, as ``loss``, their cross-entropy; a
+            dictionary of the two if the model's output is not a mapping. With ``num_items_in_batch`` alone (a Trainer
+            that computes the loss itself), the same without ``loss``.
 
         Raises:
             ValueError: if targets or labels are not integers, or both are given; at the first call, also under
-                ``torch.compile``, if the model does something after its classifier, or ``output`` is not there. The
-                model then has its classifier back, and its buffers and torch's random state are as before.
+                ``torch.compile``, if the classifier's output is not the model's output, or ``output`` does not exist.
+                The model then has its classifier back, and its buffers and torch's random state are unchanged.
         """
-        if self._spent:
-            raise ValueError(self._spent)
+        if self._unusable:
+            raise ValueError(self._unusable)
         if targets is not None and labels is not None:
             raise ValueError("targets and labels must not both be given")
         if targets is not None:
@@ -143,6 +147,7 @@ class AttachedHead(nn.Module):
         return logits if num_items_in_batch is None else with_logits(returned, logits, self._output)
 
     def _check_targets_from_trainer(self, features: Tensor) -> None:
+        """Raise if the head needs targets that the Trainer does not pass on."""
         if not isinstance(self.head, LearnsFromTargets):
             return
         try:
@@ -150,22 +155,22 @@ class AttachedHead(nn.Module):
         except ValueError as error:
             raise ValueError(
                 f"{type(self.head).__name__} learns from targets, but with label_smoothing_factor or compute_loss_func "
-                "transformers.Trainer keeps the labels to itself: add the labels to the dataset a second time, as "
-                "`targets`"
+                "transformers.Trainer does not pass the labels to the model: add the labels to the dataset a second "
+                "time, as `targets`"
             ) from error
 
     def to_inference(self, **kwargs: Any) -> nn.Module:
-        """The model itself (changed), with the head's ``to_inference(**kwargs)`` in its classifier's place.
+        """Return the model itself (changed), with the head's ``to_inference(**kwargs)`` as its classifier.
 
-        The attached model is spent by it: a further call raises, since the model now decides by itself. Where a bare
-        ``nn.Linear`` takes the place of one with a bias, it has a bias (of 0 if the head has none), so that it fits
-        into the model's class; a Hugging Face configuration is told the number of classes.
+        The attached model can no longer be called. An ``nn.Linear`` that replaces one with a bias has a bias (0 if the
+        head has none), so that it fits the model's class. In a Hugging Face model, the configuration is set to the
+        head's number of classes.
 
         Raises:
-            ValueError: A head without ``to_inference``, or a second call.
+            ValueError: if the head has no ``to_inference``, or this is the second call.
         """
-        if self._spent:
-            raise ValueError(self._spent)
+        if self._unusable:
+            raise ValueError(self._unusable)
         if not isinstance(self.head, Head):
             raise ValueError(f"head must have to_inference(), got {type(self.head).__name__}")
         plain = self.head.to_inference(**kwargs).train(self.training)
@@ -175,42 +180,55 @@ class AttachedHead(nn.Module):
             plain.bias = nn.Parameter(plain.weight.new_zeros(plain.out_features))
         self.model.set_submodule(self._name, plain)
         set_number_of_classes(self.model, self._name, self.head.num_classes)
-        self._spent = (
-            "to_inference() has put a plain classifier into the attached model, which is spent: "
-            "call the model that it returned, or attach a head to that"
+        self._unusable = (
+            "to_inference() has put a plain classifier into the model, and the attached model can no longer be called: "
+            "call the model that it returned, or attach a head to that model"
         )
         return self.model
 
     def _run(self, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
-        """Return what the model returned, and the features in it."""
+        """Return the model's output and the features in it."""
         if torch.compiler.is_compiling():
             if not self._replaced or _in_one_graph():
                 return self._run_traced(*args, **kwargs)
-            return torch.compiler.disable(self._run_first)(*args, **kwargs)
-        if self.training and torch.is_grad_enabled():
-            self._watch.look(self.model, self.head)
-        if not self._replaced:
-            returned = self.model(*args, **kwargs)
-            return returned, self._select(returned)
-        return self._run_first(*args, **kwargs)
+            return torch.compiler.disable(self._run_and_verify)(*args, **kwargs)
+        if self._replaced:
+            return self._run_and_verify(*args, **kwargs)
+        returned = self.model(*args, **kwargs)
+        return returned, self._select(returned)
 
-    def _run_first(self, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
-        """Run the first call, and check that what the model returns is what passed its classifier's place."""
-        place: Any = self.model.get_submodule(self._name)
-        place.passed = []
+    def _run_and_verify(self, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
+        """Run the first call, and verify that the model's output is what passed through the placeholder."""
+        placeholder: Any = self.model.get_submodule(self._name)
+        placeholder.recorded = []
         try:
             with unchanged_on_error(self.model):
                 returned = self._run_without_classifier(*args, **kwargs)
-                features = self._known_again(place.passed, returned)
+                features = self._verified_features(placeholder.recorded, returned)
         except _WrongArguments as error:
-            raise error.reason from None  # the model fails on them with its classifier, too
+            raise error.reason from None  # the model with its own classifier fails on them as well
         except Exception as error:
-            self._give_back(str(error))
+            self._restore_classifier(str(error))
             raise
         finally:
-            place.passed = None
+            placeholder.recorded = None
         self._replaced = ()
         return returned, features
+
+    def _run_traced(self, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
+        """Run in a graph that is traced whole, where the verification of the first call is part of tracing."""
+        if not self._replaced:
+            returned = self.model(*args, **kwargs)
+            return returned, self._select(returned)
+        placeholder: Any = self.model.get_submodule(self._name)
+        placeholder.recorded = []
+        returned = self.model(*args, **kwargs)
+        recorded, placeholder.recorded = placeholder.recorded, None
+        features = self._select(returned)
+        if len(recorded) != 1 or features is not recorded[0][1]:
+            self._restore_classifier("something comes after it")
+            raise ValueError(self._not_last())
+        return returned, recorded[0][0]
 
     def _run_without_classifier(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -225,10 +243,10 @@ class AttachedHead(nn.Module):
             ) from error
 
     def _fails_with_classifier(self, *args: Any, **kwargs: Any) -> bool:
-        """Return whether the model fails on these arguments also with its own classifier; leave no trace of it."""
+        """Return whether the model with its own classifier fails on these arguments too, without side effects."""
         if not self._name:
             return False
-        place = self.model.get_submodule(self._name)
+        placeholder = self.model.get_submodule(self._name)
         self.model.set_submodule(self._name, self._replaced[0])
         try:
             with torch.no_grad(), unchanged_on_error(self.model), uncompiled():
@@ -239,62 +257,46 @@ class AttachedHead(nn.Module):
         except Exception:
             return True
         finally:
-            self.model.set_submodule(self._name, place)
+            self.model.set_submodule(self._name, placeholder)
 
-    def _run_traced(self, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
-        """Run in a graph that is traced whole: the first call's check is part of tracing."""
-        if not self._replaced:
-            returned = self.model(*args, **kwargs)
-            return returned, self._select(returned)
-        place: Any = self.model.get_submodule(self._name)
-        place.passed = []
-        returned = self.model(*args, **kwargs)
-        passed, place.passed = place.passed, None
-        features = self._select(returned)
-        if len(passed) != 1 or features is not passed[0][1]:
-            self._give_back("something comes after it")
-            raise ValueError(self._follows())
-        return returned, passed[0][0]
-
-    def _known_again(self, passed: list[tuple[Tensor, Tensor, int | None]], returned: Any) -> Tensor:
-        """Return the features in what the model returned, if they are what passed its classifier's place."""
-        if not passed:
+    def _verified_features(self, recorded: list[tuple[Tensor, Tensor, int | None]], returned: Any) -> Tensor:
+        """Return the features, if the model's output is the tensor that passed through the placeholder."""
+        if not recorded:
             raise ValueError(f"classifier {self._name!r} must be called by the model's forward; it was not")
         selected = self._select(returned)
-        if len(passed) > 1:
+        if len(recorded) > 1:
             raise ValueError(
                 f"classifier {self._name!r} must be called once by the model's forward, but was called "
-                f"{len(passed)} times"
+                f"{len(recorded)} times"
             )
-        features, view, version = passed[0]
+        features, view, version = recorded[0]
         if selected is not view or (version is not None and view._version != version):
-            raise ValueError(self._follows())
+            raise ValueError(self._not_last())
         return features
 
-    def _follows(self) -> str:
+    def _not_last(self) -> str:
         return (
             f"classifier {self._name!r} must be the last thing that the model does, but what "
             f"{type(self.model).__name__} returned is not its output: something comes after it. "
-            "Take that away, or name the right module or output"
+            "Remove that, or name the right module or output"
         )
 
-    def _give_back(self, reason: str) -> None:
+    def _restore_classifier(self, reason: str) -> None:
         """Leave the model as it was before the head was attached."""
         if not self._replaced:
             return
         if self._name:
             self.model.set_submodule(self._name, self._replaced[0])
-        self._guard.release(self.model)
         self._replaced = ()
-        self._spent = (
+        self._unusable = (
             "attach_head was refused at the first call, and the model has its classifier back: attach again. The "
             f"reason was: {reason}"
         )
 
-    _give_back._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _restore_classifier._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _select(self, returned: Any) -> Tensor:
-        """The logits' place in what the model returned."""
+        """Return the logits in the model's output."""
         if callable(self._output):
             return self._output(returned)
         if self._output is not None:
@@ -315,12 +317,12 @@ class AttachedHead(nn.Module):
 
 
 def _in_one_graph() -> bool:
-    """Return whether what is traced must be one graph (``fullgraph=True``, export), where no call can be left out."""
+    """Return whether a single graph is traced (``fullgraph=True``, export), from which no call can be excluded."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
         return bool(InstructionTranslator.current_tx().one_graph)
-    except AttributeError:  # not dynamo that traces
+    except AttributeError:  # the tracer is not dynamo
         return True
 
 
@@ -329,7 +331,7 @@ _in_one_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class _WrongArguments(Exception):
-    """An error of the model's own forward that the head has no part in."""
+    """An error of the model's own forward, which the head does not cause."""
 
     def __init__(self, reason: Exception) -> None:
         super().__init__(str(reason))
@@ -337,36 +339,37 @@ class _WrongArguments(Exception):
 
 
 class _Undo(Exception):
-    """Ends a run whose changes are to be undone."""
+    """Ends a run whose changes are undone."""
 
 
 def attach_head(
     model: nn.Module, head: nn.Module, *, classifier: str | nn.Module | None = None, output: Output | None = None
 ) -> AttachedHead:
-    """Replace a model's classifier by a head, of as many classes or of others (fine-tuning).
+    """Replace a model's classifier by a head, for the same number of classes or another (fine-tuning).
 
-    An identity takes the classifier's place in ``model`` (which is changed), and the head is called on what the
-    model returns. The first call, compiled or not, checks that this is exactly what went into the classifier's place.
-    An error leaves the model, its buffers and torch's random state as they were. Make the optimiser afterwards, from
-    the attached model's ``parameters()``: of one that does not have the head's, a warning says so after its first step.
+    An identity replaces the classifier in ``model`` (which is changed), and the head is called on the model's output.
+    The first call, compiled or not, verifies that this output is exactly the input of the replaced classifier. If an
+    error is raised, the model, its buffers and torch's random state are left unchanged. Make the optimiser afterwards,
+    from the attached model's ``parameters()``: an optimiser made before does not hold the parameters of the new head
+    (those of `LearnedClassifier` and of ``bias="learned"``), and would not train them.
 
     Args:
         model: Any module that ends in a classifier.
-        head: A head of this library, or any module called with features.
+        head: A head of this library, or any module that is called with features.
         classifier: Dotted name of the module to replace, or the module. By default the one that the structure shows, as
-            for `find_classifier`; between several, the one that takes as many features as the head.
-        output: Where the logits are in what the model returns, if that is no tensor: an attribute or key, an
-            index, or a function.
+            for `find_classifier`; among several, the one that takes as many features as the head.
+        output: Attribute, key or index of the logits in the model's output, or a function of the output; not needed if
+            the model returns a tensor.
 
     Returns:
         A module with ``forward(*args, targets=None, **kwargs)`` that returns the logits; with ``labels=`` in place of
-        targets, what the model returns, with logits and ``loss``. It prints how many classes there were and are.
-        Its ``to_inference()`` is the model again, with plain modules in the classifier's place.
+        targets, the model's output with logits and ``loss``. Its ``to_inference()`` is the model again, with plain
+        modules as its classifier. The numbers of classes before and now are logged (INFO) and in its ``repr``.
 
     Raises:
-        ValueError: if an argument is of another kind, there is no classifier or several modules could be it, it is
-            lazy, or the head is for another number of features; at the first call, if the model does something after
-            its classifier, or ``output`` is not there.
+        ValueError: if an argument has the wrong type, there is no classifier or several modules could be it, it is
+            lazy, or the head takes another number of features; at the first call, if the model does something after
+            its classifier, or ``output`` does not exist.
 
     Examples:
         >>> from neuralcollapse import NearestETFClassifier, attach_head
@@ -378,26 +381,18 @@ def attach_head(
     check_module("head", head)
     if output is not None and (isinstance(output, bool) or not (isinstance(output, str | int) or callable(output))):
         raise ValueError(f"output must be a name, an index or a function, got {output!r}")
-    name, found = resolve_classifier(model, classifier, getattr(head, "in_features", None))
-    with evaluation_mode(found):  # reading a parametrised weight in training mode may change it
-        num_classes, expected = found.weight.shape  # type: ignore[misc]
+    name, replaced = resolve_classifier(model, classifier, getattr(head, "in_features", None))
+    with evaluation_mode(replaced):
+        expected = replaced.weight.shape[1]  # type: ignore[union-attr,index]
     given = getattr(head, "in_features", expected)
     if given != expected:
         raise ValueError(
             f"head must take the {expected} features that classifier {name!r} takes, got in_features = {given}"
         )
     if name:
-        model.set_submodule(name, _Place())
+        model.set_submodule(name, _Placeholder())
     else:
-        model = _Place()
-    attached = AttachedHead(model, head, name, output, found, num_classes)
-    logger.info(
-        "%s takes the place of %r in %s: %s", type(head).__name__, name, type(model).__name__, attached.extra_repr()
-    )
+        model = _Placeholder()
+    attached = AttachedHead(model, head, name, output, replaced)
+    logger.info("%s replaces %r in %s: %s", type(head).__name__, name, type(model).__name__, attached.extra_repr())
     return attached
-
-
-def _num_classes(head: nn.Module) -> int | None:
-    """K of a head, or of another module with a weight (K, d)."""
-    weight = getattr(head, "weight", None)
-    return len(weight) if isinstance(weight, Tensor) and weight.ndim == 2 else None

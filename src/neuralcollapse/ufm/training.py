@@ -38,7 +38,7 @@ def train_free_features(
 
     Args:
         model: Changed in place.
-        optimizer: Of its parameters; what is to happen after each step is a hook of it (see `project_after_step`).
+        optimizer: Optimiser of the model's parameters.
         iterations: Steps.
         measure_at: The iterations after which to measure; 0 is the start.
 

@@ -16,7 +16,6 @@ from neuralcollapse.heads import (
     LearnedClassifier,
     NearestETFClassifier,
     collapse_radius,
-    project_after_step,
 )
 from neuralcollapse.lab.config import PublishedMethod
 from neuralcollapse.lab.seeds import derived_seed
@@ -148,12 +147,8 @@ def _head(run: FreeRun) -> Head:
 def _optimizer(run: FreeRun, model: UnconstrainedFeatures, rate: float) -> Optimizer:
     weights = list(model.head.parameters())
     if run.optimizer == "agd":
-        optimizer: Optimizer = AGD([model.features, *weights], gain=rate)
-    else:
-        # The mean loss gives each sample 1/N of the gradient, and each class 1/K.
-        groups = [{"params": [model.features], "lr": rate * len(model.targets)}]
-        groups += [{"params": weights, "lr": rate * run.num_classes}] if weights else []
-        optimizer = torch.optim.SGD(groups, momentum=_MOMENTUM)
-    if isinstance(model.head, LearnedClassifier):
-        project_after_step(optimizer, model.head)
-    return optimizer
+        return AGD([model.features, *weights], gain=rate)
+    # The mean loss gives each sample 1/N of the gradient, and each class 1/K.
+    groups = [{"params": [model.features], "lr": rate * len(model.targets)}]
+    groups += [{"params": weights, "lr": rate * run.num_classes}] if weights else []
+    return torch.optim.SGD(groups, momentum=_MOMENTUM)

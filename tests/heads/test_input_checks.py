@@ -1,4 +1,4 @@
-"""Heads, class means and `attach_head` refuse a wrong type as they refuse a wrong value: a ValueError that names it."""
+"""Input checks: heads, class means and `attach_head` raise a ValueError that names an argument of the wrong type."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from neuralcollapse import (
     attach_head,
     collapse_radius,
     find_classifier,
-    project_after_step,
 )
 from neuralcollapse.heads import FeatureNorm
 
@@ -28,7 +27,7 @@ def fixed_frame(in_features, num_classes, **options):
     return FixedFrameClassifier(in_features, num_classes, torch.eye(3)[:, :2] + 1, **options)
 
 
-KINDS = (
+HEADS = (
     LearnedClassifier,
     FixedETFClassifier,
     NearestETFClassifier,
@@ -46,16 +45,16 @@ def attached():
     return attach_head(net(), NearestETFClassifier(4, 3))
 
 
-DOORS = [
-    *((lambda kind=kind: kind("4", 3), "in_features must be an integer, got '4'") for kind in KINDS),
-    *((lambda kind=kind: kind(4, 3.0), "num_classes must be an integer, got 3.0") for kind in KINDS),
-    *((lambda kind=kind: kind(4, 3, feature_norm=[5]), "feature_norm must be a positive number") for kind in KINDS),
-    *((lambda kind=kind: kind(4, 3, feature_norm=True), "feature_norm must be a positive number") for kind in KINDS),
-    *((lambda kind=kind: kind(4, 3, bias=0), "bias must be") for kind in KINDS),
-    *((lambda kind=kind: kind(4, 3)(FEATURES.tolist(), TARGETS), "features must be a floating") for kind in KINDS),
-    *((lambda kind=kind: kind(4, 3)(TARGETS, TARGETS), "features must be a floating-point") for kind in KINDS),
-    *((lambda kind=kind: kind(4, 3)(torch.tensor(1.0), TARGETS), r"features must be of shape") for kind in KINDS),
-    *((lambda kind=kind: kind(4, 3).to_inference(dtype="fp16"), "dtype must be a floating-point") for kind in KINDS),
+WRONG_ARGUMENTS = [
+    *((lambda make=make: make("4", 3), "in_features must be an integer, got '4'") for make in HEADS),
+    *((lambda make=make: make(4, 3.0), "num_classes must be an integer, got 3.0") for make in HEADS),
+    *((lambda make=make: make(4, 3, feature_norm=[5]), "feature_norm must be a positive number") for make in HEADS),
+    *((lambda make=make: make(4, 3, feature_norm=True), "feature_norm must be a positive number") for make in HEADS),
+    *((lambda make=make: make(4, 3, bias=0), "bias must be") for make in HEADS),
+    *((lambda make=make: make(4, 3)(FEATURES.tolist(), TARGETS), "features must be a floating") for make in HEADS),
+    *((lambda make=make: make(4, 3)(TARGETS, TARGETS), "features must be a floating-point") for make in HEADS),
+    *((lambda make=make: make(4, 3)(torch.tensor(1.0), TARGETS), r"features must be of shape") for make in HEADS),
+    *((lambda make=make: make(4, 3).to_inference(dtype="fp16"), "dtype must be a floating-point") for make in HEADS),
     (lambda: LearnedClassifier(4, 3, unit_weight=1), "unit_weight must be True or False, got 1"),
     (
         lambda: FixedETFClassifier(4, 3, orientation=None),
@@ -98,8 +97,6 @@ DOORS = [
     (lambda: FeatureNorm(1.0)([1.0]), "features must be a floating-point tensor, got list"),
     (lambda: collapse_radius("10"), "num_classes must be an integer, got '10'"),
     (lambda: collapse_radius(10, "high"), "probability must lie in .* got 'high'"),
-    (lambda: project_after_step(None, LearnedClassifier(4, 3, unit_weight=True)), "optimizer must be a torch.optim"),
-    (lambda: project_after_step(torch.optim.SGD(net().parameters()), None), "head must be a LearnedClassifier"),
     (lambda: find_classifier(None), "model must be an nn.Module, got NoneType"),
     (lambda: find_classifier(net), "model must be an nn.Module, got function"),
     (lambda: attach_head("resnet18", NearestETFClassifier(4, 3)), "model must be an nn.Module, got str"),
@@ -119,19 +116,19 @@ DOORS = [
 ]
 
 
-@pytest.mark.parametrize(("call", "message"), DOORS)
-def test_a_wrong_argument_is_a_value_error_that_names_it(call, message):
+@pytest.mark.parametrize(("call", "message"), WRONG_ARGUMENTS)
+def test_a_wrong_argument_raises_a_value_error_that_names_it(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
 
-def test_an_attached_model_is_spent_once_it_has_become_a_plain_one():
+def test_an_attached_model_cannot_be_called_after_to_inference():
     model = attached()
     model(FEATURES, targets=TARGETS)
     expected = model.eval()(FEATURES)
     plain = model.to_inference()
     for call in (lambda: model(FEATURES), model.to_inference):
-        with pytest.raises(ValueError, match=r"to_inference\(\) has put a plain classifier into .* which is spent"):
+        with pytest.raises(ValueError, match=r"to_inference\(\) has put a plain .* can no longer be called"):
             call()
     assert torch.allclose(plain(FEATURES), expected, atol=1e-6)
     again = attach_head(plain, NearestETFClassifier(4, 3), classifier="2.1")
@@ -139,6 +136,6 @@ def test_an_attached_model_is_spent_once_it_has_become_a_plain_one():
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
-def test_targets_of_any_integer_dtype_count_the_same(dtype):
+def test_targets_of_any_integer_dtype_give_the_same_means(dtype):
     means, expected = ClassMeans(3, 4), ClassMeans(3, 4)
     assert torch.equal(means(FEATURES, TARGETS.to(dtype))[0], expected(FEATURES, TARGETS)[0])
