@@ -1,8 +1,8 @@
-"""The Riemannian trust region beside pymanopt's on the same cost, start and tolerance, and the softmax codes.
+"""The Riemannian trust region compared with pymanopt's on the same cost, start and tolerance, and the softmax codes.
 
-fp64. Costs: the published one, ½‖A − Q‖², from a random start; and a Mahalanobis one, ½‖A − Q‖² in a metric, from the
-polar factor. pymanopt has its derivatives written out in numpy; ours are automatic, or given where it says so. Each
-solver's runs come in a row: alternating, the thread pools of torch and numpy slow each other down.
+fp64. The cost is the published one, ½‖A − Q‖², from a random start. pymanopt has its derivatives written out in numpy;
+ours are automatic, or given where it says so. Each solver's runs come in a row: alternating, the thread pools of torch
+and numpy slow each other down.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from pymanopt.optimizers import TrustRegions
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from neuralcollapse import polar_factor
 from neuralcollapse.geometry import anneal_code, argmin_on_stiefel, minimize_on_stiefel, one_vs_rest_margins, stiefel
 
 TOLERANCE = 1e-6
@@ -62,26 +61,6 @@ def published(rows: int, columns: int, *, seed: int = 0) -> Problem:
     )
 
 
-def mahalanobis(rows: int, columns: int, *, seed: int = 0) -> Problem:
-    target = normal(rows, columns, seed=seed) / math.sqrt(columns)
-    root = normal(columns, 2 * columns, seed=seed + 2)
-    metric = root @ root.mT / (2 * columns)
-    wide, measure = target.mT.contiguous().numpy(), metric.numpy()
-    return Problem(
-        "mahalanobis",
-        lambda point, target: 0.5 * ((point - target) @ metric * (point - target)).sum((-2, -1)),
-        target,
-        lambda point: (point - target) @ metric,
-        lambda point, tangent: tangent @ metric,
-        polar_factor(target),
-        (
-            lambda point: 0.5 * (measure @ (point - wide) * (point - wide)).sum(),
-            lambda point: measure @ (point - wide),
-            lambda _, tangent: measure @ tangent,
-        ),
-    )
-
-
 def pymanopt_run(problem: Problem) -> tuple[float, float]:
     """The cost reached, and the seconds taken."""
     rows, columns = problem.start.shape
@@ -110,8 +89,8 @@ def our_run(problem: Problem, *, given: bool) -> tuple[float, float]:
     return float(solution.cost), seconds
 
 
-def backward_work(name: str, rows: int, columns: int):
-    problem = {"published": published, "mahalanobis": mahalanobis}[name](rows, columns)
+def backward_work(rows: int, columns: int):
+    problem = published(rows, columns)
     target = problem.parameters.clone().requires_grad_()
     upstream = normal(rows, columns, seed=9)
     point = argmin_on_stiefel(problem.cost, target, problem.start, tolerance=TOLERANCE, max_iterations=200).point
@@ -128,7 +107,7 @@ def solver_row(problem: Problem, repeats: int) -> dict[str, object]:
         runs[name] = [run(problem) for _ in range(repeats + 1)]  # the first is not counted
     seconds = {name: statistics.median(taken for _, taken in of[1:] or of) for name, of in runs.items()}
     rows, columns = problem.start.shape
-    work = backward_work(problem.name, rows, columns)
+    work = backward_work(rows, columns)
     begin = time.perf_counter()
     work()
     backward = time.perf_counter() - begin
@@ -144,7 +123,7 @@ def solver_row(problem: Problem, repeats: int) -> dict[str, object]:
         "speedup_given_derivatives": seconds["pymanopt"] / seconds["given"],
         "relative_cost_difference": (runs["automatic"][0][0] - theirs) / abs(theirs),
         "backward_s": backward,
-        "backward_peak_mb": peak_growth(backward_work, problem.name, rows, columns),
+        "backward_peak_mb": peak_growth(backward_work, rows, columns),
     }
 
 
@@ -164,7 +143,6 @@ def code_row(num_classes: int, feature_dim: int, seed: int, iterations: int) -> 
 
 PARTS: dict[str, Callable[[], list[dict[str, object]]]] = {
     "published": lambda: [solver_row(published(99, 512), 5)],
-    "mahalanobis": lambda: [solver_row(mahalanobis(99, 512), 1)],
     "large": lambda: [solver_row(published(999, 2048), 0)],
     "codes": lambda: [code_row(100, 16, seed, 100) for seed in range(3)],
     "large-codes": lambda: [code_row(1000, 64, seed, 20) for seed in range(1)],

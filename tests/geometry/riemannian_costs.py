@@ -57,8 +57,8 @@ class Brockett(Problem):
         return 2 * weights.unsqueeze(-1) * (tangent @ (0.5 * (matrix + matrix.mT)))
 
 
-class Mahalanobis(Problem):
-    """½‖A − Q‖² in the metric M: an unbalanced Procrustes problem."""
+class UnbalancedProcrustes(Problem):
+    """½ tr((A − Q)M(A − Q)ᵀ): an unbalanced Procrustes problem, which can have several minima."""
 
     def cost(self, point: Tensor, parameters: Any) -> Tensor:
         target, metric = parameters
@@ -81,9 +81,9 @@ def brockett(rows: int, columns: int, seed: int = 0) -> Brockett:
     return Brockett((normal(columns, columns, seed=seed) / columns**0.5, weights), rows, columns)
 
 
-def mahalanobis(rows: int, columns: int, seed: int = 0) -> Mahalanobis:
+def unbalanced_procrustes(rows: int, columns: int, seed: int = 0) -> UnbalancedProcrustes:
     root = normal(columns, 2 * columns, seed=seed + 1) / (2 * columns) ** 0.5
-    return Mahalanobis((normal(rows, columns, seed=seed), root @ root.mT), rows, columns)
+    return UnbalancedProcrustes((normal(rows, columns, seed=seed), root @ root.mT), rows, columns)
 
 
-PROBLEMS = {"published": published, "brockett": brockett, "mahalanobis": mahalanobis}
+PROBLEMS = {"published": published, "brockett": brockett, "unbalanced Procrustes": unbalanced_procrustes}

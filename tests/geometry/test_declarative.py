@@ -40,7 +40,7 @@ def test_gradient_of_the_published_cost_is_that_of_the_closed_form(size):
 def test_parameters_may_be_shared_by_a_batch_and_need_no_gradient():
     metric = normal(6, 12) @ normal(6, 12).mT
     shared, targets = metric.clone().requires_grad_(), normal(2, 3, 6)
-    cost, initial = PROBLEMS["mahalanobis"](3, 6).cost, polar_factor(targets)
+    cost, initial = PROBLEMS["unbalanced Procrustes"](3, 6).cost, polar_factor(targets)
     together = argmin_on_stiefel(cost, [targets, shared], initial, tolerance=1e-11)
     together.point.pow(3).sum().backward()
     total = torch.zeros_like(metric)

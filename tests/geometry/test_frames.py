@@ -12,7 +12,6 @@ from pymanopt.manifolds import Stiefel
 from pymanopt.optimizers import TrustRegions
 from torch.autograd import gradcheck
 
-from geometry.test_mahalanobis import metric
 from helpers import TOLERANCE, normal
 from neuralcollapse import code_from_gram, nearest_frame, nearest_simplex_etf, random_simplex_etf, simplex_etf
 
@@ -236,27 +235,6 @@ def test_bfloat16_is_computed_in_fp32():
     assert torch.equal(nearest_frame(means, code), nearest_frame(means.float(), code).bfloat16())
 
 
-def test_a_metric_is_taken_where_there_is_no_closed_form():
-    means, code, matrix = normal(6, 7), make(6, 3, 7), metric(7)
-    plain, found = nearest_frame(means, code), nearest_frame(means, code, metric=matrix)
-    own, unit = code - code.mean(0), means - means.mean(0)
-    unit, scaled = unit / unit.norm(), 7 * matrix / matrix.trace()
-
-    def distance(frame):
-        difference = unit - frame / own.norm()
-        return float((difference @ scaled * difference).sum())
-
-    assert (found @ found.T - gram_of(code)).abs().max() < 1e-10
-    assert distance(found) < distance(plain) - 1e-4
-    for seed, size in enumerate([1e-3, 1e-2, 0.1] * 5):
-        skew = size * normal(7, 7, seed=seed)
-        assert distance(found @ torch.linalg.matrix_exp(skew - skew.T)) >= distance(found) - 1e-12
-    assert torch.allclose(nearest_frame(means, code, metric=torch.ones(7)), plain, atol=1e-6)
-    etf = simplex_etf(6, dtype=torch.float64)
-    anchored = {"anchor": nearest_simplex_etf(normal(6, 7, seed=3)), "proximal_weight": 0.4, "metric": matrix}
-    assert torch.allclose(nearest_frame(means, etf, **anchored), nearest_simplex_etf(means, **anchored), atol=1e-6)
-
-
 MEANS, CODE = torch.randn(4, 6), simplex_etf(4)
 
 
@@ -282,7 +260,6 @@ MEANS, CODE = torch.randn(4, 6), simplex_etf(4)
         (MEANS, CODE, {"anchor": torch.full((4, 6), torch.nan)}, "anchor must be a frame of the code"),
         (MEANS, CODE, {"anchor": torch.eye(5)}, r"anchor must end in the shape \(4, 6\)"),
         (MEANS, CODE, {"class_weights": torch.tensor([1.0, -1, 1, 1])}, "class_weights must be at least 0"),
-        (MEANS, CODE, {"metric": torch.ones(5)}, "metric must be of shape"),
         (MEANS, CODE, {"method": "qr"}, "method must be"),
     ],
 )

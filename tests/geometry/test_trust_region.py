@@ -51,7 +51,7 @@ def pymanopt_minimum(problem, initial):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_finds_the_minimum_that_pymanopt_finds(kind, size, seed):
     problem, initial = PROBLEMS[kind](*size, seed=seed), start(*size, seed=seed + 10)
-    if kind == "mahalanobis":  # it has several minima: start where the one is that is looked for
+    if kind == "unbalanced Procrustes":  # it has several minima: start near the one that pymanopt finds
         initial = polar_factor(problem.parameters[0])
     solution = solve(problem, initial, tolerance=1e-9)
     assert bool(solution.converged), solution.reason

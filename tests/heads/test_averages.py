@@ -29,7 +29,6 @@ HEADS = {
     "nearest": lambda: NearestETFClassifier(12, 4, momentum=0.5),
     "nearest, class weights": lambda: NearestETFClassifier(12, 4, class_weights=WEIGHTS),
     "as published": lambda: NearestETFClassifier(12, 4, solver="trust-region"),
-    "within-class metric": lambda: NearestETFClassifier(12, 4, metric="within-class"),
     "simplex": lambda: NearestFrameClassifier(12, 4),
     "code": lambda: NearestFrameClassifier(12, 4, geometry=CODE),
     "code, class weights": lambda: NearestFrameClassifier(12, 4, geometry=CODE, class_weights=WEIGHTS),

@@ -286,11 +286,9 @@ def test_diagnostics_of_the_published_problem_are_those_of_its_solver():
         assert head.last_solve.keys() >= {"objective", "gradient_norm"}
 
 
-def test_diagnostics_are_off_by_default_and_refused_where_they_would_be_of_another_problem():
+def test_diagnostics_are_off_by_default_and_their_switch_is_checked():
     head = NearestETFClassifier(12, 5)
     head(*batch(0, dtype=torch.float32))
     assert head.last_solve is None
     with pytest.raises(ValueError, match="diagnostics must be True or False, got 1"):
         NearestETFClassifier(12, 5, diagnostics=1)
-    with pytest.raises(ValueError, match="diagnostics must be False with a metric"):
-        NearestETFClassifier(12, 5, diagnostics=True, metric="within-class")

@@ -181,7 +181,6 @@ def test_the_first_measured_epoch_at_least_as_good_as_the_end_of_standard():
         ({"method": "means", "class_means": "current"}, ClassMeanClassifier, 3.0),
         ({"method": "softmax-code"}, FixedETFClassifier, 3.0),
         ({"method": "trust-region"}, NearestETFClassifier, 3.0),
-        ({"method": "mahalanobis"}, NearestETFClassifier, 3.0),
     ],
 )
 def test_the_head_of_a_method_has_the_settings(settings, kind, norm):
@@ -191,8 +190,7 @@ def test_the_head_of_a_method_has_the_settings(settings, kind, norm):
     assert head.feature_norm == norm
     assert getattr(head, "means", "current") == "current"
     if kind is NearestETFClassifier:
-        metric = "within-class" if config.method == "mahalanobis" else None
-        assert (head.solver, head.metric) == ("closed-form" if metric else "trust-region", metric)
+        assert head.solver == "trust-region"
     if kind is LearnedClassifier:
         assert head.bias.requires_grad
         assert not torch.allclose(head.weight.norm(dim=1), torch.ones(10), atol=1e-3)
@@ -205,7 +203,6 @@ def test_codes_of_more_classes_than_any_etf_has_and_the_published_solver_train_d
     for method, losses, dim in (
         ("softmax-code", ["cross-entropy", "nonl"], 5),
         ("trust-region", None, 24),
-        ("mahalanobis", None, 24),
     ):
         comparison = Comparison(methods=[method], losses=losses, seeds=1, lr=0.1)
         runs = comparison_runs(comparison, shared | {"epochs": 3, "feature_dim": dim, "lr": 0.1})

@@ -23,7 +23,7 @@ OPTIMIZERS = ("sgd", "adam", "adamw", "lbfgs", "agd")
 LOSSES = ("cross-entropy", "mse", "dot-regression-published")
 BACKBONES = ("convnet", "mlp", "resnet18", "vgg13", "vit-tiny", "package.module.Class")
 METHODS = ("standard", "fixed", "implicit")
-FURTHER_METHODS = ("linear", "means", "frame", "softmax-code", "trust-region", "mahalanobis")
+FURTHER_METHODS = ("linear", "means", "frame", "softmax-code", "trust-region")
 ATTRIBUTE_METHODS = ("attribute-frame", "fixed-frame")
 CHOICES = (OPTIMIZERS, LOSSES, BACKBONES, METHODS)
 SCHEDULES = ("constant", "cosine", "step", "multistep", "one-cycle")
@@ -194,7 +194,7 @@ def test_what_a_run_says_is_in_force_makes_the_same_run(name):
         ({"loss": "mse", "label_smoothing": 0.0}, "label_smoothing belongs to loss cross-entropy; here loss is mse"),
         (
             {"method": "standard", "proximal_weight": 0.1},
-            "proximal_weight belongs to method implicit, mahalanobis, trust-region, frame or attribute-frame; here",
+            "proximal_weight belongs to method implicit, trust-region, frame or attribute-frame; here",
         ),
         (
             {"class_attributes": "digits"},
@@ -250,7 +250,7 @@ def test_what_a_run_says_is_in_force_makes_the_same_run(name):
         ({"method": "linear", "feature_norm": 5.0}, "feature_norm belongs to methods other than linear; here method"),
         (
             {"method": "trust-region", "class_weights": "inverse"},
-            "class_weights belongs to method implicit, mahalanobis, frame or attribute-frame; here method is trust-reg",
+            "class_weights belongs to method implicit, frame or attribute-frame; here method is trust-region",
         ),
         ({"class_means": "current"}, "class_means belongs to method means; here method is implicit"),
         (
@@ -333,7 +333,7 @@ def test_a_comparison_is_methods_times_seeds_each_with_the_settings_that_are_its
     assert not {"method", "seed", "classifier_bias"} & set(shared)
     with pytest.raises(
         ValueError,
-        match="proximal_weight belongs to method implicit, mahalanobis, trust-region, frame or attribute-frame; here",
+        match="proximal_weight belongs to method implicit, trust-region, frame or attribute-frame; here",
     ):
         comparison_runs(Comparison(methods=["standard", "fixed"]), {"proximal_weight": 0.2})
     with pytest.raises(ValueError, match="method is no setting"):

@@ -9,7 +9,6 @@ from neuralcollapse._checks import compute_dtype, values_readable
 from neuralcollapse.geometry import stiefel
 from neuralcollapse.geometry.centring import centre, check_arguments, check_weight_values
 from neuralcollapse.geometry.codes import check_code, coordinates, principal_code
-from neuralcollapse.geometry.mahalanobis import nearest_frame_under_metric
 from neuralcollapse.geometry.polar import Method, polar
 from neuralcollapse.geometry.watch import Watch
 
@@ -21,7 +20,6 @@ def nearest_frame(
     anchor: Tensor | None = None,
     proximal_weight: float = 0.0,
     class_weights: Tensor | None = None,
-    metric: Tensor | None = None,
     method: Method = "auto",
     check_values: bool = True,
 ) -> Tensor:
@@ -43,7 +41,6 @@ def nearest_frame(
             0.
         proximal_weight: γ ≥ 0, in units in which the mean singular value of the data term is 1 at collapse.
         class_weights: (K,) or (..., K), ω ≥ 0 up to a common factor; equal if not given.
-        metric: As for `nearest_simplex_etf`.
         method: How the polar factor is found, as for `polar_factor`.
         check_values: Check finiteness, that the means are not all equal, that the anchor is a frame of the code and
             that products converged (on an accelerator this waits for the device). The code is always looked at.
@@ -55,8 +52,7 @@ def nearest_frame(
     Raises:
         ValueError: An argument of another kind, shapes that do not match, non-finite values, negative weights, a code
             with a zero row, of rank above d (which rank) or that requires a gradient, γ > 0 without an anchor, an
-            anchor that is no frame of the code, means that are all equal with no anchor to decide, or what is no
-            metric.
+            anchor that is no frame of the code, or means that are all equal with no anchor to decide.
 
     Source: this project, after Markou, Ajanthan, Gould, "Guiding Neural Collapse" (NeurIPS 2024).
 
@@ -76,11 +72,8 @@ def nearest_frame(
             _check_anchor(anchor, principal)
         if class_weights is not None:
             check_weight_values(class_weights)
-    if metric is not None:
-        frame = _under_metric(means, principal, metric, anchor, proximal_weight, class_weights, check_values)
-    else:
-        watch = Watch.AT_ONCE if check_values else 0
-        frame = solve_frame(means, principal, anchor, proximal_weight, class_weights, method, watch, check_values)
+    watch = Watch.AT_ONCE if check_values else 0
+    frame = solve_frame(means, principal, anchor, proximal_weight, class_weights, method, watch, check_values)
     return frame.to(class_means.dtype)
 
 
@@ -120,32 +113,6 @@ def placed(code: Tensor, feature_dim: int, generator: torch.Generator | None = N
         return torch.nn.functional.pad(code, (0, feature_dim - rank))
     rotation = stiefel.random_point(rank, feature_dim, generator=generator, dtype=code.dtype, device=generator.device)
     return code @ rotation.to(code.device)
-
-
-def _under_metric(
-    means: Tensor,
-    code: Tensor,
-    metric: Tensor,
-    anchor: Tensor | None,
-    proximal_weight: float,
-    class_weights: Tensor | None,
-    check_values: bool,
-) -> Tensor:
-    """`nearest_frame` in a metric, from the Euclidean answer."""
-    with torch.no_grad():
-        start = solve_frame(means, code, anchor, proximal_weight, class_weights, check_values=check_values)
-    centred, norm, weights = centre(means, class_weights, False, False)
-    own = code if weights is None else code - (weights * code).mean(-2, keepdim=True)
-    solution = nearest_frame_under_metric(
-        centred / norm,
-        metric,
-        coordinates(code, start),
-        code=own,
-        class_weights=weights,
-        anchor=None if anchor is None else coordinates(code, anchor.to(means.dtype)),
-        proximal_weight=proximal_weight,
-    )
-    return own @ solution.point
 
 
 def _check_anchor(anchor: Tensor, code: Tensor) -> None:

@@ -15,9 +15,8 @@ from neuralcollapse._checks import (
     values_readable,
 )
 from neuralcollapse.geometry.centring import centre, check_arguments, check_weight_values
-from neuralcollapse.geometry.mahalanobis import nearest_frame_under_metric
 from neuralcollapse.geometry.polar import Method, decompose, polar, takes_products, vector_jacobian
-from neuralcollapse.geometry.simplex import check_simplex_etf, expand, reduce
+from neuralcollapse.geometry.simplex import check_simplex_etf, reduce
 from neuralcollapse.geometry.watch import Watch
 
 
@@ -27,7 +26,6 @@ def nearest_simplex_etf(
     anchor: Tensor | None = None,
     proximal_weight: float = 0.0,
     class_weights: Tensor | None = None,
-    metric: Tensor | None = None,
     method: Method = "auto",
     check_values: bool = True,
 ) -> Tensor:
@@ -46,8 +44,6 @@ def nearest_simplex_etf(
         anchor: (K, d) or (..., K, d), a unit simplex ETF E₀ to stay close to (the last solution); used if γ > 0.
         proximal_weight: γ ≥ 0, in units in which the singular values of the data term are 1 at collapse.
         class_weights: (K,) or (..., K), ω ≥ 0 up to a common factor; equal if not given.
-        metric: M, (d,) for a diagonal or (..., d, d), symmetric and positive definite: distances are then √(xᵀMx), M
-            scaled to trace d. Solved by a Riemannian trust region, differentiable in M as well.
         method: How the polar factor is found, as for `polar_factor`.
         check_values: Check finiteness, that the means are not all equal, that the anchor is an ETF and that products
             converged (on an accelerator this waits for the device).
@@ -58,7 +54,7 @@ def nearest_simplex_etf(
     Raises:
         ValueError: An argument of another kind, K < 2, d < K−1, shapes that do not match, non-finite values,
             negative weights, γ > 0 without an anchor, an anchor that is no simplex ETF, or means that are all
-            equal with no anchor to decide; or a metric that is not positive definite.
+            equal with no anchor to decide.
 
     Source: after Markou, Ajanthan, Gould, "Guiding Neural Collapse" (NeurIPS 2024), reduced to the complement
     of the all-ones vector.
@@ -75,31 +71,7 @@ def nearest_simplex_etf(
     means = class_means.to(compute_dtype(class_means.dtype))
     watch = Watch.AT_ONCE if check_values else 0
     etf = solve(means, anchor, proximal_weight, class_weights, method, watch, check_values, proximal_weight)
-    if metric is not None:
-        etf = _under_metric(means, etf.detach(), metric, anchor, proximal_weight, class_weights)
     return etf.to(class_means.dtype)
-
-
-def _under_metric(
-    means: Tensor,
-    start: Tensor,
-    metric: Tensor,
-    anchor: Tensor | None,
-    proximal_weight: float,
-    class_weights: Tensor | None,
-) -> Tensor:
-    """`nearest_simplex_etf` in a metric, from the Euclidean answer."""
-    centred, norm, weights = centre(means, class_weights, False, False)
-    length = _expansion(means)
-    solution = nearest_frame_under_metric(
-        centred / norm,
-        metric,
-        reduce(start) / length,
-        class_weights=weights,
-        anchor=None if anchor is None else reduce(anchor.to(means.dtype)) / length,
-        proximal_weight=proximal_weight,
-    )
-    return length * expand(solution.point)
 
 
 def solve(

@@ -16,11 +16,9 @@ from neuralcollapse._checks import (
     check_etf_sizes,
     check_not_negative,
     compute_dtype,
-    values_readable,
 )
 from neuralcollapse.geometry import (
     nearest_etf_diagnostics,
-    nearest_simplex_etf,
     polar_factor,
     random_simplex_etf,
     simplex_etf,
@@ -36,13 +34,11 @@ from neuralcollapse.heads.class_means import (
     ClassMeans,
     KeepsFullPrecision,
     Momentum,
-    MovingMean,
     check_class_weights,
     full_precision,
     mended,
     random_unit_rows,
     rows_are_off,
-    sums_over_ranks,
 )
 from neuralcollapse.heads.head import LearnsFromTargets, may_overflow
 from neuralcollapse.heads.recompute import counts_once
@@ -54,8 +50,6 @@ Geometry = Literal["simplex", "means"]
 DEFAULT_PROXIMAL_WEIGHT = 0.5
 # In the first solve, where classes are missing in the batch and the data do not decide the frame alone.
 FIRST_ANCHOR_WEIGHT = 1e-3
-# Of the mean variance: no feature counts more than ten times what one of mean variance would without it.
-_VARIANCE_FLOOR = 0.1
 
 
 class NearestFrameClassifier(KeepsFullPrecision, LearnsFromTargets):
@@ -191,36 +185,25 @@ class NearestFrameClassifier(KeepsFullPrecision, LearnsFromTargets):
         with torch.autocast(features.device.type, enabled=False):
             flat, targets = features.reshape(-1, self.in_features), targets.reshape(-1)
             flat = flat.to(compute_dtype(features.dtype))
-            if not overflowing:
-                self._check_range(flat)
             seen, batches = self.class_means.centred.seen, self.class_means.batches
             class_means, batch_mean = self.class_means(flat, targets, overflowing=overflowing)
             finite = self.class_means.batches > batches
-            self._see(flat, targets, class_means, batch_mean, finite)
             frame = self._solve(class_means if self.implicit_gradient else class_means.detach(), seen, finite)
             bias = -(frame @ batch_mean) if self.centring else None
         return features, frame, bias
-
-    def _check_range(self, features: Tensor) -> None:
-        """Raise if the features are too large to be squared."""
-
-    def _see(
-        self, features: Tensor, targets: Tensor, centred_means: Tensor, batch_mean: Tensor, finite: Tensor
-    ) -> None:
-        """Take in what the solve needs of a batch beside its class means."""
 
     def _solve(self, class_means: Tensor, seen_before: Tensor, finite: Tensor) -> Tensor:
         """The nearest frame, with its graph; where the batch is finite, the weight is its value from now on."""
         last = self._unmended()
         anchor_weight = self._anchor_weight(seen_before, self.class_means.centred.seen)
-        frame = self._nearest(class_means, last, anchor_weight, finite)
+        frame = self._nearest(class_means, last, anchor_weight)
         if not torch.compiler.is_compiling():
             self._look_at(class_means, frame, last, anchor_weight)
         # A new tensor: what restores or broadcasts buffers writes into them, and the graph holds `frame`.
         self._store(torch.where(finite, frame.detach().to(last.dtype), last))
         return frame
 
-    def _nearest(self, class_means: Tensor, last: Tensor, anchor_weight: Tensor | float, finite: Tensor) -> Tensor:
+    def _nearest(self, class_means: Tensor, last: Tensor, anchor_weight: Tensor | float) -> Tensor:
         # Unchecked: ClassMeans has looked at the batch, before anything changed.
         method, watch, weights = self.method, self._watch.handle, self.class_weights
         if self.geometry == "simplex":
@@ -298,10 +281,6 @@ class NearestETFClassifier(NearestFrameClassifier):
         ignore_index: Features whose target is this count in no mean.
         solver: ``"closed-form"``; or ``"trust-region"``, the published problem solved as published, for comparison
             (`published_nearest_frame`, at δ = 2γ/(K−1); d ≥ K; it waits for the device).
-        metric: Of the distance from frame to means. ``"within-class"``: Mahalanobis', by the moving within-class
-            variance v of each feature, M = diag(1/(v + 0.1 v̄)) with v̄ their mean, so that a feature counts the less the
-            more it varies within classes. It has no closed form: `nearest_simplex_etf` with ``metric`` solves it by a
-            trust region, which waits for the device. ``None``: Euclid's.
         class_weights: (K,), ω ≥ 0 up to a common factor: how much each class counts in the distance from ETF to means
             (see `nearest_simplex_etf`); equal if not given.
         diagnostics: Whether each training step leaves in ``last_solve`` how good its solution is, at the price of an
@@ -329,7 +308,6 @@ class NearestETFClassifier(NearestFrameClassifier):
     """
 
     frame: Tensor  # the published problem's P, with solver="trust-region"
-    within: MovingMean  # of squared deviations (1, d), with metric="within-class"
     last_solve: dict[str, float | str] | None
 
     def __init__(
@@ -344,7 +322,6 @@ class NearestETFClassifier(NearestFrameClassifier):
         implicit_gradient: bool = True,
         ignore_index: int | None = None,
         solver: Literal["closed-form", "trust-region"] = "closed-form",
-        metric: Literal["within-class"] | None = None,
         class_weights: Tensor | None = None,
         diagnostics: bool = False,
         method: Method = "auto",
@@ -375,58 +352,6 @@ class NearestETFClassifier(NearestFrameClassifier):
                     "class_weights must be None with solver='trust-region': the published problem has none"
                 )
             self.register_buffer("frame", torch.eye(num_classes, in_features, dtype=full_precision()))
-        if metric not in (None, "within-class"):
-            raise ValueError(f"metric must be 'within-class' or None, got {metric!r}")
-        self.metric = metric
-        if metric is not None:
-            if solver == "trust-region":
-                raise ValueError("metric must be None with solver='trust-region': the published problem has Euclid's")
-            if diagnostics:
-                raise ValueError("diagnostics must be False with a metric: they are of the Euclidean problem")
-            self.within = MovingMean(1, in_features, momentum)
-
-    def _check_range(self, features: Tensor) -> None:
-        if self.metric is None or not values_readable(features) or not features.numel():
-            return
-        largest = float(features.detach().abs().max())
-        if math.sqrt(torch.finfo(features.dtype).max / len(features)) < 2 * largest < math.inf:
-            raise ValueError(
-                f"features must be small enough for the sum of their squares in {features.dtype} with "
-                f"metric='within-class', got magnitudes up to {largest:.3g}"
-            )
-
-    @torch.no_grad()
-    def _see(
-        self, features: Tensor, targets: Tensor, centred_means: Tensor, batch_mean: Tensor, finite: Tensor
-    ) -> None:
-        if self.metric is None:
-            return
-        counted = (
-            torch.ones_like(targets, dtype=torch.bool) if self.ignore_index is None else targets != self.ignore_index
-        )
-        own_means = (centred_means + batch_mean)[torch.where(counted, targets, 0).long()]
-        deviations = torch.where(counted.unsqueeze(-1), (features - own_means).square(), 0)
-        sums, count = sums_over_ranks(deviations.sum(0, keepdim=True), counted.sum().to(features).unsqueeze(0))
-        self.within(sums / count.clamp_min(1).unsqueeze(-1), count, finite & torch.isfinite(sums).all())
-
-    def _nearest(self, class_means: Tensor, last: Tensor, anchor_weight: Tensor | float, finite: Tensor) -> Tensor:
-        if self.metric is None:
-            return super()._nearest(class_means, last, anchor_weight, finite)
-        if not bool(finite):
-            return last.to(class_means)
-        variance = self.within.mean[0].to(class_means)
-        floor = (_VARIANCE_FLOOR * variance.mean()).clamp_min(torch.finfo(variance.dtype).tiny)
-        weight = float(anchor_weight)
-        anchor = self.weight if weight > 0 else None
-        # As it is: ClassMeans has looked at the batch. Equal means, of a first batch of one class, have no nearest ETF.
-        return nearest_simplex_etf(
-            class_means,
-            anchor=anchor,
-            proximal_weight=weight,
-            class_weights=self.class_weights,
-            metric=1 / (variance + floor),
-            method=self.method,
-        )
 
     def _solve(self, class_means: Tensor, seen_before: Tensor, finite: Tensor) -> Tensor:
         if self.solver == "closed-form":
@@ -462,7 +387,7 @@ class NearestETFClassifier(NearestFrameClassifier):
 
     def _look_at(self, class_means: Tensor, frame: Tensor, last: Tensor, anchor_weight: Tensor | float) -> None:
         logged = logger.isEnabledFor(logging.DEBUG)
-        if not (logged or self.diagnostics) or self.metric is not None:
+        if not (logged or self.diagnostics):
             return
         found = nearest_etf_diagnostics(
             class_means.detach(),

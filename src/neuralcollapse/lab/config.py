@@ -15,9 +15,7 @@ from neuralcollapse.lab.settings import Settings, listed, setting, where
 
 PublishedMethod = Literal["standard", "fixed", "implicit"]
 PUBLISHED_METHODS: tuple[PublishedMethod, ...] = get_args(PublishedMethod)
-FurtherMethod = Literal[
-    "linear", "means", "frame", "attribute-frame", "fixed-frame", "softmax-code", "trust-region", "mahalanobis"
-]
+FurtherMethod = Literal["linear", "means", "frame", "attribute-frame", "fixed-frame", "softmax-code", "trust-region"]
 Method = Literal[PublishedMethod, FurtherMethod]
 METHODS: tuple[Method, ...] = get_args(Method)
 Loss = Literal[
@@ -46,8 +44,7 @@ class OneRun(Settings):
     """The classifier: learned on the sphere (standard), a fixed simplex ETF, or the simplex ETF nearest to the class
     means (implicit); linear, a plain linear layer; means, the moving class means; frame, the nearest frame of the
     means' own leading directions; attribute-frame, that of what classes share, and fixed-frame, one that stands still;
-    softmax-code, a fixed code for any number of classes; trust-region, implicit solved as published; mahalanobis,
-    implicit under the metric of the within-class variance."""
+    softmax-code, a fixed code for any number of classes; trust-region, implicit solved as published."""
     seed: int = setting(0, at_least=0, at_most=MOST_SEED)
     """From which initial weights, batches and augmentation follow."""
 

@@ -48,8 +48,8 @@ class Comparison(Settings):
     """What to train, in place of methods, losses and weight_averages, where not all of their products are wanted:
     METHOD/LOSS or METHOD/LOSS/SHARE, with commas between them."""
     methods: list[Method] | None = setting(lambda _: list(PUBLISHED_METHODS), belongs_to=_PRODUCTS)
-    """Out of standard, fixed, implicit, linear, means, frame, attribute-frame, fixed-frame, softmax-code, trust-region
-    and mahalanobis (which `train --help` explains), with commas between them. By default the first three."""
+    """Out of standard, fixed, implicit, linear, means, frame, attribute-frame, fixed-frame, softmax-code and
+    trust-region (which `train --help` explains), with commas between them. By default the first three."""
     losses: list[Loss] | None = setting(belongs_to=_PRODUCTS)
     """Train every method with each of these, with commas between them; by default with the one that `loss` says."""
     weight_averages: list[float] | None = setting(belongs_to=_PRODUCTS, at_least=0, at_most=1)

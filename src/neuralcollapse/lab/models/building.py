@@ -125,8 +125,7 @@ def build_head(
             geometry = attribute_code(config, feature_dim, num_classes, class_names=class_names)
         return NearestFrameClassifier(geometry=geometry, **options)
     solver: Any = "trust-region" if config.method == "trust-region" else "closed-form"
-    metric: Any = "within-class" if config.method == "mahalanobis" else None
-    return NearestETFClassifier(solver=solver, metric=metric, **options)
+    return NearestETFClassifier(solver=solver, **options)
 
 
 @lru_cache(maxsize=4)
