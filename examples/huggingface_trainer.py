@@ -56,8 +56,8 @@ with tempfile.TemporaryDirectory() as folder:
     trainer.train()
     accuracy = trainer.evaluate()["eval_accuracy"]
 
-    # The head normalises its features, which a ViT's own classifier cannot, so the attached model refuses save_pretrained:
-    # its state dict is saved, and loaded into a model with a head attached alike.
+    # The head normalises its features, which a ViT's own classifier cannot, so the attached model refuses
+    # save_pretrained: its state dict is saved, and loaded into a model with a head attached alike.
     trainer.save_model(folder)
     reloaded = new_model()
     reloaded.load_state_dict(load_file(Path(folder) / "model.safetensors"))

@@ -1,4 +1,4 @@
-"""The wheel, installed where the checkout is not."""
+"""The wheel in an empty environment, and the pinned versions."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -31,6 +32,9 @@ def test_the_wheel_installs_into_an_empty_environment_and_its_command_runs(tmp_p
 
     run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", tmp_path, ROOT)
     (wheel,) = tmp_path.glob("*.whl")
+    shipped = set(zipfile.ZipFile(wheel).namelist())
+    for stub in (ROOT / "src").rglob("*.pyi"):
+        assert str(stub.relative_to(ROOT / "src")) in shipped
     run(sys.executable, "-m", "venv", tmp_path / "empty")
     binaries = tmp_path / "empty" / "bin"
     run(binaries / "python", "-m", "pip", "install", "-c", ROOT / "constraints.txt", f"{wheel}[lab]")

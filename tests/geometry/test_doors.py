@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from neuralcollapse import nearest_simplex_etf, polar_factor, random_simplex_etf, simplex_basis, simplex_etf
-from neuralcollapse.geometry import nearest_etf_diagnostics
+from neuralcollapse import nearest_simplex_etf, polar_factor, random_simplex_etf, simplex_etf
+from neuralcollapse.geometry import nearest_etf_diagnostics, simplex_basis
 from neuralcollapse.geometry.simplex import check_simplex_etf
 
 MEANS, ETF = torch.randn(3, 4), simplex_etf(3, 4)

@@ -13,7 +13,8 @@ from pymanopt.optimizers import TrustRegions
 from torch.autograd import gradcheck
 
 from helpers import TOLERANCE, normal
-from neuralcollapse import code_from_gram, nearest_frame, nearest_simplex_etf, random_simplex_etf, simplex_etf
+from neuralcollapse import nearest_frame, nearest_simplex_etf, random_simplex_etf, simplex_etf
+from neuralcollapse.geometry import code_from_gram
 
 # K, d and the columns of the code: fewer classes than dimensions, more than d + 1, a code of fewer columns.
 SIZES = [(2, 1, 1), (2, 5, 3), (5, 4, 6), (6, 20, 3), (12, 5, 4), (12, 30, 12)]

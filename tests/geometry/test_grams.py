@@ -10,15 +10,14 @@ import torch
 
 from helpers import normal
 from helpers import simplex_gram as simplex
-from neuralcollapse import (
+from neuralcollapse import random_simplex_etf, simplex_etf
+from neuralcollapse.geometry import (
     attribute_gram,
     code_from_gram,
     code_of_means,
     distance_gram,
     embedding_gram,
-    random_simplex_etf,
     seli_code,
-    simplex_etf,
     simplex_gram,
     tree_gram,
 )

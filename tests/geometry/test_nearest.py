@@ -7,8 +7,8 @@ import torch
 from torch.autograd import gradcheck
 
 from helpers import TOLERANCE, normal, simplex_gram
-from neuralcollapse import nearest_simplex_etf, random_simplex_etf, simplex_basis, simplex_etf
-from neuralcollapse.geometry import nearest_etf_diagnostics
+from neuralcollapse import nearest_simplex_etf, random_simplex_etf, simplex_etf
+from neuralcollapse.geometry import nearest_etf_diagnostics, simplex_basis
 
 SIZES = [(2, 1), (2, 5), (5, 4), (5, 5), (5, 20), (10, 64)]
 

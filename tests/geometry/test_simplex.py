@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from helpers import generator, normal, simplex_gram
-from neuralcollapse import random_simplex_etf, simplex_basis, simplex_etf
+from neuralcollapse import random_simplex_etf, simplex_etf
+from neuralcollapse.geometry import simplex_basis
 from neuralcollapse.geometry.simplex import expand, reduce
 
 SIZES = [(2, 1), (2, 2), (2, 7), (3, 2), (10, 9), (10, 10), (10, 64), (101, 100), (101, 300)]

@@ -17,12 +17,10 @@ from neuralcollapse import (
     FixedFrameClassifier,
     NearestETFClassifier,
     NearestFrameClassifier,
-    attribute_gram,
-    code_from_gram,
-    code_of_means,
     nearest_frame,
     simplex_etf,
 )
+from neuralcollapse.geometry import attribute_gram, code_from_gram, code_of_means
 
 GRAM = attribute_gram(torch.cartesian_prod(torch.arange(3), torch.arange(2)), torch.tensor([0.5, 0.5]).double())
 CODE = code_from_gram(GRAM, feature_dim=12)  # six classes of two attributes, rank 3

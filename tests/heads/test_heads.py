@@ -22,11 +22,10 @@ from neuralcollapse import (
     NearestETFClassifier,
     NearestFrameClassifier,
     attach_head,
-    collapse_radius,
     random_simplex_etf,
     simplex_etf,
 )
-from neuralcollapse.heads import FeatureNorm
+from neuralcollapse.heads import FeatureNorm, collapse_radius
 
 CODE = normal(5, 3, seed=4, dtype=torch.float32)
 HEADS = {

@@ -15,10 +15,9 @@ from neuralcollapse import (
     NearestETFClassifier,
     NearestFrameClassifier,
     attach_head,
-    collapse_radius,
     find_classifier,
 )
-from neuralcollapse.heads import FeatureNorm
+from neuralcollapse.heads import FeatureNorm, collapse_radius
 
 FEATURES, TARGETS = torch.randn(6, 4), torch.arange(6) % 3
 

@@ -11,8 +11,9 @@ import yaml
 from PIL import Image
 
 from helpers import error_of
-from neuralcollapse import FixedFrameClassifier, NearestFrameClassifier, attribute_gram, simplex_gram
+from neuralcollapse import FixedFrameClassifier, NearestFrameClassifier
 from neuralcollapse.cli import main
+from neuralcollapse.geometry import attribute_gram, simplex_gram
 from neuralcollapse.lab.config import RunConfig
 from neuralcollapse.lab.models.attributes import attribute_code, digits_of_classes, read_attributes
 from neuralcollapse.lab.models.building import build_head

@@ -40,7 +40,7 @@ def code_from_gram(gram: Tensor, feature_dim: int) -> Tensor:
     Source: classical scaling (Torgerson, 1952).
 
     Examples:
-        >>> from neuralcollapse import simplex_gram
+        >>> from neuralcollapse.geometry import simplex_gram
         >>> code = code_from_gram(simplex_gram(4), feature_dim=8)
         >>> code.shape, bool(torch.allclose(code @ code.T, simplex_gram(4), atol=1e-6))
         (torch.Size([4, 3]), True)

@@ -57,7 +57,8 @@ def nearest_frame(
     Source: this project, after Markou, Ajanthan, Gould, "Guiding Neural Collapse" (NeurIPS 2024).
 
     Examples:
-        >>> from neuralcollapse import attribute_gram, code_from_gram, nearest_frame
+        >>> from neuralcollapse import nearest_frame
+        >>> from neuralcollapse.geometry import attribute_gram, code_from_gram
         >>> gram = attribute_gram(torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]), torch.tensor([0.3, 0.3]))
         >>> frame = nearest_frame(torch.randn(4, 16), code_from_gram(gram, feature_dim=16))
         >>> bool(torch.allclose(frame @ frame.T, gram, atol=1e-5))

@@ -161,7 +161,7 @@ class FixedFrameClassifier(FixedWeight):
     Source: Liang and Davis, HAFrame (ICCV 2023), for a hierarchy's frame.
 
     Examples:
-        >>> from neuralcollapse import code_from_gram, tree_gram
+        >>> from neuralcollapse.geometry import code_from_gram, tree_gram
         >>> gram = tree_gram(torch.tensor([4, 4, 5, 5, 6, 6, -1]), decay=3.0)
         >>> head = FixedFrameClassifier(64, 4, code_from_gram(gram, feature_dim=64)).eval()
         >>> head(torch.randn(32, 64)).shape

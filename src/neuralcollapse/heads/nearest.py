@@ -96,7 +96,7 @@ class NearestFrameClassifier(KeepsFullPrecision, LearnsFromTargets):
     Source: this project, after Markou, Ajanthan, Gould, "Guiding Neural Collapse" (NeurIPS 2024).
 
     Examples:
-        >>> from neuralcollapse import attribute_gram, code_from_gram
+        >>> from neuralcollapse.geometry import attribute_gram, code_from_gram
         >>> digits = torch.cartesian_prod(torch.arange(10), torch.arange(10))  # 100 classes of two digits
         >>> code = code_from_gram(attribute_gram(digits, torch.tensor([0.5, 0.5])), feature_dim=64)
         >>> head = NearestFrameClassifier(64, 100, geometry=code)

@@ -52,7 +52,8 @@ def collapse_metrics(
         drop_classes_above: Classes with more samples are left out everywhere.
         ood_mean: (d,) mean feature of out-of-distribution data.
         pairwise: Include the metrics over all pairs of classes, O(K² d).
-        code: L (K, r), whose Gram matrix LLᵀ the classifier is compared with (`neuralcollapse.code_from_gram`).
+        code: L (K, r), whose Gram matrix LLᵀ the classifier is compared with
+            (`neuralcollapse.geometry.code_from_gram`).
 
     Returns:
         Name to value, in the order of `neuralcollapse.catalogue.METRICS`.

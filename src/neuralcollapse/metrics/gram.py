@@ -1,8 +1,8 @@
 """NC2 and NC3 relative to a prescribed Gram matrix: how far a classifier is from a frame that need be no simplex ETF.
 
-The Gram is given by a code L (K, r), G = LLᵀ (`neuralcollapse.code_from_gram`). Class means, weights and code are
-centred at the mean of the classes first, which changes no decision; at the simplex they are `nc2_etf` and `nc3_duality`
-of centred rows.
+The Gram is given by a code L (K, r), G = LLᵀ (`neuralcollapse.geometry.code_from_gram`). Class means, weights and code
+are centred at the mean of the classes first, which changes no decision; at the simplex they are `nc2_etf` and
+`nc3_duality` of centred rows.
 """
 
 from __future__ import annotations

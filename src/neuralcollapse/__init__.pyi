@@ -1,0 +1,29 @@
+from . import geometry as geometry
+from . import heads as heads
+from . import lab as lab
+from . import losses as losses
+from . import metrics as metrics
+from . import ufm as ufm
+from .classifier import find_classifier as find_classifier
+from .geometry import nearest_frame as nearest_frame
+from .geometry import nearest_simplex_etf as nearest_simplex_etf
+from .geometry import polar_factor as polar_factor
+from .geometry import random_simplex_etf as random_simplex_etf
+from .geometry import simplex_etf as simplex_etf
+from .geometry import softmax_code as softmax_code
+from .heads import ClassMeanClassifier as ClassMeanClassifier
+from .heads import ClassMeans as ClassMeans
+from .heads import FixedETFClassifier as FixedETFClassifier
+from .heads import FixedFrameClassifier as FixedFrameClassifier
+from .heads import LearnedClassifier as LearnedClassifier
+from .heads import NearestETFClassifier as NearestETFClassifier
+from .heads import NearestFrameClassifier as NearestFrameClassifier
+from .heads import attach_head as attach_head
+from .metrics import ClassMoments as ClassMoments
+from .metrics import Measurement as Measurement
+from .metrics import NeuralCollapse as NeuralCollapse
+from .metrics import collapse_metrics as collapse_metrics
+from .metrics import etf_distances as etf_distances
+from .metrics import measure as measure
+
+__version__: str
