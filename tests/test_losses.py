@@ -22,13 +22,6 @@ LOSSES = {
     **{f"decoupled {m}": partial(losses.decoupled_cross_entropy, margin=m) for m in MARGINS},
     **{f"two-way {m}": partial(losses.two_way, margin=m) for m in MARGINS},
 }
-MODULES = {
-    losses.NormFaceLoss: losses.normface,
-    losses.NTCELoss: losses.ntce,
-    losses.NONLLoss: losses.nonl,
-    losses.DecoupledCrossEntropyLoss: losses.decoupled_cross_entropy,
-    losses.TwoWayLoss: losses.two_way,
-}
 
 
 def batch(size=23, num_classes=5, feature_dim=7, seed=0):
@@ -38,7 +31,7 @@ def batch(size=23, num_classes=5, feature_dim=7, seed=0):
 
 
 def double_loop(name, features, targets, weight, temperature):
-    """The formulas, sample by sample, in Python's floating point."""
+    """Compute a loss by its formula, sample by sample, in Python's floating point."""
     samples, vectors = features.tolist(), weight.tolist()
 
     def score(i, k):
@@ -47,22 +40,22 @@ def double_loop(name, features, targets, weight, temperature):
 
     kind, _, margin = name.partition(" ")
     margin = float(margin or 0)
-    labels, everybody = targets.tolist(), range(len(samples))
+    labels, indices = targets.tolist(), range(len(samples))
     total = 0.0
     for i, y in enumerate(labels):
         own = score(i, y)
-        held_back = math.exp(own - margin) if margin < math.inf else 0.0
+        positive = math.exp(own - margin) if margin < math.inf else 0.0
         other_classes = sum(math.exp(score(i, k)) for k in range(len(vectors)) if k != y)
-        other_samples = sum(math.exp(score(j, y)) for j in everybody if labels[j] != y)
-        rows, columns = held_back + other_classes, held_back + other_samples
-        whole = sum(math.exp(score(j, y)) for j in everybody)
+        other_samples = sum(math.exp(score(j, y)) for j in indices if labels[j] != y)
+        rows, columns = positive + other_classes, positive + other_samples
+        every_sample = sum(math.exp(score(j, y)) for j in indices)
         total += {
             "normface": math.log(rows),
             "decoupled": math.log(rows),
             "nonl": math.log(columns),
-            "bidirectional": math.log(held_back + other_classes + other_samples),
+            "bidirectional": math.log(positive + other_classes + other_samples),
             "two-way": 0.5 * math.log(rows) + 0.5 * math.log(columns),
-            "ntce": math.log(whole),
+            "ntce": math.log(every_sample),
         }[kind] - own
     return total / len(labels)
 
@@ -108,7 +101,7 @@ def test_the_floor_of_ntce_is_the_logarithm_of_the_samples_of_a_class():
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_norms_do_not_matter_from_the_smallest_to_the_greatest(name):
+def test_norms_do_not_matter_from_1e_30_to_1e30(name):
     features, targets, weight = batch()
     expected = LOSSES[name](features, targets, weight)
     for scale in (1e-30, 1e-20, 1e20, 1e30):
@@ -131,7 +124,7 @@ def test_small_temperatures_and_bad_scales_stay_finite(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_what_is_ignored_counts_nowhere(name):
+def test_ignored_samples_do_not_count(name):
     features, targets, weight = batch()
     kept = torch.arange(len(targets)) % 4 != 0
     features.requires_grad_()
@@ -175,17 +168,6 @@ def test_low_precision_is_computed_in_fp32(name, dtype):
     assert expected.dtype == torch.float32
 
 
-@pytest.mark.parametrize("kind", MODULES, ids=lambda kind: kind.__name__)
-def test_modules_call_the_functions(kind):
-    features, targets, weight = batch()
-    options = {"temperature": 0.3, "ignore_index": 1}
-    if kind not in (losses.NormFaceLoss, losses.NTCELoss):
-        options["margin"] = 2.0
-    module = kind(**options)
-    assert module(features, targets, weight) == MODULES[kind](features, targets, weight, **options)
-    assert "temperature=0.3" in repr(module)
-
-
 def test_a_bidirectional_batch_of_one_class_has_the_other_class_vectors():
     features, _, weight = batch()
     with warnings.catch_warnings():
@@ -193,13 +175,6 @@ def test_a_bidirectional_batch_of_one_class_has_the_other_class_vectors():
         found = losses.nonl(features, torch.full((23,), 2), weight, bidirectional=True)
     rows = losses.decoupled_cross_entropy(features, torch.full((23,), 2), weight)
     assert (found - rows).abs() < 1e-12
-
-
-def test_the_module_of_nonl_takes_both_directions():
-    features, targets, weight = batch()
-    module = losses.NONLLoss(bidirectional=True)
-    assert module(features, targets, weight) == losses.nonl(features, targets, weight, bidirectional=True)
-    assert "bidirectional=True" in repr(module)
 
 
 # --- dot regression ------------------------------------------------------------------------------------------------
@@ -221,9 +196,6 @@ def test_dot_regression_is_its_formula(class_lengths):
     features, targets, weight = batch()
     expected = dot_regression_by_hand(features, targets, weight, class_lengths)
     assert float(losses.dot_regression(features, targets, weight, class_lengths)) == pytest.approx(expected, rel=1e-7)
-    assert losses.DotRegressionLoss()(features, targets, weight, class_lengths) == losses.dot_regression(
-        features, targets, weight, class_lengths
-    )
     tokens, labels = features.float().reshape(1, 23, 7), targets.where(targets != 3, -100).reshape(1, 23)
     found = losses.dot_regression(tokens, labels, weight.float(), class_lengths, ignore_index=-100)
     kept = targets != 3
@@ -237,12 +209,12 @@ def test_dot_regression_is_its_formula(class_lengths):
 def test_dot_regression_is_least_at_cosine_1_for_any_norms(radius, length):
     _, targets, weight = batch()
     rows = length * torch.nn.functional.normalize(weight)
-    there = (radius * torch.nn.functional.normalize(weight[targets])).requires_grad_()
-    least = losses.dot_regression(there, targets, rows)
+    optimum = (radius * torch.nn.functional.normalize(weight[targets])).requires_grad_()
+    least = losses.dot_regression(optimum, targets, rows)
     assert abs(float(least.detach())) < 1e-12
-    (gradient,) = torch.autograd.grad(least, there)
+    (gradient,) = torch.autograd.grad(least, optimum)
     assert float(gradient.abs().max()) < 1e-12
-    away = radius * torch.nn.functional.normalize(there.detach() + 0.1 * radius * normal(23, 7, seed=3))
+    away = radius * torch.nn.functional.normalize(optimum.detach() + 0.1 * radius * normal(23, 7, seed=3))
     cosines = (away * rows[targets]).sum(1) / (radius * length)
     found = losses.dot_regression(away, targets, rows)
     assert float(found) == pytest.approx(float((0.5 * radius * length * (1 - cosines) ** 2).mean()), rel=1e-9)
@@ -294,13 +266,13 @@ def test_dot_regression_of_tiny_and_huge_features(scale):
         ([1.0] * 5, "class_lengths must be a floating-point tensor, got list"),
     ],
 )
-def test_bad_class_lengths_are_named(class_lengths, message):
+def test_bad_class_lengths_are_rejected(class_lengths, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         losses.dot_regression(*batch(), class_lengths)
 
 
 def test_every_gradient_path_of_a_head_is_kept():
-    """A loss of what `prepare` gives reaches features through the solved ETF, too."""
+    """The gradient of a loss of the outputs of `prepare` also flows through the solved ETF."""
     features, targets, _ = batch(12, 4, 6)
     gradients = []
     for implicit in (True, False):
@@ -332,18 +304,12 @@ def test_every_gradient_path_of_a_head_is_kept():
         ({"targets": torch.full((23,), 5)}, r"targets must lie in \[0, 5\)"),
     ],
 )
-def test_bad_input_is_named(options, message):
+def test_bad_input_is_rejected(options, message):
     names = ("features", "targets", "weight")
     labels = {"targets": torch.arange(23) % 5}
     given = dict(zip(names, batch(), strict=True)) | labels | options
     with pytest.raises(ValueError, match=f"^{message}"):
         losses.two_way(*[given.pop(name) for name in names], **given)
-
-
-def test_modules_refuse_bad_settings_when_they_are_made():
-    for options in ({"temperature": -1}, {"margin": -1}, {"ignore_index": "no"}):
-        with pytest.raises(ValueError, match=f"^{next(iter(options))} must be"):
-            losses.TwoWayLoss(**options)
 
 
 # Two processes with batches of unequal size, one of them of few classes, against one process on the whole batch.
@@ -356,7 +322,7 @@ HEADS = {
 
 
 def gradients(name, head, shard):
-    """Of the inputs and the weight at each step; the loss as a rank gives it."""
+    """Return the losses of one rank, and the gradients of inputs and weight, at each step."""
     found, values = [], []
     make = HEADS[head]()
     for step in range(STEPS):
