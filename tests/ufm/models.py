@@ -1,4 +1,4 @@
-"""Models and settings that the tests of the theory share."""
+"""Models and settings shared by the tests of the unconstrained features model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from helpers import generator
 from neuralcollapse.heads import LearnedClassifier
 from neuralcollapse.ufm import UnconstrainedFeatures
 
-# (K, n, d, λ_W, λ_H): d under, at and over K, one sample a class, equal and unequal decay, and two at the origin.
+# (K, n, d, λ_W, λ_H): d below, at and above K, one sample per class, equal and unequal decay, and two at the origin.
 SETTINGS = [
     (2, 1, 1, 0.05, 0.05),
     (2, 5, 6, 0.02, 0.01),

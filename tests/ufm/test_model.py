@@ -12,7 +12,7 @@ from ufm.models import random_model
 
 
 def loss_by_hand(loss, logits, label, *, smoothing=0.0, focusing=2.0):
-    """One sample's loss, from its definition, in plain Python."""
+    """Loss of one sample from its definition, in plain Python."""
     if loss == "mse":
         return 0.5 * sum((z - (k == label)) ** 2 for k, z in enumerate(logits))
     total = sum(math.exp(z) for z in logits)
@@ -59,7 +59,7 @@ def test_the_objective_is_the_mean_loss_and_the_decay_of_each_parameter(loss, op
     ],
     ids=lambda head: f"{type(head).__name__}-{head.feature_norm}",
 )
-def test_any_head_trains_free_features(head):
+def test_any_head_trains_the_features(head):
     model = UnconstrainedFeatures(5, 4, 8, head, generator=generator())
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
     before = float(model.objective())
@@ -73,13 +73,13 @@ def test_any_head_trains_free_features(head):
     assert torch.equal(logits.argmax(1), targets)
 
 
-def test_decay_is_that_of_the_features_themselves_not_of_what_the_head_normalises():
+def test_decay_is_of_the_features_before_normalisation():
     head = NearestETFClassifier(8, 5)
     model = UnconstrainedFeatures(5, 4, 8, head, feature_decay=0.5, weight_decay=7.0)
     assert float(model.decay()) == pytest.approx(0.25 * float(model.features.square().sum()), rel=1e-6)
 
 
-def test_a_generator_decides_where_it_starts():
+def test_a_generator_determines_the_initial_features():
     first, again, other = (
         UnconstrainedFeatures(3, 2, 4, LearnedClassifier(4, 3), generator=generator(seed)).features
         for seed in (0, 0, 1)
@@ -120,7 +120,7 @@ def test_unbalanced_classes_are_minimised_as_well():
         ({"bias_decay": "much"}, "bias_decay must be a finite number of at least 0, got 'much'"),
     ],
 )
-def test_bad_input_is_named(options, message):
+def test_bad_input_is_rejected(options, message):
     arguments = {"num_classes": 3, "samples_per_class": 2, "feature_dim": 5, "head": LearnedClassifier(5, 3)}
     with pytest.raises(ValueError, match=message):
         UnconstrainedFeatures(**(arguments | options))
@@ -136,7 +136,7 @@ def test_bad_input_is_named(options, message):
         (LearnedClassifier(4, 3, bias=False), (normal(3, 4), normal(6, 4), normal(3)), "bias must be None"),
     ],
 )
-def test_what_cannot_be_placed_is_named_and_nothing_is_changed(head, arguments, message):
+def test_parameters_that_do_not_fit_are_rejected_and_the_model_is_unchanged(head, arguments, message):
     model = UnconstrainedFeatures(3, 2, 4, head)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     with pytest.raises(ValueError, match=message):

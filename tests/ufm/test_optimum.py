@@ -1,4 +1,4 @@
-"""The closed form against L-BFGS, which knows nothing of it."""
+"""The closed-form optimum compared with L-BFGS."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_the_parameters_returned_have_the_loss_and_the_norms_returned_and_no_gra
 
 
 def test_the_closed_form_is_that_of_the_formulas():
-    """formulas §5, written out as it stands there."""
+    """The formulas of section 5, written out."""
     for num_classes, samples_per_class, _, weight_decay, feature_decay in SETTINGS:
         c = math.sqrt(weight_decay / (feature_decay * samples_per_class)) / (num_classes - 1)
         inside = (num_classes - 1) * (c - weight_decay) / weight_decay
@@ -113,7 +113,7 @@ def test_the_optimum_reaches_the_origin_without_a_jump(kind):
     assert over.loss == pytest.approx(origin)
 
 
-def test_a_vocabulary_of_classes_has_its_optimum_at_once():
+def test_the_optimum_of_100_000_classes_needs_no_matrix():
     optimum = global_optimum(100_000, 1, 1e-7, 1e-7)
     assert optimum.frame == "simplex"
     assert optimum.margin == pytest.approx(math.log(99_999 * (1 - 0.0099999) / 0.0099999))
@@ -133,6 +133,6 @@ def test_a_vocabulary_of_classes_has_its_optimum_at_once():
         ((4, 2, 0.1, 0.1), {"label_smoothing": 0.1, "loss": "mse"}, "label_smoothing must be 0 with loss 'mse'"),
     ],
 )
-def test_bad_input_is_named(arguments, options, message):
+def test_bad_input_is_rejected(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         global_optimum(*arguments, **options)

@@ -13,7 +13,12 @@ from neuralcollapse.heads import (
     NearestETFClassifier,
 )
 from neuralcollapse.metrics import ClassMoments, collapse_metrics
-from neuralcollapse.ufm import UnconstrainedFeatures, global_optimum, measure_free_features, train_free_features
+from neuralcollapse.ufm import (
+    UnconstrainedFeatures,
+    global_optimum,
+    measure_unconstrained_features,
+    train_unconstrained_features,
+)
 
 HEADS = {
     "standard": lambda: LearnedClassifier(8, 4, bias=False, feature_norm=2.0, unit_weight=True),
@@ -23,11 +28,11 @@ HEADS = {
 
 
 @pytest.mark.parametrize("method", HEADS)
-def test_every_method_trains_free_features_to_collapse(method):
+def test_every_method_trains_to_collapse(method):
     torch.manual_seed(0)
     model = UnconstrainedFeatures(4, 5, 8, HEADS[method](), generator=generator())
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
-    seen = list(train_free_features(model, optimizer, 400, {0, 3, 400}))
+    seen = list(train_unconstrained_features(model, optimizer, 400, {0, 3, 400}))
     assert len(seen) == 401
     measured = [snapshot for snapshot in seen if snapshot is not None]
     assert [snapshot.iteration for snapshot in measured] == [0, 3, 400]
@@ -43,9 +48,9 @@ def test_every_method_trains_free_features_to_collapse(method):
         assert last[name] < measured[0].values[name] or measured[0].values[name] < 1e-6, name
 
 
-def test_measures_are_those_of_the_metrics_room_in_evaluation_mode():
+def test_measurements_equal_the_library_metrics_in_evaluation_mode():
     model = UnconstrainedFeatures(4, 5, 8, HEADS["standard"](), generator=generator(), class_counts=[2, 9, 4, 5])
-    measured = measure_free_features(model)
+    measured = measure_unconstrained_features(model)
     assert model.training
     features, moments = model.head.features(model.features), ClassMoments(4, 8)
     moments.update(features, model.targets)
@@ -60,24 +65,24 @@ def test_measures_are_those_of_the_metrics_room_in_evaluation_mode():
         assert measured[name] == pytest.approx((etf / etf.norm() - unit).square().sum().item(), rel=1e-9)
 
 
-def test_decayed_free_features_trained_by_sgd_reach_the_closed_form():
+def test_sgd_with_decay_reaches_the_closed_form():
     decay = {"weight_decay": 0.01, "feature_decay": 0.01}
     torch.manual_seed(0)
     model = UnconstrainedFeatures(3, 2, 5, LearnedClassifier(5, 3), generator=generator(), **decay).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
-    for _ in train_free_features(model, optimizer, 1000, ()):
+    for _ in train_unconstrained_features(model, optimizer, 1000, ()):
         pass
     assert float(model.objective().detach()) == pytest.approx(global_optimum(3, 2, **decay).loss, rel=1e-8)
 
 
-def test_a_run_that_diverges_says_so():
+def test_a_diverging_run_is_an_error():
     model = UnconstrainedFeatures(3, 2, 5, LearnedClassifier(5, 3), loss="mse", generator=generator())
     optimizer = torch.optim.SGD(model.parameters(), lr=1e6)
     with pytest.raises(ValueError, match="training diverged: the objective is not finite at iteration 60"):
-        list(train_free_features(model, optimizer, 60, {60}))
+        list(train_unconstrained_features(model, optimizer, 60, {60}))
 
 
-def test_bad_input_is_named():
+def test_bad_input_is_rejected():
     model = UnconstrainedFeatures(3, 2, 5, LearnedClassifier(5, 3), generator=generator())
     with pytest.raises(ValueError, match="iterations must be at least 1, got 0"):
-        next(train_free_features(model, torch.optim.SGD(model.parameters(), lr=1.0), 0, ()))
+        next(train_unconstrained_features(model, torch.optim.SGD(model.parameters(), lr=1.0), 0, ()))

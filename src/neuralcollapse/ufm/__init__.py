@@ -1,17 +1,24 @@
-"""The unconstrained features model: what the theory of neural collapse is about, to compute with.
+"""The unconstrained features model (UFM), its global optimum, saddles and critical points.
 
-Torch alone is enough for the model and its closed forms; `minimize` and the Hessian's spectrum use scipy (the extra
-``theory``), which is looked up when they are called.
+The model and its closed forms need torch only; `minimize` and the Hessian's spectrum use scipy (the extra ``theory``),
+which is imported when they are called.
 """
 
-from neuralcollapse.ufm.descent import Descent, minimize
-from neuralcollapse.ufm.hessian import HessianExtremes, hessian_extremes
-from neuralcollapse.ufm.landscape import CriticalPoint, Escape, classify_critical_point, escape, known_optimum
+from neuralcollapse.ufm.critical_points import (
+    CriticalPoint,
+    Descent,
+    Escape,
+    classify_critical_point,
+    escape,
+    known_optimum,
+    minimize,
+)
 from neuralcollapse.ufm.model import UnconstrainedFeatures
 from neuralcollapse.ufm.optimum import GlobalOptimum, decay_strength, global_optimum
 from neuralcollapse.ufm.saddles import origin_curvature, symmetric_saddle
+from neuralcollapse.ufm.spectrum import HessianExtremes, hessian_extremes
 from neuralcollapse.ufm.survey import Visit, loss_slice, survey
-from neuralcollapse.ufm.training import Snapshot, measure_free_features, train_free_features
+from neuralcollapse.ufm.training import Snapshot, measure_unconstrained_features, train_unconstrained_features
 
 __all__ = [
     "CriticalPoint",
@@ -29,10 +36,10 @@ __all__ = [
     "hessian_extremes",
     "known_optimum",
     "loss_slice",
-    "measure_free_features",
+    "measure_unconstrained_features",
     "minimize",
     "origin_curvature",
     "survey",
     "symmetric_saddle",
-    "train_free_features",
+    "train_unconstrained_features",
 ]

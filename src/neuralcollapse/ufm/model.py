@@ -1,4 +1,4 @@
-"""The unconstrained features model: the features are parameters, no network makes them."""
+"""The unconstrained features model: features are trained parameters, without a network."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ LOSSES: tuple[Loss, ...] = ("cross-entropy", "mse", "focal")
 
 
 class UnconstrainedFeatures(nn.Module):
-    r"""Free features under a head: what is left of a classifier when its backbone can do anything.
+    r"""Trained features under a head: a classifier whose backbone can map samples to any features.
 
-    With N = Kn samples, the features H (N, d) are parameters beside those of the head, and the objective is
+    With N = Kn samples, the features H (N, d) are parameters like those of the head, and the objective is
 
         f = (1/N) Σ_i loss(W h_i + b, y_i) + (λ_W/2) ‖W‖² + (λ_H/2) ‖H‖² + (λ_b/2) ‖b‖²
 
-    where the decay is that of the parameters (H as it is, even if the head normalises it), and of a head that trains
-    no weight there is no λ_W term. The loss of logits z with label y is
+    where the decay is that of the parameters (H before any normalisation by the head), and a head without a trained
+    weight has no λ_W term. The loss of logits z with label y is
 
     - ``"cross-entropy"``: −Σ_k q_k log p_k, p = softmax(z), q = (1−ε) e_y + ε/K with the label smoothing ε;
     - ``"mse"``: ½ ‖z − e_y‖²;
@@ -34,25 +34,25 @@ class UnconstrainedFeatures(nn.Module):
     Args:
         num_classes: K ≥ 2.
         samples_per_class: n ≥ 1.
-        feature_dim: d ≥ 1. (What is proven here needs d ≥ K−1; such functions check it.)
-        head: A `Head` of K classes in d dimensions. It is used in the mode (training or evaluation) it is in.
-        class_counts: K class sizes that sum to N, in place of n each.
-        loss: See above.
+        feature_dim: d ≥ 1. (Closed forms need d ≥ K−1; their functions check it.)
+        head: A `Head` of K classes in d dimensions, used in its current mode (training or evaluation).
+        class_counts: K class sizes that sum to N, instead of n each.
+        loss: ``"cross-entropy"``, ``"mse"`` or ``"focal"``, see above.
         label_smoothing: ε in [0, 1), for cross-entropy.
         focusing: γ ≥ 0, for the focal loss; 2 if not given.
         weight_decay: λ_W ≥ 0.
         feature_decay: λ_H ≥ 0.
         bias_decay: λ_b ≥ 0.
-        generator: Source of the first features, independent normal entries of variance 1/d.
+        generator: Source of the initial features, independent normal entries of variance 1/d.
 
     Attributes:
         features: H (N, d), in the order of the classes.
-        targets: (N,) the labels.
+        targets: y (N,), the labels.
         head: The head.
 
     Raises:
-        ValueError: Sizes out of range or that do not match the head's, class sizes that do not sum to N, or an
-            argument of another kind.
+        ValueError: if sizes are out of range or do not match the head's, class sizes do not sum to N, or an argument
+            has another type.
 
     Source: Mixon, Parshall, Pi (2020); Zhu et al., "A Geometric Analysis of Neural Collapse with Unconstrained
     Features" (NeurIPS 2021); the losses as in Zhou et al. (ICML 2022: MSE; NeurIPS 2022: focal, smoothed).
@@ -109,22 +109,22 @@ class UnconstrainedFeatures(nn.Module):
         self.register_buffer("targets", labels)
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """Logits (N, K) of the features, and the labels (N,)."""
+        """Return the logits (N, K) of the features, and the labels (N,)."""
         return self.head(self.features, self.targets if self.training else None), self.targets
 
     def risk(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss of logits (N, K) with labels (N,), without the decay."""
+        """Mean loss of logits (N, K) with labels (N,), without the decay."""
         if self.loss == "mse":
             return 0.5 * (logits - functional.one_hot(targets, self.num_classes)).square().sum(1).mean()
         log_probabilities = logits.log_softmax(1)
-        of_label = log_probabilities.gather(1, targets[:, None])[:, 0]
+        log_true = log_probabilities.gather(1, targets[:, None])[:, 0]
         if self.loss == "focal":
-            return -((-torch.expm1(of_label)).pow(self.focusing) * of_label).mean()
-        smoothed = (1 - self.label_smoothing) * of_label + self.label_smoothing * log_probabilities.mean(1)
+            return -((-torch.expm1(log_true)).pow(self.focusing) * log_true).mean()
+        smoothed = (1 - self.label_smoothing) * log_true + self.label_smoothing * log_probabilities.mean(1)
         return -smoothed.mean()
 
     def decay(self) -> Tensor:
-        """The three terms of decay."""
+        """Sum of the three terms of decay."""
         total = self.feature_decay * self.features.square().sum()
         for parameter in self.head.parameters():
             rate = self.weight_decay if parameter.ndim > 1 else self.bias_decay
@@ -133,7 +133,7 @@ class UnconstrainedFeatures(nn.Module):
         return 0.5 * total
 
     def objective(self) -> Tensor:
-        """f, a scalar with its graph."""
+        """Objective f, a scalar with its graph."""
         return self.risk(*self()) + self.decay()
 
     @torch.no_grad()
@@ -146,7 +146,8 @@ class UnconstrainedFeatures(nn.Module):
             bias: b (K,); 0 if not given.
 
         Raises:
-            ValueError: Shapes that do not match, values that are not finite, or a head whose weight is not trained.
+            ValueError: if shapes do not match, values are not finite, or the head does not train its weight; the
+                model is then unchanged.
         """
         if not isinstance(self.head.weight, nn.Parameter):
             raise ValueError(f"head must train its weight to be placed, and {type(self.head).__name__} does not")
@@ -174,7 +175,7 @@ class UnconstrainedFeatures(nn.Module):
 
 
 def check_decay(name: str, decay: float, *, positive: bool = False) -> float:
-    """The decay, if it is a finite number ≥ 0, or > 0 where the theory needs it."""
+    """Return the decay as a float; raise unless it is finite and at least 0, or greater than 0 if ``positive``."""
     if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < math.inf:
         raise ValueError(f"{name} must be a finite number of at least 0, got {decay!r}")
     if positive and decay == 0:

@@ -2,9 +2,9 @@
 
 For any d, (λ_W‖W‖² + λ_H‖H‖²)/2 ≥ μ ‖Z‖_* with Z = W Hᵀ (K, N) and μ = √(λ_W λ_H): a convex function of Z and b bounds
 the objective from below. It is invariant under permutations of the classes and of the samples of a class, so that the
-average of a minimiser over both is one as well: Z = a (I − 11ᵀ/K) ⊗ 1ᵀ_n, and one number a is left to find. That Z
-has rank K−1, so that factors W, H which attain the bound exist for every d ≥ K−1. The strength of the decay enters
-through s = K √(n λ_W λ_H) alone, and the optimum is the origin for s ≥ 1.
+average of a minimiser over both is a minimiser as well: Z = a (I − 11ᵀ/K) ⊗ 1ᵀ_n, with one number a to determine. This
+Z has rank K−1, so that factors W, H which attain the bound exist for every d ≥ K−1. The decay enters through the
+strength s = K √(n λ_W λ_H) only, and the optimum is the origin for s ≥ 1.
 """
 
 from __future__ import annotations
@@ -25,16 +25,15 @@ Frame = Literal["simplex", "orthogonal", "origin"]
 
 @dataclass(frozen=True)
 class GlobalOptimum:
-    """The global optimum of a balanced unconstrained features model, up to a rotation of the features.
+    """Global optimum of a balanced unconstrained features model, up to a rotation of the features.
 
     Attributes:
         loss: f at the optimum, decay included.
         weight_norm_squared: ‖W‖².
         feature_norm_squared: ‖H‖² = (λ_W/λ_H) ‖W‖².
         margin: z_y − z_k for k ≠ y, the same for every sample.
-        frame: What the rows of W are, up to scale: a ``"simplex"`` ETF, an ``"orthogonal"`` frame, or all zero
-            (``"origin"``).
-        bias_value: What each b_k is (for cross-entropy any common value does, and this is 0).
+        frame: Rows of W up to scale: a ``"simplex"`` ETF, an ``"orthogonal"`` frame, or zero (``"origin"``).
+        bias_value: Value of each b_k (0 for cross-entropy, where any common value is optimal).
         num_classes: K.
         samples_per_class: n.
         feature_dim: d.
@@ -52,18 +51,18 @@ class GlobalOptimum:
 
     @property
     def weight(self) -> Tensor:
-        """W (K, d) fp64: the canonical frame, scaled."""
+        """Weight W (K, d) in fp64: the canonical frame, scaled."""
         return math.sqrt(self.weight_norm_squared / self.num_classes) * self._unit_frame()
 
     @property
     def features(self) -> Tensor:
-        """H (Kn, d) fp64, in the order of the classes: each class's features are one vector, along its weight."""
+        """Features H (Kn, d) in fp64, in the order of the classes: those of a class are equal, along its weight."""
         scale = math.sqrt(self.feature_norm_squared / (self.num_classes * self.samples_per_class))
         return (scale * self._unit_frame()).repeat_interleave(self.samples_per_class, 0)
 
     @property
     def bias(self) -> Tensor:
-        """B (K,) fp64."""
+        """Bias b (K,) in fp64."""
         return torch.full((self.num_classes,), self.bias_value, dtype=torch.float64)
 
     def _unit_frame(self) -> Tensor:
@@ -73,7 +72,9 @@ class GlobalOptimum:
 
 
 def decay_strength(num_classes: int, samples_per_class: int, weight_decay: float, feature_decay: float) -> float:
-    """S = K √(n λ_W λ_H): the optimum is the origin exactly where this is at least 1 (less the label smoothing).
+    """Strength s = K √(n λ_W λ_H) of the decay: the optimum is the origin if and only if s + ε ≥ 1.
+
+    The label smoothing ε is 0 for MSE.
 
     Args:
         num_classes: K.
@@ -88,6 +89,18 @@ def decay_strength(num_classes: int, samples_per_class: int, weight_decay: float
     return num_classes * math.sqrt(samples_per_class * weight_decay * feature_decay)
 
 
+def check_nontrivial_optimum(
+    num_classes: int, samples_per_class: int, weight_decay: float, feature_decay: float
+) -> None:
+    """Raise if λ_W λ_H ≥ 1/(K²n): the origin is then the only critical point of the cross-entropy model."""
+    if decay_strength(num_classes, samples_per_class, weight_decay, feature_decay) >= 1:
+        raise ValueError(
+            "weight_decay * feature_decay must be less than 1/(K²n) = "
+            f"{1 / (num_classes**2 * samples_per_class):.3g}, got {weight_decay * feature_decay:.3g}: "
+            "the origin is the only critical point"
+        )
+
+
 def global_optimum(
     num_classes: int,
     samples_per_class: int,
@@ -99,20 +112,20 @@ def global_optimum(
     label_smoothing: float = 0.0,
     bias: bool = True,
 ) -> GlobalOptimum:
-    r"""The global optimum of the balanced model, for any K ≥ 2, n ≥ 1, d ≥ K−1 and positive decay.
+    r"""Return the global optimum of the balanced model, for any K ≥ 2, n ≥ 1, d ≥ K−1 and positive decay.
 
     With s = K √(n λ_W λ_H) and label smoothing ε, z_y − z_k = a for every sample and k ≠ y, and
     ‖W‖² = √(n λ_H/λ_W) r a, where r is the rank:
 
     - cross-entropy: a simplex ETF, r = K−1, t = (s + ε)(K−1)/K, a = log((K−1)(1−t)/t) for s + ε < 1, else 0, and
       f = log(1 + (K−1) e^(−a)) + (s + ε) a (K−1)/K. A bias, decayed or not, changes nothing.
-    - MSE (½ ‖z − e_y‖²): a = max(0, 1 − s), and each direction kept costs (s − s²/2)/K, or 1/(2K) for s ≥ 1. With a
-      bias that is not decayed, a simplex ETF, r = K−1, b = 1/K. Without one, an orthogonal frame for d ≥ K, r = K; at
-      d = K−1 one direction has to go, at the cost of 1/(2K): any truncation W Wᵀ ∝ I − uuᵀ, ‖u‖ = 1, is optimal,
-      and the one returned has u ∝ 1, a simplex ETF.
+    - MSE (½ ‖z − e_y‖²): a = max(0, 1 − s), and each direction that remains costs (s − s²/2)/K, or 1/(2K) for s ≥ 1.
+      With a bias that is not decayed, a simplex ETF, r = K−1, b = 1/K. Without a bias, an orthogonal frame for d ≥ K,
+      r = K; at d = K−1 one direction has to be dropped, at the cost of 1/(2K): any truncation W Wᵀ ∝ I − uuᵀ, ‖u‖ = 1,
+      is optimal, and the returned one has u ∝ 1, a simplex ETF.
 
-    That it is the global optimum holds for every d ≥ K−1 (see the module). That every other critical point is a
-    strict saddle is proven for d > K (Zhu et al. 2021; Zhou et al. 2022) and d = K (Shen & Gu, arXiv 2407.10702).
+    It is the global optimum for every d ≥ K−1 (see the module). Every other critical point is a strict saddle: this is
+    proven for d > K (Zhu et al. 2021; Zhou et al. 2022) and d = K (Shen & Gu, arXiv 2407.10702).
 
     Args:
         num_classes: K ≥ 2.
@@ -125,10 +138,10 @@ def global_optimum(
         bias: Whether there is a bias (for MSE: one that is not decayed).
 
     Returns:
-        The loss, the norms, and on demand W, H and b.
+        The loss and the norms; W, H and b are computed when they are read.
 
     Raises:
-        ValueError: An argument out of range or of another kind.
+        ValueError: if an argument is out of range or not a number, or the optimum of ``loss`` is not known.
 
     Source: Zhu et al. (NeurIPS 2021), Theorem 3.1, in closed form; Zhou et al. (ICML 2022) for MSE.
 
@@ -174,7 +187,7 @@ def global_optimum(
 
 
 def _cross_entropy(num_classes: int, strength: float, label_smoothing: float) -> tuple[float, float]:
-    """The margin a that minimises log(1 + (K−1) e^(−a)) + (s + ε) a (K−1)/K over a ≥ 0, and the minimum."""
+    """Return the margin a that minimises log(1 + (K−1) e^(−a)) + (s + ε) a (K−1)/K over a ≥ 0, and the minimum."""
     others, slope = num_classes - 1, strength + label_smoothing
     missed = slope * others / num_classes  # t, the probability of all wrong classes at the optimum
     margin = math.log(others * (1 - missed) / missed) if slope < 1 else 0.0
@@ -182,8 +195,8 @@ def _cross_entropy(num_classes: int, strength: float, label_smoothing: float) ->
 
 
 def _squared_error(num_classes: int, rank: int, strength: float, bias: bool) -> tuple[float, float]:
-    """The factor by which the kept directions of the labels are shrunk, and the minimum."""
+    """Return the factor by which the remaining directions of the labels are scaled, and the minimum."""
     margin = max(0.0, 1 - strength)
-    kept = strength - strength**2 / 2 if strength < 1 else 0.5
-    lost = 0 if bias else num_classes - rank
-    return margin, (rank * kept + lost / 2) / num_classes
+    cost = strength - strength**2 / 2 if strength < 1 else 0.5  # K times the cost of a direction that remains
+    dropped = 0 if bias else num_classes - rank
+    return margin, (rank * cost + dropped / 2) / num_classes

@@ -1,4 +1,4 @@
-"""Critical points of the cross-entropy model that are no minima, in closed form."""
+"""Symmetric saddles of the cross-entropy model in closed form."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from neuralcollapse._checks import check_at_least, check_etf_sizes
 from neuralcollapse.geometry import simplex_etf
 from neuralcollapse.heads import LearnedClassifier
 from neuralcollapse.ufm.model import UnconstrainedFeatures, check_decay
-from neuralcollapse.ufm.optimum import decay_strength
+from neuralcollapse.ufm.optimum import check_nontrivial_optimum, decay_strength
 
 
 def origin_curvature(num_classes: int, samples_per_class: int, weight_decay: float, feature_decay: float) -> float:
-    """The least eigenvalue of the Hessian at the origin.
+    """Least eigenvalue of the Hessian at the origin.
 
-    (λ_W + λ_H)/2 − √(((λ_W − λ_H)/2)² + 1/(K²n)): negative exactly for λ_W λ_H < 1/(K²n), which is exactly when the
-    global optimum is another point. It bounds the least eigenvalue of every `symmetric_saddle` from above, too: two
-    classes of a group that move apart orthogonally to everything change no logit to first order, and the second-order
-    terms are those of the origin.
+    (λ_W + λ_H)/2 − √(((λ_W − λ_H)/2)² + 1/(K²n)): negative if and only if λ_W λ_H < 1/(K²n), that is, if the global
+    optimum is another point. It also bounds the least eigenvalue of every `symmetric_saddle` from above: two classes of
+    a group that move apart in a direction orthogonal to all class vectors change no logit to first order, and the
+    second-order terms are those of the origin.
 
     Args:
         num_classes: K ≥ 2.
@@ -28,7 +28,7 @@ def origin_curvature(num_classes: int, samples_per_class: int, weight_decay: flo
         feature_decay: λ_H > 0.
 
     Raises:
-        ValueError: An argument out of range or of another kind.
+        ValueError: if an argument is out of range or not a number.
 
     Examples:
         >>> round(origin_curvature(10, 4, 0.01, 0.01), 12), round(origin_curvature(10, 4, 0.05, 0.05), 12)
@@ -51,15 +51,15 @@ def symmetric_saddle(
     *,
     feature_dim: int | None = None,
 ) -> UnconstrainedFeatures:
-    r"""A model at the critical point where the classes are merged into groups, each group one direction.
+    r"""Return a model at the critical point where the classes of each group share one direction.
 
     With g groups of K/g classes, group G of class k, and a unit simplex ETF v of g vectors, w_k = α v_G and
-    h = √(λ_W/(n λ_H)) α v_G. The gradient vanishes where a feature's margin x over the other groups has
+    h = √(λ_W/(n λ_H)) α v_G. The gradient vanishes if a feature's margin x over the other groups satisfies
 
         g/(e^x + g − 1) = s,   s = K √(n λ_W λ_H),   so that   x = log(1 + g (1 − s)/s),
 
-    which is positive for s < 1, and α² = x ((g−1)/g) √(n λ_H/λ_W). The rank is g−1: one group is the origin, and K
-    groups would be the global optimum. It is a strict saddle (see `origin_curvature`).
+    which is positive for s < 1, and α² = x ((g−1)/g) √(n λ_H/λ_W). The rank is g−1: one group gives the origin, and
+    K groups would give the global optimum. It is a strict saddle (see `origin_curvature`).
 
     Args:
         num_classes: K ≥ 2.
@@ -73,8 +73,8 @@ def symmetric_saddle(
         A model in fp64 with cross-entropy and a `LearnedClassifier`, at the saddle.
 
     Raises:
-        ValueError: An argument out of range, or groups that do not divide the classes; for more than one group also
-            decay so strong that the origin is the only critical point (s ≥ 1).
+        ValueError: if an argument is out of range, or ``groups`` does not divide the number of classes; for more than
+            one group also if the decay is so strong that the origin is the only critical point (s ≥ 1).
 
     Examples:
         >>> model = symmetric_saddle(6, 3, 2, 0.01, 0.01)
@@ -93,12 +93,7 @@ def symmetric_saddle(
     strength = decay_strength(num_classes, samples_per_class, weight_decay, feature_decay)
     weight = torch.zeros(num_classes, feature_dim, dtype=torch.float64)
     if groups > 1:
-        if strength >= 1:
-            raise ValueError(
-                "weight_decay * feature_decay must be less than 1/(K²n) = "
-                f"{1 / (num_classes**2 * samples_per_class):.3g} for a saddle of {groups} groups, "
-                f"got {weight_decay * feature_decay:.3g}: the origin is the only critical point"
-            )
+        check_nontrivial_optimum(num_classes, samples_per_class, weight_decay, feature_decay)
         margin = math.log1p(groups * (1 - strength) / strength)
         ratio = math.sqrt(samples_per_class * feature_decay / weight_decay)
         length = math.sqrt(margin * (groups - 1) / groups * ratio)

@@ -1,4 +1,4 @@
-"""A look at the landscape: critical points from random starts and from constructed saddles, each classified."""
+"""Survey of the landscape: critical points reached from random starts and from saddles, each classified."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from torch import Tensor
 
 from neuralcollapse._checks import check_at_least, check_etf_sizes
 from neuralcollapse.heads import LearnedClassifier
-from neuralcollapse.ufm.descent import minimize
-from neuralcollapse.ufm.flat import FlatObjective
-from neuralcollapse.ufm.landscape import CriticalPoint, classify_critical_point, escape
+from neuralcollapse.ufm.critical_points import CriticalPoint, classify_critical_point, escape, minimize
 from neuralcollapse.ufm.model import UnconstrainedFeatures, check_decay
+from neuralcollapse.ufm.optimum import check_nontrivial_optimum
 from neuralcollapse.ufm.saddles import symmetric_saddle
+from neuralcollapse.ufm.spectrum import FlatObjective
 
 
 @dataclass(frozen=True)
 class Visit:
-    """A critical point that was reached.
+    """Critical point of a survey.
 
     Attributes:
-        name: How: ``"start 3"``, ``"origin"``, ``"2 groups"``, ``"from origin"``, ``"from 2 groups"``.
-        model: The model there.
-        point: What it is.
-        iterations: Of the descent that ended there.
-        constructed: Whether it was put there, and no descent ended there.
+        name: Origin of the point: ``"start 3"``, ``"origin"``, ``"2 groups"``, ``"from origin"``, ``"from 2 groups"``.
+        model: A model at the point.
+        point: Its kind, with the evidence.
+        iterations: Iterations of the descent that ended there.
+        constructed: Whether the point was constructed, without a descent.
     """
 
     name: str
@@ -46,7 +46,7 @@ def survey(
     starts: int = 20,
     generator: torch.Generator | None = None,
 ) -> Iterator[Visit]:
-    """Descend from random starts, and from every symmetric saddle after escaping it; classify all that is found.
+    """Descend from random starts and from every symmetric saddle after an escape, and classify every point reached.
 
     Args:
         num_classes: K ≥ 2.
@@ -54,17 +54,16 @@ def survey(
         weight_decay: λ_W > 0.
         feature_decay: λ_H > 0.
         feature_dim: d ≥ K−1; K if not given.
-        starts: Random starts: normal entries of variance 1/d.
+        starts: Number of random starts, which have normal entries of variance 1/d.
         generator: Source of randomness.
 
     Yields:
-        Where each descent from a random start ends; then, for every number of groups that divides K (one group is the
-        origin), the saddle, and where the descent after the escape ends.
+        The final point of each descent from a random start; then, for every number of groups that divides K (one group
+        is the origin), the saddle, and the final point of the descent after the escape.
 
     Raises:
-        ValueError: An argument out of range, or λ_W λ_H not less than 1/(K²n): the origin is then the only critical
-            point.
-        ImportError: scipy is not installed.
+        ValueError: if an argument is out of range, or λ_W λ_H ≥ 1/(K²n): the origin is then the only critical point.
+        ImportError: if scipy is not installed.
 
     Examples:
         >>> visits = list(survey(4, 2, 0.01, 0.01, starts=2))
@@ -83,12 +82,7 @@ def survey(
     check_at_least("starts", starts, 0)
     weight_decay = check_decay("weight_decay", weight_decay, positive=True)
     feature_decay = check_decay("feature_decay", feature_decay, positive=True)
-    if num_classes**2 * samples_per_class * weight_decay * feature_decay >= 1:
-        raise ValueError(
-            "weight_decay * feature_decay must be less than 1/(K²n) = "
-            f"{1 / (num_classes**2 * samples_per_class):.3g}, got {weight_decay * feature_decay:.3g}: the origin is "
-            "the only critical point"
-        )
+    check_nontrivial_optimum(num_classes, samples_per_class, weight_decay, feature_decay)
     sizes = (num_classes, samples_per_class, feature_dim)
     for start in range(starts):
         head = LearnedClassifier(feature_dim, num_classes)
@@ -97,7 +91,7 @@ def survey(
         ).double()
         weight = torch.randn(num_classes, feature_dim, generator=generator, dtype=torch.float64)
         model.place(weight / feature_dim**0.5, model.features.detach())
-        yield _descended(f"start {start}", model, generator)
+        yield _descend(f"start {start}", model, generator)
     for groups in range(1, num_classes):
         if num_classes % groups:
             continue
@@ -106,28 +100,28 @@ def survey(
         saddle, model = (symmetric_saddle(*settings, feature_dim=feature_dim) for _ in range(2))
         yield Visit(name, saddle, classify_critical_point(saddle, generator=generator), constructed=True)
         escape(model, generator=generator)
-        yield _descended(f"from {name}", model, generator)
+        yield _descend(f"from {name}", model, generator)
 
 
-def _descended(name: str, model: UnconstrainedFeatures, generator: torch.Generator | None) -> Visit:
+def _descend(name: str, model: UnconstrainedFeatures, generator: torch.Generator | None) -> Visit:
     descent = minimize(model)
     return Visit(name, model, classify_critical_point(model, generator=generator), descent.iterations)
 
 
 @torch.no_grad()
 def loss_slice(model: UnconstrainedFeatures, direction: Tensor, steps: Tensor) -> Tensor:
-    """F along a line through where the model is.
+    """Values of f along a line through the model's parameters.
 
     Args:
-        model: Left where it is.
+        model: The model; it is not changed.
         direction: (P,), in the order of ``model.parameters()``.
-        steps: (m,) multiples of it.
+        steps: (m,) multiples of the direction.
 
     Returns:
-        (m,) fp64.
+        (m,) in fp64.
 
     Raises:
-        ValueError: A direction of another length.
+        ValueError: if the direction has another length.
 
     Examples:
         >>> model = symmetric_saddle(4, 1, 2, 0.01, 0.01)

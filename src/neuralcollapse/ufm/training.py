@@ -1,4 +1,4 @@
-"""Training free features: one run, measured as it goes."""
+"""Training of an unconstrained features model, with measurements."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from neuralcollapse.ufm.model import UnconstrainedFeatures
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What was measured after an iteration.
+    """Measurements after an iteration.
 
     Attributes:
-        iteration: Steps taken.
-        seconds: Of training alone, since the start.
-        values: Name to value, see `measure_free_features`.
+        iteration: Number of steps.
+        seconds: Seconds of training since the start, without measuring.
+        values: Values by name, see `measure_unconstrained_features`.
     """
 
     iteration: int
@@ -31,34 +31,34 @@ class Snapshot:
     values: dict[str, float]
 
 
-def train_free_features(
+def train_unconstrained_features(
     model: UnconstrainedFeatures, optimizer: Optimizer, iterations: int, measure_at: Collection[int]
 ) -> Iterator[Snapshot | None]:
-    """Train a model on all its samples at every step, and measure it in evaluation mode.
+    """Train a model on all samples in every step, and measure it in evaluation mode.
 
     Args:
-        model: Changed in place.
+        model: The model, trained in place.
         optimizer: Optimiser of the model's parameters.
-        iterations: Steps.
-        measure_at: The iterations after which to measure; 0 is the start.
+        iterations: Number of steps.
+        measure_at: Iterations after which to measure; 0 is the start.
 
     Yields:
-        After each iteration what was measured then, or None.
+        The measurements after each iteration, or None.
 
     Raises:
-        ValueError: ``iterations`` under 1, or the objective is not finite.
+        ValueError: if ``iterations`` is less than 1, or the objective is not finite.
 
     Examples:
         >>> from neuralcollapse.heads import NearestETFClassifier
         >>> model = UnconstrainedFeatures(4, 5, 8, NearestETFClassifier(8, 4))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=10.0)
-        >>> snapshots = [found for found in train_free_features(model, optimizer, 50, {1, 50}) if found]
-        >>> [found.iteration for found in snapshots], snapshots[1].values["loss"] < snapshots[0].values["loss"]
+        >>> snapshots = [s for s in train_unconstrained_features(model, optimizer, 50, {1, 50}) if s]
+        >>> [snapshot.iteration for snapshot in snapshots], snapshots[1].values["loss"] < snapshots[0].values["loss"]
         ([1, 50], True)
     """
     check_at_least("iterations", iterations, 1)
     if 0 in measure_at:
-        yield Snapshot(0, 0.0, measure_free_features(model))
+        yield Snapshot(0, 0.0, measure_unconstrained_features(model))
     seconds = 0.0
     for iteration in range(1, iterations + 1):
         started = perf_counter()
@@ -73,25 +73,27 @@ def train_free_features(
             continue
         if not torch.isfinite(objective):
             raise ValueError(f"training diverged: the objective is not finite at iteration {iteration}")
-        yield Snapshot(iteration, seconds, measure_free_features(model))
+        yield Snapshot(iteration, seconds, measure_unconstrained_features(model))
 
 
 @torch.no_grad()
-def measure_free_features(model: UnconstrainedFeatures) -> dict[str, float]:
-    """Loss and collapse of a model in evaluation mode, of what its weight multiplies, in fp64.
+def measure_unconstrained_features(model: UnconstrainedFeatures) -> dict[str, float]:
+    """Measure the loss and the collapse of a model in evaluation mode, in fp64.
+
+    Features are those that the head's weight multiplies. Class means are centred at the mean of all samples.
 
     Args:
-        model: Left in the mode it is in.
+        model: The model; its mode is restored.
 
     Returns:
         ``loss`` (without decay), ``accuracy``, ``nc1_quotient``, ``nc2_etf_means``, ``nc2_etf_weights``,
         ``nc3_duality``, and ``etf_means``, ``etf_weights``: the squared distance to the nearest simplex ETF, both of
-        unit Frobenius norm. Class means are centred at the mean of all samples.
+        unit Frobenius norm.
 
     Examples:
         >>> from neuralcollapse.heads import LearnedClassifier
         >>> model = UnconstrainedFeatures(3, 2, 4, LearnedClassifier(4, 3), weight_decay=0.01, feature_decay=0.01)
-        >>> sorted(measure_free_features(model))[:3]
+        >>> sorted(measure_unconstrained_features(model))[:3]
         ['accuracy', 'etf_means', 'etf_weights']
     """
     training = model.training

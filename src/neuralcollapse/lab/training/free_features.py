@@ -20,7 +20,7 @@ from neuralcollapse.heads import (
 from neuralcollapse.lab.config import PublishedMethod
 from neuralcollapse.lab.seeds import derived_seed
 from neuralcollapse.lab.training.agd import AGD, orthogonal_start
-from neuralcollapse.ufm import UnconstrainedFeatures, train_free_features
+from neuralcollapse.ufm import UnconstrainedFeatures, train_unconstrained_features
 
 OptimizerName = Literal["sgd", "agd"]
 _MOMENTUM = 0.9
@@ -87,7 +87,7 @@ def train_run(
     model = _model(run)
     optimizer = _optimizer(run, model, rate)
     rows = []
-    for snapshot in train_free_features(model, optimizer, iterations, measure_at):
+    for snapshot in train_unconstrained_features(model, optimizer, iterations, measure_at):
         after_step()
         if snapshot is not None:
             values = snapshot.values | {"excess_loss": snapshot.values["loss"] - least_loss(run)}

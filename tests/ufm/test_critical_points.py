@@ -1,3 +1,5 @@
+"""Hessian spectra, saddles, and the classification of critical points."""
+
 from __future__ import annotations
 
 import subprocess
@@ -78,7 +80,7 @@ def test_the_ends_of_the_spectrum_are_those_of_the_dense_hessian(loss, options, 
         assert torch.allclose(torch.cat([ends.least, ends.greatest]), values[[0, 1, 2, -3, -2, -1]], atol=1e-12)
 
 
-def test_lanczos_takes_no_dense_hessian():
+def test_lanczos_needs_no_dense_hessian():
     """20,000 parameters, whose dense Hessian is 3.2 GB: the least eigenvalue at the origin is the formula's."""
     model = symmetric_saddle(50, 1, 3, 0.002, 0.004, feature_dim=100)
     ends = hessian_extremes(model, generator=generator())
@@ -92,8 +94,8 @@ def test_the_least_eigenvalue_at_the_origin_is_the_formula(setting):
     model = at_saddle(num_classes, 1, samples_per_class, weight_decay, feature_decay, feature_dim)
     least = float(hessian_extremes(model).least[0])
     expected = origin_curvature(num_classes, samples_per_class, weight_decay, feature_decay)
-    has_bias_direction = min(expected, 0.0)  # along b ∝ 1 the objective is flat, whatever the decay
-    assert least == pytest.approx(has_bias_direction, abs=1e-10)
+    with_bias_direction = min(expected, 0.0)  # along b ∝ 1 the objective is flat, whatever the decay
+    assert least == pytest.approx(with_bias_direction, abs=1e-10)
 
 
 @pytest.mark.parametrize("skew", [1.0, 3.0])
@@ -129,17 +131,17 @@ def test_a_saddle_of_groups_is_critical_strict_and_of_its_rank(setting):
 def test_from_every_saddle_escape_and_descent_reach_the_global_optimum(setting):
     model = at_saddle(*setting)
     before = float(model.objective().detach())
-    way_out = escape(model, generator=generator())
-    assert way_out.objective_before == pytest.approx(before)
-    assert float(model.objective().detach()) == pytest.approx(way_out.objective_after)
-    assert way_out.objective_after < before
+    escaped = escape(model, generator=generator())
+    assert escaped.objective_before == pytest.approx(before)
+    assert float(model.objective().detach()) == pytest.approx(escaped.objective_after)
+    assert escaped.objective_after < before
     minimize(model)
     assert classify_critical_point(model).kind == "global optimum"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", SADDLES, ids=str)
-def test_escape_finds_its_way_whatever_direction_is_drawn(setting):
+def test_escape_works_for_any_random_direction(setting):
     for seed in range(30):
         model = at_saddle(*setting)
         escape(model, generator=generator(seed))
@@ -161,7 +163,7 @@ def test_at_the_optimum_no_curvature_is_negative(setting, loss):
     assert point.least_eigenvalue >= -1e-8
 
 
-def test_points_are_told_apart():
+def test_kinds_of_points_are_distinguished():
     model = random_model(4, 3, 5, 0.01, 0.01)
     assert classify_critical_point(model).kind == "not critical"
     assert classify_critical_point(model).least_eigenvalue is None
@@ -187,7 +189,7 @@ def test_heads_that_move_class_means_are_analysed_in_evaluation_mode():
     assert float(hessian_extremes(fixed).least[0]) >= -1e-12  # convex in the features
 
 
-def test_the_model_is_not_changed_by_looking_at_it():
+def test_analysis_does_not_change_the_model():
     model = random_model(4, 3, 5, 0.01, 0.01)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     classify_critical_point(model)
@@ -229,7 +231,7 @@ def test_the_model_is_not_changed_by_looking_at_it():
         (lambda: minimize(random_model(2, 1, 1, 0.1, 0.1), gradient_tolerance=0), "gradient_tolerance must be greater"),
     ],
 )
-def test_bad_input_is_named(function, message):
+def test_bad_input_is_rejected(function, message):
     with pytest.raises(ValueError, match=message):
         function()
 
