@@ -12,6 +12,8 @@ import frozen
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5}
 # Two epochs amplify rounding, which differs between processors.
 RUNS = 1e-3
+# The metrics of an exact ETF in fp32 are rounding error, which changes with the order of operations.
+ROUNDING = 1e-7
 
 
 @pytest.fixture(scope="module")
@@ -26,4 +28,6 @@ def test_results_are_those_recorded(group, stored):
     assert expected == computed.keys()
     for name in sorted(expected):
         tolerance = RUNS if group == "runs" else TOLERANCE[stored[name].dtype]
+        if group == "runs" and float((computed[name] - stored[name]).abs().max()) <= ROUNDING:
+            continue
         assert frozen.difference(computed[name], stored[name]) <= tolerance, name

@@ -13,8 +13,7 @@ from torch.autograd import gradcheck
 from helpers import normal, simplex_gram
 from neuralcollapse import nearest_simplex_etf, polar_factor, random_simplex_etf
 from neuralcollapse.geometry.polar import decompose
-from neuralcollapse.geometry.products import SIGN_POLYNOMIALS
-from neuralcollapse.geometry.watch import Watch
+from neuralcollapse.geometry.polar_iteration import IMMEDIATE, SIGN_POLYNOMIALS, ConvergenceCheck
 
 WAYS = ["spectral", "products"]
 ORTHONORMALITY = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -132,7 +131,7 @@ def test_the_polynomials_are_minimax_and_end_at_the_sign():
 
 
 def test_a_watched_solve_falls_back_a_fixed_number_of_solves_later(caplog):
-    good, bad, watch = with_condition(6, 20, 10), with_condition(6, 20, 1e9), Watch()
+    good, bad, watch = with_condition(6, 20, 10), with_condition(6, 20, 1e9), ConvergenceCheck()
 
     def solve(matrix):
         return decompose(matrix, 0.0, True, watch.handle)[0]
@@ -142,14 +141,14 @@ def test_a_watched_solve_falls_back_a_fixed_number_of_solves_later(caplog):
 
     assert is_orthonormal(solve(bad))  # the first solve is looked at at once
     assert watch.fallbacks == 1
-    with caplog.at_level(logging.WARNING, logger="neuralcollapse.geometry.watch"):
+    with caplog.at_level(logging.WARNING, logger="neuralcollapse.geometry.polar_iteration"):
         assert is_orthonormal(solve(good))
         assert not is_orthonormal(solve(bad))  # nobody has looked yet
-        results = [is_orthonormal(solve(bad)) for _ in range(Watch.LAG)]
-    assert results == [False] * (Watch.LAG - 2) + [True, True] or results[-1]
+        results = [is_orthonormal(solve(bad)) for _ in range(watch.lag)]
+    assert results == [False] * (watch.lag - 2) + [True, True] or results[-1]
     assert watch.fallbacks >= 2
     assert "polar factor by SVD" in caplog.text
-    for _ in range(2 * Watch.LAG):
+    for _ in range(2 * watch.lag):
         solve(good)
     before = watch.fallbacks
     assert is_orthonormal(solve(good))
@@ -167,7 +166,7 @@ def test_the_operator_is_what_it_says_to_compilers(shape, null, dtype, by_produc
     matrix = matrix - matrix.mean(-2, keepdim=True) if null else matrix
     if shape[-2] == 1 and null:
         pytest.skip("no complement")
-    torch.library.opcheck(torch.ops.neuralcollapse.polar_factor.default, (matrix, null, by_products, Watch.AT_ONCE))
+    torch.library.opcheck(torch.ops.neuralcollapse.polar_factor.default, (matrix, null, by_products, IMMEDIATE.handle))
 
 
 def test_the_operator_is_the_same_function_rank_deficient():

@@ -4,11 +4,20 @@ Class vectors are rows, ``(..., K, d)``.
 """
 
 from neuralcollapse.geometry import stiefel
-from neuralcollapse.geometry.codes import code_from_gram, code_of_means, seli_code
+from neuralcollapse.geometry.codes import (
+    Code,
+    SimplexCode,
+    attribute_gram,
+    code_from_gram,
+    code_of_means,
+    distance_gram,
+    embedding_gram,
+    seli_code,
+    simplex_gram,
+    tree_gram,
+)
 from neuralcollapse.geometry.declarative import ArgminSolution, argmin_on_stiefel
-from neuralcollapse.geometry.frames import nearest_frame
-from neuralcollapse.geometry.grams import attribute_gram, distance_gram, embedding_gram, simplex_gram, tree_gram
-from neuralcollapse.geometry.nearest import nearest_etf_diagnostics, nearest_simplex_etf
+from neuralcollapse.geometry.frames import nearest_etf_diagnostics, nearest_frame, nearest_simplex_etf
 from neuralcollapse.geometry.polar import polar_factor
 from neuralcollapse.geometry.simplex import random_simplex_etf, simplex_basis, simplex_etf
 from neuralcollapse.geometry.softmax_code import anneal_code, one_vs_rest_margins, softmax_code
@@ -17,7 +26,9 @@ from neuralcollapse.geometry.trust_region import minimize_on_stiefel
 
 __all__ = [
     "ArgminSolution",
+    "Code",
     "Iteration",
+    "SimplexCode",
     "StiefelSolution",
     "Stop",
     "anneal_code",

@@ -1,21 +1,86 @@
-"""The frame of a prescribed Gram matrix that is nearest to given class means, in closed form."""
+"""The frame of a code that is nearest to given class means, in closed form: of the simplex ETF, or of any code."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
-from neuralcollapse._checks import compute_dtype, values_readable
+from neuralcollapse._checks import (
+    check_choice,
+    check_finite,
+    check_floating,
+    check_not_negative,
+    compute_dtype,
+    values_readable,
+)
 from neuralcollapse.geometry import stiefel
-from neuralcollapse.geometry.centring import centre, check_arguments, check_weight_values
-from neuralcollapse.geometry.codes import check_code, coordinates, principal_code
-from neuralcollapse.geometry.polar import Method, polar
-from neuralcollapse.geometry.watch import Watch
+from neuralcollapse.geometry.codes import Code, SimplexCode, check_code, principal_code
+from neuralcollapse.geometry.polar import METHODS, Method
+from neuralcollapse.geometry.polar_iteration import IMMEDIATE, ConvergenceCheck
+
+
+def nearest_simplex_etf(
+    class_means: Tensor,
+    *,
+    anchor: Tensor | None = None,
+    proximal_weight: float = 0.0,
+    class_weights: Tensor | None = None,
+    method: Method = "auto",
+    check_values: bool = True,
+) -> Tensor:
+    r"""The unit simplex ETF nearest to the class means, differentiable in them.
+
+    With C the means centred at their (weighted) mean, Ĉ = C/‖C‖_F, and E = √(K/(K−1)) B Q, it minimises
+
+        ((K−1)/2) Σ_k ω_k ‖ĉ_k − e_k/√K‖² + (γ/2) ‖Q − Q₀‖_F²
+
+    over Q with orthonormal rows. The objective is linear in Q, so the minimiser is the polar factor of
+    √(K−1) Bᵀ diag(ω) Ĉ + γ Q₀: no iteration, and a derivative in closed form. It is unique where that
+    matrix has full rank.
+
+    Args:
+        class_means: (..., K, d) floating, d ≥ K−1. fp16 and bf16 are computed in fp32.
+        anchor: (K, d) or (..., K, d), a unit simplex ETF E₀ to stay close to (the last solution); used if γ > 0.
+        proximal_weight: γ ≥ 0, in units in which the singular values of the data term are 1 at collapse.
+        class_weights: (K,) or (..., K), ω ≥ 0 up to a common factor; equal if not given.
+        method: How the polar factor is found, as for `polar_factor`.
+        check_values: Check finiteness, that the means are not all equal, that the anchor is an ETF and that products
+            converged (on an accelerator this waits for the device).
+
+    Returns:
+        (..., K, d), unit rows with pairwise cosine −1/(K−1), in the dtype of ``class_means``.
+
+    Raises:
+        ValueError: An argument of another kind, K < 2, d < K−1, shapes that do not match, non-finite values,
+            negative weights, γ > 0 without an anchor, an anchor that is no simplex ETF, or means that are all
+            equal with no anchor to decide.
+
+    Source: after Markou, Ajanthan, Gould, "Guiding Neural Collapse" (NeurIPS 2024), reduced to the complement
+    of the all-ones vector.
+
+    Examples:
+        >>> from neuralcollapse import nearest_simplex_etf, random_simplex_etf
+        >>> etf = random_simplex_etf(10, 64, generator=torch.Generator().manual_seed(0))
+        >>> bool(torch.allclose(nearest_simplex_etf(5 * etf + 2), etf, atol=1e-5))
+        True
+    """
+    _check_means(class_means)
+    return nearest_frame(
+        class_means,
+        SimplexCode(class_means.shape[-2], proximal_weight),
+        anchor=anchor,
+        proximal_weight=proximal_weight,
+        class_weights=class_weights,
+        method=method,
+        check_values=check_values,
+    )
 
 
 def nearest_frame(
     class_means: Tensor,
-    code: Tensor,
+    code: Tensor | Code,
     *,
     anchor: Tensor | None = None,
     proximal_weight: float = 0.0,
@@ -64,47 +129,149 @@ def nearest_frame(
         >>> bool(torch.allclose(frame @ frame.T, gram, atol=1e-5))
         True
     """
-    check_arguments(class_means, anchor, proximal_weight, class_weights, method)
-    check_code(code, class_means.shape[-2])
+    _check_arguments(class_means, anchor, proximal_weight, class_weights)
+    check_choice("method", method, METHODS)
+    num_classes, feature_dim = class_means.shape[-2:]
     means = class_means.to(compute_dtype(class_means.dtype))
-    principal = principal_code(code, class_means.shape[-1]).to(means)
-    if check_values:
-        if anchor is not None:
-            _check_anchor(anchor, principal)
-        if class_weights is not None:
-            check_weight_values(class_weights)
-    watch = Watch.AT_ONCE if check_values else 0
-    frame = solve_frame(means, principal, anchor, proximal_weight, class_weights, method, watch, check_values)
+    if not isinstance(code, Code):
+        check_code(code, num_classes)
+        code = Code(principal_code(code, feature_dim))
+    code.check_dimension(feature_dim)
+    code = code.to(means)
+    if check_values and anchor is not None:
+        code.check_frame("anchor", anchor)
+    if check_values and class_weights is not None:
+        check_weight_values(class_weights)
+    check = IMMEDIATE if check_values else None
+    frame = solve_frame(means, code, anchor, proximal_weight, class_weights=class_weights, method=method, check=check)
     return frame.to(class_means.dtype)
 
 
 def solve_frame(
     means: Tensor,
-    code: Tensor,
-    anchor: Tensor | None,
-    proximal_weight: float | Tensor,
+    code: Code,
+    anchor: Tensor | None = None,
+    proximal_weight: float | Tensor = 0.0,
+    *,
     class_weights: Tensor | None = None,
     method: Method = "auto",
-    watch: int = 0,
-    check_values: bool = False,
+    check: ConvergenceCheck | None = None,
 ) -> Tensor:
-    """`nearest_frame` behind its door, of fp32 or fp64 means and a principal code in their dtype; γ may be a tensor.
+    """Return the frame of `nearest_frame` without checking arguments, as the heads need it.
 
-    An anchor that is a frame of another code pulls by its part in this one's span: for a tight code that is
-    (γ/2)(r/‖L‖²_F) ‖LQ − W₀‖²_F.
+    Args:
+        means: (..., K, d) of fp32 or fp64.
+        code: In the dtype of the means.
+        anchor: As for `nearest_frame`. An anchor that is a frame of another code pulls by its part in the span of this
+            one: for a tight code that is (γ/2)(r/‖L‖²_F) ‖LQ − W₀‖²_F.
+        proximal_weight: γ, also as a tensor.
+        class_weights: As for `nearest_frame`.
+        method: As for `polar_factor`.
+        check: Check of whether products converged; None for no check. `IMMEDIATE` also checks that the means differ.
     """
-    if isinstance(proximal_weight, float | int) and proximal_weight == 0:
-        anchor = None
-    centred, norm, weights = centre(means, class_weights, check_values, anchor is None)
-    own, weighted = code, centred
-    if weights is not None:
-        own, weighted = code - (weights * code).mean(-2, keepdim=True), weights * centred
-    # Lᵀ diag(ω) Ĉ is the same of every centring of the code, since diag(ω) Ĉ sums to zero.
-    reach = code.shape[-1] / torch.linalg.matrix_norm(own, keepdim=True)
-    target = code.mT @ weighted * (reach / norm)
-    if anchor is not None:
-        target = target + proximal_weight * coordinates(code, anchor.to(means.dtype))
-    return own @ polar(target, method=method, watch=watch)
+    target, shifted, centred, norm, _ = _target(means, code, anchor, proximal_weight, class_weights)
+    if check is IMMEDIATE and values_readable(norm) and not bool(torch.isfinite(norm).all()):
+        check_finite("class_means", means)
+        if not bool(torch.isfinite(torch.linalg.vector_norm(centred))):
+            raise ValueError(f"class_means must be small enough to be squared in {means.dtype}")
+        if anchor is None or proximal_weight == 0:
+            raise ValueError(
+                "class_means must not be all equal (centred, they are all zero), "
+                "unless an anchor with a positive proximal_weight decides the orientation"
+            )
+    return shifted.expand(code.polar(target, method, check))
+
+
+def _target(
+    means: Tensor,
+    code: Code,
+    anchor: Tensor | None,
+    proximal_weight: float | Tensor,
+    class_weights: Tensor | None,
+) -> tuple[Tensor, Code, Tensor, Tensor, Tensor]:
+    """Return Ã = (r/‖L‖_F) Lᵀ diag(ω) Ĉ + γ Q₀, whose polar factor is Q, and what it is made of.
+
+    Returns:
+        Ã (..., r, d); the code L, shifted by the class weights; C; ‖C‖_F; and diag(ω) C.
+    """
+    centred, norm, weights = _centre(means, class_weights)
+    shifted, weighted = (code, centred) if weights is None else (code.shifted(weights), weights * centred)
+    target = shifted.reduce(weighted, norm)
+    if anchor is not None and not (isinstance(proximal_weight, float | int) and proximal_weight == 0):
+        target = target + code.coordinates(anchor.to(means.dtype), proximal_weight)
+    return target, shifted, centred, norm, weighted
+
+
+def _centre(means: Tensor, class_weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return C, centred at the ω-weighted mean; ‖C‖_F, (..., 1, 1); and ω, (..., K, 1) with mean 1, if given.
+
+    Where C holds nothing but the rounding error of the centring, the norm is infinite: Ĉ is zero, with a zero gradient.
+    """
+    weights = None
+    if class_weights is not None:
+        weights = class_weights.to(means)
+        weights = (weights / weights.mean(-1, keepdim=True)).unsqueeze(-1)
+    mean = (means if weights is None else weights * means).mean(-2, keepdim=True)
+    centred = means - mean
+    norm = torch.linalg.vector_norm(centred, dim=(-2, -1), keepdim=True)
+    rounding = 4 * torch.finfo(means.dtype).eps * math.sqrt(means.shape[-2])
+    differ = norm > rounding * torch.linalg.vector_norm(mean.detach(), dim=-1, keepdim=True)
+    return centred, torch.where(differ, norm, math.inf), weights
+
+
+@torch.no_grad()
+def nearest_etf_diagnostics(
+    class_means: Tensor,
+    etf: Tensor,
+    *,
+    anchor: Tensor | None = None,
+    proximal_weight: float = 0.0,
+    class_weights: Tensor | None = None,
+) -> dict[str, float]:
+    """How good a simplex ETF is as the answer of `nearest_simplex_etf` to the same arguments, in fp64.
+
+    Args:
+        class_means: (K, d).
+        etf: (K, d), a unit simplex ETF.
+        anchor: As for `nearest_simplex_etf`.
+        proximal_weight: As for `nearest_simplex_etf`.
+        class_weights: As for `nearest_simplex_etf`.
+
+    Returns:
+        ``objective``, the function minimised; ``gradient_norm`` of its Riemannian gradient, 0 at the minimiser;
+        ``least_singular_value`` of the matrix whose polar factor the minimiser is, 0 where it is not unique;
+        ``distance_to_anchor``, ‖E − E₀‖_F, NaN without an anchor.
+
+    Raises:
+        ValueError: Shapes or a proximal weight that `nearest_simplex_etf` refuses, or another shape of ``etf``.
+
+    Examples:
+        >>> from neuralcollapse import nearest_simplex_etf, simplex_etf
+        >>> means = 3 * simplex_etf(4, 6) + 1
+        >>> diagnostics = nearest_etf_diagnostics(means, nearest_simplex_etf(means))
+        >>> abs(diagnostics["objective"]) < 1e-6, round(diagnostics["least_singular_value"], 6)
+        (True, 1.0)
+    """
+    check_floating("class_means", class_means)
+    check_floating("etf", etf)
+    if class_means.ndim != 2 or etf.shape != class_means.shape:
+        raise ValueError(
+            f"etf must be of the shape (K, d) of class_means {tuple(class_means.shape)}, got {tuple(etf.shape)}"
+        )
+    _check_arguments(class_means, anchor, proximal_weight, class_weights)
+    code = SimplexCode(len(class_means))
+    code.check_dimension(class_means.shape[1])
+    target, _, centred, norm, weighted = _target(class_means.double(), code, anchor, proximal_weight, class_weights)
+    frame = code.coordinates(etf.double())
+    product = target @ frame.mT
+    gradient = target - 0.5 * (product + product.mT) @ frame
+    data = code.rank / 2 * ((centred * weighted).sum() / norm**2 + 1)
+    return {
+        "objective": float(data + proximal_weight * code.rank - product.trace()),
+        "gradient_norm": float(torch.linalg.matrix_norm(gradient)),
+        "least_singular_value": float(torch.linalg.svdvals(target)[code.rank - 1]),
+        "distance_to_anchor": math.nan if anchor is None else float((etf - anchor).double().norm()),
+    }
 
 
 def placed(code: Tensor, feature_dim: int, generator: torch.Generator | None = None) -> Tensor:
@@ -116,17 +283,42 @@ def placed(code: Tensor, feature_dim: int, generator: torch.Generator | None = N
     return code @ rotation.to(code.device)
 
 
-def _check_anchor(anchor: Tensor, code: Tensor) -> None:
-    """Raise unless the anchor is, up to a row common to all classes, L Q₀ with orthonormal rows of Q₀."""
-    if not values_readable(anchor):
+def _check_means(class_means: Tensor) -> None:
+    check_floating("class_means", class_means)
+    if class_means.ndim < 2:
+        raise ValueError(f"class_means must be of shape (..., K, d), got {tuple(class_means.shape)}")
+
+
+def _check_arguments(
+    class_means: Tensor, anchor: Tensor | None, proximal_weight: float, class_weights: Tensor | None
+) -> None:
+    """Raise if kinds, shapes or the proximal weight are invalid; reads no values of tensors."""
+    _check_means(class_means)
+    check_not_negative("proximal_weight", proximal_weight)
+    if anchor is not None:
+        _check_like("anchor", anchor, class_means, tuple(class_means.shape[-2:]))
+    if class_weights is not None:
+        _check_like("class_weights", class_weights, class_means, (class_means.shape[-2],))
+    if proximal_weight > 0 and anchor is None:
+        raise ValueError(f"proximal_weight = {proximal_weight} needs an anchor, got None")
+
+
+def check_weight_values(class_weights: Tensor) -> None:
+    """Raise unless class weights are at least 0 with a positive sum, where their values can be read."""
+    if not values_readable(class_weights):
         return
-    tolerance = 3e-2 if anchor.dtype in (torch.bfloat16, torch.float16) else 1e-3
-    anchor = anchor.to(code)
-    rotation = coordinates(code, anchor)
-    off = (anchor - anchor.mean(-2, keepdim=True) - code @ rotation).abs().amax() / code.abs().amax()
-    identity = torch.eye(code.shape[-1], dtype=code.dtype, device=code.device)
-    error = max(float(off), float((rotation @ rotation.mT - identity).abs().amax()))
-    if not error <= tolerance:
-        raise ValueError(
-            f"anchor must be a frame of the code (a solution of nearest_frame), got one off by {error:.3g}"
-        )
+    check_finite("class_weights", class_weights)
+    if bool((class_weights < 0).any()) or bool((class_weights.sum(-1) == 0).any()):
+        raise ValueError("class_weights must be at least 0 with a positive sum")
+
+
+def _check_like(name: str, tensor: Tensor, means: Tensor, ending: tuple[int, ...]) -> None:
+    """Raise unless the tensor is floating and of that ending shape, with no batch dimensions but those of the means."""
+    check_floating(name, tensor)
+    if tensor.shape[tensor.ndim - len(ending) :] != ending or tensor.ndim < len(ending):
+        raise ValueError(f"{name} must end in the shape {ending}, got {tuple(tensor.shape)}")
+    batch, whole = tensor.shape[: tensor.ndim - len(ending)], means.shape[:-2]
+    if len(batch) > len(whole) or any(
+        size not in (1, want) for size, want in zip(batch[::-1], whole[::-1], strict=False)
+    ):
+        raise ValueError(f"{name} must have the leading dimensions {tuple(whole)} or none, got {tuple(batch)}")

@@ -1,57 +1,76 @@
 """The polar factor of a matrix and its exact derivative.
 
-For A (m, n) with m ≤ n and thin SVD A = U S Vᵀ, the polar factor Q = U Vᵀ is the nearest matrix with
-orthonormal rows, and the maximiser of ⟨A, Q⟩ over them.
+For A (m, n) with m ≤ n and thin SVD A = U S Vᵀ, the polar factor Q = U Vᵀ is the nearest matrix with orthonormal rows,
+and the maximiser of ⟨A, Q⟩ over them. There are two methods: ``"products"`` (`polar_iteration`) and ``"spectral"``,
+which takes the eigenvectors of the Gram matrix AAᵀ where they are accurate enough and an SVD where they are not. The
+thresholds of the latter:
 
-A **centred** matrix, whose columns sum to zero, has the all-ones vector as a null direction. There the polar factor of
-[A | σ/√m · 1] is taken, for any σ > 0: that direction gets a singular value of its own, and the first n columns are the
-polar factor on the rest, Q with QQᵀ = I − 11ᵀ/m. This spares a basis of that rest.
+=============================  ==========  ===========================================================================
+threshold                      value       reason
+=============================  ==========  ===========================================================================
+``_GRAM_ASPECT``               n ≥ 2m      Only then is the SVD so much slower that the Gram matrix, whose condition
+                                           number is squared, is worth trying.
+``_GRAM_RATIO``, fp32          1e-8        Least ratio λ_min/λ_max of an fp64 Gram matrix at which its error,
+``_GRAM_RATIO``, fp64          1e-4        eps·condition², is within the precision of the result's dtype.
+``_SINGLE_ROWS``               m ≥ 256     From this size on, an fp32 Gram matrix and its eigenvectors, at half the
+                                           cost of fp64, repay the check of the condition number that they need.
+``_SINGLE_RATIO``              1/256       Least ratio at which an fp32 Gram matrix gives a Q of fp32 accuracy.
+``_SINGLE_ORTHONORMAL_RATIO``  1/16        Ratio below which that Q needs a Newton–Schulz step to be orthonormal.
+``_SINGLE_PRODUCT_RATIO``      1e-4        Ratio above which the inverse root of an fp64 Gram matrix may be rounded to
+                                           fp32 before it is multiplied with A.
+=============================  ==========  ===========================================================================
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from neuralcollapse._checks import check_choice, check_finite, check_floating, compute_dtype, values_readable
-from neuralcollapse.geometry import products, spectral
-from neuralcollapse.geometry.watch import Watch
+from neuralcollapse._checks import check_choice, check_finite, check_floating, compute_dtype
+from neuralcollapse.geometry import polar_iteration
+from neuralcollapse.geometry.polar_iteration import IMMEDIATE, LEAST_RATIO, ConvergenceCheck
 
 Method = Literal["auto", "spectral", "products"]
 METHODS = ("auto", "spectral", "products")
 
+_GRAM_ASPECT = 2
+_GRAM_RATIO = {torch.float32: 1e-8, torch.float64: 1e-4}
+_SINGLE_ROWS = 256
+_SINGLE_RATIO, _SINGLE_ORTHONORMAL_RATIO, _SINGLE_PRODUCT_RATIO = 1 / 256, 1 / 16, 1e-4
+
 
 def polar_factor(matrix: Tensor, *, method: Method = "auto", check_values: bool = True) -> Tensor:
-    r"""The orthonormal polar factor Q = U Vᵀ of A = U S Vᵀ, differentiable.
+    r"""Return the orthonormal polar factor Q = U Vᵀ of A = U S Vᵀ, differentiable.
 
     The derivative is exact where A has full row rank, and holds at equal singular values, where
     differentiating through an SVD gives NaN. For an upstream gradient G of Q,
 
         X = Uᵀ(G Qᵀ − Q Gᵀ)U,   Y_ij = X_ij/(s_i + s_j),   ∂A = U Y Uᵀ Q + U S⁻¹ Uᵀ G (I − QᵀQ).
 
-    At rank deficiency Q is one of several minimisers, and a cut-off ``eps·max(m, n)·s₁`` keeps the gradient
+    If A is rank deficient, Q is one of several minimisers, and a cut-off ``eps·max(m, n)·s₁`` keeps the gradient
     finite: S⁻¹ is a pseudo-inverse, and pairs with s_i + s_j below the cut-off contribute nothing.
 
     Args:
         matrix: (..., m, n) floating, m ≤ n. fp16 and bf16 are computed in fp32.
-        method: ``"spectral"``: eigenvectors of the Gram matrix in fp64, or an SVD where its condition does not allow
-            that; ``"products"``: matrix products in fp64 only, which an accelerator is made for, up to a condition of
-            about 5,000, then an SVD (fp64 input comes out right to 1e-8); ``"auto"``: the first on a CPU, the second
+        method: ``"spectral"``: eigenvectors of the Gram matrix, or an SVD where its condition number is too large;
+            ``"products"``: matrix products in fp64 only, which suit an accelerator, up to a condition number of about
+            5,000, then an SVD (for fp64 input, Q is accurate to 1e-8); ``"auto"``: the first on a CPU, the second
             elsewhere.
-        check_values: Check that the entries are finite and, with products, that they converged (on an accelerator
-            this waits for the device). If False, products are taken as they come.
+        check_values: Whether to check that the entries are finite and, with products, that they converged (on an
+            accelerator this waits for the device).
 
     Returns:
         (..., m, n), orthonormal rows, in the dtype of ``matrix``. Differentiable once; works under
         ``torch.func.vmap`` and ``torch.compile(fullgraph=True)``.
 
     Raises:
-        ValueError: ``matrix`` is not floating, has fewer than two dimensions, more rows than columns, no
-            rows, or NaN or infinite entries; or there is no such method.
+        ValueError: if ``matrix`` is not floating, has fewer than two dimensions, more rows than columns, no rows, or
+            NaN or infinite entries; or if ``method`` is unknown.
 
-    Source: Higham, Functions of Matrices (2008), chapter 8; the derivative is that of the Sylvester equation there.
+    Source: Higham, Functions of Matrices (2008), chapter 8; the derivative follows from its Sylvester equation.
 
     Examples:
         >>> import torch
@@ -64,46 +83,51 @@ def polar_factor(matrix: Tensor, *, method: Method = "auto", check_values: bool 
         raise ValueError(f"matrix must be of shape (..., m, n) with 1 <= m <= n, got {tuple(matrix.shape)}")
     if check_values:
         check_finite("matrix", matrix)
-    factor = polar(matrix.to(compute_dtype(matrix.dtype)), method=method, watch=Watch.AT_ONCE if check_values else 0)
-    return factor.to(matrix.dtype)
+    check = IMMEDIATE if check_values else None
+    return polar(matrix.to(compute_dtype(matrix.dtype)), method, check).to(matrix.dtype)
 
 
-def polar(matrix: Tensor, *, null: float = 0.0, method: Method = "auto", watch: int = 0) -> Tensor:
-    """The polar factor of an fp32 or fp64 matrix, or the one on the complement of 1 of a centred matrix; unchecked.
+def polar(
+    matrix: Tensor, method: Method = "auto", check: ConvergenceCheck | None = None, *, null: float = 0.0
+) -> Tensor:
+    """Return the polar factor of an fp32 or fp64 matrix, without input checks.
 
     Args:
-        matrix: (..., m, n).
-        null: 0, or σ² > 0 for a matrix whose columns sum to zero; of the size of its squared singular values.
+        matrix: (..., m, n), m ≤ n, or m ≤ n + 1 with a null direction.
         method: As for `polar_factor`.
-        watch: Who looks whether products converged: the handle of a `Watch`, ``Watch.AT_ONCE``, or 0 for nobody.
+        check: Check of whether products converged; None for no check.
+        null: 0, or σ² > 0 for a centred matrix, whose columns sum to zero; of the size of its squared singular values.
+            Then the result is the polar factor on the complement of 1, Q with QQᵀ = I − 11ᵀ/m: the first n columns of
+            the polar factor of [A | σ/√m · 1], in which the direction 1 has the singular value σ. This spares a basis
+            of the complement.
     """
-    by_products = takes_products(method, matrix)
-    if values_readable(matrix):
-        factor: Tensor = _EagerPolar.apply(matrix, null, by_products, watch)
-    else:
-        factor = _Polar.apply(matrix, null, by_products, watch)[0]
+    by_products = method == "products" or (method == "auto" and matrix.device.type != "cpu")
+    # An integer handle in place of the check, since a compiled operator takes no objects.
+    factor: Tensor = _Polar.apply(matrix, null, by_products, 0 if check is None else check.handle)[0]
     return factor
-
-
-def takes_products(method: Method, matrix: Tensor) -> bool:
-    """Whether the method means products for a matrix on that device."""
-    return method == "products" or (method == "auto" and matrix.device.type != "cpu")
 
 
 Parts = tuple[Tensor, Tensor, Tensor]
 
 
-def decompose(matrix: Tensor, null: float, by_products: bool, watch: int) -> Parts:
-    """Q and what its derivative needs: Uᵀ and the singular values, or (AAᵀ)^(−1/2) and AAᵀ."""
-    return products.decompose(matrix, null, watch) if by_products else spectral.decompose(matrix, null)
+def decompose(matrix: Tensor, null: float, by_products: bool, check_handle: int) -> Parts:
+    """Return Q and what its derivative needs: Uᵀ and the singular values, or (AAᵀ)^(−1/2) and AAᵀ."""
+    if not by_products:
+        return _by_spectrum(matrix, null)
+    check = ConvergenceCheck.of_handle(check_handle)
+    if check is None or not check.needs_svd():
+        factor, inverse_root, gram, error = polar_iteration.iterate(_gram(matrix.double(), null), matrix)
+        if check is None or check.accepts(error):
+            return factor, inverse_root, gram
+    return _roots_by_svd(matrix, null, check)
 
 
-# One opaque operator while compiling, so that choosing the way by value breaks no graph.
+# One opaque operator while compiling, so that choosing the algorithm by value does not break the graph.
 _operator = torch.library.custom_op("neuralcollapse::polar_factor", decompose, mutates_args=())
 
 
 @_operator.register_fake
-def _(matrix: Tensor, null: float, by_products: bool, watch: int) -> Parts:
+def _(matrix: Tensor, null: float, by_products: bool, check_handle: int) -> Parts:
     batch, rows = matrix.shape[:-2], matrix.shape[-2]
     factor = matrix.new_empty(matrix.shape)
     if by_products:
@@ -113,12 +137,12 @@ def _(matrix: Tensor, null: float, by_products: bool, watch: int) -> Parts:
 
 
 class _Polar(torch.autograd.Function):
-    """Q with its derivative; the other two come along for the backward pass and carry no gradient."""
+    """Q with its derivative; the other two outputs are for the backward pass and carry no gradient."""
 
     @staticmethod
-    def forward(matrix: Tensor, null: float, by_products: bool, watch: int) -> Parts:
+    def forward(matrix: Tensor, null: float, by_products: bool, check_handle: int) -> Parts:
         call = _operator if torch.compiler.is_compiling() else decompose
-        return call(matrix, null, by_products, watch)
+        return call(matrix, null, by_products, check_handle)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, float, bool, int], output: Parts) -> None:
@@ -131,44 +155,26 @@ class _Polar(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, None, None, None]:
         if gradient is None:
             return None, None, None, None
-        return vector_jacobian(ctx.by_products, gradient, *ctx.saved_tensors), None, None, None
+        if torch.is_grad_enabled():  # a separate node, so that a second derivative raises a clear error
+            return _Gradient.apply(ctx.by_products, gradient, *ctx.saved_tensors), None, None, None
+        return _vector_jacobian(ctx.by_products, gradient, *ctx.saved_tensors), None, None, None
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[int, None, None, None], matrix: Tensor, null: float, by_products: bool, watch: int
+        info: Any, in_dims: tuple[int | None, ...], matrix: Tensor, *settings: Any
     ) -> tuple[Any, tuple[int, int, int]]:
-        return _Polar.apply(matrix.movedim(in_dims[0], 0), null, by_products, watch), (0, 0, 0)
-
-
-def vector_jacobian(by_products: bool, gradient: Tensor, *parts: Tensor) -> Tensor:
-    """∂A for the gradient of Q, of what `decompose` returned."""
-    if torch.is_grad_enabled():  # a node of its own, so that a second derivative meets a clear error
-        inner: Tensor = _Gradient.apply(by_products, gradient, *parts)
-        return inner
-    way = products.vector_jacobian if by_products else spectral.vector_jacobian
-    return way(gradient, *parts)
-
-
-class _EagerPolar(_Polar):
-    """The same where nothing is transformed or compiled, for half the overhead."""
-
-    setup_context = torch.autograd.Function.setup_context
-
-    @staticmethod
-    def forward(ctx: Any, matrix: Tensor, null: float, by_products: bool, watch: int) -> Tensor:  # type: ignore[override]
-        output = decompose(matrix, null, by_products, watch)
-        ctx.save_for_backward(*output)
-        ctx.by_products = by_products
-        return output[0]
+        return _Polar.apply(matrix.movedim(in_dims[0], 0), *settings), (0, 0, 0)
 
 
 class _Gradient(torch.autograd.Function):
+    """The derivative of `_Polar`, whose own derivative is not implemented."""
+
     generate_vmap_rule = True
 
     @staticmethod
     def forward(by_products: bool, gradient: Tensor, *parts: Tensor) -> Tensor:
         with torch.no_grad():
-            return vector_jacobian(by_products, gradient, *parts)
+            return _vector_jacobian(by_products, gradient, *parts)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -177,3 +183,110 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> Any:
         raise NotImplementedError("polar_factor is differentiable once; its second derivative is not implemented")
+
+
+def _vector_jacobian(by_products: bool, gradient: Tensor, *parts: Tensor) -> Tensor:
+    """Return ∂A for the gradient of Q and the output of `decompose`."""
+    return (polar_iteration.vector_jacobian if by_products else _spectral_vector_jacobian)(gradient, *parts)
+
+
+def _by_spectrum(matrix: Tensor, null: float) -> Parts:
+    """Return Q, Uᵀ and the singular values, by the Gram matrix or by an SVD."""
+    rows, columns = matrix.shape[-2:]
+    parts = _by_gram(matrix, null) if columns >= _GRAM_ASPECT * rows else None
+    return _by_svd(matrix, null) if parts is None else parts
+
+
+def _by_gram(matrix: Tensor, null: float) -> Parts | None:
+    """Return the parts by the eigenvectors of AAᵀ; None if its condition number is too large."""
+    dtype = matrix.dtype
+    wide, least_ratio = matrix, _SINGLE_RATIO
+    gram = None
+    if dtype == torch.float32 and matrix.shape[-2] >= _SINGLE_ROWS:
+        gram = _gram(matrix, null)
+        gram = gram if _is_well_conditioned(gram) else None
+    if gram is None:
+        wide, least_ratio = matrix.double(), _GRAM_RATIO[dtype]
+        gram = _gram(wide, null)
+    eigenvalues, left = torch.linalg.eigh(gram)
+    ratios = eigenvalues[..., 0] / eigenvalues[..., -1]
+    ratio = float(ratios.amin() if ratios.ndim else ratios)
+    if not ratio > least_ratio:
+        return None
+    singular, vectors = eigenvalues.sqrt(), left.mT
+    inverse_root = left @ (vectors / singular.unsqueeze(-1))
+    product_dtype = dtype if ratio > _SINGLE_PRODUCT_RATIO else wide.dtype
+    factor = inverse_root.to(product_dtype) @ (matrix if product_dtype == dtype else wide)
+    # One Newton–Schulz step restores what squaring the condition number lost.
+    if dtype == torch.float64 or (gram.dtype == torch.float32 and ratio < _SINGLE_ORTHONORMAL_RATIO):
+        factor = 1.5 * factor - 0.5 * (factor @ factor.mT) @ factor
+    return factor.to(dtype), vectors.to(dtype).contiguous(), singular.to(dtype)
+
+
+def _gram(matrix: Tensor, null: float) -> Tensor:
+    """Return AAᵀ + σ²·11ᵀ/m."""
+    gram = matrix @ matrix.mT
+    return gram.add_(null / matrix.shape[-2]) if null else gram
+
+
+def _is_well_conditioned(gram: Tensor) -> bool:
+    """Return whether λ_min/λ_max > `_SINGLE_RATIO`: whether G − `_SINGLE_RATIO`·λ_max·I has a Cholesky factor.
+
+    Ten power iterations estimate λ_max.
+    """
+    vector = gram.sum(-1, keepdim=True) + gram[..., :1]
+    for _ in range(10):
+        vector = gram @ (vector / torch.linalg.vector_norm(vector, dim=-2, keepdim=True))
+    shift = _SINGLE_RATIO * torch.linalg.vector_norm(vector, dim=-2)
+    shifted = gram.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).sub_(shift)
+    return bool((torch.linalg.cholesky_ex(shifted).info == 0).all())
+
+
+def _by_svd(matrix: Tensor, null: float) -> Parts:
+    """Return the parts by an SVD, whatever the condition number. Waits for an accelerator.
+
+    In fp32 LAPACK can fail to converge on singular values that are almost equal, as at collapse; then fp64 is used.
+    """
+    columns = matrix.shape[-1]
+    if null:
+        matrix = torch.nn.functional.pad(matrix, (0, 1), value=math.sqrt(null / matrix.shape[-2]))
+    try:
+        left, singular, right = torch.linalg.svd(matrix, full_matrices=False)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        if matrix.dtype == torch.float64:
+            raise
+        left, singular, right = (
+            part.to(matrix.dtype) for part in torch.linalg.svd(matrix.double(), full_matrices=False)
+        )
+    return (left @ right)[..., :columns].contiguous(), left.mT.contiguous(), singular
+
+
+def _roots_by_svd(matrix: Tensor, null: float, check: ConvergenceCheck | None) -> Parts:
+    """Return Q, (AAᵀ)^(−1/2) and AAᵀ by an SVD in fp64, on the directions above rounding error."""
+    factor, vectors, singular = _by_svd(matrix.double(), null)
+    cutoff = torch.finfo(matrix.dtype).eps * max(matrix.shape[-2:]) * singular.amax(-1, keepdim=True)
+    inverse = torch.where(singular > cutoff, 1 / singular, 0)
+    if check is not None:
+        check.record_svd(1 - (singular[..., -1] / singular[..., 0]).min().div(LEAST_RATIO).clamp_max(1))
+    inverse_root, gram = (vectors.mT @ (vectors * scale.unsqueeze(-1)) for scale in (inverse, singular.square()))
+    return factor.to(matrix.dtype), inverse_root, gram
+
+
+def _spectral_vector_jacobian(gradient: Tensor, factor: Tensor, vectors: Tensor, singular: Tensor) -> Tensor:
+    """Return ∂A for the gradient of Q, by the formula of `polar_factor`.
+
+    With a null direction it is correct up to multiples of 1 along the columns, which the derivative of the centring
+    removes.
+    """
+    cutoff = torch.finfo(factor.dtype).eps * max(factor.shape[-2:]) * singular.amax(-1, keepdim=True)
+    sums = singular.unsqueeze(-1) + singular.unsqueeze(-2)
+    sums = torch.where(sums > cutoff.unsqueeze(-1), sums, math.inf)
+    stretch = torch.where(singular > cutoff, singular, math.inf).unsqueeze(-1)
+
+    outer = gradient @ factor.mT  # G Qᵀ
+    rotated = vectors @ outer @ vectors.mT
+    # G(I − QᵀQ) = G − (G Qᵀ)Q, so every (m, n) product is used once; in place, since these are most of the memory.
+    along = vectors.mT @ ((rotated - rotated.mT).div_(sums) - rotated / stretch) @ vectors
+    inverse_stretch = vectors.mT @ (vectors / stretch)  # U S⁻¹ Uᵀ
+    return (along @ factor).add_(inverse_stretch @ gradient)

@@ -21,7 +21,7 @@ from neuralcollapse._checks import (
     values_readable,
 )
 from neuralcollapse._distributed import number_of_ranks, sum_over_ranks
-from neuralcollapse.geometry.centring import check_weight_values
+from neuralcollapse.geometry.frames import check_weight_values
 from neuralcollapse.heads.head import may_overflow, readable
 from neuralcollapse.heads.recompute import counts_once
 

@@ -23,12 +23,18 @@ from neuralcollapse.geometry import (
     random_simplex_etf,
     simplex_etf,
 )
-from neuralcollapse.geometry.codes import check_code, check_code_rank, leading_code, principal_code
+from neuralcollapse.geometry.codes import (
+    Code,
+    SimplexCode,
+    check_code,
+    check_code_rank,
+    leading_code,
+    principal_code,
+)
 from neuralcollapse.geometry.frames import placed, solve_frame
-from neuralcollapse.geometry.nearest import solve
 from neuralcollapse.geometry.polar import METHODS, Method
+from neuralcollapse.geometry.polar_iteration import ConvergenceCheck
 from neuralcollapse.geometry.published import frame_to_etf, published_nearest_frame
-from neuralcollapse.geometry.watch import Watch
 from neuralcollapse.heads.class_means import (
     DEFAULT_MOMENTUM,
     ClassMeans,
@@ -144,7 +150,7 @@ class NearestFrameClassifier(KeepsFullPrecision, LearnsFromTargets):
         self.proximal_weight = proximal_weight
         self.implicit_gradient = implicit_gradient
         self.method = method
-        self._watch = Watch()
+        self._convergence = ConvergenceCheck()
         self.class_means = ClassMeans(num_classes, in_features, momentum=momentum, ignore_index=ignore_index)
         device = self.class_means.global_mean.device
         if isinstance(geometry, Tensor):
@@ -171,7 +177,7 @@ class NearestFrameClassifier(KeepsFullPrecision, LearnsFromTargets):
     @property
     def svd_fallbacks(self) -> int:
         """How many solves by products gave way to an SVD; see `polar_factor`."""
-        return self._watch.fallbacks
+        return self._convergence.fallbacks
 
     @counts_once
     def prepare(self, features: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -204,15 +210,24 @@ class NearestFrameClassifier(KeepsFullPrecision, LearnsFromTargets):
         return frame
 
     def _nearest(self, class_means: Tensor, last: Tensor, anchor_weight: Tensor | float) -> Tensor:
-        # Unchecked: ClassMeans has looked at the batch, before anything changed.
-        method, watch, weights = self.method, self._watch.handle, self.class_weights
+        # Unchecked: ClassMeans has checked the batch, before anything changed.
+        return solve_frame(
+            class_means,
+            self._code(class_means),
+            last,
+            anchor_weight,
+            class_weights=self.class_weights,
+            method=self.method,
+            check=self._convergence,
+        )
+
+    def _code(self, class_means: Tensor) -> Code:
+        """The code that the weight is a frame of, in the dtype of the class means."""
         if self.geometry == "simplex":
-            greatest = self.proximal_weight
-            return solve(class_means, last, anchor_weight, weights, method, watch, greatest_weight=greatest)
-        # A copy, for the same reason as that of the weight.
-        of_means = self.geometry == "means"
-        code = leading_code(class_means, self.rank) if of_means else self.code.to(class_means, copy=True)
-        return solve_frame(class_means, code, last, anchor_weight, weights, method, watch)
+            return SimplexCode(self.num_classes, self.proximal_weight)
+        if self.geometry == "means":
+            return Code(leading_code(class_means, self.rank))
+        return Code(self.code.to(class_means, copy=True))  # a copy, for the same reason as that of the weight
 
     def _mended(self, weight: Tensor) -> Tensor:
         """The weight; where it is not a frame of the geometry, as an average of frames is not, the nearest frame."""
@@ -233,10 +248,9 @@ class NearestFrameClassifier(KeepsFullPrecision, LearnsFromTargets):
 
     def _restored(self, weight: Tensor) -> Tensor:
         if self.geometry == "simplex":
-            return solve(weight, None, 0.0)
-        of_means = self.geometry == "means"
-        code = leading_code(self.class_means.centred_means, self.rank) if of_means else self.code
-        return solve_frame(weight, code.to(weight), None, 0.0, self.class_weights)
+            return solve_frame(weight, SimplexCode(self.num_classes))
+        means = self.class_means.centred_means if self.geometry == "means" else weight
+        return solve_frame(weight, self._code(means).to(weight), class_weights=self.class_weights)
 
     def _anchor_weight(self, seen_before: Tensor, seen: Tensor) -> Tensor | float:
         """γ, or in the first solve 0; there, if classes are missing, just enough to decide what they leave open.
