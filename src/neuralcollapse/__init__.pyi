@@ -21,6 +21,7 @@ from .heads import NearestFrameClassifier as NearestFrameClassifier
 from .heads import attach_head as attach_head
 from .metrics import ClassMoments as ClassMoments
 from .metrics import Measurement as Measurement
+from .metrics import MeasureOptions as MeasureOptions
 from .metrics import NeuralCollapse as NeuralCollapse
 from .metrics import collapse_metrics as collapse_metrics
 from .metrics import etf_distances as etf_distances

@@ -1,26 +1,50 @@
-"""What each metric is, once for all who show it: figures, tables, documentation and tests.
+"""Catalogue of metrics: how each one is computed, and how figures, tables and documentation show it.
 
-Importing it pulls in neither torch nor matplotlib. K classes, d dimensions, N samples, n_k of class k; W (K, d) the
-classifier's weight, b its bias, M (K, d) class means, m the centre, C = M − m, h a feature, Σ_W = S/N the pooled
-within-class covariance, Σ_B = CᵀC/K, v_k the mean of ‖h − M_k‖² over class k, T = (I − 11ᵀ/K)/√(K − 1).
+Importing it imports neither torch nor matplotlib. Symbols: K classes, d dimensions, N samples, n_k of class k; W (K, d)
+the weight of the classifier, b its bias, M (K, d) class means, m the centre, C = M − m, h a feature, Σ_W = S/N the
+pooled within-class covariance, Σ_B = CᵀC/K, v_k the mean of ‖h − M_k‖² over class k, T = (I − 11ᵀ/K)/√(K − 1).
+
+A new metric takes two steps: its function in a module of `neuralcollapse.metrics`, and an entry here that names the
+function and its inputs. Whoever has all inputs of an entry computes the metric:
+
+- of class moments (`neuralcollapse.metrics.collapse`): class_means, centred_means, center, counts, within_class_trace,
+  within_class_variances, within_class_covariance, spectrum (of Σ_B), and if there are any class_scatter, weight, bias,
+  code and ood_mean;
+- of single samples (`neuralcollapse.metrics.samples`): features, targets, predictions, weight, center and class_means
+  for each sample; unit_class_sums, present_weight and entropies of all samples.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, TypeVar
 
 Value = TypeVar("Value")
 Center = Literal["any", "classes", "balanced"]
 
+# Conditions under which metrics with an input are undefined; `neuralcollapse.metrics.undefined` says when they hold.
+_CONDITIONS = {
+    "class_means": ("range",),
+    "center": ("range",),
+    "centred_means": ("one class", "range", "constant features", "equal means"),
+    "within_class_trace": ("range of squares",),
+    "within_class_variances": ("range of squares",),
+    "within_class_covariance": ("range of squares", "pooled scatter"),
+    "class_scatter": ("one class", "range", "range of squares", "constant features"),
+    "weight": ("one class",),
+    "code": ("equal rows of the code",),
+    "ood_mean": ("one class", "zero ood mean"),
+    "features": ("one class", "no sample of a measured class"),
+    "unit_class_sums": ("one class", "no sample of a measured class"),
+    "entropies": ("one class", "no sample of a measured class"),
+}
+
 
 @dataclass(frozen=True)
 class OfClasses:
-    """A number that depends on K, and how it is written."""
+    """Number that depends on K, with its formula."""
 
     formula: str
     function: Callable[[int], float]
@@ -31,21 +55,29 @@ class OfClasses:
 
 @dataclass(frozen=True)
 class Metric:
-    """What a metric is.
+    """Definition of a metric.
 
     Attributes:
-        name: Its key wherever metrics are returned or written.
+        name: Key under which the metric is returned and written.
         label: Words and symbols for an axis of a figure, with mathematics as matplotlib reads it.
         group: NC0 to NC5, ``"accuracy"`` or ``"other"``.
-        formula: Its definition in plain characters.
-        range: Its least and greatest value.
-        at_collapse: Its value at perfect collapse: a number, a function of K, or None where there is none.
-        scale: The axis that shows it best; ``"percent"`` for shares.
-        better: Which way collapse (or a better classifier) lies; None for neither.
-        source: Where it was first published.
-        cost: Order of the work after the moments, or what else it needs.
-        center: With which centre an exact ETF of unequal n_k still has its value at collapse;
-            ``"balanced"`` for none.
+        formula: Definition in plain characters.
+        range: Least and greatest value.
+        at_collapse: Value at perfect collapse: a number, a function of K, or None if there is none.
+        scale: Suitable scale of an axis; ``"percent"`` for shares.
+        better: Direction of collapse (or of a better classifier); None for neither.
+        source: First publication.
+        cost: Order of the work after the moments, or what else is needed.
+        center: Centre for which an exact ETF with unequal n_k has the value at collapse; ``"balanced"`` for none.
+        function: ``"MODULE.FUNCTION"`` in `neuralcollapse.metrics`, looked up when the metric is computed; empty for
+            accuracies and distances to ETFs.
+        inputs: Names of the arguments of the function, in their order.
+        over: Values whose statistic the metric is. Empty: the function returns the metric. ``"pairs"``: it returns a
+            value for each pair of rows of the first input, given as a `PairTile`. ``"samples"``: it returns a value for
+            each sample.
+        statistic: Statistic of the values over pairs or samples; ``"class mean"`` averages over samples, then classes.
+        undefined_if: Further conditions under which the metric is undefined, besides those of its inputs.
+        optional: Computed only with ``MeasureOptions(information=True)``.
     """
 
     name: str
@@ -59,9 +91,25 @@ class Metric:
     source: str
     cost: str = "Kd"
     center: Center = "any"
+    function: str = ""
+    inputs: tuple[str, ...] = ()
+    over: Literal["", "pairs", "samples"] = ""
+    statistic: Literal["mean", "variance", "std", "class mean"] = "mean"
+    undefined_if: tuple[str, ...] = ()
+    optional: bool = False
+
+    @property
+    def conditions(self) -> set[str]:
+        """Conditions under which the metric is undefined."""
+        return {"no sample", *self.undefined_if}.union(*(_CONDITIONS.get(name, ()) for name in self.inputs))
+
+    @property
+    def of_samples(self) -> bool:
+        """Whether the metric cannot be computed from class moments without per-class scatter."""
+        return bool({"features", "unit_class_sums", "entropies", "class_scatter"} & {*self.inputs})
 
     def value_at_collapse(self, num_classes: int) -> float | None:
-        """The value at perfect collapse of K classes, or None where there is none.
+        """Return the value at perfect collapse of K classes, or None if there is none.
 
         Examples:
             >>> METRICS["nc2_cos_margin"].value_at_collapse(5)
@@ -92,7 +140,7 @@ _INF = math.inf
 
 
 def _shared_information(num_classes: int) -> float:
-    """MIR at balanced collapse to a simplex ETF; NaN where two classes leave no entropy to share."""
+    """Return MIR at balanced collapse to a simplex ETF; NaN for two classes, whose entropy is 0."""
     if num_classes == 2:
         return math.nan
     others = num_classes - 1
@@ -110,130 +158,177 @@ def _of_means_and_weights(
     upper: float | OfClasses,
     source: str,
     cost: str,
+    *,
+    function: str,
+    over: Literal["", "pairs"] = "",
+    statistic: Literal["mean", "std"] = "mean",
 ) -> list[Metric]:
-    """A figure of NC2 of the centred class means C and of the classifier's rows W: 0 at collapse, never negative."""
-    sets: list[tuple[str, str, str, Center]] = [("means", "C", "c", "classes"), ("weights", "W", "w", "any")]
+    """Return the entries of a metric of NC2 for the centred class means C and the rows W: at least 0, 0 at collapse."""
+    directions = {"means": ("mean at the centre",), "weights": ("zero row of the weight",)} if over else {}
+    sets: list[tuple[str, str, str, str, Center, tuple[str, ...]]] = [
+        ("means", "C", "c", "centred_means", "classes", ()),
+        ("weights", "W", "w", "weight", "any", ("zero weight",)),
+    ]
     return [
         Metric(f"{name}_{of}", f"{words} of {of}  ${symbols(rows, row)}$", "NC2", formula(rows), (0, upper), 0,
-               "linear", "lower", source, cost, center)
-        for of, rows, row, center in sets
+               "linear", "lower", source, cost, center, function, (vectors,), over, statistic,
+               undefined_if=(*conditions, *directions.get(of, ())))
+        for of, rows, row, vectors, center, conditions in sets
     ]  # fmt: skip
 
 
 def _of_kernel(
     kernel: str, symbols: str, formula: str, lowest: float, upper: float, at_collapse: OfClasses
 ) -> list[Metric]:
-    """Mean and variance over the pairs of classes of a kernel of the distance r between unit centred means."""
+    """Return the entries of mean and variance over pairs of a kernel of the distance r between unit centred means."""
     better: Literal["lower", "higher"] = "higher" if kernel == "dist" else "lower"
-    shared: tuple[str, str, Center] = (UNIFORMITY, "K²d (pairs)", "classes")
+    conditions = ("mean at the centre", *(() if kernel == "dist" else ("equal directions",)))
+    shared: tuple[str, str, Center, str, tuple[str], Literal["pairs"]]
+    shared = (UNIFORMITY, "K²d (pairs)", "classes", f"nc2.kernel_{kernel}", ("centred_means",), "pairs")
     return [
         Metric(f"nc2_hyperspherical_{kernel}_mean", f"uniformity: mean of ${symbols}$", "NC2",
                f"mean over pairs of {formula}, r = ‖ĉ_k − ĉ_l‖", (lowest, upper), at_collapse, "linear", better,
-               *shared),
+               *shared, "mean", conditions),
         Metric(f"nc2_hyperspherical_{kernel}_variance", f"uniformity: variance of ${symbols}$", "NC2",
                f"variance over pairs of {formula}", (0, 1 if kernel == "dist" else _INF), 0, "linear", "lower",
-               *shared),
+               *shared, "variance", conditions),
     ]  # fmt: skip
 
 
 def _etf_distance(name: str, words: str, symbols: str, formula: str, upper: float, at_collapse: float | None) -> Metric:
-    """A squared distance between matrices of unit Frobenius norm, of which E(X) is the nearest simplex ETF."""
+    """Return the entry of a squared distance between matrices of unit Frobenius norm; E(X) is the nearest ETF."""
     better: Literal["lower"] | None = None if at_collapse is None else "lower"
     return Metric(name, f"{words}  ${symbols}$", "other", formula, (0, upper), at_collapse, "linear", better, MARKOU,
-                  "nearest ETF", "classes" if "C" in formula else "any")  # fmt: skip
+                  "nearest ETF", "classes" if "C" in formula else "any", undefined_if=("equal rows",))  # fmt: skip
 
+
+_SAMPLE = ("features", "targets", "weight", "center")
+_CENTRED = ("constant features", "mean row of the weight", "sample at the centre")
+_SPHERE = ("zero feature", "zero row of the weight")
+_MISMATCH = ("constant features", "equal means")
 
 _ALL = [
     Metric("nc0_weight_sum", r"sum of weights  $\|\sum_k w_k\|/\|W\|_F$", "NC0", "‖Σ_k w_k‖₂/‖W‖_F", (0, _ROOT_K), 0,
-           "linear", "lower", "NC0 of arXiv 2602.16642, made scale-free"),
+           "linear", "lower", "NC0 of arXiv 2602.16642, made scale-free",
+           function="nc2.nc0_weight_sum", inputs=("weight",), undefined_if=("zero weight",)),
     Metric("nc1_pinv", r"variability  $\mathrm{tr}(\Sigma_W\Sigma_B^\dagger)/K$", "NC1", "tr(Σ_W Σ_B†)/K", (0, _INF), 0,
-           "log", "lower", f"{PAPYAN} (Fig. 6)", "SVD of C"),
+           "log", "lower", f"{PAPYAN} (Fig. 6)", "SVD of C",
+           function="nc1.nc1_pinv", inputs=("within_class_covariance", "centred_means", "spectrum"),
+           undefined_if=("no spread",)),
     Metric("nc1_quotient", r"variability  $\mathrm{tr}\,\Sigma_W\,/\,\mathrm{tr}\,\Sigma_B$", "NC1", "tr Σ_W / tr Σ_B",
-           (0, _INF), 0, "log", "lower", "Tirer, Huang & Niles-Weed 2023"),
+           (0, _INF), 0, "log", "lower", "Tirer, Huang & Niles-Weed 2023",
+           function="nc1.nc1_quotient", inputs=("within_class_trace", "centred_means"), undefined_if=("no spread",)),
     Metric("nc1_cdnv", r"CDNV  $(v_k+v_l)\,/\,2\|M_k-M_l\|^2$", "NC1", "mean over pairs of (v_k + v_l)/(2‖M_k − M_l‖²)",
-           (0, _INF), 0, "log", "lower", "Galanti, György & Hutter 2021", "K²d (pairs)"),
+           (0, _INF), 0, "log", "lower", "Galanti, György & Hutter 2021", "K²d (pairs)",
+           function="nc1.cdnv", inputs=("centred_means", "within_class_variances"), over="pairs",
+           undefined_if=("no spread", "equal mean of two classes")),
     Metric("nc1_vci", r"VCI  $1-\mathrm{tr}((\Sigma_W+\Sigma_B)^\dagger\Sigma_B)/r$", "NC1",
-           "1 − tr((Σ_W + Σ_B)†Σ_B)/r, r = min(d, K−1)", (0, 1), 0, "log", "lower", "Xu & Liu 2023", "SVD of C, d³"),
+           "1 − tr((Σ_W + Σ_B)†Σ_B)/r, r = min(d, K−1)", (0, 1), 0, "log", "lower", "Xu & Liu 2023", "SVD of C, d³",
+           function="nc1.nc1_vci", inputs=("within_class_covariance", "centred_means", "spectrum"),
+           undefined_if=("no spread",)),
     Metric("nc1_numerical_rank", r"numerical rank  $(\|H_k\|_*/\|H_k\|_F)^2$", "NC1",
            "mean over k of (‖H_k‖_*/‖H_k‖_F)², H_k the features of class k", (1, _INF), 1, "linear", "lower", ZHOU,
-           "N·d·min(n_k, d)"),
+           "N·d·min(n_k, d)",
+           function="nc1.nc1_numerical_rank", inputs=("class_scatter", "class_means", "counts"),
+           undefined_if=("no spread", "zero features of a class")),
     *_of_means_and_weights("nc2_etf", "Gram", lambda x, _: rf"\|{x}{x}^\top/\|{x}{x}^\top\|_F-T\|_F",
-                           lambda x: f"‖{x}{x}ᵀ/‖{x}{x}ᵀ‖_F − T‖_F", 2, f"{ZHU} (NC2)", "Kd·min(K, d)"),
+                           lambda x: f"‖{x}{x}ᵀ/‖{x}{x}ᵀ‖_F − T‖_F", 2, f"{ZHU} (NC2)", "Kd·min(K, d)",
+                           function="nc2.nc2_etf"),
     Metric("nc2_gram_means", r"means to a Gram  $\|CC^\top/\|CC^\top\|_F-\hat G\|_F$", "NC2",
            "‖CCᵀ/‖CCᵀ‖_F − G/‖G‖_F‖_F, C, G centred over classes", (0, 2), 0, "linear", "lower",
-           f"{ZHU} (NC2), of a given Gram", "Kd·min(K, d)"),
+           f"{ZHU} (NC2), of a given Gram", "Kd·min(K, d)", function="nc2.nc2_gram", inputs=("centred_means", "code")),
     Metric("nc2_gram_weights", r"weights to a Gram  $\|WW^\top/\|WW^\top\|_F-\hat G\|_F$", "NC2",
            "‖WWᵀ/‖WWᵀ‖_F − G/‖G‖_F‖_F, W, G centred over classes", (0, 2), 0, "linear", "lower",
-           f"{ZHU} (NC2), of a given Gram", "Kd·min(K, d)"),
+           f"{ZHU} (NC2), of a given Gram", "Kd·min(K, d)", function="nc2.nc2_gram", inputs=("weight", "code"),
+           undefined_if=("zero weight", "equal rows of the weight")),
     *_of_means_and_weights("nc2_equinorm", "norms",
                            lambda _, x: rf"\mathrm{{std}}\|{x}_k\|\,/\,\mathrm{{mean}}\|{x}_k\|",
-                           lambda x: f"std/mean over k of ‖{x.lower()}_k‖", _ROOT_K, f"{PAPYAN} (Fig. 2)", "Kd"),
+                           lambda x: f"std/mean over k of ‖{x.lower()}_k‖", _ROOT_K, f"{PAPYAN} (Fig. 2)", "Kd",
+                           function="nc2.nc2_equinorm"),
     Metric("nc2_equinorm_difference", "norms: means against weights", "NC2", "abs(equinorm of C − equinorm of W)",
-           (0, _ROOT_K), 0, "linear", "lower", MARKOU, "Kd", "classes"),
+           (0, _ROOT_K), 0, "linear", "lower", MARKOU, "Kd", "classes",
+           "nc2.nc2_equinorm_difference", ("centred_means", "weight"), undefined_if=("zero weight",)),
     *_of_means_and_weights("nc2_equiangular", "angles", lambda _, x: rf"\mathrm{{std}}\,\cos({x}_k,{x}_l)",
                            lambda x: f"std over k ≠ l of cos({x.lower()}_k, {x.lower()}_l)", _SPREAD_OF_COSINES,
-                           f"{PAPYAN} (Fig. 3)", "K²d (pairs)"),
+                           f"{PAPYAN} (Fig. 3)", "K²d (pairs)", function="nc2.cosines", over="pairs", statistic="std"),
     *_of_means_and_weights("nc2_max_angle", "angles", lambda _, x: rf"|\cos({x}_k,{x}_l)+\frac{{1}}{{K-1}}|",
                            lambda x: f"mean over pairs of abs(cos({x.lower()}_k, {x.lower()}_l) + 1/(K−1))", _MARGIN,
-                           f"{PAPYAN} (Fig. 4)", "K²d (pairs)"),
+                           f"{PAPYAN} (Fig. 4)", "K²d (pairs)", function="nc2.distance_to_max_angle", over="pairs"),
     *_of_kernel("dist", "r", "r", 0, 2, _SIMPLEX_DISTANCE),
     *_of_kernel("log", r"-\log r", "−log r", -math.log(2), _INF, _SIMPLEX_LOG),
     *_of_kernel("riesz", "1/r", "1/r", 0.5, _INF, _SIMPLEX_RIESZ),
     Metric("nc2_cos_margin", r"cosine margin  $\cos(h,w_y)-\max_{k\neq y}\cos(h,w_k)$", "NC2",
            "mean over samples of cos(h−m, w_y−w̄) − max over k≠y of cos(h−m, w_k−w̄)", (-2, 2), _MARGIN, "linear",
-           "higher", ZHOU, "NKd (samples)", "classes"),
+           "higher", ZHOU, "NKd (samples)", "classes", "nc2.cos_margins", _SAMPLE, "samples", undefined_if=_CENTRED),
     Metric("nc3_duality", r"duality  $\|WC^\top/\|WC^\top\|_F-T\|_F$", "NC3", "‖WCᵀ/‖WCᵀ‖_F − T‖_F", (0, 2), 0,
-           "linear", "lower", f"{ZHU} (NC3)", "Kd·min(K, d)", "classes"),
+           "linear", "lower", f"{ZHU} (NC3)", "Kd·min(K, d)", "classes",
+           "nc3.nc3_duality", ("weight", "centred_means"), undefined_if=("zero weight",)),
     Metric("nc3_gram_duality", r"duality to a Gram  $\|WC^\top/\|WC^\top\|_F-\hat G\|_F$", "NC3",
            "‖WCᵀ/‖WCᵀ‖_F − G/‖G‖_F‖_F, all centred over classes", (0, 2), 0, "linear", "lower",
-           f"{ZHU} (NC3), of a given Gram", "Kd·min(K, d)"),
+           f"{ZHU} (NC3), of a given Gram", "Kd·min(K, d)", function="nc3.nc3_gram_duality",
+           inputs=("weight", "centred_means", "code"), undefined_if=("zero weight", "equal rows of the weight")),
     Metric("nc3_distance", r"means to weights  $\|\hat W-\hat C\|_F^2$", "NC3", "‖W/‖W‖_F − C/‖C‖_F‖_F²", (0, 4), 0,
-           "linear", "lower", f"{PAPYAN} (Fig. 5)", "Kd", "classes"),
+           "linear", "lower", f"{PAPYAN} (Fig. 5)", "Kd", "classes",
+           "nc3.nc3_distance", ("weight", "centred_means"), undefined_if=("zero weight",)),
     Metric("nc3_uniform", r"uniform duality  $\mathrm{var}_k\,w_k\cdot c_k$", "NC3", "variance over k of w_k·c_k",
-           (0, _INF), 0, "linear", "lower", f"{WU} (UNC3)", "Kd", "classes"),
+           (0, _INF), 0, "linear", "lower", f"{WU} (UNC3)", "Kd", "classes",
+           "nc3.nc3_uniform", ("weight", "centred_means"), undefined_if=("zero weight",)),
     Metric("nc3_uniform_cos", r"uniform duality  $\mathrm{var}_k\cos(w_k,c_k)$", "NC3",
-           "variance over k of cos(w_k, c_k)", (0, 2), 0, "linear", "lower", f"{WU} (UNC3)", "Kd", "classes"),
+           "variance over k of cos(w_k, c_k)", (0, 2), 0, "linear", "lower", f"{WU} (UNC3)", "Kd", "classes",
+           "nc3.nc3_uniform_cos", ("weight", "centred_means"),
+           undefined_if=("zero weight", "mean at the centre", "zero row of the weight")),
     Metric("alignment", r"alignment  $\cos(h-m,w_y-\bar w)$", "NC3", "mean over samples of cos(h−m, w_y−w̄)", (-1, 1), 1,
-           "linear", "higher", MARKOU, "Nd (samples)", "classes"),
+           "linear", "higher", MARKOU, "Nd (samples)", "classes",
+           "weight_alignment.sample_alignments", _SAMPLE, "samples", undefined_if=_CENTRED),
     Metric("instance_alignment", r"instances to weights  $\|\hat h-\hat w_y\|^2$", "NC3",
-           "mean over samples of ‖h/‖h‖ − w_y/‖w_y‖‖²", (0, 4), 0, "linear", "lower", KOROMILAS, "Nd (samples)"),
+           "mean over samples of ‖h/‖h‖ − w_y/‖w_y‖‖²", (0, 4), 0, "linear", "lower", KOROMILAS, "Nd (samples)",
+           function="weight_alignment.sample_distances", inputs=("features", "targets", "weight"), over="samples",
+           undefined_if=_SPHERE),
     Metric("class_alignment", r"classes to weights  $\|\hat u_k-\hat w_k\|^2$", "NC3",
            "mean over k of ‖û_k − w_k/‖w_k‖‖², û_k the unit mean of the class's h/‖h‖", (0, 4), 0, "linear", "lower",
-           KOROMILAS, "Nd (samples)"),
+           KOROMILAS, "Nd (samples)",
+           function="weight_alignment.alignment_of_sums", inputs=("unit_class_sums", "present_weight"),
+           undefined_if=_SPHERE),
     Metric("nc4_ncc_mismatch", "nearest class mean disagrees", "NC4",
-           "share of samples whose nearest class mean is not the classifier's answer", (0, 1), 0, "percent", "lower",
-           f"{PAPYAN} (Fig. 7)", "NKd (samples)"),
+           "share of samples whose nearest class mean is not the predicted class", (0, 1), 0, "percent", "lower",
+           f"{PAPYAN} (Fig. 7)", "NKd (samples)", function="nc4.mismatches",
+           inputs=("features", "predictions", "class_means"), over="samples", undefined_if=_MISMATCH),
     Metric("nc4_ncc_mismatch_class_mean", "nearest class mean disagrees, over classes", "NC4",
-           "mean over classes of each one's share of such samples", (0, 1), 0, "percent", "lower",
-           f"{PAPYAN} (Fig. 7); {WU}", "NKd (samples)"),
+           "mean over classes of the share of such samples in each class", (0, 1), 0, "percent", "lower",
+           f"{PAPYAN} (Fig. 7); {WU}", "NKd (samples)", function="nc4.mismatches",
+           inputs=("features", "predictions", "class_means"), over="samples", statistic="class mean",
+           undefined_if=_MISMATCH),
     Metric("nc4_bias", r"logits at the centre  $\|Wm+b\|_2$", "NC4", "‖Wm + b‖₂", (0, _INF), 0, "linear", "lower",
-           f"{ZHU} (NC4)", "Kd", "classes"),
+           f"{ZHU} (NC4)", "Kd", "classes", "nc4.nc4_bias", ("weight", "bias", "center")),
     Metric("nc5_ood", r"out of distribution  $|\cos(M_k,m_{\mathrm{ood}})|$", "NC5",
-           "mean over k of abs cos(M_k, m_ood)", (0, 1), 0, "linear", "lower", "Ammar et al. 2024 (NECO)"),
+           "mean over k of abs cos(M_k, m_ood)", (0, 1), 0, "linear", "lower", "Ammar et al. 2024 (NECO)",
+           function="nc4.nc5_ood", inputs=("class_means", "ood_mean"), undefined_if=("zero class mean",)),
     Metric("accuracy", "accuracy", "accuracy", "of the classifier itself", (0, 1), 1, "percent", "higher", "–", "–"),
     Metric("accuracy_top5", "top-5 accuracy", "accuracy", "target among the five greatest logits", (0, 1), 1, "percent",
            "higher", "–", "–"),
     Metric("feature_norm", r"feature norm  $\sqrt{\langle\|h\|^2\rangle}$", "other", "√(Σ‖h‖²/N)", (0, _INF), None,
-           "linear", None, "–"),
+           "linear", None, "–",
+           function="rank.feature_norm", inputs=("class_means", "within_class_variances", "counts")),
     Metric("rank_me", r"RankMe  $\exp(-\sum_i p_i\log p_i)$", "other",
            "exp(−Σ p_i log p_i), p_i = σ_i/Σσ, σ_i the singular values of all h", (1, _INF),
-           OfClasses("K−1 (m = 0)", lambda k: k - 1), "linear", None, "Garrido et al. 2023", "d³", "balanced"),
+           OfClasses("K−1 (m = 0)", lambda k: k - 1), "linear", None, "Garrido et al. 2023", "d³", "balanced",
+           "rank.rank_me", ("within_class_covariance", "class_means", "counts"), undefined_if=("zero features",)),
     Metric("effective_rank_means", "effective rank of means", "other",
            "exp(−Σ p_i log p_i), p_i = σ_i/Σσ, σ_i the singular values of C", (1, _CLASSES), _OTHERS, "linear", None,
-           "Roy & Vetterli 2007", "SVD of C", "classes"),
+           "Roy & Vetterli 2007", "SVD of C", "classes", "rank.effective_rank", ("centred_means",)),
     Metric("effective_rank_weights", "effective rank of weights", "other",
            "exp(−Σ p_i log p_i), p_i = σ_i/Σσ, σ_i the singular values of W", (1, _CLASSES), _OTHERS, "linear", None,
-           f"Roy & Vetterli 2007; {KOROMILAS}", "SVD of W"),
+           f"Roy & Vetterli 2007; {KOROMILAS}", "SVD of W",
+           function="rank.effective_rank", inputs=("weight",), undefined_if=("zero weight",)),
     Metric("mir", "mutual information ratio (MIR)", "other",
            "(H(K₁) + H(K₂) − H(K₁∘K₂))/min(H(K₁), H(K₂)) of 512 samples, K₁ = UUᵀ/N of h/‖h‖, K₂ of w_y", (0, 1),
-           _SHARED, "linear", "higher", f"{SONG}; {KOROMILAS}", "N³, N = 512", "balanced"),
+           _SHARED, "linear", "higher", f"{SONG}; {KOROMILAS}", "N³, N = 512", "balanced",
+           "weight_alignment.mutual_information_ratio", ("entropies",), undefined_if=(*_SPHERE, "no entropy"),
+           optional=True),
     Metric("hdr", "entropy difference ratio (HDR)", "other", "abs(H(K₁) − H(K₂))/max(H(K₁), H(K₂))", (0, 1), 0,
-           "linear", "lower", f"{SONG}; {KOROMILAS}", "N³, N = 512"),
-    Metric("mir_released", "MIR, as released", "other",
-           "MIR of K × K kernels of û_k − ū/‖ū‖ and of W: noise where the mean ū of all h/‖h‖ is near 0", (0, 1), None,
-           "linear", None, f"{KOROMILAS} (code)", "K³"),
-    Metric("hdr_released", "HDR, as released", "other", "HDR of the same kernels", (0, 1), None, "linear", None,
-           f"{KOROMILAS} (code)", "K³"),
+           "linear", "lower", f"{SONG}; {KOROMILAS}", "N³, N = 512",
+           function="weight_alignment.entropy_difference_ratio", inputs=("entropies",),
+           undefined_if=(*_SPHERE, "no entropy"), optional=True),
     _etf_distance("etf_weights", "weights to nearest ETF", r"\|E(W)-W\|_F^2", "‖E(W) − W‖_F²", 2, 0),
     _etf_distance("etf_means", "means to nearest ETF", r"\|E(C)-C\|_F^2", "‖E(C) − C‖_F²", 2, 0),
     _etf_distance("etf_between", "ETF of weights to ETF of means", r"\|E(W)-E(C)\|_F^2", "‖E(W) − E(C)‖_F²", 4, 0),
@@ -248,54 +343,11 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
 
 
 def in_order(values: Mapping[str, Value]) -> dict[str, Value]:
-    """The same values in the order of `METRICS`; names that are not in it come last, as they came.
+    """Return values in the order of `METRICS`; names that are not in it come last, in their own order.
 
     Examples:
         >>> in_order({"nc4_bias": 1.0, "nc1_vci": 2.0})
         {'nc1_vci': 2.0, 'nc4_bias': 1.0}
     """
-    place = {name: index for index, name in enumerate(METRICS)}
-    return dict(sorted(values.items(), key=lambda item: place.get(item[0], len(place))))
-
-
-def table() -> str:
-    """All metrics as a Markdown table, as in docs/metrics.md."""
-    heading = "| name | formula | range | at collapse | better | cost | centre | source |"
-    rows = [
-        f"| `{m.name}` | {m.formula} | {_interval(m)} | {_written(m.at_collapse)} | {m.better or '–'} | {m.cost} "
-        f"| {m.center} | {m.source} |"
-        for m in METRICS.values()
-    ]
-    return "\n".join([heading, "|---" * heading.count(" | ") + "|---|", *rows])
-
-
-BEGIN, END = "<!-- table of the catalogue: begin -->", "<!-- table of the catalogue: end -->"
-
-
-def with_table(document: str) -> str:
-    """A document with `table` between its two markers.
-
-    Raises:
-        ValueError: A marker is missing.
-    """
-    if BEGIN not in document or END not in document:
-        raise ValueError(f"document must hold {BEGIN!r} and {END!r}")
-    return f"{document.partition(BEGIN)[0]}{BEGIN}\n\n{table()}\n\n{END}{document.partition(END)[2]}"
-
-
-def _interval(metric: Metric) -> str:
-    low, high = metric.range
-    return f"[{_written(low)}, ∞)" if high == math.inf else f"[{_written(low)}, {_written(high)}]"
-
-
-def _written(value: float | OfClasses | None) -> str:
-    if isinstance(value, OfClasses):
-        return value.formula
-    names = {None: "–", -math.log(2): "−log 2", 0.5: "½"}
-    return names[value] if value in names else f"{value:g}".replace("-", "−")
-
-
-if __name__ == "__main__":  # python -m neuralcollapse.catalogue docs/metrics.md
-    for name in sys.argv[1:]:
-        path = Path(name)
-        path.write_text(with_table(path.read_text()))
+    position = {name: index for index, name in enumerate(METRICS)}
+    return dict(sorted(values.items(), key=lambda item: position.get(item[0], len(position))))

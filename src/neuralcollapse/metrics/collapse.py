@@ -1,21 +1,24 @@
-"""All metrics that class moments can give."""
+"""All metrics of class moments: every entry of the catalogue whose inputs are known."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass, fields
+from functools import cached_property
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from neuralcollapse._checks import check_code, check_finite, check_floating
-from neuralcollapse.catalogue import in_order
-from neuralcollapse.metrics import gram, nc0, nc1, nc2, nc3, nc4, nc5
-from neuralcollapse.metrics.features import effective_rank, feature_norm, rank_me
+from neuralcollapse.catalogue import METRICS, Metric
 from neuralcollapse.metrics.moments import ClassMoments
-from neuralcollapse.metrics.pairs import PairStatistics, pair_statistics
-from neuralcollapse.metrics.scaling import power_of_two, rescaled
-from neuralcollapse.metrics.statistics import Center, ClassStatistics, class_statistics
-from neuralcollapse.metrics.undefined import reasons_of_moments, warn_of, without_undefined
+from neuralcollapse.metrics.nc1 import BetweenClassSpectrum
+from neuralcollapse.metrics.options import MeasureOptions
+from neuralcollapse.metrics.pairs import pair_statistics
+from neuralcollapse.metrics.statistics import ClassStatistics, class_statistics
+from neuralcollapse.metrics.undefined import conditions_of_moments, warn_of_undefined, without_undefined
 
 
 def collapse_metrics(
@@ -23,44 +26,32 @@ def collapse_metrics(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     *,
-    center: Center = "samples",
-    min_samples: int = 1,
-    drop_classes_above: int | None = None,
     ood_mean: Tensor | None = None,
-    pairwise: bool = True,
-    code: Tensor | None = None,
+    options: MeasureOptions = MeasureOptions(),
 ) -> dict[str, float]:
-    """Every metric of neural collapse that needs no single samples, in fp64.
+    """Return every metric of neural collapse that can be computed from class moments, in fp64.
 
-    What each is, and where it comes from, is said at the function of its name. Metrics of the classifier are there
-    when ``weight`` is given, ``nc5_ood`` when ``ood_mean`` is, those relative to a Gram (``nc2_gram_means``,
-    ``nc2_gram_weights``, ``nc3_gram_duality``) when a ``code`` is, ``nc1_numerical_rank`` when the moments keep
-    per-class scatter.
+    The function with the name of a metric documents it. Metrics of the classifier need ``weight``, ``nc5_ood`` needs
+    ``ood_mean``, metrics relative to a Gram matrix (``nc2_gram_means``, ``nc2_gram_weights``, ``nc3_gram_duality``)
+    need ``options.code``, and ``nc1_numerical_rank`` needs moments with per-class scatter.
 
-    A metric that is not defined for what was measured is NaN, and one warning says why; `undefined_metrics` returns
-    the reasons. ``nc1_pinv``, ``nc1_vci`` and ``rank_me`` are among them when ``min_samples`` or
-    ``drop_classes_above`` leaves out classes whose scatter the moments have pooled with the others' (none that has one
-    sample only, and none at all with ``ClassMoments(..., class_scatter=True)``).
+    An undefined metric is NaN, and one warning gives the reasons, which `undefined_metrics` returns. ``nc1_pinv``,
+    ``nc1_vci`` and ``rank_me`` are undefined if the options leave out classes whose scatter is pooled with the others'
+    (a class with one sample has none, and ``ClassMoments(..., class_scatter=True)`` keeps the scatters apart).
 
     Args:
-        moments: The moments of the features that the weight multiplies.
+        moments: Moments of the features that the weight multiplies.
         weight: W (K, d).
-        bias: b (K,), of a weight; None is 0.
-        center: ``"samples"``: deviations are taken from the mean of all samples; ``"classes"``: from the mean of
-            the class means, with which an exact ETF measures 0 on unbalanced data too.
-        min_samples: Classes with fewer samples are left out everywhere; 0 makes an absent class an error.
-        drop_classes_above: Classes with more samples are left out everywhere.
+        bias: b (K,) of the classifier with that weight; None for 0.
         ood_mean: (d,) mean feature of out-of-distribution data.
-        pairwise: Include the metrics over all pairs of classes, O(K² d).
-        code: L (K, r), whose Gram matrix LLᵀ the classifier is compared with
-            (`neuralcollapse.geometry.code_from_gram`).
+        options: Centre, classes left out, pairs and code.
 
     Returns:
         Name to value, in the order of `neuralcollapse.catalogue.METRICS`.
 
     Raises:
-        ValueError: if the options leave fewer than two classes, a bias is given without a weight, or an argument has
-            another shape than the moments' or another type.
+        ValueError: if the options leave fewer than two classes, a bias is given without a weight, or a shape or type is
+            wrong.
 
     Examples:
         >>> features = torch.tensor([[1.0, 0.1], [1, -0.1], [-1, 0.1], [-1, -0.1]])
@@ -70,37 +61,33 @@ def collapse_metrics(
         >>> print(f"{metrics['nc1_quotient']:.4f} {metrics['nc3_duality']:.4f}")
         0.0100 0.0000
     """
-    values, undefined = measure_moments(
-        moments,
-        weight,
-        bias,
-        center=center,
-        min_samples=min_samples,
-        drop_classes_above=drop_classes_above,
-        ood_mean=ood_mean,
-        pairwise=pairwise,
-        code=code,
-    )
-    warn_of(undefined)
+    values, undefined = measure_moments(moments, weight, bias, ood_mean, options)
+    warn_of_undefined(undefined)
     return values
 
 
 def undefined_metrics(
-    moments: ClassMoments, weight: Tensor | None = None, bias: Tensor | None = None, **options: Any
+    moments: ClassMoments,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    ood_mean: Tensor | None = None,
+    options: MeasureOptions = MeasureOptions(),
 ) -> dict[str, str]:
-    """Return which of the metrics that `collapse_metrics` returns for the same arguments are NaN, and why.
+    """Return the reasons of the metrics that are NaN in `collapse_metrics` of the same arguments.
 
     Args:
         moments: As for `collapse_metrics`.
         weight: As for `collapse_metrics`.
         bias: As for `collapse_metrics`.
-        **options: As for `collapse_metrics`.
+        ood_mean: As for `collapse_metrics`.
+        options: As for `collapse_metrics`.
 
     Returns:
         Name to reason.
 
     Raises:
-        ValueError: As for `collapse_metrics`.
+        ValueError: as for `collapse_metrics`.
 
     Examples:
         >>> moments = ClassMoments(num_classes=2, feature_dim=2)
@@ -108,136 +95,155 @@ def undefined_metrics(
         >>> undefined_metrics(moments)["nc1_quotient"]
         'no class has more than one sample, so that nothing can vary within one'
     """
-    return measure_moments(moments, weight, bias, **options)[1]
+    return measure_moments(moments, weight, bias, ood_mean, options)[1]
 
 
 @torch.no_grad()
 def measure_moments(
     moments: ClassMoments,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    center: Center = "samples",
-    min_samples: int = 1,
-    drop_classes_above: int | None = None,
-    ood_mean: Tensor | None = None,
-    pairwise: bool = True,
-    code: Tensor | None = None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    ood_mean: Tensor | None,
+    options: MeasureOptions,
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Return what `collapse_metrics` and `undefined_metrics` return, without a warning."""
-    measured = class_statistics(moments, center=center, min_samples=min_samples, drop_classes_above=drop_classes_above)
-    num_classes, feature_dim = moments.means.shape
-    place = measured.center.device
-    weight = _like_state("weight", weight, (num_classes, feature_dim), place)
-    bias = _like_state("bias", bias, (num_classes,), place)
-    if bias is not None and weight is None:
-        raise ValueError("bias must come with the weight of the same classifier, got weight = None")
-    ood_mean = _like_state("ood_mean", ood_mean, (feature_dim,), place)
-    check_code(code, num_classes)
-    code = None if code is None else code.to(place, torch.float64)[measured.classes]
-    if weight is not None and len(measured.classes) < num_classes:
-        weight = weight[measured.classes]
-        bias = None if bias is None else bias[measured.classes]
-    means, variances = measured.centred_means, measured.within_class_variances
-
-    # In units of a power of two, so that squares of squares stay in the range of fp64.
-    unit = power_of_two(measured.class_means, variances.sqrt().nan_to_num(0, 0, 0)).reciprocal()
-    values = _of_features(measured, unit) | _of_means(measured, unit, code, pairwise)
-    if weight is not None:
-        values |= _of_weight(weight, pairwise)
-        values["nc2_equinorm_difference"] = nc2.nc2_equinorm_difference(means / unit, weight)
-        values["nc3_duality"] = nc3.nc3_duality(weight, means)
-        values["nc3_distance"] = nc3.nc3_distance(weight, means)
-        values["nc3_uniform"] = nc3.nc3_uniform(weight, means)
-        values["nc3_uniform_cos"] = nc3.nc3_uniform_cos(weight, means)
-        if code is not None:
-            values["nc2_gram_weights"] = gram.nc2_gram(weight, code)
-            values["nc3_gram_duality"] = gram.nc3_gram_duality(weight, means, code)
-        values["nc4_bias"] = nc4.nc4_bias(weight, bias, measured.center)
-    if ood_mean is not None:
-        values["nc5_ood"] = nc5.nc5_ood(measured.class_means, ood_mean)
-    # One copy from the device, not one for each metric.
-    found = in_order(dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True)))
-    known = reasons_of_moments(moments, measured, found, weight=weight, code=code, ood_mean=ood_mean)
-    return without_undefined(found, known)
+    measured = class_statistics(
+        moments,
+        center=options.center,
+        min_samples=options.min_samples,
+        drop_classes_above=options.drop_classes_above,
+    )
+    inputs = MomentInputs.of(moments, measured, weight, bias, ood_mean, options.code)
+    entries = [
+        entry
+        for entry in METRICS.values()
+        if entry.function and {*entry.inputs} <= inputs.known and (options.pairwise or entry.over != "pairs")
+    ]
+    values = _values(entries, inputs, measured.resolution) if len(measured.classes) else {}
+    results = {entry.name: values.get(entry.name, math.nan) for entry in entries}
+    tensors = [name for name, value in results.items() if isinstance(value, Tensor)]
+    if tensors:  # one copy from the device, not one per metric
+        results |= dict(zip(tensors, torch.stack([values[name] for name in tensors]).tolist(), strict=True))
+    conditions = conditions_of_moments(
+        moments, measured, weight=inputs.weight, code=inputs.code, ood_mean=inputs.ood_mean
+    )
+    return without_undefined(results, conditions)
 
 
-def _of_features(measured: ClassStatistics, unit: Tensor) -> dict[str, Tensor]:
-    """Return the metrics of class means and of what varies within the classes."""
-    means, centred = measured.class_means / unit, measured.centred_means / unit
-    variances, counts = measured.within_class_variances / unit / unit, measured.counts
-    within = measured.within_class_covariance
-    within = None if within is None else within / unit / unit
-    missing = torch.full_like(unit, torch.nan)
-    values = dict.fromkeys(("nc1_pinv", "nc1_vci", "rank_me"), missing)
-    if within is not None and len(counts) and bool(torch.isfinite(within).all() & torch.isfinite(means).all()):
-        spectrum = nc1.BetweenClassSpectrum.of(centred)
-        values["nc1_pinv"] = nc1.nc1_pinv(within, centred, spectrum=spectrum)
-        values["nc1_vci"] = nc1.nc1_vci(within, centred, spectrum=spectrum)
-        values["rank_me"] = rank_me(within, means, counts)
-    values["nc1_quotient"] = nc1.nc1_quotient(variances @ (counts.double() / counts.sum()), centred)
-    if measured.class_scatter is not None:
-        finite = bool(torch.isfinite(variances).all() & torch.isfinite(means).all())
-        scatter = measured.class_scatter
-        values["nc1_numerical_rank"] = (
-            nc1.nc1_numerical_rank(scatter, measured.class_means, counts) if finite and len(counts) else missing
+@dataclass(frozen=True)
+class MomentInputs:
+    """Inputs of the metrics of moments, in fp64, by the names of the catalogue; None if unknown.
+
+    K counts the measured classes, of which weight, bias and code are the rows.
+    """
+
+    class_means: Tensor
+    centred_means: Tensor
+    center: Tensor
+    counts: Tensor
+    within_class_trace: Tensor
+    within_class_variances: Tensor
+    within_class_covariance: Tensor
+    class_scatter: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    ood_mean: Tensor | None
+    code: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        moments: ClassMoments,
+        measured: ClassStatistics,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        ood_mean: Tensor | None,
+        code: Tensor | None,
+    ) -> MomentInputs:
+        """Check the arguments of `collapse_metrics`, and return the inputs for the measured classes."""
+        num_classes, feature_dim = moments.means.shape
+        device = measured.center.device
+        rows = slice(None) if len(measured.classes) == num_classes else measured.classes
+        weight = _in_fp64("weight", weight, (num_classes, feature_dim), device)
+        bias = _in_fp64("bias", bias, (num_classes,), device)
+        if weight is None and bias is not None:
+            raise ValueError("bias must come with the weight of the same classifier, got weight = None")
+        check_code(code, num_classes)
+        if weight is not None:
+            bias = weight.new_zeros(num_classes) if bias is None else bias
+        counts, variances, covariance = (
+            measured.counts,
+            measured.within_class_variances,
+            measured.within_class_covariance,
         )
-    values["feature_norm"] = feature_norm(means, variances, counts) * unit
-    return values
+        return cls(
+            class_means=measured.class_means,
+            centred_means=measured.centred_means,
+            center=measured.center,
+            counts=counts,
+            within_class_trace=variances @ (counts.double() / counts.sum()),
+            within_class_variances=variances,
+            within_class_covariance=variances.new_full((), torch.nan) if covariance is None else covariance,
+            class_scatter=measured.class_scatter,
+            weight=None if weight is None else weight[rows],
+            bias=None if bias is None else bias[rows],
+            ood_mean=_in_fp64("ood_mean", ood_mean, (feature_dim,), device),
+            code=None if code is None else code.to(device, torch.float64)[rows],
+        )
+
+    @property
+    def known(self) -> set[str]:
+        """Names of the inputs that are known."""
+        return {"spectrum", *(field.name for field in fields(self) if getattr(self, field.name) is not None)}
+
+    @cached_property
+    def spectrum(self) -> BetweenClassSpectrum:
+        """Spectrum of Σ_B."""
+        return BetweenClassSpectrum.of(self.centred_means)
+
+    @cached_property
+    def finite(self) -> dict[str, bool]:
+        """Whether the values of each known tensor are finite; those of the class scatter as its traces."""
+        tensors = {name: getattr(self, name) for name in self.known - {"spectrum", "class_scatter"}}
+        flags = torch.stack([torch.isfinite(tensor).all() for tensor in tensors.values()]).tolist()
+        finite = dict(zip(tensors, flags, strict=True))
+        return finite | {"spectrum": True, "class_scatter": finite["within_class_variances"]}
 
 
-def _of_means(measured: ClassStatistics, unit: Tensor, code: Tensor | None, pairwise: bool) -> dict[str, Tensor]:
-    """Return the metrics of the centred class means."""
-    means = measured.centred_means / unit
-    values = {"nc2_etf_means": nc2.nc2_etf(means), "nc2_equinorm_means": nc2.nc2_equinorm(means)}
-    finite = bool(torch.isfinite(means).all())
-    values["effective_rank_means"] = effective_rank(means) if finite else torch.full_like(unit, torch.nan)
-    if code is not None:
-        values["nc2_gram_means"] = gram.nc2_gram(means, code)
-    if pairwise:
-        variances = measured.within_class_variances / unit / unit
-        values |= _pairwise_of_means(means, variances, measured.resolution / unit)
-    return values
+def find_function(name: str) -> Any:
+    """Return the function ``"MODULE.FUNCTION"`` of `neuralcollapse.metrics`."""
+    module, function = name.split(".")
+    return getattr(import_module(f"neuralcollapse.metrics.{module}"), function)
 
 
-def _of_weight(weight: Tensor, pairwise: bool) -> dict[str, Tensor]:
-    """Return the metrics of the classifier's rows alone."""
+def _values(entries: list[Metric], inputs: MomentInputs, resolution: Tensor) -> dict[str, Tensor]:
+    """Return the values of the entries whose inputs are finite."""
+    entries = [entry for entry in entries if all(inputs.finite[name] for name in entry.inputs)]
     values = {
-        "nc0_weight_sum": nc0.nc0_weight_sum(weight),
-        "nc2_etf_weights": nc2.nc2_etf(weight),
-        "nc2_equinorm_weights": nc2.nc2_equinorm(weight),
-        "effective_rank_weights": effective_rank(weight),
+        entry.name: find_function(entry.function)(*(getattr(inputs, name) for name in entry.inputs))
+        for entry in entries
+        if not entry.over
     }
-    if pairwise:
-        values |= _angles(pair_statistics(rescaled(weight), _ANGLES), "weights")
+    for vectors, distance in (("centred_means", resolution), ("weight", 0.0)):
+        over_pairs = [entry for entry in entries if entry.over == "pairs" and entry.inputs[0] == vectors]
+        functions = {
+            entry.function: _of_tile(entry.function, [getattr(inputs, name) for name in entry.inputs[1:]])
+            for entry in over_pairs
+        }
+        if functions:  # one pass over the pairs of class means, one over those of the rows of W
+            statistics = pair_statistics(getattr(inputs, vectors), functions, resolution=distance)
+            values |= {entry.name: getattr(statistics[entry.function], entry.statistic) for entry in over_pairs}
     return values
 
 
-_ANGLES = {"equiangular": nc2.cosines, "max_angle": nc2.distance_to_max_angle}
-_KERNELS = {kernel: nc2.hyperspherical_kernel(kernel) for kernel in nc2.HYPERSPHERICAL_KERNELS}
+def _of_tile(name: str, others: list[Tensor]) -> Any:
+    """Return the function of a tile of pairs, with its other inputs."""
+    function = find_function(name)
+    return lambda tile: function(tile, *others)
 
 
-def _angles(statistics: dict[str, PairStatistics], suffix: str) -> dict[str, Tensor]:
-    _, variance, count = statistics["equiangular"]
-    return {
-        f"nc2_equiangular_{suffix}": nc2.std_over_ordered_pairs(variance, count),
-        f"nc2_max_angle_{suffix}": statistics["max_angle"].mean,
-    }
-
-
-def _pairwise_of_means(means: Tensor, variances: Tensor, resolution: Tensor) -> dict[str, Tensor]:
-    """All that needs the pairs of class means, in one pass over them."""
-    functions = {"cdnv": nc1.cdnv_of_pairs(variances), **_ANGLES, **_KERNELS}
-    statistics = pair_statistics(means, functions, resolution=resolution)
-    values = {"nc1_cdnv": statistics["cdnv"].mean} | _angles(statistics, "means")
-    for kernel in _KERNELS:
-        values[f"nc2_hyperspherical_{kernel}_mean"] = statistics[kernel].mean
-        values[f"nc2_hyperspherical_{kernel}_variance"] = statistics[kernel].variance
-    return values
-
-
-def _like_state(name: str, tensor: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
-    """The argument checked, in fp64, where the statistics are."""
+def _in_fp64(name: str, tensor: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
+    """Check a tensor, and return it in fp64 on a device."""
     if tensor is None:
         return None
     check_floating(name, tensor)

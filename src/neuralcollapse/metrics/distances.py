@@ -1,16 +1,16 @@
-"""How far a classifier and its class means are from simplex ETFs, and those from a reference epoch's."""
+"""Distances of classifier rows and class means to their nearest simplex ETFs, and of these to a reference epoch."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from neuralcollapse._checks import check_finite, check_integers, check_shapes
+from neuralcollapse._checks import check_choice, check_finite, check_integers, check_shapes
 from neuralcollapse.geometry import nearest_simplex_etf
 from neuralcollapse.metrics.nc3 import nc3_distance
+from neuralcollapse.metrics.options import Center
 from neuralcollapse.metrics.scaling import rescaled
-from neuralcollapse.metrics.statistics import Center, check_center
-from neuralcollapse.metrics.undefined import warn_of, without_undefined
+from neuralcollapse.metrics.undefined import Condition, warn_of_undefined, without_undefined
 
 
 @torch.no_grad()
@@ -23,27 +23,27 @@ def etf_distances(
     reference_weight: Tensor | None = None,
     reference_means: Tensor | None = None,
 ) -> dict[str, float]:
-    """Squared Frobenius distances of W, C and their nearest simplex ETFs, each scaled to unit Frobenius norm.
+    """Return squared Frobenius distances of W, C and their nearest simplex ETFs, each scaled to unit Frobenius norm.
 
-    C are the class means less their centre. Distances to a nearest ETF lie in [0, 2], those between ETFs in [0, 4].
-    At collapse the first three are 0. Rows that are all equal have no nearest ETF: their distances are NaN, and a
-    warning says so. Source: Markou, Ajanthan & Gould, NeurIPS 2024.
+    C are the class means minus their centre. Distances to a nearest ETF lie in [0, 2], those between ETFs in [0, 4].
+    The first three are 0 at collapse. Rows that are all equal have no nearest ETF: their distances are NaN, with a
+    warning. Source: Markou, Ajanthan & Gould, NeurIPS 2024.
 
     Args:
         weight: W (K, d), d at least K − 1.
-        class_means: M (K, d); centred ones will do where the classes are balanced.
-        center: ``"samples"``: C = M less the mean of all samples, as published; ``"classes"``: less the mean of the
-            class means.
-        class_counts: (K,) samples of each class, which give the mean of all samples; None for balanced classes.
+        class_means: M (K, d); centred or not if the classes are balanced.
+        center: ``"samples"``: C = M minus the mean of all samples, as published; ``"classes"``: minus the mean of
+            the class means.
+        class_counts: (K,) numbers of samples, for the mean of all samples; None for balanced classes.
         reference_weight: W₀ (K, d) of a reference epoch.
-        reference_means: M₀ (K, d) of a reference epoch, of the same class counts.
+        reference_means: M₀ (K, d) of a reference epoch with the same class counts.
 
     Returns:
         ``etf_weights`` ‖E(W) − W‖², ``etf_means`` ‖E(C) − C‖², ``etf_between`` ‖E(W) − E(C)‖²; with references
         ``etf_weights_reference`` ‖E(W) − E(W₀)‖² and ``etf_means_reference`` ‖E(C) − E(C₀)‖².
 
     Raises:
-        ValueError: if shapes differ, values are not finite, counts are negative or all zero, or d is under K − 1.
+        ValueError: if shapes differ, values are not finite, counts are negative or all zero, or d is less than K − 1.
 
     Examples:
         >>> from neuralcollapse.geometry import simplex_etf
@@ -57,12 +57,12 @@ def etf_distances(
     check_shapes(**{name: (matrix, "K d") for name, matrix in matrices.items()})
     for name, matrix in matrices.items():
         check_finite(name, matrix)
-    check_center(center)
+    check_choice("center", center, ("samples", "classes"))
     shares = _shares(class_counts, class_means) if center == "samples" else _shares(None, class_means)
 
     weight, centred_means = weight.double(), _centred(class_means, shares)
     weight_etf, means_etf = _nearest(weight), _nearest(centred_means, class_means)
-    # Of two matrices, nc3_distance is the squared distance at unit Frobenius norm.
+    # nc3_distance is the squared distance of two matrices at unit Frobenius norm.
     distances = {
         "etf_weights": nc3_distance(weight_etf, weight),
         "etf_means": nc3_distance(means_etf, centred_means),
@@ -73,13 +73,16 @@ def etf_distances(
     if reference_means is not None:
         reference_etf = _nearest(_centred(reference_means, shares), reference_means)
         distances["etf_means_reference"] = nc3_distance(means_etf, reference_etf)
-    values, undefined = without_undefined({name: float(distance) for name, distance in distances.items()}, {})
-    warn_of(dict.fromkeys(undefined, "the rows of a matrix are all equal, up to rounding, and have no nearest ETF"))
+    equal = Condition(
+        "equal rows", "the rows of a matrix are all equal, up to rounding, and have no nearest ETF", False
+    )
+    values, undefined = without_undefined({name: float(distance) for name, distance in distances.items()}, [equal])
+    warn_of_undefined(undefined)
     return values
 
 
 def _nearest(rows: Tensor, given: Tensor | None = None) -> Tensor:
-    """Return the nearest simplex ETF of rows; NaN if they are all equal, up to the rounding of those given."""
+    """Return the nearest simplex ETF of rows; NaN if they are all equal, up to the rounding of the given ones."""
     given = rows if given is None else given
     noise = 4 * torch.finfo(given.dtype).eps * torch.linalg.vector_norm(given.double(), dim=1).amax()
     spread = torch.linalg.vector_norm(rows - rows.mean(dim=0), dim=1).amax()
@@ -87,7 +90,7 @@ def _nearest(rows: Tensor, given: Tensor | None = None) -> Tensor:
 
 
 def _shares(class_counts: Tensor | None, class_means: Tensor) -> Tensor:
-    """(K,) each class's part in the centre."""
+    """Return the share of each class in the centre, (K,)."""
     num_classes = len(class_means)
     if class_counts is None:
         return torch.full((num_classes,), 1 / num_classes, dtype=torch.float64, device=class_means.device)

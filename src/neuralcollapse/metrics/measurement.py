@@ -1,4 +1,4 @@
-"""A measurement as a record: what was found, of what, and enough of it to find everything else again."""
+"""Measurements as records: metrics, the moments they were computed from, and their provenance."""
 
 from __future__ import annotations
 
@@ -6,52 +6,37 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import EllipsisType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from neuralcollapse.catalogue import in_order
+from neuralcollapse._checks import check_at_least
+from neuralcollapse.catalogue import METRICS, in_order
 from neuralcollapse.metrics.collapse import measure_moments
 from neuralcollapse.metrics.moments import ClassMoments
-from neuralcollapse.metrics.statistics import Center
-from neuralcollapse.metrics.tensor_file import read_tensors, write_tensors
-from neuralcollapse.metrics.undefined import grouped, listed, warn_of
+from neuralcollapse.metrics.options import MeasureOptions
+from neuralcollapse.metrics.record_file import read_record, write_record
+from neuralcollapse.metrics.undefined import grouped, listed, warn_of_undefined
 
 KIND, FORMAT = "neuralcollapse.measurement", 2
-
-
-@dataclass(frozen=True)
-class Options:
-    """Which classes counted, about which centre; see `collapse_metrics`."""
-
-    center: Center = "samples"
-    min_samples: int = 1
-    drop_classes_above: int | None = None
-    pairwise: bool = True
-
-    def kept_values(self, other: Options) -> set[str]:
-        """Those of the values that moments do not give which stay true under other options."""
-        kept = {"accuracy", "accuracy_top5"}
-        if (self.min_samples, self.drop_classes_above) == (other.min_samples, other.drop_classes_above):
-            kept |= {"nc4_ncc_mismatch", "nc4_ncc_mismatch_class_mean", "nc1_numerical_rank"}
-            kept |= {"instance_alignment", "class_alignment", "mir", "hdr", "mir_released", "hdr_released"}
-            if self.center == other.center:
-                kept |= {"alignment", "nc2_cos_margin"}
-        return kept
+_OF_CLASSES = ("min_samples", "drop_classes_above")
+_SAVED = ("center", *_OF_CLASSES, "pairwise")  # options from which metrics of moments are computed, besides the code
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a measurement comes from.
+    """Origin of a measurement; `measure` fills in the last two, and the class of the model if ``model`` is empty.
 
     Attributes:
-        epoch: Epochs trained, if it was said.
-        split: What of the data was measured, if it was said.
-        model: The model's class, or what the caller named it.
-        labels: SHA-256 of the labels measured, as 64-bit integers in their order.
-        package_version: The version of neuralcollapse that measured.
+        epoch: Number of epochs trained, or None.
+        split: Measured part of the data, or None.
+        model: Class of the model, or the caller's name for it.
+        labels: SHA-256 of the measured labels, as 64-bit integers in their order.
+        package_version: Version of neuralcollapse.
+
+    Raises:
+        ValueError: if the epoch is not an integer of at least 0.
     """
 
     epoch: int | None = None
@@ -60,34 +45,39 @@ class Provenance:
     labels: str = ""
     package_version: str = ""
 
+    def __post_init__(self) -> None:
+        if self.epoch is not None:
+            check_at_least("epoch", self.epoch, 0)
+
 
 @dataclass(frozen=True, eq=False)
 class Measurement:
-    """What `measure` found.
+    """Result of `measure`.
 
     Attributes:
-        metrics: Name to value, NaN for what is not defined: all of `collapse_metrics`; ``accuracy`` and (for K > 5)
-            ``accuracy_top5`` of the classifier itself; and of single samples ``alignment``, ``nc2_cos_margin``,
-            ``nc4_ncc_mismatch``, ``nc4_ncc_mismatch_class_mean`` (averaged over classes), ``nc1_numerical_rank``, and
-            those of `neuralcollapse.metrics.sphere`. What each is: `neuralcollapse.catalogue`.
+        metrics: Name to value, NaN for undefined metrics: all of `collapse_metrics`; ``accuracy`` and (for K > 5)
+            ``accuracy_top5`` of the classifier itself; and the metrics of single samples. `neuralcollapse.catalogue`
+            defines them all.
         moments: Class moments of the features.
         weight: W (K, d) of the classifier.
         bias: b (K,), or None.
         cos_margins: (N,) cosine margins of all samples, ascending.
-        ncc_mismatch: (K,) share of each class's samples whose nearest class mean is not the classifier's answer;
-            NaN for a class without samples.
-        undefined: For each metric that is NaN, why.
-        layers: For each layer named, its metrics.
-        layers_undefined: For each layer with metrics that are NaN, why each of them is.
-        layer_moments: For each layer named, its class moments.
-        sample_features: At most 1,000 of the features, in fp16 (bf16 where they exceed its range), for pictures: always
-            the same samples of the same data.
+        ncc_mismatch: (K,) share of the samples of each class whose nearest class mean is not the predicted class; NaN
+            for a class without samples.
+        undefined: Name to reason, for each metric that is NaN.
+        layers: For each named layer, its metrics.
+        layers_undefined: For each layer with undefined metrics, their reasons.
+        layer_moments: For each named layer, its class moments.
+        sample_features: At most 1,000 of the features for figures, in fp16 (bf16 if they exceed its range); the same
+            samples for the same data.
         sample_targets: Their classes.
-        ood_means: Mean out-of-distribution feature, under ``""``, and of each layer under its name; empty without.
-        code: (K, r), whose Gram the classifier was compared with, or None.
-        train_moments: Class moments of the train split that was the reference, if ``loader`` was another. Not saved.
-        provenance: Of what this is the measurement.
-        options: Which classes counted, about which centre.
+        ood_means: Mean out-of-distribution feature, under ``""``, and of each layer, under its name; empty without such
+            data.
+        train_moments: Class moments of the train split that was the reference, if it is not the measured one. Not
+            saved.
+        provenance: Origin of the measurement.
+        options: Options of the measurement. Of these, ``center``, ``min_samples``, ``drop_classes_above``, ``pairwise``
+            and ``code`` are saved.
     """
 
     metrics: dict[str, float]
@@ -103,68 +93,57 @@ class Measurement:
     sample_features: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.float16))
     sample_targets: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     ood_means: dict[str, Tensor] = field(default_factory=dict)
-    code: Tensor | None = None
     train_moments: ClassMoments | None = None
     provenance: Provenance = field(default_factory=Provenance)
-    options: Options = field(default_factory=Options)
+    options: MeasureOptions = field(default_factory=MeasureOptions)
 
     @property
     def num_classes(self) -> int:
-        """K of the weight."""
+        """Number of classes K of the weight."""
         return len(self.weight)
 
     @property
     def absent_classes(self) -> list[int]:
-        """Classes of the weight of which no sample was measured."""
+        """Classes of the weight without a measured sample."""
         return (self.moments.counts == 0).nonzero().flatten().tolist()
 
     def __repr__(self) -> str:
-        """The metrics, why some of them are not defined, and which classes are absent; tensors would hide them."""
+        """The metrics, the reasons of undefined ones and the absent classes, without tensors."""
         of = f"Measurement of {self.provenance.model or 'a model'}, {self.moments.counts.sum():,} samples"
         lines = [of, *(f"  {name:32} {value:.4g}" for name, value in self.metrics.items())]
         if absent := self.absent_classes:
             present = self.num_classes - len(absent)
             lines.append(f"of {self.num_classes:,} classes {present:,} have samples; absent: {listed(absent)}")
-        reasons = grouped(self.undefined)
-        for layer, undefined in self.layers_undefined.items():
-            reasons += [f"layer {layer!r}: {line}" for line in grouped(undefined)]
+        reasons = grouped(self.undefined, self.layers_undefined)
         return "\n".join([*lines, *(["not defined:"] if reasons else []), *(f"  {line}" for line in reasons)])
 
-    def recompute(
-        self,
-        *,
-        center: Center | None = None,
-        min_samples: int | None = None,
-        drop_classes_above: int | EllipsisType | None = ...,
-        pairwise: bool | None = None,
-    ) -> Measurement:
-        """Every metric that moments give, again, as this version of the package computes it.
+    def recompute(self, **changes: Any) -> Measurement:
+        """Compute every metric of moments again, with changed options and the formulas of this version.
 
-        Values that need single samples or per-class scatter stay where the changed options do not touch them (the
-        accuracies always; NCC mismatch and numerical rank while the same classes count; alignment and cosine margin
-        while the centre is the same as well), and are missing otherwise. One warning says which are not defined.
+        Values that need single samples or per-class scatter are kept if no changed option affects them, and left out
+        otherwise: accuracies are always kept, the others while the same classes are measured, and those that depend on
+        the centre while it is the same as well. One warning gives the reasons of undefined metrics.
 
         Args:
-            center: As for `collapse_metrics`; by default as measured, as for the others.
-            min_samples: As for `collapse_metrics`.
-            drop_classes_above: As for `collapse_metrics`.
-            pairwise: As for `collapse_metrics`.
+            **changes: Any of the options ``center``, ``min_samples``, ``drop_classes_above``, ``pairwise`` and ``code``
+                of `MeasureOptions`.
 
         Raises:
-            ValueError: As for `collapse_metrics`.
+            ValueError: if another option is given; else as for `MeasureOptions` and `collapse_metrics`.
         """
-        changed = {"center": center, "min_samples": min_samples, "pairwise": pairwise}
-        options = replace(self.options, **{name: value for name, value in changed.items() if value is not None})  # type: ignore[arg-type]
-        if not isinstance(drop_classes_above, EllipsisType):
-            options = replace(options, drop_classes_above=drop_classes_above)
+        if unknown := changes.keys() - {*_SAVED, "code"}:
+            names = ", ".join((*_SAVED, "code"))
+            raise ValueError(f"recompute must be given options among {names}, got {', '.join(sorted(unknown))}")
+        options = replace(self.options, **changes)
         layers = {
-            name: self._again(self.layers[name], self.layers_undefined.get(name, {}), moments, name, options)
+            name: self._recomputed(self.layers[name], self.layers_undefined.get(name, {}), moments, name, options)
             for name, moments in self.layer_moments.items()
         }
-        classifier = {"weight": self.weight, "bias": self.bias}
-        metrics, undefined = self._again(self.metrics, self.undefined, self.moments, "", options, **classifier)
+        metrics, undefined = self._recomputed(
+            self.metrics, self.undefined, self.moments, "", options, self.weight, self.bias
+        )
         layers_undefined = {name: reasons for name, (_, reasons) in layers.items() if reasons}
-        warn_of(undefined, layers_undefined)
+        warn_of_undefined(undefined, layers_undefined)
         return replace(
             self,
             metrics=metrics,
@@ -174,33 +153,33 @@ class Measurement:
             options=options,
         )
 
-    def _again(
+    def _recomputed(
         self,
         values: dict[str, float],
         undefined: dict[str, str],
         moments: ClassMoments,
         name: str,
-        options: Options,
-        **classifier: Any,
+        options: MeasureOptions,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> tuple[dict[str, float], dict[str, str]]:
-        """Return the metrics that moments give under these options, the others that stay true, and their reasons."""
-        new, reasons = measure_moments(
-            moments, ood_mean=self.ood_means.get(name), code=self.code, **classifier, **asdict(options)
-        )
-        kept = self.options.kept_values(options) - new.keys()
+        """Return the metrics of moments with the given options, the others that are still true, and their reasons."""
+        new, reasons = measure_moments(moments, weight, bias, self.ood_means.get(name), options)
+        unchanged = {key for key in values if key not in new and _is_unaffected(key, self.options, options)}
         return (
-            in_order({key: value for key, value in values.items() if key in kept} | new),
-            in_order({key: reason for key, reason in undefined.items() if key in kept} | reasons),
+            in_order({key: value for key, value in values.items() if key in unchanged} | new),
+            in_order({key: reason for key, reason in undefined.items() if key in unchanged} | reasons),
         )
 
     def save(self, path: str | Path) -> None:
-        """Write all of it but ``train_moments`` and per-class scatter to a safetensors file, whole or not at all.
+        """Write the measurement, without ``train_moments`` and per-class scatter, to a safetensors file.
 
-        Moments, weight, margins and values are fp64; of each scatter only the upper triangle is written. In the header
-        are the format's version and `Provenance`. Nothing of it is code: it can be read from any language.
+        Moments, weight, margins and values are written in fp64, each scatter as its upper triangle, the version of the
+        format and `Provenance` in the header. The file contains no code and can be read from any language. It is
+        written completely or not at all.
 
         Raises:
-            OSError: The file cannot be written; one that was there is as it was.
+            OSError: if the file cannot be written; an existing file is then left unchanged.
         """
         tensors = {
             "weight": self.weight.double(),
@@ -213,16 +192,16 @@ class Measurement:
         }
         if self.bias is not None:
             tensors["bias"] = self.bias.double()
-        if self.code is not None:
-            tensors["code"] = self.code.double()
-        for place, name in enumerate(self.layers):  # numbered: a layer's name may hold anything
-            tensors |= _packed(f"layer{place}.", self.layer_moments[name])
-            tensors[f"layer{place}.values"] = torch.tensor(list(self.layers[name].values()), dtype=torch.float64)
-        for place, mean in enumerate(self.ood_means.values()):
-            tensors[f"ood{place}"] = mean.double()
+        if self.options.code is not None:
+            tensors["code"] = self.options.code.double()
+        for index, name in enumerate(self.layers):  # numbered, because a layer may have any name
+            tensors |= _packed(f"layer{index}.", self.layer_moments[name])
+            tensors[f"layer{index}.values"] = torch.tensor(list(self.layers[name].values()), dtype=torch.float64)
+        for index, mean in enumerate(self.ood_means.values()):
+            tensors[f"ood{index}"] = mean.double()
         contents = {
             "provenance": asdict(self.provenance),
-            "options": asdict(self.options),
+            "options": {name: getattr(self.options, name) for name in _SAVED},
             "classes": {"of_weight": self.num_classes, "with_samples": self.num_classes - len(self.absent_classes)},
             "metrics": list(self.metrics),
             "undefined": self.undefined,
@@ -232,19 +211,19 @@ class Measurement:
         }
         header = {name: json.dumps(value) for name, value in contents.items()}
         header |= {"format": KIND, "format_version": str(FORMAT), "package_version": self.provenance.package_version}
-        write_tensors(path, tensors, header)
+        write_record(path, tensors, header)
 
     @classmethod
     def load(cls, path: str | Path) -> Measurement:
-        """Read what `save` wrote, of this version or of an earlier one.
+        """Read a file that `save` of this version, or of an earlier one, has written.
 
         Raises:
-            ValueError: The file is truncated, damaged, foreign or of a newer format; the message says which.
-            OSError: There is no such file, or it cannot be read.
+            ValueError: if the file is truncated, damaged, of another kind or of a newer format; the message says which.
+            OSError: if the file does not exist or cannot be read.
         """
-        tensors, header = read_tensors(path, KIND, FORMAT)
+        tensors, header = read_record(path, KIND, FORMAT)
         contents = {name: json.loads(header[name]) for name in ("provenance", "options", "metrics", "layers", "ood")}
-        if "max_samples" in contents["options"]:  # as format 1 called it
+        if "max_samples" in contents["options"]:  # the name in format 1
             contents["options"]["drop_classes_above"] = contents["options"].pop("max_samples")
         layers: dict[str, list[str]] = contents["layers"]
         return cls(
@@ -257,35 +236,43 @@ class Measurement:
             undefined=json.loads(header.get("undefined", "{}")),
             layers_undefined=json.loads(header.get("layers_undefined", "{}")),
             layers={
-                name: dict(zip(names, tensors[f"layer{place}.values"].tolist(), strict=True))
-                for place, (name, names) in enumerate(layers.items())
+                name: dict(zip(names, tensors[f"layer{index}.values"].tolist(), strict=True))
+                for index, (name, names) in enumerate(layers.items())
             },
-            layer_moments={name: _unpacked(f"layer{place}.", tensors) for place, name in enumerate(layers)},
+            layer_moments={name: _unpacked(f"layer{index}.", tensors) for index, name in enumerate(layers)},
             sample_features=tensors["sample_features"],
             sample_targets=tensors["sample_targets"],
-            ood_means={name: tensors[f"ood{place}"] for place, name in enumerate(contents["ood"])},
-            code=tensors.get("code"),
+            ood_means={name: tensors[f"ood{index}"] for index, name in enumerate(contents["ood"])},
             provenance=Provenance(**contents["provenance"]),
-            options=Options(**contents["options"]),
+            options=MeasureOptions(**contents["options"], code=tensors.get("code")),
         )
 
 
 class LabelFingerprint:
-    """SHA-256 of labels, taken in batch by batch."""
+    """SHA-256 of labels, computed batch by batch."""
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
 
     def update(self, labels: Tensor) -> None:
-        """Take in the labels of a batch."""
+        """Add the labels of a batch."""
         self._digest.update(labels.detach().to("cpu", torch.int64).contiguous().numpy().astype("<i8").tobytes())
 
     def __str__(self) -> str:
         return self._digest.hexdigest()
 
 
+def _is_unaffected(name: str, before: MeasureOptions, after: MeasureOptions) -> bool:
+    """Return whether a value that moments do not give is the same with other options."""
+    entry = METRICS.get(name)
+    if entry is None or entry.group == "accuracy":  # a metric of an earlier version cannot be computed: it is left out
+        return entry is not None
+    same_classes = all(getattr(before, name) == getattr(after, name) for name in _OF_CLASSES)
+    return entry.of_samples and same_classes and ("center" not in entry.inputs or before.center == after.center)
+
+
 def _packed(prefix: str, moments: ClassMoments) -> dict[str, Tensor]:
-    """The moments in fp64, of the scatter the upper triangle, row after row."""
+    """Return the moments in fp64, with the upper triangle of the scatter, row after row."""
     scatter = moments.within_class_scatter.double()
     rows, columns = torch.triu_indices(*scatter.shape, device=scatter.device).unbind()
     return {
@@ -304,6 +291,6 @@ def _unpacked(prefix: str, tensors: dict[str, Tensor]) -> ClassMoments:
     rows, columns = torch.triu_indices(feature_dim, feature_dim).unbind()
     scatter[rows, columns] = tensors[f"{prefix}within_class_scatter"]
     state |= {"within_class_scatter": scatter}
-    if f"{prefix}rounding" in tensors:  # which format 1 lacks
+    if f"{prefix}rounding" in tensors:  # missing in format 1
         state["rounding"] = tensors[f"{prefix}rounding"]
     return ClassMoments.from_state(state)

@@ -1,8 +1,9 @@
-"""NC1, variability collapse: the features of a class shrink to their mean."""
+"""NC1, variability collapse: convergence of the features of a class to their mean."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,50 +16,54 @@ from neuralcollapse.metrics.scaling import power_of_two, rescaled, square_root
 
 
 class BetweenClassSpectrum(NamedTuple):
-    """Eigenpairs of Σ_B = CᵀC/K: the at most K − 1 leading ones, without those that count as zero.
+    """Leading eigenpairs of Σ_B = CᵀC/K, at most K − 1, without those whose eigenvalue counts as zero.
 
     Attributes:
         eigenvalues: (r,) in descending order.
         eigenvectors: (d, r) columns.
         num_classes: K.
+        unit: Power of two by which C was multiplied.
     """
 
     eigenvalues: Tensor
     eigenvectors: Tensor
     num_classes: int
+    unit: Tensor
 
     @classmethod
     @torch.no_grad()
     def of(cls, centred_means: Tensor) -> BetweenClassSpectrum:
-        """The spectrum, from the singular values of C (K, d): forming CᵀC would square its condition number.
+        """Return the spectrum from the singular values of C (K, d), since CᵀC has the squared condition number.
 
-        It has no gradient; `nc1_pinv` and `nc1_vci` have theirs in closed form.
+        It has no gradient; `nc1_pinv` and `nc1_vci` have gradients in closed form.
         """
         num_classes, feature_dim = centred_means.shape
-        # Only the right singular vectors are needed, and R of C = QR has those of C: for K > d it is the smaller one.
+        unit = power_of_two(centred_means)
+        centred_means = centred_means * unit
+        # Only the right singular vectors are needed. For K > d, the smaller matrix R of C = QR has the same ones.
         matrix = torch.linalg.qr(centred_means, mode="r")[1] if num_classes > feature_dim else centred_means
         _, singular_values, right = torch.linalg.svd(matrix, full_matrices=False)
         eigenvalues = singular_values.square() / num_classes
         rank = min(num_classes - 1, int((eigenvalues > _zero_below(eigenvalues, feature_dim)).sum()))
-        return cls(eigenvalues[:rank], right[:rank].T, num_classes)
+        return cls(eigenvalues[:rank], right[:rank].T, num_classes, unit)
 
 
 def nc1_pinv(
-    within_class_covariance: Tensor, centred_means: Tensor, *, spectrum: BetweenClassSpectrum | None = None
+    within_class_covariance: Tensor, centred_means: Tensor, spectrum: BetweenClassSpectrum | None = None
 ) -> Tensor:
-    """tr(Σ_W Σ_B†)/K, within-class variability measured against that between classes; 0 at collapse; NaN of C = 0.
+    """tr(Σ_W Σ_B†)/K, within-class relative to between-class variability; 0 at collapse; NaN if C = 0.
 
-    Σ_B† is taken from the K − 1 leading eigenpairs of Σ_B; eigenvalues under d·eps·λ₁ count as 0. The gradient is that
-    of matrices of the same rank, and has no difference of two eigenvalues that count.
+    Σ_B† is computed from the K − 1 leading eigenpairs of Σ_B; eigenvalues below d·eps·λ₁ count as 0. The gradient is
+    that for matrices of the same rank, and does not divide by differences of nonzero eigenvalues.
     Source: Papyan, Han & Donoho, PNAS 2020 (Fig. 6).
 
     Args:
         within_class_covariance: Σ_W (d, d).
         centred_means: C (K, d).
-        spectrum: That of ``centred_means``, when it is known already.
+        spectrum: Spectrum of ``centred_means``, if it is known.
 
     Raises:
-        ValueError: if an argument has another shape or type, or is not finite.
+        ValueError: if a shape or type is wrong, or values are not finite.
 
     Examples:
         >>> nc1_pinv(torch.eye(2), torch.tensor([[1.0, 0], [-1, 0]]))
@@ -72,14 +77,14 @@ def nc1_pinv(
 
 
 def nc1_quotient(within_class_trace: Tensor, centred_means: Tensor) -> Tensor:
-    """Ratio of traces tr Σ_W / tr Σ_B; 0 at collapse; NaN of C = 0. Source: Tirer, Huang & Niles-Weed, ICML 2023.
+    """Ratio of traces tr Σ_W / tr Σ_B; 0 at collapse; NaN if C = 0. Source: Tirer, Huang & Niles-Weed, ICML 2023.
 
     Args:
         within_class_trace: tr Σ_W, a scalar.
         centred_means: C (K, d).
 
     Raises:
-        ValueError: Another shape or type.
+        ValueError: if a shape or type is wrong.
 
     Examples:
         >>> nc1_quotient(torch.tensor(2.0), torch.tensor([[1.0, 0], [-1, 0]]))
@@ -94,16 +99,16 @@ def nc1_quotient(within_class_trace: Tensor, centred_means: Tensor) -> Tensor:
 def nc1_cdnv(class_means: Tensor, within_class_variances: Tensor, *, power: float = 1.0) -> Tensor:
     """Class-distance normalised variance: mean over pairs of (v_k + v_l)/(2‖M_k − M_l‖^{2p}); 0 at collapse.
 
-    NaN where two classes have the same mean, up to rounding.
+    NaN if two classes have the same mean, up to rounding.
     Source: Galanti, György & Hutter, ICLR 2022 (p = 1).
 
     Args:
         class_means: (K, d), centred or not.
-        within_class_variances: v (K,), each class's mean squared distance to its mean.
+        within_class_variances: v (K,), mean squared distance of the samples of each class to their mean.
         power: p.
 
     Raises:
-        ValueError: Another shape or type, or a power that is not positive.
+        ValueError: if a shape or type is wrong, or the power is not positive.
 
     Examples:
         >>> nc1_cdnv(torch.tensor([[1.0, 0], [-1, 0]]), torch.tensor([1.0, 3.0]))
@@ -111,40 +116,35 @@ def nc1_cdnv(class_means: Tensor, within_class_variances: Tensor, *, power: floa
     """
     check_shapes(class_means=(class_means, "K d"), within_class_variances=(within_class_variances, "K"))
     check_exponent("power", power)
-    ratio = cdnv_of_pairs(within_class_variances, power)
-    return pair_statistics(class_means, {"cdnv": ratio})["cdnv"].mean
+    ratios = partial(cdnv, within_class_variances=within_class_variances, power=power)
+    return pair_statistics(class_means, {"cdnv": ratios})["cdnv"].mean
 
 
-def cdnv_of_pairs(within_class_variances: Tensor, power: float = 1.0) -> Callable[[PairTile], Tensor]:
-    """The function of a tile of pairs whose mean is `nc1_cdnv`."""
-
-    def ratio(tile: PairTile) -> Tensor:
-        left, right = within_class_variances[tile.rows], within_class_variances[tile.columns]
-        variances = (left[:, None] + right) / 2
-        return kernel_of_distances(tile.squared_distances, lambda squared: variances / squared**power, torch.nan)
-
-    return ratio
+def cdnv(tile: PairTile, within_class_variances: Tensor, power: float = 1.0) -> Tensor:
+    """Return (v_k + v_l)/(2‖M_k − M_l‖^{2p}) of each pair of a tile of class means, whose mean is `nc1_cdnv`."""
+    scaled = within_class_variances * tile.unit ** (2 * power)
+    variances = (scaled[tile.rows][:, None] + scaled[tile.columns]) / 2
+    return kernel_of_distances(tile.squared_distances, lambda squared: variances / squared**power, torch.nan)
 
 
 def nc1_vci(
-    within_class_covariance: Tensor, centred_means: Tensor, *, spectrum: BetweenClassSpectrum | None = None
+    within_class_covariance: Tensor, centred_means: Tensor, spectrum: BetweenClassSpectrum | None = None
 ) -> Tensor:
     """Variability collapse index 1 − tr((Σ_W + Σ_B)† Σ_B)/r, r = min(d, K − 1); 0 at collapse, 1 at most.
 
-    With Σ_B = VΛVᵀ it equals tr((S + Λ)⁻¹S)/r, where S = (VᵀΣ_W†V)⁻¹, which loses nothing in deep collapse; each
-    pair that Σ_B lacks to rank r adds 1/r. S is computed as the Schur complement A − B D†Bᵀ of Σ_W in the basis
-    [V, V⊥], which is that inverse where Σ_W is regular, and its limit where Σ_W is singular: directions of V in
-    which the features do not vary within classes count as collapsed. At Σ_W = 0 the index is 0, at C = 0 NaN. The
-    gradient is that of matrices of the same ranks.
+    With Σ_B = VΛVᵀ it equals tr((S + Λ)⁻¹S)/r, S = (VᵀΣ_W†V)⁻¹, which is accurate in deep collapse; each eigenpair
+    that Σ_B lacks to rank r adds 1/r. S is computed as the Schur complement A − B D†Bᵀ of Σ_W in the basis [V, V⊥]. It
+    is that inverse if Σ_W is regular, and its limit if Σ_W is singular: directions of V without within-class variation
+    count as collapsed. The index is 0 if Σ_W = 0 and NaN if C = 0. The gradient is that for matrices of the same ranks.
     Source: Xu & Liu, ICML 2023.
 
     Args:
         within_class_covariance: Σ_W (d, d).
         centred_means: C (K, d).
-        spectrum: That of ``centred_means``, when it is known already.
+        spectrum: Spectrum of ``centred_means``, if it is known.
 
     Raises:
-        ValueError: Another shape or type.
+        ValueError: if a shape or type is wrong.
 
     Examples:
         >>> nc1_vci(torch.eye(2), torch.tensor([[1.0, 0], [-1, 0]]))
@@ -160,17 +160,17 @@ def nc1_vci(
 def nc1_numerical_rank(class_scatter: Tensor, class_means: Tensor, counts: Tensor) -> Tensor:
     """Mean over k of (‖H_k‖_*/‖H_k‖_F)², H_k (n_k, d) the features of class k; 1 at collapse.
 
-    The singular values of H_k are the roots of the min(n_k, d) leading eigenvalues of
-    H_kᵀH_k = S_k + n_k M_kM_kᵀ; singular values that count as 0 have no gradient. NaN of a class whose features are all
-    zero. Source: Zhou et al., NeurIPS 2022.
+    The singular values of H_k are the roots of the min(n_k, d) leading eigenvalues of H_kᵀH_k = S_k + n_k M_kM_kᵀ;
+    singular values that count as 0 have no gradient. NaN if all features of a class are zero.
+    Source: Zhou et al., NeurIPS 2022.
 
     Args:
-        class_scatter: (K, d, d) each class's S_k.
+        class_scatter: (K, d, d) scatter S_k of each class.
         class_means: M (K, d), not centred.
         counts: n (K,).
 
     Raises:
-        ValueError: Another shape or type.
+        ValueError: if a shape or type is wrong.
 
     Examples:
         >>> nc1_numerical_rank(torch.zeros(2, 3, 3), torch.eye(2, 3), torch.tensor([5, 7]))
@@ -187,7 +187,7 @@ def nc1_numerical_rank(class_scatter: Tensor, class_means: Tensor, counts: Tenso
 
 
 def rank_of_features(features: Tensor) -> Tensor:
-    """Return (‖H‖_*/‖H‖_F)² of features H (n, d), whose mean over the classes is `nc1_numerical_rank`.
+    """Return (‖H‖_*/‖H‖_F)² of features H (n, d), whose mean over classes is `nc1_numerical_rank`.
 
     Examples:
         >>> rank_of_features(torch.eye(3, 5))
@@ -201,43 +201,42 @@ def rank_of_features(features: Tensor) -> Tensor:
 def rank_of_gram(gram: Tensor, rank: int, feature_dim: int) -> Tensor:
     """Return (‖H‖_*/‖H‖_F)² from the ``rank`` leading eigenvalues of HᵀH or HHᵀ."""
     eigenvalues = torch.linalg.eigvalsh((gram + gram.mT) / 2).flip(0)[:rank]
-    kept = eigenvalues.detach() > _zero_below(eigenvalues.detach(), feature_dim)
-    eigenvalues = torch.where(kept, eigenvalues, 0)
+    positive = eigenvalues.detach() > _zero_below(eigenvalues.detach(), feature_dim)
+    eigenvalues = torch.where(positive, eigenvalues, 0)
     total = eigenvalues.sum()
     return square_root(eigenvalues).sum().square() / torch.where(total > 0, total, torch.nan)
 
 
 def _zero_below(eigenvalues: Tensor, feature_dim: int) -> Tensor:
-    """The bound under which an eigenvalue counts as zero, d·eps·λ₁."""
+    """Return the bound d·eps·λ₁, below which an eigenvalue counts as zero."""
     return feature_dim * torch.finfo(eigenvalues.dtype).eps * eigenvalues.max().clamp(min=0)
 
 
 def _checked(
     within: Tensor, means: Tensor, spectrum: BetweenClassSpectrum | None
 ) -> tuple[Tensor, Tensor, BetweenClassSpectrum]:
-    """Return the arguments in units of a power of two, Σ_W symmetric, and the spectrum of C in these units."""
+    """Return Σ_W, made symmetric, and C in the units of the spectrum, and the spectrum of C."""
     check_shapes(centred_means=(means, "K d"), within_class_covariance=(within, "d d"))
     check_finite("centred_means", means)
     check_finite("within_class_covariance", within)
     if spectrum is None:
-        unit = power_of_two(means)
-        within, means = within * unit * unit, means * unit
         spectrum = BetweenClassSpectrum.of(means)
+    within, means = within * spectrum.unit * spectrum.unit, means * spectrum.unit
     return (within + within.T) / 2, means, spectrum
 
 
 def _nan_of(*tensors: Tensor) -> Tensor:
-    """Return NaN, with a graph if one of the tensors has one."""
+    """Return NaN, with the autograd graph of the tensors."""
     return torch.stack([tensor.sum() for tensor in tensors]).sum() * torch.nan
 
 
 class _Between(NamedTuple):
-    """The singular value decomposition C = U diag(σ) Vᵀ, and which of its triplets count."""
+    """Singular value decomposition C = U diag(σ) Vᵀ, and which singular values are nonzero."""
 
     left: Tensor
     values: Tensor
     right: Tensor
-    kept: Tensor
+    nonzero: Tensor
 
     @classmethod
     def of(cls, means: Tensor, rank: int) -> _Between:
@@ -245,23 +244,22 @@ class _Between(NamedTuple):
         return cls(left, values, right.T, torch.arange(len(values), device=means.device) < rank)
 
     def gradient(self, outer: Tensor, differences: Callable[[Tensor, Tensor], Tensor], outside: Tensor) -> Tensor:
-        """Return the gradient in C of a function of φ(CᵀC), where φ is 0 for the triplets that do not count.
+        """Return the gradient in C of a function of φ(CᵀC), where φ is 0 for eigenvalues that count as 0.
 
-        With G the gradient in φ(CᵀC) it is 2C·V(Φ∘VᵀGV)Vᵀ, where Φ are divided differences of φ (Daleckii & Krein): of
-        two eigenvalues that count a polynomial of their inverses, of one that counts and one that does not
-        φ(λ_i)/(λ_i − λ_j), of two that do not 0.
+        With G the gradient in φ(CᵀC) it is 2C·V(Φ∘VᵀGV)Vᵀ, where Φ are divided differences of φ (Daleckii & Krein): a
+        polynomial of the inverses of two nonzero eigenvalues, φ(λ_i)/(λ_i − λ_j) if only λ_i is nonzero, else 0.
 
         Args:
-            outer: (r, d) rows v_iᵀG of those that count.
-            differences: Φ of the eigenvalues (r, 1) and (1, r) that count.
-            outside: (r,) φ of each, over the eigenvalue itself: Φ with a direction in which C is zero.
+            outer: (r, d) rows v_iᵀG for the nonzero eigenvalues.
+            differences: Φ as a function of nonzero eigenvalues (r, 1) and (1, r).
+            outside: (r,) φ(λ_i)/λ_i: Φ for a direction in which C is zero.
         """
-        count = int(self.kept.sum())
+        count = int(self.nonzero.sum())
         eigenvalues = self.values.square()
         leading, others = eigenvalues[:count, None], eigenvalues[count:]
         inside = outer @ self.right
         gaps = leading - others
-        gaps = torch.where(gaps > torch.finfo(gaps.dtype).eps * leading, gaps, torch.inf)  # of equal ones there is none
+        gaps = torch.where(gaps > torch.finfo(gaps.dtype).eps * leading, gaps, torch.inf)  # equal ones give 0
         mixed = (outside[:, None] * leading / gaps) * inside[:, count:]
         rows = torch.cat([differences(leading, leading.T) * inside[:, :count], mixed], dim=1) @ self.right.T
         rows = rows + outside[:, None] * (outer - inside @ self.right.T)
@@ -270,11 +268,11 @@ class _Between(NamedTuple):
 
 
 class _PinvTrace(torch.autograd.Function):
-    """tr(Σ_W Σ_B†)/K = Σ_i v_iᵀΣ_W v_i/σ_i², of the singular values σ and right singular vectors v of C that count."""
+    """Trace tr(Σ_W Σ_B†)/K = Σ_i v_iᵀΣ_W v_i/σ_i² over the nonzero singular values σ_i of C."""
 
     @staticmethod
     def forward(within: Tensor, means: Tensor, spectrum: BetweenClassSpectrum) -> Tensor:
-        eigenvalues, eigenvectors, num_classes = spectrum
+        eigenvalues, eigenvectors, num_classes, _ = spectrum
         projected = (eigenvectors * (within @ eigenvectors)).sum(dim=0)
         return (projected / eigenvalues).sum() / num_classes
 
@@ -296,26 +294,26 @@ class _PinvTrace(torch.autograd.Function):
 
 
 class _CollapseIndex(torch.autograd.Function):
-    """tr((S + Λ)⁻¹S)/r plus 1/r for each pair that Σ_B lacks; see `nc1_vci`.
+    """Index tr((S + Λ)⁻¹S)/r plus 1/r for each eigenpair that Σ_B lacks; see `nc1_vci`.
 
-    With T = Σ_W + Σ_B its gradient is T†Σ_BT†/r in Σ_W and −T†Σ_WT†/r in Σ_B. Of X = T†V = (V − V⊥D†Bᵀ)(S + Λ)⁻¹, in
-    which nothing cancels, they are XΛXᵀ and, along V, VᵀT†Σ_WT† = (S(S + Λ)⁻¹)ᵀXᵀ.
+    With T = Σ_W + Σ_B its gradient is T†Σ_BT†/r in Σ_W and −T†Σ_WT†/r in Σ_B. With X = T†V = (V − V⊥D†Bᵀ)(S + Λ)⁻¹,
+    which is computed without cancellation, they are XΛXᵀ and, along V, VᵀT†Σ_WT† = (S(S + Λ)⁻¹)ᵀXᵀ.
     """
 
     @staticmethod
     def forward(within: Tensor, means: Tensor, spectrum: BetweenClassSpectrum) -> Tensor:
-        eigenvalues, basis, num_classes = spectrum
-        feature_dim, found = basis.shape
+        eigenvalues, basis, num_classes, _ = spectrum
+        feature_dim, basis_size = basis.shape
         rank = min(feature_dim, num_classes - 1)
         shorted, _ = _schur_complement(within, basis)
         uncollapsed = torch.linalg.solve(shorted + eigenvalues.diag(), shorted).trace()
-        return (uncollapsed + (rank - found)) / rank
+        return (uncollapsed + (rank - basis_size)) / rank
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         within, means, spectrum = inputs
         ctx.save_for_backward(within, means)
-        ctx.found = len(spectrum.eigenvalues)
+        ctx.rank = len(spectrum.eigenvalues)
 
     @staticmethod
     @once_differentiable
@@ -323,8 +321,8 @@ class _CollapseIndex(torch.autograd.Function):
         within, means = ctx.saved_tensors
         num_classes, feature_dim = means.shape
         rank = min(feature_dim, num_classes - 1)
-        between = _Between.of(means, ctx.found)
-        basis, eigenvalues = between.right[:, : ctx.found], between.values[: ctx.found].square() / num_classes
+        between = _Between.of(means, ctx.rank)
+        basis, eigenvalues = between.right[:, : ctx.rank], between.values[: ctx.rank].square() / num_classes
         shorted, reduced = _schur_complement(within, basis)
         inverse = torch.linalg.inv(shorted + eigenvalues.diag())
         columns = reduced @ inverse
@@ -337,14 +335,14 @@ class _CollapseIndex(torch.autograd.Function):
 
 def _schur_complement(within: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """Return S = A − B D†Bᵀ of Σ_W in the basis [V, V⊥], and V − V⊥D†Bᵀ, which is T†V(S + Λ)."""
-    feature_dim, found = basis.shape
+    feature_dim, basis_size = basis.shape
     within_basis = within @ basis
     shorted = basis.T @ within_basis
-    if found == feature_dim:
+    if basis_size == feature_dim:
         return shorted, basis
-    complement = torch.linalg.qr(basis, mode="complete")[0][:, found:]
+    complement = torch.linalg.qr(basis, mode="complete")[0][:, basis_size:]
     values, vectors = torch.linalg.eigh(complement.T @ within @ complement)
-    kept = values > _zero_below(values, feature_dim)
-    vectors, scale = vectors[:, kept], values[kept].sqrt()
+    positive = values > _zero_below(values, feature_dim)
+    vectors, scale = vectors[:, positive], values[positive].sqrt()
     half = (complement.T @ within_basis).T @ vectors / scale
     return shorted - half @ half.T, basis - complement @ (vectors / scale) @ half.T

@@ -1,12 +1,16 @@
-"""NC2, convergence to a simplex ETF, of the class means and of the classifier's rows.
+"""NC2, convergence of class means and classifier rows to a simplex ETF, or to another frame with a given Gram matrix.
 
-Every function takes the rows X (K, d) of which it is the figure: the centred class means C for ``…_means``, the
-classifier's weight W for ``…_weights``.
+Functions take rows X (K, d): the centred class means C for the metrics ``…_means``, the classifier's weight W for
+``…_weights``. NC0, the sum of the classifier rows, is here as well: it vanishes for every simplex ETF.
+
+A Gram matrix G = LLᵀ is given by a code L (K, r) (`neuralcollapse.geometry.code_from_gram`). For metrics relative to a Gram,
+rows and code are centred at their mean over the classes first, which changes no decision of the classifier.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,8 +23,26 @@ _CANCELLATION = 1e-3  # below this the closed form has lost more than half of it
 _TILE_ELEMENTS = 2**22
 
 
+def nc0_weight_sum(weight: Tensor) -> Tensor:
+    """‖Σ_k w_k‖₂/‖W‖_F; 0 at collapse, √K at most; NaN if W = 0. Source: NC0 of arXiv 2602.16642, made scale-free.
+
+    Args:
+        weight: W (K, d).
+
+    Raises:
+        ValueError: if the shape or type is wrong.
+
+    Examples:
+        >>> nc0_weight_sum(torch.tensor([[3.0, 0], [0, 4]]))
+        tensor(1.)
+    """
+    check_shapes(weight=(weight, "K d"))
+    weight = rescaled(weight)
+    return torch.linalg.vector_norm(weight.sum(dim=0)) / torch.linalg.matrix_norm(weight)
+
+
 def nc2_etf(vectors: Tensor) -> Tensor:
-    """‖XXᵀ/‖XXᵀ‖_F − T‖_F with T = (I − 11ᵀ/K)/√(K − 1); 0 at collapse, 2 at most; NaN of X = 0.
+    """‖XXᵀ/‖XXᵀ‖_F − T‖_F with T = (I − 11ᵀ/K)/√(K − 1); 0 at collapse, 2 at most; NaN if X = 0.
 
     Source: Zhu et al., NeurIPS 2021 (NC2).
 
@@ -28,50 +50,126 @@ def nc2_etf(vectors: Tensor) -> Tensor:
         vectors: X (K, d).
 
     Raises:
-        ValueError: Another shape or type.
+        ValueError: if the shape or type is wrong.
 
     Examples:
         >>> nc2_etf(torch.tensor([[1.0, 0], [-1, 0]]))
         tensor(0.)
     """
     check_shapes(vectors=(vectors, "K d"))
-    return distance_to_simplex_gram(vectors, vectors)
+    return distance_to_gram(vectors, vectors, SimplexGram(len(vectors)))
 
 
-def distance_to_simplex_gram(left: Tensor, right: Tensor) -> Tensor:
-    """‖XYᵀ/‖XYᵀ‖_F − T‖_F for X, Y (K, d), without a matrix larger than (min(K, d), min(K, d)).
+def nc2_gram(vectors: Tensor, code: Tensor) -> Tensor:
+    """‖ΠXXᵀΠ/‖ΠXXᵀΠ‖_F − ΠGΠ/‖ΠGΠ‖_F‖_F, Π = I − 11ᵀ/K; 0 at collapse to a frame with Gram G = LLᵀ, √2 at most.
 
-    From ‖XYᵀ‖_F² = ⟨XᵀX, YᵀY⟩ and ⟨XYᵀ, √(K−1) T⟩ = ⟨X, Y⟩ − (Xᵀ1)·(Yᵀ1)/K; where those cancel, or XYᵀ is the
-    smaller matrix, from the difference itself, in tiles of rows.
+    NaN if the rows of X, or those of L, are all equal.
+
+    Source: `nc2_etf` (Zhu et al., NeurIPS 2021) with a given Gram matrix instead of the simplex's.
+
+    Args:
+        vectors: X (K, d): class means or classifier rows.
+        code: L (K, r).
+
+    Raises:
+        ValueError: if a shape or type is wrong.
+
+    Examples:
+        >>> rows = torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]])  # an orthoplex
+        >>> bool(nc2_gram(3 * rows + 1, rows) < 1e-6), float(nc2_gram(torch.eye(4), rows)) > 0.1
+        (True, True)
+    """
+    check_shapes(vectors=(vectors, "K d"), code=(code, "K r"))
+    return distance_to_code_gram(vectors, vectors, code)
+
+
+@dataclass(frozen=True)
+class SimplexGram:
+    """Gram matrix I − 11ᵀ/K of a simplex ETF with K rows, of Frobenius norm √(K − 1)."""
+
+    num_classes: int
+
+    @property
+    def norm(self) -> float:
+        """The Frobenius norm."""
+        return (self.num_classes - 1) ** 0.5
+
+    def inner_product(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return ⟨XYᵀ, G⟩ = ⟨X, Y⟩ − (Xᵀ1)·(Yᵀ1)/K."""
+        return (left * right).sum() - left.sum(dim=0) @ right.sum(dim=0) / self.num_classes
+
+    def subtract_from(self, product: Tensor, start: int) -> Tensor:
+        """Return rows of a matrix, from row ``start`` on, minus those of G/‖G‖_F."""
+        scale = (self.num_classes - 1) ** -0.5
+        difference = product + scale / self.num_classes
+        difference.diagonal(offset=start).sub_(scale)
+        return difference
+
+
+@dataclass(frozen=True)
+class CodeGram:
+    """Gram matrix LLᵀ of a code L (K, r)."""
+
+    code: Tensor
+    norm: Tensor
+
+    def inner_product(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return ⟨XYᵀ, G⟩ = ⟨LᵀX, LᵀY⟩."""
+        return ((self.code.T @ left) * (self.code.T @ right)).sum()
+
+    def subtract_from(self, product: Tensor, start: int) -> Tensor:
+        """Return rows of a matrix, from row ``start`` on, minus those of G/‖G‖_F."""
+        return product - self.code[start : start + len(product)] @ self.code.T / self.norm
+
+
+def distance_to_code_gram(left: Tensor, right: Tensor, code: Tensor) -> Tensor:
+    """Return `distance_to_gram` of centred rows and a centred code."""
+    if len(left) < 2:
+        return left.new_full((), torch.nan)
+    left, right, code = (_centred(rows) for rows in (left, right, code.to(left)))
+    code = rescaled(code)
+    return distance_to_gram(left, right, CodeGram(code, torch.linalg.matrix_norm(code.T @ code)))
+
+
+def distance_to_gram(left: Tensor, right: Tensor, gram: SimplexGram | CodeGram) -> Tensor:
+    """Return ‖XYᵀ/‖XYᵀ‖_F − G/‖G‖_F‖_F for X, Y (K, d), without a K × K matrix if K > d.
+
+    The closed form uses ‖XYᵀ‖_F² = ⟨XᵀX, YᵀY⟩. Where it cancels, or XYᵀ is the smaller matrix, the difference itself
+    is formed, in tiles of rows.
     """
     num_classes, feature_dim = left.shape
     if num_classes < 2:
         return left.new_full((), torch.nan)
     left, right = rescaled(left), rescaled(right)
     if num_classes <= feature_dim:
-        return _difference_to_simplex_gram(left, right, torch.linalg.matrix_norm(left @ right.T))
+        return _tiled_distance(left, right, gram, torch.linalg.matrix_norm(left @ right.T))
     norm = square_root(((left.T @ left) * (right.T @ right)).sum())
-    aligned = (left * right).sum() - left.sum(dim=0) @ right.sum(dim=0) / num_classes
-    squared = 2 - 2 * aligned / (norm * (num_classes - 1) ** 0.5)
+    squared = 2 - 2 * gram.inner_product(left, right) / (norm * gram.norm)
     if squared < _CANCELLATION**2:
-        return _difference_to_simplex_gram(left, right, norm)
+        return _tiled_distance(left, right, gram, norm)
     return squared.sqrt()
 
 
-def _difference_to_simplex_gram(left: Tensor, right: Tensor, norm: Tensor) -> Tensor:
-    num_classes = len(left)
-    scale = (num_classes - 1) ** -0.5
-    step = max(1, _TILE_ELEMENTS // num_classes)
-    norms = []
-    for start in range(0, num_classes, step):
-        difference = left[start : start + step] @ right.T / norm + scale / num_classes
-        difference.diagonal(offset=start).sub_(scale)
-        norms.append(torch.linalg.matrix_norm(difference))  # whose gradient is 0 at 0
-    return torch.linalg.vector_norm(torch.stack(norms))
+def _tiled_distance(left: Tensor, right: Tensor, gram: SimplexGram | CodeGram, norm: Tensor) -> Tensor:
+    step = max(1, _TILE_ELEMENTS // len(left))
+    tiles = [
+        torch.linalg.matrix_norm(gram.subtract_from(left[start : start + step] @ right.T / norm, start))
+        for start in range(0, len(left), step)
+    ]
+    return torch.linalg.vector_norm(torch.stack(tiles))  # these norms have gradient 0 at 0
+
+
+def _centred(rows: Tensor) -> Tensor:
+    """Return rows minus their mean; zero if all rows are equal, up to rounding."""
+    mean = rows.mean(dim=0)
+    centred = rows - mean
+    rounding = 4 * torch.finfo(rows.dtype).eps * torch.linalg.vector_norm(mean.detach())
+    equal = torch.linalg.vector_norm(centred.detach(), dim=1).amax() <= rounding
+    return torch.where(equal, 0, centred)
 
 
 def nc2_equinorm(vectors: Tensor) -> Tensor:
-    """Standard deviation of the rows' norms over their mean; 0 at collapse; NaN of X = 0.
+    """Standard deviation of the rows' norms over their mean; 0 at collapse; NaN if X = 0.
 
     Source: Papyan et al. 2020 (Fig. 2).
 
@@ -79,7 +177,7 @@ def nc2_equinorm(vectors: Tensor) -> Tensor:
         vectors: X (K, d).
 
     Raises:
-        ValueError: Another shape or type.
+        ValueError: if a shape or type is wrong.
 
     Examples:
         >>> nc2_equinorm(torch.tensor([[1.0, 0], [0, -1]]))
@@ -100,7 +198,7 @@ def nc2_equinorm_difference(centred_means: Tensor, weight: Tensor) -> Tensor:
         weight: W (K, d).
 
     Raises:
-        ValueError: Another shape or type.
+        ValueError: if a shape or type is wrong.
 
     Examples:
         >>> nc2_equinorm_difference(torch.eye(2), torch.eye(2))
@@ -111,7 +209,7 @@ def nc2_equinorm_difference(centred_means: Tensor, weight: Tensor) -> Tensor:
 
 
 def nc2_equiangular(vectors: Tensor) -> Tensor:
-    """Standard deviation of cos(x_k, x_l) over ordered pairs; 0 at collapse; NaN with a zero row.
+    """Standard deviation of cos(x_k, x_l) over ordered pairs; 0 at collapse; NaN if a row is zero.
 
     Source: Papyan et al. 2020 (Fig. 3).
 
@@ -119,18 +217,18 @@ def nc2_equiangular(vectors: Tensor) -> Tensor:
         vectors: X (K, d).
 
     Raises:
-        ValueError: Another shape or type.
+        ValueError: if a shape or type is wrong.
 
     Examples:
         >>> nc2_equiangular(torch.eye(3))
         tensor(0.)
     """
     check_shapes(vectors=(vectors, "K d"))
-    return std_over_ordered_pairs(*pair_statistics(rescaled(vectors), {"cos": cosines})["cos"][1:])
+    return pair_statistics(vectors, {"cos": cosines})["cos"].std
 
 
 def nc2_max_angle(vectors: Tensor) -> Tensor:
-    """Mean over pairs of |cos(x_k, x_l) + 1/(K − 1)|; 0 at collapse; NaN with a zero row.
+    """Mean over pairs of |cos(x_k, x_l) + 1/(K − 1)|; 0 at collapse; NaN if a row is zero.
 
     Source: Papyan et al. 2020 (Fig. 4).
 
@@ -138,20 +236,20 @@ def nc2_max_angle(vectors: Tensor) -> Tensor:
         vectors: X (K, d).
 
     Raises:
-        ValueError: Another shape or type.
+        ValueError: if a shape or type is wrong.
 
     Examples:
         >>> nc2_max_angle(torch.eye(3))
         tensor(0.5000)
     """
     check_shapes(vectors=(vectors, "K d"))
-    return pair_statistics(rescaled(vectors), {"angle": distance_to_max_angle})["angle"].mean
+    return pair_statistics(vectors, {"angle": distance_to_max_angle})["angle"].mean
 
 
 def nc2_hyperspherical(vectors: Tensor, kernel: str = "dist", *, exponent: float = 1.0) -> tuple[Tensor, Tensor]:
     """Mean and variance over pairs of a kernel of the distance r between unit rows; the variance is 0 at collapse.
 
-    NaN with a zero row, and but for ``"dist"`` with two rows of the same direction, up to rounding.
+    NaN if a row is zero; except for ``"dist"`` also if two rows have the same direction, up to rounding.
     Source: Liu et al., ICLR 2023; Wu & Papyan, NeurIPS 2024 (GNC2).
 
     Args:
@@ -163,7 +261,7 @@ def nc2_hyperspherical(vectors: Tensor, kernel: str = "dist", *, exponent: float
         Mean and population variance over the pairs k < l.
 
     Raises:
-        ValueError: Another kernel, shape or type, or an exponent that is not positive.
+        ValueError: if the kernel is unknown, the exponent is not positive, or the shape or type is wrong.
 
     Examples:
         >>> nc2_hyperspherical(torch.tensor([[1.0, 0], [-3, 0]]))
@@ -171,24 +269,17 @@ def nc2_hyperspherical(vectors: Tensor, kernel: str = "dist", *, exponent: float
     """
     check_shapes(vectors=(vectors, "K d"))
     check_exponent("exponent", exponent)
-    functions = {"kernel": hyperspherical_kernel(kernel, exponent)}
-    return pair_statistics(rescaled(vectors), functions)["kernel"][:2]
-
-
-def hyperspherical_kernel(kernel: str, exponent: float = 1.0) -> Callable[[PairTile], Tensor]:
-    """The function of a tile of pairs whose mean and variance are `nc2_hyperspherical`."""
     kernel = "dist" if kernel == "distance" else kernel
-    if not isinstance(kernel, str) or kernel not in HYPERSPHERICAL_KERNELS:
-        raise ValueError(f"kernel must be one of {', '.join(HYPERSPHERICAL_KERNELS)}, got {kernel!r}")
-    function = HYPERSPHERICAL_KERNELS[kernel]
-    return lambda tile: function(tile, exponent)
+    if not isinstance(kernel, str) or kernel not in KERNELS:
+        raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
+    return pair_statistics(vectors, {"kernel": partial(KERNELS[kernel], exponent=exponent)})["kernel"][:2]
 
 
 def cos_margins(features: Tensor, targets: Tensor, weight: Tensor, center: Tensor) -> Tensor:
     """cos(h − m, w_y − w̄) − max over k ≠ y of cos(h − m, w_k − w̄) for each sample; K/(K − 1) at collapse.
 
-    Sorted they are the margins' distribution, their mean is `nc2_cos_margin`. NaN of a sample at the centre, and of all
-    samples if a row of the weight is the mean row: such a vector has no direction. Source: Zhou et al., NeurIPS 2022.
+    Their mean is `nc2_cos_margin`. NaN for a sample at the centre, and for all samples if a row of the weight is the
+    mean row, because such a vector has no direction. Source: Zhou et al., NeurIPS 2022.
 
     Args:
         features: h (N, d).
@@ -200,7 +291,7 @@ def cos_margins(features: Tensor, targets: Tensor, weight: Tensor, center: Tenso
         (N,) in [−2, 2].
 
     Raises:
-        ValueError: Another shape or type, or targets out of range.
+        ValueError: if a shape or type is wrong, or targets are out of range.
 
     Examples:
         >>> weight = torch.tensor([[1.0, 0], [-1, 0]])
@@ -215,13 +306,14 @@ def cos_margins(features: Tensor, targets: Tensor, weight: Tensor, center: Tenso
     margins = []
     for block, labels in zip(features.split(step), targets.split(step), strict=True):
         cosine = unit_deviations(block, center).to(rows.dtype) @ rows.T
-        own = cosine.gather(1, labels[:, None])
-        margins.append((own - cosine.scatter(1, labels[:, None], -torch.inf).amax(dim=1, keepdim=True)).squeeze(1))
+        of_target = cosine.gather(1, labels[:, None])
+        greatest = cosine.scatter(1, labels[:, None], -torch.inf).amax(dim=1, keepdim=True)
+        margins.append((of_target - greatest).squeeze(1))
     return torch.cat(margins)
 
 
 def nc2_cos_margin(features: Tensor, targets: Tensor, weight: Tensor, center: Tensor) -> Tensor:
-    """Mean over the samples of `cos_margins`; K/(K − 1) at collapse. Source: Zhou et al., NeurIPS 2022.
+    """Mean of `cos_margins` over samples; K/(K − 1) at collapse. Source: Zhou et al., NeurIPS 2022.
 
     Args:
         features: h (N, d).
@@ -230,7 +322,7 @@ def nc2_cos_margin(features: Tensor, targets: Tensor, weight: Tensor, center: Te
         center: m (d,), the features' centre.
 
     Raises:
-        ValueError: Another shape or type, or targets out of range.
+        ValueError: if a shape or type is wrong, or targets are out of range.
 
     Examples:
         >>> rows = torch.tensor([[1.0, 0], [-1, 0]])
@@ -241,28 +333,28 @@ def nc2_cos_margin(features: Tensor, targets: Tensor, weight: Tensor, center: Te
 
 
 def cosines(tile: PairTile) -> Tensor:
-    """The function of a tile of pairs of which `nc2_equiangular` is the spread."""
+    """Return the cosines of a tile of pairs, whose spread is `nc2_equiangular`."""
     return tile.cosines
 
 
 def distance_to_max_angle(tile: PairTile) -> Tensor:
-    """The function of a tile of pairs of which `nc2_max_angle` is the mean."""
+    """Return |cos + 1/(K − 1)| of a tile of pairs, whose mean is `nc2_max_angle`."""
     return (tile.cosines + 1 / (len(tile.vectors) - 1)).abs()
 
 
-def std_over_ordered_pairs(variance: Tensor, count: int) -> Tensor:
-    """Unbiased standard deviation over all k ≠ l, from the population variance over the ``count`` pairs k < l."""
-    return square_root(variance * (2 * count / (2 * count - 1)))
+def kernel_dist(tile: PairTile, exponent: float = 1.0) -> Tensor:
+    """Return r^s of the distance r between the unit vectors of each pair of a tile."""
+    return kernel_of_distances(tile.unit_squared_distances, lambda squared: squared ** (exponent / 2), 0.0)
 
 
-HYPERSPHERICAL_KERNELS: dict[str, Callable[[PairTile, float], Tensor]] = {
-    "dist": lambda tile, exponent: kernel_of_distances(
-        tile.unit_squared_distances, lambda squared: squared ** (exponent / 2), 0.0
-    ),
-    "log": lambda tile, exponent: kernel_of_distances(
-        tile.unit_squared_distances, lambda squared: squared.log().mul(-exponent / 2), torch.nan
-    ),
-    "riesz": lambda tile, exponent: kernel_of_distances(
-        tile.unit_squared_distances, lambda squared: squared ** (-exponent / 2), torch.nan
-    ),
-}
+def kernel_log(tile: PairTile, exponent: float = 1.0) -> Tensor:
+    """Return −log r^s of the distance r between the unit vectors of each pair of a tile; NaN for r = 0."""
+    return kernel_of_distances(tile.unit_squared_distances, lambda squared: squared.log().mul(-exponent / 2), torch.nan)
+
+
+def kernel_riesz(tile: PairTile, exponent: float = 1.0) -> Tensor:
+    """Return 1/r^s of the distance r between the unit vectors of each pair of a tile; NaN for r = 0."""
+    return kernel_of_distances(tile.unit_squared_distances, lambda squared: squared ** (-exponent / 2), torch.nan)
+
+
+KERNELS = {"dist": kernel_dist, "log": kernel_log, "riesz": kernel_riesz}

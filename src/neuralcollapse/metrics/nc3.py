@@ -1,17 +1,20 @@
-"""NC3, self-duality: classifier rows align with class means, and features with their classifier rows."""
+"""NC3, self-duality: alignment of the classifier rows W (K, d) with the centred class means C (K, d).
+
+The alignment of single samples with classifier rows is in `weight_alignment`.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from neuralcollapse._checks import check_samples, check_shapes
-from neuralcollapse.metrics.nc2 import distance_to_simplex_gram
-from neuralcollapse.metrics.scaling import rescaled, unit_deviations, unit_rows
+from neuralcollapse._checks import check_shapes
+from neuralcollapse.metrics.nc2 import SimplexGram, distance_to_code_gram, distance_to_gram
+from neuralcollapse.metrics.scaling import rescaled, unit_rows
 
 
 def nc3_duality(weight: Tensor, centred_means: Tensor) -> Tensor:
-    """‖WCᵀ/‖WCᵀ‖_F − T‖_F with T = (I − 11ᵀ/K)/√(K − 1); 0 at collapse, 2 at most; NaN where WCᵀ = 0.
+    """‖WCᵀ/‖WCᵀ‖_F − T‖_F with T = (I − 11ᵀ/K)/√(K − 1); 0 at collapse, 2 at most; NaN if WCᵀ = 0.
 
     Source: Zhu et al., NeurIPS 2021 (NC3).
 
@@ -20,18 +23,42 @@ def nc3_duality(weight: Tensor, centred_means: Tensor) -> Tensor:
         centred_means: C (K, d).
 
     Raises:
-        ValueError: Another shape or type.
+        ValueError: if a shape or type is wrong.
 
     Examples:
         >>> nc3_duality(torch.tensor([[2.0, 0], [-2, 0]]), torch.tensor([[1.0, 0], [-1, 0]]))
         tensor(0.)
     """
     check_shapes(weight=(weight, "K d"), centred_means=(centred_means, "K d"))
-    return distance_to_simplex_gram(weight, centred_means)
+    return distance_to_gram(weight, centred_means, SimplexGram(len(weight)))
+
+
+def nc3_gram_duality(weight: Tensor, class_means: Tensor, code: Tensor) -> Tensor:
+    """‖ΠWMᵀΠ/‖ΠWMᵀΠ‖_F − ΠGΠ/‖ΠGΠ‖_F‖_F, Π = I − 11ᵀ/K; 0 at collapse to a frame with Gram G = LLᵀ, 2 at most.
+
+    NaN if ΠWMᵀΠ = 0, or the rows of L are all equal.
+
+    Source: `nc3_duality` (Zhu et al., NeurIPS 2021) with a given Gram matrix instead of the simplex's.
+
+    Args:
+        weight: W (K, d).
+        class_means: M (K, d), about any centre.
+        code: L (K, r).
+
+    Raises:
+        ValueError: if a shape or type is wrong.
+
+    Examples:
+        >>> rows = torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]])
+        >>> nc3_gram_duality(2 * rows, rows, rows), nc3_gram_duality(-rows, rows, rows)
+        (tensor(0.), tensor(2.))
+    """
+    check_shapes(weight=(weight, "K d"), class_means=(class_means, "K d"), code=(code, "K r"))
+    return distance_to_code_gram(weight, class_means, code)
 
 
 def nc3_distance(weight: Tensor, centred_means: Tensor) -> Tensor:
-    """‖W/‖W‖_F − C/‖C‖_F‖_F²; 0 at collapse, 4 at most; NaN where W or C is 0.
+    """‖W/‖W‖_F − C/‖C‖_F‖_F²; 0 at collapse, 4 at most; NaN if W = 0 or C = 0.
 
     Source: Papyan, Han & Donoho, PNAS 2020 (Fig. 5).
 
@@ -40,7 +67,7 @@ def nc3_distance(weight: Tensor, centred_means: Tensor) -> Tensor:
         centred_means: C (K, d).
 
     Raises:
-        ValueError: Another shape or type.
+        ValueError: if a shape or type is wrong.
 
     Examples:
         >>> nc3_distance(torch.eye(2), -torch.eye(2))
@@ -52,7 +79,7 @@ def nc3_distance(weight: Tensor, centred_means: Tensor) -> Tensor:
 
 
 def nc3_uniform(weight: Tensor, centred_means: Tensor) -> Tensor:
-    """Variance over the classes of w_k·c_k; 0 at collapse; NaN where W or C is 0.
+    """Variance over classes of w_k·c_k; 0 at collapse; NaN if W = 0 or C = 0.
 
     Source: Wu & Papyan, NeurIPS 2024 (UNC3).
 
@@ -61,7 +88,7 @@ def nc3_uniform(weight: Tensor, centred_means: Tensor) -> Tensor:
         centred_means: C (K, d).
 
     Raises:
-        ValueError: Another shape or type.
+        ValueError: if a shape or type is wrong.
 
     Examples:
         >>> nc3_uniform(torch.eye(2), torch.eye(2))
@@ -73,7 +100,7 @@ def nc3_uniform(weight: Tensor, centred_means: Tensor) -> Tensor:
 
 
 def nc3_uniform_cos(weight: Tensor, centred_means: Tensor) -> Tensor:
-    """Variance over the classes of cos(w_k, c_k); 0 at collapse; NaN with a zero row.
+    """Variance over classes of cos(w_k, c_k); 0 at collapse; NaN if a row is zero.
 
     Source: Wu & Papyan, NeurIPS 2024 (UNC3).
 
@@ -82,7 +109,7 @@ def nc3_uniform_cos(weight: Tensor, centred_means: Tensor) -> Tensor:
         centred_means: C (K, d).
 
     Raises:
-        ValueError: Another shape or type.
+        ValueError: if a shape or type is wrong.
 
     Examples:
         >>> nc3_uniform_cos(torch.eye(2), 3 * torch.eye(2))
@@ -92,30 +119,6 @@ def nc3_uniform_cos(weight: Tensor, centred_means: Tensor) -> Tensor:
     return _variance((unit_rows(weight) * unit_rows(centred_means)).sum(dim=1))
 
 
-def alignment(features: Tensor, targets: Tensor, weight: Tensor, center: Tensor) -> Tensor:
-    """Mean over the samples of cos(h − m, w_y − w̄); 1 at collapse. Source: Markou, Ajanthan & Gould, NeurIPS 2024.
-
-    NaN if a sample is at the centre, or the row of a sample's class is the mean row: such a vector has no direction.
-
-    Args:
-        features: h (N, d).
-        targets: (N,) classes in [0, K).
-        weight: W (K, d).
-        center: m (d,), the features' centre.
-
-    Raises:
-        ValueError: Another shape or type, or targets out of range.
-
-    Examples:
-        >>> weight = torch.tensor([[1.0, 0], [-1, 0]])
-        >>> alignment(torch.tensor([[2.0, 1]]), torch.tensor([0]), weight, center=torch.tensor([0, 1.0]))
-        tensor(1.)
-    """
-    targets = check_samples(features, targets, weight, center)
-    rows = unit_deviations(weight, weight.mean(dim=0))
-    return (unit_deviations(features, center).to(rows.dtype) * rows[targets]).sum(dim=1).mean()
-
-
 def _variance(values: Tensor) -> Tensor:
-    """Return the unbiased variance; NaN of fewer than two values."""
+    """Return the unbiased variance; NaN for fewer than two values."""
     return values.var() if len(values) > 1 else values.new_full((), torch.nan)

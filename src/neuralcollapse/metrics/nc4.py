@@ -1,4 +1,4 @@
-"""NC4: the classifier's answer becomes the nearest class mean's."""
+"""NC4, agreement of the classifier with the nearest class mean, and NC5, orthogonality of out-of-distribution data."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from neuralcollapse._checks import check_integers, check_shapes
+from neuralcollapse.metrics.scaling import unit_rows
 
 _TILE_ELEMENTS = 2**22
 
 
 def nearest_class_mean(features: Tensor, class_means: Tensor) -> Tensor:
-    """The class k of least ‖h − M_k‖, for each sample.
+    """Return the class k with the least ‖h − M_k‖ for each sample.
 
     Args:
         features: h (N, d).
@@ -21,7 +22,7 @@ def nearest_class_mean(features: Tensor, class_means: Tensor) -> Tensor:
         (N,) indices in [0, K).
 
     Raises:
-        ValueError: Another shape or type.
+        ValueError: if a shape or type is wrong.
 
     Examples:
         >>> nearest_class_mean(torch.tensor([[0.9, 0.2]]), torch.eye(2))
@@ -38,18 +39,18 @@ def nearest_class_mean(features: Tensor, class_means: Tensor) -> Tensor:
 
 
 def nc4_ncc_mismatch(features: Tensor, predictions: Tensor, class_means: Tensor) -> Tensor:
-    """Share of samples whose nearest class mean is not the classifier's answer; 0 at collapse, 1 at most.
+    """Share of samples whose nearest class mean differs from the predicted class; 0 at collapse, 1 at most.
 
-    NaN where the class means are all equal, so that none is the nearest, and of no samples.
+    NaN if the class means are all equal, so that none is nearest, or there are no samples.
     Source: Papyan, Han & Donoho, PNAS 2020 (Fig. 7).
 
     Args:
         features: h (N, d), of either split.
-        predictions: (N,) the classifier's answers.
+        predictions: (N,) predicted classes.
         class_means: M (K, d), of the train split.
 
     Raises:
-        ValueError: Another shape or type.
+        ValueError: if a shape or type is wrong.
 
     Examples:
         >>> nc4_ncc_mismatch(torch.tensor([[0.9, 0.2], [0, 1]]), torch.tensor([0, 0]), torch.eye(2))
@@ -57,8 +58,13 @@ def nc4_ncc_mismatch(features: Tensor, predictions: Tensor, class_means: Tensor)
     """
     check_shapes(features=(features, "N d"), class_means=(class_means, "K d"))
     check_integers("predictions", predictions, len(features))
-    mismatch = (nearest_class_mean(features, class_means) != predictions).double().mean()
+    mismatch = mismatches(features, predictions, class_means).mean()
     return torch.where((class_means != class_means[:1]).any(), mismatch, torch.nan)
+
+
+def mismatches(features: Tensor, predictions: Tensor, class_means: Tensor) -> Tensor:
+    """Return 1.0 for each sample whose nearest class mean differs from the predicted class, else 0.0, (N,)."""
+    return (nearest_class_mean(features, class_means) != predictions).double()
 
 
 def nc4_bias(weight: Tensor, bias: Tensor | None, center: Tensor) -> Tensor:
@@ -70,7 +76,7 @@ def nc4_bias(weight: Tensor, bias: Tensor | None, center: Tensor) -> Tensor:
         center: m (d,).
 
     Raises:
-        ValueError: Another shape or type.
+        ValueError: if a shape or type is wrong.
 
     Examples:
         >>> nc4_bias(torch.eye(2), torch.tensor([-3.0, 4]), torch.tensor([3.0, -4]))
@@ -79,3 +85,23 @@ def nc4_bias(weight: Tensor, bias: Tensor | None, center: Tensor) -> Tensor:
     check_shapes(weight=(weight, "K d"), center=(center, "d"), **({} if bias is None else {"bias": (bias, "K")}))
     logits = weight @ center
     return torch.linalg.vector_norm(logits if bias is None else logits + bias)
+
+
+def nc5_ood(class_means: Tensor, ood_mean: Tensor) -> Tensor:
+    """Mean over k of |cos(M_k, m_ood)|; 0 at collapse, 1 at most; NaN if a mean is zero.
+
+    Source: Ammar et al., ICLR 2024 (NECO).
+
+    Args:
+        class_means: M (K, d), not centred.
+        ood_mean: (d,) mean feature of the out-of-distribution data.
+
+    Raises:
+        ValueError: if a shape or type is wrong.
+
+    Examples:
+        >>> nc5_ood(torch.eye(2, 3), torch.tensor([0.0, 0, 1]))
+        tensor(0.)
+    """
+    check_shapes(class_means=(class_means, "K d"), ood_mean=(ood_mean, "d"))
+    return torch.mv(unit_rows(class_means), unit_rows(ood_mean)).abs().mean()

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_TILE = 512  # classes on a side: 2 MB for each temporary in fp64
+from neuralcollapse.metrics.scaling import power_of_two, square_root
+
+_TILE = 512  # rows and columns: 2 MB for each temporary in fp64
 _CLOSE = 1e-6  # squared distances below this share of their terms are recomputed from the difference
 
 
 class PairStatistics(NamedTuple):
-    """Mean and population variance over unordered pairs, and how many pairs there are; NaN of no pair."""
+    """Mean and population variance over unordered pairs k < l, and the number of pairs; NaN without a pair."""
 
     mean: Tensor
     variance: Tensor
     pairs: int
+
+    @property
+    def std(self) -> Tensor:
+        """Unbiased standard deviation over the ordered pairs k ≠ l."""
+        return square_root(self.variance * (2 * self.pairs / (2 * self.pairs - 1)))
 
 
 @dataclass(frozen=True)
@@ -27,11 +34,12 @@ class PairTile:
     """All pairs of a block of rows with a block of columns.
 
     Attributes:
-        vectors: (K, d) all of them.
+        vectors: (K, d) vectors of all classes, multiplied by ``unit``.
         norms: (K,) their norms.
-        rows: The block of rows, I classes.
-        columns: The block of columns, J classes.
-        resolution: The distance within which two vectors are the same; at least that of their own rounding.
+        rows: Block of rows, I classes.
+        columns: Block of columns, J classes.
+        resolution: Distance within which two vectors are equal; at least that of their rounding.
+        unit: Power of two.
     """
 
     vectors: Tensor
@@ -39,27 +47,36 @@ class PairTile:
     rows: slice
     columns: slice
     resolution: Tensor | float = 0.0
+    unit: Tensor | float = 1.0
+
+    @classmethod
+    def of_all(cls, vectors: Tensor, resolution: Tensor | float = 0.0) -> PairTile:
+        """Return the tile of all pairs of vectors, in units that keep squares in the range of the dtype."""
+        unit = power_of_two(vectors)
+        vectors = vectors * unit
+        norms = torch.linalg.vector_norm(vectors, dim=1)
+        return cls(vectors, norms, slice(None), slice(None), resolution * unit, unit)
 
     @cached_property
     def inner_products(self) -> Tensor:
-        """⟨x_k, x_l⟩, (I, J)."""
+        """Inner products ⟨x_k, x_l⟩, (I, J)."""
         return self.vectors[self.rows] @ self.vectors[self.columns].T
 
     @cached_property
     def cosines(self) -> Tensor:
-        """cos(x_k, x_l), (I, J); NaN with a zero vector."""
+        """Cosines cos(x_k, x_l), (I, J); NaN for a zero vector."""
         inverse = self._lengths.reciprocal()
         return self.inner_products * inverse[self.rows, None] * inverse[self.columns]
 
     @cached_property
     def squared_distances(self) -> Tensor:
-        """‖x_k − x_l‖², (I, J); 0 of vectors that are the same up to rounding."""
+        """Squared distances ‖x_k − x_l‖², (I, J); 0 for vectors that are equal up to rounding."""
         squares = self.norms[self.rows, None].square() + self.norms[self.columns].square()
         return self._recompute_close(squares - 2 * self.inner_products, squares, torch.ones_like(self.norms))
 
     @cached_property
     def unit_squared_distances(self) -> Tensor:
-        """‖x_k/‖x_k‖ − x_l/‖x_l‖‖², (I, J); 0 of directions that are the same up to rounding, NaN with a zero row."""
+        """Squared distances of x/‖x‖, (I, J); 0 for directions that are equal up to rounding, NaN for a zero vector."""
         return self._recompute_close(2 - 2 * self.cosines, torch.tensor(2.0), self._lengths)
 
     @property
@@ -67,7 +84,7 @@ class PairTile:
         return torch.where(self.norms > 0, self.norms, torch.nan)
 
     def _recompute_close(self, squared: Tensor, scale: Tensor, lengths: Tensor) -> Tensor:
-        """Replace what cancellation spoilt: the (few) pairs that are close compared with their norms."""
+        """Compute the (few) distances that are small compared with the norms from the difference itself."""
         rounding = (2 * torch.finfo(lengths.dtype).eps * self.norms.detach()).clamp(
             min=self.resolution
         ) / lengths.detach()
@@ -84,11 +101,11 @@ class PairTile:
 def pair_statistics(
     vectors: Tensor, functions: Mapping[str, Callable[[PairTile], Tensor]], *, resolution: Tensor | float = 0.0
 ) -> dict[str, PairStatistics]:
-    """Mean and variance over the pairs k < l of functions of a pair, in one pass over the pairs.
+    """Return mean and variance over the pairs k < l of functions of a pair, in one pass over the pairs.
 
     Args:
         vectors: (K, d).
-        functions: By name; each maps a `PairTile` of (I, J) pairs to their (I, J) values.
+        functions: By name; each maps a `PairTile` of (I, J) pairs to (I, J) values.
         resolution: As for `PairTile`.
 
     Examples:
@@ -96,13 +113,13 @@ def pair_statistics(
         >>> statistics["cos"].mean, statistics["cos"].pairs
         (tensor(0.), 3)
     """
-    norms = torch.linalg.vector_norm(vectors, dim=1)
+    whole = PairTile.of_all(vectors, resolution)
     blocks = [slice(start, start + _TILE) for start in range(0, len(vectors), _TILE) if len(vectors) > 1]
     none = vectors.new_full((), torch.nan)
     running = dict.fromkeys(functions, PairStatistics(none, none, 0))
     for index, rows in enumerate(blocks):
         for columns in blocks[index:]:
-            tile = PairTile(vectors, norms, rows, columns, resolution)
+            tile = replace(whole, rows=rows, columns=columns)
             for name, function in functions.items():
                 values = function(tile)
                 if rows == columns:
@@ -114,7 +131,7 @@ def pair_statistics(
 
 
 def kernel_of_distances(squared: Tensor, function: Callable[[Tensor], Tensor], at_zero: float) -> Tensor:
-    """Return a function of squared distances, with its value at distance 0, where it has no gradient."""
+    """Return a function of squared distances, with a given value and without gradient at distance 0."""
     positive = squared != 0  # NaN stays NaN
     return torch.where(positive, function(torch.where(positive, squared, 1)), at_zero)
 

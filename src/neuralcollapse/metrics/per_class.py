@@ -1,36 +1,38 @@
-"""Values of each class and of each pair of classes, where one figure for all of them hides which it was."""
+"""Values of each class and of each pair of classes, whose statistics are the metrics."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from neuralcollapse._checks import check_at_least, check_exponent, check_shapes
 from neuralcollapse.metrics.moments import ClassMoments
-from neuralcollapse.metrics.nc1 import cdnv_of_pairs
-from neuralcollapse.metrics.nc2 import HYPERSPHERICAL_KERNELS, cosines, hyperspherical_kernel
+from neuralcollapse.metrics.nc1 import cdnv
+from neuralcollapse.metrics.nc2 import KERNELS, cosines
+from neuralcollapse.metrics.options import Center
 from neuralcollapse.metrics.pairs import PairTile
-from neuralcollapse.metrics.scaling import power_of_two, rescaled, unit_rows
-from neuralcollapse.metrics.statistics import Center, class_statistics
+from neuralcollapse.metrics.scaling import unit_rows
+from neuralcollapse.metrics.statistics import class_statistics
 
-MATRICES = ("cosines_means", "cosines_weights", "cdnv", *HYPERSPHERICAL_KERNELS)
+MATRICES = ("cosines_means", "cosines_weights", "cdnv", *KERNELS)
 
 
 @dataclass(frozen=True, eq=False)
 class ClassValues:
-    """Figures of the K classes measured, in fp64.
+    """Values of the K measured classes, in fp64.
 
     Attributes:
-        classes: (K,) their indices among all classes.
-        counts: (K,) n_k.
-        mean_norms: (K,) ‖c_k‖ of the centred means, whose spread is ``nc2_equinorm_means``.
-        weight_norms: (K,) ‖w_k‖, or None without a weight.
-        within_class_variances: (K,) v_k, mean squared distance to the class mean.
-        duality: (K,) cos(w_k, c_k), whose variance is ``nc3_uniform_cos``; NaN of a class whose row or centred mean is
-            zero. None without a weight.
+        classes: (K,) indices among all classes.
+        counts: (K,) numbers of samples n_k.
+        mean_norms: (K,) norms ‖c_k‖ of the centred means, whose spread is ``nc2_equinorm_means``.
+        weight_norms: (K,) norms ‖w_k‖, or None without a weight.
+        within_class_variances: (K,) variances v_k, mean squared distances to the class mean.
+        duality: (K,) cosines cos(w_k, c_k), whose variance is ``nc3_uniform_cos``; NaN for a class whose row or centred
+            mean is zero. None without a weight.
     """
 
     classes: Tensor
@@ -50,17 +52,17 @@ def class_values(
     min_samples: int = 1,
     drop_classes_above: int | None = None,
 ) -> ClassValues:
-    """Norms, within-class variance and duality of each class.
+    """Return norms, within-class variance and duality of each class.
 
     Args:
-        moments: The moments of the features that the weight multiplies.
+        moments: Moments of the features that the weight multiplies.
         weight: W (K, d).
-        center: As for `collapse_metrics`.
-        min_samples: As for `collapse_metrics`.
-        drop_classes_above: As for `collapse_metrics`.
+        center: As for `MeasureOptions`.
+        min_samples: As for `MeasureOptions`.
+        drop_classes_above: As for `MeasureOptions`.
 
     Raises:
-        ValueError: As for `collapse_metrics`.
+        ValueError: as for `collapse_metrics`.
 
     Examples:
         >>> moments = ClassMoments(2, 2)
@@ -94,26 +96,26 @@ def pair_matrices(
     exponent: float = 1.0,
     max_classes: int = 2048,
 ) -> dict[str, Tensor]:
-    """(K, K) matrices of pairs of classes: those whose means over pairs are the pairwise metrics.
+    """Return (K, K) matrices of pairs of classes, whose statistics over pairs are the pairwise metrics.
 
-    ``cosines_means`` and ``cosines_weights`` of centred means (what others call interference) and of W; ``cdnv``; and
-    the kernels ``dist``, ``log`` and ``riesz`` of the distance between unit centred means. What is not defined is NaN:
-    ``cdnv``, ``log`` and ``riesz`` of a class with itself or with one of the same mean (direction), up to rounding, and
-    what takes the direction of a zero vector.
+    They are ``cosines_means`` and ``cosines_weights`` of centred means (also called interference) and of W; ``cdnv``;
+    and the kernels ``dist``, ``log`` and ``riesz`` of the distance between unit centred means. Undefined values are
+    NaN: ``cdnv``, ``log`` and ``riesz`` of a class with itself or with a class of equal mean (direction), up to
+    rounding, and values that need the direction of a zero vector.
 
     Args:
-        moments: The moments of the features that the weight multiplies.
+        moments: Moments of the features that the weight multiplies.
         weight: W (K, d).
-        names: Which; all that there are by default.
-        center: As for `collapse_metrics`.
-        min_samples: As for `collapse_metrics`.
-        drop_classes_above: As for `collapse_metrics`.
-        exponent: Of the kernels' distance and of CDNV's squared distance.
-        max_classes: Above so many classes an error says how much memory the matrices would take.
+        names: Names of the matrices; by default all.
+        center: As for `MeasureOptions`.
+        min_samples: As for `MeasureOptions`.
+        drop_classes_above: As for `MeasureOptions`.
+        exponent: Exponent of the distance of kernels, and of the squared distance of CDNV.
+        max_classes: Maximum number of classes; with more, the error states the memory that the matrices would take.
 
     Raises:
-        ValueError: An unknown name, ``cosines_weights`` without a weight, an exponent that is not positive, too many
-            classes; else as for `collapse_metrics`.
+        ValueError: if a name is unknown, ``cosines_weights`` is requested without a weight, the exponent is not
+            positive, or there are too many classes; else as for `collapse_metrics`.
 
     Examples:
         >>> moments = ClassMoments(2, 2)
@@ -129,24 +131,21 @@ def pair_matrices(
     elif isinstance(names, str) or (unknown := [name for name in names if name not in MATRICES]):
         raise ValueError(f"names must be of {', '.join(MATRICES)}, got {names if isinstance(names, str) else unknown}")
     _check_memory(len(measured.classes), len(names), max_classes)
-    unit = power_of_two(measured.centred_means)
     functions: dict[str, Callable[[PairTile], Tensor]] = {
         "cosines_means": cosines,
         "cosines_weights": cosines,
-        "cdnv": cdnv_of_pairs(measured.within_class_variances * unit ** (2 * exponent), exponent),
-    } | {kernel: hyperspherical_kernel(kernel, exponent) for kernel in HYPERSPHERICAL_KERNELS}
-    tiles = {False: _tile(measured.centred_means * unit, measured.resolution * unit)}
-    tiles |= {} if rows is None else {True: _tile(rescaled(rows))}
+        "cdnv": partial(cdnv, within_class_variances=measured.within_class_variances, power=exponent),
+    } | {name: partial(kernel, exponent=exponent) for name, kernel in KERNELS.items()}
+    means = PairTile.of_all(measured.centred_means, measured.resolution)
     matrices = {}
     for name in names:
-        if name == "cosines_weights" and rows is None:
+        if name != "cosines_weights":
+            matrices[name] = functions[name](means).clone()
+        elif rows is None:
             raise ValueError("weight must be given for cosines_weights, got None")
-        matrices[name] = functions[name](tiles[name == "cosines_weights"]).clone()
+        else:
+            matrices[name] = functions[name](PairTile.of_all(rows)).clone()
     return matrices
-
-
-def _tile(vectors: Tensor, resolution: Tensor | float = 0.0) -> PairTile:
-    return PairTile(vectors, torch.linalg.vector_norm(vectors, dim=1), slice(None), slice(None), resolution)
 
 
 def _rows(weight: Tensor | None, moments: ClassMoments, classes: Tensor) -> Tensor | None:

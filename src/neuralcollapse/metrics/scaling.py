@@ -1,4 +1,4 @@
-"""Arithmetic that neither overflows nor vanishes with the scale of its input, and has gradients at its edges."""
+"""Scaling by powers of two, unit rows and roots that neither overflow nor underflow, with finite gradients."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def power_of_two(*tensors: Tensor) -> Tensor:
-    """Return 2^−e, as a scalar without gradient, that brings the greatest magnitude of all tensors into [1, 2).
+    """Return the scalar 2^−e, without gradient, that scales the greatest magnitude of all tensors into [1, 2).
 
-    Multiplying by it is exact. It is 1 for half-precision tensors, whose squares are formed in a wider dtype.
+    Multiplication by it is exact. It is 1 for half-precision tensors, whose squares are computed in a wider dtype.
 
     Examples:
         >>> power_of_two(torch.tensor([3.0, -40.0]))
@@ -24,16 +24,16 @@ def power_of_two(*tensors: Tensor) -> Tensor:
 
 
 def rescaled(tensor: Tensor) -> Tensor:
-    """Return the tensor times `power_of_two` of it."""
+    """Return a tensor multiplied by its `power_of_two`."""
     return tensor * power_of_two(tensor)
 
 
 def unit_rows(rows: Tensor, least: Tensor | float = 0.0) -> Tensor:
-    """Return each row scaled to unit norm; NaN for a row whose norm is at most ``least``, which has no direction.
+    """Return rows scaled to unit norm; NaN for a row whose norm is at most ``least``.
 
     Args:
         rows: (..., N, d).
-        least: Norms, (..., N) or one for all.
+        least: Greatest norm of a row without direction: (..., N), or one number for all.
 
     Examples:
         >>> unit_rows(torch.tensor([[3e-30, 4e-30], [0.0, 0.0]]))
@@ -46,19 +46,19 @@ def unit_rows(rows: Tensor, least: Tensor | float = 0.0) -> Tensor:
 
 
 def unit_deviations(rows: Tensor, center: Tensor) -> Tensor:
-    """Return `unit_rows` of rows − center; NaN for a row that is the centre, up to the rounding of the difference."""
+    """Return `unit_rows` of rows − center; NaN for a row that equals the centre, up to rounding."""
     deviations = rows - center
     return unit_rows(deviations, 4 * torch.finfo(deviations.dtype).eps * _norms(center.detach()))
 
 
 def _norms(rows: Tensor) -> Tensor:
-    """Return the norms of rows, in a dtype whose range holds the squares of every fp32 number."""
+    """Return the norms of rows; those of fp32 rows in fp64, so that squares stay in its range."""
     wide = torch.float64 if rows.dtype == torch.float32 and rows.device.type != "mps" else None
     return torch.linalg.vector_norm(rows, dim=-1, dtype=wide)
 
 
 def square_root(values: Tensor) -> Tensor:
-    """Return the square root, whose gradient is taken as 0 at 0.
+    """Return the square root, with gradient 0 at 0.
 
     Examples:
         >>> square_root(torch.tensor([0.0, 4.0]))

@@ -1,45 +1,36 @@
-"""What the metrics are functions of: the classes that count, their centre, means and covariance."""
+"""Statistics of the measured classes: their means, centre and within-class covariance."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from neuralcollapse._checks import check_finite, check_sample_bounds, check_shapes
+from neuralcollapse._checks import check_choice, check_sample_bounds
 from neuralcollapse.metrics.moments import ClassMoments
+from neuralcollapse.metrics.options import Center
 from neuralcollapse.metrics.scaling import power_of_two
 
-_ROUNDING = 64  # what a mean over thousands of batches may lose, in units of rounding of its dtype
-
-Center = Literal["samples", "classes"]
-
-
-def check_center(center: object) -> None:
-    """Raise unless the argument is a `Center`."""
-    if center not in ("samples", "classes"):
-        raise ValueError(f"center must be 'samples' or 'classes', got {center!r}")
+_ROUNDING = 64  # error of a mean over thousands of batches, in units of rounding of its dtype
 
 
 @dataclass(frozen=True)
 class ClassStatistics:
-    """Moments of the classes that are measured, in fp64. K counts these classes alone, in every formula.
+    """Statistics of the measured classes in fp64. In every formula, K is the number of these classes.
 
     Attributes:
-        classes: (K,) their indices among all classes.
-        counts: (K,) their samples n_k.
-        class_means: (K, d) M.
-        center: (d,) m; NaN where K is 0.
+        classes: (K,) indices among all classes.
+        counts: (K,) numbers of samples n_k.
+        class_means: (K, d) class means M.
+        center: (d,) centre m; NaN if K is 0.
         centred_means: (K, d) C = M − m. The row of a class whose mean is at the centre, up to rounding, is zero; all
-            rows are where the features are the same for all samples, up to the rounding of their dtype.
-        within_class_variances: (K,) v_k = t_k/n_k.
-        within_class_covariance: (d, d) Σ_W = S/N, or None when classes were left out whose scatter is pooled
-            with the others'.
-        class_scatter: (K, d, d) each class's scatter, or None when the moments do not keep it.
-        scale: √(Σ‖h‖²/N), the size of a feature.
-        resolution: The distance within which rounding makes two class means the same.
+            rows are zero if the features are the same for all samples, up to the rounding of their dtype.
+        within_class_variances: (K,) variances v_k = t_k/n_k.
+        within_class_covariance: (d, d) Σ_W = S/N, or None if the pooled scatter includes that of classes left out.
+        class_scatter: (K, d, d) scatter of each class, or None if the moments do not keep it.
+        scale: Root mean square √(Σ‖h‖²/N) of the feature norms.
+        resolution: Distance within which two class means are equal up to rounding.
         constant: Whether the features are the same for all samples, up to the rounding of their dtype.
     """
 
@@ -59,16 +50,16 @@ class ClassStatistics:
 def class_statistics(
     moments: ClassMoments, *, center: Center = "samples", min_samples: int = 1, drop_classes_above: int | None = None
 ) -> ClassStatistics:
-    """Return the statistics of the classes that have from ``min_samples`` to ``drop_classes_above`` samples.
+    """Return the statistics of the classes with ``min_samples`` to ``drop_classes_above`` samples.
 
-    Fewer than two classes are an error only if these bounds leave out the others.
+    Fewer than two classes are an error only if these bounds exclude the others.
 
     Args:
-        moments: The moments of the features.
+        moments: Moments of the features.
         center: ``"samples"``: m is the mean of all samples of the measured classes; ``"classes"``: the mean of the
             class means. They differ on unbalanced data.
-        min_samples: Classes with fewer are left out of everything. With 0, a class without samples is an error.
-        drop_classes_above: Classes with more are left out of everything; None for no limit.
+        min_samples: Classes with fewer samples are left out. With 0, a class without samples is an error.
+        drop_classes_above: Classes with more samples are left out; None for no limit.
 
     Raises:
         ValueError: if the bounds leave fewer than two classes, a class has no sample while ``min_samples`` is 0,
@@ -83,7 +74,7 @@ def class_statistics(
     if not isinstance(moments, ClassMoments):
         raise ValueError(f"moments must be ClassMoments, got {type(moments).__name__}")
     check_sample_bounds(min_samples, drop_classes_above)
-    check_center(center)
+    check_choice("center", center, ("samples", "classes"))
     if min_samples == 0 and (moments.counts == 0).any():
         absent = (moments.counts == 0).nonzero().flatten().tolist()
         names = ", ".join(map(str, absent[:10])) + (", …" if len(absent) > 10 else "")
@@ -98,7 +89,7 @@ def class_statistics(
             f"moments must hold at least 2 classes of min_samples = {max(min_samples, 1)}{limit} samples, "
             f"got {len(classes)} of {with_samples} classes (and {int(moments.counts.sum())} samples in all)"
         )
-    if moments.device.type == "mps":  # which has no fp64
+    if moments.device.type == "mps":  # without fp64
         moments, measured, classes = moments.to("cpu"), measured.cpu(), classes.cpu()
     everything = len(classes) == moments.num_classes
     counts = moments.counts[classes]
@@ -137,53 +128,15 @@ def class_statistics(
 def _rounding(
     moments: ClassMoments, class_means: Tensor, centred_means: Tensor, variances: Tensor, counts: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, bool]:
-    """Return each mean's distance to the centre, and `scale`, `resolution` and `constant` of `ClassStatistics`."""
-    factor = power_of_two(class_means, variances.sqrt())  # squares of 1e-170 vanish
+    """Return the distances of the means to the centre, and scale, resolution and constant of `ClassStatistics`."""
+    factor = power_of_two(class_means, variances.sqrt())  # squares of 1e-170 underflow
     shares = counts.double() / counts.sum()
     spread = (shares @ (variances.sqrt() * factor).square()).sqrt() / factor
     scale = (shares @ (class_means * factor).square().sum(dim=1) + (spread * factor).square()).sqrt() / factor
     distances = torch.linalg.vector_norm(centred_means * factor, dim=1) / factor
     rounding = float(moments.rounding)
-    # The rounding of features averages out where they vary; where they do not, all of a class may be off alike.
+    # Rounding errors of features average out if the features vary; otherwise those of a class may all be the same.
     resolution = _ROUNDING * torch.finfo(moments.means.dtype).eps * scale
     resolution = resolution + min(rounding, 4 * torch.finfo(torch.float32).eps) * spread
     constant = bool((spread <= rounding * scale) & (distances <= rounding * scale).all())
     return distances, scale, torch.where(torch.isfinite(resolution), resolution, 0), constant
-
-
-@torch.no_grad()
-def moments_about(moments: ClassMoments, means: Tensor) -> ClassMoments:
-    """The same samples, with their scatter and traces taken about other class means than their own.
-
-    A test split about the train split's means, ``moments_about(test, train.means)``, is what some publications measure.
-    S + Σ_k n_k Δ_kΔ_kᵀ and t_k + n_k‖Δ_k‖² with Δ = M − means are exact; the result's means are the given ones.
-
-    Args:
-        moments: The samples' moments.
-        means: (K, d) finite.
-
-    Returns:
-        New moments, without per-class scatter, to be measured but not updated.
-
-    Raises:
-        ValueError: ``means`` of another shape or type, or not finite.
-
-    Examples:
-        >>> moments = ClassMoments(num_classes=2, feature_dim=1)
-        >>> moments.update(torch.tensor([[1.0], [3], [5]]), torch.tensor([0, 0, 1]))
-        >>> moments_about(moments, torch.tensor([[0.0], [5]])).within_class_trace
-        tensor([10.,  0.], dtype=torch.float64)
-    """
-    check_shapes(moments=(moments.means, "K d"), means=(means, "K d"))
-    check_finite("means", means)
-    means = means.to(moments.means)
-    counts, difference = moments.counts.to(means.dtype), moments.means - means
-    weighted = counts.sqrt()[:, None] * difference
-    state = {
-        "counts": moments.counts.clone(),
-        "means": means.clone(),
-        "within_class_scatter": moments.within_class_scatter + weighted.T @ weighted,
-        "within_class_trace": moments.within_class_trace + counts * difference.square().sum(dim=1),
-        "rounding": moments.rounding.clone(),
-    }
-    return ClassMoments.from_state(state, dtype=moments.dtype)

@@ -1,175 +1,164 @@
-"""Metrics without a value for what was measured: which they are, and why."""
+"""Conditions under which metrics are undefined, and their reasons in words.
+
+The catalogue names the conditions of each metric (`Metric.conditions`). Here the conditions that hold for what was
+measured are found, in order of priority: the first one that a metric names is its reason.
+"""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from neuralcollapse.catalogue import METRICS
 from neuralcollapse.metrics.moments import ClassMoments
 from neuralcollapse.metrics.statistics import ClassStatistics
 
-_WITHIN = {"nc1_pinv", "nc1_vci", "nc1_quotient", "nc1_cdnv", "nc1_numerical_rank"}
-_ANGLES = {"nc2_equiangular", "nc2_max_angle"}
-_OF_MEANS = ("nc2_etf", "nc2_equinorm", "nc2_equiangular", "nc2_max_angle", "nc2_gram", "effective_rank")
-_DUALITY = {"nc3_duality", "nc3_distance", "nc3_uniform", "nc3_uniform_cos", "nc3_gram_duality"}
-_SHARED = _DUALITY | {"nc2_equinorm_difference"}
-_KERNELS = {f"nc2_hyperspherical_{kernel}_{of}" for kernel in ("dist", "log", "riesz") for of in ("mean", "variance")}
-_SINGULAR = {name for name in _KERNELS if "dist" not in name}
-_BETWEEN = (_WITHIN - {"nc1_numerical_rank"}) | {f"{name}_means" for name in _OF_MEANS} | _KERNELS | _SHARED
-_OF_WEIGHTS = {f"{name}_weights" for name in _OF_MEANS} | {"nc0_weight_sum"} | _SHARED
-_OF_FEATURES = _BETWEEN | _WITHIN | {"feature_norm", "rank_me", "nc4_bias", "nc5_ood"}
+_NOT_FINITE = "the formula has no finite value for what was measured"
 
-NO_BETWEEN = "the class means are equal, up to rounding: there is no between-class scatter"
-CONSTANT = "the features are the same for all samples, up to rounding: there is no between-class scatter"
-NO_SAMPLE = "no sample was measured"
-POOLED = (
-    "the scatter of classes that min_samples or drop_classes_above leaves out is pooled with the others' "
-    "(class_scatter=True keeps it apart)"
+
+class Condition(NamedTuple):
+    """A condition that holds.
+
+    Attributes:
+        name: Its name in the catalogue.
+        reason: Words for the user.
+        certain: Whether it makes a metric undefined even if its formula gives a number; otherwise it only explains NaN.
+    """
+
+    name: str
+    reason: str
+    certain: bool = True
+
+
+CONSTANT = Condition(
+    "constant features",
+    "the features are the same for all samples, up to rounding: there is no between-class scatter",
 )
-NOT_FINITE = "the formula has no finite value for what was measured"
-# What it means if these have no value and no other reason is known.
-_OF_PAIRS = {"nc1_cdnv": "two classes have the same mean, up to rounding"} | dict.fromkeys(
-    _SINGULAR, "two class means have the same direction from the centre, up to rounding"
-)
-
-Reason = tuple[str, Iterable[str]]
+EQUAL_MEANS = Condition("equal means", "the class means are equal, up to rounding: there is no between-class scatter")
+NO_SAMPLE = Condition("no sample", "no sample was measured")
 
 
-def without_undefined(values: dict[str, float], known: Mapping[str, str]) -> tuple[dict[str, float], dict[str, str]]:
-    """Return the values with NaN for those that have none, and the reason of each of these.
+def one_class(classes: Tensor) -> Condition:
+    """Return the condition that fewer than two classes have samples."""
+    return Condition("one class", f"only class {int(classes[0])} has samples") if len(classes) else NO_SAMPLE
+
+
+def without_undefined(
+    values: Mapping[str, float], conditions: Iterable[Condition]
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Return the values, NaN for undefined metrics, and the reasons of the undefined ones.
 
     Args:
-        values: Name to value.
-        known: Name to reason, of these metrics or of others.
+        values: Name to value; infinite and NaN values are undefined.
+        conditions: Conditions that hold, in order of priority.
 
     Examples:
-        >>> without_undefined({"nc1_pinv": 0.0, "nc1_vci": 0.5}, {"nc1_pinv": "no class has two samples"})
-        ({'nc1_pinv': nan, 'nc1_vci': 0.5}, {'nc1_pinv': 'no class has two samples'})
+        >>> without_undefined({"nc1_pinv": 0.0, "rank_me": 1.5}, [Condition("no spread", "no class has two samples")])
+        ({'nc1_pinv': nan, 'rank_me': 1.5}, {'nc1_pinv': 'no class has two samples'})
     """
-    undefined = {
-        name: known.get(name) or _OF_PAIRS.get(name, NOT_FINITE)
-        for name, value in values.items()
-        if name in known or not math.isfinite(value)
-    }
+    conditions = list(conditions)
+    undefined = {}
+    for name, value in values.items():
+        finite, known = math.isfinite(value), METRICS[name].conditions
+        reasons = [
+            reason for condition, reason, certain in conditions if condition in known and (certain or not finite)
+        ]
+        if reasons or not finite:
+            undefined[name] = reasons[0] if reasons else _NOT_FINITE
     return {name: math.nan if name in undefined else value for name, value in values.items()}, undefined
 
 
-def reasons_of_moments(
+def conditions_of_moments(
     moments: ClassMoments,
     measured: ClassStatistics,
-    names: Iterable[str],
     *,
     weight: Tensor | None = None,
     code: Tensor | None = None,
     ood_mean: Tensor | None = None,
-) -> dict[str, str]:
-    """Return which of the metrics of `collapse_metrics` have no value, and why; without those of pairs of classes.
+) -> Iterator[Condition]:
+    """Yield the conditions that hold, in order of priority.
 
     Args:
-        moments: What was measured.
-        measured: The statistics of the classes that count.
-        names: The metrics asked for.
-        weight: Their rows of W.
-        code: Their rows of the code.
-        ood_mean: As for `collapse_metrics`.
+        moments: Moments of the features.
+        measured: Statistics of the measured classes.
+        weight: Rows of W of these classes.
+        code: Rows of the code of these classes.
+        ood_mean: (d,) mean out-of-distribution feature.
     """
-    names = set(names)
-    found: dict[str, str] = {}
-    for reason, affected in _reasons(moments, measured, names, weight, code, ood_mean):
-        found |= {name: reason for name in names & set(affected) if name not in found}
-    return found
-
-
-def _reasons(
-    moments: ClassMoments,
-    measured: ClassStatistics,
-    names: set[str],
-    weight: Tensor | None,
-    code: Tensor | None,
-    ood_mean: Tensor | None,
-) -> Iterator[Reason]:
-    """Yield each reason that holds, with the metrics that it leaves without a value; the first one counts."""
-    if len(measured.classes) == 0:
-        yield NO_SAMPLE, names
+    means, classes = measured.centred_means, measured.classes
+    if len(classes) < 2:
+        yield one_class(classes)
+    if not len(classes):
         return
-    if len(measured.classes) == 1:
-        yield f"only class {int(measured.classes[0])} has samples", names - {"feature_norm", "rank_me"}
-    yield from _out_of_range(moments, measured)
+    yield from _range(moments, measured)
     if int(measured.counts.max()) < 2:
-        yield "no class has more than one sample, so that nothing can vary within one", _WITHIN
+        yield Condition("no spread", "no class has more than one sample, so that nothing can vary within one")
     if measured.constant:
-        yield CONSTANT, _BETWEEN | _WITHIN
-    if not measured.centred_means.any():
-        yield NO_BETWEEN, _BETWEEN
-    if places := _zero_rows(measured.centred_means, measured.classes):
-        affected = _KERNELS | {f"{name}_means" for name in _ANGLES} | {"nc3_uniform_cos"}
-        yield f"a class mean is at the centre, up to rounding, and has no direction ({places})", affected
+        yield CONSTANT
+    if not means.any():
+        yield EQUAL_MEANS
+    if (zero := ~means.any(dim=1)).any():
+        reason = f"a class mean is at the centre, up to rounding, and has no direction ({_named(classes[zero])})"
+        yield Condition("mean at the centre", reason)
     if measured.within_class_covariance is None:
-        yield POOLED, {"nc1_pinv", "nc1_vci", "rank_me"}
+        reason = "the scatter of classes that min_samples or drop_classes_above leaves out is pooled with the others' "
+        yield Condition("pooled scatter", f"{reason}(class_scatter=True keeps it apart)")
     if not measured.class_means.any() and not measured.within_class_variances.any():
-        yield "all features are zero", {"rank_me"}
-    if empty := _zero_rows(measured.class_means, measured.classes, measured.within_class_variances):
-        yield f"all features of a class are zero ({empty})", {"nc1_numerical_rank"}
+        yield Condition("zero features", "all features are zero")
+    if (zero := ~measured.class_means.any(dim=1) & (measured.within_class_variances == 0)).any():
+        yield Condition("zero features of a class", f"all features of a class are zero ({_named(classes[zero])})")
     if weight is not None:
-        yield from _of_weight(weight, measured.classes)
+        yield from _conditions_of_weight(weight, classes)
     if code is not None and not (code - code.mean(dim=0)).any():
-        yield "the rows of the code are all equal", {"nc2_gram_means", "nc2_gram_weights", "nc3_gram_duality"}
+        yield Condition("equal rows of the code", "the rows of the code are all equal")
     if ood_mean is not None and not ood_mean.any():
-        yield "the mean of the out-of-distribution features is zero", {"nc5_ood"}
+        yield Condition("zero ood mean", "the mean of the out-of-distribution features is zero")
     small = torch.linalg.vector_norm(measured.class_means, dim=1) <= measured.resolution
     if small.any():
-        yield f"a class mean is zero, up to rounding ({_named(measured.classes[small])})", {"nc5_ood"}
+        yield Condition("zero class mean", f"a class mean is zero, up to rounding ({_named(classes[small])})")
+    yield Condition("equal mean of two classes", "two classes have the same mean, up to rounding", False)
+    reason = "two class means have the same direction from the centre, up to rounding"
+    yield Condition("equal directions", reason, False)
 
 
-def _of_weight(weight: Tensor, classes: Tensor) -> Iterator[Reason]:
+def _conditions_of_weight(weight: Tensor, classes: Tensor) -> Iterator[Condition]:
     if not weight.any():
-        yield "the weight is zero", _OF_WEIGHTS
-    if places := _zero_rows(weight, classes):
-        affected = {f"{name}_weights" for name in _ANGLES} | {"nc3_uniform_cos"}
-        yield f"a row of the weight is zero and has no direction ({places})", affected
+        yield Condition("zero weight", "the weight is zero")
+    if (zero := ~weight.any(dim=1)).any():
+        reason = f"a row of the weight is zero and has no direction ({_named(classes[zero])})"
+        yield Condition("zero row of the weight", reason)
     if not (weight - weight[0]).any():
-        yield "the rows of the weight are all equal", {"nc2_gram_weights", "nc3_gram_duality"}
+        yield Condition("equal rows of the weight", "the rows of the weight are all equal")
 
 
-def _out_of_range(moments: ClassMoments, measured: ClassStatistics) -> Iterator[Reason]:
-    """Yield what is not right because squares of features are beyond the range of the dtype of the moments."""
+def _range(moments: ClassMoments, measured: ClassStatistics) -> Iterator[Condition]:
+    """Yield the conditions that features, or their squares, are outside the range of the dtype of the moments."""
     dtype = moments.means.dtype
-    limits = torch.finfo(dtype)
-    name = str(dtype).removeprefix("torch.")
+    limits, name = torch.finfo(dtype), str(dtype).removeprefix("torch.")
     advice = "" if dtype == torch.float64 else "; dtype=torch.float64 or 'mixed' has a wider one"
     if not torch.isfinite(measured.class_means).all():
-        yield f"features are beyond the range of {name}{advice}", _OF_FEATURES
-    squares = _WITHIN | {"feature_norm", "rank_me"}
-    covariance = measured.within_class_covariance
-    whole = covariance is None or bool(torch.isfinite(covariance).all())
-    if not (whole and torch.isfinite(measured.within_class_variances).all()):
-        yield f"squares of features are beyond the range of {name}{advice}", squares
+        yield Condition("range", f"features are beyond the range of {name}{advice}")
+    covariance, variances = measured.within_class_covariance, measured.within_class_variances
+    if not (torch.isfinite(variances).all() and (covariance is None or torch.isfinite(covariance).all())):
+        yield Condition("range of squares", f"squares of features are beyond the range of {name}{advice}")
     size = float(measured.scale)
-    spread = float(measured.within_class_variances.max())
-    if 0 < size * limits.eps < limits.tiny**0.5 and spread < limits.tiny / limits.eps:
-        yield f"features of size {size:.0e} are so small that their squares vanish in {name}{advice}", squares
-
-
-def _zero_rows(rows: Tensor, classes: Tensor, other: Tensor | None = None) -> str:
-    """Return the names of the classes whose row, and whose other value if given, is zero; empty for none."""
-    zero = ~rows.any(dim=1)
-    if other is not None:
-        zero &= other == 0
-    return _named(classes[zero]) if bool(zero.any()) else ""
+    if 0 < size * limits.eps < limits.tiny**0.5 and float(variances.max()) < limits.tiny / limits.eps:
+        reason = f"features of size {size:.0e} are so small that their squares vanish in {name}{advice}"
+        yield Condition("range of squares", reason)
 
 
 def _named(classes: Tensor) -> str:
     """Return "class 3", or "classes 1, 2, …"."""
-    several = len(classes) > 1
-    return f"class{'es' if several else ''} {listed(classes.tolist())}"
+    return f"class{'es' if len(classes) > 1 else ''} {listed(classes.tolist())}"
 
 
 def listed(classes: list[int], most: int = 10) -> str:
-    """Return the first of the classes, and an ellipsis for the others.
+    """Return the first classes, and an ellipsis for the others.
 
     Examples:
         >>> listed([3, 5, 8], most=2)
@@ -178,8 +167,8 @@ def listed(classes: list[int], most: int = 10) -> str:
     return ", ".join(map(str, classes[:most])) + (", …" if len(classes) > most else "")
 
 
-def grouped(undefined: Mapping[str, str]) -> list[str]:
-    """Return one line per reason, with the metrics that it concerns.
+def grouped(undefined: Mapping[str, str], layers: Mapping[str, Mapping[str, str]] | None = None) -> list[str]:
+    """Return one line per reason, with the metrics that it concerns, of the classifier's features and of layers.
 
     Examples:
         >>> grouped({"nc1_pinv": "no class has two samples", "nc1_vci": "no class has two samples"})
@@ -188,21 +177,15 @@ def grouped(undefined: Mapping[str, str]) -> list[str]:
     names: dict[str, list[str]] = {}
     for name, reason in undefined.items():
         names.setdefault(reason, []).append(name)
-    return [f"{', '.join(of)}: {reason}" for reason, of in names.items()]
-
-
-def warn_of(
-    undefined: Mapping[str, str], layers: Mapping[str, Mapping[str, str]] | None = None, depth: int = 3
-) -> None:
-    """Warn once of all metrics that have no value, also of layers.
-
-    Args:
-        undefined: Name to reason.
-        layers: The same of each layer.
-        depth: The `stacklevel` of the warning.
-    """
-    lines = grouped(undefined)
+    lines = [f"{', '.join(metrics)}: {reason}" for reason, metrics in names.items()]
     for layer, of_layer in (layers or {}).items():
         lines += [f"layer {layer!r}: {line}" for line in grouped(of_layer)]
-    if lines:
+    return lines
+
+
+def warn_of_undefined(
+    undefined: Mapping[str, str], layers: Mapping[str, Mapping[str, str]] | None = None, depth: int = 3
+) -> None:
+    """Give one warning for all undefined metrics, also of layers; ``depth`` is its `stacklevel`."""
+    if lines := grouped(undefined, layers):
         warnings.warn(f"metrics that are not defined are NaN. {'. '.join(lines)}", UserWarning, stacklevel=depth)

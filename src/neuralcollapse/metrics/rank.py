@@ -1,4 +1,4 @@
-"""What features, class means and weights are like apart from collapse: size, and how many directions they fill."""
+"""Norm of the features, and effective rank of features, class means and classifier rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from neuralcollapse.metrics.scaling import power_of_two, rescaled, square_root
 
 
 def feature_norm(class_means: Tensor, within_class_variances: Tensor, counts: Tensor) -> Tensor:
-    """Root mean square √(Σ‖h‖²/N) of the features' norms, from Σ‖h‖² = Σ_k n_k(v_k + ‖M_k‖²).
+    """Root mean square √(Σ‖h‖²/N) of the feature norms, from Σ‖h‖² = Σ_k n_k(v_k + ‖M_k‖²).
 
     Args:
         class_means: M (K, d), not centred.
@@ -18,7 +18,7 @@ def feature_norm(class_means: Tensor, within_class_variances: Tensor, counts: Te
         counts: n (K,).
 
     Raises:
-        ValueError: Another shape or type.
+        ValueError: if a shape or type is wrong.
 
     Examples:
         >>> feature_norm(torch.tensor([[3.0, 0], [0, 4]]), torch.zeros(2), torch.tensor([8, 8]))
@@ -34,9 +34,9 @@ def feature_norm(class_means: Tensor, within_class_variances: Tensor, counts: Te
 def rank_me(within_class_covariance: Tensor, class_means: Tensor, counts: Tensor) -> Tensor:
     """RankMe, exp(−Σ p_i log p_i) with p_i = σ_i/Σσ, σ the singular values of the features (N, d).
 
-    They are the roots of the eigenvalues of S + Σ n_k M_kM_kᵀ; eigenvalues under d·eps·λ₁ count as 0. K − 1 at collapse
-    of balanced classes whose global mean is 0, min(N, d) at most; NaN of zero features. What counts as 0 has no
-    gradient. Source: Garrido et al., ICML 2023.
+    The σ² are the eigenvalues of S + Σ n_k M_kM_kᵀ; eigenvalues below d·eps·λ₁ count as 0 and have no gradient. The
+    value is K − 1 at collapse of balanced classes whose global mean is 0, min(N, d) at most; NaN if all features are
+    zero. Source: Garrido et al., ICML 2023.
 
     Args:
         within_class_covariance: Σ_W = S/N (d, d).
@@ -44,7 +44,7 @@ def rank_me(within_class_covariance: Tensor, class_means: Tensor, counts: Tensor
         counts: n (K,).
 
     Raises:
-        ValueError: Another shape or type.
+        ValueError: if a shape or type is wrong.
 
     Examples:
         >>> rank_me(torch.zeros(3, 3), torch.eye(2, 3), torch.tensor([5, 5]))
@@ -63,16 +63,16 @@ def rank_me(within_class_covariance: Tensor, class_means: Tensor, counts: Tensor
 
 
 def effective_rank(vectors: Tensor) -> Tensor:
-    """exp(−Σ p_i log p_i) with p_i = σ_i/Σσ, σ the singular values of the rows; K − 1 at collapse, min(K, d) at most.
+    """Effective rank exp(−Σ p_i log p_i), p_i = σ_i/Σσ, of a matrix; K − 1 at collapse, min(K, d) at most.
 
-    NaN of X = 0. Singular values under max(K, d)·eps·σ₁ count as 0 and have no gradient. Of all features it is
-    `rank_me`. Source: Roy & Vetterli, EUSIPCO 2007.
+    NaN if X = 0. Singular values below max(K, d)·eps·σ₁ count as 0 and have no gradient. `rank_me` is the effective
+    rank of all features. Source: Roy & Vetterli, EUSIPCO 2007.
 
     Args:
         vectors: X (K, d): centred class means or classifier rows.
 
     Raises:
-        ValueError: Another shape or type.
+        ValueError: if a shape or type is wrong.
 
     Examples:
         >>> round(float(effective_rank(torch.eye(3, 5))), 4)
@@ -86,7 +86,7 @@ def effective_rank(vectors: Tensor) -> Tensor:
 
 
 def _exponential_entropy(values: Tensor) -> Tensor:
-    """Return exp(−Σ p_i log p_i) of p = values/Σ; NaN if all are 0."""
+    """Return exp(−Σ p_i log p_i) for p = values/Σ values; NaN if all values are 0."""
     positive = values > 0
     shares = values / values.sum()
     entropy = torch.where(positive, torch.special.entr(torch.where(positive, shares, 1)), 0).sum()

@@ -1,0 +1,356 @@
+"""Measurement of a model on a loader, with one run of the model per loader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neuralcollapse._checks import check_device, check_module
+from neuralcollapse._running import call_model, device_of, evaluation_mode, unchanged_on_error, unwrapped
+from neuralcollapse._version import __version__
+from neuralcollapse.catalogue import in_order
+from neuralcollapse.classifier import ClassifierObserver, OutputClassifier
+from neuralcollapse.metrics.collapse import measure_moments
+from neuralcollapse.metrics.feature_cache import FeatureCache
+from neuralcollapse.metrics.measurement import LabelFingerprint, Measurement, Provenance
+from neuralcollapse.metrics.moments import ClassMoments
+from neuralcollapse.metrics.options import MeasureOptions, Pooling
+from neuralcollapse.metrics.samples import SampleValues, measure_samples
+from neuralcollapse.metrics.undefined import NO_SAMPLE, warn_of_undefined, without_undefined
+
+SAMPLE_SIZE = 1000  # features kept for figures
+
+Unpack = Callable[[Any], tuple[Any, Tensor | None]]
+
+
+@torch.no_grad()  # not inference_mode: tensors that a model caches must stay usable in training
+def measure(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    classifier: str | nn.Module | None = None,
+    train: Iterable[Any] | ClassMoments | None = None,
+    ood: Iterable[Any] | None = None,
+    layers: Sequence[str] = (),
+    unpack: Unpack | None = None,
+    device: torch.device | str | None = None,
+    options: MeasureOptions = MeasureOptions(),
+    provenance: Provenance = Provenance(),
+    progress: bool = True,
+) -> Measurement:
+    """Measure neural collapse of a model on a loader.
+
+    The model runs once over each loader, in evaluation mode and without gradients; afterwards every module has its
+    former mode. The features are the tensor that the weight of the classifier multiplies.
+
+    The first batch decides which module is the classifier: the one for which features · Wᵀ + b equals the output of
+    the model, within rounding. Names only decide between several such modules. A model without such a module is
+    refused, for instance if a prior or a temperature follows the classifier. Compiled models run uncompiled.
+
+    Args:
+        model: Any module that ends in a classifier. It returns logits (..., K), alone or in a tuple, mapping or
+            dataclass; if one of the tensors is called ``logits``, it is compared.
+        loader: Batches; ``(input, target)`` pairs, unless ``unpack`` is given. Targets are (B,), or (B, T) for features
+            (B, T, d) of tokens.
+        classifier: The classifier, or its dotted name, if several modules compute an output. It is verified too.
+        train: The train split, if ``loader`` is another one: a loader, or the ``moments`` of its own measurement. Its
+            class means and centre are used for the nearest class mean, the cosine margin and the alignment; samples of
+            classes without a sample in it are left out of these.
+        ood: Out-of-distribution data for ``nc5_ood``; targets are ignored.
+        layers: Dotted names of modules whose outputs are measured as well; the last output of a module that is called
+            several times.
+        unpack: Function of a batch that returns ``(inputs, targets)``, where inputs are a tensor, a tuple of positional
+            or a mapping of keyword arguments.
+        device: Device to which the model is moved; by default it stays where it is.
+        options: Classes left out, centre, precision, and metrics to include.
+        provenance: Epoch and split for the record, and a name for the model.
+        progress: Show a progress bar.
+
+    Returns:
+        The measurement. Undefined metrics are NaN; ``undefined`` has their reasons, and so has one warning.
+
+    Raises:
+        ValueError: if no module computes the output of the model, or several do (the message names them, with their
+            shapes and greatest difference), or it is not called once per forward; if a loader is empty, train moments
+            have another K or d, features are not finite (the message names the batch), targets are out of range, or the
+            options leave fewer than two classes. The model, its hooks and buffers and torch's random state are then
+            left unchanged.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> batches = [(torch.randn(16, 4), torch.arange(16) % 2) for _ in range(3)]
+        >>> measurement = measure(model, batches, progress=False)
+        >>> measurement.cos_margins.shape
+        torch.Size([48])
+    """
+    _check_arguments(model, loader, layers, classifier, unpack, device)
+    observer = ClassifierObserver(model, classifier)
+    if device is not None:
+        model.to(device)
+    run = _ModelRun(model, observer, layers, options.layer_pooling, unpack or unpack_pair, device_of(model), progress)
+    with (
+        FeatureCache(options.cache_bytes if options.per_sample else 0) as cache,
+        unchanged_on_error(model),
+        evaluation_mode(model),
+    ):
+        with closing(run.over(loader, "loader")) as batches:
+            first = next(batches)
+            weight, bias = run.classifier.weight, run.classifier.bias
+            _check_train_moments(train, weight)
+            gathered = _Gathered(weight, cache if options.per_sample else None, options)
+            for outputs in chain((first,), batches):
+                gathered.add(outputs)
+        train_moments = _moments_of_train_split(train, run, gathered)
+        ood_means = {} if ood is None else run.mean_features(ood)
+        moments = gathered.moments
+        metrics, undefined = measure_moments(moments, weight, bias, ood_means.get(""), options)
+        accuracies = without_undefined(gathered.accuracies(), [] if moments.counts.any() else [NO_SAMPLE])
+        samples = SampleValues.without_samples(len(weight))
+        sample_features, sample_targets = FeatureCache().sample(0)
+        if options.per_sample:
+            samples = measure_samples(cache, weight, moments, train_moments or moments, options)
+            sample_features, sample_targets = cache.sample(SAMPLE_SIZE)
+    of_layers = {
+        layer: measure_moments(gathered.layers[layer], None, None, ood_means.get(layer), options) for layer in layers
+    }
+    undefined |= accuracies[1] | samples.undefined
+    layers_undefined = {layer: reasons for layer, (_, reasons) in of_layers.items() if reasons}
+    warn_of_undefined(undefined, layers_undefined, depth=4)
+    code = None if options.code is None else options.code.detach().cpu().clone()
+    return Measurement(
+        metrics=in_order(metrics | accuracies[0] | samples.metrics),
+        undefined=in_order(undefined),
+        moments=moments,
+        weight=weight.cpu().clone(),
+        bias=None if bias is None else bias.cpu().clone(),
+        cos_margins=samples.cos_margins,
+        ncc_mismatch=samples.ncc_mismatch,
+        sample_features=sample_features,
+        sample_targets=sample_targets,
+        layers={layer: values for layer, (values, _) in of_layers.items()},
+        layers_undefined=layers_undefined,
+        layer_moments={layer: gathered.layers[layer] for layer in layers},
+        ood_means=ood_means,
+        train_moments=train_moments,
+        provenance=replace(
+            provenance,
+            model=provenance.model or type(unwrapped(model)).__name__,
+            labels=str(gathered.labels),
+            package_version=__version__,
+        ),
+        options=replace(options, code=code),
+    )
+
+
+class _Gathered:
+    """Results of one run over a loader: moments of features and layers, hits, labels, and cached samples.
+
+    Args:
+        weight: W (K, d).
+        cache: Cache of the samples, or None.
+        options: Options of the measurement.
+    """
+
+    def __init__(self, weight: Tensor, cache: FeatureCache | None, options: MeasureOptions) -> None:
+        num_classes, feature_dim = weight.shape
+        self.new_moments = partial(
+            ClassMoments, dtype=options.dtype, class_scatter=options.class_scatter, device=weight.device
+        )
+        self.moments = self.new_moments(num_classes, feature_dim)
+        self.layers: dict[str, ClassMoments] = {}
+        self.labels = LabelFingerprint()
+        self.hits = torch.zeros(min(5, num_classes), dtype=torch.int64, device=weight.device)
+        self.cache = cache
+        self.ignore_index = options.ignore_index
+
+    def add(self, outputs: _Outputs) -> None:
+        """Add a batch."""
+        self.moments.update(outputs.features, outputs.targets, ignore_index=self.ignore_index)
+        for layer, values in outputs.layers.items():
+            if layer not in self.layers:
+                self.layers[layer] = self.new_moments(self.moments.num_classes, values.shape[-1])
+            self.layers[layer].update(values, outputs.targets, ignore_index=self.ignore_index)
+        targets = outputs.targets.flatten().long()  # a uint8 index is a mask
+        counted = slice(None) if self.ignore_index is None else targets != self.ignore_index
+        targets = targets[counted]
+        ranked = outputs.logits.flatten(0, -2)[counted].topk(len(self.hits)).indices
+        self.hits += (ranked == targets[:, None]).sum(dim=0)
+        self.labels.update(targets)
+        if self.cache is not None:
+            self.cache.append(outputs.features.flatten(0, -2)[counted], targets, ranked[:, 0])
+
+    def accuracies(self) -> dict[str, float]:
+        """Return the accuracies of the classifier itself."""
+        shares = (self.hits.cumsum(0).double() / self.moments.counts.sum()).tolist()
+        return {"accuracy": shares[0]} | ({"accuracy_top5": shares[4]} if self.moments.num_classes > 5 else {})
+
+
+def _moments_of_train_split(
+    train: Iterable[Any] | ClassMoments | None, run: _ModelRun, gathered: _Gathered
+) -> ClassMoments | None:
+    if train is None or isinstance(train, ClassMoments):
+        return train
+    moments = gathered.new_moments(*gathered.moments.means.shape)
+    for outputs in run.over(train, "train"):
+        moments.update(outputs.features, outputs.targets, ignore_index=gathered.ignore_index)
+    return moments
+
+
+def _check_arguments(
+    model: object, loader: object, layers: object, classifier: object, unpack: object, device: object
+) -> None:
+    check_module("model", model)  # type: ignore[arg-type]
+    if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
+        raise ValueError(f"loader must be an iterable of batches, got {type(loader).__name__}")
+    if isinstance(layers, str) or not isinstance(layers, Sequence):
+        raise ValueError(f"layers must be a list of names, got {layers!r}")
+    if classifier is not None and not isinstance(classifier, str | nn.Module):
+        raise ValueError(f"classifier must be a module or its dotted name, got {type(classifier).__name__}")
+    if unpack is not None and not callable(unpack):
+        raise ValueError(f"unpack must be a function of a batch, got {type(unpack).__name__}")
+    check_device(device)
+
+
+def _check_train_moments(train: object, weight: Tensor) -> None:
+    if isinstance(train, ClassMoments):
+        if train.means.shape != weight.shape:
+            raise ValueError(f"train must be of K, d = {tuple(weight.shape)}, got {tuple(train.means.shape)}")
+    elif train is not None and (isinstance(train, Tensor | str) or not isinstance(train, Iterable)):
+        raise ValueError(f"train must be ClassMoments or an iterable of batches, got {type(train).__name__}")
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """Features (..., d), logits (..., K), targets (...) and layer outputs of one batch."""
+
+    features: Tensor
+    logits: Tensor
+    targets: Tensor
+    layers: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _ModelRun:
+    """Runs of a model over loaders, with its classifier and some layers observed.
+
+    The first batch decides which module is the classifier; later batches are compared with that decision.
+    """
+
+    model: nn.Module
+    observer: ClassifierObserver
+    layers: Sequence[str]
+    layer_pooling: Pooling
+    unpack: Unpack
+    device: torch.device
+    progress: bool
+
+    @property
+    def classifier(self) -> OutputClassifier:
+        """The classifier, known after the first batch."""
+        return self.observer.classifier
+
+    def over(self, loader: Iterable[Any], argument: str) -> Generator[_Outputs]:
+        """Yield the outputs of each batch."""
+        for targets, features, logits, layers in self._calls(loader, argument):
+            if targets is None:
+                raise ValueError(f"{argument} must yield (input, target) pairs, got no target; see unpack=")
+            if not isinstance(targets, Tensor):
+                raise ValueError(f"targets must be integer class indices, got {type(targets).__name__}")
+            targets = targets.to(features.device)
+            if not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool):
+                targets = targets.long()  # a uint8 index is a mask
+            yield _Outputs(features, logits, targets, self._pooled(layers, targets.shape))
+
+    def mean_features(self, loader: Iterable[Any]) -> dict[str, Tensor]:
+        """Return the mean feature (d,) over a loader, under the empty name, and that of each layer."""
+        sums: dict[str, Tensor] = {}
+        counts: dict[str, int] = {}
+        for _, features, _, layers in self._calls(loader, "ood"):
+            for name, values in {"": features, **self._pooled(layers, features.shape[:-1])}.items():
+                rows = values.flatten(0, -2).double()
+                sums[name] = sums.get(name, torch.zeros_like(rows[0])) + rows.sum(dim=0)
+                counts[name] = counts.get(name, 0) + len(rows)
+        return {name: total / counts[name] for name, total in sums.items()}
+
+    def _calls(
+        self, loader: Iterable[Any], argument: str
+    ) -> Iterator[tuple[Tensor | None, Tensor, Tensor, dict[str, Tensor]]]:
+        """Yield targets, features, logits and layer outputs of each batch."""
+        from tqdm.auto import tqdm
+
+        layers: dict[str, Tensor] = {}
+        empty = True
+        with ExitStack() as stack:
+            stack.enter_context(self.observer)
+            for name in dict.fromkeys(self.layers):
+                stack.enter_context(_recorded_output(self.model, name, layers))
+            for batch in tqdm(loader, desc=argument, disable=not self.progress, leave=False):
+                unpacked = self.unpack(batch)
+                if not (isinstance(unpacked, tuple | list) and len(unpacked) == 2):
+                    raise ValueError(f"unpack must return (inputs, targets), got {type(unpacked).__name__}")
+                layers.clear()
+                features, logits = self.observer.read(call_model(self.model, unpacked[0], self.device))
+                if missing := [name for name in self.layers if name not in layers]:
+                    raise ValueError(f"{missing[0]!r} must be called by the model's forward, but was not")
+                empty = False
+                yield unpacked[1], features, logits, layers
+        if empty:
+            raise ValueError(f"{argument} must yield at least one batch, got none")
+
+    def _pooled(self, layers: dict[str, Tensor], shape: torch.Size) -> dict[str, Tensor]:
+        return {layer: self._pool(layers[layer], shape) for layer in self.layers}
+
+    def _pool(self, output: Tensor, shape: torch.Size) -> Tensor:
+        """Return (B, d), or (B, T, d) if the targets have the shape (B, T)."""
+        if callable(self.layer_pooling):
+            return self.layer_pooling(output)
+        if output.shape[:-1] == shape:
+            return output
+        if self.layer_pooling == "flatten":
+            return output.flatten(1)
+        return output.mean(dim=1) if output.ndim == 3 else output.flatten(2).mean(dim=2)
+
+
+def unpack_pair(batch: Any) -> tuple[Any, Tensor | None]:
+    """Return the input and the target of a pair, or an input without target."""
+    if isinstance(batch, Tensor):
+        return batch, None
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[0], batch[1]
+    raise ValueError(
+        f"loader must yield (input, target) pairs, got {type(batch).__name__}; "
+        "unpack=lambda batch: (inputs, targets) reads other batches"
+    )
+
+
+@contextmanager
+def _recorded_output(model: nn.Module, name: str, outputs: dict[str, Tensor]) -> Iterator[None]:
+    """Record a copy of each output of a module under its name; the model may change the output in place."""
+
+    def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        outputs[name] = _first_tensor(output).detach().clone()
+
+    for root in (model, unwrapped(model)):
+        try:
+            module = root.get_submodule(name)
+        except AttributeError:
+            continue
+        with module.register_forward_hook(record):
+            yield
+        return
+    raise ValueError(f"layers must name modules of the model, got {name!r}")
+
+
+def _first_tensor(output: Any) -> Tensor:
+    """Return the output itself, or the first tensor in a tuple, mapping or dataclass of model outputs."""
+    if isinstance(output, Tensor):
+        return output
+    values = output.values() if isinstance(output, Mapping) else output
+    return next(value for value in values if isinstance(value, Tensor))
