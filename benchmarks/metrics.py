@@ -20,7 +20,7 @@ from _common import RESULTS, medians, peak_growth, write
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from neuralcollapse.metrics import ClassMoments, collapse_metrics
+from neuralcollapse.metrics import ClassMoments, MeasureOptions, collapse_metrics
 
 SHAPES = [(10, 512, 50_000), (1000, 2048, 20_000), (20_000, 768, 40_000), (50_257, 768, 60_000)]
 BATCH = 512
@@ -151,7 +151,7 @@ def prepare_everything(method: str, pairwise: bool, *shape: int) -> Callable[[],
     def work() -> None:
         state = METHODS[method](features, targets, shape[0])
         if isinstance(state, ClassMoments):
-            collapse_metrics(state, weight, pairwise=pairwise)
+            collapse_metrics(state, weight, options=MeasureOptions(pairwise=pairwise))
         else:
             dense_metrics(state, weight, pairwise)
 

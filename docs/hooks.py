@@ -1,10 +1,11 @@
-"""What the site needs beyond the theme: formulas as MathML while it is built, and no request to any host."""
+"""Parts of the site that are made while it is built: tables, help texts, formulas as MathML; no request to any host."""
 
 from __future__ import annotations
 
 import contextlib
 import html
 import io
+import math
 import os
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ try:
     import yaml
     from latex2mathml.converter import convert
 
+    from neuralcollapse.catalogue import METRICS, Metric, OfClasses
     from neuralcollapse.cli import COMMANDS, main
     from neuralcollapse.lab.studies import SCALES, load_study, study_names
 except ImportError as missing:
@@ -27,11 +29,44 @@ _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """What commands say of themselves, what studies there are, and what they found, in their places."""
-    for marker, made in (("commands", _commands), ("studies", _studies), ("claims", _claims)):
+    """Replace the markers of a page by tables of metrics, studies and claims, and the help texts of commands."""
+    for marker, made in (
+        ("commands", _commands),
+        ("studies", _studies),
+        ("claims", _claims),
+        ("metrics", metrics_table),
+    ):
         if f"<!-- {marker} -->" in markdown:
             markdown = markdown.replace(f"<!-- {marker} -->", made())
     return markdown
+
+
+def metrics_table() -> str:
+    """Return all metrics of the catalogue as a Markdown table."""
+    rows = [
+        f"| `{metric.name}` | {metric.formula} | {_values(metric)} | {metric.center}; {metric.cost} | {metric.source} |"
+        for metric in METRICS.values()
+    ]
+    return "\n".join(
+        ["| name | formula | range, value at collapse | centre; cost | source |", "|---|---|---|---|---|", *rows]
+    )
+
+
+def _values(metric: Metric) -> str:
+    """Return the range of a metric, its value at collapse, and the better direction."""
+    low, high = metric.range
+    interval = f"[{_written(low)}, ∞)" if high == math.inf else f"[{_written(low)}, {_written(high)}]"
+    if metric.at_collapse is None:
+        return interval
+    better = "" if metric.better is None else f" ({metric.better} is better)"
+    return f"{interval}, {_written(metric.at_collapse)}{better}"
+
+
+def _written(value: float | OfClasses) -> str:
+    if isinstance(value, OfClasses):
+        return value.formula
+    names = {-math.log(2): "−log 2", 0.5: "½"}
+    return names[value] if value in names else f"{value:g}".replace("-", "−")
 
 
 def _commands() -> str:

@@ -25,7 +25,7 @@ for _ in range(10):
         cross_entropy(model(batch, targets=targets), targets).backward()
         optimizer.step()
 
-metrics = nc.measure(model, test, train_loader=train).metrics
+metrics = nc.measure(model, test, train=train).metrics
 print(f"test accuracy {metrics['accuracy']:.1%}, nc1_quotient {metrics['nc1_quotient']:.3f}")
 
 plain = model.to_inference()  # the nn.Sequential again, ending in plain modules

@@ -51,5 +51,5 @@ for _ in range(12):
         cross_entropy(head(backbone(batch), targets), targets).backward()
         optimizer.step()
 
-metrics = nc.measure(nn.Sequential(backbone, head), test, train_loader=train, classifier=head).metrics
+metrics = nc.measure(nn.Sequential(backbone, head), test, train=train, classifier=head).metrics
 print(f"test accuracy {metrics['accuracy']:.1%}, nc1_quotient {metrics['nc1_quotient']:.3f}")

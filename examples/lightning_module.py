@@ -1,4 +1,4 @@
-"""lightning: the same training in a LightningModule that logs every metric of collapse; a callback measures, too."""
+"""Training in a LightningModule that logs every metric of collapse, with a callback that measures as well."""
 
 import lightning
 import torch
@@ -29,7 +29,7 @@ class Training(lightning.LightningModule):
         head = nc.NearestETFClassifier(64, num_classes=10)
         self.model = nc.attach_head(ViTForImageClassification(config), head, output="logits")
         self.accuracy = MulticlassAccuracy(10, average="micro")
-        self.collapse = nc.NeuralCollapse.collection(10, 64, head, prefix="val/")
+        self.collapse = nc.NeuralCollapse(10, 64, head)
 
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
         images, labels = batch
@@ -37,11 +37,14 @@ class Training(lightning.LightningModule):
 
     def validation_step(self, batch: list[Tensor], _: int) -> None:
         images, labels = batch
-        features = self.model.head.features(self.model.model(images).logits)  # what the head's weight multiplies
+        features = self.model.head.features(self.model.model(images).logits)  # multiplied by the weight of the head
         self.accuracy.update(self.model.head(features), labels)
-        self.collapse.update(features, labels)  # one state for all of them
+        self.collapse.update(features, labels)
         self.log("val/accuracy", self.accuracy)
-        self.log_dict(self.collapse)  # computed at the end of the epoch, and reset
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict({f"val/{name}": value for name, value in self.collapse.compute().items()})
+        self.collapse.reset()
 
     def configure_optimizers(self) -> dict:
         optimizer = torch.optim.AdamW(self.parameters(), lr=5e-3)
@@ -74,4 +77,4 @@ trainer.fit(Training(), train, test)
 
 logged = trainer.callback_metrics
 print(f"test accuracy {float(logged['val/accuracy']):.1%}, nc1_quotient {float(logged['val/nc1_quotient']):.3f}")
-print(f"{len(logged)} figures logged, and in epochs 1 and 5 {len(callback.rows)} by the callback")
+print(f"{len(logged)} values logged, and in epochs 1 and 5 {len(callback.rows)} by the callback")

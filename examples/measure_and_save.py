@@ -1,4 +1,4 @@
-"""A measurement saved to a file of its own: every metric again, later, without the model and the data."""
+"""Save a measurement to a file, and compute every metric again without the model and the data."""
 
 import tempfile
 from pathlib import Path
@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 import neuralcollapse as nc
-from neuralcollapse.metrics import class_values
+from neuralcollapse.metrics import Provenance, class_values
 
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 5))
 images, labels = torch.randn(400, 20), torch.randint(5, (400,))
-measurement = nc.measure(model, [(images, labels)], layers=["1"], epoch=0, split="train", progress=False)
+origin = Provenance(epoch=0, split="train")
+measurement = nc.measure(model, [(images, labels)], layers=["1"], provenance=origin, progress=False)
 
 with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "epoch0000-train.safetensors"

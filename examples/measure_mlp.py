@@ -23,7 +23,7 @@ for _ in range(30):
         optimizer.step()
 
 on_train = nc.measure(model, train)
-on_test = nc.measure(model, test, train_loader=train)
+on_test = nc.measure(model, test, train=train)
 
 for name, value in on_train.metrics.items():
     print(f"{name:32} train {value:10.4f}   test {on_test.metrics[name]:10.4f}")

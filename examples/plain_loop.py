@@ -42,5 +42,5 @@ for _ in range(EPOCHS):
             schedule.step()
             optimizer.zero_grad()
 
-metrics = nc.measure(model, test, train_loader=train, progress=False).metrics
+metrics = nc.measure(model, test, train=train, progress=False).metrics
 print(f"test accuracy {metrics['accuracy']:.1%}, nc1_quotient {metrics['nc1_quotient']:.3f}")

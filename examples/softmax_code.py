@@ -28,7 +28,7 @@ for name, make in {
             optimizer.zero_grad()
             cross_entropy(model(batch), targets).backward()
             optimizer.step()
-    metrics = nc.measure(model.eval(), test, train_loader=train).metrics
+    metrics = nc.measure(model.eval(), test, train=train).metrics
     rows = nn.functional.normalize(head.weight.detach(), dim=1)
     print(
         f"{name}: least one-vs-rest margin {one_vs_rest_margins(rows).min():.3f}, "

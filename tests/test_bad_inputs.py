@@ -1,7 +1,6 @@
-"""What a stranger gets wrong with models, loops, metrics and files: an exception at the door, with words that help.
+"""Wrong inputs of models, training loops, metrics and files: each is a ValueError with a message that helps.
 
-The arguments of single functions stand beside them: geometry/test_doors.py, heads/test_doors.py, metrics/test_doors.py;
-those of the command line in lab/.
+Arguments of single functions are tested in the folder of each room, those of the command line in lab/.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from neuralcollapse import (
     ClassMoments,
     LearnedClassifier,
     Measurement,
+    MeasureOptions,
     NearestETFClassifier,
     NeuralCollapse,
     attach_head,
@@ -22,6 +22,7 @@ from neuralcollapse import (
     measure,
 )
 from neuralcollapse.lab import CollapseCallback
+from neuralcollapse.metrics import Provenance
 
 INPUTS, FEATURES, TARGETS = normal(12, 6, dtype=torch.float32), normal(12, 8, dtype=torch.float32), torch.arange(12) % 4
 PADDED = torch.where(TARGETS == 0, -100, TARGETS)
@@ -39,8 +40,8 @@ def metric(*arguments, **options):
     return NeuralCollapse(4, 8, *arguments, **options)
 
 
-def collection(**options):
-    return NeuralCollapse.collection(4, 8, **options)
+def metric_with(**options):
+    return metric(options=MeasureOptions(**options))
 
 
 def measured(loader=((INPUTS, TARGETS),), model=None, **options):
@@ -80,7 +81,7 @@ BAD_INPUTS = {
         "feature_dim must be at least num_classes",
     ),
     "ends in softmax": (lambda: find_classifier(net(nn.Sequential(nn.Softmax(1)))), "must end in a classifier"),
-    "spent, measured": (lambda: measured(model=spent()), "which is spent"),
+    "spent, measured": (lambda: measured(model=spent()), "can no longer be called"),
     # A loop.
     "no targets": (lambda: attached()(INPUTS), "targets must be given in training mode"),
     "targets and labels": (lambda: attached()(INPUTS, targets=TARGETS, labels=TARGETS), "must not both be given"),
@@ -105,30 +106,23 @@ BAD_INPUTS = {
     # A metric.
     "classifier by name": (lambda: metric("fc"), "classifier must be an nn.Linear .* got str"),
     "classifier, lazy": (lambda: metric(nn.LazyLinear(4)), "classifier of the metric must know its number of features"),
-    "ignore_index=1.0": (lambda: metric(ignore_index=1.0), "ignore_index must be an integer or None, got 1.0"),
+    "ignore_index=1.0": (lambda: metric_with(ignore_index=1.0), "ignore_index must be an integer or None, got 1.0"),
     "check_values='no'": (lambda: metric(check_values="no"), "check_values must be True or False, got 'no'"),
-    "pairwise=1": (lambda: metric(pairwise=1), "pairwise must be True or False, got 1"),
-    "class_scatter": (lambda: metric(class_scatter="yes"), "class_scatter must be True or False, got 'yes'"),
-    "center": (lambda: metric(center="mean"), "center must be 'samples' or 'classes', got 'mean'"),
-    "min_samples": (lambda: metric(min_samples=-1), "min_samples must be at least 0, got -1"),
+    "pairwise=1": (lambda: metric_with(pairwise=1), "pairwise must be True or False, got 1"),
+    "class_scatter": (lambda: metric_with(class_scatter="yes"), "class_scatter must be True or False, got 'yes'"),
+    "center": (lambda: metric_with(center="mean"), "center must be 'samples' or 'classes', got 'mean'"),
+    "min_samples": (lambda: metric_with(min_samples=-1), "min_samples must be at least 0, got -1"),
     "drop_classes_above": (
-        lambda: metric(min_samples=5, drop_classes_above=2),
+        lambda: metric_with(min_samples=5, drop_classes_above=2),
         "drop_classes_above must be at least min_samples = 5, got 2",
     ),
-    "half precision": (lambda: metric(dtype=torch.float16), "dtype must be torch.float64, torch.float32 or 'mixed'"),
+    "half precision": (
+        lambda: metric_with(dtype=torch.float16),
+        "dtype must be torch.float64, torch.float32 or 'mixed'",
+    ),
     "unknown option": (lambda: metric(top_k=5), "Unexpected keyword arguments: `top_k`"),
     "padding in a metric": (lambda: seen(FEATURES, PADDED), "got labels from -100 to 3"),
     "merged with a number": (lambda: metric().merge_state(3), "Expected incoming state to be a dict or an instance"),
-    "no metrics": (lambda: collection(metrics=[]), r"metrics must be a list of names among nc1_pinv, .*; got \[\]"),
-    "metrics by one name": (
-        lambda: collection(metrics="nc1_pinv"),
-        "metrics must be a list of names .*; got 'nc1_pinv'",
-    ),
-    "metrics=3": (lambda: collection(metrics=3), "metrics must be a list of names .*; got 3"),
-    "unknown metric": (lambda: collection(metrics=["nc1"]), r"metrics must be a list of names .*; got \['nc1'\]"),
-    "NC3 of no weight": (lambda: collection(metrics=["nc3_duality"]), r"metrics must be .*; got \['nc3_duality'\]"),
-    "no class scatter": (lambda: collection(metrics=["nc1_numerical_rank"]), "metrics must be .*numerical_rank"),
-    "prefix=3": (lambda: collection(prefix=3), "Expected input `prefix` to be a string"),
     # A measurement.
     "targets as a list": (lambda: measured([(INPUTS, TARGETS.tolist())]), "targets must be integer class .* got list"),
     "float targets": (
@@ -140,16 +134,30 @@ BAD_INPUTS = {
         lambda: measured(unpack=lambda batch: batch[0]),
         r"unpack must return \(inputs, targets\), got T",
     ),
-    "two train splits": (
-        lambda: measured(train_loader=[(INPUTS, TARGETS)], train_moments=ClassMoments(4, 8)),
-        "train_loader and train_moments must not both be given",
+    "other train moments": (
+        lambda: measured(train=ClassMoments(4, 9)),
+        r"train must be of K, d = \(4, 8\), got \(4, 9\)",
     ),
-    "other train moments": (lambda: measured(train_moments=ClassMoments(4, 9)), r"of K, d = \(4, 8\), got \(4, 9\)"),
-    "train moments by name": (lambda: measured(train_moments="train"), "train_moments must be ClassMoments, got str"),
-    "pooling": (lambda: measured(layers=["0"], layer_pooling="max"), "layer_pooling must be .* got 'max'"),
-    "epoch": (lambda: measured(epoch="five"), "epoch must be an integer, got 'five'"),
-    "cache": (lambda: measured(cache_bytes=-1), "cache_bytes must be at least 0, got -1"),
-    "padding by name": (lambda: measured(ignore_index="pad"), "ignore_index must be an integer or None, got 'pad'"),
+    "train moments by name": (
+        lambda: measured(train="train"),
+        "train must be ClassMoments or an iterable of batches, got str",
+    ),
+    "pooling": (
+        lambda: measured(layers=["0"], options=MeasureOptions(layer_pooling="max")),
+        "layer_pooling must be .* got 'max'",
+    ),
+    "epoch": (lambda: measured(provenance=Provenance(epoch="five")), "epoch must be an integer, got 'five'"),
+    "cache": (lambda: measured(options=MeasureOptions(cache_bytes=-1)), "cache_bytes must be at least 0, got -1"),
+    "padding by name": (
+        lambda: measured(options=MeasureOptions(ignore_index="pad")),
+        "ignore_index must be an integer or None, got 'pad'",
+    ),
+    "per_sample=1": (lambda: MeasureOptions(per_sample=1), "per_sample must be True or False, got 1"),
+    "a code of text": (lambda: MeasureOptions(code="L"), "code must be a floating-point tensor, got str"),
+    "recomputed with a dtype": (
+        lambda: measured().recompute(dtype="mixed"),
+        "recompute must be given options among center, min_samples, .*, got dtype",
+    ),
     "recomputed": (lambda: measured().recompute(min_samples=99), "at least 2 classes of min_samples = 99 samples"),
     # A callback.
     "a loader alone": (lambda: callback([1]), r"loaders must name at least one split, .* got \[1\]"),

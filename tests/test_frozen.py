@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import frozen
 
@@ -18,7 +17,7 @@ ROUNDING = 1e-7
 
 @pytest.fixture(scope="module")
 def stored() -> dict[str, torch.Tensor]:
-    return load_file(frozen.PATH)
+    return frozen.stored_values()
 
 
 @pytest.mark.parametrize("group", frozen.GROUPS)

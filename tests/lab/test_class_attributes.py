@@ -123,7 +123,7 @@ def test_methods_are_compared_and_frames_measured_relative_to_their_gram(pairs, 
         assert ("nc2_gram_weights" in last) == (method in ("attribute-frame", "fixed-frame"))
         if "nc2_gram_weights" in last:
             assert last["nc2_gram_weights"] < 1e-4
-            code = Measurement.load(place.measured()[3, "test"]).code
+            code = Measurement.load(place.measured()[3, "test"]).options.code
             assert code.shape == (9, 16)
             assert last["nc2_etf_weights"] > 0.1
             assert yaml.safe_load(place.config.read_text())["attribute_weight"] == "auto"

@@ -65,7 +65,7 @@ def test_a_series_at_once_and_one_after_another_are_the_same_folder(place, capsy
     images = Images(**DATA)
     loaders = evaluation_batches(load_data(images, progress=False), images)
     for seed, epoch in ((0, 5), (1, 10), (2, 20)):
-        expected = measure(network(seed), loaders["test"], train_loader=loaders["train"], progress=False).metrics
+        expected = measure(network(seed), loaders["test"], train=loaders["train"], progress=False).metrics
         found = table[(table["epoch"] == epoch) & (table["split"] == "test")].set_index("metric")["value"]
         assert found[list(expected)].to_dict() == pytest.approx(expected, rel=1e-9, abs=1e-9, nan_ok=True)
     made = RunFolder("series").read_environment()

@@ -261,7 +261,7 @@ def test_a_state_dict_of_torchvisions_names_is_measured(file, foreign, tmp_path)
     assert main(["measure", "--checkpoint", str(path), *options, *data]) == 0
     images = Images(train_samples=300, test_samples=80)
     loaders = evaluation_batches(load_data(images, progress=False), images)
-    expected = measure(foreign, loaders["test"], train_loader=loaders["train"], progress=False).metrics
+    expected = measure(foreign, loaders["test"], train=loaders["train"], progress=False).metrics
     table = read_table(out / "metrics.csv").query("split == 'test'")
     assert set(table["epoch"]) == {7}
     assert table.set_index("metric")["value"].to_dict() == pytest.approx(expected, rel=1e-4, abs=1e-6)

@@ -596,7 +596,7 @@ def test_the_callback_measures_any_lightning_training(tmp_path):
     assert list(table.columns) == ["epoch", "split", "metric", "value"]
     assert table["epoch"].unique().tolist() == [1, 2, 4, 5]
     assert module.training
-    expected = measure(module, loaders["test"], train_loader=loaders["train"], progress=False).metrics
+    expected = measure(module, loaders["test"], train=loaders["train"], progress=False).metrics
     last = table.query("epoch == 5 and split == 'test'").set_index("metric")["value"].to_dict()
     assert last == expected
     assert float(trainer.callback_metrics["test/nc1_quotient"]) == pytest.approx(expected["nc1_quotient"])

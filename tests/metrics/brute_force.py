@@ -1,4 +1,4 @@
-"""Every metric from its definition: two passes, dense matrices, loops; written apart from the library."""
+"""Every metric from its definition, with two passes, dense matrices and loops, independently of the library."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def dense_metrics(
     ood_mean: Tensor,
     code: Tensor | None = None,
 ) -> dict[str, float]:
-    """All metrics of the classes that are present, in fp64."""
+    """Return all metrics of the present classes, in fp64."""
     features, weight, bias = features.double(), weight.double(), bias.double()
     classes = [k for k in range(num_classes) if (targets == k).any()]
     groups = [features[targets == k] for k in classes]
@@ -106,7 +106,7 @@ def dense_metrics(
 
 
 def precise_vci(groups: list[Tensor], origin: Tensor) -> float:
-    """1 − tr((Σ_W + Σ_B)† Σ_B)/r as it is written, whose difference leaves no digit in fp64, in 60 digits."""
+    """Return 1 − tr((Σ_W + Σ_B)† Σ_B)/r by its formula, which cancels in fp64, with 60 digits."""
     with mpmath.workdps(60):
         groups = [mpmath.matrix(group.tolist()) for group in groups]
         dim, samples = groups[0].cols, sum(group.rows for group in groups)
@@ -127,7 +127,7 @@ def precise_vci(groups: list[Tensor], origin: Tensor) -> float:
 def dense_sample_metrics(
     features: Tensor, targets: Tensor, weight: Tensor, bias: Tensor, means: Tensor, origin: Tensor
 ) -> dict[str, float]:
-    """The metrics of single samples, one sample after the other, in fp64."""
+    """Return the metrics of single samples, one sample after the other, in fp64."""
     features, weight, bias = features.double(), weight.double(), bias.double()
     rows = [unit(w - weight.mean(0)) for w in weight]
     margins, aligned, mismatches = [], [], []
@@ -145,32 +145,37 @@ def dense_sample_metrics(
 
 
 def entropy(kernel: Tensor) -> float:
-    """Of a kernel scaled to trace 1."""
+    """Return the entropy of a kernel scaled to trace 1."""
     eigenvalues = torch.linalg.eigvalsh(kernel / kernel.trace()).tolist()
     return -math.fsum(value * math.log(value) for value in eigenvalues if value > 0)
 
 
 def dense_information(first: Tensor, second: Tensor) -> dict[str, float]:
-    """MIR and HDR of two kernels as they are written."""
+    """Return MIR and HDR of two kernels by their formulas."""
     alone, joint = sorted(entropy(kernel) for kernel in (first, second)), entropy(first * second)
     return {"mir": (sum(alone) - joint) / alone[0], "hdr": (alone[1] - alone[0]) / alone[1]}
 
 
 def dense_sphere_metrics(features: Tensor, targets: Tensor, weight: Tensor) -> dict[str, float]:
-    """What is measured on the sphere, with N × N kernels, in fp64."""
+    """Return the metrics of unit features and unit rows, with N × N kernels, in fp64."""
     rows = torch.stack([unit(row) for row in weight.double()])
     units = torch.stack([unit(sample) for sample in features.double()])
-    own = rows[targets]
+    label_rows = rows[targets]
     classes = targets.unique().tolist()
     means = torch.stack([unit(units[targets == k].mean(0)) for k in classes])
-    released = torch.stack([unit(mean - unit(units.mean(0))) for mean in means])
     count = len(units)
     return {
-        "instance_alignment": float((units - own).square().sum(1).mean()),
+        "instance_alignment": float((units - label_rows).square().sum(1).mean()),
         "class_alignment": float((means - rows[classes]).square().sum(1).mean()),
-        **dense_information(units @ units.T / count, own @ own.T / count),
-        **{
-            f"{name}_released": value
-            for name, value in dense_information(released @ released.T, rows[classes] @ rows[classes].T).items()
-        },
+        **dense_information(units @ units.T / count, label_rows @ label_rows.T / count),
     }
+
+
+def released_information(features: Tensor, targets: Tensor, weight: Tensor) -> dict[str, float]:
+    """Return MIR and HDR as in the code released with arXiv 2605.20302: of K × K kernels, with a mean of unit norm."""
+    rows = torch.stack([unit(row) for row in weight.double()])
+    units = torch.stack([unit(sample) for sample in features.double()])
+    classes = targets.unique().tolist()
+    means = torch.stack([unit(units[targets == k].mean(0)) for k in classes])
+    means = torch.stack([unit(mean - unit(units.mean(0))) for mean in means])
+    return dense_information(means @ means.T, rows[classes] @ rows[classes].T)

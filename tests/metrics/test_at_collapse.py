@@ -7,17 +7,18 @@ import torch
 from torch import nn
 
 from helpers import generator
+from metrics.brute_force import released_information
 from neuralcollapse.catalogue import METRICS
 from neuralcollapse.geometry import attribute_gram, code_from_gram, nearest_frame, random_simplex_etf, simplex_etf
 from neuralcollapse.metrics import (
     ClassMoments,
+    MeasureOptions,
     collapse_metrics,
     etf_distances,
     matrix_information,
     measure,
     nc2_gram,
     nc3_gram_duality,
-    released_matrix_information,
 )
 
 K, D = 10, 16
@@ -39,11 +40,9 @@ def all_metrics(features, targets, weight, center):
     measurement = measure(
         model,
         [(features, targets)],
-        center=center,
-        ood_loader=[OOD[None]],
-        class_scatter=True,
+        ood=[OOD[None]],
+        options=MeasureOptions(center=center, class_scatter=True, information=True, code=CODE),
         progress=False,
-        code=CODE,
     )
     moments = measurement.moments
     return measurement.metrics | etf_distances(
@@ -77,14 +76,15 @@ def test_balanced_frame_of_a_gram():
     moments = ClassMoments(K, D)
     moments.update(3 * frame.repeat(4, 1) + 1, torch.arange(K).repeat(4))
     relative = ("nc2_gram_means", "nc2_gram_weights", "nc3_gram_duality")
-    own = collapse_metrics(moments, frame, code=code_from_gram(gram, feature_dim=K) + 5)
-    simplex = collapse_metrics(moments, frame, code=CODE)
+    code = code_from_gram(gram, feature_dim=K) + 5
+    intended = collapse_metrics(moments, frame, options=MeasureOptions(code=code))
+    simplex = collapse_metrics(moments, frame, options=MeasureOptions(code=CODE))
     for name, absolute in zip(relative, ("nc2_etf_means", "nc2_etf_weights", "nc3_duality"), strict=True):
-        assert own[name] < 1e-12, name
+        assert intended[name] < 1e-12, name
         assert simplex[name] > 0.3, name
         assert simplex[name] == pytest.approx(simplex[absolute]), name
     assert not set(relative) & collapse_metrics(moments, frame).keys()
-    assert set(relative) & collapse_metrics(moments, code=CODE).keys() == {"nc2_gram_means"}
+    assert set(relative) & collapse_metrics(moments, options=MeasureOptions(code=CODE)).keys() == {"nc2_gram_means"}
 
 
 def test_more_classes_than_dimensions_collapse_to_a_gram_without_a_square_matrix():
@@ -98,14 +98,14 @@ def test_more_classes_than_dimensions_collapse_to_a_gram_without_a_square_matrix
     assert float(nc2_gram(away, code)) == pytest.approx(float(expected), rel=1e-8)
 
 
-def test_what_is_released_as_hdr_is_noise_at_collapse():
+def test_the_released_formula_of_hdr_is_noise_at_collapse():
     targets = torch.arange(K).repeat(7)
     noise = 1e-7 * torch.randn(len(targets), D, generator=generator(1)).double()
     features = ETF[targets] + noise
     mir, hdr = matrix_information(features, targets, ETF)
     assert float(mir) == pytest.approx(AT_COLLAPSE["mir"], abs=1e-5)
     assert hdr < 1e-5
-    assert released_matrix_information(features, targets, ETF)[1] > 0.1
+    assert released_information(features, targets, ETF)["hdr"] > 0.1
 
 
 def test_two_classes_leave_no_entropy_to_share():

@@ -1,8 +1,11 @@
-"""The catalogue: one place for what each metric is, and everything measured is in it."""
+"""The catalogue of metrics, and that the measured values agree with it."""
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,22 +13,37 @@ from pathlib import Path
 import pytest
 import torch
 
+import neuralcollapse
 from helpers import generator
-from neuralcollapse.catalogue import METRICS, OfClasses, in_order, table, with_table
+from neuralcollapse.catalogue import METRICS, OfClasses, in_order
 from neuralcollapse.metrics import ClassMoments, collapse_metrics
+from neuralcollapse.metrics.collapse import find_function
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
-
-
-def test_the_documented_table_is_the_catalogue_s():
-    text = DOCUMENT.read_text()
-    assert with_table(text) == text, "run: python -m neuralcollapse.catalogue docs/metrics.md"
-    assert table().count("\n") == len(METRICS) + 1
+METRICS_FOLDER = Path(neuralcollapse.__file__).parent / "metrics"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
-def test_a_document_without_markers_is_refused():
-    with pytest.raises(ValueError, match="table of the catalogue: begin"):
-        with_table("# Metrics")
+def test_the_documentation_has_a_table_of_the_catalogue():
+    pytest.importorskip("latex2mathml")
+    hooks = runpy.run_path(str(DOCS / "hooks.py"))
+    page = hooks["on_page_markdown"]((DOCS / "metrics.md").read_text())
+    rows = re.findall(r"^\| `(\w+)` \| .* \|$", page, re.M)
+    assert [name for name in rows if name in METRICS] == list(METRICS)
+    assert all(row.count("|") == 6 for row in hooks["metrics_table"]().splitlines())
+
+
+@pytest.mark.parametrize("name", [name for name, entry in METRICS.items() if entry.function])
+def test_functions_of_the_catalogue_exist_and_take_as_many_arguments_as_they_have_inputs(name):
+    function, entry = find_function(METRICS[name].function), METRICS[name]
+    parameters = list(inspect.signature(function).parameters.values())
+    required = [parameter for parameter in parameters if parameter.default is inspect.Parameter.empty]
+    assert len(required) <= len(entry.inputs) <= len(parameters)
+
+
+def test_every_condition_of_the_catalogue_is_one_that_can_hold():
+    known = re.findall(r'Condition\(\s*"([\w ]+)"', "".join(path.read_text() for path in METRICS_FOLDER.glob("*.py")))
+    named = set().union(*(entry.conditions for entry in METRICS.values()))
+    assert named == set(known)
 
 
 def test_labels_are_mathematics_that_matplotlib_reads_and_fit_into_one_column():

@@ -29,6 +29,8 @@ WITHOUT_GRADIENT = {
     "ClassStatistics": "a class",
     "ClassValues": "a class",
     "Measurement": "a class",
+    "MeasureOptions": "a class",
+    "Provenance": "a class",
     "NeuralCollapse": "a class",
 }
 FUNCTIONS = [name for name in neuralcollapse.metrics.__all__ if name not in WITHOUT_GRADIENT]

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from helpers import generator
 from metrics.brute_force import dense_metrics, dense_sample_metrics, dense_sphere_metrics
 from neuralcollapse.heads import FixedETFClassifier, NearestETFClassifier, attach_head
-from neuralcollapse.metrics import measure
+from neuralcollapse.metrics import MeasureOptions, measure
 
 K, D = 4, 8
 
@@ -41,9 +41,8 @@ def features_and_targets(model: nn.Module, loader: DataLoader) -> tuple[torch.Te
 @pytest.mark.parametrize("cache_bytes", [2**31, 600])
 def test_all_metrics_of_a_model_on_a_loader(model, cache_bytes):
     loader, ood_loader = make_loader(), [torch.randn(10, 6, generator=generator(3))]
-    measurement = measure(
-        model, loader, ood_loader=ood_loader, class_scatter=True, cache_bytes=cache_bytes, progress=False
-    )
+    options = MeasureOptions(class_scatter=True, information=True, cache_bytes=cache_bytes)
+    measurement = measure(model, loader, ood=ood_loader, options=options, progress=False)
     features, targets = features_and_targets(model, loader)
     weight, bias = model[-1].weight.detach(), model[-1].bias.detach()
     with torch.no_grad():
@@ -69,7 +68,7 @@ def test_features_beyond_the_limit_go_to_a_file_that_is_removed(model, tmp_path,
         seen.append(sum(file.stat().st_size for file in Path(tmp_path).iterdir()))
         return batch
 
-    measure(model, make_loader(), cache_bytes=600, unpack=spy, progress=False)
+    measure(model, make_loader(), options=MeasureOptions(cache_bytes=600), unpack=spy, progress=False)
     assert max(seen) > 0
     assert not list(tmp_path.iterdir())
 
@@ -100,7 +99,7 @@ def test_the_model_runs_once_without_changing(model):
 
 def test_test_split_with_the_means_of_the_train_split(model):
     train, test = make_loader(0), make_loader(1)
-    measurement = measure(model, test, train_loader=train, progress=False)
+    measurement = measure(model, test, train=train, progress=False)
     train_features, train_targets = features_and_targets(model, train)
     means = torch.stack([train_features.double()[train_targets == k].mean(0) for k in range(K)])
     expected = dense_sample_metrics(
@@ -131,7 +130,8 @@ def test_feature_maps_are_pooled_or_flattened(pooling, expected_dim):
     model = nn.Sequential(nn.Conv2d(1, 5, 1), nn.Flatten(), nn.Linear(5 * 16, K))
     images = torch.randn(20, 1, 4, 4)
     loader = [(images, torch.arange(20) % K)]
-    measurement = measure(model, loader, layers=["0"], layer_pooling=pooling, progress=False)
+    options = MeasureOptions(layer_pooling=pooling)
+    measurement = measure(model, loader, layers=["0"], options=options, progress=False)
     output = model[0](images).detach()
     pooled = (
         {5: output.mean((2, 3)), 80: output.flatten(1)}[expected_dim] if isinstance(pooling, str) else pooling(output)
@@ -165,7 +165,7 @@ def test_dictionaries_are_unpacked():
         batches,
         unpack=lambda batch: ({"tokens": batch["tokens"], "mask": batch["mask"]}, batch["labels"]),
         layers=["embedding"],
-        ignore_index=-100,
+        options=MeasureOptions(ignore_index=-100),
         progress=False,
     )
     kept = labels.flatten() >= 0
@@ -220,7 +220,8 @@ def test_top5_accuracy_of_many_classes():
 
 
 def test_without_single_samples_no_features_are_kept(model):
-    measurement = measure(model, make_loader(), per_sample=False, pairwise=False, progress=False)
+    options = MeasureOptions(per_sample=False, pairwise=False)
+    measurement = measure(model, make_loader(), options=options, progress=False)
     assert not {"alignment", "nc2_cos_margin", "nc4_ncc_mismatch", "nc1_cdnv"} & measurement.metrics.keys()
     assert "accuracy" in measurement.metrics
     assert len(measurement.cos_margins) == 0
@@ -239,8 +240,8 @@ class Uncalled(nn.Module):
     ("make_model", "options", "message"),
     [
         (None, {"loader": []}, "loader must yield at least one batch, got none"),
-        (None, {"train_loader": []}, "train_loader must yield at least one batch, got none"),
-        (None, {"ood_loader": []}, "ood_loader must yield at least one batch, got none"),
+        (None, {"train": []}, "train must yield at least one batch, got none"),
+        (None, {"ood": []}, "ood must yield at least one batch, got none"),
         (None, {"loader": [torch.zeros(3, 6)]}, "loader must yield .input, target. pairs, got no target"),
         (None, {"loader": [{"x": torch.zeros(3, 6)}]}, "loader must yield .input, target. pairs, got dict"),
         (None, {"loader": [(torch.zeros(3, 6), torch.tensor([0, 1, 9]))]}, r"targets must lie in \[0, 4\)"),
@@ -252,6 +253,7 @@ class Uncalled(nn.Module):
         (None, {"unpack": "pair"}, "unpack must be a function of a batch, got str"),
         (None, {"device": "gpu"}, "device must name a torch device, got 'gpu'"),
         (lambda: "model.pt", {}, "model must be an nn.Module, got str"),
+        (None, {"train": 3}, "train must be ClassMoments or an iterable of batches, got int"),
         (None, {"layers": ["stem"]}, "layers must name modules of the model, got 'stem'"),
         (lambda: nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU()), {}, "model .Sequential. must end in a classifier"),
         (Uncalled, {"classifier": "classifier"}, "'classifier' must be called by the model's forward"),

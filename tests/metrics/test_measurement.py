@@ -1,4 +1,4 @@
-"""A measurement that is saved says everything again: without the model, without the data, in a later version."""
+"""Saved measurements: everything can be read and recomputed without the model and the data, by later versions too."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,15 @@ from safetensors.torch import load, save, save_file
 from torch import nn
 
 from helpers import generator
-from neuralcollapse.metrics import ClassMoments, Measurement, class_values, collapse_metrics, measure
+from neuralcollapse.metrics import (
+    ClassMoments,
+    Measurement,
+    MeasureOptions,
+    Provenance,
+    class_values,
+    collapse_metrics,
+    measure,
+)
 from neuralcollapse.metrics.measurement import FORMAT, KIND
 
 K, D, N = 7, 9, 150
@@ -36,9 +45,8 @@ OF_SAMPLES = {
     "class_alignment",
     "mir",
     "hdr",
-    "mir_released",
-    "hdr_released",
 }
+SAVED_OPTIONS = ("center", "min_samples", "drop_classes_above", "pairwise")
 RELATIVE = {"nc2_gram_means", "nc2_gram_weights", "nc3_gram_duality"}
 
 
@@ -49,13 +57,11 @@ def make_measurement(dtype=torch.float64, bias=True, **options) -> Measurement:
     return measure(
         model.to(torch.float32),
         batches,
-        dtype=dtype,
         layers=["1", "3"],
-        ood_loader=[torch.randn(20, 6, generator=generator(3))],
-        epoch=5,
-        split="train",
+        ood=[torch.randn(20, 6, generator=generator(3))],
+        options=MeasureOptions(**{"information": True, "dtype": dtype} | options),
+        provenance=Provenance(epoch=5, split="train"),
         progress=False,
-        **options,
     )
 
 
@@ -85,8 +91,10 @@ def test_what_is_saved_comes_back(dtype, bias, tmp_path):
     ]:
         assert all(torch.equal(tensor.double(), new.state[name].double()) for name, tensor in old.state.items())
         assert new.means.dtype == torch.float64
-    for name in ("metrics", "layers", "provenance", "options"):
+    for name in ("metrics", "layers", "provenance"):
         assert getattr(measurement, name) == getattr(loaded, name), name
+    for name in SAVED_OPTIONS:
+        assert getattr(measurement.options, name) == getattr(loaded.options, name), name
     assert list(loaded.metrics) == list(measurement.metrics)
     assert loaded.recompute().metrics == pytest.approx(measurement.metrics, rel=1e-12, abs=1e-300)
     for layer, values in loaded.recompute().layers.items():
@@ -115,7 +123,8 @@ def test_recomputed_from_the_file_it_is_what_measuring_so_would_have_given(path,
     assert ("nc1_pinv" in recomputed.undefined) == ("drop_classes_above" in options)
     for name in OF_SAMPLES & recomputed.metrics.keys():
         assert recomputed.metrics[name] == pytest.approx(direct.metrics[name], rel=1e-12), name
-    assert recomputed.options == direct.options
+    for name in SAVED_OPTIONS:
+        assert getattr(recomputed.options, name) == getattr(direct.options, name), name
 
 
 def test_the_code_is_kept_and_what_is_relative_to_it_found_again(tmp_path):
@@ -123,15 +132,16 @@ def test_the_code_is_kept_and_what_is_relative_to_it_found_again(tmp_path):
     measurement = make_measurement(code=code)
     measurement.save(tmp_path / "it")
     loaded = Measurement.load(tmp_path / "it")
-    assert torch.equal(loaded.code, code.double())
+    assert torch.equal(loaded.options.code, code.double())
     assert measurement.metrics.keys() >= RELATIVE
     assert loaded.recompute().metrics == pytest.approx(measurement.metrics, rel=1e-12, abs=1e-300)
     assert loaded.layers["3"].keys() & RELATIVE == {"nc2_gram_means"}
     fewer = loaded.recompute(min_samples=11).metrics
-    expected = collapse_metrics(loaded.moments, loaded.weight, min_samples=11, code=code)
+    options = MeasureOptions(min_samples=11, code=code)
+    expected = collapse_metrics(loaded.moments, loaded.weight, options=options)
     assert {name: fewer[name] for name in RELATIVE} == pytest.approx({name: expected[name] for name in RELATIVE})
     without = make_measurement()
-    assert without.code is None
+    assert without.options.code is None
     assert not without.metrics.keys() & RELATIVE
 
 
@@ -194,9 +204,7 @@ def test_out_of_distribution_features_of_a_layer(measurement):
 
 
 def test_the_sample_is_the_same_whenever_the_same_data_are_measured(monkeypatch):
-    from neuralcollapse.metrics import measuring
-
-    monkeypatch.setattr(measuring, "SAMPLE_SIZE", 30)
+    monkeypatch.setattr(import_module("neuralcollapse.metrics.measure"), "SAMPLE_SIZE", 30)
     first, again = make_measurement(), make_measurement(cache_bytes=300)
     assert first.sample_features.shape == (30, D)
     assert first.sample_features.dtype == torch.float16
@@ -239,14 +247,14 @@ def test_sixteen_bytes_overwritten_anywhere(path, seed):
     start = int(torch.randint(8, len(content) - 16, (), generator=generator(seed)))
     content[start : start + 16] = b"0123456789abcdef"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"is (damaged|foreign|truncated|newer)"):
+    with pytest.raises(ValueError, match=r"is (damaged|truncated|newer|not|a safetensors file, but not)"):
         Measurement.load(path)
 
 
 def test_one_digit_of_a_value_changed(path):
     content = path.read_bytes()
     path.write_bytes(content.replace(b'"epoch\\": 5', b'"epoch\\": 6'))
-    with pytest.raises(ValueError, match="is damaged: its content does not have the checksum"):
+    with pytest.raises(ValueError, match="is damaged: its content does not match its checksum"):
         Measurement.load(path)
 
 
@@ -255,13 +263,13 @@ def test_one_digit_of_a_value_changed(path):
 )
 def test_a_file_of_another_kind(path, content):
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="is foreign: it is no safetensors file"):
+    with pytest.raises(ValueError, match="is not a safetensors file"):
         Measurement.load(path)
 
 
 def test_tensors_of_somebody_else(path):
     save_file({"weight": torch.eye(3)}, path)
-    with pytest.raises(ValueError, match="is foreign: it is a safetensors file, but no neuralcollapse.measurement"):
+    with pytest.raises(ValueError, match="is a safetensors file, but not a neuralcollapse.measurement"):
         Measurement.load(path)
 
 
@@ -306,13 +314,14 @@ def test_a_file_of_format_1_stays_readable():
     assert old.metrics["nc1_pinv"] == pytest.approx(13.744062631049053, rel=1e-14)
     assert old.metrics["nc3_duality"] == pytest.approx(1.4461104064701655, rel=1e-14)
     again = old.recompute()
-    assert {name: again.metrics[name] for name in old.metrics} == pytest.approx(old.metrics, rel=1e-9)
+    known = {name: value for name, value in old.metrics.items() if not name.endswith("_released")}
+    assert {name: again.metrics[name] for name in known} == pytest.approx(known, rel=1e-9)
     assert list(old.layers) == ["1", "3"]
     assert old.sample_features.shape == (N, D)
 
 
 def test_a_file_of_format_2_stays_readable():
-    """It has absent classes, an undefined metric of a layer, and the rounding of features."""
+    """It has absent classes, an undefined metric of a layer, the rounding of features, and removed metrics."""
     old = Measurement.load(Path(__file__).parent / "data" / "measurement-format2.safetensors")
     assert old.absent_classes == [2]
     assert old.options.drop_classes_above == 40
@@ -321,5 +330,6 @@ def test_a_file_of_format_2_stays_readable():
     assert old.moments.rounding == 4 * torch.finfo(torch.float32).eps
     with pytest.warns(UserWarning, match="not defined are NaN"):
         again = old.recompute()
-    assert again.metrics == pytest.approx(old.metrics, rel=1e-9, nan_ok=True)
+    known = {name: value for name, value in old.metrics.items() if not name.endswith("_released")}
+    assert again.metrics == pytest.approx(known, rel=1e-9, nan_ok=True)
     assert again.undefined == old.undefined

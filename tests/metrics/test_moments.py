@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import generator
-from neuralcollapse.metrics import ClassMoments, accumulation, collapse_metrics
+from neuralcollapse.metrics import ClassMoments, MeasureOptions, collapse_metrics
 from neuralcollapse.metrics import moments as moments_module
 
 FEATURES = torch.randn(200, 12, generator=generator(1)) + 3 * torch.randn(12, generator=generator(2))
@@ -102,7 +102,7 @@ def test_accelerator_grouping_gives_the_same(monkeypatch, dtype):
 
     def all_classes(targets, num_classes):
         counts = torch.zeros(num_classes, dtype=torch.int64).index_add_(0, targets, torch.ones_like(targets))
-        return accumulation.Group(torch.arange(num_classes), targets, counts)
+        return moments_module.Group(torch.arange(num_classes), targets, counts)
 
     monkeypatch.setattr(moments_module, "group_by_class", all_classes)
     moments = ClassMoments(7, 12, dtype=dtype)
@@ -216,8 +216,9 @@ def test_incomplete_state_is_refused():
 )
 def test_bad_arguments_of_collapse_metrics(options, message):
     targets = torch.tensor([0, 1, 3, 4, 5])[TARGETS]
+    arguments = {name: options.pop(name) for name in ("weight", "bias", "ood_mean") if name in options}
     with pytest.raises(ValueError, match=message):
-        collapse_metrics(moments_of(FEATURES, targets, num_classes=7), **options)
+        collapse_metrics(moments_of(FEATURES, targets, num_classes=7), options=MeasureOptions(**options), **arguments)
 
 
 def test_collapse_metrics_of_something_else_than_moments():
@@ -226,5 +227,6 @@ def test_collapse_metrics_of_something_else_than_moments():
 
 
 def test_bounds_that_leave_one_class_are_refused():
+    moments = moments_of(FEATURES[:7], torch.tensor([1, 1, 1, 1, 1, 3, 3]))
     with pytest.raises(ValueError, match=r"at least 2 classes .* got 1 of 2 classes \(and 7 samples in all\)"):
-        collapse_metrics(moments_of(FEATURES[:7], torch.tensor([1, 1, 1, 1, 1, 3, 3])), min_samples=3)
+        collapse_metrics(moments, options=MeasureOptions(min_samples=3))

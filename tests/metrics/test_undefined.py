@@ -13,7 +13,14 @@ from torch import nn
 import neuralcollapse.metrics as nm
 from helpers import generator
 from neuralcollapse.catalogue import METRICS
-from neuralcollapse.metrics import ClassMoments, Measurement, collapse_metrics, measure, undefined_metrics
+from neuralcollapse.metrics import (
+    ClassMoments,
+    Measurement,
+    MeasureOptions,
+    collapse_metrics,
+    measure,
+    undefined_metrics,
+)
 
 K, D = 4, 6
 TARGETS = torch.arange(40) % K
@@ -34,13 +41,14 @@ def moments_of(features, targets=TARGETS, num_classes=K, **options) -> ClassMome
     return moments
 
 
-def of(features, targets=TARGETS, weight=WEIGHT, num_classes=K, dtype=torch.float64, **options):
-    """Values and reasons, seen to agree and to be said in one warning."""
+def of(features, targets=TARGETS, weight=WEIGHT, num_classes=K, dtype=torch.float64, ood_mean=None, **options):
+    """Return values and reasons, after checking that they agree and are in one warning."""
+    options = MeasureOptions(**options)
     moments = moments_of(features, targets, num_classes, dtype=dtype)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        values = collapse_metrics(moments, weight, **options)
-    undefined = undefined_metrics(moments, weight, **options)
+        values = collapse_metrics(moments, weight, ood_mean=ood_mean, options=options)
+    undefined = undefined_metrics(moments, weight, ood_mean=ood_mean, options=options)
     assert {name for name, value in values.items() if math.isnan(value)} == undefined.keys()
     assert all(math.isfinite(value) for name, value in values.items() if name not in undefined)
     assert len(caught) == bool(undefined)
@@ -247,7 +255,7 @@ DEFINED_OF_ZEROS = {"nc4_bias", "feature_norm", "nearest_class_mean"}
 @pytest.mark.parametrize(
     "function",
     [name for name in nm.__all__ if name.startswith(("nc", "al", "in")) or "align" in name]
-    + ["rank_me", "effective_rank", "cos_margins", "matrix_information", "released_matrix_information"],
+    + ["rank_me", "effective_rank", "cos_margins", "matrix_information"],
 )
 def test_functions_of_nothing_but_zeros(function):
     names = inspect.signature(getattr(nm, function)).parameters
@@ -314,9 +322,9 @@ def network(bias: float | None) -> nn.Module:
 
 def measured(model, targets=TARGETS, **options) -> Measurement:
     inputs = normal(4, len(targets), 5)
-    return measure(
-        model, list(zip(inputs.split(16), targets.split(16), strict=True)), progress=False, layers=["0"], **options
-    )
+    batches = list(zip(inputs.split(16), targets.split(16), strict=True))
+    options = MeasureOptions(information=True, **options)
+    return measure(model, batches, layers=["0"], options=options, progress=False)
 
 
 @pytest.mark.parametrize("bias", [1.0, -1.0])
@@ -376,9 +384,9 @@ def test_single_samples_without_a_direction():
     model = nn.Sequential(nn.Identity(), nn.Linear(D, K))
     batches = [(features, TARGETS)]
     with pytest.warns(UserWarning, match="1 features are zero"):
-        measurement = measure(model, batches, progress=False)
+        measurement = measure(model, batches, options=MeasureOptions(information=True), progress=False)
     assert measurement.undefined.keys() == {
-        "instance_alignment", "class_alignment", "mir", "hdr", "mir_released", "hdr_released"
+        "instance_alignment", "class_alignment", "mir", "hdr"
     }  # fmt: skip
     half = normal(3, 20, D).round()
     features = torch.cat([1 + half, 1 - half, torch.ones(1, D)])  # about 1, which is exact
@@ -393,7 +401,7 @@ def test_classes_that_the_train_split_lacks_are_said():
     model, inputs = network(None), normal(4, 40, 5)
     train = measure(model, [(inputs, TARGETS % 3)], progress=False).moments
     with pytest.warns(UserWarning, match=r"10 samples of classes that the train split lacks \(3\) are left out"):
-        measurement = measure(model, [(inputs, TARGETS)], train_moments=train, progress=False)
+        measurement = measure(model, [(inputs, TARGETS)], train=train, progress=False)
     assert len(measurement.cos_margins) == 30
 
 
@@ -433,8 +441,12 @@ def test_numerical_rank_without_the_scatter_of_each_class(feature_dim, elements,
     features, targets = features[order], targets[order]
     model = nn.Sequential(nn.Identity(), nn.Linear(feature_dim, 5))
     batches = list(zip(features.split(13), targets.split(13), strict=True))
-    measurement = measure(model, batches, progress=False, cache_bytes=13 * feature_dim * 4)
+    options = MeasureOptions(cache_bytes=13 * feature_dim * 4)
+    measurement = measure(model, batches, options=options, progress=False)
     groups = [features[targets == k].double() for k in (0, 1, 2, 4)]
     ranks = [(torch.linalg.svdvals(group).sum() / group.norm()).square() for group in groups]
     assert measurement.metrics["nc1_numerical_rank"] == pytest.approx(float(torch.stack(ranks).mean()), rel=1e-10)
-    assert "nc1_numerical_rank" not in measure(model, batches, progress=False, per_sample=False).metrics
+    assert (
+        "nc1_numerical_rank"
+        not in measure(model, batches, options=MeasureOptions(per_sample=False), progress=False).metrics
+    )

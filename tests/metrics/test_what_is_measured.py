@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from helpers import generator
 from neuralcollapse import FixedETFClassifier, LearnedClassifier, NearestETFClassifier, attach_head, find_classifier
 from neuralcollapse._running import call_model, evaluation_mode
-from neuralcollapse.metrics import measure
+from neuralcollapse.metrics import MeasureOptions, measure
 
 K, D, WIDTH, SAMPLES = 4, 8, 12, 48
 INPUTS, TARGETS = torch.randn(SAMPLES, 1, 6, generator=generator(0)), torch.arange(SAMPLES) % K
@@ -557,7 +557,7 @@ def on_later_calls(end):
         (lambda m, h: {"logits": m.fc(h)}, r"is not found at \[\] in a dict"),
     ],
 )
-@pytest.mark.parametrize("through", ["loader", "train_loader", "ood_loader"])
+@pytest.mark.parametrize("through", ["loader", "train", "ood"])
 def test_later_batches_are_compared_too(end, message, through):
     model = on_later_calls(end)
     loaders = {"loader": BATCHES} if through == "loader" else {"loader": BATCHES[:2], through: BATCHES}
@@ -626,9 +626,10 @@ def test_layers_and_features_that_are_changed_in_place(change):
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16])
 def test_labels_of_any_integers(dtype):
-    expected = measure(plain(), BATCHES, train_loader=BATCHES, ignore_index=3, layers=["fc"], progress=False)
+    options = MeasureOptions(ignore_index=3)
+    expected = measure(plain(), BATCHES, train=BATCHES, layers=["fc"], options=options, progress=False)
     batches = [(inputs, targets.to(dtype)) for inputs, targets in BATCHES]
-    found = measure(plain(), batches, train_loader=batches, ignore_index=3, layers=["fc"], progress=False)
+    found = measure(plain(), batches, train=batches, layers=["fc"], options=options, progress=False)
     assert found.metrics == expected.metrics
     assert found.layers == expected.layers
     assert found.provenance.labels == expected.provenance.labels

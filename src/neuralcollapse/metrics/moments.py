@@ -448,7 +448,7 @@ def merge_means(means: Tensor, counts: Tensor, batch_means: Tensor, batch_counts
     """Merge the means M of n samples with the means M' of n' samples of a batch, in the memory of the arguments.
 
     Deviations from M' sum to 0 in each class, so those from M' − √(n/(n + n')) Δ, Δ = M' − M, give S' + w ΔΔᵀ in one
-    product. Written with the new mean M + Δ n'/(n + n'), the point is the new mean + (1 − n'/(n + n') − √(n/(n + n'))) Δ.
+    product. In terms of the new mean M + Δ n'/(n + n') the point is the new mean + (1 − n'/(n + n') − √(n/(n + n'))) Δ.
     """
     difference = batch_means.sub_(means)
     total = (counts + batch_counts).clamp(min=1).to(means.dtype)[:, None]

@@ -3,8 +3,8 @@
 Functions take rows X (K, d): the centred class means C for the metrics ``…_means``, the classifier's weight W for
 ``…_weights``. NC0, the sum of the classifier rows, is here as well: it vanishes for every simplex ETF.
 
-A Gram matrix G = LLᵀ is given by a code L (K, r) (`neuralcollapse.geometry.code_from_gram`). For metrics relative to a Gram,
-rows and code are centred at their mean over the classes first, which changes no decision of the classifier.
+A Gram matrix G = LLᵀ is given by a code L (K, r) (`neuralcollapse.geometry.code_from_gram`). For metrics relative to a
+Gram, rows and code are centred at their mean over classes first, which changes no decision of the classifier.
 """
 
 from __future__ import annotations

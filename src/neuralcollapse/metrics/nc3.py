@@ -1,6 +1,6 @@
 """NC3, self-duality: alignment of the classifier rows W (K, d) with the centred class means C (K, d).
 
-The alignment of single samples with classifier rows is in `weight_alignment`.
+The alignment of single samples with classifier rows is in `alignment`.
 """
 
 from __future__ import annotations

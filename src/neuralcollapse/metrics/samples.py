@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from neuralcollapse.catalogue import METRICS, Metric
+from neuralcollapse.metrics.alignment import kernel_entropies, unit_class_sums
 from neuralcollapse.metrics.collapse import find_function
 from neuralcollapse.metrics.feature_cache import FeatureCache
 from neuralcollapse.metrics.moments import ClassMoments
@@ -28,7 +29,6 @@ from neuralcollapse.metrics.undefined import (
     one_class,
     without_undefined,
 )
-from neuralcollapse.metrics.weight_alignment import kernel_entropies, unit_class_sums
 
 INFORMATION_SIZE = 512  # samples of MIR and HDR, which need the eigenvalues of a matrix of that size
 _GATHERED_ELEMENTS = 2**25  # maximum number of features of single classes that are gathered at a time, in fp64

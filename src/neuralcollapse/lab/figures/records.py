@@ -1,4 +1,4 @@
-"""Figures of single records: margins, layers, classes."""
+"""Figures of single records: cosine margins, layers and classes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from neuralcollapse.lab.memory import check_memory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from torch import Tensor
 
     from neuralcollapse.metrics import Measurement
 
@@ -105,39 +104,44 @@ def _draw_layers(axes: Axes, *, runs: Runs, name: str) -> None:
 
 
 def cosines(record: Measurement, of: Literal["means", "weights"], most: int | None = None) -> np.ndarray:
-    """Return the cosines (K, K) between the centred class means, or the classifier's rows; NaN of a class with itself.
+    """Return the cosines (K, K) between centred class means or classifier rows; NaN on the diagonal.
 
     Args:
         record: The measurement.
-        of: Of which vectors.
-        most: Of the first classes alone.
+        of: Vectors to compare; cosines of the mean of a class without samples are NaN.
+        most: Number of the first classes that are compared; by default all.
 
     Raises:
         ValueError: if they do not fit into memory.
     """
-    rows = _centred(record, of)[:most]
-    check_memory(2 * 8 * len(rows) ** 2, f"cosines of {len(rows)} classes")
+    from neuralcollapse.metrics import class_statistics
+
+    size = min(record.num_classes, most or record.num_classes)
+    check_memory(2 * 8 * size**2, f"cosines of {size} classes")
+    rows = record.weight.double()[:size]
+    if of == "means":
+        statistics = class_statistics(record.moments)
+        means = rows.new_full(record.weight.shape, float("nan"))
+        means[statistics.classes] = statistics.centred_means
+        rows = means[:size]
     unit = rows / rows.norm(dim=1, keepdim=True)
-    found: np.ndarray = (unit @ unit.T).numpy()
-    np.fill_diagonal(found, np.nan)
-    return found
+    matrix: np.ndarray = (unit @ unit.T).numpy()
+    np.fill_diagonal(matrix, np.nan)
+    return matrix
 
 
-def _centred(record: Measurement, of: str) -> Tensor:
-    if of == "weights":
-        return record.weight.double()
-    moments = record.moments
-    counts = moments.counts.double()
-    return moments.means - (counts[:, None] * moments.means).sum(0) / counts.sum()
+def _values_of_classes(record: Measurement) -> Any:
+    from neuralcollapse.metrics import class_values
+
+    return class_values(record.moments, record.weight)
 
 
 def _draw_norms(axes: Axes, *, runs: Runs, label: str) -> None:
-    record = runs.last_records(label, "train")[0]
-    means, weights = (_centred(record, of).norm(dim=1).numpy() for of in ("means", "weights"))
-    places = np.arange(len(means))
+    values = _values_of_classes(runs.last_records(label, "train")[0])
+    means, weights = values.mean_norms, values.weight_norms
     style: dict[str, Any] = {"markersize": 3, "linewidth": 0.8}
-    lines = axes.plot(places, means / means.mean(), "o-", color="#0072B2", **style)
-    lines += axes.plot(places, weights / weights.mean(), "s--", color="#D55E00", **style)
+    lines = axes.plot(values.classes, means / means.mean(), "o-", color="#0072B2", **style)
+    lines += axes.plot(values.classes, weights / weights.mean(), "s--", color="#D55E00", **style)
     legend_above(axes, lines, ["centred means", "weights"])
     axes.set_ylabel("norm / mean norm", fontsize=8)
     axes.set_xlabel("class", fontsize=8)
@@ -146,9 +150,8 @@ def _draw_norms(axes: Axes, *, runs: Runs, label: str) -> None:
 
 
 def _draw_variances(axes: Axes, *, runs: Runs, label: str) -> None:
-    record = runs.last_records(label, "train")[0]
-    variances = (record.moments.within_class_trace / record.moments.counts).numpy()
-    axes.bar(np.arange(len(variances)), variances, color="#0072B2")
+    values = _values_of_classes(runs.last_records(label, "train")[0])
+    axes.bar(values.classes, values.within_class_variances, color="#0072B2")
     axes.set_ylabel("mean squared distance to the mean", fontsize=8)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.set_xlabel("class", fontsize=8)

@@ -6,6 +6,7 @@ import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from neuralcollapse.lab.models.backbones import evaluation_layout
 from neuralcollapse.lab.results.tables import COLUMNS, read_table
 from neuralcollapse.lab.training.epochs import is_due
 from neuralcollapse.lab.training.logs import TableCallback
-from neuralcollapse.metrics import Measurement, measure
+from neuralcollapse.metrics import Measurement, Provenance, measure
 
 logger = logging.getLogger(__name__)
 _RECORDS = "epoch*-*.safetensors"
@@ -55,7 +56,7 @@ class CollapseCallback(TableCallback):
             it has a ``forward`` of its own, else its only child with parameters (``self.model``, ``self.net``, …).
         classifier: The classifier, or its dotted name in what is measured, where several modules compute an output.
         overwrite: Replace the files of ``csv`` and ``moments`` that are there when a training begins.
-        options: What else `neuralcollapse.measure` takes.
+        options: Other arguments of `neuralcollapse.measure`, such as ``layers`` or ``options=MeasureOptions(...)``.
 
     Attributes:
         rows: What was measured so far in this training, as (epoch, split, metric, value).
@@ -101,7 +102,7 @@ class CollapseCallback(TableCallback):
             raise ValueError(f"model must be a dotted name in the LightningModule, got {type(model).__name__}")
         if classifier is not None and not isinstance(classifier, str | nn.Module):
             raise ValueError(f"classifier must be a module or its dotted name, got {type(classifier).__name__}")
-        known = set(inspect.signature(measure).parameters) - {"model", "loader", "train_moments", "epoch", "split"}
+        known = set(inspect.signature(measure).parameters) - {"model", "loader", "train", "provenance"}
         if unknown := options.keys() - known:
             raise ValueError(f"options must be arguments of measure, got {', '.join(sorted(unknown))}")
         super().__init__(None if csv is None else Path(csv), COLUMNS)
@@ -169,7 +170,8 @@ class CollapseCallback(TableCallback):
         if type(precision).convert_input is not Precision.convert_input:
             loaders = {split: _Converted(loader, precision) for split, loader in loaders.items()}
         with _called_in(model, precision):
-            return measure_splits(model, loaders, classifier=self.classifier, epoch=epoch, **self.options)
+            provenance = Provenance(epoch=epoch)
+            return measure_splits(model, loaders, provenance, classifier=self.classifier, **self.options)
 
     def _record(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> dict[str, float]:
         """Measure, and write table and records; the metrics by SPLIT/METRIC."""
@@ -286,17 +288,21 @@ def measured_module(pl_module: LightningModule, name: str | None = None) -> tupl
         ) from None
 
 
-def measure_splits(model: nn.Module, loaders: Mapping[str, Iterable[Any]], **options: Any) -> dict[str, Measurement]:
+def measure_splits(
+    model: nn.Module, loaders: Mapping[str, Iterable[Any]], provenance: Provenance = Provenance(), **options: Any
+) -> dict[str, Measurement]:
     """Measure every split; the one called ``"train"`` first, and the others against its class means.
 
     Args:
         model: The model.
         loaders: Name of each split to its batches.
-        options: What else `neuralcollapse.measure` takes.
+        provenance: Epoch, and name of the model; the split is added.
+        options: Other arguments of `neuralcollapse.measure`.
     """
     train_moments, found = None, {}
     with evaluation_layout(model):
         for split in sorted(loaders, key=lambda split: split != "train"):
-            found[split] = measure(model, loaders[split], train_moments=train_moments, split=split, **options)
+            origin = replace(provenance, split=split)
+            found[split] = measure(model, loaders[split], train=train_moments, provenance=origin, **options)
             train_moments = found[split].moments if split == "train" else train_moments
     return found

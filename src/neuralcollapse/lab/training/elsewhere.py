@@ -28,7 +28,7 @@ from neuralcollapse.lab.results.resuming import is_external
 from neuralcollapse.lab.training.checkpoints import check_zip
 from neuralcollapse.lab.training.collapse_callback import measure_splits
 from neuralcollapse.lab.training.measuring import is_measured, select_splits, write_measurements
-from neuralcollapse.metrics import Measurement
+from neuralcollapse.metrics import Measurement, Provenance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,9 +106,9 @@ def measure_state_dict(
 
     def measured() -> Iterator[tuple[int, dict[str, Measurement]]]:
         for number in missing:
-            path, options = of_epoch[number], {"layers": list(layers), "epoch": number, "classifier": classifier}
+            path, provenance = of_epoch[number], Provenance(epoch=number, model=f"{model} ({of_epoch[number].stem})")
             network = _network(model, model_options or {}, read_state_dict(path), data, images)
-            found = measure_splits(network, loaders, model_name=f"{model} ({path.stem})", **options)
+            found = measure_splits(network, loaders, provenance, layers=list(layers), classifier=classifier)
             yield number, {split: found[split] for split in wanted}
 
     series, written = measured(), []

@@ -18,7 +18,7 @@ from neuralcollapse.lab.training.checkpoints import PROVENANCE, Owner, WholeChec
 from neuralcollapse.lab.training.collapse_callback import measure_splits
 from neuralcollapse.lab.training.many_runs import Preparation
 from neuralcollapse.lab.untrusted import check_class_is_named
-from neuralcollapse.metrics import Measurement
+from neuralcollapse.metrics import Measurement, Provenance
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +78,8 @@ def measure_run(
             except (ValueError, KeyError, RuntimeError) as error:
                 yield ValueError(f"{str(path)!r} cannot be measured: {str(error).splitlines()[0]}")
                 continue
-            options = {**module.measuring, "layers": layers, "epoch": epoch, "progress": False}
-            found = measure_splits(module, loaders, **options)
+            options = {**module.measuring, "layers": layers, "progress": False}
+            found = measure_splits(module, loaders, Provenance(epoch=epoch), **options)
             yield from write_measurements(run, epoch, {split: found[split] for split in wanted})
             records = Records(run)
 

@@ -45,8 +45,7 @@ from neuralcollapse.lab.training.loggers import build_loggers, finish_loggers
 from neuralcollapse.lab.training.logs import GradientLog, TrainingLog, keep_gradients
 from neuralcollapse.lab.training.objective import batch_loss, penalty
 from neuralcollapse.lab.training.optimizers import build_optimizer, build_schedule
-from neuralcollapse.metrics import ClassMoments, Measurement
-from neuralcollapse.metrics.nc3 import alignment
+from neuralcollapse.metrics import ClassMoments, Measurement, MeasureOptions, alignment
 
 # Each class's own scatter, from which layers have a numerical rank, takes K d² numbers: kept up to this many bytes.
 _CLASS_SCATTER_BYTES = 2**28
@@ -214,7 +213,7 @@ class ClassifierTraining(LightningModule):
 
     @property
     def measuring(self) -> dict[str, Any]:
-        """How its model is measured, during training and after it.
+        """Arguments of `measure` for its model, during training and after it.
 
         Scatter products are taken in fp32, means and sums in fp64: at K = 10 in half the time of fp64 alone, with
         errors of about 1e-9 in metrics that are compared to three digits.
@@ -222,10 +221,9 @@ class ClassifierTraining(LightningModule):
         head: Any = self.get_submodule(self.measured).head
         weight = head.weight
         scatter = ClassMoments.required_bytes(*weight.shape, class_scatter=True) <= _CLASS_SCATTER_BYTES
-        options = {"classifier": head, "class_scatter": scatter, "dtype": "mixed"}
-        # Whatever its rotation, a frame has the Gram that it was made for.
-        has_gram = self.config.method in WITH_ATTRIBUTES
-        return options | ({"code": weight.detach().clone()} if has_gram else {})
+        # The Gram of a frame does not depend on its rotation.
+        code = weight.detach().clone() if self.config.method in WITH_ATTRIBUTES else None
+        return {"classifier": head, "options": MeasureOptions(class_scatter=scatter, dtype="mixed", code=code)}
 
     def _batches(self, epoch: int, done: int = 0) -> EpochBatches:
         standardise = self.evaluation["train"].standardise

@@ -1,4 +1,4 @@
-"""Every function of a metric says what is wrong with its arguments, of whatever type they are."""
+"""Input checks of the metric functions: arguments of a wrong type, shape or value are named."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from helpers import generator
 
 K, D, N = 4, 6, 20
 TARGETS = torch.arange(N) % K
-ARGUMENTS = {  # a good value for each name that an argument has
+ARGUMENTS = {  # a valid value for each argument name
     "vectors": torch.randn(K, D, generator=generator(1)),
     "weight": torch.randn(K, D, generator=generator(2)),
     "class_means": torch.randn(K, D, generator=generator(3)),
@@ -52,15 +52,15 @@ def call(name, **replaced):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_good_arguments_pass(name):
+def test_valid_arguments_are_accepted(name):
     call(name)
 
 
 @pytest.mark.parametrize(("name", "argument"), CASES)
-def test_wrong_types_and_shapes_are_named(name, argument):
-    good = ARGUMENTS[argument]
-    wrong = [good.tolist(), "a", 3, good.to(torch.complex64), good[None]]
-    wrong += [good.float()] if good.dtype == torch.long else [good.long()]
+def test_arguments_of_a_wrong_type_or_shape_are_named(name, argument):
+    valid = ARGUMENTS[argument]
+    wrong = [valid.tolist(), "a", 3, valid.to(torch.complex64), valid[None]]
+    wrong += [valid.float()] if valid.dtype == torch.long else [valid.long()]
     for value in wrong + ([None] if argument != "bias" else []):
         with pytest.raises(ValueError, match=rf"^{argument} must"):
             call(name, **{argument: value})
@@ -69,8 +69,8 @@ def test_wrong_types_and_shapes_are_named(name, argument):
 OF_TARGETS = ["alignment", "cos_margins", "nc2_cos_margin", "instance_alignment", "class_alignment"]
 
 
-@pytest.mark.parametrize("name", [*OF_TARGETS, "matrix_information", "released_matrix_information"])
-def test_targets_out_of_range(name):
+@pytest.mark.parametrize("name", [*OF_TARGETS, "matrix_information"])
+def test_targets_out_of_range_are_refused(name):
     with pytest.raises(ValueError, match=r"targets must lie in \[0, 4\)"):
         call(name, targets=TARGETS + 1)
 
@@ -86,12 +86,12 @@ def test_targets_out_of_range(name):
         ("nc1_cdnv", {"power": None}, "power must be a number, got None"),
     ],
 )
-def test_exponents_and_kernels(name, options, message):
+def test_unknown_kernels_and_exponents_out_of_range(name, options, message):
     with pytest.raises(ValueError, match=message):
         call(name, **options)
 
 
-def test_exponents_are_those_of_the_kernels():
+def test_exponents_of_kernels_and_of_cdnv():
     vectors = ARGUMENTS["vectors"].double()
     unit = vectors / vectors.norm(dim=1, keepdim=True)
     distances = torch.pdist(unit)

@@ -1,4 +1,4 @@
-"""`NeuralCollapse` as torchmetrics, lightning and torch.distributed use it."""
+"""`NeuralCollapse` in torchmetrics, lightning and torch.distributed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from helpers import generator
 from neuralcollapse.heads import ClassMeanClassifier, FixedETFClassifier, LearnedClassifier, NearestETFClassifier
-from neuralcollapse.metrics import ClassMoments, NeuralCollapse, collapse_metrics
+from neuralcollapse.metrics import ClassMoments, MeasureOptions, NeuralCollapse, collapse_metrics
 
 FEATURES = torch.randn(120, 8, generator=generator(1)) + 2
 TARGETS = torch.arange(120) % 4
@@ -119,32 +119,39 @@ def test_double_and_half_leave_the_states_alone(classifier):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_lightning_logs_it(tmp_path):
+def test_lightning_logs_the_metrics_of_each_epoch(tmp_path):
+    """Two epochs of compute, log_dict and reset: the values of each epoch are those of a new measurement."""
     lightning = pytest.importorskip("lightning")
 
     class Module(lightning.LightningModule):
         def __init__(self):
             super().__init__()
+            self.body = nn.Linear(8, 8)
             self.classifier = nn.Linear(8, 4)
             self.collapse = NeuralCollapse(4, 8, self.classifier)
+            self.logged = []
 
         def training_step(self, batch, _):
-            return nn.functional.cross_entropy(self.classifier(batch[0]), batch[1])
+            return nn.functional.cross_entropy(self.classifier(self.body(batch[0])), batch[1])
 
         def validation_step(self, batch, _):
-            self.collapse.update(*batch)
+            self.collapse.update(self.body(batch[0]), batch[1])
 
         def on_validation_epoch_end(self):
             self.log_dict(self.collapse.compute())
             self.collapse.reset()
 
+        def on_train_epoch_end(self):  # after the validation
+            fresh = expected(self.classifier, self.body(FEATURES).detach())
+            self.logged.append((as_floats(self.trainer.callback_metrics), fresh))
+
         def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.1)
+            return torch.optim.SGD(self.parameters(), lr=0.5)
 
     module = Module()
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(FEATURES, TARGETS), batch_size=40)
     trainer = lightning.Trainer(
-        max_epochs=1,
+        max_epochs=2,
         default_root_dir=tmp_path,
         logger=False,
         enable_progress_bar=False,
@@ -153,8 +160,11 @@ def test_lightning_logs_it(tmp_path):
         accelerator="cpu",
     )
     trainer.fit(module, loader, loader)
-    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    assert logged == pytest.approx(expected(module.classifier), rel=1e-6)
+    assert len(module.logged) == 2
+    for logged, fresh in module.logged:
+        assert logged == pytest.approx(fresh, rel=1e-6)
+    first, second = (logged["nc1_quotient"] for logged, _ in module.logged)
+    assert first != pytest.approx(second, rel=1e-3)
 
 
 RANK = """
@@ -169,13 +179,10 @@ features, targets = torch.load(f"{folder}/data.pt", weights_only=True)
 classifier = nn.Linear(8, 4)
 classifier.load_state_dict(torch.load(f"{folder}/classifier.pt", weights_only=True))
 metric = NeuralCollapse(4, 8, classifier)
-collection = NeuralCollapse.collection(4, 8, classifier, metrics=["nc1_pinv", "nc3_duality"])
 half = slice(0, 50) if rank == 0 else slice(50, 120)
 for batch, labels in zip(features[half].split(13), targets[half].split(13)):
     metric.update(batch, labels)
-    collection.update(batch, labels)
 values = metric.compute()
-assert all(torch.allclose(value, values[name]) for name, value in collection.compute().items())
 assert int(metric.counts.sum()) == half.stop - half.start, "synchronising must not change a rank's own state"
 torch.save(values, f"{folder}/rank{rank}.pt")
 dist.destroy_process_group()
@@ -220,58 +227,6 @@ def test_importing_metrics_leaves_torchmetrics_out():
     assert result.stdout.strip() == "[]"
 
 
-def test_a_collection_of_scalars_shares_one_state_and_one_computation(classifier, monkeypatch):
-    collection = NeuralCollapse.collection(4, 8, classifier, prefix="val/")
-    assert collection.compute_groups == {0: list(expected(classifier))}
-    for first in range(0, 120, 25):
-        collection.update(FEATURES[first : first + 25], TARGETS[first : first + 25])
-    states = {id(metric.means) for metric in collection.values(copy_state=False)}
-    assert len(states) == 1
-    calls = []
-    monkeypatch.setattr(
-        "neuralcollapse.metrics.metric.collapse_metrics", lambda *a, **k: calls.append(1) or collapse_metrics(*a, **k)
-    )
-    values = as_floats(collection.compute())
-    assert values == pytest.approx({f"val/{name}": value for name, value in expected(classifier).items()}, rel=1e-10)
-    assert len(calls) == 1
-    with torch.no_grad():
-        classifier.weight += 1
-    collection.update(FEATURES[:25], TARGETS[:25])
-    again = torch.cat([FEATURES, FEATURES[:25]]), torch.cat([TARGETS, TARGETS[:25]])
-    assert as_floats(collection.compute()) == pytest.approx(
-        {f"val/{name}": value for name, value in expected(classifier, *again).items()}, rel=1e-10
-    )
-    collection.reset()
-    collection.update(FEATURES, TARGETS)
-    assert float(collection.compute()["val/nc1_quotient"]) == pytest.approx(expected(classifier)["nc1_quotient"])
-
-
-def test_a_collection_is_forwarded_cloned_and_chosen_from(classifier):
-    names = ["nc3_duality", "nc1_quotient"]
-    collection = NeuralCollapse.collection(4, 8, classifier, metrics=names, center="classes")
-    for first in range(0, 120, 40):
-        batch = slice(first, first + 40)
-        values = collection(FEATURES[batch], TARGETS[batch])
-        assert float(values["nc1_quotient"]) > 0
-    moments = ClassMoments(4, 8)
-    moments.update(FEATURES, TARGETS)
-    wanted = collapse_metrics(moments, classifier.weight, classifier.bias, center="classes")
-    for other in (collection, collection.clone(), pickle.loads(pickle.dumps(collection))):
-        assert as_floats(other.compute()) == pytest.approx({name: wanted[name] for name in names}, rel=1e-10)
-    assert "nc3_duality" not in NeuralCollapse.collection(4, 8)
-    assert collection["nc1_quotient"].higher_is_better is False
-
-
-def test_a_scalar_that_is_not_defined_is_nan():
-    collection = NeuralCollapse.collection(4, 8, min_samples=3)
-    collection.update(
-        FEATURES[:50], torch.tensor([3] * 2 + [0, 1, 2] * 16)
-    )  # two samples of class 3, in the pooled scatter
-    values = as_floats(collection.compute())
-    assert values["nc1_quotient"] > 0
-    assert torch.isnan(torch.tensor(values["nc1_pinv"]))
-
-
 def test_plots(classifier):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     metric = updated(NeuralCollapse(4, 8, classifier))
@@ -279,84 +234,26 @@ def test_plots(classifier):
     assert figure is not None
     assert len(axes.get_lines()) == len(expected(classifier))
     metric.plot([metric.compute()] * 3, ax=axes)
-    collection = NeuralCollapse.collection(4, 8, metrics=["nc1_quotient", "nc2_etf_means"])
-    collection.update(FEATURES, TARGETS)
-    plots = collection.plot([collection.compute()] * 3)
-    assert [axes.get_ylabel() for _, axes in plots] == ["nc1_quotient", "nc2_etf_means"]
-    assert plots[0][1].get_lines()[0].get_ydata().tolist() == [float(collection.compute()["nc1_quotient"])] * 3
     pyplot.close("all")
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_lightning_logs_a_collection_and_resets_it(tmp_path):
-    """Two epochs of ``self.log_dict(collection)``: each epoch's values are those of a fresh measurement."""
-    lightning = pytest.importorskip("lightning")
-
-    class Module(lightning.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.body = nn.Linear(8, 8)
-            self.classifier = nn.Linear(8, 4)
-            self.collapse = NeuralCollapse.collection(4, 8, self.classifier, prefix="val/")
-            self.logged = []
-
-        def training_step(self, batch, _):
-            return nn.functional.cross_entropy(self.classifier(self.body(batch[0])), batch[1])
-
-        def validation_step(self, batch, _):
-            self.collapse.update(self.body(batch[0]), batch[1])
-            self.log_dict(self.collapse)
-
-        def on_train_epoch_end(self):  # after the validation
-            fresh = expected(self.classifier, self.body(FEATURES).detach())
-            self.logged.append((as_floats(self.trainer.callback_metrics), fresh))
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.5)
-
-    module = Module()
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(FEATURES, TARGETS), batch_size=40)
-    trainer = lightning.Trainer(
-        max_epochs=2,
-        default_root_dir=tmp_path,
-        logger=False,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        accelerator="cpu",
-    )
-    trainer.fit(module, loader, loader)
-    assert len(module.logged) == 2
-    for logged, fresh in module.logged:
-        assert logged == pytest.approx({f"val/{name}": value for name, value in fresh.items()}, rel=1e-6)
-    first, second = (logged["val/nc1_quotient"] for logged, _ in module.logged)
-    assert first != pytest.approx(second, rel=1e-3)
 
 
 def test_a_code_adds_what_is_relative_to_its_gram(classifier):
     code = torch.randn(4, 2, generator=generator(4))
-    values = as_floats(updated(NeuralCollapse(4, 8, classifier, code=code)).compute())
+    options = MeasureOptions(code=code)
+    values = as_floats(updated(NeuralCollapse(4, 8, classifier, options=options)).compute())
     moments = ClassMoments(4, 8)
     moments.update(FEATURES, TARGETS)
-    assert values == pytest.approx(collapse_metrics(moments, classifier.weight, classifier.bias, code=code), rel=1e-10)
+    wanted = collapse_metrics(moments, classifier.weight, classifier.bias, options=options)
+    assert values == pytest.approx(wanted, rel=1e-10)
     assert {"nc2_gram_means", "nc2_gram_weights", "nc3_gram_duality"} <= values.keys()
-    collection = NeuralCollapse.collection(4, 8, classifier, code=code)
-    collection.update(FEATURES, TARGETS)
-    assert as_floats(collection.compute()) == pytest.approx(values, rel=1e-10)
-    assert all(scalar.higher_is_better in (True, False, None) for scalar in collection.values())
     with pytest.raises(ValueError, match=r"code must be of shape \(K, r\)"):
-        NeuralCollapse(4, 8, classifier, code=code[:3])
+        NeuralCollapse(4, 8, classifier, options=MeasureOptions(code=code[:3]))
 
 
 def test_compute_follows_the_classifier(classifier):
     metric = updated(NeuralCollapse(4, 8, classifier))
-    scalars = NeuralCollapse.collection(4, 8, classifier, metrics=["nc3_duality", "nc4_bias"])
-    scalars.update(FEATURES, TARGETS)
     for step in range(3):
-        wanted = expected(classifier)
-        assert as_floats(metric.compute()) == pytest.approx(wanted, rel=1e-10)
-        values = {name: wanted[name] for name in ("nc3_duality", "nc4_bias")}
-        assert as_floats(scalars.compute()) == pytest.approx(values, rel=1e-10)
+        assert as_floats(metric.compute()) == pytest.approx(expected(classifier), rel=1e-10)
         with torch.no_grad():
             classifier.weight += torch.randn(4, 8, generator=generator(step))
             classifier.bias.zero_()
@@ -399,7 +296,7 @@ BATCHES = {
 @pytest.mark.filterwarnings("ignore:metrics that are not defined")
 def test_forward_on_any_batch_keeps_what_was_seen(classifier, batch):
     features, targets = BATCHES[batch]
-    metric = updated(NeuralCollapse(4, 8, classifier, ignore_index=-1))
+    metric = updated(NeuralCollapse(4, 8, classifier, options=MeasureOptions(ignore_index=-1)))
     values = metric(features, targets)
     assert values["nc1_quotient"].isnan()
     kept = targets >= 0
@@ -434,7 +331,7 @@ def test_a_refused_batch_changes_nothing(classifier, batch, method, on_step):
 
 def test_forward_that_cannot_compute_changes_nothing(classifier):
     """Of 40 samples each class has ten: a bound that the batch does not meet is an error of the batch alone."""
-    metric = updated(NeuralCollapse(4, 8, classifier, min_samples=15))
+    metric = updated(NeuralCollapse(4, 8, classifier, options=MeasureOptions(min_samples=15)))
     with pytest.raises(ValueError, match="at least 2 classes of min_samples = 15"):
         metric(FEATURES[:40], TARGETS[:40])
     assert int(metric.counts.sum()) == 120
@@ -443,7 +340,8 @@ def test_forward_that_cannot_compute_changes_nothing(classifier):
 
 @pytest.mark.parametrize("mixed", [False, True])
 def test_set_dtype_changes_means_and_scatters_alone(classifier, mixed):
-    metric = NeuralCollapse(4, 8, classifier, dtype="mixed" if mixed else torch.float64)
+    options = MeasureOptions(dtype="mixed" if mixed else torch.float64)
+    metric = NeuralCollapse(4, 8, classifier, options=options)
     metric.update(FEATURES[:60], TARGETS[:60])
     assert metric.set_dtype(torch.float32) is metric
     assert metric.means.dtype == metric.within_class_scatter.dtype == torch.float32
@@ -483,10 +381,7 @@ def test_the_default_dtype_does_not_matter(classifier):
     torch.set_default_dtype(torch.float64)
     try:
         metric = updated(NeuralCollapse(4, 8, classifier))
-        scalars = NeuralCollapse.collection(4, 8, classifier)
-        scalars.update(FEATURES, TARGETS)
         assert as_floats(metric.compute()) == pytest.approx(wanted, rel=1e-10)
-        assert as_floats(scalars.compute()) == pytest.approx(wanted, rel=1e-10)
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -524,10 +419,9 @@ def test_raw_features_for_a_head_that_normalises_are_refused(head, dtype):
     torch.manual_seed(0)
     head = HEADS[head]()
     raw = FEATURES.to(dtype)
-    for metric in (NeuralCollapse(4, 8, head), NeuralCollapse.collection(4, 8, head)):
-        with pytest.raises(ValueError, match=rf"weight of {type(head).__name__} multiplies.*classifier.features"):
-            metric.update(raw, TARGETS)
     metric = NeuralCollapse(4, 8, head)
+    with pytest.raises(ValueError, match=rf"weight of {type(head).__name__} multiplies.*classifier.features"):
+        metric.update(raw, TARGETS)
     normalised = head.features(raw).detach()
     metric.update(normalised, TARGETS)
     metric.update(normalised.float(), TARGETS)
@@ -561,7 +455,7 @@ def test_a_rank_has_its_own_states_back_when_computing_fails(classifier):
         4,
         8,
         classifier,
-        min_samples=0,
+        options=MeasureOptions(min_samples=0),
         dist_sync_fn=lambda tensor, group: [tensor, tensor],
         distributed_available_fn=lambda: True,
     )
