@@ -1,4 +1,4 @@
-"""Runs of a model that leave it unchanged."""
+"""Runs of a model that leave its mode, and after an error its buffers and random state, unchanged."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch.nn.parameter import is_lazy
 def call_model(model: nn.Module, inputs: Any, device: torch.device) -> Any:
     """Run a model on a tensor, a tuple of positional or a mapping of keyword arguments, and return its output.
 
-    Compiled parts run as the modules that they were made from, because compiled code may skip hooks; they stay
-    compiled. Of a model that is parallel over ranks or devices, the module inside runs.
+    Compiled parts run uncompiled, because compiled code may skip hooks; they stay compiled. If the model is parallel
+    over ranks or devices, the module inside runs.
 
     Args:
         model: The model.
-        inputs: Its arguments.
-        device: The device to which tensors in them are moved.
+        inputs: Arguments of the model.
+        device: Device to which their tensors are moved.
     """
     inputs, model = _move(inputs, device), unwrapped(model)
     with uncompiled():
@@ -44,8 +44,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def uncompiled() -> AbstractContextManager[Any]:
-    """Return a context in which compiled modules and functions run as they were before compilation."""
-    # Nothing is compiled where dynamo was never imported, and importing it takes a second.
+    """Return a context in which compiled modules and functions run uncompiled."""
+    # Without an import of dynamo nothing is compiled, and the import takes a second.
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
@@ -59,7 +59,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode; afterwards every module is in the mode it was in."""
+    """Put a model into evaluation mode, and restore the mode of every module afterwards."""
     training = {module: module.training for module in model.modules()}
     try:
         model.eval()
@@ -75,8 +75,8 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     values = {
         buffer: buffer.clone()
-        for _, held in buffers
-        for buffer in held.values()
+        for _, of_module in buffers
+        for buffer in of_module.values()
         if buffer is not None and not is_lazy(buffer) and buffer.device.type != "meta"
     }
     random = torch.get_rng_state()
@@ -85,9 +85,9 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for module, held in buffers:
+        for module, of_module in buffers:
             module._buffers.clear()
-            module._buffers.update(held)
+            module._buffers.update(of_module)
         with torch.no_grad():
             for buffer, value in values.items():
                 if not torch.equal(buffer, value):

@@ -1,4 +1,9 @@
-"""The classifier of a model, found from the model's structure, or by running it."""
+"""The classifier of a model, found by running the model, or from its structure.
+
+Running decides by arithmetic: `ClassifierObserver` records the inputs and outputs of all modules with a weight (K, d)
+during a forward, and compares features · Wᵀ + b with what the model returned. The structure (`structural_candidates`)
+is used where the model cannot be run.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +23,9 @@ from neuralcollapse._checks import check_module
 from neuralcollapse._running import call_model, device_of, evaluation_mode, unchanged_on_error, unwrapped
 
 _CONVENTIONAL_NAMES = ("classifier", "fc", "head", "heads", "linear", "output", "lm_head", "score")
-_KEPT_BYTES = 2**28  # inputs of candidates kept during the first forward; those of the earliest calls are dropped
-_FIRST_PRODUCTS = 2**28  # multiplications at most for the comparison of one candidate on the first batch
-_LATER_ROWS = 16  # samples compared in each later batch
+_KEPT_BYTES = 2**28  # maximum size of the recorded inputs of a forward; those of the earliest calls are dropped
+_FIRST_PRODUCTS = 2**28  # maximum number of multiplications to compare a candidate on the first batch
+_LATER_ROWS = 16  # samples that are compared in each later batch
 _HOW_TO_NAME = "Name it with classifier='dotted.name'; find_classifier(model, example) finds it by running the model"
 
 
@@ -35,36 +40,36 @@ def is_classifier(module: nn.Module) -> bool:
 
 
 def classifier_features(classifier: nn.Module, inputs: Tensor) -> Tensor:
-    """Return the tensor that the classifier's weight multiplies, given the classifier's input.
+    """Return the tensor that the weight of a classifier multiplies, from the input of the classifier.
 
-    For an ``nn.Linear`` that is the input itself; a head that normalises returns the normalised features.
+    For an ``nn.Linear`` it is the input itself, for a head that normalises the normalised features.
     """
     features = getattr(classifier, "features", None)
     return features(inputs) if callable(features) else inputs
 
 
 def find_classifier(model: nn.Module, example: Any = None) -> tuple[str, nn.Module]:
-    """Find the module whose output is the model's logits.
+    """Find the module whose output is the logits of a model.
 
     With an ``example`` the model is run on it, in evaluation mode and without gradients: the classifier is the
-    module for which features · Wᵀ + b equals what the model returned, within rounding. Names such as ``fc`` or
-    ``head`` decide only between modules that pass.
+    module for which features · Wᵀ + b equals the output of the model, within rounding. Names such as ``fc`` or ``head``
+    decide only between several such modules.
 
-    Without one, only the structure is looked at: the classifier is what ``get_classifier()`` returns (as in timm);
-    else an ``nn.Sequential`` ends in its last child, any other module in the one of its direct children that is, or
-    ends in, a classifier, and where there is none in the only one deeper inside.
+    Without an example, the structure decides: the classifier is what ``get_classifier()`` returns (as in timm).
+    Otherwise an ``nn.Sequential`` ends in its last child, and any other module in its only direct child that is, or
+    ends in, a classifier; if no direct child does, in the only classifier inside.
 
     Args:
         model: Any module.
         example: Inputs of the model: a tensor, a tuple of positional or a mapping of keyword arguments. They are moved
-            to the model's device.
+            to the device of the model.
 
     Returns:
-        The dotted name inside ``model`` (empty when the model itself is the classifier), and the module.
+        The dotted name inside ``model`` (empty if the model itself is the classifier), and the module.
 
     Raises:
-        ValueError: if ``model`` is not a module, if it has no classifier, or if several modules could be it; with an
-            example, if no module computes the model's output. The message names them. The model is left unchanged.
+        ValueError: if ``model`` is not a module, has no classifier, or several modules could be it; with an example,
+            if no module computes its output. The message names them. The model is left unchanged.
 
     Examples:
         >>> from torch import nn
@@ -86,18 +91,18 @@ def find_classifier(model: nn.Module, example: Any = None) -> tuple[str, nn.Modu
 def resolve_classifier(
     model: nn.Module, classifier: str | nn.Module | None = None, in_features: int | None = None
 ) -> tuple[str, nn.Module]:
-    """Return the classifier that the caller named or passed, else the one that the structure shows.
+    """Return the given classifier, or the one that the structure determines.
 
     Args:
         model: The model.
         classifier: The classifier, or its dotted name.
-        in_features: Number of features d of the classifier, which decides between several candidates.
+        in_features: Number of features d, which decides between several candidates.
     """
     check_module("model", model)
     if classifier is None:
         candidates = structural_candidates(model)
         if len(candidates) > 1 and in_features is not None:
-            fitting = [found for found in candidates if _in_features(found[1]) == in_features]
+            fitting = [(name, module) for name, module in candidates if _in_features(module) == in_features]
             candidates = fitting if len(fitting) == 1 else candidates
         name, module = _only(model, candidates)
     else:
@@ -125,29 +130,29 @@ def expected_classifier(model: nn.Module, classifier: str | nn.Module | None = N
 
 
 def check_not_lazy(name: str, classifier: nn.Module) -> None:
-    """Raise a ValueError if the classifier does not know its number of features yet."""
+    """Raise a ValueError if the number of features of the classifier is not known yet."""
     if isinstance(classifier, LazyModuleMixin) and classifier.has_uninitialized_params():
         raise ValueError(
-            f"classifier {name} must know its number of features, got a {type(classifier).__name__} that has seen no "
-            "input: run the model on a batch first"
+            f"classifier {name} must know its number of features, got a {type(classifier).__name__} without any "
+            "input so far: run the model on a batch first"
         )
 
 
 def structural_candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the modules that could be the model's classifier by its structure alone."""
-    return _said(model) or _candidates("", model)
+    """Return the modules that could be the classifier by the structure of the model."""
+    return _declared_classifier(model) or _ends("", model)
 
 
 @dataclass(frozen=True)
 class OutputClassifier:
-    """The module that computes a model's output.
+    """Module that computes the output of a model.
 
     Attributes:
-        name: Its dotted name.
+        name: Dotted name.
         module: The module.
-        weight: W (K, d), as the model's forward used it.
+        weight: W (K, d), as used in the forward.
         bias: b (K,), or None.
-        output: Keys that lead to the logits in what the model returns.
+        output: Keys of the logits in the output of the model.
     """
 
     name: str
@@ -158,13 +163,13 @@ class OutputClassifier:
 
 
 class ClassifierObserver:
-    """Observes forward passes of a model, and finds the module that computes its output on the first one.
+    """Observer of forward passes of a model, which finds the module that computes its output in the first one.
 
-    Used as a context in which the model is run; `read` is called with what each run returned.
+    The model is run inside this context manager; `read` is called with the output of each run.
 
     Args:
         model: The model.
-        classifier: The classifier or its dotted name, if the caller gave one; it is verified as well.
+        classifier: The classifier or its dotted name, if known; it is verified as well.
 
     Raises:
         ValueError: if the model is a TorchScript module, the name is not in it, or no module could be its classifier.
@@ -190,114 +195,120 @@ class ClassifierObserver:
         elif not self._modules:
             _only(model, [])
         else:
-            _said(model)
+            _declared_classifier(model)
         for name, module in self._modules.items():
             check_not_lazy(repr(name), module)
-        self._found: OutputClassifier | None = None
+        self._classifier: OutputClassifier | None = None
         self._calls: dict[str, _Call] = {}
         self._hooks = ExitStack()
 
     @property
     def classifier(self) -> OutputClassifier:
         """The classifier, known after the first `read`."""
-        if self._found is None:
+        if self._classifier is None:
             raise RuntimeError("the classifier is known after the first batch")
-        return self._found
+        return self._classifier
 
     def __enter__(self) -> ClassifierObserver:
-        self._observe(self._modules if self._found is None else {self._found.name: self._found.module})
+        known = self._classifier
+        self._observe(self._modules if known is None else {known.name: known.module})
         return self
 
     def __exit__(self, *_: object) -> None:
         self._observe({})
 
     def read(self, returned: Any) -> tuple[Tensor, Tensor]:
-        """Return features (..., d) and logits (..., K) of the run that has just ended.
+        """Return features (..., d) and logits (..., K) of the last run.
 
-        The first call decides which module is the classifier, by a comparison on all samples (on evenly spaced ones if
-        the batch is very large). Later calls compare a few samples.
+        The first call decides which module is the classifier, by a comparison of all samples (evenly spaced ones if the
+        batch is very large). Later calls compare a few samples.
 
         Args:
-            returned: What the model returned.
+            returned: Output of the model.
 
         Raises:
-            ValueError: if no module computes what the model returned, or several do; later, if the classifier was not
-                called exactly once or no longer computes the output.
+            ValueError: if no module computes the output, or several do; later, if the classifier was not called exactly
+                once or no longer computes the output.
         """
         calls, self._calls = self._calls, {}
-        if self._found is None:
+        if self._classifier is None:
             match = self._decide(calls, _tensors(returned))
-            self._found = match.classifier
+            self._classifier = match.classifier
             self._observe({match.name: self._modules[match.name]})
         else:
-            match = self._again(calls, returned, self._found)
+            match = self._verify(calls, returned, self._classifier)
         if match.features is None or match.classifier is None:
             raise ValueError(
                 f"classifier {match.name!r} computed the output of the first batch, but not of a later one: "
                 f"{match.name!r} {match.reason}"
             )
-        return match.features, _at(returned, match.classifier.output)
+        return match.features, _tensor_at(returned, match.classifier.output)
 
     def _observe(self, modules: dict[str, nn.Module]) -> None:
-        """Observe these modules, and no others."""
+        """Observe the given modules only."""
         self._hooks.close()
         self._calls = {}
         for name, module in modules.items():
-            self._hooks.enter_context(module.register_forward_hook(self._note(name), with_kwargs=True))
+            self._hooks.enter_context(module.register_forward_hook(self._recorder(name), with_kwargs=True))
 
-    def _note(self, name: str) -> Callable[..., None]:
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _recorder(self, name: str) -> Callable[..., None]:
+        """Return a forward hook that records the calls of a module."""
+
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             call = self._calls.setdefault(name, _Call())
             call.count += 1
             inputs: Any = args[0] if args else next(iter(kwargs.values()), None)
             if call.count == 1 and _is_floating(inputs) and _is_floating(output):
-                call.take(module, inputs, output)
+                call.record(module, inputs, output)
                 self._drop_earliest()
 
-        return note
+        return record
 
     def _drop_earliest(self) -> None:
-        """Keep the memory that the first forward takes within bounds."""
-        held = [(name, call.inputs) for name, call in self._calls.items() if call.inputs is not None]
-        total = sum(inputs.nbytes for _, inputs in held)
-        for name, inputs in held[:-1]:
+        """Drop the earliest recorded inputs if they take too much memory."""
+        recorded = [(name, call.inputs) for name, call in self._calls.items() if call.inputs is not None]
+        total = sum(inputs.nbytes for _, inputs in recorded)
+        for name, inputs in recorded[:-1]:
             if total > _KEPT_BYTES and name != self.named:
                 self._calls[name].inputs = None
                 total -= inputs.nbytes
 
     def _decide(self, calls: dict[str, _Call], tensors: list[tuple[Path, Tensor]]) -> _Match:
+        """Return the match of the only module that computes one of the tensors of the output."""
         if self.named is not None and self.named not in calls:
             raise ValueError(f"{self.named!r} must be called by the model's forward, but was not")
         matches = [_compare(name, self._modules[name], call, tensors) for name, call in reversed(calls.items())]
         passing = _without_features([match for match in matches if match.features is not None])
         chosen = passing if self.named is None else [match for match in passing if match.name == self.named]
         if not chosen:
-            raise ValueError(self._refusal(matches, passing, tensors))
+            raise ValueError(self._no_match(matches, passing, tensors))
         if len(chosen) > 1:
             chosen = _break_tie(chosen)
         if len(chosen) > 1:
             names = ", ".join(repr(match.name) for match in chosen)
             raise ValueError(
-                f"several modules of {self._kind} compute what it returned: {names}. "
+                f"several modules of {self._model_name} compute what it returned: {names}. "
                 "Name the one whose output is the logits with classifier='dotted.name'"
             )
         return chosen[0]
 
-    def _again(self, calls: dict[str, _Call], returned: Any, found: OutputClassifier) -> _Match:
+    def _verify(self, calls: dict[str, _Call], returned: Any, known: OutputClassifier) -> _Match:
+        """Return the match of the known classifier on a later batch."""
         try:
-            logits = _at(returned, found.output)
+            logits = _tensor_at(returned, known.output)
         except (KeyError, IndexError, AttributeError, TypeError):
-            return _Match(found.name, f"is not found at {list(found.output)} in a {type(returned).__name__}")
-        call = calls.get(found.name, _Call())
-        return _compare(found.name, found.module, call, [(found.output, logits)], found)
+            return _Match(known.name, f"is not found at {list(known.output)} in a {type(returned).__name__}")
+        call = calls.get(known.name, _Call())
+        return _compare(known.name, known.module, call, [(known.output, logits)], known)
 
     @property
-    def _kind(self) -> str:
+    def _model_name(self) -> str:
         return type(unwrapped(self._model)).__name__
 
-    def _refusal(self, matches: list[_Match], passing: list[_Match], tensors: list[tuple[Path, Tensor]]) -> str:
+    def _no_match(self, matches: list[_Match], passing: list[_Match], tensors: list[tuple[Path, Tensor]]) -> str:
+        """Return the message that no module computes the output, with the reasons of the nearest ones."""
         if not tensors:
-            return f"model must return logits, but what {self._kind} returned holds no floating-point tensor"
+            return f"model must return logits, but what {self._model_name} returned holds no floating-point tensor"
         if self.named is not None:
             matches = [match for match in matches if match.name == self.named]
         nearest = sorted(matches, key=lambda match: match.difference)[:3]
@@ -308,10 +319,10 @@ class ClassifierObserver:
         shapes = " or ".join(str(tuple(tensor.shape)) for _, tensor in tensors[:3])
         instead = f". That is the output of {passing[0].name!r}" if passing else ""
         return (
-            f"{subject} of {self._kind} computes its output {shapes} as features · weightᵀ + bias: {reasons}{instead}. "
-            "Take away what follows the classifier; give a layer that normalises a method features(x) that returns "
-            "what its weight multiplies; merge adapters into their layer; or name another module with "
-            "classifier='dotted.name'"
+            f"{subject} of {self._model_name} computes its output {shapes} as features · weightᵀ + bias: "
+            f"{reasons}{instead}. Remove what follows the classifier; give a layer that normalises a method "
+            "features(x) that returns what its weight multiplies; merge adapters into their layer; or name another module "
+            "with classifier='dotted.name'"
         )
 
 
@@ -320,7 +331,7 @@ Path = tuple[str | int, ...]
 
 @dataclass
 class _Call:
-    """The calls of one module during one forward: their number, and the tensors of the first."""
+    """Calls of one module during a forward: their number, and the tensors of the first one."""
 
     count: int = 0
     inputs: Tensor | None = None
@@ -328,8 +339,8 @@ class _Call:
     version: int | None = None
     dtype: torch.dtype = torch.float32
 
-    def take(self, module: nn.Module, inputs: Tensor, output: Tensor) -> None:
-        """Keep a copy of the inputs, which the model may change in place, and a weak reference to the output."""
+    def record(self, module: nn.Module, inputs: Tensor, output: Tensor) -> None:
+        """Store a copy of the inputs, which the model may change in place, and a weak reference to the output."""
         inputs = inputs.detach()
         self.inputs = inputs.flatten(2).mean(dim=2) if isinstance(module, _CONVOLUTIONS) else inputs.clone()
         self.output, self.version, self.dtype = weakref.ref(output), _version(output), output.dtype
@@ -343,7 +354,7 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Match:
-    """The comparison of one module with what the model returned; ``features`` is None if it failed."""
+    """Comparison of one module with the output of the model; ``features`` is None if they differ."""
 
     name: str
     reason: str
@@ -361,16 +372,16 @@ def _compare(
     module: nn.Module,
     call: _Call,
     tensors: list[tuple[Path, Tensor]],
-    found: OutputClassifier | None = None,
+    known: OutputClassifier | None = None,
 ) -> _Match:
-    """Compare features · Wᵀ + b with tensors of the model's output, and return the first that is equal, or the nearest.
+    """Compare features · Wᵀ + b with tensors of the output, and return the first equal one, or the nearest.
 
     Args:
-        name: The module's name.
+        name: Name of the module.
         module: The module.
-        call: Its call during the forward.
-        tensors: What it is compared with.
-        found: The same module on an earlier batch: its weight is used again, and a few samples are compared.
+        call: Calls during the forward.
+        tensors: Tensors of the output of the model, with their keys.
+        known: The result for an earlier batch: its weight is used again, and only a few samples are compared.
     """
     if call.count != 1:
         return _Match(name, f"{_times(call.count)} per forward")
@@ -378,14 +389,15 @@ def _compare(
         return _Match(
             name, "was not compared: it takes or returns no floating-point tensor, or too much was called after it"
         )
-    weight, bias = _parameters(module) if found is None else (found.weight, found.bias)
+    weight, bias = _parameters(module) if known is None else (known.weight, known.bias)
     if weight is None or weight.ndim != 2 or not weight.is_floating_point() or weight.device.type == "meta":
         return _Match(name, f"({type(module).__name__}) has no floating-point weight of shape (K, d)")
     try:
         inputs = classifier_features(module, call.inputs)
-    except Exception as error:  # a method of that name with another purpose
+    except Exception as error:  # a method called features with another purpose
         return _Match(name, f"({type(module).__name__}) has a method features that fails: {error}")
-    passed, failed = "computes the features that another module takes", _Match(name, "is compared with nothing")
+    passed = "computes the features that another module takes"
+    failed = _Match(name, "is compared with nothing")
     for path, logits in tensors:
         features = _in_layout(inputs, logits)
         shapes = f"with weight {tuple(weight.shape)} on features {tuple(call.inputs.shape)}"
@@ -397,7 +409,7 @@ def _compare(
         classifier = OutputClassifier(name, module, weight, bias, path)
         if is_output and _is_plain(module):
             return _Match(name, passed, 0.0, classifier, features, True)
-        difference, equal = _difference(features, weight, bias, logits, call.dtype, 0 if found is None else _LATER_ROWS)
+        difference, equal = _difference(features, weight, bias, logits, call.dtype, 0 if known is None else _LATER_ROWS)
         if equal:
             return _Match(name, passed, difference, classifier, features, is_output)
         if difference <= failed.difference:
@@ -410,22 +422,22 @@ def _difference(
 ) -> tuple[float, bool]:
     """Return max |features · Wᵀ + b − logits| over samples, and whether every difference is within rounding.
 
-    An entry's rounding error is bounded by a multiple of the unit of rounding times Σ|h_i w_i| + |b|: a few units where
-    products are summed in a higher precision (half precision, TF32), else with the √d of accumulation.
+    The rounding error of an entry is bounded by a multiple of the unit of rounding times Σ|h_i w_i| + |b|: a few units
+    if products are summed in a higher precision (half precision, TF32), else √d units more.
 
     Args:
         features: (..., d).
         weight: (K, d).
         bias: (K,) or None.
         logits: (..., K).
-        computed: Dtype in which the module returned them.
-        rows: How many samples to compare, evenly spaced; 0: all, if that is not too much work.
+        computed: Dtype of the output of the module.
+        rows: Number of evenly spaced samples to compare; 0: all, within `_FIRST_PRODUCTS`.
     """
     dtypes = (features.dtype, weight.dtype, computed, logits.dtype)
     rounding = max(_rounding(dtype, logits.device) for dtype in dtypes)
     smallest = max(torch.finfo(dtype).smallest_normal for dtype in (computed, logits.dtype))
     dtype = torch.float64 if weight.numel() <= 2**22 else torch.promote_types(weight.dtype, torch.float32)
-    device = torch.device("cpu") if logits.device.type == "mps" else logits.device  # no float64 there
+    device = torch.device("cpu") if logits.device.type == "mps" else logits.device  # without fp64
     rows = rows or max(_LATER_ROWS, _FIRST_PRODUCTS // weight.numel())
     features, logits = features.flatten(0, -2), logits.flatten(0, -2)
     if len(features) > rows:
@@ -436,7 +448,7 @@ def _difference(
     if bias is not None:
         expected, scale = expected + bias.to(expected), scale + bias.abs().to(scale)
     units = 4.0 if rounding > 1e-4 else 4 + math.sqrt(features.shape[1])
-    # Features that are not finite are refused later, by name; a logit beyond the range of its dtype is infinite.
+    # Features that are not finite are refused later; a logit beyond the range of its dtype is infinite.
     comparable = inputs.isfinite().all(dim=1, keepdim=True) & (expected.abs() < torch.finfo(logits.dtype).max)
     differences = (expected - outputs).abs().nan_to_num(math.inf, math.inf)[comparable]
     if not differences.numel():
@@ -446,7 +458,7 @@ def _difference(
 
 
 def _rounding(dtype: torch.dtype, device: torch.device) -> float:
-    """Return the unit of rounding of a dtype, where fp32 products may be computed in less."""
+    """Return the unit of rounding of a dtype; that of fp32 depends on the precision of its products."""
     unit = torch.finfo(dtype).eps
     if dtype != torch.float32:
         return unit
@@ -461,7 +473,7 @@ def _rounding(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def _in_layout(features: Tensor, logits: Tensor) -> Tensor | None:
-    """Return the features in the layout of the logits: averaged over positions where those have none."""
+    """Return the features in the layout of the logits: averaged over positions if the logits have none."""
     if not _is_floating(features) or not features.ndim:
         return None
     if features.shape[:-1] == logits.shape[:-1]:
@@ -472,7 +484,7 @@ def _in_layout(features: Tensor, logits: Tensor) -> Tensor | None:
 
 
 def _parameters(module: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Return W (K, d) and b as they are now: of quantised layers dequantised, of convolutions without positions."""
+    """Return the current W (K, d) and b: dequantised for quantised layers, without positions for convolutions."""
     weight, bias = (value() if callable(value) else value for value in (module.weight, getattr(module, "bias", None)))
     if not isinstance(weight, Tensor):
         return None, None
@@ -485,9 +497,8 @@ def _parameters(module: Any) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Return whether the module's output is known to be that of its weight and bias, whatever its arithmetic."""
-    kind = type(module)
-    if kind not in (nn.Linear, NonDynamicallyQuantizableLinear) and not _is_dynamic_quantised(module):
+    """Return whether the output of the module follows from its weight and bias, whatever its arithmetic."""
+    if type(module) not in (nn.Linear, NonDynamicallyQuantizableLinear) and not _is_dynamic_quantised(module):
         return False
     return "forward" not in vars(module) and len(module._forward_hooks) <= 1 and not module._forward_pre_hooks
 
@@ -509,26 +520,26 @@ def _has_weight(module: nn.Module) -> bool:
 
 
 def _without_features(passing: list[_Match]) -> list[_Match]:
-    """Leave out modules whose output the model returns as the features that another one takes."""
+    """Return the matches without modules whose output is the features of another match."""
     return [match for match in passing if not any(_computes_features(match, other) for other in passing)]
 
 
 def _computes_features(match: _Match, other: _Match) -> bool:
-    """Return whether the output of one module is what the other one's weight multiplies."""
-    own, features = match.classifier, other.features
-    if own is None or other.classifier is None or match.features is None or features is None:
+    """Return whether the output of one module is what the weight of the other one multiplies."""
+    first, second, features = match.classifier, other.classifier, other.features
+    if first is None or second is None or match.features is None or features is None:
         return False
-    if own.output == other.classifier.output or features.shape != (*match.features.shape[:-1], len(own.weight)):
+    if first.output == second.output or features.shape != (*match.features.shape[:-1], len(first.weight)):
         return False
-    return _difference(match.features, own.weight, own.bias, features, features.dtype, _LATER_ROWS)[1]
+    return _difference(match.features, first.weight, first.bias, features, features.dtype, _LATER_ROWS)[1]
 
 
 def _break_tie(passing: list[_Match]) -> list[_Match]:
-    """Decide between modules that pass: by the output itself, by one weight under two names, then by name."""
-    found = [match.classifier for match in passing if match.classifier is not None]
-    if len({classifier.output for classifier in found}) > 1:
-        return passing  # several of the tensors returned are logits: which of them is meant cannot be seen
-    if len({(classifier.weight.data_ptr(), classifier.weight.shape) for classifier in found}) == 1:
+    """Decide between modules that compute the output: by identity, by a shared weight, then by name."""
+    classifiers = [match.classifier for match in passing if match.classifier is not None]
+    if len({classifier.output for classifier in classifiers}) > 1:
+        return passing  # several tensors of the output are logits
+    if len({(classifier.weight.data_ptr(), classifier.weight.shape) for classifier in classifiers}) == 1:
         return passing[:1]
     passing = [match for match in passing if match.is_output] or passing
     named = [match for match in passing if match.name.split(".")[-1] in _CONVENTIONAL_NAMES]
@@ -536,9 +547,9 @@ def _break_tie(passing: list[_Match]) -> list[_Match]:
 
 
 def _tensors(returned: Any) -> list[tuple[Path, Tensor]]:
-    """Return the floating-point tensors in what a model returned; where some are called logits, these alone."""
-    found = list(_leaves((), returned))
-    return [(path, tensor) for path, tensor in found if path and path[-1] == "logits"] or found
+    """Return the floating-point tensors of an output with their keys; only those called logits if there are any."""
+    tensors = list(_leaves((), returned))
+    return [(path, tensor) for path, tensor in tensors if path and path[-1] == "logits"] or tensors
 
 
 def _leaves(path: Path, value: Any) -> Iterator[tuple[Path, Tensor]]:
@@ -559,7 +570,7 @@ def _leaves(path: Path, value: Any) -> Iterator[tuple[Path, Tensor]]:
             yield from _leaves((key,), inner)
 
 
-def _at(returned: Any, path: Path) -> Tensor:
+def _tensor_at(returned: Any, path: Path) -> Tensor:
     for key in path:
         if isinstance(key, str) and not isinstance(returned, Mapping):
             returned = getattr(returned, key)
@@ -575,7 +586,7 @@ def _is_floating(value: Any) -> bool:
 
 
 def _version(tensor: Tensor) -> int | None:
-    """Return the count of in-place changes, or None where torch keeps none."""
+    """Return the number of in-place changes, or None for a tensor of inference mode."""
     return None if tensor.is_inference() else tensor._version
 
 
@@ -584,6 +595,7 @@ def _times(count: int) -> str:
 
 
 def _only(model: nn.Module, candidates: list[tuple[str, nn.Module]]) -> tuple[str, nn.Module]:
+    """Return the only candidate; raise if there is none, or several."""
     if len(candidates) == 1:
         return candidates[0]
     if not candidates:
@@ -609,10 +621,10 @@ def _named(model: nn.Module, classifier: str | nn.Module) -> tuple[str, nn.Modul
             module = unwrapped(root.get_submodule(classifier)) if classifier else unwrapped(root)
         except AttributeError:
             continue
-        return next(name for name, one in model.named_modules() if one is module), module
-    found = ", ".join(repr(name) for name, module in model.named_modules() if is_classifier(module))
+        return next(name for name, other in model.named_modules() if other is module), module
+    names = ", ".join(repr(name) for name, module in model.named_modules() if is_classifier(module))
     raise ValueError(
-        f"classifier must name a module of the model, got {classifier!r}; those with a weight are {found or 'none'}"
+        f"classifier must name a module of the model, got {classifier!r}; those with a weight are {names or 'none'}"
     )
 
 
@@ -621,39 +633,39 @@ def _in_features(classifier: nn.Module) -> int | None:
     return weight.shape[1] if isinstance(weight, Tensor) and weight.ndim == 2 else None
 
 
-def _said(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return what the model itself calls its classifier."""
+def _declared_classifier(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the module that the method ``get_classifier`` of the model returns, if it is a classifier."""
     get_classifier = getattr(model, "get_classifier", None)
-    said = get_classifier() if callable(get_classifier) else None
-    if isinstance(said, nn.Identity):
+    declared = get_classifier() if callable(get_classifier) else None
+    if isinstance(declared, nn.Identity):
         raise ValueError(
             f"model ({type(model).__name__}) must end in a classifier; its get_classifier() is an nn.Identity. "
-            "Make it with a number of classes, or name a module with classifier='dotted.name'"
+            "Create it with a number of classes, or name a module with classifier='dotted.name'"
         )
-    if not (isinstance(said, nn.Module) and is_classifier(said)):
+    if not (isinstance(declared, nn.Module) and is_classifier(declared)):
         return []
-    return [(name, module) for name, module in model.named_modules() if module is said]
+    return [(name, module) for name, module in model.named_modules() if module is declared]
 
 
-def _candidates(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return what the module could end in."""
+def _ends(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the classifiers that a module could end in."""
     if is_classifier(module):
         return [(name, module)]
     children = [
         (f"{name}.{child_name}" if name else child_name, child) for child_name, child in module.named_children()
     ]
     if isinstance(module, nn.Sequential):
-        ends = [(child_name, child) for child_name, child in children if not isinstance(child, nn.Identity)]
-        return _candidates(*ends[-1]) if ends else []
-    return list(_direct(children)) or [found for child in children for found in _candidates(*child)]
+        layers = [(child_name, child) for child_name, child in children if not isinstance(child, nn.Identity)]
+        return _ends(*layers[-1]) if layers else []
+    return list(_direct_ends(children)) or [end for child in children for end in _ends(*child)]
 
 
-def _direct(children: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:
-    """Yield those of the children that are classifiers, or chains that end in one."""
+def _direct_ends(children: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the children that are classifiers, and the last layer of a chain if it is one."""
     for name, child in children:
         if is_classifier(child):
             yield name, child
         elif isinstance(child, nn.Sequential):
-            ends = _candidates(name, child)
+            ends = _ends(name, child)
             if len(ends) == 1 and ends[0][0].count(".") == name.count(".") + 1:
                 yield ends[0]

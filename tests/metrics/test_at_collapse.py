@@ -1,4 +1,4 @@
-"""What the metrics say of perfect collapse, and of random features."""
+"""Values of the metrics at perfect collapse, and for random features."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NC1 keeps its digits where within-class spread is a millionth of the class means and less."""
+"""NC1 is accurate for within-class spreads of a millionth of the class means and less."""
 
 from __future__ import annotations
 

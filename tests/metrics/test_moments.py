@@ -1,4 +1,4 @@
-"""The one-pass moments: exact for any order and partition, and their bad input."""
+"""One-pass moments: exact for any order and partition of the data, with checked inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Values of classes and of pairs of classes against their definitions, and scatter about other means."""
+"""Values of classes and of pairs of classes by their definitions, and scatter about other means."""
 
 from __future__ import annotations
 

@@ -189,6 +189,19 @@ dist.destroy_process_group()
 """
 
 
+def test_states_of_two_ranks_are_merged(classifier):
+    ranks = [updated(NeuralCollapse(4, 8, classifier), 0, 50), updated(NeuralCollapse(4, 8, classifier), 50, 120)]
+
+    def gather(tensor, group=None):
+        name = next(name for name, state in ranks[0].metric_state.items() if state is tensor)
+        return [rank.metric_state[name] for rank in ranks]
+
+    ranks[0].dist_sync_fn, ranks[0].distributed_available_fn = gather, lambda: True
+    assert as_floats(ranks[0].compute()) == pytest.approx(expected(classifier), rel=1e-10)
+    assert int(ranks[0].counts.sum()) == 50
+
+
+@pytest.mark.slow
 def test_two_gloo_processes_give_the_single_process_result(tmp_path, classifier):
     torch.save((FEATURES, TARGETS), tmp_path / "data.pt")
     torch.save(classifier.state_dict(), tmp_path / "classifier.pt")

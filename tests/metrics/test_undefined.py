@@ -1,4 +1,4 @@
-"""What has no value is NaN, with a reason and one warning; what has one keeps it, at any scale."""
+"""Undefined metrics are NaN, with a reason and one warning; defined ones have their value at any scale."""
 
 from __future__ import annotations
 

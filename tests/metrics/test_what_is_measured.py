@@ -1,4 +1,4 @@
-"""What `measure` takes for the classifier computes the model's output, over many small networks; others are refused."""
+"""The module that `measure` finds computes the output of many small networks; other networks are refused."""
 
 from __future__ import annotations
 
