@@ -321,8 +321,8 @@ class ClassifierObserver:
         return (
             f"{subject} of {self._model_name} computes its output {shapes} as features · weightᵀ + bias: "
             f"{reasons}{instead}. Remove what follows the classifier; give a layer that normalises a method "
-            "features(x) that returns what its weight multiplies; merge adapters into their layer; or name another module "
-            "with classifier='dotted.name'"
+            "features(x) that returns what its weight multiplies; merge adapters into their layer; or name another "
+            "module with classifier='dotted.name'"
         )
 
 
