@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 
 import neuralcollapse
 from neuralcollapse import losses, nearest_simplex_etf
+from neuralcollapse.heads import LeadingDirections
 
 LOSSES = (losses.normface, losses.ntce, losses.nonl, losses.decoupled_cross_entropy, losses.two_way)
 SHAPES = [(10, 512), (100, 512), (100, 2048), (1000, 2048)]
@@ -44,10 +45,14 @@ def measure(num_classes: int, feature_dim: int, versions: dict[str, ModuleType])
     frames: dict[str, neuralcollapse.FixedFrameClassifier | neuralcollapse.NearestFrameClassifier] = {
         "fixed_frame": neuralcollapse.FixedFrameClassifier(feature_dim, num_classes, torch.randn(num_classes, rank)),
         "nearest_frame": neuralcollapse.NearestFrameClassifier(
-            feature_dim, num_classes, geometry=torch.randn(num_classes, rank)
+            feature_dim, num_classes, frame=torch.randn(num_classes, rank)
         ),
-        "frame_of_means": neuralcollapse.NearestFrameClassifier(feature_dim, num_classes, geometry="means", rank=rank),
-        "frame_of_means_auto": neuralcollapse.NearestFrameClassifier(feature_dim, num_classes, geometry="means"),
+        "frame_of_means": neuralcollapse.NearestFrameClassifier(
+            feature_dim, num_classes, frame=LeadingDirections(rank)
+        ),
+        "frame_of_means_auto": neuralcollapse.NearestFrameClassifier(
+            feature_dim, num_classes, frame=LeadingDirections()
+        ),
     }
     for name, head in frames.items():
         functions[name] = lambda head=head: step(head, targets)

@@ -14,9 +14,10 @@ images, labels = torch.tensor(digits.data / 16, dtype=torch.float32), torch.tens
 train = DataLoader(TensorDataset(images[:1500], labels[:1500]), batch_size=100, shuffle=True)
 test = DataLoader(TensorDataset(images[1500:], labels[1500:]), batch_size=100)
 
+code = nc.softmax_code(10, 4)
 for name, make in {
     "learned": lambda: nc.LearnedClassifier(4, 10, feature_norm=10.0),
-    "softmax code": lambda: nc.FixedETFClassifier(4, 10, orientation="softmax-code", feature_norm=10.0),
+    "softmax code": lambda: nc.FixedFrameClassifier(4, 10, code, orientation="given", feature_norm=10.0),
 }.items():
     torch.manual_seed(0)
     head = make()

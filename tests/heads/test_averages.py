@@ -21,25 +21,27 @@ from neuralcollapse import (
     attach_head,
     nearest_frame,
     nearest_simplex_etf,
+    softmax_code,
 )
+from neuralcollapse.heads import LeadingDirections, TrustRegion
 
 CODE = normal(4, 3, seed=5)
 WEIGHTS = torch.tensor([1.0, 2, 3, 4])
 HEADS = {
     "nearest": lambda: NearestETFClassifier(12, 4, momentum=0.5),
     "nearest, class weights": lambda: NearestETFClassifier(12, 4, class_weights=WEIGHTS),
-    "as published": lambda: NearestETFClassifier(12, 4, solver="trust-region"),
+    "as published": lambda: NearestETFClassifier(12, 4, solver=TrustRegion()),
     "simplex": lambda: NearestFrameClassifier(12, 4),
-    "code": lambda: NearestFrameClassifier(12, 4, geometry=CODE),
-    "code, class weights": lambda: NearestFrameClassifier(12, 4, geometry=CODE, class_weights=WEIGHTS),
-    "means": lambda: NearestFrameClassifier(12, 4, geometry="means"),
+    "code": lambda: NearestFrameClassifier(12, 4, frame=CODE),
+    "code, class weights": lambda: NearestFrameClassifier(12, 4, frame=CODE, class_weights=WEIGHTS),
+    "means": lambda: NearestFrameClassifier(12, 4, frame=LeadingDirections()),
     "means of rank 2, class weights": lambda: NearestFrameClassifier(
-        12, 4, geometry="means", rank=2, class_weights=WEIGHTS
+        12, 4, frame=LeadingDirections(2), class_weights=WEIGHTS
     ),
     "class means": lambda: ClassMeanClassifier(12, 4, momentum=0.5),
     "fixed": lambda: FixedETFClassifier(12, 4),
     "fixed frame": lambda: FixedFrameClassifier(12, 4, CODE),
-    "softmax code": lambda: FixedETFClassifier(2, 4, orientation="softmax-code"),
+    "softmax code": lambda: FixedFrameClassifier(2, 4, softmax_code(4, 2), orientation="given"),
     "learned": lambda: LearnedClassifier(12, 4, unit_weight=True),
 }
 AVERAGES = {
@@ -81,13 +83,13 @@ def is_of_its_kind(head):
     gram, norms = weight @ weight.T, weight.norm(dim=1)
     if isinstance(head, ClassMeanClassifier | LearnedClassifier) or head.in_features == 2:
         return torch.allclose(norms, torch.ones(4).double(), atol=1e-5)
-    if isinstance(head, FixedFrameClassifier) or getattr(head, "geometry", None) == "code":
+    if type(head) is FixedFrameClassifier or getattr(head, "code", None) is not None:
         code = CODE - CODE.mean(0)
         centred = weight - weight.mean(0)
         return torch.allclose(centred @ centred.T, code @ code.T, atol=2e-5)
-    if getattr(head, "geometry", None) == "means":
+    if isinstance(getattr(head, "frame", None), LeadingDirections):
         singular = torch.linalg.svdvals(weight - weight.mean(0))
-        rank = 2 if head.rank == 2 else int((singular > 1e-3).sum())
+        rank = 2 if head.frame.rank == 2 else int((singular > 1e-3).sum())
         return torch.allclose(singular[:rank], torch.tensor((4 / rank) ** 0.5).double(), atol=1e-5)
     return torch.allclose(gram, simplex_gram(4), atol=1e-5)
 

@@ -7,8 +7,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from helpers import generator, normal
-from neuralcollapse import FixedETFClassifier, NearestETFClassifier
+from neuralcollapse import FixedETFClassifier, FixedFrameClassifier, NearestETFClassifier
 from neuralcollapse.geometry import one_vs_rest_margins, softmax_code
+from neuralcollapse.heads import ClosedForm, TrustRegion
 
 
 def step(head, seed):
@@ -22,7 +23,7 @@ def step(head, seed):
 def test_the_published_solver_takes_the_steps_of_the_closed_form():
     """The two problems differ by the nuisance column that the proximal term sees, so by little at a small weight."""
     heads = [
-        NearestETFClassifier(8, 5, proximal_weight=2e-3, solver=solver) for solver in ("closed-form", "trust-region")
+        NearestETFClassifier(8, 5, proximal_weight=2e-3, solver=solver) for solver in (ClosedForm(), TrustRegion())
     ]
     for seed in range(3):
         (loss, gradient), (published_loss, published_gradient) = (step(head, seed) for head in heads)
@@ -32,28 +33,32 @@ def test_the_published_solver_takes_the_steps_of_the_closed_form():
 
 
 def test_the_published_solver_keeps_its_last_solution_in_the_state():
-    head = NearestETFClassifier(8, 5, solver="trust-region")
+    head = NearestETFClassifier(8, 5, solver=TrustRegion())
     step(head, 0)
-    other = NearestETFClassifier(8, 5, solver="trust-region")
+    other = NearestETFClassifier(8, 5, solver=TrustRegion())
     other.load_state_dict(head.state_dict())
     assert torch.equal(step(head, 1)[0], step(other, 1)[0])
     assert torch.equal(head.weight, other.weight)
 
 
 def test_more_classes_than_an_etf_can_hold_have_a_softmax_code():
-    head = FixedETFClassifier(4, 10, orientation="softmax-code", generator=generator(1))
-    assert torch.equal(head.weight, softmax_code(10, 4, generator=generator(1)))
+    code = softmax_code(10, 4, generator=generator(1))
+    head = FixedFrameClassifier(4, 10, code, orientation="given")
+    assert torch.equal(head.weight, code)
+    rotated = FixedFrameClassifier(4, 10, code).weight
+    centred = code - code.mean(0)
+    assert torch.allclose(rotated @ rotated.T, centred @ centred.T, atol=1e-5)
     assert float(one_vs_rest_margins(head.weight).min()) > 0.5
     logits = head(normal(6, 4, dtype=torch.float32), torch.arange(6))
     assert logits.shape == (6, 10)
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="solver must be 'closed-form' or 'trust-region', got 'newton'"):
+    with pytest.raises(ValueError, match=r"solver must be ClosedForm\(\) or TrustRegion\(\), got 'newton'"):
         NearestETFClassifier(8, 5, solver="newton")
     with pytest.raises(ValueError, match="in_features must be at least num_classes = 5, got 4"):
-        NearestETFClassifier(4, 5, solver="trust-region")
+        NearestETFClassifier(4, 5, solver=TrustRegion())
     with pytest.raises(ValueError, match="at least num_classes - 1"):
         FixedETFClassifier(4, 10)
-    with pytest.raises(ValueError, match="'softmax-code' or a \\(K, d\\) tensor, got 'best'"):
+    with pytest.raises(ValueError, match="'random' or a \\(K, d\\) tensor, got 'best'"):
         FixedETFClassifier(4, 3, orientation="best")

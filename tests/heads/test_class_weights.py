@@ -15,14 +15,15 @@ from neuralcollapse import (
     nearest_frame,
     nearest_simplex_etf,
 )
+from neuralcollapse.heads import LeadingDirections, Simplex, TrustRegion
 
 CODE = normal(5, 3, seed=4)
 WEIGHTS = torch.tensor([0.2, 1.0, 1.0, 3.0, 5.0], dtype=torch.float64)
 HEADS = {
     "etf": lambda **options: NearestETFClassifier(12, 5, **options),
     "simplex": lambda **options: NearestFrameClassifier(12, 5, **options),
-    "code": lambda **options: NearestFrameClassifier(12, 5, geometry=CODE, **options),
-    "means": lambda **options: NearestFrameClassifier(12, 5, geometry="means", rank=2, **options),
+    "code": lambda **options: NearestFrameClassifier(12, 5, frame=CODE, **options),
+    "means": lambda **options: NearestFrameClassifier(12, 5, frame=LeadingDirections(2), **options),
     "class means": lambda **options: ClassMeanClassifier(12, 5, means="current", **options),
     "previous class means": lambda **options: ClassMeanClassifier(12, 5, **options),
     "differentiable class means": lambda **options: ClassMeanClassifier(12, 5, means="differentiable", **options),
@@ -42,22 +43,23 @@ def moving_means(seeds, momentum=0.4):
         yield moving
 
 
-@pytest.mark.parametrize("geometry", ["simplex", CODE], ids=["simplex", "code"])
-def test_the_frame_is_the_nearest_in_the_weighted_distance(geometry):
+@pytest.mark.parametrize("frame", [Simplex(), CODE], ids=["simplex", "code"])
+def test_the_frame_is_the_nearest_in_the_weighted_distance(frame):
     options = {"feature_norm": None, "momentum": 0.4, "proximal_weight": 0.2, "class_weights": WEIGHTS}
-    heads = [NearestFrameClassifier(12, 5, geometry=geometry, **options).double()]
-    if isinstance(geometry, str):
+    heads = [NearestFrameClassifier(12, 5, frame=frame, **options).double()]
+    simplex = isinstance(frame, Simplex)
+    if simplex:
         heads.append(NearestETFClassifier(12, 5, **options).double())
-    frame = None
+    expected = None
     for seed, means in enumerate(moving_means(range(3))):
-        anchored = {} if frame is None else {"anchor": frame, "proximal_weight": 0.2}
-        solve = nearest_simplex_etf if isinstance(geometry, str) else lambda m, **o: nearest_frame(m, CODE, **o)
-        frame = solve(means, class_weights=WEIGHTS, **anchored)
+        anchored = {} if expected is None else {"anchor": expected, "proximal_weight": 0.2}
+        solve = nearest_simplex_etf if simplex else lambda m, **o: nearest_frame(m, CODE, **o)
+        expected = solve(means, class_weights=WEIGHTS, **anchored)
         for head in heads:
             head(*batch(seed))
-            assert torch.allclose(head.weight, frame, atol=1e-6)  # the code and the first frame are kept in fp32
-    plain = nearest_simplex_etf(means) if isinstance(geometry, str) else nearest_frame(means, CODE)
-    assert not torch.allclose(frame - frame.mean(0), plain - plain.mean(0), atol=1e-2)
+            assert torch.allclose(head.weight, expected, atol=1e-6)  # the code and the first frame are kept in fp32
+    plain = nearest_simplex_etf(means) if simplex else nearest_frame(means, CODE)
+    assert not torch.allclose(expected - expected.mean(0), plain - plain.mean(0), atol=1e-2)
 
 
 def test_class_means_are_centred_at_their_weighted_mean():
@@ -156,5 +158,5 @@ def test_other_weights_are_refused(make, weights, message):
 
 
 def test_the_published_problem_has_no_class_weights():
-    with pytest.raises(ValueError, match="class_weights must be None with solver='trust-region'"):
-        NearestETFClassifier(12, 5, solver="trust-region", class_weights=WEIGHTS)
+    with pytest.raises(ValueError, match="class_weights must be None with solver=TrustRegion\\(\\)"):
+        NearestETFClassifier(12, 5, solver=TrustRegion(), class_weights=WEIGHTS)

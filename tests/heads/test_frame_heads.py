@@ -21,14 +21,17 @@ from neuralcollapse import (
     simplex_etf,
 )
 from neuralcollapse.geometry import attribute_gram, code_from_gram, code_of_means
+from neuralcollapse.heads import LeadingDirections, Simplex, TrustRegion
 
 GRAM = attribute_gram(torch.cartesian_prod(torch.arange(3), torch.arange(2)), torch.tensor([0.5, 0.5]).double())
 CODE = code_from_gram(GRAM, feature_dim=12)  # six classes of two attributes, rank 3
 HEADS = {
-    "code": lambda **options: NearestFrameClassifier(12, 6, geometry=CODE, **options),
-    "more classes than dimensions": lambda **options: NearestFrameClassifier(12, 20, geometry="means", **options),
-    "means": lambda **options: NearestFrameClassifier(12, 6, geometry="means", **options),
-    "means of rank 2": lambda **options: NearestFrameClassifier(12, 6, geometry="means", rank=2, **options),
+    "code": lambda **options: NearestFrameClassifier(12, 6, frame=CODE, **options),
+    "more classes than dimensions": lambda **options: NearestFrameClassifier(
+        12, 20, frame=LeadingDirections(), **options
+    ),
+    "means": lambda **options: NearestFrameClassifier(12, 6, frame=LeadingDirections(), **options),
+    "means of rank 2": lambda **options: NearestFrameClassifier(12, 6, frame=LeadingDirections(2), **options),
 }
 
 
@@ -48,7 +51,7 @@ def centred(features, targets):
 
 def test_training_logits_are_those_of_the_nearest_frame():
     """Three steps written out: moving means, no anchor in the first and then the last frame, bias −W m."""
-    head = NearestFrameClassifier(12, 6, geometry=CODE, feature_norm=3.0, momentum=0.4, proximal_weight=0.2).double()
+    head = NearestFrameClassifier(12, 6, frame=CODE, feature_norm=3.0, momentum=0.4, proximal_weight=0.2).double()
     frame, moving = None, None
     for seed in range(3):
         features, targets = batch(seed)
@@ -63,7 +66,7 @@ def test_training_logits_are_those_of_the_nearest_frame():
 
 @pytest.mark.parametrize("rank", ["auto", 2, 5])
 def test_the_geometry_of_the_means_is_the_code_of_the_moving_means(rank):
-    head = NearestFrameClassifier(12, 6, geometry="means", rank=rank, proximal_weight=0.0, feature_norm=None).double()
+    head = NearestFrameClassifier(12, 6, frame=LeadingDirections(rank), proximal_weight=0.0, feature_norm=None).double()
     for seed in range(3):
         features, targets = batch(seed)
         logits = head(features, targets)
@@ -87,14 +90,14 @@ def test_state_dicts_of_the_etf_heads_keep_their_names():
     """What earlier versions saved has these."""
     means = [f"class_means.{part}.{name}" for part in ("centred", "overall") for name in ("mean", "seen", "batches")]
     assert list(NearestETFClassifier(8, 5).state_dict()) == ["weight", *means]
-    assert list(NearestETFClassifier(8, 5, solver="trust-region").state_dict()) == ["weight", "frame", *means]
+    assert list(NearestETFClassifier(8, 5, solver=TrustRegion()).state_dict()) == ["weight", "published_point", *means]
     moving = [f"global_mean.{name}" for name in ("mean", "seen", "batches")]
     assert list(FixedETFClassifier(8, 5).state_dict()) == ["weight", *moving]
     assert set(FixedETFClassifier(8, 5, bias="learned").state_dict()) == {"weight", "learned_bias"}
 
 
 def test_logits_carry_both_gradients_exactly():
-    head = NearestFrameClassifier(12, 6, geometry=CODE, feature_norm=4.0, momentum=0.5).double()
+    head = NearestFrameClassifier(12, 6, frame=CODE, feature_norm=4.0, momentum=0.5).double()
     head(*batch(0))
     start = copy.deepcopy(head.state_dict())
     features, targets = batch(1, size=2)
@@ -181,7 +184,7 @@ def test_classes_not_seen_and_one_class_alone_do_not_poison_the_frame(make):
 
 
 def test_one_class_in_the_first_batch_keeps_the_first_frame():
-    head = NearestFrameClassifier(12, 6, geometry=CODE, generator=generator(2)).double()
+    head = NearestFrameClassifier(12, 6, frame=CODE, generator=generator(2)).double()
     first = head.weight.clone()
     assert torch.allclose(first @ first.T, GRAM, atol=1e-6)
     head(batch(0)[0], torch.zeros(86, dtype=torch.int64))
@@ -209,7 +212,7 @@ def test_labels_do_not_reach_the_logits_of_evaluation(make):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("c++") is None, reason="inductor needs a C++ compiler")
-@pytest.mark.parametrize("options", [{"geometry": CODE}, {"geometry": "means", "rank": 2}])
+@pytest.mark.parametrize("options", [{"frame": CODE}, {"frame": LeadingDirections(2)}])
 def test_the_whole_training_forward_compiles_into_one_graph(options):
     def model():
         torch.manual_seed(0)
@@ -240,7 +243,7 @@ def test_the_fixed_frame_has_the_gram_of_its_code(options):
 
 
 def test_attached_and_made_plain_it_decides_the_same():
-    head = NearestFrameClassifier(12, 6, geometry=CODE)
+    head = NearestFrameClassifier(12, 6, frame=CODE)
     for seed in range(2):
         head(*batch(seed, dtype=torch.float32))
     features, _ = batch(7, dtype=torch.float32)
@@ -251,16 +254,25 @@ def test_attached_and_made_plain_it_decides_the_same():
     ("call", "message"),
     [
         (lambda: NearestFrameClassifier(4, 9), "feature_dim must be at least num_classes - 1 = 8, got 4"),
-        (lambda: NearestFrameClassifier(8, 5, geometry="etf"), "geometry must be 'simplex', 'means' or a code"),
-        (lambda: NearestFrameClassifier(8, 5, geometry=None), "geometry must be 'simplex', 'means' or a code"),
         (
-            lambda: NearestFrameClassifier(8, 5, geometry=CODE),
+            lambda: NearestFrameClassifier(8, 5, frame="etf"),
+            r"frame must be Simplex\(\), .* or a code \(K, r\), got 'etf'",
+        ),
+        (
+            lambda: NearestFrameClassifier(8, 5, frame=None),
+            r"frame must be Simplex\(\), LeadingDirections\(\) or a code",
+        ),
+        (lambda: NearestFrameClassifier(8, 5, frame=Simplex), r"frame must be Simplex\(\), LeadingDirections\(\) or a"),
+        (
+            lambda: NearestFrameClassifier(8, 5, frame=CODE),
             r"code must be of shape \(K, r\) with K = 5, got \(6, 3\)",
         ),
-        (lambda: NearestFrameClassifier(2, 6, geometry=CODE), "a rank of at most feature_dim = 2, got 3"),
-        (lambda: NearestFrameClassifier(8, 6, geometry=CODE, rank=2), "rank needs geometry='means'"),
-        (lambda: NearestFrameClassifier(8, 5, rank="auto"), "rank needs geometry='means'"),
-        (lambda: NearestFrameClassifier(8, 5, geometry="means", rank=5), "rank must be 'auto' or an integer from 1 to"),
+        (lambda: NearestFrameClassifier(2, 6, frame=CODE), "a rank of at most feature_dim = 2, got 3"),
+        (lambda: NearestFrameClassifier(8, 6, frame=CODE, solver=TrustRegion()), r"solver must be ClosedForm\(\) with"),
+        (
+            lambda: NearestFrameClassifier(8, 5, frame=LeadingDirections(5)),
+            "rank must be 'auto' or an integer from 1 to",
+        ),
         (lambda: NearestFrameClassifier(8, 5, bias="learned"), "bias must be"),
         (lambda: FixedFrameClassifier(8, 5, CODE), r"code must be of shape \(K, r\) with K = 5"),
         (lambda: FixedFrameClassifier(2, 6, CODE), "a rank of at most feature_dim = 2, got 3"),

@@ -24,8 +24,9 @@ from neuralcollapse import (
     attach_head,
     random_simplex_etf,
     simplex_etf,
+    softmax_code,
 )
-from neuralcollapse.heads import FeatureNorm, collapse_radius
+from neuralcollapse.heads import FeatureNorm, LeadingDirections, collapse_radius
 
 CODE = normal(5, 3, seed=4, dtype=torch.float32)
 HEADS = {
@@ -37,9 +38,9 @@ HEADS = {
     "nearest": lambda **options: NearestETFClassifier(12, 5, **options),
     "nearest, no bias": lambda **options: NearestETFClassifier(12, 5, bias="none", **options),
     "fixed frame": lambda **options: FixedFrameClassifier(12, 5, CODE, **options),
-    "nearest frame of a code": lambda **options: NearestFrameClassifier(12, 5, geometry=CODE, **options),
-    "nearest frame of the means": lambda **options: NearestFrameClassifier(12, 5, geometry="means", **options),
-    "nearest frame of rank 2": lambda **options: NearestFrameClassifier(12, 5, geometry="means", rank=2, **options),
+    "nearest frame of a code": lambda **options: NearestFrameClassifier(12, 5, frame=CODE, **options),
+    "nearest frame of the means": lambda **options: NearestFrameClassifier(12, 5, frame=LeadingDirections(), **options),
+    "nearest frame of rank 2": lambda **options: NearestFrameClassifier(12, 5, frame=LeadingDirections(2), **options),
 }
 
 
@@ -213,8 +214,8 @@ def test_fixed_weight_is_what_was_asked_for():
     "make",
     [
         lambda: FixedETFClassifier(12, 5),
-        lambda: FixedETFClassifier(12, 5, orientation="softmax-code"),
-        lambda: FixedETFClassifier(12, 20, orientation="softmax-code"),
+        lambda: FixedFrameClassifier(12, 5, softmax_code(5, 12)),
+        lambda: FixedFrameClassifier(12, 20, softmax_code(20, 12)),
         lambda: FixedFrameClassifier(12, 5, CODE),
     ],
 )
@@ -250,7 +251,7 @@ def test_the_default_orientation_is_made_on_the_default_device():
     [
         lambda: FixedETFClassifier(32, 10),
         lambda: FixedETFClassifier(32, 10, feature_norm=None, bias="learned"),
-        lambda: FixedETFClassifier(32, 10, orientation="softmax-code"),
+        lambda: FixedFrameClassifier(32, 10, softmax_code(10, 32)),
     ],
 )
 def test_a_fixed_weight_trains_behind_a_relu(head):
@@ -273,7 +274,7 @@ def test_a_fixed_weight_trains_behind_a_relu(head):
 @pytest.mark.parametrize(
     ("orientation", "message"),
     [
-        ("up", "orientation must be 'canonical', 'random', 'softmax-code' or a"),
+        ("up", "orientation must be 'canonical', 'random' or a"),
         (torch.zeros(5, 11), r"orientation must be of shape \(5, 12\), got \(5, 11\)"),
         (torch.eye(5, 12), "orientation must be a unit simplex ETF"),
     ],

@@ -19,7 +19,7 @@ from neuralcollapse import (
     NearestFrameClassifier,
     attach_head,
 )
-from neuralcollapse.heads import FeatureNorm
+from neuralcollapse.heads import FeatureNorm, LeadingDirections, TrustRegion
 
 CODE = normal(4, 3, seed=4)
 HEADS = {
@@ -28,9 +28,9 @@ HEADS = {
     "fixed": lambda **options: FixedETFClassifier(16, 4, orientation="canonical", **options),
     "fixed frame": lambda **options: FixedFrameClassifier(16, 4, CODE, **options),
     "nearest": lambda **options: NearestETFClassifier(16, 4, **options),
-    "as published": lambda **options: NearestETFClassifier(16, 4, solver="trust-region", **options),
-    "nearest frame of a code": lambda **options: NearestFrameClassifier(16, 4, geometry=CODE, **options),
-    "nearest frame of the means": lambda **options: NearestFrameClassifier(16, 4, geometry="means", **options),
+    "as published": lambda **options: NearestETFClassifier(16, 4, solver=TrustRegion(), **options),
+    "nearest frame of a code": lambda **options: NearestFrameClassifier(16, 4, frame=CODE, **options),
+    "nearest frame of the means": lambda **options: NearestFrameClassifier(16, 4, frame=LeadingDirections(), **options),
     "class means": lambda **options: ClassMeanClassifier(16, 4, **options),
 }
 TARGETS = torch.arange(32) % 4

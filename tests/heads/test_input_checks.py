@@ -57,7 +57,7 @@ WRONG_ARGUMENTS = [
     (lambda: LearnedClassifier(4, 3, unit_weight=1), "unit_weight must be True or False, got 1"),
     (
         lambda: FixedETFClassifier(4, 3, orientation=None),
-        "orientation must be 'canonical', 'random', 'softmax-code' or a",
+        "orientation must be 'canonical', 'random' or a",
     ),
     (lambda: FixedETFClassifier(4, 3, orientation=torch.ones(3, 4).long()), "orientation must be a floating-point"),
     (lambda: FixedETFClassifier(4, 3, orientation=torch.full((3, 4), torch.nan)), "orientation must be a unit simplex"),

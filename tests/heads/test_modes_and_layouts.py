@@ -18,14 +18,15 @@ from neuralcollapse import (
     NearestFrameClassifier,
     attach_head,
 )
+from neuralcollapse.heads import LeadingDirections
 
 CODE = normal(5, 3, seed=4, dtype=torch.float32)
 LEARNING = {
     "nearest": lambda **options: NearestETFClassifier(12, 5, **options),
     "nearest, detached": lambda **options: NearestETFClassifier(12, 5, implicit_gradient=False, **options),
     "simplex": lambda **options: NearestFrameClassifier(12, 5, **options),
-    "frame of a code": lambda **options: NearestFrameClassifier(12, 5, geometry=CODE, **options),
-    "frame of the means": lambda **options: NearestFrameClassifier(12, 5, geometry="means", rank=2, **options),
+    "frame of a code": lambda **options: NearestFrameClassifier(12, 5, frame=CODE, **options),
+    "frame of the means": lambda **options: NearestFrameClassifier(12, 5, frame=LeadingDirections(2), **options),
     "previous means": lambda **options: ClassMeanClassifier(12, 5, **options),
     "differentiable means": lambda **options: ClassMeanClassifier(12, 5, means="differentiable", **options),
 }

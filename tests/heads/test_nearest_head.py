@@ -16,6 +16,7 @@ from neuralcollapse import (
     random_simplex_etf,
 )
 from neuralcollapse.geometry import nearest_etf_diagnostics
+from neuralcollapse.heads import ClosedForm, TrustRegion
 
 
 def batch(seed, size=40, dtype=torch.float64):
@@ -129,10 +130,10 @@ def test_autocast_keeps_means_and_solve_in_fp32():
     ("backend", "options"),
     [
         ("aot_eager", {}),
-        ("aot_eager", {"momentum": "cumulative", "method": "products"}),
+        ("aot_eager", {"momentum": "cumulative", "solver": ClosedForm("products")}),
         ("aot_eager", {"momentum": "published"}),
         ("inductor", {}),
-        pytest.param("inductor", {"method": "products", "ignore_index": 3}, marks=pytest.mark.slow),
+        pytest.param("inductor", {"solver": ClosedForm("products"), "ignore_index": 3}, marks=pytest.mark.slow),
     ],
 )
 def test_the_whole_training_forward_compiles_into_one_graph(backend, options):
@@ -276,7 +277,7 @@ def test_diagnostics_say_how_good_the_last_solution_is(weights):
 
 
 def test_diagnostics_of_the_published_problem_are_those_of_its_solver():
-    head = NearestETFClassifier(12, 5, solver="trust-region", diagnostics=True).double()
+    head = NearestETFClassifier(12, 5, solver=TrustRegion(), diagnostics=True).double()
     for seed in range(2):
         last = head.weight
         head(*batch(seed))

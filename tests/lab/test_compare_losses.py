@@ -15,6 +15,7 @@ from scipy.stats import ttest_rel
 from helpers import error_of
 from neuralcollapse import ClassMeanClassifier, FixedETFClassifier, LearnedClassifier, NearestETFClassifier
 from neuralcollapse.cli import main
+from neuralcollapse.heads import TrustRegion
 from neuralcollapse.lab.config import RunConfig
 from neuralcollapse.lab.experiments import Comparison, comparison_of, comparison_runs, label_of, tell_apart
 from neuralcollapse.lab.models.building import build_head
@@ -190,7 +191,7 @@ def test_the_head_of_a_method_has_the_settings(settings, kind, norm):
     assert head.feature_norm == norm
     assert getattr(head, "means", "current") == "current"
     if kind is NearestETFClassifier:
-        assert head.solver == "trust-region"
+        assert head.solver == TrustRegion()
     if kind is LearnedClassifier:
         assert head.bias.requires_grad
         assert not torch.allclose(head.weight.norm(dim=1), torch.ones(10), atol=1e-3)

@@ -1,4 +1,4 @@
-"""What every head has: features on a sphere, a linear decision, an inference form."""
+"""Base classes of heads: feature normalisation, linear decision, inference form, and targets in training."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from neuralcollapse._checks import (
 
 
 class FeatureNorm(nn.Module):
-    """Projects features on the sphere of a given radius, τ h/‖h‖; a zero vector stays zero.
+    """Projection of features on the sphere of a given radius, τ h/‖h‖; a zero vector stays zero.
 
-    Vectors of any length that their dtype can hold are projected alike: the square of a large or small component
-    neither overflows nor vanishes.
+    It is accurate for vectors of any norm that their dtype can represent: squares of large or small components neither
+    overflow nor underflow.
 
     Args:
         radius: τ > 0.
@@ -63,7 +63,7 @@ class FeatureNorm(nn.Module):
 
 
 def _project(vectors: Tensor, radius: float) -> tuple[Tensor, Tensor]:
-    """The projection τ h/‖h‖, and τ/‖h‖."""
+    """Return the projection τ h/‖h‖ and the factor τ/‖h‖."""
     factor = _into_ordinary_range(vectors.detach())
     ordinary = vectors * factor
     norm = torch.linalg.vector_norm(ordinary, dim=-1, keepdim=True)
@@ -72,9 +72,9 @@ def _project(vectors: Tensor, radius: float) -> tuple[Tensor, Tensor]:
 
 
 def _into_ordinary_range(vectors: Tensor) -> Tensor:
-    """A power of two per vector, 1 for nearly all, times which its squares are neither infinite nor zero."""
+    """Return one power of two per vector, mostly 1, that scales it so that its squares neither overflow nor vanish."""
     largest = torch.linalg.vector_norm(vectors, float("inf"), dim=-1, keepdim=True)
-    # Exponents of two: a vector whose largest component is outside 2^±limit is moved by 2^±shift.
+    # Exponents of two: a vector whose largest component is outside 2^±limit is scaled by 2^±shift.
     limit, shift = (400.0, 620.0) if vectors.dtype == torch.float64 else (50.0, 76.0)
     factor = torch.ones_like(largest)
     factor = factor.masked_fill((largest > 0) & (largest < 2.0**-limit), 2.0**shift)
@@ -82,7 +82,7 @@ def _into_ordinary_range(vectors: Tensor) -> Tensor:
 
 
 def _project_eagerly(vectors: Tensor, radius: float) -> Tensor:
-    """`_project` with fewer passes over memory where that is possible."""
+    """Return `_project`'s projection, with fewer passes over memory if values can be read."""
     if _is_tracing() or not values_readable(vectors):
         return _project(vectors, radius)[0]
     if vectors.requires_grad:
@@ -92,7 +92,7 @@ def _project_eagerly(vectors: Tensor, radius: float) -> Tensor:
 
 
 def _project_by_values(vectors: Tensor, radius: float) -> tuple[Tensor, Tensor]:
-    """`_project`, which on a CPU looks first whether all norms are ordinary."""
+    """Return `_project`, on a CPU without rescaling if all norms are in the ordinary range."""
     if vectors.device.type == "cpu":
         norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
         if bool(((norm > 2.0**-40) & (norm < 2.0**60)).all()):
@@ -102,7 +102,10 @@ def _project_by_values(vectors: Tensor, radius: float) -> tuple[Tensor, Tensor]:
 
 
 class _OnSphere(torch.autograd.Function):
-    """p = τ h/‖h‖, with half of automatic differentiation's passes over memory: of g it is τ/‖h‖ (g − p p·g/τ²)."""
+    """The projection p = τ h/‖h‖, whose derivative maps g to τ/‖h‖ (g − p p·g/τ²).
+
+    It takes half the passes over memory of automatic differentiation.
+    """
 
     @staticmethod
     def forward(ctx, vectors: Tensor, radius: float) -> Tensor:  # type: ignore[no-untyped-def]
@@ -114,14 +117,14 @@ class _OnSphere(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
         vectors, projected, scale = ctx.saved_tensors
-        if torch.is_grad_enabled():  # to be differentiated again: what was saved has no graph
+        if torch.is_grad_enabled():  # for a second derivative: the saved tensors have no graph
             projected, scale = _project(vectors, ctx.radius)
         along = torch.linalg.vecdot(gradient, projected).unsqueeze(-1)
         return torch.addcmul(gradient, projected, along, value=-1 / ctx.radius**2) * scale, None
 
 
 def collapse_radius(num_classes: int, probability: float = 0.99) -> float:
-    """The feature norm τ at which perfect collapse gives the true class the stated probability.
+    """Feature norm τ at which perfect collapse gives the true class a given probability.
 
     τ = ((K−1)/K)·log((K−1)p/(1−p)), for unit weights in a simplex ETF and bias 0.
 
@@ -133,7 +136,7 @@ def collapse_radius(num_classes: int, probability: float = 0.99) -> float:
         τ.
 
     Raises:
-        ValueError: K < 2, or p outside (1/K, 1).
+        ValueError: if K < 2, or p is outside (1/K, 1).
 
     Examples:
         >>> [round(collapse_radius(num_classes), 1) for num_classes in (10, 100, 1000)]
@@ -148,19 +151,19 @@ def collapse_radius(num_classes: int, probability: float = 0.99) -> float:
 class Head(nn.Module):
     """A classifier that ends a backbone: logits = weight · features(x) + bias.
 
-    A subclass sets `weight` (K, d) and `bias` (K,) or None, as attributes or properties. Where the weight has to fulfil
-    a constraint that something outside the head may break, as an average of weights does, `_mended` restores it
-    whenever the weight is read.
+    A subclass sets `weight` (K, d) and `bias` (K,) or None, as attributes or properties. If the weight has to satisfy a
+    constraint that code outside the head may break, as an average of weights does, `_valid_weight` restores it whenever
+    the weight is read.
 
     Args:
         in_features: d ≥ 1.
         num_classes: K ≥ 2.
-        feature_norm: Radius of the sphere on which features are projected; ``"auto"``: `collapse_radius`; None: they
-            are taken as they are.
-        ignore_index: Label of samples that do not count, for the heads that take targets.
+        feature_norm: Radius of the sphere on which features are projected; ``"auto"``: `collapse_radius`; None:
+            features are not scaled.
+        ignore_index: Target of samples that are left out, for heads that use targets.
 
     Raises:
-        ValueError: if an argument is out of range, features are of another shape or kind, or targets are not integers
+        ValueError: if an argument is out of range, features have the wrong shape or dtype, or targets are not integers
             in the layout of the features.
     """
 
@@ -187,40 +190,40 @@ class Head(nn.Module):
             raise ValueError(f"feature_norm must be a positive number, 'auto' or None, got {feature_norm!r}")
         self.feature_norm = feature_norm
         self._norm = nn.Identity() if feature_norm is None else FeatureNorm(feature_norm)
-        self._precision = torch.get_default_dtype()  # of the features that it takes, as far as is known
+        self._precision = torch.get_default_dtype()  # of the features, as far as is known
 
     def __getattr__(self, name: str) -> Any:
         value: Any = super().__getattr__(name)
-        return self._mended(value) if name == "weight" else value
+        return self._valid_weight(value) if name == "weight" else value
 
-    def _mended(self, weight: Tensor) -> Tensor:
-        """The weight as it is read from outside a training step."""
+    def _valid_weight(self, weight: Tensor) -> Tensor:
+        """Return the stored weight, after restoring its constraint if that is broken."""
         return weight
 
-    def _unmended(self) -> Tensor:
-        """The weight as it is stored."""
+    def _stored_weight(self) -> Tensor:
+        """Return the weight as it is stored."""
         for store in (self.__dict__, self._parameters, self._buffers):
             if isinstance(weight := store.get("weight"), Tensor):
                 return weight
         return self.weight
 
-    def _store(self, weight: Tensor) -> Tensor:
-        """Take a buffer's new value."""
+    def _store_weight(self, weight: Tensor) -> Tensor:
+        """Rebind the buffer of the weight, and return its new value."""
         if torch.compiler.is_compiling():
             self.weight = weight
-        else:  # setting an attribute would read the old one first
+        else:  # setting the attribute would first read the old one
             self._buffers["weight"] = weight
         return weight
 
     def train(self, mode: bool = True) -> Any:
-        """Set the mode; evaluation begins with a weight that is as it should be."""
+        """Set the mode; evaluation mode restores the constraint of the weight."""
         super().train(mode)
         if not mode:
-            getattr(self, "weight", None)
+            getattr(self, "weight", None)  # reading it restores it
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        getattr(self, "weight", None)  # saved as it is read
+        getattr(self, "weight", None)  # reading it restores it
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -229,7 +232,7 @@ class Head(nn.Module):
         return self
 
     def features(self, inputs: Tensor) -> Tensor:
-        """The tensor that the weight multiplies: the inputs (..., d), on the sphere where the head normalises."""
+        """Return the tensor (..., d) that the weight multiplies: the inputs, projected if there is a feature norm."""
         check_floating("features", inputs)
         if inputs.ndim < 1 or inputs.shape[-1] != self.in_features:
             raise ValueError(f"features must be of shape (..., {self.in_features}), got {tuple(inputs.shape)}")
@@ -238,19 +241,19 @@ class Head(nn.Module):
         return self._norm(inputs)
 
     def forward(self, features: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits (..., K) of features (..., d). Targets are accepted and not needed."""
+        """Return the logits (..., K) of features (..., d). Targets (...) are needed by some heads in training mode."""
         return self.decide(*self.prepare(features, targets))
 
     def prepare(self, features: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What the logits are made of, with its graph; in training mode it is a step, as `forward` is.
+        """Return the features, weight and bias of the logits, with their graph; in training mode this is a step.
 
         Args:
             features: (..., d).
-            targets: (...) integers, for the heads that need them.
+            targets: (...) integers, for heads that use them.
 
         Returns:
             The tensor that the weight multiplies (..., d), the weight (K, d) and the bias (K,) or None. A loss of
-            these reaches every gradient path that `forward` has.
+            these has every gradient path of `forward`. In training mode call either, not both.
         """
         features = self.features(features)
         check_layout(targets, features)
@@ -258,18 +261,18 @@ class Head(nn.Module):
 
     @staticmethod
     def decide(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The linear decision, in the dtype of the features."""
+        """Return the logits weight · features + bias, in the dtype of the features."""
         return functional.linear(features, weight.to(features.dtype), None if bias is None else bias.to(features.dtype))
 
     def to_inference(self, *, dtype: torch.dtype | None = None) -> nn.Module:
-        """The same decision as plain modules: FeatureNorm then nn.Linear, or nn.Linear alone where there is no norm.
+        """Return the same decision as plain modules: nn.Linear, after FeatureNorm if the head has a feature norm.
 
         Args:
-            dtype: Dtype of the linear layer. If not given, that of the features that the head took last (outside of
-                autocast), or of the model that it was cast with.
+            dtype: Dtype of the linear layer. By default that of the last features (outside of autocast), or the dtype
+                to which the head was cast since.
 
         Returns:
-            A module without state of its own beyond weight and bias. It can be exported, compiled whole, traced and
+            A module with no state but weight and bias. It can be exported, compiled into one graph, traced and
             scripted.
 
         Raises:
@@ -292,7 +295,7 @@ class Head(nn.Module):
 
 
 class LearnsFromTargets(Head):
-    """A head that takes the targets of each training batch in."""
+    """A head that is updated with the targets of each training batch."""
 
     def __init__(
         self,
@@ -306,18 +309,18 @@ class LearnsFromTargets(Head):
         self._targets: Tensor | None = None
 
     def step_targets(self, targets: Tensor | None, features: Tensor) -> Tensor | None:
-        """The targets (...) to learn from; None where there is nothing to learn.
+        """Return the targets (...) to update the head with; None if there is nothing to update.
 
-        There is nothing to learn in evaluation mode, when frozen, and in training mode without targets where gradients
-        are off, as when running statistics are taken anew (``torch.optim.swa_utils.update_bn``).
+        There is nothing to update in evaluation mode, if the head is frozen, and in training mode without targets and
+        without gradients, as in ``torch.optim.swa_utils.update_bn``.
 
         Args:
-            targets: As given to `forward`.
-            features: (..., d), whose classes they are.
+            targets: The argument of `forward`.
+            features: (..., d).
 
         Raises:
-            ValueError: if there are no targets where they are needed, they are not integers in the layout of the
-                features, or they are given in evaluation mode for features that are being trained.
+            ValueError: if targets are needed and missing, they are not integers in the layout of the features, or they
+                are given in evaluation mode for features that are being trained.
         """
         if self._frozen:
             return None
@@ -332,15 +335,15 @@ class LearnsFromTargets(Head):
             return targets
         if targets is not None and torch.is_grad_enabled() and features.requires_grad:
             raise ValueError(
-                f"targets are given to {type(self).__name__} in evaluation mode with gradients on, where it would stay "
-                "as it is while the features are trained: call model.train() to train; to evaluate, use "
+                f"targets are given to {type(self).__name__} in evaluation mode with gradients on, where it would not "
+                "change while the features are trained: call model.train() to train; to evaluate, use "
                 "torch.no_grad(), `with head.frozen():`, or give no targets"
             )
         return None
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Within it, training mode needs no targets, updates nothing, and decides as in evaluation mode."""
+        """Return a context in which training mode needs no targets, updates nothing and decides as evaluation mode."""
         before, self._frozen = self._frozen, True
         try:
             yield
@@ -349,10 +352,10 @@ class LearnsFromTargets(Head):
 
     @contextmanager
     def use_targets(self, targets: Tensor) -> Iterator[None]:
-        """Within it, forward takes these targets where it is given none: for loops that cannot pass them.
+        """Return a context in which a forward without targets uses these, for loops that cannot pass them.
 
         Raises:
-            ValueError: Targets that are no tensor of integers.
+            ValueError: if the targets are not a tensor of integers.
         """
         check_integers("targets", targets)
         before, self._targets = self._targets, targets
@@ -363,7 +366,7 @@ class LearnsFromTargets(Head):
 
 
 def check_layout(targets: Tensor | None, features: Tensor) -> None:
-    """Raise unless targets, where they are given, are integers of the shape (...) of features (..., d)."""
+    """Raise unless targets are None or integers of the shape (...) of features (..., d)."""
     if targets is None:
         return
     check_integers("targets", targets)
@@ -374,13 +377,13 @@ def check_layout(targets: Tensor | None, features: Tensor) -> None:
         )
 
 
-def may_overflow(features: Tensor) -> bool:
-    """Return whether the training loop handles batches that are not finite: a GradScaler skips their steps."""
+def skips_nonfinite(features: Tensor) -> bool:
+    """Return whether the training loop handles batches that are not finite, as a GradScaler does by skipping a step."""
     return features.dtype in (torch.float16, torch.bfloat16) or _under_autocast(features)
 
 
 def readable(tensor: Tensor) -> bool:
-    """Return whether Python can read the values of a stored tensor, here and now."""
+    """Return whether Python can read the values of a stored tensor in the current context."""
     if not values_readable(tensor) or tensor.is_meta or _is_tracing():
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -86,10 +86,10 @@ class LearnedClassifier(Head):
     @torch.no_grad()
     def project_weight(self) -> None:
         """Scale the rows of the weight to unit norm, in place; a zero row stays zero."""
-        weight = self._unmended()
+        weight = self._stored_weight()
         weight.div_(_excess(weight))
 
-    def _mended(self, weight: Tensor) -> Tensor:
+    def _valid_weight(self, weight: Tensor) -> Tensor:
         if self.unit_weight and _is_off(weight) and not self._in_step:
             self.project_weight()
         return weight
@@ -101,7 +101,7 @@ class LearnedClassifier(Head):
         loops without an optimiser, all that is known is that a perturbation follows a forward with unit rows: then
         rows of another norm are used unscaled, once.
         """
-        weight = self._unmended()
+        weight = self._stored_weight()
         if self._steps_followed:
             return weight
         if not _is_off(weight):

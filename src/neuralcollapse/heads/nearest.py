@@ -1,28 +1,31 @@
-"""The classifiers that are at every step the nearest frame to the class means; the ETF's is the method `implicit`."""
+"""Classifiers that follow the class means: the nearest frame, the nearest ETF (method `implicit`), the class means.
+
+A `NearestFrameClassifier` has a frame (`Simplex`, a code, or `LeadingDirections`) and a solver (`ClosedForm` or
+`TrustRegion`). Both are objects without state: what they store is in buffers of the head.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from neuralcollapse._checks import (
     check_at_least,
     check_bool,
     check_choice,
     check_etf_sizes,
+    check_floating,
     check_not_negative,
     compute_dtype,
 )
-from neuralcollapse.geometry import (
-    nearest_etf_diagnostics,
-    polar_factor,
-    random_simplex_etf,
-    simplex_etf,
-)
+from neuralcollapse.geometry import nearest_etf_diagnostics, polar_factor, random_simplex_etf, simplex_etf
 from neuralcollapse.geometry.codes import (
     Code,
     SimplexCode,
@@ -31,73 +34,357 @@ from neuralcollapse.geometry.codes import (
     leading_code,
     principal_code,
 )
-from neuralcollapse.geometry.frames import placed, solve_frame
+from neuralcollapse.geometry.frames import check_weight_values, placed, solve_frame
 from neuralcollapse.geometry.polar import METHODS, Method
 from neuralcollapse.geometry.polar_iteration import ConvergenceCheck
 from neuralcollapse.geometry.published import frame_to_etf, published_nearest_frame
-from neuralcollapse.heads.class_means import (
+from neuralcollapse.heads.head import LearnsFromTargets, readable, skips_nonfinite
+from neuralcollapse.heads.moving_means import (
     DEFAULT_MOMENTUM,
     ClassMeans,
     KeepsFullPrecision,
     Momentum,
-    check_class_weights,
     full_precision,
-    mended,
-    random_unit_rows,
-    rows_are_off,
 )
-from neuralcollapse.heads.head import LearnsFromTargets, may_overflow
-from neuralcollapse.heads.recompute import counts_once
 
 logger = logging.getLogger(__name__)
 
-Geometry = Literal["simplex", "means"]
 # With the momentum, the best of those compared on a validation split at K = 10 and K = 100: docs/heads.md.
 DEFAULT_PROXIMAL_WEIGHT = 0.5
-# In the first solve, where classes are missing in the batch and the data do not decide the frame alone.
+# In the first solve, if classes are missing in the batch, so that the means alone do not determine the frame.
 FIRST_ANCHOR_WEIGHT = 1e-3
+# Relative error of the norms of a frame's rows up to which they are exact: solves in fp32 are orthonormal to this.
+_ROUNDING = 1e-5
 
 
-class NearestFrameClassifier(KeepsFullPrecision, LearnsFromTargets):
-    r"""A classifier whose weight is, at every training step, the frame of a geometry nearest to the class means.
+class _Update(NamedTuple):
+    """Class means after a training batch, and what they were before."""
 
-    In training, with targets, it takes the batch into its `ClassMeans`, solves for the nearest frame with the last one
-    as anchor (the first solve has none, since no data has spoken before), and returns logits that carry two gradients:
-    the direct one, and the one through the frame (a differentiable argmin). In evaluation it is a linear classifier and
-    changes nothing. An average of several heads' weights is replaced by the frame nearest to it when it is read.
+    class_means: Tensor  # (K, d) moving and centred, with gradient
+    batch_mean: Tensor  # (d,), with gradient
+    finite: Tensor  # whether the batch is finite, of shape ()
+    means_before: Tensor  # (K, d)
+    seen_before: Tensor  # (K,) numbers of samples
 
-    Training-mode logits know the labels of their batch: compare accuracies in evaluation mode only.
+
+class FollowsClassMeans(KeepsFullPrecision, LearnsFromTargets):
+    """A head whose weight follows moving class means.
+
+    A subclass registers its first ``weight`` and implements `_step`.
+    """
+
+    _full_precision_buffers: tuple[str, ...] = ("class_weights",)
+    weight: Tensor
+    class_weights: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        feature_norm: float | Literal["auto"] | None,
+        bias: Literal["centring", "none"],
+        momentum: Momentum,
+        ignore_index: int | None,
+        class_weights: Tensor | None,
+    ) -> None:
+        super().__init__(in_features, num_classes, feature_norm, ignore_index)
+        check_choice("bias", bias, ("centring", "none"))
+        self.centring = bias == "centring"
+        self.class_means = ClassMeans(num_classes, in_features, momentum=momentum, ignore_index=ignore_index)
+        self.register_buffer("class_weights", _checked_class_weights(class_weights, num_classes))
+
+    def _keep(self, name: str, value: Tensor) -> None:
+        """Register a buffer that stays in at least fp32, on the device of the class means."""
+        self.register_buffer(name, value.to(self.class_means.global_mean.device, full_precision()))
+        self._full_precision_buffers = (*self._full_precision_buffers, name)
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        """The bias −W·m̄ (K,) of the moving global mean; None without centring."""
+        if not self.centring:
+            return None
+        weight = self.weight
+        return -(weight @ self._centre(self.class_means.global_mean.to(weight)))
+
+    def prepare(self, features: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return features, weight and bias as `Head.prepare`; targets (...) are needed in training mode."""
+        features = self.features(features)
+        targets = self.step_targets(targets, features)
+        if targets is None:
+            return features, self.weight, self.bias
+        skip_nonfinite = skips_nonfinite(features)
+        with torch.autocast(features.device.type, enabled=False):  # means and solve stay in at least fp32
+            flat = features.reshape(-1, self.in_features).to(compute_dtype(features.dtype))
+            means, seen, batches = (
+                self.class_means.centred_means,
+                self.class_means.centred.seen,
+                self.class_means.batches,
+            )
+            class_means, batch_mean = self.class_means(flat, targets.reshape(-1), skip_nonfinite=skip_nonfinite)
+            finite = self.class_means.batches > batches
+            weight, centre = self._step(_Update(class_means, batch_mean, finite, means, seen))
+            bias = -(weight @ centre) if self.centring else None
+        return features, weight, bias
+
+    def _step(self, update: _Update) -> tuple[Tensor, Tensor]:
+        """Update the stored weight; return the weight and the centre (d,) of the features that decide the batch."""
+        raise NotImplementedError
+
+    def _centre(self, global_mean: Tensor) -> Tensor:
+        """Return the centre of the features in evaluation."""
+        return global_mean
+
+    def _store_if_finite(self, weight: Tensor, last: Tensor, finite: Tensor) -> None:
+        """Store the new weight if the batch was finite.
+
+        It is a new tensor, because a graph may hold ``weight``, and restoring or broadcasting buffers writes into them.
+        """
+        self._store_weight(torch.where(finite, weight.detach().to(last.dtype), last))
+
+
+class Frame:
+    """The kind of frame that the weight of a `NearestFrameClassifier` is; the base class of frames."""
+
+    def first_weight(self, head: NearestFrameClassifier, generator: torch.Generator | None) -> Tensor:
+        """Return the weight (K, d) before the first batch."""
+        raise NotImplementedError
+
+    def code(self, head: NearestFrameClassifier, class_means: Tensor) -> Code:
+        """Return the code whose nearest rotation to the class means is the weight, in their dtype."""
+        raise NotImplementedError
+
+    def is_broken(self, head: NearestFrameClassifier, weight: Tensor) -> bool:
+        """Return whether a weight is not a frame, as an average of frames, as far as the norms of its rows show."""
+        raise NotImplementedError
+
+    def restored(self, head: NearestFrameClassifier, weight: Tensor) -> Tensor:
+        """Return the frame nearest to a weight that is broken."""
+        return solve_frame(weight, self.code(head, weight), class_weights=head.class_weights)
+
+    def diagnostics(
+        self, head: NearestFrameClassifier, class_means: Tensor, weight: Tensor, last: Tensor, anchor_weight: float
+    ) -> dict[str, float]:
+        """Return how good a weight is as the solution for the class means."""
+        return {"distance_to_anchor": float((weight - last).norm())}
+
+
+@dataclass(frozen=True)
+class Simplex(Frame):
+    """The simplex ETF, for d ≥ K−1."""
+
+    def first_weight(self, head: NearestFrameClassifier, generator: torch.Generator | None) -> Tensor:
+        sizes, dtype = (head.num_classes, head.in_features), full_precision()
+        check_etf_sizes(*sizes)
+        if generator is None:
+            return simplex_etf(*sizes, dtype=dtype)
+        return random_simplex_etf(*sizes, generator=generator, dtype=dtype, device=generator.device)
+
+    def code(self, head: NearestFrameClassifier, class_means: Tensor) -> Code:
+        return SimplexCode(head.num_classes, head.proximal_weight)
+
+    def is_broken(self, head: NearestFrameClassifier, weight: Tensor) -> bool:
+        return _rows_are_off(weight, 1.0)
+
+    def restored(self, head: NearestFrameClassifier, weight: Tensor) -> Tensor:
+        return solve_frame(weight, SimplexCode(head.num_classes))
+
+    def diagnostics(
+        self, head: NearestFrameClassifier, class_means: Tensor, weight: Tensor, last: Tensor, anchor_weight: float
+    ) -> dict[str, float]:
+        options: dict[str, Any] = {"proximal_weight": anchor_weight, "class_weights": head.class_weights}
+        return nearest_etf_diagnostics(class_means, weight, anchor=last, **options)
+
+
+@dataclass(frozen=True)
+class LeadingDirections(Frame):
+    """The tight frame of the moving means' own leading directions (`code_of_means`), a constant of each step.
 
     Args:
-        in_features: d, at least the rank of the geometry.
+        rank: r, from 1 to min(d, K−1); or ``"auto"``, the effective rank of each step, which waits for an accelerator
+            and does not compile into one graph.
+    """
+
+    rank: int | Literal["auto"] = "auto"
+
+    def first_weight(self, head: NearestFrameClassifier, generator: torch.Generator | None) -> Tensor:
+        check_code_rank(self.rank, head.num_classes, head.in_features)
+        if head.in_features < head.num_classes - 1:
+            return _random_unit_rows(head.in_features, head.num_classes, generator)
+        return Simplex().first_weight(head, generator)
+
+    def code(self, head: NearestFrameClassifier, class_means: Tensor) -> Code:
+        return Code(leading_code(class_means, self.rank))
+
+    def is_broken(self, head: NearestFrameClassifier, weight: Tensor) -> bool:
+        # Of a tight frame, only the norm of the whole is known. Before the first batch there are no directions.
+        whole = (weight - weight.mean(0)).reshape(1, -1)
+        return _rows_are_off(whole, math.sqrt(head.num_classes)) and bool(head.class_means.centred.seen.any())
+
+    def restored(self, head: NearestFrameClassifier, weight: Tensor) -> Tensor:
+        code = self.code(head, head.class_means.centred_means).to(weight)
+        return solve_frame(weight, code, class_weights=head.class_weights)
+
+
+class _GivenCode(Frame):
+    """The frame of a given code, which the head stores in principal coordinates."""
+
+    def __init__(self, code: Tensor) -> None:
+        self._given: Tensor | None = code
+
+    def first_weight(self, head: NearestFrameClassifier, generator: torch.Generator | None) -> Tensor:
+        assert self._given is not None
+        check_code(self._given, head.num_classes)
+        code = principal_code(self._given, head.in_features)
+        self._given = None  # from now on it is a buffer of the head
+        head._keep("code", code)
+        return placed(code, head.in_features, generator)
+
+    def code(self, head: NearestFrameClassifier, class_means: Tensor) -> Code:
+        return Code(head.code.to(class_means, copy=True))  # a copy, because a graph holds it
+
+    def is_broken(self, head: NearestFrameClassifier, weight: Tensor) -> bool:
+        # Class weights shift all rows of a frame by the same vector.
+        return _rows_are_off(weight - weight.mean(0), torch.linalg.vector_norm(head.code.to(weight), dim=1))
+
+
+@dataclass(frozen=True)
+class ClosedForm:
+    """The nearest frame in closed form, by a polar factor.
+
+    Args:
+        method: How the polar factor is computed, as for `polar_factor`. On an accelerator only the first solve waits
+            for the device; the head's ``svd_fallbacks`` counts the solves that needed an SVD.
+
+    Raises:
+        ValueError: if the method is unknown.
+    """
+
+    method: Method = "auto"
+
+    def __post_init__(self) -> None:
+        check_choice("method", self.method, METHODS)
+
+    def set_up(self, head: NearestFrameClassifier) -> None:
+        """Check that the head's options fit, and register what the solver stores."""
+
+    def solve(self, head: NearestFrameClassifier, class_means: Tensor, update: _Update) -> Tensor:
+        """Return the nearest frame to the class means, and store it in the head."""
+        last = head._stored_weight()
+        anchor_weight = head._anchor_weight(update.seen_before)
+        # Unchecked, because ClassMeans has checked the batch before anything changed.
+        frame = solve_frame(
+            class_means,
+            head.frame.code(head, class_means),
+            last,
+            anchor_weight,
+            class_weights=head.class_weights,
+            method=self.method,
+            check=head._convergence,
+        )
+        if not torch.compiler.is_compiling() and (head.diagnostics or logger.isEnabledFor(logging.DEBUG)):
+            found = head.frame.diagnostics(head, class_means.detach(), frame.detach(), last, float(anchor_weight))
+            head._report(found, "closed form")
+        head._store_if_finite(frame, last, update.finite)
+        return frame
+
+    def restored(self, head: NearestFrameClassifier, weight: Tensor) -> Tensor:
+        """Return the frame nearest to an average of frames."""
+        return head.frame.restored(head, weight)
+
+
+@dataclass(frozen=True)
+class TrustRegion:
+    """The published problem of the simplex ETF solved as published, for comparison; it waits for the device.
+
+    It is `published_nearest_frame` at δ = 2γ/(K−1), for d ≥ K and without class weights. The head stores its last
+    solution P in ``published_point``.
+    """
+
+    def set_up(self, head: NearestFrameClassifier) -> None:
+        """Check that the head's options fit, and register the last solution."""
+        if not isinstance(head.frame, Simplex):
+            raise ValueError(f"solver must be ClosedForm() with frame={head.frame!r}: TrustRegion() is for Simplex()")
+        check_at_least("in_features", head.in_features, head.num_classes, "num_classes")
+        if head.class_weights is not None:
+            raise ValueError("class_weights must be None with solver=TrustRegion(): the published problem has none")
+        head._keep("published_point", torch.eye(head.num_classes, head.in_features))
+
+    def solve(self, head: NearestFrameClassifier, class_means: Tensor, update: _Update) -> Tensor:
+        """Return the ETF of the published solution, and store both in the head."""
+        last = head.weight
+        if not bool(update.finite):
+            return last.to(class_means)
+        previous = None
+        if bool(update.seen_before.any()):
+            previous = _orthonormal(head.published_point).to(class_means)
+        weight = 2 * head.proximal_weight / (head.num_classes - 1)
+        solution = published_nearest_frame(class_means, previous, proximal_weight=weight)
+        head.published_point = solution.point.detach().to(head.published_point.dtype, copy=True)
+        etf = frame_to_etf(solution.point)
+        if head.diagnostics or logger.isEnabledFor(logging.DEBUG):
+            found = {
+                "objective": float(solution.cost),
+                "gradient_norm": float(solution.gradient_norm),
+                "iterations": float(solution.iterations),
+                "distance_to_anchor": float((etf.detach() - last).norm()),
+            }
+            head._report(found, solution.reason)
+        head._store_if_finite(etf, last, update.finite)
+        return etf
+
+    def restored(self, head: NearestFrameClassifier, weight: Tensor) -> Tensor:
+        """Return the ETF of the orthonormal matrix nearest to an average of solutions."""
+        head.published_point = _orthonormal(head.published_point)
+        return frame_to_etf(head.published_point)
+
+
+class NearestFrameClassifier(FollowsClassMeans):
+    r"""A classifier whose weight is, at every training step, the frame nearest to the moving class means.
+
+    In training, with targets, it updates its `ClassMeans` with the batch, solves for the nearest frame with the last
+    frame as anchor (the first solve has none, because there is no previous solution), and returns logits that carry two
+    gradients: the direct one, and the one through the frame (a differentiable argmin). In evaluation it is a linear
+    classifier and changes nothing. An average of the weights of several heads is replaced by the frame nearest to it
+    when it is read.
+
+    Training-mode logits depend on the labels of their batch: compare accuracies in evaluation mode only.
+
+    Args:
+        in_features: d, at least the rank of the frame.
         num_classes: K ≥ 2.
-        geometry: ``"simplex"``: the simplex ETF, d ≥ K−1; a code (K, r'), of which the weight is the nearest rotation
-            (`nearest_frame`; see `code_from_gram`): its scale is the weight's; or ``"means"``: the code of the moving
-            means' own leading directions (`code_of_means`), a constant of each step, for any d.
-        rank: With ``"means"`` only: r, from 1 to min(d, K−1), or ``"auto"``, the effective rank of each step, which
-            waits for an accelerator and does not compile whole. ``"auto"`` if not given.
-        feature_norm: τ, the norm that features are given; ``"auto"``: `collapse_radius`; ``None``: left as they are.
+        frame: ``Simplex()``, the simplex ETF, d ≥ K−1; a code (K, r'), of which the weight is the nearest rotation,
+            with its scale (`nearest_frame`; see `code_from_gram`); or ``LeadingDirections(rank)``, the code of the
+            moving means' own leading directions, for any d.
+        solver: ``ClosedForm(method)``; or, with ``Simplex()`` only, ``TrustRegion()``, the published problem solved as
+            published, for comparison.
+        feature_norm: τ, the norm to which features are scaled; ``"auto"``: `collapse_radius`; ``None``: features are
+            not scaled.
         bias: ``"centring"``: −W·m with the global mean m of the batch in training (with gradient), a moving mean in
             evaluation; ``"none"``.
-        proximal_weight: γ ≥ 0, how strongly the frame stays with the last one (see `nearest_frame`). With many classes
-            a small γ lets it follow each batch's labels, and accuracy suffers (docs/heads.md).
-        momentum: The weight α of a new batch in the class means, as for `ClassMeans`. The gradient through the
-            frame scales with α: at ``"published"``, which falls to 1e-4, it is practically off.
-        implicit_gradient: Whether the gradient through the frame is kept.
-        ignore_index: Features whose target is this count in no mean.
-        class_weights: (K,), ω ≥ 0 up to a common factor: how much each class counts in the distance from frame to means
+        proximal_weight: γ ≥ 0, weight of the proximal term towards the previous frame (see `nearest_frame`). For the
+            ETF, the published δ is γ = δ(K−1)/2. With many classes a small γ lets the frame follow the labels of each
+            batch, and accuracy suffers (docs/heads.md).
+        momentum: Weight α of a new batch in the class means, as for `ClassMeans`. The gradient through the frame scales
+            with α: at ``"published"``, which falls to 1e-4, it is practically zero.
+        implicit_gradient: Whether to keep the gradient through the frame.
+        ignore_index: Samples with this target are left out of the means.
+        class_weights: (K,), ω ≥ 0 up to a common factor: weights of the classes in the distance from frame to means
             (see `nearest_frame`); equal if not given.
-        method: How the polar factor is found, as for `polar_factor`. On accelerators nothing waits for the device but
-            the first solve; `svd_fallbacks` counts the solves that needed an SVD.
+        diagnostics: Whether each training step stores in ``last_solve`` how good its solution is, at the cost of an
+            SVD and a copy to the host: ``distance_to_anchor`` (Frobenius norm of the difference to the last frame) and
+            ``stopping_criterion`` in words; for the simplex ETF also ``objective``, ``gradient_norm`` and, in closed
+            form, ``least_singular_value`` (see `nearest_etf_diagnostics`) or, by trust region, ``iterations``.
         generator: If given, the first frame has a random orientation drawn from it; else the canonical one. With
-            ``"means"`` and d < K−1 the first weight is random unit rows, of a generator seeded with 0 if none is given.
+            ``LeadingDirections`` and d < K−1 the first weight is random unit rows, from a generator seeded with 0 if
+            none is given.
 
     Shape: features (..., d) and targets (...) to logits (..., K).
 
     Raises:
-        ValueError: if sizes or arguments are out of range, `nearest_frame` refuses the code, or a rank is given without
-            ``"means"``; in training mode, without targets, or with labels outside [0, K); in evaluation mode, with
-            targets for features that are being trained.
+        ValueError: if sizes or arguments are out of range, `nearest_frame` refuses the code, or frame and solver do
+            not fit; in training mode, if targets are missing or outside [0, K); in evaluation mode, if targets are
+            given for features that are being trained.
 
     Source: this project, after Markou, Ajanthan, Gould, "Guiding Neural Collapse" (NeurIPS 2024).
 
@@ -105,25 +392,24 @@ class NearestFrameClassifier(KeepsFullPrecision, LearnsFromTargets):
         >>> from neuralcollapse.geometry import attribute_gram, code_from_gram
         >>> digits = torch.cartesian_prod(torch.arange(10), torch.arange(10))  # 100 classes of two digits
         >>> code = code_from_gram(attribute_gram(digits, torch.tensor([0.5, 0.5])), feature_dim=64)
-        >>> head = NearestFrameClassifier(64, 100, geometry=code)
+        >>> head = NearestFrameClassifier(64, 100, frame=code)
         >>> features, targets = torch.randn(32, 64, requires_grad=True), torch.randint(100, (32,))
         >>> torch.nn.functional.cross_entropy(head(features, targets), targets).backward()
         >>> head.eval()(features).shape
         torch.Size([32, 100])
     """
 
-    _full_precision_buffers: tuple[str, ...] = ("weight", "class_weights")
-    weight: Tensor
-    class_weights: Tensor | None
-    code: Tensor  # in principal coordinates, where a code was given
+    code: Tensor  # the given code in principal coordinates, if a code was given
+    published_point: Tensor  # the last solution of TrustRegion
+    last_solve: dict[str, float | str] | None
 
     def __init__(
         self,
         in_features: int,
         num_classes: int,
         *,
-        geometry: Geometry | Tensor = "simplex",
-        rank: int | Literal["auto"] | None = None,
+        frame: Frame | Tensor = Simplex(),
+        solver: ClosedForm | TrustRegion = ClosedForm(),
         feature_norm: float | Literal["auto"] | None = "auto",
         bias: Literal["centring", "none"] = "centring",
         proximal_weight: float = DEFAULT_PROXIMAL_WEIGHT,
@@ -131,185 +417,89 @@ class NearestFrameClassifier(KeepsFullPrecision, LearnsFromTargets):
         implicit_gradient: bool = True,
         ignore_index: int | None = None,
         class_weights: Tensor | None = None,
-        method: Method = "auto",
+        diagnostics: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(in_features, num_classes, feature_norm, ignore_index)
-        check_choice("bias", bias, ("centring", "none"))
+        super().__init__(
+            in_features,
+            num_classes,
+            feature_norm=feature_norm,
+            bias=bias,
+            momentum=momentum,
+            ignore_index=ignore_index,
+            class_weights=class_weights,
+        )
         check_not_negative("proximal_weight", proximal_weight)
         check_bool("implicit_gradient", implicit_gradient)
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise ValueError(f"generator must be a torch.Generator, got {type(generator).__name__}")
-        check_choice("method", method, METHODS)
-        self.geometry = _named(geometry)
-        if rank is not None and self.geometry != "means":
-            raise ValueError(f"rank needs geometry='means', got rank = {rank!r} with another")
-        self.rank: int | Literal["auto"] = "auto" if rank is None else rank
-        check_code_rank(self.rank, num_classes, in_features)
-        self.centring = bias == "centring"
+        check_bool("diagnostics", diagnostics)
+        _check_generator(generator)
         self.proximal_weight = proximal_weight
         self.implicit_gradient = implicit_gradient
-        self.method = method
+        self.diagnostics = diagnostics
+        self.last_solve = None
         self._convergence = ConvergenceCheck()
-        self.class_means = ClassMeans(num_classes, in_features, momentum=momentum, ignore_index=ignore_index)
-        device = self.class_means.global_mean.device
-        if isinstance(geometry, Tensor):
-            check_code(geometry, num_classes)
-            code = principal_code(geometry, in_features)
-            self.register_buffer("code", code.to(device, full_precision()))
-            self._full_precision_buffers = (*self._full_precision_buffers, "code")
-            start = placed(code, in_features, generator)
-        elif geometry == "means" and in_features < num_classes - 1:
-            start = random_unit_rows(in_features, num_classes, generator)
-        else:
-            start = _first_etf(in_features, num_classes, generator)
-        self.register_buffer("weight", start.to(device, full_precision()))
-        self.register_buffer("class_weights", check_class_weights(class_weights, num_classes, device))
-
-    @property
-    def bias(self) -> Tensor | None:  # type: ignore[override]
-        """(K,), of the moving global mean; None without centring."""
-        if not self.centring:
-            return None
-        weight = self.weight
-        return -(weight @ self.class_means.global_mean.to(weight))
+        if isinstance(frame, Tensor):
+            frame = _GivenCode(frame)
+        if not isinstance(frame, Frame):
+            raise ValueError(f"frame must be Simplex(), LeadingDirections() or a code (K, r), got {frame!r}")
+        if not isinstance(solver, ClosedForm | TrustRegion):
+            raise ValueError(f"solver must be ClosedForm() or TrustRegion(), got {solver!r}")
+        self.frame, self.solver = frame, solver
+        self._keep("weight", frame.first_weight(self, generator))
+        solver.set_up(self)
 
     @property
     def svd_fallbacks(self) -> int:
-        """How many solves by products gave way to an SVD; see `polar_factor`."""
+        """Number of solves by matrix products that were repeated by an SVD; see `polar_factor`."""
         return self._convergence.fallbacks
 
-    @counts_once
-    def prepare(self, features: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """As `Head.prepare`; in training mode, targets (...) are needed (or ``with frozen()``)."""
-        features = self.features(features)
-        targets = self.step_targets(targets, features)
-        if targets is None:
-            return features, self.weight, self.bias
-        overflowing = may_overflow(features)
-        # Means and the solve stay in fp32 under autocast.
-        with torch.autocast(features.device.type, enabled=False):
-            flat, targets = features.reshape(-1, self.in_features), targets.reshape(-1)
-            flat = flat.to(compute_dtype(features.dtype))
-            seen, batches = self.class_means.centred.seen, self.class_means.batches
-            class_means, batch_mean = self.class_means(flat, targets, overflowing=overflowing)
-            finite = self.class_means.batches > batches
-            frame = self._solve(class_means if self.implicit_gradient else class_means.detach(), seen, finite)
-            bias = -(frame @ batch_mean) if self.centring else None
-        return features, frame, bias
+    def _step(self, update: _Update) -> tuple[Tensor, Tensor]:
+        class_means = update.class_means if self.implicit_gradient else update.class_means.detach()
+        return self.solver.solve(self, class_means, update), update.batch_mean
 
-    def _solve(self, class_means: Tensor, seen_before: Tensor, finite: Tensor) -> Tensor:
-        """The nearest frame, with its graph; where the batch is finite, the weight is its value from now on."""
-        last = self._unmended()
-        anchor_weight = self._anchor_weight(seen_before, self.class_means.centred.seen)
-        frame = self._nearest(class_means, last, anchor_weight)
-        if not torch.compiler.is_compiling():
-            self._look_at(class_means, frame, last, anchor_weight)
-        # A new tensor: what restores or broadcasts buffers writes into them, and the graph holds `frame`.
-        self._store(torch.where(finite, frame.detach().to(last.dtype), last))
-        return frame
+    def _anchor_weight(self, seen_before: Tensor) -> Tensor | float:
+        """Return γ, or in the first solve 0; there, if classes are missing, just enough to decide what they leave open.
 
-    def _nearest(self, class_means: Tensor, last: Tensor, anchor_weight: Tensor | float) -> Tensor:
-        # Unchecked: ClassMeans has checked the batch, before anything changed.
-        return solve_frame(
-            class_means,
-            self._code(class_means),
-            last,
-            anchor_weight,
-            class_weights=self.class_weights,
-            method=self.method,
-            check=self._convergence,
-        )
-
-    def _code(self, class_means: Tensor) -> Code:
-        """The code that the weight is a frame of, in the dtype of the class means."""
-        if self.geometry == "simplex":
-            return SimplexCode(self.num_classes, self.proximal_weight)
-        if self.geometry == "means":
-            return Code(leading_code(class_means, self.rank))
-        return Code(self.code.to(class_means, copy=True))  # a copy, for the same reason as that of the weight
-
-    def _mended(self, weight: Tensor) -> Tensor:
-        """The weight; where it is not a frame of the geometry, as an average of frames is not, the nearest frame."""
-        if not rows_are_off(*self._comparable(weight)):
-            return weight
-        if self.geometry == "means" and not bool(self.class_means.centred.seen.any()):
-            return weight  # what it was made with
-        return self._store(mended(self._restored, weight))
-
-    def _comparable(self, weight: Tensor) -> tuple[Tensor, Tensor | float]:
-        """The weight as rows of norms that are known, and these norms."""
-        if self.geometry == "simplex":
-            return weight, 1.0
-        centred = weight - weight.mean(0)  # class weights shift a frame's rows, all alike
-        if self.geometry == "means":  # a tight frame: only the norm of the whole is known
-            return centred.reshape(1, -1), math.sqrt(self.num_classes)
-        return centred, torch.linalg.vector_norm(self.code.to(weight), dim=1)
-
-    def _restored(self, weight: Tensor) -> Tensor:
-        if self.geometry == "simplex":
-            return solve_frame(weight, SimplexCode(self.num_classes))
-        means = self.class_means.centred_means if self.geometry == "means" else weight
-        return solve_frame(weight, self._code(means).to(weight), class_weights=self.class_weights)
-
-    def _anchor_weight(self, seen_before: Tensor, seen: Tensor) -> Tensor | float:
-        """γ, or in the first solve 0; there, if classes are missing, just enough to decide what they leave open.
-
-        Tensors, so that nothing waits for an accelerator.
+        It is a tensor, so that nothing waits for an accelerator.
         """
         if self.proximal_weight == 0:
             return 0.0
+        seen = self.class_means.centred.seen
         usual = self.class_means.global_mean.new_full((), self.proximal_weight)
         first = torch.where(seen.all(), 0.0, usual.clamp_max(FIRST_ANCHOR_WEIGHT))
         return torch.where(seen_before.any(), usual, first)
 
-    def _look_at(self, class_means: Tensor, frame: Tensor, last: Tensor, anchor_weight: Tensor | float) -> None:
-        """Log how good a solution is, if that is asked for."""
-        if logger.isEnabledFor(logging.DEBUG):
-            logger.debug("nearest frame: distance_to_anchor %.3e", float((frame.detach() - last).norm()))
+    def _valid_weight(self, weight: Tensor) -> Tensor:
+        if not self.frame.is_broken(self, weight):
+            return weight
+        return self._store_weight(_in_full_precision(lambda weight: self.solver.restored(self, weight), weight))
+
+    def _report(self, values: dict[str, float], stopping_criterion: str) -> None:
+        """Log how good a solution is, and store it if diagnostics are on."""
+        logger.debug("nearest frame: %s", ", ".join(f"{name} {value:.3e}" for name, value in values.items()))
+        if self.diagnostics:
+            self.last_solve = values | {"stopping_criterion": stopping_criterion}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if isinstance(self.solver, TrustRegion) and f"{prefix}frame" in state_dict:  # its name in earlier versions
+            state_dict[f"{prefix}published_point"] = state_dict.pop(f"{prefix}frame")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class NearestETFClassifier(NearestFrameClassifier):
     r"""A classifier whose weight is, at every training step, the simplex ETF nearest to the moving class means.
 
-    In training, with targets, it takes the batch into its `ClassMeans`, solves for the nearest ETF with the last
-    one as anchor (the first solve has none, since no data has spoken
-    before), and returns logits that carry two gradients: the direct one, and the one through the ETF
-    (a differentiable argmin). In evaluation it is a linear classifier and changes nothing. An average of several heads'
-    weights is replaced by the ETF nearest to it when it is read.
-
-    Training-mode logits know the labels of their batch: compare accuracies in evaluation mode only.
+    It is `NearestFrameClassifier` with ``frame=Simplex()``.
 
     Args:
         in_features: d ≥ K−1.
         num_classes: K ≥ 2.
-        feature_norm: τ, the norm that features are given; ``"auto"``: `collapse_radius`; ``None``: left as they are.
-        bias: ``"centring"``: −E·m with the global mean m of the batch in training (with gradient), a moving mean in
-            evaluation; ``"none"``.
-        proximal_weight: γ ≥ 0, how strongly the ETF stays with the last one (see `nearest_simplex_etf`). The
-            published δ is γ = δ(K−1)/2. With many classes a small γ lets the ETF follow each batch's labels, and
-            accuracy suffers (docs/heads.md).
-        momentum: The weight α of a new batch in the class means, as for `ClassMeans`. The gradient through the
-            ETF scales with α: at ``"published"``, which falls to 1e-4, it is practically off.
-        implicit_gradient: Whether the gradient through the ETF is kept.
-        ignore_index: Features whose target is this count in no mean.
-        solver: ``"closed-form"``; or ``"trust-region"``, the published problem solved as published, for comparison
-            (`published_nearest_frame`, at δ = 2γ/(K−1); d ≥ K; it waits for the device).
-        class_weights: (K,), ω ≥ 0 up to a common factor: how much each class counts in the distance from ETF to means
-            (see `nearest_simplex_etf`); equal if not given.
-        diagnostics: Whether each training step leaves in ``last_solve`` how good its solution is, at the price of an
-            SVD and a copy to the host: ``objective``, ``gradient_norm``, ``distance_to_anchor`` (Frobenius norm of the
-            difference to the last ETF) and ``stopping_criterion`` in words; of the closed form also
-            ``least_singular_value`` (see `nearest_etf_diagnostics`), of the trust region ``iterations``.
-        method: How the closed form finds the nearest ETF, as for `polar_factor`. On accelerators nothing waits for
-            the device but the first solve; `svd_fallbacks` counts the solves that needed an SVD.
-        generator: If given, the first ETF has a random orientation drawn from it; else the canonical one.
+        **options: All other options of `NearestFrameClassifier`.
 
     Shape: features (..., d) and targets (...) to logits (..., K).
 
     Raises:
-        ValueError: if sizes or arguments are out of range; in training mode, without targets, or with labels outside
-            [0, K); in evaluation mode, with targets for features that are being trained.
+        ValueError: as for `NearestFrameClassifier`.
 
     Source: Markou, Ajanthan, Gould, "Guiding Neural Collapse" (NeurIPS 2024).
 
@@ -321,24 +511,59 @@ class NearestETFClassifier(NearestFrameClassifier):
         torch.Size([32, 10])
     """
 
-    frame: Tensor  # the published problem's P, with solver="trust-region"
-    last_solve: dict[str, float | str] | None
+    def __init__(self, in_features: int, num_classes: int, **options: Any) -> None:
+        super().__init__(in_features, num_classes, frame=Simplex(), **options)
+
+
+class ClassMeanClassifier(FollowsClassMeans):
+    r"""A classifier whose weight is the moving class means, centred and of unit norm: any K in any d.
+
+    In training, with targets, it updates its `ClassMeans` with the batch; in evaluation it is a linear classifier and
+    changes nothing. Classes that have not been seen have random unit rows. An average of the weights of several heads
+    is scaled to unit rows when it is read.
+
+    Args:
+        in_features: d.
+        num_classes: K ≥ 2.
+        means: Class means used for the logits of a training batch. ``"previous"``: those before the batch, so that
+            the logits do not depend on its labels; ``"current"``: those updated with the batch; ``"differentiable"``:
+            the updated ones with their gradient.
+        feature_norm: τ, the norm to which features are scaled; ``"auto"``: `collapse_radius`; ``None``: features are
+            not scaled.
+        bias: ``"centring"``: −W·m with the global mean m of the batch in training (with gradient if the means have
+            theirs), a moving mean in evaluation, for cross-entropy; ``"none"``, for the losses on the sphere
+            (`neuralcollapse.losses`).
+        momentum: Weight α of a new batch in the class means, as for `ClassMeans`.
+        ignore_index: Samples with this target are left out of the means.
+        class_weights: (K,), ω ≥ 0 up to a common factor. If given, the means are centred at their ω-weighted mean, over
+            the classes seen so far, in place of the mean of the samples; with ``bias="centring"``, so are the features.
+        generator: Source of the rows of classes not seen yet; by default one seeded with 0.
+
+    Shape: features (..., d) and targets (...) to logits (..., K).
+
+    Raises:
+        ValueError: if sizes or arguments are out of range; in training mode, if targets are missing or outside [0, K);
+            in evaluation mode, if targets are given for features that are being trained.
+
+    Examples:
+        >>> head = ClassMeanClassifier(64, 1000)
+        >>> features, targets = torch.randn(32, 64, requires_grad=True), torch.randint(1000, (32,))
+        >>> torch.nn.functional.cross_entropy(head(features, targets), targets).backward()
+        >>> head.eval()(features).shape
+        torch.Size([32, 1000])
+    """
 
     def __init__(
         self,
         in_features: int,
         num_classes: int,
         *,
+        means: Literal["previous", "current", "differentiable"] = "previous",
         feature_norm: float | Literal["auto"] | None = "auto",
         bias: Literal["centring", "none"] = "centring",
-        proximal_weight: float = DEFAULT_PROXIMAL_WEIGHT,
         momentum: Momentum = DEFAULT_MOMENTUM,
-        implicit_gradient: bool = True,
         ignore_index: int | None = None,
-        solver: Literal["closed-form", "trust-region"] = "closed-form",
         class_weights: Tensor | None = None,
-        diagnostics: bool = False,
-        method: Method = "auto",
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(
@@ -346,94 +571,94 @@ class NearestETFClassifier(NearestFrameClassifier):
             num_classes,
             feature_norm=feature_norm,
             bias=bias,
-            proximal_weight=proximal_weight,
             momentum=momentum,
-            implicit_gradient=implicit_gradient,
             ignore_index=ignore_index,
             class_weights=class_weights,
-            method=method,
-            generator=generator,
         )
-        check_bool("diagnostics", diagnostics)
-        self.diagnostics = diagnostics
-        self.last_solve = None
-        check_choice("solver", solver, ("closed-form", "trust-region"))
-        self.solver = solver
-        if solver == "trust-region":
-            check_at_least("in_features", in_features, num_classes, "num_classes")
-            if class_weights is not None:
-                raise ValueError(
-                    "class_weights must be None with solver='trust-region': the published problem has none"
-                )
-            self.register_buffer("frame", torch.eye(num_classes, in_features, dtype=full_precision()))
+        check_choice("means", means, ("previous", "current", "differentiable"))
+        _check_generator(generator)
+        self.means = means
+        self._keep("weight", _random_unit_rows(in_features, num_classes, generator))
 
-    def _solve(self, class_means: Tensor, seen_before: Tensor, finite: Tensor) -> Tensor:
-        if self.solver == "closed-form":
-            return super()._solve(class_means, seen_before, finite)
-        last = self.weight
-        if not bool(finite):
-            return last.to(class_means)
-        etf = self._solve_as_published(class_means, last, seen_before)
-        self._store(etf.detach().to(last.dtype, copy=True))
-        return etf
+    def _step(self, update: _Update) -> tuple[Tensor, Tensor]:
+        class_means, batch_mean = update.class_means, update.batch_mean
+        if self.means != "differentiable":
+            class_means, batch_mean = class_means.detach(), batch_mean.detach()
+        last, seen = self._stored_weight(), self.class_means.centred.seen
+        offset = self._offset(class_means, seen)
+        weight = self._unit_rows(class_means if offset is None else class_means - offset, last)
+        self._store_if_finite(weight, last, update.finite)
+        if self.means == "previous":
+            weight, offset = last.to(batch_mean), self._offset(update.means_before, update.seen_before)
+        return weight, batch_mean if offset is None else batch_mean + offset.to(batch_mean)
 
-    def _solve_as_published(self, class_means: Tensor, last: Tensor, seen_before: Tensor) -> Tensor:
-        previous = _orthonormal(self.frame).to(class_means) if bool(seen_before.any()) else None
-        weight = 2 * self.proximal_weight / (self.num_classes - 1)
-        solution = published_nearest_frame(class_means, previous, proximal_weight=weight)
-        self.frame = solution.point.detach().to(self.frame.dtype, copy=True)
-        etf = frame_to_etf(solution.point)
-        if self.diagnostics:
-            self.last_solve = {
-                "objective": float(solution.cost),
-                "gradient_norm": float(solution.gradient_norm),
-                "iterations": float(solution.iterations),
-                "distance_to_anchor": float((etf.detach() - last).norm()),
-                "stopping_criterion": solution.reason,
-            }
-        return etf
+    def _centre(self, global_mean: Tensor) -> Tensor:
+        offset = self._offset(self.class_means.centred_means, self.class_means.centred.seen)
+        return global_mean if offset is None else global_mean + offset.to(global_mean)
 
-    def _restored(self, weight: Tensor) -> Tensor:
-        if self.solver == "closed-form":
-            return super()._restored(weight)
-        self.frame = _orthonormal(self.frame)
-        return frame_to_etf(self.frame)
+    def _offset(self, class_means: Tensor, seen: Tensor) -> Tensor | None:
+        """Return the ω-weighted mean (d,) of the centred means of the classes seen; None without class weights."""
+        if self.class_weights is None:
+            return None
+        weights = self.class_weights.to(class_means) * (seen > 0)
+        return weights @ class_means / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
 
-    def _look_at(self, class_means: Tensor, frame: Tensor, last: Tensor, anchor_weight: Tensor | float) -> None:
-        logged = logger.isEnabledFor(logging.DEBUG)
-        if not (logged or self.diagnostics):
-            return
-        found = nearest_etf_diagnostics(
-            class_means.detach(),
-            frame.detach(),
-            anchor=last,
-            proximal_weight=float(anchor_weight),
-            class_weights=self.class_weights,
-        )
-        logger.debug("nearest ETF: %s", ", ".join(f"{name} {value:.3e}" for name, value in found.items()))
-        if self.diagnostics:
-            self.last_solve = found | {"stopping_criterion": "closed form"}
+    def _unit_rows(self, class_means: Tensor, last: Tensor) -> Tensor:
+        """Return the means scaled to unit norm; a class that has not been seen or has mean zero keeps its last row."""
+        norms = torch.linalg.vector_norm(class_means, dim=1, keepdim=True)
+        defined = (norms > 0) & (self.class_means.centred.seen > 0).unsqueeze(-1)
+        return torch.where(defined, class_means / norms.where(defined, 1), last.to(class_means))
+
+    def _valid_weight(self, weight: Tensor) -> Tensor:
+        return self._store_weight(_in_full_precision(normalize, weight)) if _rows_are_off(weight, 1.0) else weight
 
 
-def _orthonormal(frame: Tensor) -> Tensor:
-    """The frame, or where its rows are not orthonormal, as an average's are not, the nearest one whose rows are."""
-    identity = torch.eye(len(frame), dtype=frame.dtype, device=frame.device)
-    return frame if bool((frame @ frame.mT - identity).abs().max() < 1e-5) else polar_factor(frame)
+def _checked_class_weights(class_weights: Tensor | None, num_classes: int) -> Tensor | None:
+    """Return a copy of ω (K,) in at least fp32; raise unless it is a constant, at least 0 with a positive sum."""
+    if class_weights is None:
+        return None
+    check_floating("class_weights", class_weights)
+    if class_weights.shape != (num_classes,):
+        raise ValueError(f"class_weights must be of shape ({num_classes},), got {tuple(class_weights.shape)}")
+    if class_weights.requires_grad:
+        raise ValueError("class_weights must not require a gradient, since they are constants: detach them")
+    check_weight_values(class_weights)
+    device = torch.get_default_device()
+    return class_weights.to(device, compute_dtype(class_weights.dtype), copy=True)
 
 
-def _named(geometry: object) -> str:
-    """The geometry's name; a given code's is ``"code"``."""
-    if isinstance(geometry, Tensor):
-        return "code"
-    if not isinstance(geometry, str) or geometry not in ("simplex", "means"):
-        raise ValueError(f"geometry must be 'simplex', 'means' or a code (K, r), got {geometry!r}")
-    return geometry
+def _check_generator(generator: torch.Generator | None) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator must be a torch.Generator, got {type(generator).__name__}")
 
 
-def _first_etf(in_features: int, num_classes: int, generator: torch.Generator | None) -> Tensor:
-    check_etf_sizes(num_classes, in_features)
-    if generator is None:
-        return simplex_etf(num_classes, in_features, dtype=full_precision())
-    return random_simplex_etf(
-        num_classes, in_features, generator=generator, dtype=full_precision(), device=generator.device
-    )
+def _random_unit_rows(in_features: int, num_classes: int, generator: torch.Generator | None) -> Tensor:
+    """Return random unit rows (K, d); without a generator, the same ones each time."""
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    rows = torch.randn(num_classes, in_features, generator=generator, dtype=torch.float32, device=generator.device)
+    return normalize(rows, dim=1)
+
+
+def _rows_are_off(weight: Tensor, norms: Tensor | float) -> bool:
+    """Return whether the norms of rows differ from the expected ones by more than a solve's error, if that can be read.
+
+    The mean of several vectors of equal norm has a smaller norm, unless they are all equal: this distinguishes an
+    average of frames from a frame.
+    """
+    if not readable(weight):
+        return False
+    actual = torch.linalg.vector_norm(weight.detach(), dim=1)
+    off = (actual / norms - 1).abs()
+    return bool(((off > _ROUNDING) & torch.isfinite(actual)).any())
+
+
+def _in_full_precision(restore: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
+    """Return the restored weight, fit for training in whatever mode it is read."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        return restore(weight.detach()).to(weight.dtype)
+
+
+def _orthonormal(point: Tensor) -> Tensor:
+    """Return the matrix, or the nearest one with orthonormal rows if its rows are not, as those of an average."""
+    identity = torch.eye(len(point), dtype=point.dtype, device=point.device)
+    return point if bool((point @ point.mT - identity).abs().max() < 1e-5) else polar_factor(point)

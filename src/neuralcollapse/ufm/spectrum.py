@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from neuralcollapse._checks import check_at_least, check_choice
-from neuralcollapse.heads.class_means import MovingMean
+from neuralcollapse.heads.moving_means import MovingMean
 from neuralcollapse.ufm.model import UnconstrainedFeatures
 
 # Up to DENSE_AUTO parameters the dense Hessian is faster; above DENSE_LARGEST (200 MB) it is refused.

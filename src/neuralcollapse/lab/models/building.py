@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import inspect
 import sys
@@ -14,15 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neuralcollapse.geometry import softmax_code
+from neuralcollapse.geometry.frames import placed
 from neuralcollapse.heads import (
     AttachedHead,
     ClassMeanClassifier,
+    ClosedForm,
     FixedETFClassifier,
     FixedFrameClassifier,
     Head,
+    LeadingDirections,
     LearnedClassifier,
     NearestETFClassifier,
     NearestFrameClassifier,
+    TrustRegion,
     attach_head,
 )
 from neuralcollapse.lab.conditions import VITS
@@ -109,7 +113,9 @@ def build_head(
     if config.method == "fixed":
         return FixedETFClassifier(orientation=config.orientation or "random", **options)
     if config.method == "softmax-code":
-        return copy.deepcopy(_softmax_code_head(**options))
+        if num_classes <= feature_dim + 1:
+            return FixedETFClassifier(**options)
+        return FixedFrameClassifier(code=_softmax_code(num_classes, feature_dim), orientation="given", **options)
     if config.method == "means":
         return ClassMeanClassifier(means=config.class_means or "previous", **options)
     if config.method == "fixed-frame":
@@ -120,18 +126,23 @@ def build_head(
         counts = torch.ones(num_classes) if class_counts is None else class_counts.cpu().float()
         options["class_weights"] = torch.where(counts > 0, 1 / counts, 0.0)  # a class without images has no mean
     if config.method in ("frame", "attribute-frame"):
-        geometry: Any = "means"
+        frame: Any = LeadingDirections()
         if config.method == "attribute-frame":
-            geometry = attribute_code(config, feature_dim, num_classes, class_names=class_names)
-        return NearestFrameClassifier(geometry=geometry, **options)
-    solver: Any = "trust-region" if config.method == "trust-region" else "closed-form"
-    return NearestETFClassifier(solver=solver, **options)
+            frame = attribute_code(config, feature_dim, num_classes, class_names=class_names)
+        return NearestFrameClassifier(frame=frame, **options)
+    return NearestETFClassifier(solver=TrustRegion() if config.method == "trust-region" else ClosedForm(), **options)
 
 
 @lru_cache(maxsize=4)
-def _softmax_code_head(**options: Any) -> Head:
-    """Kept, since looking for a code can take minutes and every seed has the same."""
-    return FixedETFClassifier(orientation="softmax-code", **options)
+def _softmax_code(num_classes: int, feature_dim: int) -> Tensor:
+    """The softmax code of K > d + 1 classes, cached because every seed has the same and it can take minutes.
+
+    A code known in closed form (K ≤ 2d) has its vectors on the axes and is rotated at random, the same each time.
+    """
+    code = softmax_code(num_classes, feature_dim)
+    if num_classes > 2 * feature_dim:
+        return code
+    return placed(code, feature_dim, torch.Generator().manual_seed(0))
 
 
 class OwnBackbone(Backbone):

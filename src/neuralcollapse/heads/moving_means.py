@@ -1,19 +1,16 @@
-"""Moving class means, the same on every rank."""
+"""Moving class means, equal on every rank."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from neuralcollapse._checks import (
     check_at_least,
     check_features,
     check_finite,
-    check_floating,
     check_ignore_index,
     check_targets,
     compute_dtype,
@@ -21,15 +18,11 @@ from neuralcollapse._checks import (
     values_readable,
 )
 from neuralcollapse._distributed import number_of_ranks, sum_over_ranks
-from neuralcollapse.geometry.frames import check_weight_values
-from neuralcollapse.heads.head import may_overflow, readable
-from neuralcollapse.heads.recompute import counts_once
+from neuralcollapse.heads.head import skips_nonfinite
 
 Momentum = float | Literal["cumulative", "published"]
 # The best of those compared on a validation split at K = 10 and K = 100: docs/heads.md.
 DEFAULT_MOMENTUM: Momentum = 0.1
-# Of the norms of a frame's rows, relative: solves in fp32 are orthonormal to this.
-_ROUNDING = 1e-5
 
 
 def full_precision() -> torch.dtype:
@@ -38,7 +31,7 @@ def full_precision() -> torch.dtype:
 
 
 class KeepsFullPrecision(nn.Module):
-    """A module of which some buffers stay in at least fp32, whatever dtype the module is cast to."""
+    """A module that keeps some buffers in at least fp32 when it is cast to another dtype."""
 
     _full_precision_buffers: tuple[str, ...]
 
@@ -53,12 +46,11 @@ class KeepsFullPrecision(nn.Module):
 
 
 class MovingMean(KeepsFullPrecision):
-    """Moving means of vectors, each updated where its batch has samples.
+    """Moving means of vectors, each updated from the batches that have samples of it.
 
-    mean ← (1−α) mean + α batch_mean. The first sight of a vector sets it (α = 1), no sight leaves it (α = 0). A batch
-    that is not finite changes nothing.
-    The buffers are rebound, never changed in place, and stay in at least fp32 whatever the module's dtype:
-    bf16 loses any α below 2⁻⁸.
+    mean ← (1−α) mean + α batch_mean, with α = 1 for the first batch that has samples of a vector, and α = 0 for a batch
+    that has none. A batch that is not finite changes nothing. The buffers are rebound, never changed in place, and stay
+    in at least fp32 whatever the dtype of the module, because bf16 loses any α below 2⁻⁸.
 
     Args:
         rows: Number of vectors.
@@ -83,10 +75,22 @@ class MovingMean(KeepsFullPrecision):
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
 
     def forward(self, batch_mean: Tensor, batch_count: Tensor, finite: Tensor | None = None) -> Tensor:
-        """Take in means (rows, d) and counts (rows,) of a batch; return the moving means, differentiable in these.
+        """Update from the means and counts of a batch, and return the moving means, differentiable in the batch's.
 
-        Nothing is taken in where the batch is not ``finite``, a bool of shape (); by default whether the means are.
+        Args:
+            batch_mean: (rows, d).
+            batch_count: (rows,).
+            finite: Whether the batch is finite, of shape (); by default whether ``batch_mean`` is. If not, nothing
+                changes.
+
+        Raises:
+            ValueError: inside a backward pass, where the only forward is the recomputation of a checkpoint.
         """
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            raise ValueError(
+                "a head in training mode must not be recomputed by torch.utils.checkpoint, which would count each "
+                "batch twice in its moving means: leave the head out of what is checkpointed"
+            )
         if finite is None:
             finite = torch.isfinite(batch_mean.detach()).all()
         batch_mean = torch.where(finite, batch_mean, self.mean.to(batch_mean))
@@ -101,21 +105,21 @@ class MovingMean(KeepsFullPrecision):
             weight = float(self.momentum)
         weight = (self.seen == 0).to(batch_mean.dtype).clamp_min(weight) * (batch_count > 0)
         moved = torch.lerp(self.mean.to(batch_mean), batch_mean, weight.to(batch_mean).unsqueeze(-1))
-        # A copy where a graph holds `moved`: what restores or broadcasts buffers writes into them.
+        # A copy if a graph holds `moved`, because restoring or broadcasting buffers writes into them.
         self.mean = moved.detach().to(self.mean.dtype, copy=moved.requires_grad)
         self.seen = self.seen + batch_count.to(torch.int64)
         return moved
 
 
 class ClassMeans(nn.Module):
-    """Moving means of each class's features about the batch's global mean.
+    """Moving means of the features of each class, centred at the global mean of each batch.
 
-    With batch sums S_k and counts n_k, summed over all ranks of the default process group first:
+    With batch sums S_k and counts n_k, first summed over all ranks of the default process group:
 
-        M_k = S_k/n_k,   m = Σ S_k/Σ n_k,   C̄_k ← (1−α) C̄_k + α (M_k − m)   for the classes present.
+        M_k = S_k/n_k,   m = Σ S_k/Σ n_k,   C̄_k ← (1−α) C̄_k + α (M_k − m)   for the classes in the batch.
 
-    An absent class keeps its mean, a class never seen is zero, the first sight of a class sets it. A batch that is not
-    finite changes nothing, nor does it count.
+    The mean of an absent class does not change, that of a class not seen yet is zero, and the first batch with samples
+    of a class sets it. A batch that is not finite changes nothing and is not counted.
 
     Args:
         num_classes: K ≥ 2.
@@ -123,10 +127,10 @@ class ClassMeans(nn.Module):
         momentum: α in (0, 1], the weight of the new batch; ``"cumulative"``, n_k/(n_k + seen_k); or
             ``"published"``, 2/(t+1) after t batches and never below 1e-4. Gradients flow through the batch's
             part only, so they scale with α.
-        ignore_index: Targets of this value count nowhere.
+        ignore_index: Samples with this target are left out.
 
     Raises:
-        ValueError: K < 2, d < 1, or a momentum of another kind.
+        ValueError: if K < 2, d < 1, or the momentum is invalid.
 
     Source: Markou, Ajanthan, Gould (NeurIPS 2024), section 3.
 
@@ -162,7 +166,7 @@ class ClassMeans(nn.Module):
 
     @property
     def batches(self) -> Tensor:
-        """The number of batches taken in, of shape ()."""
+        """Number of batches so far, of shape ()."""
         return self.overall.batches
 
     @property
@@ -170,26 +174,28 @@ class ClassMeans(nn.Module):
         """The moving global mean m̄ (d,), detached."""
         return self.overall.mean[0]
 
-    @counts_once
-    def forward(self, features: Tensor, targets: Tensor, *, overflowing: bool | None = None) -> tuple[Tensor, Tensor]:
-        """Take a batch in.
+    def forward(
+        self, features: Tensor, targets: Tensor, *, skip_nonfinite: bool | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Update the means from a batch.
 
         Args:
             features: (N, d) floating.
             targets: (N,) integers in [0, K), or ``ignore_index``.
-            overflowing: Whether a batch that is not finite changes nothing on a CPU as well. If not given, in half
-                precision and under autocast, where the loop skips its step.
+            skip_nonfinite: Whether a batch that is not finite is skipped on a CPU too, rather than refused. By default
+                it is in half precision and under autocast, where the training loop skips its step.
 
         Returns:
             The moving centred class means C̄ (K, d) and the batch's global mean m (d,), both differentiable in
             the features of every rank; in at least fp32.
 
         Raises:
-            ValueError: if shapes do not match; on a CPU also if labels are out of range or the batch is not finite.
+            ValueError: if shapes do not match; inside a backward pass (see `MovingMean`); on a CPU also if labels are
+                out of range or the batch is not finite.
         """
         check_features(features, self.feature_dim)
-        if overflowing is None:
-            overflowing = may_overflow(features)
+        if skip_nonfinite is None:
+            skip_nonfinite = skips_nonfinite(features)
         readable = features.device.type == "cpu"  # elsewhere, reading a value would wait for the device at every step
         check_targets(targets, features.shape[0], self.num_classes, values=readable, ignore_index=self.ignore_index)
         features = features.to(compute_dtype(features.dtype))
@@ -198,14 +204,14 @@ class ClassMeans(nn.Module):
         batch_mean = sums.sum(0) / total.clamp_min(1)
         centred = sums / counts.clamp_min(1).unsqueeze(-1) - batch_mean
         finite = torch.isfinite(centred.detach()).all()
-        if not overflowing:
+        if not skip_nonfinite:
             check_batch_mean("features", features, finite)
         self.overall(batch_mean.detach().unsqueeze(0), total.unsqueeze(0), finite)
         return self.centred(centred, counts, finite), batch_mean
 
 
 def check_batch_mean(name: str, features: Tensor, finite: Tensor) -> None:
-    """Raise, on a CPU, if the mean of the features is not finite."""
+    """Raise on a CPU if the mean of the features is not finite."""
     if finite.device.type == "cpu" and values_readable(finite) and not bool(finite):
         check_finite(name, features)
         raise ValueError(
@@ -214,42 +220,10 @@ def check_batch_mean(name: str, features: Tensor, finite: Tensor) -> None:
         )
 
 
-def check_class_weights(class_weights: Tensor | None, num_classes: int, device: torch.device) -> Tensor | None:
-    """A copy of ω (K,) in at least fp32, or None; raises unless it is a constant, at least 0 with a positive sum."""
-    if class_weights is None:
-        return None
-    check_floating("class_weights", class_weights)
-    if class_weights.shape != (num_classes,):
-        raise ValueError(f"class_weights must be of shape ({num_classes},), got {tuple(class_weights.shape)}")
-    if class_weights.requires_grad:
-        raise ValueError("class_weights must not require a gradient, since they are constants: detach them")
-    check_weight_values(class_weights)
-    return class_weights.to(device, compute_dtype(class_weights.dtype), copy=True)
-
-
-def rows_are_off(weight: Tensor, norms: Tensor | float) -> bool:
-    """Return whether the norms of rows differ from those expected by more than a solve's error, where that can be seen.
-
-    A mean of several vectors of one norm has a smaller one, unless they are all equal: so this tells an average of
-    frames from a frame.
-    """
-    if not readable(weight):
-        return False
-    found = torch.linalg.vector_norm(weight.detach(), dim=1)
-    off = (found / norms - 1).abs()
-    return bool(((off > _ROUNDING) & torch.isfinite(found)).any())
-
-
-def mended(restore: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
-    """The restored weight, fit for training whatever mode it is read in."""
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        return restore(weight.detach()).to(weight.dtype)
-
-
 def class_sums(features: Tensor, targets: Tensor, num_classes: int, ignore_index: int | None) -> tuple[Tensor, Tensor]:
     """Sums S (K, d) and counts n (K,) of each class's features; the counts in the features' dtype, exact up to 2²⁴."""
     index, rows = targets.long(), num_classes
-    if ignore_index is not None:  # what is ignored is summed in a row of its own, which is dropped
+    if ignore_index is not None:  # ignored samples are summed in one more row, which is dropped
         index, rows = index.masked_fill(index == ignore_index, num_classes), num_classes + 1
     counts = features.new_zeros(rows).index_add(0, index, features.new_ones(len(index)))
     sums = features.new_zeros(rows, features.shape[1]).index_add(0, index, features)
@@ -257,15 +231,8 @@ def class_sums(features: Tensor, targets: Tensor, num_classes: int, ignore_index
 
 
 def sums_over_ranks(sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Both over the default process group, where ranks meet once. The gradient of the sums is summed over them, too."""
+    """Sums and counts over the default process group, by one reduction. The gradient of the sums is summed as well."""
     if number_of_ranks() == 1:
         return sums, counts
     totals = sum_over_ranks(torch.cat([sums, counts.unsqueeze(-1)], -1))
     return totals[..., :-1], totals[..., -1].detach()
-
-
-def random_unit_rows(in_features: int, num_classes: int, generator: torch.Generator | None) -> Tensor:
-    """(K, d) rows to begin with where no ETF is: of the generator, or the same ones always."""
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
-    rows = torch.randn(num_classes, in_features, generator=generator, dtype=torch.float32, device=generator.device)
-    return normalize(rows, dim=1)
