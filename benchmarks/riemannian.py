@@ -1,8 +1,8 @@
 """The Riemannian trust region compared with pymanopt's on the same cost, start and tolerance, and the softmax codes.
 
 fp64. The cost is the published one, ½‖A − Q‖², from a random start. pymanopt has its derivatives written out in numpy;
-ours are automatic, or given where it says so. Each solver's runs come in a row: alternating, the thread pools of torch
-and numpy slow each other down.
+ours are automatic. Each solver's runs come in a row: alternating, the thread pools of torch and numpy slow each other
+down.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from pymanopt.optimizers import TrustRegions
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from neuralcollapse.geometry import anneal_code, argmin_on_stiefel, minimize_on_stiefel, one_vs_rest_margins, stiefel
+from neuralcollapse.geometry import argmin_on_stiefel, minimize_on_stiefel, stiefel
+from neuralcollapse.geometry.softmax_code import _anneal_code, one_vs_rest_margins
 
 TOLERANCE = 1e-6
 
@@ -37,8 +38,6 @@ class Problem:
     name: str
     cost: Callable[[Tensor, Tensor], Tensor]
     parameters: Tensor
-    gradient: Callable[[Tensor], Tensor]
-    hessian: Callable[[Tensor, Tensor], Tensor]
     start: Tensor
     columns_as_points: tuple[Callable[..., Any], ...]  # cost, gradient and Hessian in numpy, as pymanopt has them
 
@@ -54,8 +53,6 @@ def published(rows: int, columns: int, *, seed: int = 0) -> Problem:
         "published",
         lambda point, target: 0.5 * (target - point).square().sum((-2, -1)),
         target,
-        lambda point: point - target,
-        lambda point, tangent: tangent,
         stiefel.random_point(rows, columns, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64),
         (lambda point: 0.5 * ((wide - point) ** 2).sum(), lambda point: point - wide, lambda _, tangent: tangent),
     )
@@ -74,15 +71,13 @@ def pymanopt_run(problem: Problem) -> tuple[float, float]:
     return float(result.cost), time.perf_counter() - begin
 
 
-def our_run(problem: Problem, *, given: bool) -> tuple[float, float]:
-    derivatives = {"gradient": problem.gradient, "hessian": problem.hessian} if given else {}
+def our_run(problem: Problem) -> tuple[float, float]:
     begin = time.perf_counter()
     solution = minimize_on_stiefel(
         lambda point: problem.cost(point, problem.parameters),
         problem.start,
         tolerance=TOLERANCE,
         max_iterations=200,
-        **derivatives,
     )
     seconds = time.perf_counter() - begin
     assert bool(solution.converged), solution.reason
@@ -101,8 +96,7 @@ def solver_row(problem: Problem, repeats: int) -> dict[str, object]:
     runs: dict[str, list[tuple[float, float]]] = {}
     for name, run in (
         ("pymanopt", pymanopt_run),
-        ("automatic", lambda problem: our_run(problem, given=False)),
-        ("given", lambda problem: our_run(problem, given=True)),
+        ("ours", our_run),
     ):
         runs[name] = [run(problem) for _ in range(repeats + 1)]  # the first is not counted
     seconds = {name: statistics.median(taken for _, taken in of[1:] or of) for name, of in runs.items()}
@@ -116,12 +110,10 @@ def solver_row(problem: Problem, repeats: int) -> dict[str, object]:
         "cost": problem.name,
         "rows": rows,
         "columns": columns,
-        "forward_s": seconds["automatic"],
-        "forward_given_derivatives_s": seconds["given"],
+        "forward_s": seconds["ours"],
         "pymanopt_forward_s": seconds["pymanopt"],
-        "speedup": seconds["pymanopt"] / seconds["automatic"],
-        "speedup_given_derivatives": seconds["pymanopt"] / seconds["given"],
-        "relative_cost_difference": (runs["automatic"][0][0] - theirs) / abs(theirs),
+        "speedup": seconds["pymanopt"] / seconds["ours"],
+        "relative_cost_difference": (runs["ours"][0][0] - theirs) / abs(theirs),
         "backward_s": backward,
         "backward_peak_mb": peak_growth(backward_work, rows, columns),
     }
@@ -130,9 +122,9 @@ def solver_row(problem: Problem, repeats: int) -> dict[str, object]:
 def code_row(num_classes: int, feature_dim: int, seed: int, iterations: int) -> dict[str, object]:
     start = normal(num_classes, feature_dim, seed=seed)
     begin = time.perf_counter()
-    annealed = anneal_code(start, max_iterations=iterations)
+    annealed = _anneal_code(start, max_iterations=iterations)
     seconds = time.perf_counter() - begin
-    direct = anneal_code(start, temperatures=(0.5**12,), max_iterations=13 * iterations)
+    direct = _anneal_code(start, temperatures=(0.5**12,), max_iterations=13 * iterations)
     least = {
         name: float(one_vs_rest_margins(code, tolerance=1e-3, max_iterations=100).min())
         for name, code in (("annealed", annealed), ("not_annealed", direct), ("random", normalize(start, dim=1)))

@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import neuralcollapse as nc
-from neuralcollapse.geometry import one_vs_rest_margins
+from neuralcollapse.geometry.softmax_code import one_vs_rest_margins
 
 digits = load_digits()
 images, labels = torch.tensor(digits.data / 16, dtype=torch.float32), torch.tensor(digits.target)

@@ -75,7 +75,7 @@ def test_gradient_is_exact_at_equal_singular_values(shape):
 
 
 def test_singular_values_that_fp32_cannot_tell_apart_are_solved_in_fp64(monkeypatch):
-    """LAPACK's fp32 SVD fails on some matrices of free features at collapse; here it is made to."""
+    """LAPACK's fp32 SVD fails on some matrices of unconstrained features at collapse; here it is made to fail."""
     solve, tried = torch.linalg.svd, []
 
     def svd(matrix, **options):
@@ -111,7 +111,7 @@ def test_vmap_of_values_and_gradients_equals_batches():
     assert torch.allclose(last.permute(2, 0, 1), polar_factor(matrices), atol=1e-13)
 
 
-def test_second_derivative_says_that_there_is_none():
+def test_a_second_derivative_raises_a_clear_error():
     matrix = normal(3, 5).requires_grad_()
     (gradient,) = torch.autograd.grad(polar_factor(matrix)[0, 0], matrix, create_graph=True)
     with pytest.raises(NotImplementedError, match="differentiable once"):

@@ -7,7 +7,8 @@ import scipy.optimize
 import torch
 
 from helpers import generator, normal, simplex_gram
-from neuralcollapse.geometry import anneal_code, one_vs_rest_margins, softmax_code
+from neuralcollapse.geometry import softmax_code
+from neuralcollapse.geometry.softmax_code import _anneal_code, one_vs_rest_margins
 
 
 def polygon_error(code):
@@ -19,7 +20,7 @@ def polygon_error(code):
 
 @pytest.mark.parametrize("num_classes", range(3, 21))
 def test_in_the_plane_the_optimiser_finds_the_regular_polygon(num_classes):
-    code = anneal_code(normal(num_classes, 2, seed=num_classes))
+    code = _anneal_code(normal(num_classes, 2, seed=num_classes))
     assert polygon_error(code) < 1e-6
     assert polygon_error(softmax_code(num_classes, 2, dtype=torch.float64)) < 1e-12 or num_classes <= 4
 
@@ -27,7 +28,7 @@ def test_in_the_plane_the_optimiser_finds_the_regular_polygon(num_classes):
 @pytest.mark.parametrize("feature_dim", range(3, 9))
 def test_the_optimiser_finds_the_orthoplex_at_twice_the_dimension(feature_dim):
     expected = softmax_code(2 * feature_dim, feature_dim, dtype=torch.float64)
-    for code in (anneal_code(normal(2 * feature_dim, feature_dim, seed=feature_dim)), expected):
+    for code in (_anneal_code(normal(2 * feature_dim, feature_dim, seed=feature_dim)), expected):
         gram = code @ code.mT
         assert (gram - gram.round()).abs().max() < 1e-6
         assert ((gram.round() == -1).sum(1) == 1).all()
@@ -39,7 +40,7 @@ def test_is_the_simplex_etf_where_there_is_one_and_so_is_what_the_optimiser_find
     for num_classes in range(2, feature_dim + 2):
         for code in (
             softmax_code(num_classes, feature_dim, dtype=torch.float64),
-            anneal_code(normal(num_classes, feature_dim, seed=num_classes)),
+            _anneal_code(normal(num_classes, feature_dim, seed=num_classes)),
         ):
             assert torch.allclose(code @ code.mT, simplex_gram(num_classes), atol=1e-6)
 
@@ -48,7 +49,7 @@ def test_is_the_simplex_etf_where_there_is_one_and_so_is_what_the_optimiser_find
 def test_between_simplex_and_orthoplex_the_margin_is_one_and_the_optimiser_finds_no_better(num_classes, feature_dim):
     code = softmax_code(num_classes, feature_dim, dtype=torch.float64)
     assert torch.allclose(one_vs_rest_margins(code), torch.ones(num_classes).double(), atol=1e-6)
-    found = one_vs_rest_margins(anneal_code(normal(num_classes, feature_dim)))
+    found = one_vs_rest_margins(_anneal_code(normal(num_classes, feature_dim)))
     assert float(found.min()) == pytest.approx(1, abs=2e-3)
     assert float(found.min()) <= 1 + 1e-9
 
@@ -63,8 +64,8 @@ def test_margins_are_better_than_random_and_than_without_annealing():
     annealed, direct, random = (
         float(one_vs_rest_margins(code).min())
         for code in (
-            anneal_code(start, max_iterations=40),
-            anneal_code(start, temperatures=(0.5**12,), max_iterations=520),
+            _anneal_code(start, max_iterations=40),
+            _anneal_code(start, temperatures=(0.5**12,), max_iterations=520),
             start / start.norm(dim=1, keepdim=True),
         )
     )
@@ -119,10 +120,10 @@ def test_bad_input_is_refused():
         with pytest.raises(ValueError, match=message):
             softmax_code(*arguments)
     with pytest.raises(ValueError, match="temperatures must be positive"):
-        anneal_code(normal(4, 2), temperatures=(1.0, 0.0))
+        _anneal_code(normal(4, 2), temperatures=(1.0, 0.0))
     with pytest.raises(ValueError, match="start must be of shape"):
-        anneal_code(normal(4))
+        _anneal_code(normal(4))
     with pytest.raises(ValueError, match="start must be finite"):
-        anneal_code(torch.full((4, 2), float("nan")))
-    with pytest.raises(ValueError, match="code must have no zero row, got one at 1"):
+        _anneal_code(torch.full((4, 2), float("nan")))
+    with pytest.raises(ValueError, match="code must not have a zero row, got one at 1"):
         one_vs_rest_margins(torch.tensor([[1.0, 0.0], [0.0, 0.0]]))

@@ -13,9 +13,10 @@ from pymanopt.optimizers import TrustRegions
 from geometry.riemannian_costs import PROBLEMS, published
 from helpers import generator, normal
 from neuralcollapse import nearest_simplex_etf, polar_factor
-from neuralcollapse.geometry import Stop, minimize_on_stiefel, stiefel
+from neuralcollapse.geometry import minimize_on_stiefel, stiefel
 from neuralcollapse.geometry.published import frame_to_etf, published_nearest_frame
 from neuralcollapse.geometry.simplex import expand, reduce
+from neuralcollapse.geometry.trust_region import Stop
 
 
 def start(*shape, seed=5):
@@ -59,14 +60,12 @@ def test_finds_the_minimum_that_pymanopt_finds(kind, size, seed):
     stiefel.check_point(solution.point)
 
 
-@pytest.mark.parametrize("retraction", ["qr", "polar"])
-def test_both_retractions_and_given_derivatives_find_the_eigenvectors_of_a_brockett_cost(retraction):
+def test_finds_the_eigenvectors_of_a_brockett_cost():
     problem = PROBLEMS["brockett"](3, 8)
     matrix, weights = problem.parameters
     eigenvalues = torch.linalg.eigvalsh(0.5 * (matrix + matrix.mT))
-    for derivatives in ({}, {"gradient": problem.gradient, "hessian": problem.hessian}):
-        solution = solve(problem, start(3, 8), retraction=retraction, tolerance=1e-9, **derivatives)
-        assert float(solution.cost) == pytest.approx(float(weights @ eigenvalues[:3]), rel=1e-12)
+    solution = solve(problem, start(3, 8), tolerance=1e-9)
+    assert float(solution.cost) == pytest.approx(float(weights @ eigenvalues[:3]), rel=1e-12)
 
 
 @pytest.mark.parametrize("proximal_weight", [0.0, 0.7])
@@ -102,8 +101,8 @@ def test_the_published_problem_has_the_closed_form_as_solution():
         published_nearest_frame(torch.ones(3, 5))
 
 
-def test_a_batch_is_solved_as_its_problems_alone():
-    """Each has its own radius and its own end: one starts solved, one starts far, one is scaled by 1000."""
+def test_a_batch_is_solved_like_its_single_problems():
+    """Each has its own radius and stopping test: one starts solved, one starts far, one is scaled by 1000."""
     targets = torch.stack([normal(3, 6), normal(3, 6, seed=1), 1000 * normal(3, 6, seed=2)])
     initial = torch.stack([polar_factor(targets[0]), start(3, 6), start(3, 6, seed=6)])
     together = minimize_on_stiefel(
@@ -129,18 +128,17 @@ def test_leading_dimensions_can_be_several():
     assert torch.allclose(solution.point, polar_factor(targets), atol=1e-8)
 
 
-def test_the_cost_never_rises_and_the_callback_sees_every_iteration():
-    problem, seen = PROBLEMS["brockett"](4, 12), []
-    solution = solve(problem, start(4, 12), callback=seen.append)
-    costs = [float(iteration.cost) for iteration in seen]
-    assert [iteration.number for iteration in seen] == list(range(1, int(solution.iterations) + 1))
+def test_the_cost_never_rises():
+    problem = PROBLEMS["brockett"](4, 12)
+    solution = solve(problem, start(4, 12))
+    shorter = [solve(problem, start(4, 12), max_iterations=count) for count in range(int(solution.iterations) + 1)]
+    assert [int(each.iterations) for each in shorter] == list(range(len(shorter)))
+    costs = [float(each.cost) for each in shorter]
     assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(costs))
     assert costs[-1] == float(solution.cost)
-    assert all(float(iteration.step) > 0 or not bool(iteration.accepted) for iteration in seen)
-    assert all(float(iteration.gradient_norm) >= 0 and iteration.inner_iterations >= 1 for iteration in seen)
 
 
-def test_the_log_says_objective_gradient_norm_distance_and_why_it_stopped(caplog):
+def test_the_log_has_objective_gradient_norm_distance_and_the_reason_for_stopping(caplog):
     with caplog.at_level(logging.DEBUG, logger="neuralcollapse.geometry.trust_region"):
         solve(published(2, 5), start(2, 5))
     assert all(word in caplog.messages[0] for word in ("objective", "gradient norm", "distance to the last point"))
@@ -155,14 +153,14 @@ def test_converges_in_single_precision():
     assert torch.allclose(solution.point, polar_factor(target), atol=1e-3)
 
 
-def test_running_out_of_iterations_is_said():
+def test_running_out_of_iterations_is_reported():
     solution = solve(PROBLEMS["brockett"](4, 12), start(4, 12), max_iterations=1)
     assert not bool(solution.converged)
     assert int(solution.status) == Stop.MAX_ITERATIONS
     assert "max_iterations = 1 reached" in solution.reason
 
 
-def test_a_cost_without_a_minimum_to_find_stalls_and_says_so():
+def test_a_cost_with_a_kink_stalls_and_reports_it():
     """|q₀| has a kink: the gradient norm never falls."""
     solution = minimize_on_stiefel(
         lambda point: point[..., 0].abs().sum(-1), torch.tensor([[0.6, 0.8]], dtype=torch.float64), tolerance=1e-6
@@ -172,7 +170,7 @@ def test_a_cost_without_a_minimum_to_find_stalls_and_says_so():
     assert float(solution.cost) < 1e-6
 
 
-def test_a_cost_that_is_nan_somewhere_is_kept_out_of_there():
+def test_points_where_the_cost_is_nan_are_avoided():
     """log q₀ is NaN beyond the start's half-circle."""
     solution = minimize_on_stiefel(
         lambda point: -point[..., 0, 0].log() + 0.5 * point[..., 0, 1],
@@ -186,13 +184,13 @@ def test_a_cost_that_is_nan_somewhere_is_kept_out_of_there():
 @pytest.mark.parametrize(
     ("cost", "message"),
     [
-        (lambda point: point, "one value a problem, a tensor of shape \\(\\) .* got \\(2, 5\\)"),
-        (lambda point: 1.0, "one value a problem.* got float"),
+        (lambda point: point, "one value per problem, a tensor of shape \\(\\) .* got \\(2, 5\\)"),
+        (lambda point: 1.0, "one value per problem.* got float"),
         (lambda point: point.sum((-2, -1)) * float("nan"), "finite at initial"),
         (lambda point: point.detach().sum((-2, -1)), "differentiably"),
     ],
 )
-def test_costs_that_are_none_are_refused(cost, message):
+def test_invalid_costs_are_refused(cost, message):
     with pytest.raises(ValueError, match=message):
         minimize_on_stiefel(cost, start(2, 5))
 
@@ -205,12 +203,9 @@ def test_costs_that_are_none_are_refused(cost, message):
         ({"max_iterations": -1}, "max_iterations must be at least 0"),
         ({"max_iterations": 1.5}, "max_iterations must be an integer"),
         ({"max_inner_iterations": 0}, "max_inner_iterations must be at least 1"),
-        ({"retraction": "exp"}, "retraction must be"),
-        ({"gradient": lambda point: point[0]}, "gradient must return a tensor of the point's shape"),
-        ({"hessian": lambda point, tangent: tangent.mT}, "hessian must return a tensor of the point's shape"),
     ],
 )
-def test_settings_out_of_range_are_refused_by_name(wrong, message):
+def test_invalid_settings_are_refused_by_name(wrong, message):
     with pytest.raises(ValueError, match=message):
         solve(published(2, 5), start(2, 5), **wrong)
 

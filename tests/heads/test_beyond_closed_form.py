@@ -8,7 +8,8 @@ from torch.nn.functional import cross_entropy
 
 from helpers import generator, normal
 from neuralcollapse import FixedETFClassifier, FixedFrameClassifier, NearestETFClassifier
-from neuralcollapse.geometry import one_vs_rest_margins, softmax_code
+from neuralcollapse.geometry import softmax_code
+from neuralcollapse.geometry.softmax_code import one_vs_rest_margins
 from neuralcollapse.heads import ClosedForm, TrustRegion
 
 

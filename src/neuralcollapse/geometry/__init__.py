@@ -1,9 +1,10 @@
-"""Pure functions on tensors: what a simplex ETF or a frame of a prescribed Gram is, and the nearest one.
+"""Simplex ETFs, frames of prescribed Gram matrices and the ones nearest to class means, as functions of tensors.
 
 Class vectors are rows, ``(..., K, d)``.
 """
 
 from neuralcollapse.geometry import stiefel
+from neuralcollapse.geometry.argmin import argmin_on_stiefel
 from neuralcollapse.geometry.codes import (
     Code,
     SimplexCode,
@@ -16,22 +17,15 @@ from neuralcollapse.geometry.codes import (
     simplex_gram,
     tree_gram,
 )
-from neuralcollapse.geometry.declarative import ArgminSolution, argmin_on_stiefel
 from neuralcollapse.geometry.frames import nearest_etf_diagnostics, nearest_frame, nearest_simplex_etf
 from neuralcollapse.geometry.polar import polar_factor
 from neuralcollapse.geometry.simplex import random_simplex_etf, simplex_basis, simplex_etf
-from neuralcollapse.geometry.softmax_code import anneal_code, one_vs_rest_margins, softmax_code
-from neuralcollapse.geometry.solution import Iteration, StiefelSolution, Stop
+from neuralcollapse.geometry.softmax_code import softmax_code
 from neuralcollapse.geometry.trust_region import minimize_on_stiefel
 
 __all__ = [
-    "ArgminSolution",
     "Code",
-    "Iteration",
     "SimplexCode",
-    "StiefelSolution",
-    "Stop",
-    "anneal_code",
     "argmin_on_stiefel",
     "attribute_gram",
     "code_from_gram",
@@ -42,7 +36,6 @@ __all__ = [
     "nearest_etf_diagnostics",
     "nearest_frame",
     "nearest_simplex_etf",
-    "one_vs_rest_margins",
     "polar_factor",
     "random_simplex_etf",
     "seli_code",

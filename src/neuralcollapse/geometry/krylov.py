@@ -1,4 +1,4 @@
-"""Linear equations in a Hessian known by its products with tangent vectors alone.
+"""Krylov solvers for equations in a Hessian that is given by its products with tangent vectors.
 
 Leading dimensions are independent problems; norms, lengths and masks are (..., 1, 1).
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from neuralcollapse.geometry.stiefel import inner
 
-_STEPS_BETWEEN_LOOKS = 8  # on an accelerator, where the host's look at a mask waits for the device
+_STEPS_BETWEEN_READS = 8  # on an accelerator, where reading a mask on the host waits for the device
 
 
 def truncated_conjugate_gradients(
@@ -26,8 +26,8 @@ def truncated_conjugate_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Minimise ⟨g, V⟩ + ½⟨V, Hess[V]⟩ over ‖V‖ ≤ Δ, until a residual norm, the boundary or negative curvature.
 
-    Problems that are done, or not active, go on with a step length of 0, so that no mask is read by the host but to end
-    the loop.
+    Problems that are finished, or not active, take steps of length 0, so that the host reads a mask only to end the
+    loop.
 
     Args:
         hessian: Hess, of tangent vectors (..., p, d).
@@ -35,7 +35,7 @@ def truncated_conjugate_gradients(
         radius: Δ, (..., 1, 1).
         active: (..., 1, 1) bool.
         residual_norm: ‖g + Hess[V]‖ to stop at, (..., 1, 1).
-        max_iterations: Steps.
+        max_iterations: Greatest number of steps.
 
     Returns:
         V; the residual g + Hess[V]; whether V is at the boundary, (..., 1, 1); and the number of steps.
@@ -44,7 +44,7 @@ def truncated_conjugate_gradients(
     square = inner(residual, residual)  # of the residual
     step_square, step_direction, direction_square = torch.zeros_like(square), torch.zeros_like(square), square
     running, at_boundary = active, torch.zeros_like(active)
-    look_every = 1 if gradient.device.type == "cpu" else _STEPS_BETWEEN_LOOKS
+    read_every = 1 if gradient.device.type == "cpu" else _STEPS_BETWEEN_READS
     count = 0
     for count in range(1, max_iterations + 1):
         product = hessian(direction)
@@ -61,7 +61,7 @@ def truncated_conjugate_gradients(
         at_boundary = at_boundary | leaves
         next_residual = inner(residual, residual)
         running = running & ~leaves & (next_residual > residual_norm.square())
-        if count % look_every == 0 and not bool(running.any()):
+        if count % read_every == 0 and not bool(running.any()):
             break
         ratio = torch.where(running, next_residual / square, 0)
         direction = torch.addcmul(-residual, ratio, direction)
@@ -74,15 +74,15 @@ def truncated_conjugate_gradients(
 
 @dataclass(frozen=True)
 class LeastNormSolution:
-    """The solution of Hess[V] = b of least norm; of the nearest solvable equation where there is none.
+    """The solution of Hess[V] = b of least norm, or of the nearest equation that has a solution.
 
     Attributes:
         tangent: V, (..., p, d).
         residual: ‖b − Hess[V]‖/‖b‖, (..., 1, 1).
         converged: (..., 1, 1) bool, whether V is that solution.
-        singular: (..., 1, 1) bool, whether b had a part that Hess does not reach, which was left out.
-        indefinite: (..., 1, 1) bool, whether negative curvature was met.
-        iterations: Of the longest problem.
+        singular: (..., 1, 1) bool, whether b had a part outside the range of Hess, which was left out.
+        indefinite: (..., 1, 1) bool, whether negative curvature was encountered.
+        iterations: Number of steps, of the problem that took most.
     """
 
     tangent: Tensor
@@ -98,14 +98,14 @@ def conjugate_residuals(
 ) -> LeastNormSolution:
     r"""Solve Hess[V] = b by conjugate residuals: conjugate gradients in the inner product of Hess.
 
-    Plain conjugate gradients diverge where b has a part in the null space of Hess; this leaves that part, alone, in the
-    residual r. V then holds a multiple of it, and V − (⟨V, r⟩/⟨r, r⟩) r is the solution of least norm.
+    Conjugate gradients diverge if b has a part in the null space of Hess; conjugate residuals leave only that part in
+    the residual r. V then contains a multiple of it, and V − (⟨V, r⟩/⟨r, r⟩) r is the solution of least norm.
 
     Args:
         hessian: Hess, symmetric, of tangent vectors (..., p, d).
         right: b, (..., p, d), tangent.
         null: (..., 1, 1), eigenvalues of Hess that count as 0.
-        max_iterations: Steps.
+        max_iterations: Greatest number of steps.
 
     Returns:
         `LeastNormSolution`.
@@ -118,10 +118,10 @@ def conjugate_residuals(
     solution, residual, direction = torch.zeros_like(right), right, right
     product = along = hessian(residual)  # Hess of the residual, and of the direction
     energy, square = inner(residual, product), inner(residual, residual)
-    largest = torch.zeros_like(square)  # eigenvalue, squared, as far as it has shown
+    largest = torch.zeros_like(square)  # square of the largest eigenvalue, estimated from below
     singular, indefinite = torch.zeros_like(square, dtype=torch.bool), torch.zeros_like(square, dtype=torch.bool)
     running = square > 0
-    look_every = 1 if right.device.type == "cpu" else _STEPS_BETWEEN_LOOKS
+    read_every = 1 if right.device.type == "cpu" else _STEPS_BETWEEN_READS
     count = 0
     for count in range(max_iterations + 1):
         image, along_square = inner(product, product), inner(along, along)
@@ -130,7 +130,7 @@ def conjugate_residuals(
         solved = square <= target
         singular = singular | (running & ~solved & (image <= zero * square))
         running = running & ~solved & ~singular
-        if count == max_iterations or (count % look_every == 0 and not bool(running.any())):
+        if count == max_iterations or (count % read_every == 0 and not bool(running.any())):
             break
         indefinite = indefinite | (running & (energy < 0))
         length = torch.where(running, energy / along_square, 0)

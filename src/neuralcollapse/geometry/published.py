@@ -1,4 +1,4 @@
-"""The nearest simplex ETF as the published system poses and solves it, for comparison with the closed form."""
+"""The published problem of the nearest simplex ETF, solved as published, for comparison with the closed form."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuralcollapse._checks import check_at_least, check_finite, check_floating
-from neuralcollapse.geometry.declarative import ArgminSolution, argmin_on_stiefel
+from neuralcollapse._checks import check_at_least, check_finite, check_floating, check_not_negative
+from neuralcollapse.geometry.argmin import ArgminSolution, argmin_on_stiefel
 
 PUBLISHED_PROXIMAL_WEIGHT = 1e-3
 PUBLISHED_MAX_ITERATIONS = 30
@@ -23,29 +23,29 @@ def published_nearest_frame(
     max_iterations: int = PUBLISHED_MAX_ITERATIONS,
     **solver: Any,
 ) -> ArgminSolution:
-    r"""The matrix P of the published problem, by a Riemannian trust region, differentiable in the class means.
+    r"""Return the solution P of the published problem, by a Riemannian trust region, differentiable in the class means.
 
     With Ĉ the centred means of unit Frobenius norm and Π = I − 11ᵀ/K, it minimises
 
         ‖Ĉ − ΠP/√(K−1)‖²_F + (δ/2) ‖P − P₀‖²_F   over P (K, d) with orthonormal rows.
 
-    The simplex ETF is √(K/(K−1)) ΠP (`frame_to_etf`). The part of P along the all-ones vector carries no ETF: hence
-    the problem needs d ≥ K and is singular at δ = 0, and `nearest_simplex_etf` is posed without it. Without a last
-    solution it is first solved at δ = 0 for one, as published.
+    The simplex ETF is √(K/(K−1)) ΠP (`frame_to_etf`). It does not depend on the part of P along the all-ones vector.
+    With that part the problem needs d ≥ K and is singular at δ = 0; `nearest_simplex_etf` solves the problem without
+    it. If no last solution is given, the problem is first solved at δ = 0 to obtain one, as published.
 
     Args:
         class_means: (..., K, d) floating, d ≥ K.
-        last: P₀, (..., K, d), the last solution and the start.
+        last: P₀, (..., K, d), the last solution, which is also the start.
         proximal_weight: δ ≥ 0.
-        max_iterations: Outer iterations; the published 30.
-        **solver: As for `argmin_on_stiefel`.
+        max_iterations: Greatest number of outer iterations; the published 30.
+        **solver: Keyword arguments of `minimize_on_stiefel`.
 
     Returns:
         `ArgminSolution` of P.
 
     Raises:
-        ValueError: Shapes or a weight out of range, means that are not finite or all equal, or a last solution that is
-            not on the manifold.
+        ValueError: if shapes or the weight are out of range, the means are not finite or all equal, or the last
+            solution is not on the manifold.
 
     Source: Markou, Ajanthan, Gould, "Guiding Neural Collapse" (NeurIPS 2024).
 
@@ -63,8 +63,7 @@ def published_nearest_frame(
     check_at_least("num_classes", num_classes, 2)
     check_at_least("feature_dim", feature_dim, num_classes, "num_classes")
     check_finite("class_means", class_means)
-    if not (isinstance(proximal_weight, int | float) and 0 <= proximal_weight < math.inf):
-        raise ValueError(f"proximal_weight must be finite and at least 0, got {proximal_weight!r}")
+    check_not_negative("proximal_weight", proximal_weight)
     centred = class_means - class_means.mean(-2, keepdim=True)
     norm = torch.linalg.matrix_norm(centred, keepdim=True)
     if not bool((norm > 4 * torch.finfo(norm.dtype).eps * torch.linalg.matrix_norm(class_means, keepdim=True)).all()):
@@ -83,7 +82,7 @@ def published_nearest_frame(
 
 
 def frame_to_etf(frame: Tensor) -> Tensor:
-    """The unit simplex ETF √(K/(K−1)) ΠP of a matrix P (..., K, d) with orthonormal rows.
+    """Return the unit simplex ETF √(K/(K−1)) ΠP of a matrix P (..., K, d) with orthonormal rows.
 
     Examples:
         >>> frame_to_etf(torch.eye(2))
@@ -95,5 +94,5 @@ def frame_to_etf(frame: Tensor) -> Tensor:
 
 
 def _data_term(point: Tensor, unit: Tensor) -> Tensor:
-    reach = 1 / math.sqrt(point.shape[-2] - 1)
-    return (unit - reach * (point - point.mean(-2, keepdim=True))).square().sum((-2, -1))
+    scale = 1 / math.sqrt(point.shape[-2] - 1)
+    return (unit - scale * (point - point.mean(-2, keepdim=True))).square().sum((-2, -1))

@@ -1,4 +1,4 @@
-"""What replaces the simplex ETF where it does not exist: the softmax code, for K > d + 1 classes."""
+"""The softmax code, which replaces the simplex ETF where K > d + 1 classes leave none."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.nn import functional
 from neuralcollapse._checks import check_at_least, check_finite, check_floating, compute_dtype
 from neuralcollapse.geometry.simplex import simplex_etf
 
-# Halving from 1 to 2⁻¹²: the smooth maximum is then within 2⁻¹² log K² of the true one, 3e-3 at K = 1000. Margins at
-# (100, 16): 0.789 in five stages, 0.792 in eleven, 0.768 without annealing, at the same number of evaluations.
+# From 1 down to 2⁻¹² by halves: the smooth maximum is then within 2⁻¹² log K² of the true one, 3e-3 at K = 1000.
+# Margins at (100, 16) for the same number of evaluations: 0.789 in five stages, 0.792 in eleven, 0.768 in one.
 TEMPERATURES = tuple(0.5**stage for stage in range(13))
 _HISTORY = 20
 
@@ -27,26 +27,26 @@ def softmax_code(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    r"""Unit class vectors with the greatest least one-vs-rest margin: where collapse goes when K > d + 1.
+    r"""Return unit class vectors that maximise the least one-vs-rest margin, the limit of collapse when K > d + 1.
 
-    The margin of class k is the distance of w_k from the convex hull of the others, and the code maximises the least of
-    them. Where the answer is known it is given: the canonical simplex ETF for K ≤ d+1, the first K vectors
-    e₁, −e₁, e₂, −e₂, … of the orthoplex for d+2 ≤ K ≤ 2d, and the regular K-gon at d = 2. Else it is found by
-    `anneal_code`, which costs O(K²d) an evaluation and finds a good code, not a proven optimum.
+    The margin of class k is the distance of w_k from the convex hull of the others. Known optima are returned directly:
+    the canonical simplex ETF for K ≤ d+1, the first K vectors e₁, −e₁, e₂, −e₂, … of the orthoplex for d+2 ≤ K ≤ 2d,
+    and the regular K-gon at d = 2. Otherwise the margin is maximised numerically, at O(K²d) per evaluation: the result
+    is a good code, not a proven optimum.
 
     Args:
         num_classes: K ≥ 2.
         feature_dim: d ≥ 1; d ≥ 2 for K > 2.
-        generator: Where the optimisation starts, on ``device``; a generator of seed 0 if not given.
-        max_iterations: L-BFGS iterations at each of the temperatures.
+        generator: Source of the random start, on ``device``; a generator of seed 0 if not given.
+        max_iterations: L-BFGS iterations at each temperature.
         dtype: Floating dtype of the result; the default dtype if not given.
-        device: Where to compute.
+        device: Device of the computation and the result.
 
     Returns:
         (K, d), unit rows.
 
     Raises:
-        ValueError: Sizes out of range.
+        ValueError: if a size is out of range.
 
     Source: Jiang et al., "Generalized neural collapse for a large number of classes" (ICML 2024).
 
@@ -68,19 +68,19 @@ def softmax_code(
         return _polygon(num_classes, device).to(dtype)
     generator = generator or torch.Generator(device or "cpu").manual_seed(0)
     start = torch.randn(num_classes, feature_dim, generator=generator, dtype=torch.float64, device=device)
-    return anneal_code(start, max_iterations=max_iterations).to(dtype)
+    return _anneal_code(start, max_iterations=max_iterations).to(dtype)
 
 
-def anneal_code(start: Tensor, *, temperatures: tuple[float, ...] = TEMPERATURES, max_iterations: int = 40) -> Tensor:
-    r"""Maximise the least one-vs-rest margin from a start, by a smooth objective that is sharpened step by step.
+def _anneal_code(start: Tensor, *, temperatures: tuple[float, ...] = TEMPERATURES, max_iterations: int = 40) -> Tensor:
+    r"""Maximise the least one-vs-rest margin from a start, by a smooth objective with falling temperature.
 
-    The margin of class k is max over unit h of min_{j≠k} ⟨w_k − w_j, h⟩. With a unit h_k for each class,
+    The margin of class k is the maximum over unit h of min_{j≠k} ⟨w_k − w_j, h⟩. With a unit h_k for each class,
 
         min over W, H of  t · log Σ_k Σ_{j≠k} exp(⟨w_j − w_k, h_k⟩/t)
 
     is minimised by L-BFGS on the product of spheres (rows normalised inside) for t falling to nearly 0; at t → 0 it is
-    minus the least margin. At a high temperature every vector repels every other, which puts them in order; starting
-    at a low one only the closest pair is seen, and the order of the start is kept.
+    minus the least margin. At a high temperature every vector repels every other, which spreads them evenly; at a low
+    temperature only the closest pair counts, so that without annealing the arrangement of the start remains.
 
     Args:
         start: (K, d) floating, rows not zero. fp16 and bf16 are computed in fp32.
@@ -91,13 +91,14 @@ def anneal_code(start: Tensor, *, temperatures: tuple[float, ...] = TEMPERATURES
         (K, d), unit rows, in the dtype of ``start``.
 
     Raises:
-        ValueError: A start of another shape, not finite or with a zero row; temperatures that are not positive.
+        ValueError: if the start has another shape, a value that is not finite or a zero row, or if a temperature is not
+            positive.
 
     Source: Jiang et al. (ICML 2024): their HardMax problem, smoothed.
 
     Examples:
         >>> start = torch.randn(4, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        >>> bool(torch.allclose(one_vs_rest_margins(anneal_code(start)), torch.ones(4).double(), atol=1e-6))
+        >>> bool(torch.allclose(one_vs_rest_margins(_anneal_code(start)), torch.ones(4).double(), atol=1e-6))
         True
     """
     _check_code("start", start)
@@ -112,7 +113,7 @@ def anneal_code(start: Tensor, *, temperatures: tuple[float, ...] = TEMPERATURES
 
 
 def _stage(pair: Tensor, temperature: float, max_iterations: int) -> Tensor:
-    """W and H, (2, K, d), improved at one temperature."""
+    """Return W and H, (2, K, d), improved at one temperature."""
     variable = pair.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
         [variable],
@@ -137,27 +138,27 @@ def _stage(pair: Tensor, temperature: float, max_iterations: int) -> Tensor:
 
 
 def _negative_margins(code: Tensor, directions: Tensor) -> Tensor:
-    """⟨w_j − w_k, h_k⟩ in row k, column j; −∞ at j = k."""
+    """Return ⟨w_j − w_k, h_k⟩ in row k, column j; −∞ at j = k."""
     products = directions @ code.mT
     margins = products - products.diagonal().unsqueeze(-1)
     return margins.masked_fill(torch.eye(len(code), dtype=torch.bool, device=code.device), -math.inf)
 
 
 def one_vs_rest_margins(code: Tensor, *, max_iterations: int = 2000, tolerance: float = 1e-7) -> Tensor:
-    r"""The distance of each class vector from the convex hull of the others, what a softmax code makes large.
+    r"""Return the distance of each class vector from the convex hull of the others, which a softmax code maximises.
 
-    Solved by accelerated projected gradient in the weights of the hull, for all classes at once, O(K²d) an iteration.
+    Solved by accelerated projected gradient in the weights of the hull, for all classes together, O(K²d) per iteration.
 
     Args:
         code: (K, d) floating, rows not zero.
-        max_iterations: Iterations.
-        tolerance: Gap between the distance to the best point found and the half-space that proves it, to stop at.
+        max_iterations: Greatest number of iterations.
+        tolerance: Gap between the distance to the best point found and its lower bound at which to stop.
 
     Returns:
-        (K,), proven lower bounds of the distances, ``tolerance`` below them at most unless the iterations ran out.
+        (K,), proven lower bounds of the distances, at most ``tolerance`` below them unless the iterations ran out.
 
     Raises:
-        ValueError: A code of another shape, not finite or with a zero row.
+        ValueError: if the code has another shape, a value that is not finite or a zero row.
 
     Source: Jiang et al. (ICML 2024); Beck, Teboulle (2009) with the restart of O'Donoghue, Candès (2015).
 
@@ -168,14 +169,14 @@ def one_vs_rest_margins(code: Tensor, *, max_iterations: int = 2000, tolerance: 
     _check_code("code", code)
     exact = code.detach().double()
     count = len(exact)
-    own = torch.eye(count, dtype=torch.bool, device=code.device)
-    weights = torch.full_like(own, 1 / (count - 1), dtype=torch.float64).masked_fill(own, 0)
+    diagonal = torch.eye(count, dtype=torch.bool, device=code.device)
+    weights = torch.full_like(diagonal, 1 / (count - 1), dtype=torch.float64).masked_fill(diagonal, 0)
     ahead, momentum = weights, 1.0
     rate = 1 / float(torch.linalg.matrix_norm(exact, 2)) ** 2
     margins = exact.new_zeros(count)
     for _ in range(max_iterations):
         slope = (ahead @ exact - exact) @ exact.mT
-        moved = _project_on_simplex((ahead - rate * slope).masked_fill(own, -math.inf))
+        moved = _project_on_simplex((ahead - rate * slope).masked_fill(diagonal, -math.inf))
         if float(((ahead - moved) * (moved - weights)).sum()) > 0:
             momentum = 1.0
         following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
@@ -191,7 +192,7 @@ def one_vs_rest_margins(code: Tensor, *, max_iterations: int = 2000, tolerance: 
 
 
 def _project_on_simplex(vectors: Tensor) -> Tensor:
-    """The nearest probability vector to each row (Held, Wolfe, Crowder 1974); entries of −∞ stay at 0."""
+    """Return the probability vector nearest to each row (Held, Wolfe, Crowder 1974); entries of −∞ stay at 0."""
     ordered = vectors.sort(-1, descending=True).values
     index = torch.arange(1, vectors.shape[-1] + 1, dtype=vectors.dtype, device=vectors.device)
     threshold = (ordered.masked_fill(ordered == -math.inf, 0).cumsum(-1) - 1) / index
@@ -215,4 +216,4 @@ def _check_code(name: str, code: Tensor) -> None:
         raise ValueError(f"{name} must be of shape (K, d) with K >= 2, got {tuple(code.shape)}")
     check_finite(name, code)
     if bool((code == 0).all(-1).any()):
-        raise ValueError(f"{name} must have no zero row, got one at {int((code == 0).all(-1).int().argmax())}")
+        raise ValueError(f"{name} must not have a zero row, got one at {int((code == 0).all(-1).int().argmax())}")

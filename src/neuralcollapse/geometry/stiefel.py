@@ -9,19 +9,15 @@ extrinsic look at the Riemannian Hessian" (2013).
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from neuralcollapse._checks import check_at_least, check_finite, check_floating, compute_dtype
 from neuralcollapse.geometry.polar import polar_factor
 
-Retraction = Literal["qr", "polar"]
-
 
 def inner(first: Tensor, second: Tensor) -> Tensor:
-    """⟨X, Y⟩ of (..., p, d) matrices, kept as (..., 1, 1) so that it scales them.
+    """Return ⟨X, Y⟩ of (..., p, d) matrices, as (..., 1, 1) so that it broadcasts with them.
 
     Examples:
         >>> inner(torch.ones(2, 3), torch.ones(2, 3))
@@ -32,12 +28,12 @@ def inner(first: Tensor, second: Tensor) -> Tensor:
 
 
 def symmetric(square: Tensor) -> Tensor:
-    """The symmetric part ½(X + Xᵀ)."""
+    """Return the symmetric part ½(X + Xᵀ)."""
     return 0.5 * (square + square.mT)
 
 
 def project(point: Tensor, ambient: Tensor) -> Tensor:
-    """The tangent vector at Q nearest to Z: Z − ½(ZQᵀ + QZᵀ)Q.
+    """Return the tangent vector at Q that is nearest to Z: Z − ½(ZQᵀ + QZᵀ)Q.
 
     Args:
         point: Q, (..., p, d).
@@ -53,57 +49,31 @@ def project(point: Tensor, ambient: Tensor) -> Tensor:
     return ambient - symmetric(ambient @ point.mT) @ point
 
 
-def retract(point: Tensor, tangent: Tensor, method: Retraction = "qr") -> Tensor:
-    """The point reached from Q along V: the orthonormal factor of Q + V.
+def retract(point: Tensor, tangent: Tensor) -> Tensor:
+    """Return the point reached from Q along V: the orthonormal factor of Q + V, as of a QR decomposition.
 
-    ``"qr"`` takes it by a Cholesky factor of (Q+V)(Q+V)ᵀ = I + VVᵀ. That matrix is never near singular, so this is as
-    accurate as Householder's QR and costs two matrix products. ``"polar"`` is the nearest point to Q + V and agrees
-    with the geodesic to second order.
+    It is computed from a Cholesky factor of (Q+V)(Q+V)ᵀ = I + VVᵀ. That matrix is never close to singular, so this is
+    as accurate as Householder's QR and costs two matrix products.
 
     Args:
         point: Q, (..., p, d).
         tangent: V, (..., p, d), tangent at Q.
-        method: ``"qr"`` or ``"polar"``.
 
     Returns:
         (..., p, d).
-
-    Raises:
-        ValueError: Another method.
 
     Examples:
         >>> retract(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.75]]))
         tensor([[0.8000, 0.6000]])
     """
     moved = point + tangent
-    if method == "polar":
-        return polar_factor(moved, check_values=False)
-    if method != "qr":
-        raise ValueError(f"retraction must be 'qr' or 'polar', got {method!r}")
     factor, _ = torch.linalg.cholesky_ex(moved @ moved.mT)
     reached: Tensor = torch.linalg.solve_triangular(factor, moved, upper=False)
-    return reached.contiguous()  # so that a solution that is saved and read again gives the same numbers
-
-
-def transport(tangent: Tensor, to: Tensor) -> Tensor:
-    """A tangent vector carried to another point, by projection on the tangent space there.
-
-    Args:
-        tangent: (..., p, d).
-        to: The point (..., p, d) whose tangent space it is carried to.
-
-    Returns:
-        (..., p, d).
-
-    Examples:
-        >>> transport(torch.tensor([[0.0, 1.0]]), to=torch.tensor([[0.6, 0.8]]))
-        tensor([[-0.4800,  0.3600]])
-    """
-    return project(to, tangent)
+    return reached.contiguous()  # so that a solution that is saved and loaded gives the same numbers
 
 
 def distance(first: Tensor, second: Tensor) -> Tensor:
-    """The chordal distance ‖Q₁ − Q₂‖_F, (...) of (..., p, d).
+    """Return the chordal distance ‖Q₁ − Q₂‖_F, (...) of (..., p, d).
 
     Examples:
         >>> distance(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.6, 0.8]]))
@@ -119,19 +89,19 @@ def random_point(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """A Haar-uniform point: the polar factor of a Gaussian matrix.
+    """Return a Haar-uniform point: the polar factor of a Gaussian matrix.
 
     Args:
         *shape: ..., p, d with p ≤ d.
         generator: Source of randomness, on ``device``.
         dtype: Floating dtype; the default dtype if not given.
-        device: Where to create it.
+        device: Device of the result.
 
     Returns:
         Tensor of the given shape, rows orthonormal.
 
     Raises:
-        ValueError: Fewer than two sizes, a size below 1, or p > d.
+        ValueError: if there are fewer than two sizes, a size is below 1, or p > d.
 
     Examples:
         >>> point = random_point(2, 4, generator=torch.Generator().manual_seed(0))
@@ -154,11 +124,11 @@ def check_point(point: Tensor, name: str = "point") -> None:
 
     Args:
         point: (..., p, d) of fp32 or fp64.
-        name: What the message calls it.
+        name: Name of the argument in the message.
 
     Raises:
-        ValueError: Not floating, another dtype or shape, not finite, or rows that are not orthonormal; the message
-            says which row or pair of rows is furthest off.
+        ValueError: if the dtype or shape is another, values are not finite, or rows are not orthonormal; the message
+            names the row or pair of rows with the greatest error.
 
     Examples:
         >>> check_point(torch.tensor([[1.0, 0.0], [0.6, 0.8]]))
@@ -184,9 +154,9 @@ def check_point(point: Tensor, name: str = "point") -> None:
     *batch, row, other = (int(i) for i in index)
     value = float(gram.flatten()[worst])
     where = f" of matrix {tuple(batch)}" if batch else ""
-    found = (
+    finding = (
         f"row {row}{where} has norm {max(value, 0) ** 0.5:.9g}"
         if row == other
         else f"rows {row} and {other}{where} have inner product {value:.6g}"
     )
-    raise ValueError(f"{name} must have orthonormal rows; {found}")
+    raise ValueError(f"{name} must have orthonormal rows; {finding}")

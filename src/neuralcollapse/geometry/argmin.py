@@ -1,6 +1,6 @@
-"""An argmin over the Stiefel manifold as a differentiable layer.
+"""A differentiable argmin over the Stiefel manifold: a declarative layer.
 
-A declarative layer is defined by the problem that its output solves, not by the steps that solve it: the derivative of
+A declarative layer is defined by the problem that its output solves, not by the steps of a solver: the derivative of
 the solution follows from the optimality condition, whichever solver found it.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,10 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from neuralcollapse._checks import check_finite, check_floating
 from neuralcollapse.geometry.krylov import LeastNormSolution, conjugate_residuals
-from neuralcollapse.geometry.local_model import LocalModel
-from neuralcollapse.geometry.solution import StiefelSolution
 from neuralcollapse.geometry.stiefel import project
-from neuralcollapse.geometry.trust_region import minimize_on_stiefel
+from neuralcollapse.geometry.trust_region import SecondOrderModel, StiefelSolution, minimize_on_stiefel
 
 Parameters = Tensor | tuple[Tensor, ...] | list[Tensor]
 ParametricCost = Callable[[Tensor, Any], Tensor]
@@ -28,14 +26,15 @@ ParametricCost = Callable[[Tensor, Any], Tensor]
 
 @dataclass
 class AdjointRecord:
-    """How the derivative was solved for, filled in by each backward pass.
+    """Record of the adjoint solve, updated by each backward pass.
 
     Attributes:
         converged: (...) bool, whether the adjoint equation was solved; None before the first backward pass.
-        singular: (...) bool, whether the Hessian is singular there: the derivative is then the one of least norm.
+        singular: (...) bool, whether the Hessian is singular at the solution: the derivative is then the one of least
+            norm.
         residual: (...), relative to the upstream gradient's tangent part.
-        iterations: Hessian–vector products, of the longest problem.
-        reason: The same in words.
+        iterations: Number of Hessian–vector products, of the problem that took most.
+        reason: Summary in words.
     """
 
     converged: Tensor | None = None
@@ -45,7 +44,7 @@ class AdjointRecord:
     reason: str = "no backward pass yet"
 
     def fill(self, solved: LeastNormSolution) -> None:
-        """Write down one backward pass, and warn of a derivative that is not the one and only."""
+        """Store the result of one backward pass, and warn if the derivative is inexact or not unique."""
         self.converged, self.singular = solved.converged[..., 0, 0], solved.singular[..., 0, 0]
         self.residual, self.iterations = solved.residual[..., 0, 0], solved.iterations
         findings = []
@@ -54,7 +53,7 @@ class AdjointRecord:
         if bool(self.singular.any()):
             findings.append("the Hessian is singular at the solution: the gradient is the one of least norm")
         if bool(solved.indefinite.any()):
-            findings.append("the Hessian has negative curvature at the solution, which is no minimum")
+            findings.append("the Hessian has negative curvature at the solution, which is not a minimum")
         self.reason = "; ".join(findings) or "adjoint equation solved"
         if findings:
             warnings.warn(f"argmin_on_stiefel: {self.reason}", RuntimeWarning, stacklevel=2)
@@ -62,41 +61,41 @@ class AdjointRecord:
 
 @dataclass(frozen=True)
 class ArgminSolution(StiefelSolution):
-    """A `StiefelSolution` whose point is differentiable, and the record of its derivative.
+    """A `StiefelSolution` with a differentiable point, and the record of its derivative.
 
     Attributes:
-        adjoint: `AdjointRecord`, filled in by the backward pass.
+        adjoint: `AdjointRecord`, updated by the backward pass.
     """
 
     adjoint: AdjointRecord = field(default_factory=AdjointRecord)
 
 
 def argmin_on_stiefel(cost: ParametricCost, parameters: Parameters, initial: Tensor, **solver: Any) -> ArgminSolution:
-    r"""The matrix with orthonormal rows that minimises a cost, differentiable in the cost's parameters.
+    r"""Return the matrix with orthonormal rows that minimises a cost, differentiable in the cost's parameters.
 
     With Q(θ) a minimiser of f(·, θ), the optimality condition grad f(Q(θ), θ) = 0 gives Hess[dQ] = −proj(∂_θ∇f dθ).
     For an upstream gradient G of Q the backward pass solves the adjoint equation
 
         Hess[V] = proj(G)   on the tangent space,   and returns   ∂θ = −∂_θ⟨∇f(Q, θ), V⟩.
 
-    One Krylov solve with Hessian–vector products; nothing larger than a few matrices of Q's size is kept, and the
-    steps of the solver are not.
+    This takes one Krylov solve with Hessian–vector products and memory for a few matrices of Q's size; the steps of the
+    solver are not stored.
 
     Args:
-        cost: Function of (point, parameters): points (..., p, d) and ``parameters`` as given here, to one value a
-            problem, (...). Three times differentiable by torch. What it should be differentiated in has to come in by
-            ``parameters``, not by closure.
-        parameters: A tensor, or a tuple or list of tensors; what requires no gradient is left alone.
-        initial: (..., p, d) of fp32 or fp64, rows orthonormal: where the solver starts.
-        **solver: Keyword arguments of `minimize_on_stiefel`, but derivatives: those are automatic.
+        cost: Function of (point, parameters): of points (..., p, d) and ``parameters`` as given here, to one value per
+            problem, (...). Three times differentiable by torch. Tensors in which it is differentiated must be passed
+            in ``parameters``, not by closure.
+        parameters: A tensor, or a tuple or list of tensors; only those that require a gradient get one.
+        initial: (..., p, d) of fp32 or fp64, rows orthonormal: the start of the solver.
+        **solver: Keyword arguments of `minimize_on_stiefel`.
 
     Returns:
-        `ArgminSolution`; ``.point`` is differentiable once, everything else is not. A solution that has not converged,
-        or a derivative that is not unique, warns and is said in the record.
+        `ArgminSolution`; ``.point`` is differentiable once, its other fields are not. If the solution has not
+        converged, or its derivative is not unique, a warning is issued and the record says so.
 
     Raises:
-        ValueError: As `minimize_on_stiefel`; parameters of another kind or not finite; a cost that depends on a tensor
-            that requires a gradient and is not among the parameters.
+        ValueError: if `minimize_on_stiefel` raises it; if parameters are not finite floating-point tensors; or if the
+            cost depends on a tensor that requires a gradient and is not among the parameters.
 
     Source: Gould, Hartley, Campbell, "Deep declarative networks" (2022), on a manifold by the Riemannian Hessian.
 
@@ -104,7 +103,7 @@ def argmin_on_stiefel(cost: ParametricCost, parameters: Parameters, initial: Ten
         >>> target = torch.tensor([[3.0, 0.0, 4.0]], dtype=torch.float64, requires_grad=True)
         >>> start = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
         >>> point = argmin_on_stiefel(lambda point, target: -(target * point).sum((-2, -1)), target, start).point
-        >>> point[0, 1].backward()  # the direction of the target turns by 1/5 of a step across it
+        >>> point[0, 1].backward()  # a step across the target turns its direction by 1/5 of the step
         >>> target.grad
         tensor([[0.0000, 0.2000, 0.0000]], dtype=torch.float64)
     """
@@ -115,8 +114,6 @@ def argmin_on_stiefel(cost: ParametricCost, parameters: Parameters, initial: Ten
         name = "parameters" if isinstance(parameters, Tensor) else f"parameters[{index}]"
         check_floating(name, tensor)
         check_finite(name, tensor)
-    if given := {"gradient", "hessian"} & solver.keys():
-        raise ValueError(f"{min(given)} must not be given: the derivatives in the parameters are automatic")
 
     def pack(values: tuple[Tensor, ...] | list[Tensor]) -> Parameters:
         return values[0] if isinstance(parameters, Tensor) else type(tensors)(values)
@@ -129,20 +126,19 @@ def argmin_on_stiefel(cost: ParametricCost, parameters: Parameters, initial: Ten
     record = AdjointRecord()
     attach: Callable[..., Tensor] = _Argmin.apply
     point = attach(lambda point, *values: cost(point, pack(values)), solution, record, solution.point, *tensors)
-    found = {entry.name: getattr(solution, entry.name) for entry in fields(solution)}
-    return ArgminSolution(**(found | {"point": point}), adjoint=record)
+    return ArgminSolution(**(vars(solution) | {"point": point}), adjoint=record)
 
 
 def _check_no_gradient_by_closure(value: Tensor) -> None:
     if value.requires_grad:
         raise ValueError(
             "cost must not depend on a tensor that requires a gradient and is not among the parameters: "
-            "pass it in, or detach it"
+            "pass it as a parameter, or detach it"
         )
 
 
 class _Argmin(torch.autograd.Function):
-    """The identity on the solution, whose derivative in the parameters is that of the argmin."""
+    """The identity on the solution, with the derivative of the argmin in the parameters."""
 
     @staticmethod
     def forward(
@@ -163,8 +159,8 @@ class _Argmin(torch.autograd.Function):
         point, *parameters = ctx.saved_tensors
         wanted = ctx.needs_input_grad[4:]
         values = [tensor.detach().requires_grad_(needed) for tensor, needed in zip(parameters, wanted, strict=True)]
-        model = LocalModel(lambda variable: ctx.cost(variable, *values), point)
-        # The null eigenvalues of a Hessian are as far from 0 as the point is from critical.
+        model = SecondOrderModel(lambda variable: ctx.cost(variable, *values), point)
+        # Null eigenvalues of the Hessian differ from 0 by the distance of the point from a critical one.
         null = 10 * ctx.gradient_norm[..., None, None]
         rows, columns = point.shape[-2:]
         solved = conjugate_residuals(model.hessian, project(point, upstream), null, 2 * rows * columns)

@@ -1,4 +1,4 @@
-"""The ways to a polar factor and its gradient: by the spectrum, by products alone, and the operator that holds both."""
+"""The two methods of the polar factor and its gradient, spectral and by products, and their compiled operator."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from neuralcollapse import nearest_simplex_etf, polar_factor, random_simplex_etf
 from neuralcollapse.geometry.polar import decompose
 from neuralcollapse.geometry.polar_iteration import IMMEDIATE, SIGN_POLYNOMIALS, ConvergenceCheck
 
-WAYS = ["spectral", "products"]
+METHODS = ["spectral", "products"]
 ORTHONORMALITY = {torch.float32: 1e-5, torch.float64: 1e-12}
 # ‖Q − Q₆₄‖_F/√m up to condition 1,000; what the spectrum leaves in fp64 grows with the square of the condition.
 ACCURACY = {
@@ -51,8 +51,8 @@ def exact_gradient(matrix, gradient):
 @pytest.mark.parametrize("condition", CONDITIONS)
 @pytest.mark.parametrize("shape", [(9, 512), (20, 20), (99, 300), (300, 640)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("method", WAYS)
-def test_rows_are_orthonormal_and_the_factor_is_the_right_one(method, dtype, shape, condition):
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_are_orthonormal_and_the_factor_is_accurate(method, dtype, shape, condition):
     matrix = with_condition(*shape, condition).to(dtype)
     factor = polar_factor(matrix, method=method)
     assert (factor @ factor.mT - torch.eye(shape[0], dtype=dtype)).abs().max() <= ORTHONORMALITY[dtype]
@@ -73,7 +73,7 @@ def test_many_rows_in_fp32_keep_both_bounds_where_most_directions_are_the_least(
 
 @pytest.mark.parametrize("condition", CONDITIONS)
 @pytest.mark.parametrize("shape", [(9, 512), (60, 200)])
-@pytest.mark.parametrize("method", WAYS)
+@pytest.mark.parametrize("method", METHODS)
 def test_gradient_is_the_formulas_at_every_condition(method, shape, condition):
     matrix, upstream = with_condition(*shape, condition), normal(*shape, seed=3)
     expected = exact_gradient(matrix, upstream)
@@ -83,9 +83,9 @@ def test_gradient_is_the_formulas_at_every_condition(method, shape, condition):
         assert (gradient - expected).norm() / expected.norm() <= tolerance
 
 
-@pytest.mark.parametrize("method", WAYS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("size", [(2, 1), (4, 3), (4, 15), (10, 64)])
-def test_an_exact_etf_is_found_with_an_exact_gradient(size, method):
+def test_an_exact_etf_is_its_own_nearest_with_an_exact_gradient(size, method):
     etf = random_simplex_etf(*size, dtype=torch.float64)
     means = (3 * etf + 1).requires_grad_()
     assert torch.allclose(nearest_simplex_etf(means, method=method), etf, atol=1e-12)
@@ -94,21 +94,20 @@ def test_an_exact_etf_is_found_with_an_exact_gradient(size, method):
     assert (single @ single.T - simplex_gram(size[0])).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("method", WAYS)
-def test_one_node_and_many_give_the_same_gradient(method):
-    """Equal class weights take the way of separate differentiable steps."""
+@pytest.mark.parametrize("method", METHODS)
+def test_equal_class_weights_change_neither_the_solution_nor_its_gradient(method):
     means, anchor = normal(10, 30).requires_grad_(), random_simplex_etf(10, 30, dtype=torch.float64)
     options = {"anchor": anchor, "proximal_weight": 0.3, "method": method}
-    together = nearest_simplex_etf(means, **options)
-    apart = nearest_simplex_etf(means, class_weights=torch.ones(10, dtype=torch.float64), **options)
-    assert torch.allclose(together, apart, atol=1e-12)
-    gradients = [torch.autograd.grad(etf, means, normal(10, 30, seed=5))[0] for etf in (together, apart)]
+    plain = nearest_simplex_etf(means, **options)
+    weighted = nearest_simplex_etf(means, class_weights=torch.ones(10, dtype=torch.float64), **options)
+    assert torch.allclose(plain, weighted, atol=1e-12)
+    gradients = [torch.autograd.grad(etf, means, normal(10, 30, seed=5))[0] for etf in (plain, weighted)]
     assert torch.allclose(*gradients, atol=1e-12)
     batched = torch.func.vmap(lambda means: nearest_simplex_etf(means, method=method))(normal(3, 5, 8))
     assert torch.allclose(batched, nearest_simplex_etf(normal(3, 5, 8), method=method), atol=1e-11)
 
 
-def test_products_give_way_to_an_svd_where_they_cannot_converge():
+def test_an_svd_replaces_products_that_do_not_converge():
     for matrix in (with_condition(20, 50, 1e9), normal(20, 3) @ normal(3, 50, seed=1), torch.zeros(4, 9).double()):
         leaf = matrix.clone().requires_grad_()
         factor = polar_factor(leaf, method="products")
@@ -130,38 +129,38 @@ def test_the_polynomials_are_minimax_and_end_at_the_sign():
     assert greatest - 1 < 1e-9
 
 
-def test_a_watched_solve_falls_back_a_fixed_number_of_solves_later(caplog):
-    good, bad, watch = with_condition(6, 20, 10), with_condition(6, 20, 1e9), ConvergenceCheck()
+def test_a_deferred_check_takes_an_svd_a_fixed_number_of_solves_later(caplog):
+    good, bad, check = with_condition(6, 20, 10), with_condition(6, 20, 1e9), ConvergenceCheck()
 
     def solve(matrix):
-        return decompose(matrix, 0.0, True, watch.handle)[0]
+        return decompose(matrix, 0.0, True, check.handle)[0]
 
     def is_orthonormal(factor):
         return bool((factor @ factor.mT - torch.eye(6)).abs().max() < 1e-9)
 
-    assert is_orthonormal(solve(bad))  # the first solve is looked at at once
-    assert watch.fallbacks == 1
+    assert is_orthonormal(solve(bad))  # the first solve is checked at once
+    assert check.fallbacks == 1
     with caplog.at_level(logging.WARNING, logger="neuralcollapse.geometry.polar_iteration"):
         assert is_orthonormal(solve(good))
-        assert not is_orthonormal(solve(bad))  # nobody has looked yet
-        results = [is_orthonormal(solve(bad)) for _ in range(watch.lag)]
-    assert results == [False] * (watch.lag - 2) + [True, True] or results[-1]
-    assert watch.fallbacks >= 2
+        assert not is_orthonormal(solve(bad))  # not checked yet
+        results = [is_orthonormal(solve(bad)) for _ in range(check.lag)]
+    assert results == [False] * (check.lag - 2) + [True, True] or results[-1]
+    assert check.fallbacks >= 2
     assert "polar factor by SVD" in caplog.text
-    for _ in range(2 * watch.lag):
+    for _ in range(2 * check.lag):
         solve(good)
-    before = watch.fallbacks
+    before = check.fallbacks
     assert is_orthonormal(solve(good))
-    assert watch.fallbacks == before
-    for twin in (copy.deepcopy(watch), pickle.loads(pickle.dumps(watch))):
-        assert twin.handle != watch.handle
+    assert check.fallbacks == before
+    for twin in (copy.deepcopy(check), pickle.loads(pickle.dumps(check))):
+        assert twin.handle != check.handle
 
 
 @pytest.mark.parametrize("by_products", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("null", [0.0, 1.0])
 @pytest.mark.parametrize("shape", [(1, 4), (5, 5), (5, 9), (5, 40), (2, 3, 7), (2, 2, 3, 30), (260, 600)])
-def test_the_operator_is_what_it_says_to_compilers(shape, null, dtype, by_products):
+def test_the_operator_passes_opcheck(shape, null, dtype, by_products):
     matrix = normal(*shape, dtype=dtype)
     matrix = matrix - matrix.mean(-2, keepdim=True) if null else matrix
     if shape[-2] == 1 and null:
@@ -169,6 +168,6 @@ def test_the_operator_is_what_it_says_to_compilers(shape, null, dtype, by_produc
     torch.library.opcheck(torch.ops.neuralcollapse.polar_factor.default, (matrix, null, by_products, IMMEDIATE.handle))
 
 
-def test_the_operator_is_the_same_function_rank_deficient():
+def test_the_operator_passes_opcheck_if_rank_deficient():
     matrix = normal(5, 1) @ normal(1, 12, seed=1)
     torch.library.opcheck(torch.ops.neuralcollapse.polar_factor.default, (matrix, 0.0, False, 0))

@@ -1,4 +1,4 @@
-"""The geometry refuses a wrong type as it refuses a wrong value: a ValueError that names the argument."""
+"""Invalid arguments, also of another type, raise a ValueError that names the argument."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from neuralcollapse.geometry import nearest_etf_diagnostics, simplex_basis
 from neuralcollapse.geometry.simplex import check_simplex_etf
 
 MEANS, ETF = torch.randn(3, 4), simplex_etf(3, 4)
-DOORS = [
+CALLS = [
     (lambda: simplex_etf("3"), "num_classes must be an integer, got '3'"),
     (lambda: simplex_etf(True), "num_classes must be an integer, got True"),
     (lambda: simplex_etf(3, 4.0), "feature_dim must be an integer, got 4.0"),
@@ -48,21 +48,21 @@ DOORS = [
 ]
 
 
-@pytest.mark.parametrize(("call", "message"), DOORS)
-def test_a_wrong_argument_is_a_value_error_that_names_it(call, message):
+@pytest.mark.parametrize(("call", "message"), CALLS)
+def test_an_invalid_argument_raises_a_value_error_that_names_it(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [(2, 1), (2, 2), (5, 4), (100, 99), (100, 128), (1000, 1024)])
-def test_every_simplex_etf_is_taken_for_one(size, dtype):
+def test_every_simplex_etf_is_accepted(size, dtype):
     check_simplex_etf("etf", random_simplex_etf(*size, generator=torch.Generator().manual_seed(0), dtype=dtype))
 
 
 @pytest.mark.parametrize("size", [(2, 1), (2, 2), (5, 4), (7, 9), (100, 128)])
 @pytest.mark.parametrize("row", [0, 1, -1])
-def test_an_etf_with_one_row_changed_is_not(size, row):
+def test_an_etf_with_one_row_changed_is_refused(size, row):
     for change in (lambda vector: 1.01 * vector, lambda vector: -vector, torch.zeros_like, lambda vector: vector + 0.1):
         etf = random_simplex_etf(*size, generator=torch.Generator().manual_seed(0))
         etf[row] = change(etf[row])
