@@ -27,10 +27,19 @@ def data_set_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture
-def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands that train end without drawing, which takes longer than so small a training."""
-    monkeypatch.setattr("neuralcollapse.lab.figures.summary.draw_figures", lambda *_: [])
-    monkeypatch.setattr("neuralcollapse.lab.figures.summary.write_report", lambda *_: None)
+def with_figures() -> None:
+    """Let commands that train draw their figures and write their report."""
+
+
+@pytest.fixture(autouse=True)
+def without_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip the figures and the report of commands that train, which take longer than the small training itself.
+
+    A test that is about them asks for `with_figures`.
+    """
+    if "with_figures" not in request.fixturenames:
+        monkeypatch.setattr("neuralcollapse.lab.figures.summary.draw_figures", lambda *_: [])
+        monkeypatch.setattr("neuralcollapse.lab.figures.summary.write_report", lambda *_: None)
 
 
 @pytest.fixture

@@ -47,6 +47,7 @@ def test_metrics_are_tidy_and_complete(finished):
     assert not metrics["metric"].str.startswith("batch").any()
 
 
+@pytest.mark.usefixtures("with_figures")
 def test_the_table_is_printed_and_in_the_summary(tmp_path, capsys):
     assert compare(tmp_path / "out", "--seeds", "2", "--epochs", "2", "--methods", "fixed,implicit") == 0
     printed = capsys.readouterr().out
@@ -79,7 +80,6 @@ def test_figures_are_pictures(finished):
             assert len(picture.convert("RGB").getcolors(10**6)) > 10
 
 
-@pytest.mark.usefixtures("without_figures")
 def test_the_config_says_enough_to_run_it_again(finished, tmp_path):
     stored = yaml.safe_load((finished / "config.yaml").read_text())
     assert (stored["format"], stored["seeds"]) == (2, 2)
@@ -107,7 +107,6 @@ def test_a_run_is_never_overwritten_unasked(finished, tmp_path, capsys):
     assert (finished / "metrics.csv").read_bytes() == before
 
 
-@pytest.mark.usefixtures("without_figures")
 def test_overwrite_starts_again_and_deletes_nothing_else(tmp_path):
     out = tmp_path / "out"
     assert compare(out, "--seeds", "2", "--epochs", "1", "--methods", "fixed") == 0
@@ -137,7 +136,6 @@ def test_resuming_a_finished_comparison_is_refused_and_changes_nothing(finished,
     assert (finished / "metrics.csv").read_bytes() == before
 
 
-@pytest.mark.usefixtures("without_figures")
 def test_a_truncated_checkpoint_says_what_to_do(tmp_path, capsys):
     out = tmp_path / "out"
     assert compare(out, "--seeds", "1", "--epochs", "1", "--methods", "fixed", "--schedule", "constant") == 0
@@ -161,7 +159,6 @@ def test_training_that_diverges_is_one_line_that_names_the_run(tmp_path, capsys)
 
 
 @pytest.mark.slow  # test_killed.py has more of it; of one stop, test_stopping.py
-@pytest.mark.usefixtures("without_figures")
 def test_killed_and_resumed_it_ends_with_the_same_metrics(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     flags = ["--seeds=2", "--epochs=12", "--methods=standard,implicit", "--flip", "--schedule=cosine"]
@@ -202,7 +199,6 @@ def test_killed_and_resumed_it_ends_with_the_same_metrics(tmp_path):
     assert (log["seconds"] < 60).all()
 
 
-@pytest.mark.usefixtures("without_figures")
 def test_on_labels_that_are_noise_every_method_is_at_chance(noise_folder, tmp_path):
     """At α = 1 the implicit head's training logits give every label away; what is reported must not show it."""
     out = tmp_path / "out"
@@ -218,7 +214,6 @@ def test_on_labels_that_are_noise_every_method_is_at_chance(noise_folder, tmp_pa
     assert log["fixed"] < 0.15
 
 
-@pytest.mark.usefixtures("without_figures")
 @pytest.mark.slow
 def test_resnet18_on_mnist(real_data, tmp_path):
     out = tmp_path / "out"
@@ -227,7 +222,6 @@ def test_resnet18_on_mnist(real_data, tmp_path):
     assert set(read(out)["method"]) == {"standard", "fixed", "implicit"}
 
 
-@pytest.mark.usefixtures("without_figures")
 def test_a_published_comparison_goes_on_with_what_its_folder_keeps(real_data, tmp_path):
     out = tmp_path / "out"
     short = ["--train_samples=60", "--test_samples=40", "--epochs=1", "--width=4", "--batch_size=20", "--seeds=1"]

@@ -86,7 +86,6 @@ SPOILT = {
 }
 
 
-@pytest.mark.usefixtures("without_figures")
 @pytest.mark.parametrize("name", SPOILT)
 def test_the_line_names_epoch_step_and_value_and_no_row_is_written(name, tmp_path, monkeypatch, capsys):
     spoil, value = SPOILT[name]
@@ -118,7 +117,6 @@ DIVERGING = [
 ]
 
 
-@pytest.mark.usefixtures("without_figures")
 @pytest.mark.parametrize("flags", DIVERGING)
 def test_whatever_diverges_is_one_line_and_leaves_no_nan(flags, tmp_path, capsys):
     out = tmp_path / "out"
@@ -137,7 +135,6 @@ def test_what_has_diverged_is_not_saved_inside_an_epoch(tmp_path, monkeypatch):
     assert all(tensor.isfinite().all() for tensor in saved["state_dict"].values())
 
 
-@pytest.mark.usefixtures("without_figures")
 def test_a_run_that_diverges_takes_no_other_with_it(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     one = ("fixed", 0)
@@ -160,7 +157,6 @@ def test_a_run_that_diverges_takes_no_other_with_it(tmp_path, monkeypatch, capsy
     assert "left out: fixed-seed0, which diverged" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("without_figures")
 def test_a_comparison_of_runs_that_all_diverge_is_an_error(tmp_path, capsys):
     flags = ["--methods=standard", "--feature_norm=none", "--lr=1e30", "--out", str(tmp_path / "out")]
     line = error_of(capsys, *COMPARE, *flags)
@@ -178,7 +174,6 @@ def test_runs_in_processes_diverge_alone_as_well(tmp_path):
     assert len(RunFolder(tmp_path / "out").run_folders(diverged=True)) == 2
 
 
-@pytest.mark.usefixtures("without_figures")
 def test_a_rate_at_which_training_diverges_loses(tmp_path, capsys):
     flags = ["compare", *SMALL, "--methods=linear", "--seeds=1", "--epochs=2", "--lr=auto"]
     assert main([*flags, "--lr_candidates=0.01,1e30", "--out", str(tmp_path / "out")]) == 0

@@ -73,7 +73,6 @@ def test_what_a_generator_lacks_is_said(settings, message):
         load_data(DataSettings(**settings), progress=False)
 
 
-@pytest.mark.usefixtures("without_figures")
 def test_generated_data_are_trained_on(tmp_path):
     out = tmp_path / "out"
     flags = ["--data", "features", "--generator", str(CLUSTERS), "--backbone", "mlp", "--width", "16", "--epochs", "8"]

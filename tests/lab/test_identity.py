@@ -127,7 +127,6 @@ def test_data_that_changed_since_are_refused(change, arguments, place, run, caps
     assert {path: path.read_bytes() for path in before} == before
 
 
-@pytest.mark.usefixtures("without_figures")
 def test_a_comparison_is_not_gone_on_with_on_other_data(place, run, capsys):
     flags = [f"--{name}={value}" for name, value in SMALL.items()]
     compared = ["compare", f"--data={place / 'data'}", *flags, "--methods=standard,fixed", "--seeds=1", "--out=all"]

@@ -20,8 +20,6 @@ from neuralcollapse.lab.training.processes import in_processes
 SMALL = ["--backbone=mlp", "--width=24", "--depth=1", "--train_samples=200", "--test_samples=60", "--batch_size=20"]
 SETTINGS = [*SMALL, "--epochs=2", "--methods=standard,implicit", "--seeds=2", "--label_noise=0.1", "--device=cpu"]
 
-pytestmark = pytest.mark.usefixtures("without_figures")
-
 
 @pytest.fixture(scope="module")
 def one_by_one(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:

@@ -26,7 +26,6 @@ def old(tmp_path) -> Path:
     return Path(shutil.copytree(FIXTURES / "format0", tmp_path / "format0"))
 
 
-@pytest.mark.usefixtures("without_figures")
 def test_a_folder_of_format_0_is_read(old):
     folder = RunFolder(old / "compare")
     assert {run.path.name for run in folder.run_folders()} == {
@@ -39,7 +38,6 @@ def test_a_folder_of_format_0_is_read(old):
     assert [run.path for run in RunFolder(old / "train").run_folders()] == [old / "train"]
 
 
-@pytest.mark.usefixtures("without_figures")
 def test_a_folder_of_format_0_goes_on_and_is_run_again(old, tmp_path):
     before = {path: path.read_bytes() for path in (old / "train").glob("*.csv")}
     assert main(["train", "--resume", "--out", str(old / "train")]) == 0
@@ -85,7 +83,6 @@ def test_a_config_of_an_older_folder_keeps_its_meaning_as_a_file_of_settings(tmp
         assert yaml.safe_load(capsys.readouterr().out)["orientation"] == "random"
 
 
-@pytest.mark.usefixtures("without_figures")
 def test_a_fixed_run_of_format_1_resumes_with_its_orientation(tmp_path):
     out = tmp_path / "out"
     run = RunConfig(method="fixed", orientation="canonical", schedule="constant", **SMALL)
@@ -130,7 +127,6 @@ def test_a_list_of_runs_trains_each_into_a_folder_named_after_what_it_is(tmp_pat
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.usefixtures("without_figures")
 def test_a_part_of_the_training_images_is_held_out_and_measured(tmp_path):
     config = RunConfig(**SMALL, validation_share=0.25, label_noise=0.5, data_seed=3)
     folder = train_runs(config, tmp_path / "out", progress=False)

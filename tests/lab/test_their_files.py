@@ -136,7 +136,6 @@ def test_what_is_missing_is_said(kind, tmp_path):
         load_data(DataSettings(data=str(tmp_path)), progress=False)
 
 
-@pytest.mark.usefixtures("without_figures")
 def test_absent_classes_are_named_and_every_figure_says_so(tmp_path):
     labels = ["rare" if number == 0 else f"class {number % 3}" for number in range(NUMBER)]
     parquet(tmp_path, image=STRUCTS, label=labels)
@@ -169,7 +168,6 @@ def test_a_panel_that_cannot_be_drawn_says_why(tmp_path, monkeypatch):
     assert said.count("division by zero") == 2
 
 
-@pytest.mark.usefixtures("without_figures")
 def test_a_run_that_ends_at_chance_says_so(tmp_path):
     settings = {"backbone": "mlp", "width": 12, "depth": 1, "train_samples": 100, "batch_size": 20, "epochs": 1}
     folder = train_runs(RunConfig(**settings, method="standard", lr=1e-9), tmp_path / "out", progress=False)

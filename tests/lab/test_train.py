@@ -28,6 +28,7 @@ def shown_config(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
     return yaml.safe_load(capsys.readouterr().out)
 
 
+@pytest.mark.usefixtures("with_figures")
 def test_a_run_writes_its_folder_and_says_so(tmp_path, capsys):
     out = tmp_path / "out"
     assert train(out, "--method", "fixed", "--epochs", "3", "--checkpoint_every", "2") == 0
@@ -52,7 +53,6 @@ def test_a_run_writes_its_folder_and_says_so(tmp_path, capsys):
     assert "neuralcollapse train --config config.yaml" in (out / "summary.md").read_text()
 
 
-@pytest.mark.usefixtures("without_figures")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -79,7 +79,6 @@ def test_a_run_goes_on_where_it_stopped_and_runs_again_from_its_config(settings,
         assert (again / name).read_bytes() == content
 
 
-@pytest.mark.usefixtures("without_figures")
 def test_random_labels_are_memorised_kept_and_used_again(tmp_path):
     out = tmp_path / "out"
     plain = ["--method=standard", "--feature_norm=none", "--unit_weight=false", "--weight_decay=0"]
@@ -129,7 +128,6 @@ def test_a_file_of_settings_may_name_a_recipe(capsys, tmp_path):
     )
 
 
-@pytest.mark.usefixtures("without_figures")
 def test_a_run_goes_on_with_its_own_recipe_only(tmp_path, capsys, real_data):
     out = str(tmp_path / "out")
     settings = ["--data", str(real_data / "mnist"), *SMALL, "--epochs", "1"]
@@ -139,7 +137,6 @@ def test_a_run_goes_on_with_its_own_recipe_only(tmp_path, capsys, real_data):
     assert "recipe must stay 'zhu2021-mnist-sgd' to resume the run" in message
 
 
-@pytest.mark.usefixtures("without_figures")
 def test_a_damaged_file_of_a_run_is_named(tmp_path, capsys):
     out = tmp_path / "out"
     assert train(out, "--epochs", "1", "--label_noise", "0.1") == 0
@@ -153,7 +150,6 @@ def test_a_damaged_file_of_a_run_is_named(tmp_path, capsys):
     assert "config.yaml' must be a run's settings" in error_of(capsys, "train", "--out", str(out), "--resume")
 
 
-@pytest.mark.usefixtures("without_figures")
 def test_a_recipe_trains_on_another_folder(tmp_path, monkeypatch, real_data, capsys):
     monkeypatch.chdir(tmp_path)
     short = ["--train_samples=60", "--test_samples=40", "--epochs=1", "--width=4", "--batch_size=20"]

@@ -101,7 +101,6 @@ def test_what_is_only_read_imports_no_class(arguments, run):
     assert not Path("imported").exists()
 
 
-@pytest.mark.usefixtures("without_figures")
 def test_a_class_that_the_command_line_names_is_imported(run, capsys):
     flags = [f"--{name}={value}" for name, value in SMALL.items() if name not in ("backbone", "width", "depth")]
     own = ["train", *flags, "--backbone=trap.Net", "--backbone_options={neurons: 14}", "--epochs=2", "--out=own"]
