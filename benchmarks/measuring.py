@@ -15,8 +15,8 @@ from _common import data_root, medians, write
 
 from neuralcollapse.lab import RunConfig, load_data
 from neuralcollapse.lab.models.backbones import evaluation_layout
-from neuralcollapse.lab.training.collapse_callback import measure_splits
 from neuralcollapse.lab.training.one_run import ClassifierTraining
+from neuralcollapse.lightning import measure_splits
 
 
 def measure(module: ClassifierTraining, folder: Path, repeats: int) -> dict[str, float]:
@@ -30,7 +30,9 @@ def measure(module: ClassifierTraining, folder: Path, repeats: int) -> dict[str,
             optimizer.step()
 
     def measured() -> None:
-        for split, found in measure_splits(module, module.evaluation, progress=False, **module.measuring).items():
+        with evaluation_layout(module):
+            measurements = measure_splits(module, module.evaluation, progress=False, **module.measuring)
+        for split, found in measurements.items():
             found.save(folder / f"{split}.safetensors")
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from transformers import ViTConfig, ViTForImageClassification
 
 import neuralcollapse as nc
-from neuralcollapse.lab import CollapseCallback
+from neuralcollapse.lightning import CollapseCallback
 
 
 class Training(lightning.LightningModule):

@@ -25,9 +25,21 @@ ALLOWED = {  # folder or module -> what it may import of the package
     "losses": {"_checks", "_distributed"},
     "metrics": {"_checks", "_running", "_version", "catalogue", "geometry", "classifier"},
     "ufm": {"_checks", "catalogue", "geometry", "classifier", "heads", "metrics"},
-    "lab": {"_checks", "_distributed", "geometry", "classifier", "heads", "losses", "metrics", "ufm", "catalogue"},
+    "lightning": {"_checks", "classifier", "metrics", "lab"},  # of lab, `results` only
+    "lab": {
+        "_checks",
+        "_distributed",
+        "catalogue",
+        "classifier",
+        "geometry",
+        "heads",
+        "lightning",
+        "losses",
+        "metrics",
+        "ufm",
+    },
     "cli": {"lab", "_version"},
-    "__init__": {"_version", "geometry", "classifier", "heads", "losses", "metrics", "ufm", "lab"},
+    "__init__": {"_version", "geometry", "classifier", "heads", "losses", "metrics", "ufm", "lightning", "lab"},
 }
 GROUND = {
     "config",
@@ -67,6 +79,7 @@ LAB = {  # room or module of lab -> what it may import of the others
     "commands": GROUND | {"data", "models", "results", "training", "figures"},
     "__init__": GROUND | {"data", "models", "results", "training"},
 }
+# Packages of the extra `lab`. Of these, `neuralcollapse.lightning` imports lightning and pandas.
 LAB_ONLY = {"lightning", "datasets", "matplotlib", "pandas", "kornia", "plotly", "sklearn", "jsonargparse", "yaml"}
 HEAVY = (LAB_ONLY | {"torchmetrics", "scipy"}) - {"yaml"}  # torch itself may import yaml
 
@@ -103,7 +116,20 @@ def test_arrows_point_one_way(path):
             other = inner[0]
             assert other == room or other in ALLOWED[room], f"{path} imports {name}"
         if room not in ("lab", "cli"):
-            assert package not in LAB_ONLY, f"{path} imports {name}"
+            allowed = {"lightning", "pandas"} if room == "lightning" else set()
+            assert package not in LAB_ONLY - allowed, f"{path} imports {name}"
+
+
+def test_the_callback_uses_run_folders_and_nothing_else_of_the_laboratory():
+    for name in imports(ROOT / "lightning.py"):
+        assert not name.startswith("neuralcollapse.lab.") or name.startswith("neuralcollapse.lab.results."), name
+
+
+def test_only_the_callback_and_the_laboratory_import_the_trainer():
+    using = {
+        path.relative_to(ROOT).parts[0] for path in FILES for name in imports(path) if name.startswith("lightning.")
+    }
+    assert using <= {"lab", "lightning.py"}
 
 
 @pytest.mark.parametrize(

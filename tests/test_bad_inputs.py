@@ -21,7 +21,7 @@ from neuralcollapse import (
     find_classifier,
     measure,
 )
-from neuralcollapse.lab import CollapseCallback
+from neuralcollapse.lightning import CollapseCallback
 from neuralcollapse.metrics import Provenance
 
 INPUTS, FEATURES, TARGETS = normal(12, 6, dtype=torch.float32), normal(12, 8, dtype=torch.float32), torch.arange(12) % 4
@@ -52,7 +52,7 @@ def callback(loaders=None, **options):
     return CollapseCallback({"train": []} if loaders is None else loaders, **options)
 
 
-def spent():
+def replaced():
     model = attached()
     model.to_inference()
     return model
@@ -81,7 +81,7 @@ BAD_INPUTS = {
         "feature_dim must be at least num_classes",
     ),
     "ends in softmax": (lambda: find_classifier(net(nn.Sequential(nn.Softmax(1)))), "must end in a classifier"),
-    "spent, measured": (lambda: measured(model=spent()), "can no longer be called"),
+    "replaced by its classifier, measured": (lambda: measured(model=replaced()), "can no longer be called"),
     # A loop.
     "no targets": (lambda: attached()(INPUTS), "targets must be given in training mode"),
     "targets and labels": (lambda: attached()(INPUTS, targets=TARGETS, labels=TARGETS), "must not both be given"),

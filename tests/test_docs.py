@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 RUN = [ROOT / "docs" / "index.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
 DISTRIBUTIONS = packages_distributions()
-PACKAGES = ["geometry", "heads", "losses", "metrics", "ufm", "lab"]
+PACKAGES = ["geometry", "heads", "losses", "metrics", "ufm", "lightning", "lab"]
 
 
 def code_of(page: Path) -> tuple[str, dict[str, str]]:
@@ -55,7 +55,8 @@ def imported(script: str) -> set[str]:
     nodes = list(ast.walk(ast.parse(script)))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
-    laboratory = {"lightning"} if any(name.startswith("neuralcollapse.lab") for name in names) else set()
+    needing_lab = [name for name in names if re.match(r"neuralcollapse\.(lab|lightning)\b", name)]
+    laboratory = {"lightning"} if needing_lab else set()
     tops = {name.split(".")[0] for name in names}
     return tops - sys.stdlib_module_names - {"neuralcollapse"} | laboratory
 

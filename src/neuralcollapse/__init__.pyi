@@ -1,6 +1,7 @@
 from . import geometry as geometry
 from . import heads as heads
 from . import lab as lab
+from . import lightning as lightning
 from . import losses as losses
 from . import metrics as metrics
 from . import ufm as ufm

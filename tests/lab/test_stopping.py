@@ -12,10 +12,11 @@ import pandas as pd
 import pytest
 import torch
 
+from neuralcollapse import lightning
 from neuralcollapse.cli import main
 from neuralcollapse.lab import RunConfig, RunFolder, train_runs
 from neuralcollapse.lab.stopping import Terminated
-from neuralcollapse.lab.training import collapse_callback, one_run
+from neuralcollapse.lab.training import one_run
 
 SMALL = {
     "backbone": "convnet",
@@ -133,8 +134,8 @@ def test_sigterm_while_measuring_leaves_the_epoch_before(tmp_path, monkeypatch):
             sigterm()
         return splits(*arguments, **options)
 
-    splits = collapse_callback.measure_splits
-    monkeypatch.setattr(collapse_callback, "measure_splits", measure)
+    splits = lightning.measure_splits
+    monkeypatch.setattr(lightning, "measure_splits", measure)
     with pytest.raises(Terminated):
         train_runs(run, out, progress=False)
     kept = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["neuralcollapse"]

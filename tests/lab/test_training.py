@@ -24,11 +24,11 @@ from neuralcollapse.lab.data.loading import load_data
 from neuralcollapse.lab.models.building import build_backbone, build_model
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.tables import read_table
-from neuralcollapse.lab.training.collapse_callback import CollapseCallback
 from neuralcollapse.lab.training.devices import resolve_device
 from neuralcollapse.lab.training.loggers import check_loggers
 from neuralcollapse.lab.training.one_run import ClassifierTraining, quiet_lightning, train
 from neuralcollapse.lab.training.optimizers import build_optimizer
+from neuralcollapse.lightning import CollapseCallback
 
 SMALL = {"backbone": "mlp", "width": 24, "depth": 1, "train_samples": 200, "test_samples": 60, "epochs": 2}
 OWN_CLASS = {name: value for name, value in SMALL.items() if name not in ("backbone", "width", "depth")}

@@ -1,4 +1,4 @@
-"""Records of a run, checked to be what their names say."""
+"""Records of a run: which epochs have one, and checks of their content."""
 
 from __future__ import annotations
 
@@ -13,6 +13,24 @@ if TYPE_CHECKING:
     from neuralcollapse.metrics import Measurement
 
 _TOLERANCE = 1e-6
+
+
+def is_due(epoch: int, every: int, first: int | None = None) -> bool:
+    """Return whether an epoch, counted from 1, is recorded: epoch 1, and ``first`` plus multiples of ``every``.
+
+    Args:
+        epoch: The epoch.
+        every: Number of epochs from one record to the next.
+        first: First epoch of these steps; ``every`` by default.
+
+    Examples:
+        >>> [epoch for epoch in range(1, 21) if is_due(epoch, 5)]
+        [1, 5, 10, 15, 20]
+        >>> [epoch for epoch in range(1, 21) if is_due(epoch, 5, first=1)]
+        [1, 6, 11, 16]
+    """
+    first = every if first is None else first
+    return epoch == 1 or (epoch >= first and (epoch - first) % every == 0)
 
 
 class Records:

@@ -24,10 +24,10 @@ from torch import Tensor
 from neuralcollapse.lab.config import RunConfig
 from neuralcollapse.lab.results.files import write_whole
 from neuralcollapse.lab.results.folder import RunFolder, with_earlier_meanings
+from neuralcollapse.lab.results.records import is_due
 from neuralcollapse.lab.results.resuming import OPEN_ENDED, changed_data, changed_settings
 from neuralcollapse.lab.running import Record
 from neuralcollapse.lab.stopping import terminate
-from neuralcollapse.lab.training.epochs import is_due
 from neuralcollapse.lab.untrusted import without_secrets
 
 # Number of the format of checkpoints that is written. Those of 0 do not say whose they are.

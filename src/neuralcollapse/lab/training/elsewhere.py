@@ -19,6 +19,7 @@ from neuralcollapse.lab.data.batches import EvaluationBatches, evaluation_batche
 from neuralcollapse.lab.data.loading import load_data
 from neuralcollapse.lab.data.splits import ImageData
 from neuralcollapse.lab.experiments import single_run
+from neuralcollapse.lab.models.backbones import evaluation_layout
 from neuralcollapse.lab.models.building import build_backbone, own_module
 from neuralcollapse.lab.results.files import sha256
 from neuralcollapse.lab.results.folder import RunFolder
@@ -26,8 +27,8 @@ from neuralcollapse.lab.results.provenance import relative_path
 from neuralcollapse.lab.results.records import Records
 from neuralcollapse.lab.results.resuming import is_external
 from neuralcollapse.lab.training.checkpoints import check_zip
-from neuralcollapse.lab.training.collapse_callback import measure_splits
 from neuralcollapse.lab.training.measuring import is_measured, select_splits, write_measurements
+from neuralcollapse.lightning import measure_splits
 from neuralcollapse.metrics import Measurement, Provenance
 
 
@@ -108,7 +109,8 @@ def measure_state_dict(
         for number in missing:
             path, provenance = of_epoch[number], Provenance(epoch=number, model=f"{model} ({of_epoch[number].stem})")
             network = _network(model, model_options or {}, read_state_dict(path), data, images)
-            found = measure_splits(network, loaders, provenance, layers=list(layers), classifier=classifier)
+            with evaluation_layout(network):
+                found = measure_splits(network, loaders, provenance, layers=list(layers), classifier=classifier)
             yield number, {split: found[split] for split in wanted}
 
     series, written = measured(), []

@@ -22,21 +22,19 @@ class TableCallback(Callback):
 
     Args:
         path: The file; None for none.
-        columns: Names of what is in a row, where rows do not name it themselves.
 
     Attributes:
         rows: What was gathered so far.
     """
 
-    def __init__(self, path: Path | None, columns: list[str] | None = None) -> None:
+    def __init__(self, path: Path | None) -> None:
         self.path = path
-        self.columns = columns
         self.rows: list[Any] = []
 
     def write(self, trainer: Trainer) -> None:
         """Write all rows so far."""
         if self.path is not None and trainer.is_global_zero:
-            write_csv(self.path, pd.DataFrame(self.rows, columns=self.columns))
+            write_csv(self.path, pd.DataFrame(self.rows))
 
     def state_dict(self) -> dict[str, Any]:
         """The rows."""

@@ -10,14 +10,15 @@ from tqdm.auto import tqdm
 
 from neuralcollapse.lab.data.batches import EvaluationBatches
 from neuralcollapse.lab.experiments import single_run
+from neuralcollapse.lab.models.backbones import evaluation_layout
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.locking import sole_writer
 from neuralcollapse.lab.results.records import Records
 from neuralcollapse.lab.results.tables import add_rows
 from neuralcollapse.lab.training.checkpoints import PROVENANCE, Owner, WholeCheckpoints
-from neuralcollapse.lab.training.collapse_callback import measure_splits
 from neuralcollapse.lab.training.many_runs import Preparation
 from neuralcollapse.lab.untrusted import check_class_is_named
+from neuralcollapse.lightning import measure_splits
 from neuralcollapse.metrics import Measurement, Provenance
 
 logger = logging.getLogger(__name__)
@@ -79,7 +80,8 @@ def measure_run(
                 yield ValueError(f"{str(path)!r} cannot be measured: {str(error).splitlines()[0]}")
                 continue
             options = {**module.measuring, "layers": layers, "progress": False}
-            found = measure_splits(module, loaders, Provenance(epoch=epoch), **options)
+            with evaluation_layout(module):
+                found = measure_splits(module, loaders, Provenance(epoch=epoch), **options)
             yield from write_measurements(run, epoch, {split: found[split] for split in wanted})
             records = Records(run)
 

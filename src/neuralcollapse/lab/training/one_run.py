@@ -23,6 +23,7 @@ from neuralcollapse.lab.config import RunConfig
 from neuralcollapse.lab.data.augmentation import batch_shape
 from neuralcollapse.lab.data.batches import EpochBatches, EvaluationBatches, evaluation_batches
 from neuralcollapse.lab.data.splits import ImageData
+from neuralcollapse.lab.models.backbones import evaluation_layout
 from neuralcollapse.lab.models.building import build_model
 from neuralcollapse.lab.ranks import global_rank
 from neuralcollapse.lab.results.folder import RunFolder
@@ -38,13 +39,13 @@ from neuralcollapse.lab.training.checkpoints import (
     provenance,
     restore_generators,
 )
-from neuralcollapse.lab.training.collapse_callback import CollapseCallback
 from neuralcollapse.lab.training.devices import end_launched, lost_ranks
 from neuralcollapse.lab.training.divergence import Diverged, FirstNonFinite
 from neuralcollapse.lab.training.loggers import build_loggers, finish_loggers
 from neuralcollapse.lab.training.logs import GradientLog, TrainingLog, keep_gradients
 from neuralcollapse.lab.training.objective import batch_loss, penalty
 from neuralcollapse.lab.training.optimizers import build_optimizer, build_schedule
+from neuralcollapse.lightning import CollapseCallback
 from neuralcollapse.metrics import ClassMoments, Measurement, MeasureOptions, alignment
 
 # Each class's own scatter, from which layers have a numerical rank, takes K d² numbers: kept up to this many bytes.
@@ -330,7 +331,8 @@ class _RunMeasurements(CollapseCallback):
     def measure(self, pl_module: LightningModule, epoch: int) -> dict[str, Measurement]:
         """Measure every split."""
         try:
-            return super().measure(pl_module, epoch)
+            with evaluation_layout(pl_module):
+                return super().measure(pl_module, epoch)
         except ValueError as error:
             if "finite" not in str(error):
                 raise

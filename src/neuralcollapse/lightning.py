@@ -1,4 +1,4 @@
-"""Measure neural collapse during training: a lightning callback."""
+"""Callback that measures neural collapse while lightning's Trainer trains a model."""
 
 from __future__ import annotations
 
@@ -11,60 +11,62 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from torch import nn
 
 from neuralcollapse._checks import check_at_least, check_bool
 from neuralcollapse.classifier import expected_classifier
-from neuralcollapse.lab.models.backbones import evaluation_layout
+from neuralcollapse.lab.results.files import write_csv
+from neuralcollapse.lab.results.records import is_due
 from neuralcollapse.lab.results.tables import COLUMNS, read_table
-from neuralcollapse.lab.training.epochs import is_due
-from neuralcollapse.lab.training.logs import TableCallback
 from neuralcollapse.metrics import Measurement, Provenance, measure
+
+__all__ = ["CollapseCallback"]
 
 logger = logging.getLogger(__name__)
 _RECORDS = "epoch*-*.safetensors"
-_ADVICE = "take another name, resume its training with ckpt_path, or give overwrite=True"
+_ADVICE = "choose another name, resume its training with ckpt_path, or pass overwrite=True"
 
 
-class CollapseCallback(TableCallback):
-    """Measures a model on loaders after epochs of training, in evaluation mode and without targets.
+class CollapseCallback(Callback):
+    """Callback that measures a model on loaders after epochs of training, in evaluation mode and without targets.
 
-    What is measured is logged as ``SPLIT/METRIC`` and written to a table. The table is part of the checkpoints, so
-    that a run that is stopped and resumed ends with the same one. Of several ranks the first one measures, by
-    itself: its loaders are to give all samples. With a true half or double precision of the trainer, batches are cast
-    as in training; with a mixed one, the model is measured in the precision of its weights.
+    Metrics are logged as ``SPLIT/METRIC`` and written to a table. The table is part of the checkpoints, so that a run
+    that is stopped and resumed ends with the same table. With several ranks, the first rank measures alone: its loaders
+    must give all samples. With a true half or double precision of the trainer, batches are cast as in training; with a
+    mixed precision, the model is measured in the precision of its weights.
 
-    Each `fit` that does not resume another one begins a new table. A callback that is used again writes it beside the
-    one before, as ``NAME-2.csv`` and ``MOMENTS-2``; files that something else wrote are never replaced unless
-    ``overwrite`` says so.
+    Each `fit` that does not resume another one begins a new table. A callback that is used again writes the table next
+    to the previous one, as ``NAME-2.csv`` and ``MOMENTS-2``; files written by anything else are replaced only with
+    ``overwrite``.
 
     Args:
-        loaders: Name of each split to its batches. Give un-augmented data. Where one is called ``"train"``, it is
-            measured first, and the others against its class means.
-        every_n_epochs: Measure after every so many epochs, and after the first.
-        first_epoch: Where these steps begin: 1 of 5 is epochs 1, 6, 11, ... By default where the first step ends: 1, 5,
-            10, ...
-        last_epoch: Measure after the last epoch as well, whatever ends the training: ``max_epochs``, ``max_steps``,
-            ``max_time`` or early stopping. An interrupt or an error measures nothing.
-        csv: File to write: epoch, split, metric, value.
-        moments: Folder to write each `Measurement` to, as ``epoch0005-train.safetensors``: from it every metric can be
-            computed again.
-        model: Dotted name of what is measured, in the `LightningModule`. By default the `LightningModule` itself if
-            it has a ``forward`` of its own, else its only child with parameters (``self.model``, ``self.net``, …).
-        classifier: The classifier, or its dotted name in what is measured, where several modules compute an output.
-        overwrite: Replace the files of ``csv`` and ``moments`` that are there when a training begins.
-        options: Other arguments of `neuralcollapse.measure`, such as ``layers`` or ``options=MeasureOptions(...)``.
+        loaders: Loader of un-augmented data for each split, by name. The split ``"train"``, if there is one, is
+            measured first, and the others relative to its class means.
+        every_n_epochs: Measure after every n epochs, and after the first epoch.
+        first_epoch: First of these epochs: 1 with ``every_n_epochs=5`` is epochs 1, 6, 11, … By default it is
+            ``every_n_epochs``: epochs 1, 5, 10, …
+        last_epoch: Measure after the last epoch as well, whether ``max_epochs``, ``max_steps``, ``max_time`` or early
+            stopping ends the training. Nothing is measured after an interrupt or an error.
+        csv: File of the table: epoch, split, metric, value.
+        moments: Folder to which each `Measurement` is saved, as ``epoch0005-train.safetensors``: every metric can be
+            recomputed from it.
+        model: Dotted name of the measured module in the `LightningModule`. By default it is the `LightningModule`
+            itself if it defines ``forward``, else its only child with parameters (``self.model``, ``self.net``, …).
+        classifier: The classifier, or its dotted name in the measured module, if several modules compute an output.
+        overwrite: Replace existing files of ``csv`` and ``moments`` when a training begins.
+        options: Further arguments of `neuralcollapse.measure`, such as ``layers`` or ``options=MeasureOptions(...)``.
 
     Attributes:
-        rows: What was measured so far in this training, as (epoch, split, metric, value).
-        measured: Name of the module that is measured, known when training begins; empty for the `LightningModule`.
+        rows: Values measured in this training, as (epoch, split, metric, value).
+        measured: Name of the measured module, set when training begins; empty for the `LightningModule`.
 
     Raises:
-        ValueError: if arguments are out of range; when training begins, if no module or several could be meant, there
-            is no classifier in it, or there are files that would be replaced.
+        ValueError: if arguments are out of range; when training begins, if the measured module is ambiguous or missing,
+            it has no classifier, or existing files would be replaced.
 
     Examples:
         >>> import torch
@@ -105,8 +107,9 @@ class CollapseCallback(TableCallback):
         known = set(inspect.signature(measure).parameters) - {"model", "loader", "train", "provenance"}
         if unknown := options.keys() - known:
             raise ValueError(f"options must be arguments of measure, got {', '.join(sorted(unknown))}")
-        super().__init__(None if csv is None else Path(csv), COLUMNS)
+        self.path = None if csv is None else Path(csv)
         self.moments = None if moments is None else Path(moments)
+        self.rows: list[tuple[int, str, str, float]] = []
         self._files = (self.path, self.moments)
         self.loaders = dict(loaders)
         self.every_n_epochs = every_n_epochs
@@ -121,24 +124,24 @@ class CollapseCallback(TableCallback):
         self._ended = self._measured = 0  # epochs
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the rows of another training; those of one that is resumed are in its checkpoint."""
+        """Clear the rows of a previous training; those of a resumed training are in its checkpoint."""
         if stage == "fit" and not _has_trained(trainer):
             self.rows = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what will be measured, before anything is trained."""
+        """Log which module will be measured, before anything is trained."""
         self.measured, model = measured_module(pl_module, self.model)
         classifier = expected_classifier(model, self.classifier)
         name = self.measured or "the LightningModule"
         logger.info("measuring %s (%s) and its classifier %s", name, type(model).__name__, classifier)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin a table; or, of a training that is resumed, keep what was added to it of epochs that are over."""
+        """Begin a table; when a training is resumed, keep rows that were added to the table for completed epochs."""
         self._ended = self._measured = 0
         if not _has_trained(trainer):
             if self._has_written and not self.overwrite:
                 self.path, self.moments = _free_names(*self._files)
-            self._make_room(trainer)
+            self._clear_files(trainer)
             self._has_written = False
         elif self.path is not None and trainer.is_global_zero and trainer.current_epoch and self.path.exists():
             known = {tuple(row[:3]) for row in self.rows}
@@ -147,20 +150,28 @@ class CollapseCallback(TableCallback):
             self.rows = sorted([*self.rows, *added], key=lambda row: row[0])
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure, log and write, where it is time to."""
+        """Measure, log and write if the epoch is due."""
         self._ended = trainer.current_epoch + 1
         last = self.last_epoch and _is_last(trainer, self._ended)
         if trainer.is_global_zero and (last or is_due(self._ended, self.every_n_epochs, self.first_epoch)):
             pl_module.log_dict(self._record(trainer, pl_module, self._ended), rank_zero_only=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the last epoch, where a callback that was called later has ended the training after it."""
+        """Measure the last epoch if a callback that is called later has ended the training after it."""
         if not self.last_epoch or not trainer.is_global_zero or self._measured == self._ended:
             return
         values = self._record(trainer, pl_module, self._ended)
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
-        for one in trainer.loggers:
-            one.log_metrics(values | {"epoch": self._ended - 1}, step=trainer.global_step - 1)
+        for experiment in trainer.loggers:
+            experiment.log_metrics(values | {"epoch": self._ended - 1}, step=trainer.global_step - 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the rows, which are part of checkpoints."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the rows of a checkpoint."""
+        self.rows = list(state_dict["rows"])
 
     def measure(self, pl_module: LightningModule, epoch: int) -> dict[str, Measurement]:
         """Measure every split."""
@@ -174,24 +185,25 @@ class CollapseCallback(TableCallback):
             return measure_splits(model, loaders, provenance, classifier=self.classifier, **self.options)
 
     def _record(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> dict[str, float]:
-        """Measure, and write table and records; the metrics by SPLIT/METRIC."""
-        found = self.measure(pl_module, epoch)
+        """Measure, write the table and the records, and return the metrics by SPLIT/METRIC."""
+        measurements = self.measure(pl_module, epoch)
         self._measured = epoch
         values: dict[str, float] = {}
-        for split, measurement in found.items():
+        for split, measurement in measurements.items():
             if self.moments is not None:
                 measurement.save(self.moments / f"epoch{epoch:04d}-{split}.safetensors")
             self.rows += [(epoch, split, name, value) for name, value in measurement.metrics.items()]
             values |= {f"{split}/{name}": value for name, value in measurement.metrics.items()}
-        self.write(trainer)
+        if self.path is not None and trainer.is_global_zero:
+            write_csv(self.path, pd.DataFrame(self.rows, columns=COLUMNS))
         self._has_written = True
         return values
 
-    def _make_room(self, trainer: Trainer) -> None:
-        """Refuse files that are there, or remove the records among them.
+    def _clear_files(self, trainer: Trainer) -> None:
+        """Remove existing records if they may be replaced.
 
         Raises:
-            ValueError: if there are some, and they are not to be replaced.
+            ValueError: if the table or records exist and may not be replaced.
         """
         records = [] if self.moments is None else list(self.moments.glob(_RECORDS))
         if not self.overwrite:
@@ -205,7 +217,7 @@ class CollapseCallback(TableCallback):
 
 
 class _Converted:
-    """A loader whose batches are cast as the trainer casts those of training."""
+    """Loader whose batches are cast as the trainer casts training batches."""
 
     def __init__(self, loader: Iterable[Any], precision: Precision) -> None:
         self.loader = loader
@@ -217,7 +229,7 @@ class _Converted:
 
 @contextmanager
 def _called_in(model: nn.Module, precision: Precision) -> Iterator[None]:
-    """Have the model's forward run as in training inside, but for autocast: tensors that it makes are of its dtype."""
+    """Run the model's forward as in training, except for autocast: tensors that it creates have the trainer's dtype."""
     if isinstance(precision, MixedPrecision):
         yield
         return
@@ -242,7 +254,7 @@ def _has_trained(trainer: Trainer) -> bool:
 
 
 def _is_last(trainer: Trainer, epoch: int) -> bool:
-    """Return whether the trainer stops after this epoch, as far as it is known at its end."""
+    """Return whether the trainer stops after this epoch, as far as this is known at the end of the epoch."""
     if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epoch:
         return True
     if 0 <= trainer.max_steps <= trainer.global_step:
@@ -252,7 +264,7 @@ def _is_last(trainer: Trainer, epoch: int) -> bool:
 
 
 def _free_names(csv: Path | None, moments: Path | None) -> tuple[Path | None, Path | None]:
-    """Return the names of another table and its records: with the first number from 2 on that is free for both."""
+    """Return the names of the next table and records: with the first number from 2 on that is free for both."""
     for number in count(2):
         names = [path and path.with_name(f"{path.stem}-{number}{path.suffix}") for path in (csv, moments)]
         if not any(path is not None and path.exists() for path in names):
@@ -261,14 +273,15 @@ def _free_names(csv: Path | None, moments: Path | None) -> tuple[Path | None, Pa
 
 
 def measured_module(pl_module: LightningModule, name: str | None = None) -> tuple[str, nn.Module]:
-    """The module of a `LightningModule` that is called with a batch's inputs, and its name there.
+    """Return the name and the module of a `LightningModule` that is called with the inputs of a batch.
 
     Args:
         pl_module: The `LightningModule`.
-        name: Dotted name, where it is not to be found.
+        name: Dotted name of the module; None to find it.
 
     Raises:
-        ValueError: No such name; or none given, no ``forward`` and not one single child with parameters.
+        ValueError: if there is no module of that name, or, without a name, neither a ``forward`` nor exactly one child
+            with parameters.
     """
     if name is None and type(pl_module).forward is not LightningModule.forward:
         return "", pl_module
@@ -291,18 +304,17 @@ def measured_module(pl_module: LightningModule, name: str | None = None) -> tupl
 def measure_splits(
     model: nn.Module, loaders: Mapping[str, Iterable[Any]], provenance: Provenance = Provenance(), **options: Any
 ) -> dict[str, Measurement]:
-    """Measure every split; the one called ``"train"`` first, and the others against its class means.
+    """Measure every split, ``"train"`` first and the others relative to its class means.
 
     Args:
         model: The model.
-        loaders: Name of each split to its batches.
+        loaders: Loader of each split, by name.
         provenance: Epoch, and name of the model; the split is added.
-        options: Other arguments of `neuralcollapse.measure`.
+        options: Further arguments of `neuralcollapse.measure`.
     """
-    train_moments, found = None, {}
-    with evaluation_layout(model):
-        for split in sorted(loaders, key=lambda split: split != "train"):
-            origin = replace(provenance, split=split)
-            found[split] = measure(model, loaders[split], train=train_moments, provenance=origin, **options)
-            train_moments = found[split].moments if split == "train" else train_moments
-    return found
+    train_moments, measurements = None, {}
+    for split in sorted(loaders, key=lambda split: split != "train"):
+        origin = replace(provenance, split=split)
+        measurements[split] = measure(model, loaders[split], train=train_moments, provenance=origin, **options)
+        train_moments = measurements[split].moments if split == "train" else train_moments
+    return measurements
