@@ -1,4 +1,4 @@
-"""Averages of the weights end in a classifier of the same kind: frames stay frames, unit rows stay unit rows."""
+"""Averages of weights: an average of frames becomes a frame, and an average of unit rows has unit rows."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def trained(model, average=None, start=0, steps=6):
     return model
 
 
-def is_of_its_kind(head):
-    """Whether the stored weight fulfils what the head promises, in fp64 and from the definition."""
+def satisfies_its_definition(head):
+    """Return whether the stored weight fulfils the definition of the head, in fp64."""
     weight = (dict(head.named_buffers()) | dict(head.named_parameters()))["weight"].detach().double()
     gram, norms = weight @ weight.T, weight.norm(dim=1)
     if isinstance(head, ClassMeanClassifier | LearnedClassifier) or head.in_features == 2:
@@ -96,22 +96,22 @@ def is_of_its_kind(head):
 
 @pytest.mark.parametrize("options", AVERAGES.values(), ids=AVERAGES)
 @pytest.mark.parametrize("make", HEADS.values(), ids=HEADS)
-def test_an_average_ends_in_a_classifier_of_the_same_kind(make, options):
+def test_an_average_is_restored_to_a_classifier_of_the_same_kind(make, options):
     model = attached(make)
     average = AveragedModel(model, **options)
     trained(model, average)
     inputs = batch(20)[0]
     logits = average.eval()(inputs)
     head = average.module.head
-    assert is_of_its_kind(head)
+    assert satisfies_its_definition(head)
     assert torch.allclose(logits, head(average.module.model(inputs)), atol=1e-6)
     again = attached(make).eval()
     again.load_state_dict(average.module.state_dict())
     assert torch.equal(again(inputs), logits)
     assert torch.allclose(copy.deepcopy(average.module).to_inference()(inputs), logits, atol=1e-5)
-    assert is_of_its_kind(model.head)
+    assert satisfies_its_definition(model.head)
     trained(average.module.train(), start=6, steps=2)  # it can be trained on
-    assert is_of_its_kind(average.module.eval().head)
+    assert satisfies_its_definition(average.module.eval().head)
 
 
 def test_an_average_of_frames_is_replaced_by_the_frame_nearest_to_it():
@@ -130,7 +130,7 @@ def test_an_average_of_frames_is_replaced_by_the_frame_nearest_to_it():
 
 
 @pytest.mark.parametrize("name", ["nearest", "as published", "means", "class means", "code, class weights"])
-def test_a_frame_that_is_one_is_left_as_it_is(name):
+def test_a_weight_that_is_a_frame_is_unchanged(name):
     head = HEADS[name]()
     for seed in range(5):
         head(normal(24, 12, seed=seed).float(), torch.arange(24) % 4)
@@ -144,13 +144,13 @@ def test_a_frame_that_is_one_is_left_as_it_is(name):
     assert features.grad.isfinite().all()
 
 
-def test_what_is_not_finite_is_not_hidden():
+def test_a_weight_that_is_not_finite_is_not_replaced():
     head = NearestETFClassifier(12, 4)
     head.weight.fill_(torch.nan)
     assert head.weight.isnan().all()
 
 
-def test_an_average_is_of_its_kind_where_it_is_compiled():
+def test_an_average_is_restored_when_it_is_compiled():
     model = attached(HEADS["nearest"])
     average = AveragedModel(model, use_buffers=True)
     trained(model, average)
@@ -159,7 +159,7 @@ def test_an_average_is_of_its_kind_where_it_is_compiled():
 
 
 @pytest.mark.parametrize("make", HEADS.values(), ids=HEADS)
-def test_statistics_of_batch_norm_are_taken_anew(make):
+def test_update_bn_recomputes_the_statistics_of_batch_norm(make):
     """`update_bn` runs the model in training mode, without gradients and without targets."""
     model = attached(make)
     average = AveragedModel(model)
@@ -176,7 +176,7 @@ def test_statistics_of_batch_norm_are_taken_anew(make):
     assert average.eval()(inputs).isfinite().all()
 
 
-def test_training_without_targets_still_raises():
+def test_training_without_targets_raises():
     model = attached(HEADS["nearest"])
     with pytest.raises(ValueError, match="targets must be given in training mode"):
         model(batch(0)[0])
@@ -202,7 +202,7 @@ def test_lightnings_averages_during_and_after_training(make):
 
         def validation_step(self, given, _):
             self.model(given[0])
-            self.kinds.append(is_of_its_kind(self.model.head))
+            self.kinds.append(satisfies_its_definition(self.model.head))
 
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), 0.5)
@@ -217,5 +217,5 @@ def test_lightnings_averages_during_and_after_training(make):
         trainer.fit(module, data, data)
         assert all(module.kinds)
         weight = module.model.head.weight
-        assert is_of_its_kind(module.model.head)
+        assert satisfies_its_definition(module.model.head)
         assert torch.allclose(weight.norm(dim=1).square().mean(), torch.ones(()), atol=1e-4)

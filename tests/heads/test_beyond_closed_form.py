@@ -54,7 +54,7 @@ def test_more_classes_than_an_etf_can_hold_have_a_softmax_code():
     assert logits.shape == (6, 10)
 
 
-def test_what_does_not_fit_is_refused():
+def test_options_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"solver must be ClosedForm\(\) or TrustRegion\(\), got 'newton'"):
         NearestETFClassifier(8, 5, solver="newton")
     with pytest.raises(ValueError, match="in_features must be at least num_classes = 5, got 4"):

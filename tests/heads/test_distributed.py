@@ -46,7 +46,7 @@ def run(head, shard):
 
 
 def run_with_overflow_on_one_rank(head, rank):
-    """Whether a batch that is not finite on rank 0 alone changes nothing on this rank, and is refused in fp32."""
+    """Return whether a batch not finite on rank 0 alone changes nothing on this rank, and the error in fp32."""
     targets = torch.arange(20) % 5
     head(normal(20, 12, seed=rank, dtype=torch.bfloat16), targets)
     before = {name: buffer.clone() for name, buffer in head.named_buffers()}

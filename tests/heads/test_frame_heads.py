@@ -1,4 +1,4 @@
-"""The heads of a prescribed Gram, and of the means' own."""
+"""Heads whose weight is a frame of a given code, or of the leading directions of the class means."""
 
 from __future__ import annotations
 
@@ -87,10 +87,15 @@ def test_the_simplex_geometry_is_the_etf_head():
 
 
 def test_state_dicts_of_the_etf_heads_keep_their_names():
-    """What earlier versions saved has these."""
+    """State dicts of earlier versions have these names, and `frame` for `published_point`."""
     means = [f"class_means.{part}.{name}" for part in ("centred", "overall") for name in ("mean", "seen", "batches")]
     assert list(NearestETFClassifier(8, 5).state_dict()) == ["weight", *means]
     assert list(NearestETFClassifier(8, 5, solver=TrustRegion()).state_dict()) == ["weight", "published_point", *means]
+    head = NearestETFClassifier(8, 5, solver=TrustRegion())
+    saved = head.state_dict()
+    saved["frame"] = saved.pop("published_point").flip(0)
+    head.load_state_dict(saved)
+    assert torch.equal(head.published_point, torch.eye(5, 8).flip(0))
     moving = [f"global_mean.{name}" for name in ("mean", "seen", "batches")]
     assert list(FixedETFClassifier(8, 5).state_dict()) == ["weight", *moving]
     assert set(FixedETFClassifier(8, 5, bias="learned").state_dict()) == {"weight", "learned_bias"}
@@ -160,7 +165,7 @@ def test_autocast_and_low_precision_keep_means_code_and_solve_in_fp32(make):
 @pytest.mark.parametrize("ignore_index", [-100, 6])
 def test_ignored_tokens_count_nowhere(make, ignore_index):
     if ignore_index == 6 and make().num_classes != 6:
-        pytest.skip("a class of its own")
+        pytest.skip("6 is a class of this head")
     count = make().num_classes
     features, targets = batch(0, num_classes=count)
     expected, padded = make().double(), make(ignore_index=ignore_index).double()
@@ -172,7 +177,7 @@ def test_ignored_tokens_count_nowhere(make, ignore_index):
         assert torch.allclose(padded.state_dict()[name], value), name
 
 
-def test_classes_not_seen_and_one_class_alone_do_not_poison_the_frame(make):
+def test_with_unseen_classes_or_one_class_alone_the_frame_stays_finite(make):
     head = make().double()
     features, targets = batch(0, num_classes=head.num_classes)
     for labels in (torch.zeros_like(targets), targets % 2, targets % 3, targets):
@@ -212,7 +217,9 @@ def test_labels_do_not_reach_the_logits_of_evaluation(make):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("c++") is None, reason="inductor needs a C++ compiler")
-@pytest.mark.parametrize("options", [{"frame": CODE}, {"frame": LeadingDirections(2)}])
+@pytest.mark.parametrize(
+    "options", [pytest.param({"frame": CODE}, marks=pytest.mark.slow), {"frame": LeadingDirections(2)}]
+)
 def test_the_whole_training_forward_compiles_into_one_graph(options):
     def model():
         torch.manual_seed(0)
@@ -282,6 +289,6 @@ def test_attached_and_made_plain_it_decides_the_same():
         (lambda: FixedFrameClassifier(8, 4, simplex_etf(4)[:, :0]), "code must"),
     ],
 )
-def test_what_does_not_fit_is_refused(call, message):
+def test_options_that_do_not_fit_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -199,7 +199,7 @@ def test_projection_keeps_zero_rows_and_does_not_keep_a_deleted_head_alive():
     optimizer.step()
 
 
-def test_fixed_weight_is_what_was_asked_for():
+def test_fixed_weight_has_the_given_orientation():
     assert torch.equal(FixedETFClassifier(12, 5, orientation="canonical").weight, simplex_etf(5, 12))
     random = FixedETFClassifier(12, 5, orientation="random", generator=torch.Generator().manual_seed(1)).weight
     assert torch.allclose((random @ random.T).double(), simplex_gram(5), atol=1e-6)
@@ -296,7 +296,7 @@ def test_fixed_centring_uses_the_batch_in_training_and_the_moving_mean_in_evalua
     moving = 0.75 * first.mean(0) + 0.25 * second.mean(0)
     assert torch.allclose(head.bias, -(head.weight @ moving))
     alone, among = head.eval()(second[:1]), head.eval()(second)[:1]
-    assert torch.allclose(alone, among)  # test figures do not depend on the test batch
+    assert torch.allclose(alone, among)  # logits do not depend on the rest of the test batch
 
 
 def test_the_norm_has_its_first_and_second_derivative_and_a_zero_vector_a_plain_one():

@@ -60,7 +60,7 @@ def inputs(dtype):
 
 
 def decides_alike(model, dtype):
-    """Whether what `to_inference` returns takes the same inputs to the same logits, of the same dtype."""
+    """Return whether the inference form gives the same logits in the same dtype."""
     model.eval()
     expected = model(inputs(dtype))
     plain = model.to_inference()

@@ -72,7 +72,7 @@ def steps_apart(num_classes, feature_dim, delta, steps=5):
     return distances
 
 
-@pytest.mark.parametrize(("num_classes", "feature_dim"), [(10, 64), (100, 512)])
+@pytest.mark.parametrize(("num_classes", "feature_dim"), [(10, 64), pytest.param(100, 512, marks=pytest.mark.slow)])
 def test_five_steps_are_those_of_the_published_problem(num_classes, feature_dim):
     """The first to the solver's accuracy; later ones O(δ) apart: only the published P has a column along 1."""
     apart = steps_apart(num_classes, feature_dim, delta=1e-3)

@@ -55,7 +55,7 @@ class SAM(torch.optim.Optimizer):
 
 
 class Wrapped:
-    """What accelerate or a user puts around an optimiser: not an optimiser itself."""
+    """A wrapper around an optimiser, as in accelerate, that is not an optimiser itself."""
 
     def __init__(self, optimizer):
         self.optimizer = optimizer
@@ -192,7 +192,7 @@ def test_updates_by_hand_keep_unit_rows():
     for step in range(6):
         features, targets = batch(step)
         _, weight, _ = model.head.prepare(model.model(features.float()))
-        if step != 1:  # what a first update by hand and the ascent of SAM have in common
+        if step != 1:  # where a first update by hand cannot be distinguished from the ascent of SAM
             assert torch.allclose(weight.norm(dim=1), ONES.float(), atol=1e-6)
         cross_entropy(model(features.float()), targets).backward()
         with torch.no_grad():

@@ -116,14 +116,11 @@ class FollowsClassMeans(KeepsFullPrecision, LearnsFromTargets):
         skip_nonfinite = skips_nonfinite(features)
         with torch.autocast(features.device.type, enabled=False):  # means and solve stay in at least fp32
             flat = features.reshape(-1, self.in_features).to(compute_dtype(features.dtype))
-            means, seen, batches = (
-                self.class_means.centred_means,
-                self.class_means.centred.seen,
-                self.class_means.batches,
-            )
-            class_means, batch_mean = self.class_means(flat, targets.reshape(-1), skip_nonfinite=skip_nonfinite)
-            finite = self.class_means.batches > batches
-            weight, centre = self._step(_Update(class_means, batch_mean, finite, means, seen))
+            moving = self.class_means
+            means_before, seen_before, batches = moving.centred_means, moving.centred.seen, moving.batches
+            class_means, batch_mean = moving(flat, targets.reshape(-1), skip_nonfinite=skip_nonfinite)
+            update = _Update(class_means, batch_mean, moving.batches > batches, means_before, seen_before)
+            weight, centre = self._step(update)
             bias = -(weight @ centre) if self.centring else None
         return features, weight, bias
 
@@ -160,7 +157,8 @@ class Frame:
 
     def restored(self, head: NearestFrameClassifier, weight: Tensor) -> Tensor:
         """Return the frame nearest to a weight that is broken."""
-        return solve_frame(weight, self.code(head, weight), class_weights=head.class_weights)
+        code = self.code(head, head.class_means.centred_means).to(weight)
+        return solve_frame(weight, code, class_weights=head.class_weights)
 
     def diagnostics(
         self, head: NearestFrameClassifier, class_means: Tensor, weight: Tensor, last: Tensor, anchor_weight: float
@@ -217,13 +215,9 @@ class LeadingDirections(Frame):
         return Code(leading_code(class_means, self.rank))
 
     def is_broken(self, head: NearestFrameClassifier, weight: Tensor) -> bool:
-        # Of a tight frame, only the norm of the whole is known. Before the first batch there are no directions.
+        # Of a tight frame, only the norm of the whole is known. Before the first batch, the means have no directions.
         whole = (weight - weight.mean(0)).reshape(1, -1)
         return _rows_are_off(whole, math.sqrt(head.num_classes)) and bool(head.class_means.centred.seen.any())
-
-    def restored(self, head: NearestFrameClassifier, weight: Tensor) -> Tensor:
-        code = self.code(head, head.class_means.centred_means).to(weight)
-        return solve_frame(weight, code, class_weights=head.class_weights)
 
 
 class _GivenCode(Frame):
@@ -343,7 +337,7 @@ class NearestFrameClassifier(FollowsClassMeans):
     r"""A classifier whose weight is, at every training step, the frame nearest to the moving class means.
 
     In training, with targets, it updates its `ClassMeans` with the batch, solves for the nearest frame with the last
-    frame as anchor (the first solve has none, because there is no previous solution), and returns logits that carry two
+    frame as anchor (not in the first solve, which has no previous solution), and returns logits that carry two
     gradients: the direct one, and the one through the frame (a differentiable argmin). In evaluation it is a linear
     classifier and changes nothing. An average of the weights of several heads is replaced by the frame nearest to it
     when it is read.
@@ -353,9 +347,9 @@ class NearestFrameClassifier(FollowsClassMeans):
     Args:
         in_features: d, at least the rank of the frame.
         num_classes: K ≥ 2.
-        frame: ``Simplex()``, the simplex ETF, d ≥ K−1; a code (K, r'), of which the weight is the nearest rotation,
-            with its scale (`nearest_frame`; see `code_from_gram`); or ``LeadingDirections(rank)``, the code of the
-            moving means' own leading directions, for any d.
+        frame: ``Simplex()``, the simplex ETF, d ≥ K−1; a code (K, r') or `Code`, of which the weight is the nearest
+            rotation, with its scale (`nearest_frame`; see `code_from_gram`); or ``LeadingDirections(rank)``, the code
+            of the moving means' own leading directions, for any d.
         solver: ``ClosedForm(method)``; or, with ``Simplex()`` only, ``TrustRegion()``, the published problem solved as
             published, for comparison.
         feature_norm: τ, the norm to which features are scaled; ``"auto"``: `collapse_radius`; ``None``: features are
@@ -408,7 +402,7 @@ class NearestFrameClassifier(FollowsClassMeans):
         in_features: int,
         num_classes: int,
         *,
-        frame: Frame | Tensor = Simplex(),
+        frame: Frame | Code | Tensor = Simplex(),
         solver: ClosedForm | TrustRegion = ClosedForm(),
         feature_norm: float | Literal["auto"] | None = "auto",
         bias: Literal["centring", "none"] = "centring",
@@ -438,6 +432,8 @@ class NearestFrameClassifier(FollowsClassMeans):
         self.diagnostics = diagnostics
         self.last_solve = None
         self._convergence = ConvergenceCheck()
+        if isinstance(frame, Code) and not isinstance(frame, SimplexCode):
+            frame = frame.vectors
         if isinstance(frame, Tensor):
             frame = _GivenCode(frame)
         if not isinstance(frame, Frame):
