@@ -150,7 +150,10 @@ def loaded_by(statement: str) -> set[str]:
     )
 
 
-@pytest.mark.parametrize("package", ["neuralcollapse", "neuralcollapse.lab"])
+LAZY = ["neuralcollapse", "neuralcollapse.metrics", "neuralcollapse.lab"]
+
+
+@pytest.mark.parametrize("package", LAZY)
 def test_importing_a_lazy_package_imports_neither_torch_nor_anything_heavy(package):
     assert not (HEAVY | {"torch"}) & loaded_by(f"import {package}")
 
@@ -167,7 +170,7 @@ def test_opening_a_run_folder_imports_neither_lightning_nor_datasets():
     )
 
 
-@pytest.mark.parametrize("package", ["neuralcollapse", "neuralcollapse.lab"])
+@pytest.mark.parametrize("package", LAZY)
 def test_public_names_of_a_lazy_package_exist_and_have_docstrings(package):
     module = import_module(package)
     assert module.__all__ == dir(module)
@@ -175,6 +178,6 @@ def test_public_names_of_a_lazy_package_exist_and_have_docstrings(package):
         assert getattr(module, name).__doc__, name
 
 
-@pytest.mark.parametrize("package", ["neuralcollapse", "neuralcollapse.lab"])
+@pytest.mark.parametrize("package", LAZY)
 def test_a_name_that_does_not_exist_is_an_attribute_error(package):
     assert not hasattr(import_module(package), "simplex_etff")

@@ -622,9 +622,10 @@ def _named(model: nn.Module, classifier: str | nn.Module) -> tuple[str, nn.Modul
         except AttributeError:
             continue
         return next(name for name, other in model.named_modules() if other is module), module
-    names = ", ".join(repr(name) for name, module in model.named_modules() if is_classifier(module))
+    classifiers = ", ".join(repr(name) for name, module in model.named_modules() if is_classifier(module))
     raise ValueError(
-        f"classifier must name a module of the model, got {classifier!r}; those with a weight are {names or 'none'}"
+        f"classifier must name a module of the model, got {classifier!r}; those with a weight are "
+        f"{classifiers or 'none'}"
     )
 
 

@@ -120,10 +120,9 @@ def measure_moments(
         if entry.function and {*entry.inputs} <= inputs.known and (options.pairwise or entry.over != "pairs")
     ]
     values = _values(entries, inputs, measured.resolution) if len(measured.classes) else {}
-    results = {entry.name: values.get(entry.name, math.nan) for entry in entries}
-    tensors = [name for name, value in results.items() if isinstance(value, Tensor)]
-    if tensors:  # one copy from the device, not one per metric
-        results |= dict(zip(tensors, torch.stack([values[name] for name in tensors]).tolist(), strict=True))
+    results = dict.fromkeys([entry.name for entry in entries], math.nan)
+    if values:  # one copy from the device, not one per metric
+        results |= dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
     conditions = conditions_of_moments(
         moments, measured, weight=inputs.weight, code=inputs.code, ood_mean=inputs.ood_mean
     )

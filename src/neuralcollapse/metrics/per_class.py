@@ -135,7 +135,8 @@ def pair_matrices(
         "cosines_means": cosines,
         "cosines_weights": cosines,
         "cdnv": partial(cdnv, within_class_variances=measured.within_class_variances, power=exponent),
-    } | {name: partial(kernel, exponent=exponent) for name, kernel in KERNELS.items()}
+        **{name: partial(kernel, exponent=exponent) for name, kernel in KERNELS.items()},
+    }
     means = PairTile.of_all(measured.centred_means, measured.resolution)
     matrices = {}
     for name in names:
