@@ -146,7 +146,7 @@ def test_more_classes_than_a_tile_holds(feature_dim, center, monkeypatch):
     assert_equal(measured, dense_metrics(features, targets, num_classes, weight, bias, center, features[0], code))
 
 
-def test_nearly_equal_class_means_keep_their_distance():
+def test_distances_of_nearly_equal_class_means_are_accurate():
     """‖a‖² + ‖b‖² − 2ab has no correct digit for a distance of 1e-7 between means of norm 1."""
     means = torch.randn(5, 8, generator=generator()).double()
     means[1] = means[0] + 1e-7 * torch.randn(8, generator=generator(1)).double()

@@ -46,7 +46,7 @@ def test_every_condition_of_the_catalogue_is_one_that_can_hold():
     assert named == set(known)
 
 
-def test_labels_are_mathematics_that_matplotlib_reads_and_fit_into_one_column():
+def test_labels_are_valid_mathtext_that_fits_into_one_column():
     mathtext = pytest.importorskip("matplotlib.mathtext")
     read = mathtext.MathTextParser("path").parse
     for name, metric in METRICS.items():
@@ -64,7 +64,7 @@ def test_metrics_are_returned_in_the_catalogue_s_order():
 
 @pytest.mark.parametrize("num_classes", [2, 3, 10])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
-def test_values_lie_in_their_range(num_classes, scale):
+def test_values_are_in_range(num_classes, scale):
     targets = torch.arange(40) % num_classes
     means = scale * torch.randn(num_classes, 12, generator=generator(1))
     moments = ClassMoments(num_classes, 12, class_scatter=True)
@@ -76,7 +76,7 @@ def test_values_lie_in_their_range(num_classes, scale):
         assert low - 1e-12 <= value <= high + 1e-12, name
 
 
-def test_values_at_collapse_lie_in_their_range():
+def test_values_at_collapse_are_in_range():
     for name, metric in METRICS.items():
         value = metric.value_at_collapse(10)
         if value is not None:

@@ -75,7 +75,7 @@ def test_mixed_precision_keeps_five_digits(spread):
         assert measured[name] == pytest.approx(value, rel=1e-5, abs=0), name
 
 
-def test_no_spread_at_all_is_zero():
+def test_nc1_without_spread_is_zero():
     """Σ_W = 0: every NC1 is exactly 0, the numerical rank exactly 1."""
     means = torch.randn(5, 8, generator=generator())
     moments = ClassMoments(5, 8, class_scatter=True)

@@ -126,7 +126,7 @@ EACH = [(name, options) for name in FUNCTIONS for options in VARIANTS.get(name, 
 IDS = [" ".join([name, *map(str, options.values())]) for name, options in EACH]
 
 
-def test_the_two_lists_are_all_that_is_public():
+def test_the_two_lists_are_complete():
     assert set(FUNCTIONS) | set(WITHOUT_GRADIENT) == set(neuralcollapse.metrics.__all__)
     assert all(differentiable(name) for name in FUNCTIONS)
 

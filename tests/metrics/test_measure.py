@@ -219,7 +219,7 @@ def test_top5_accuracy_of_many_classes():
     assert metrics["accuracy_top5"] > metrics["accuracy"]
 
 
-def test_without_single_samples_no_features_are_kept(model):
+def test_without_metrics_of_single_samples_no_features_are_cached(model):
     options = MeasureOptions(per_sample=False, pairwise=False)
     measurement = measure(model, make_loader(), options=options, progress=False)
     assert not {"alignment", "nc2_cos_margin", "nc4_ncc_mismatch", "nc1_cdnv"} & measurement.metrics.keys()

@@ -78,7 +78,7 @@ def path(measurement, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, "mixed"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_what_is_saved_comes_back(dtype, bias, tmp_path):
+def test_a_saved_measurement_is_loaded_unchanged(dtype, bias, tmp_path):
     measurement = make_measurement(dtype, bias)
     measurement.save(tmp_path / "it")
     loaded = Measurement.load(tmp_path / "it")
@@ -113,7 +113,7 @@ def test_what_is_saved_comes_back(dtype, bias, tmp_path):
         {"pairwise": False},
     ],
 )
-def test_recomputed_from_the_file_it_is_what_measuring_so_would_have_given(path, options):
+def test_recomputing_with_other_options_equals_measuring_with_them(path, options):
     recomputed, direct = Measurement.load(path).recompute(**options), make_measurement(class_scatter=True, **options)
     pooled = {"nc1_pinv", "nc1_vci", "rank_me"}  # of classes left out, whose scatter the file has pooled
     assert recomputed.undefined.keys() in (set(), pooled)
@@ -127,7 +127,7 @@ def test_recomputed_from_the_file_it_is_what_measuring_so_would_have_given(path,
         assert getattr(recomputed.options, name) == getattr(direct.options, name), name
 
 
-def test_the_code_is_kept_and_what_is_relative_to_it_found_again(tmp_path):
+def test_the_code_is_saved_and_its_metrics_are_recomputed(tmp_path):
     code = torch.randn(K, 3, generator=generator(5))
     measurement = make_measurement(code=code)
     measurement.save(tmp_path / "it")
@@ -145,14 +145,14 @@ def test_the_code_is_kept_and_what_is_relative_to_it_found_again(tmp_path):
     assert not without.metrics.keys() & RELATIVE
 
 
-def test_printed_it_is_its_metrics_one_a_line(measurement):
+def test_a_measurement_prints_one_metric_per_line(measurement):
     first, *lines = repr(measurement).splitlines()
     assert first == f"Measurement of Sequential, {N} samples"
     assert [line.split()[0] for line in lines] == list(measurement.metrics)
     assert [float(line.split()[1]) for line in lines] == pytest.approx([*measurement.metrics.values()], rel=1e-3)
 
 
-def test_values_of_samples_are_kept_only_while_they_are_true(measurement):
+def test_recomputing_keeps_only_the_values_of_samples_that_are_still_true(measurement):
     kept = {
         "same": OF_SAMPLES,
         "center": OF_SAMPLES - {"alignment", "nc2_cos_margin"},
@@ -165,14 +165,14 @@ def test_values_of_samples_are_kept_only_while_they_are_true(measurement):
     assert pooled.recompute(min_samples=3).recompute(drop_classes_above=None).options.min_samples == 3
 
 
-def test_values_of_classes_come_from_the_file_as_well(path, measurement):
+def test_values_of_classes_of_a_loaded_measurement(path, measurement):
     loaded = Measurement.load(path)
     for field in ("mean_norms", "weight_norms", "within_class_variances", "duality"):
         old, new = (getattr(class_values(m.moments, m.weight), field) for m in (measurement, loaded))
         assert torch.equal(old, new)
 
 
-def test_it_says_where_it_comes_from(path, measurement):
+def test_provenance_is_saved(path, measurement):
     import neuralcollapse
 
     provenance = Measurement.load(path).provenance
@@ -234,7 +234,7 @@ def test_a_file_of_a_measurement_without_samples(tmp_path):
 
 
 @pytest.mark.parametrize("share", [0, 0.001, 0.05, 0.3, 0.7, 0.999])
-def test_a_truncated_file(path, share):
+def test_a_truncated_file_is_refused(path, share):
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
     with pytest.raises(ValueError, match=r"epoch0005-train.safetensors is truncated: it (ends|holds)"):
@@ -242,7 +242,7 @@ def test_a_truncated_file(path, share):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_sixteen_bytes_overwritten_anywhere(path, seed):
+def test_a_file_with_sixteen_overwritten_bytes_is_refused(path, seed):
     content = bytearray(path.read_bytes())
     start = int(torch.randint(8, len(content) - 16, (), generator=generator(seed)))
     content[start : start + 16] = b"0123456789abcdef"
@@ -251,7 +251,7 @@ def test_sixteen_bytes_overwritten_anywhere(path, seed):
         Measurement.load(path)
 
 
-def test_one_digit_of_a_value_changed(path):
+def test_a_file_with_one_changed_digit_is_refused(path):
     content = path.read_bytes()
     path.write_bytes(content.replace(b'"epoch\\": 5', b'"epoch\\": 6'))
     with pytest.raises(ValueError, match="is damaged: its content does not match its checksum"):
@@ -261,25 +261,25 @@ def test_one_digit_of_a_value_changed(path):
 @pytest.mark.parametrize(
     "content", [b"epoch,split\n1,train\n", b"PK\x03\x04" + bytes(100), bytes(50), b"\x04" + bytes(7) + b"{]}]"]
 )
-def test_a_file_of_another_kind(path, content):
+def test_a_file_that_is_not_a_safetensors_file_is_refused(path, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match="is not a safetensors file"):
         Measurement.load(path)
 
 
-def test_tensors_of_somebody_else(path):
+def test_a_safetensors_file_of_another_kind_is_refused(path):
     save_file({"weight": torch.eye(3)}, path)
     with pytest.raises(ValueError, match="is a safetensors file, but not a neuralcollapse.measurement"):
         Measurement.load(path)
 
 
-def test_a_file_of_a_later_version(path):
+def test_a_file_of_a_newer_format_is_refused(path):
     path.write_bytes(save({"mystery": torch.eye(3)}, {"format": KIND, "format_version": "3", "package_version": "7.1"}))
     with pytest.raises(ValueError, match="is newer: it has format 3 .* written by neuralcollapse 7.1; .* up to 2"):
         Measurement.load(path)
 
 
-def test_a_write_that_fails_leaves_what_was_there(path, measurement, monkeypatch):
+def test_a_failed_write_leaves_the_existing_file_unchanged(path, measurement, monkeypatch):
     before = path.read_bytes()
 
     def full(_):
@@ -292,7 +292,7 @@ def test_a_write_that_fails_leaves_what_was_there(path, measurement, monkeypatch
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_reading_needs_no_laboratory(path):
+def test_reading_imports_no_heavy_package(path):
     code = f"""
 import sys
 from neuralcollapse.metrics import Measurement

@@ -119,7 +119,7 @@ def test_state_saves_and_resumes(tmp_path):
     assert_same_state(moments_of(FEATURES, TARGETS), resumed, 1e-12)
 
 
-def test_reset_forgets():
+def test_reset_removes_all_samples():
     moments = moments_of(FEATURES, TARGETS, class_scatter=True)
     moments.reset()
     assert all(not tensor.any() for tensor in moments.state.values())

@@ -250,7 +250,7 @@ def test_plots(classifier):
     pyplot.close("all")
 
 
-def test_a_code_adds_what_is_relative_to_its_gram(classifier):
+def test_a_code_adds_the_metrics_relative_to_its_gram(classifier):
     code = torch.randn(4, 2, generator=generator(4))
     options = MeasureOptions(code=code)
     values = as_floats(updated(NeuralCollapse(4, 8, classifier, options=options)).compute())
@@ -307,7 +307,7 @@ BATCHES = {
 
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.filterwarnings("ignore:metrics that are not defined")
-def test_forward_on_any_batch_keeps_what_was_seen(classifier, batch):
+def test_forward_on_any_batch_keeps_earlier_samples(classifier, batch):
     features, targets = BATCHES[batch]
     metric = updated(NeuralCollapse(4, 8, classifier, options=MeasureOptions(ignore_index=-1)))
     values = metric(features, targets)
@@ -381,7 +381,7 @@ def test_set_dtype_changes_means_and_scatters_alone(classifier, mixed):
         lambda module: module.bfloat16().float(),
     ],
 )
-def test_a_model_of_another_dtype_leaves_its_metric_as_it_is(classifier, change):
+def test_changing_the_dtype_of_a_model_does_not_change_its_metric(classifier, change):
     model = nn.ModuleDict({"metric": updated(NeuralCollapse(4, 8, classifier), 0, 60), "layer": nn.Linear(2, 2)})
     metric = change(model)["metric"]
     assert {tensor.dtype for tensor in metric.metric_state.values()} == {torch.float64, torch.int64}

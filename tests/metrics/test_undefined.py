@@ -149,7 +149,7 @@ def test_a_class_mean_at_the_centre_has_no_direction():
     assert undefined["nc2_max_angle_weights"] == "a row of the weight is zero and has no direction (class 2)"
 
 
-def test_two_classes_of_one_mean_among_others():
+def test_two_classes_with_equal_means():
     means = normal(1, K, D)
     means[1] = means[0]
     _, undefined = of(means[TARGETS] + normal(2, 10, D).repeat_interleave(K, 0))
@@ -194,7 +194,7 @@ def test_a_bias_without_a_weight_is_refused():
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
 @pytest.mark.parametrize("features", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("dtype", [torch.float64, "mixed", torch.float32])
-def test_any_scale_is_measured_or_said_to_be_out_of_range(scale, features, dtype):
+def test_features_of_any_scale_are_measured_or_reported_out_of_range(scale, features, dtype):
     """Powers of two next to the scale, so that features of every dtype are the same but for it."""
     scale = 2.0 ** round(math.log2(scale))
     rows = (normal(1, K, D)[TARGETS] + 0.3 * normal(2, 40, D)).to(features)
@@ -359,7 +359,7 @@ def test_a_network_that_died_is_measured_and_read_again(bias, dtype, tmp_path):
     assert again.layers_undefined == measurement.layers_undefined
 
 
-def test_absent_classes_are_said(tmp_path):
+def test_absent_classes_are_reported(tmp_path):
     measurement = measured(network(None), TARGETS % 2)
     assert measurement.num_classes == K
     assert measurement.absent_classes == [2, 3]
@@ -397,7 +397,7 @@ def test_single_samples_without_a_direction():
     assert measurement.cos_margins.isnan().tolist() == 40 * [False] + [True]
 
 
-def test_classes_that_the_train_split_lacks_are_said():
+def test_classes_without_samples_in_the_train_split_are_reported():
     model, inputs = network(None), normal(4, 40, 5)
     train = measure(model, [(inputs, TARGETS % 3)], progress=False).moments
     with pytest.warns(UserWarning, match=r"10 samples of classes that the train split lacks \(3\) are left out"):

@@ -484,7 +484,7 @@ def own_logits(model, inputs, read):
 
 
 @pytest.mark.parametrize("network", MEASURED)
-def test_what_is_measured_computes_the_models_output(network):
+def test_the_measured_module_computes_the_output_of_the_model(network):
     torch.manual_seed(1)
     make, name, *read = MEASURED[network]
     model, parts = make(), INPUTS.split(20)
@@ -512,7 +512,7 @@ def state_of(model):
 
 
 @pytest.mark.parametrize("network", REFUSED)
-def test_what_cannot_be_measured_is_refused_by_name_and_left_as_it_was(network):
+def test_a_model_that_cannot_be_measured_is_refused_and_left_unchanged(network):
     torch.manual_seed(1)
     make, message = REFUSED[network]
     model = make()
@@ -568,7 +568,7 @@ def test_later_batches_are_compared_too(end, message, through):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_a_loader_that_can_be_read_once_is_read_once():
+def test_an_iterator_is_read_once():
     expected = measure(plain(), BATCHES, progress=False).metrics
     batches = iter(BATCHES)
     assert measure(plain(), batches, progress=False).metrics == expected
@@ -635,7 +635,7 @@ def test_labels_of_any_integers(dtype):
     assert found.provenance.labels == expected.provenance.labels
 
 
-def test_what_is_compiled_stays_compiled():
+def test_compiled_models_stay_compiled():
     compilations = []
 
     def backend(graph, _):
@@ -675,7 +675,7 @@ class Fails(nn.Module):
         lambda model: find_classifier(model, INPUTS),
     ],
 )
-def test_an_error_of_the_model_leaves_it_as_it_was(run):
+def test_an_error_in_the_forward_leaves_the_model_unchanged(run):
     torch.manual_seed(1)
     model = Fails()
     model.body[1].eval()
@@ -689,7 +689,7 @@ def test_an_error_of_the_model_leaves_it_as_it_was(run):
     assert torch.equal(after["random"], before["random"])
 
 
-def test_structure_alone_decides_only_what_is_certain():
+def test_structure_decides_only_if_there_is_one_candidate():
     for network in ("fc is hidden, out the last", "fc1, fc2, fc3", "head, cls", "defined the other way round"):
         with pytest.raises(ValueError, match=r"several modules of Net could be .* find_classifier\(model, example\)"):
             find_classifier(MEASURED[network][0]())
@@ -702,7 +702,7 @@ def test_an_example_may_be_positional_or_by_keyword():
         assert find_classifier(model, example)[0] == "lm_head"
 
 
-def test_the_first_forward_keeps_little_and_what_is_named(monkeypatch):
+def test_recorded_inputs_of_the_first_forward_are_bounded(monkeypatch):
     monkeypatch.setattr("neuralcollapse.classifier._KEPT_BYTES", 1)
     assert find_classifier(plain(), INPUTS)[0] == "out"
     torch.manual_seed(1)
