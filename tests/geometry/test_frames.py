@@ -248,7 +248,7 @@ MEANS, CODE = torch.randn(4, 6), simplex_etf(4)
         (MEANS, torch.full((4, 2), torch.inf), {}, "code must be finite"),
         (MEANS, torch.tensor([[1.0, 0], [0, 1], [0, 0], [1, 1]]), {}, "direction, got a zero row for class 2"),
         (MEANS, torch.tensor([[3.0, 0], [0, 3], [1, 1], [0, 0.0]]) + 1, {}, "a zero row for class 2"),
-        (MEANS, torch.ones(4, 2), {}, "code must tell classes apart"),
+        (MEANS, torch.ones(4, 2), {}, "code must distinguish classes"),
         (torch.randn(8, 4), torch.randn(8, 7), {}, "a rank of at most feature_dim = 4, got 7"),
         (MEANS, CODE.clone().requires_grad_(), {}, "code must not require a gradient"),
         (torch.randn(4), CODE, {}, r"class_means must be of shape \(\.\.\., K, d\), got \(4,\)"),

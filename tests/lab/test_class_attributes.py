@@ -76,7 +76,7 @@ def test_where_nothing_is_shared_the_frame_is_the_simplex_etf():
 
 @pytest.mark.parametrize(
     ("dim", "weight", "reason"),
-    [(30, 0.2, "rank of at most feature_dim = 30, got 99"), (128, 0.9, "weights must be .* of a sum of at most 1")],
+    [(30, 0.2, "rank of at most feature_dim = 30, got 99"), (128, 0.9, "weights must be .* with a sum of at most 1")],
 )
 def test_a_weight_that_does_not_fit_is_named_with_the_reason(dim, weight, reason):
     with pytest.raises(ValueError, match=f"attribute_weight must suit class_attributes, got {weight} .*: .*{reason}"):

@@ -1,4 +1,4 @@
-"""Codes: class vectors that stand for their Gram matrix, and the Gram matrices and class means they are made from.
+"""Codes, which are class vectors up to rotation, and the Gram matrices and class means that they are made from.
 
 A code L (K, r) describes a geometry up to rotation: its frames are L Q with Q (r, d) of orthonormal rows. What all
 classes share changes no decision, so a Gram matrix G counts for a classifier only as Π G Π with Π = I − 11ᵀ/K. The Gram
@@ -21,6 +21,7 @@ from neuralcollapse._checks import (
     check_floating,
     check_integers,
     check_not_negative,
+    check_shapes,
     compute_dtype,
     is_number,
     values_readable,
@@ -143,27 +144,27 @@ class SimplexCode(Code):
         check_simplex_etf(name, frame)
 
 
-# Negative eigenvalues up to this share of the greatest are dropped.
+# Negative eigenvalues up to this share of the greatest one are dropped.
 NEGLIGIBLE = 1e-6
 
 
 def simplex_gram(
     num_classes: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> Tensor:
-    """K/(K−1) Π, the Gram matrix of a unit simplex ETF: every pair of classes has cosine −1/(K−1).
+    """Return K/(K−1) Π, the Gram matrix of a unit simplex ETF: every pair of classes has cosine −1/(K−1).
 
     At K = 2 it is [[1, −1], [−1, 1]].
 
     Args:
         num_classes: K ≥ 2.
         dtype: Floating dtype; the default dtype if not given.
-        device: Where to create it.
+        device: Device of the result.
 
     Returns:
         (K, K).
 
     Raises:
-        ValueError: K < 2, a dtype that is not floating, or no device of that name.
+        ValueError: if K < 2, the dtype is not floating, or the device is unknown.
 
     Source: Papyan, Han, Donoho (PNAS 2020).
 
@@ -180,23 +181,24 @@ def simplex_gram(
 
 
 def attribute_gram(attributes: Tensor, weights: Tensor) -> Tensor:
-    r"""What classes share: Σ_a α_a · ETF_a[v_a(k), v_a(l)] + (1 − Σ_a α_a) · ETF_K.
+    r"""Return the Gram matrix of shared attributes, Σ_a α_a · ETF_a[v_a(k), v_a(l)] + (1 − Σ_a α_a) · ETF_K.
 
-    v_a(k) is the value of attribute a for class k, ETF_a the simplex Gram of that attribute's values (1 for an
-    attribute of one value, which tells no classes apart) and ETF_K that of the classes. Classes that share a value are
-    drawn together by α_a. Two classes with equal attributes have the inner product 1 − (1 − Σα)K/(K−1), which is 1 at
-    Σα = 1: then they are the same vector. At K = 2, and wherever every attribute has a value of its own for each class,
-    it is the simplex Gram.
+    Here v_a(k) is the value of attribute a for class k, ETF_a the simplex Gram matrix of that attribute's values (1 for
+    an attribute with a single value, which does not distinguish classes) and ETF_K that of the classes. A shared value
+    of attribute a raises the cosine of two classes in proportion to α_a. Two classes with equal attributes have the
+    inner product 1 − (1 − Σα)K/(K−1), which is 1 at Σα = 1: then they have the same vector. At K = 2, and if each
+    attribute takes a different value for each class, the result is the simplex Gram matrix.
 
     Args:
-        attributes: (K, A) integers, a row a class.
-        weights: α (A,), at least 0, of a sum of at most 1.
+        attributes: (K, A) integers, one row per class.
+        weights: α (A,), at least 0, with a sum of at most 1.
 
     Returns:
         (K, K), in the dtype of ``weights``.
 
     Raises:
-        ValueError: Arguments of another kind or shape, fewer than two classes, or weights out of range.
+        ValueError: if an argument has another type or shape, there are fewer than two classes, or weights are out of
+            range.
 
     Source: a sum of simplex Grams, each positive semi-definite (this project).
 
@@ -220,7 +222,7 @@ def attribute_gram(attributes: Tensor, weights: Tensor) -> Tensor:
     total = float(weights.double().sum())
     if bool((weights < 0).any()) or total > 1 + torch.finfo(weights.dtype).eps * count:
         raise ValueError(
-            f"weights must be at least 0, of a sum of at most 1, got {weights.tolist()} of sum {total:.6g}"
+            f"weights must be at least 0, with a sum of at most 1, got {weights.tolist()} with sum {total:.6g}"
         )
     share = weights.to(compute_dtype(weights.dtype))
     gram = (1 - share.sum()) * simplex_gram(num_classes, dtype=share.dtype, device=share.device)
@@ -233,24 +235,24 @@ def attribute_gram(attributes: Tensor, weights: Tensor) -> Tensor:
 
 
 def distance_gram(distances: Tensor, decay: float, floor: float = 0.0) -> Tensor:
-    r"""From distances D of classes: (1 − s)·exp(−γ D/D_max) + s.
+    r"""Return the Gram matrix (1 − s)·exp(−γ D/D_max) + s of distances D between classes.
 
-    The floor s is common to all classes: it scales what is left after centring by 1 − s. Equal classes, of distance 0,
-    have the inner product 1; at K = 2, and with equal distances, every pair has (1 − s)e^(−γ) + s, which is, centred, a
-    multiple of the simplex Gram.
+    The floor s is common to all classes: it scales the centred Gram matrix by 1 − s. Classes at distance 0 have the
+    inner product 1. At K = 2, and with equal distances, every pair has (1 − s)e^(−γ) + s, and the centred Gram matrix
+    is a multiple of the simplex Gram matrix.
 
     Args:
         distances: D (K, K) floating, symmetric, at least 0, with a zero diagonal.
         decay: γ > 0.
-        floor: s, from −1/(K−1) on and below 1.
+        floor: s, at least −1/(K−1) and below 1.
 
     Returns:
         (K, K), in the dtype of ``distances``. Negative eigenvalues up to 1e-6 of the greatest are dropped and the
-        diagonal scaled to 1 again. For distances in a tree, or between points (also squared), there are none.
+        diagonal is scaled back to 1. Distances in a tree, or between points (also squared), give none.
 
     Raises:
-        ValueError: Distances that are not as said or all zero, a decay or a floor out of range, or an outcome that is
-            not positive semi-definite (how far).
+        ValueError: if the distances are invalid or all zero, the decay or the floor is out of range, or the result is
+            not positive semi-definite (the message gives the least eigenvalue).
 
     Source: HAFrame (Liang and Davis, ICCV 2023, arXiv 2303.05689).
 
@@ -274,18 +276,19 @@ def distance_gram(distances: Tensor, decay: float, floor: float = 0.0) -> Tensor
     if not (is_number(floor) and least <= floor < 1):
         raise ValueError(f"floor must lie in [-1/(K-1), 1) = [{least:.3g}, 1), got {floor!r}")
     gram = (1 - floor) * torch.exp(-decay / wide.max() * wide) + floor
-    return _made_semidefinite("distance_gram(distances, ...)", gram).to(distances.dtype)
+    return _without_negative_eigenvalues("distance_gram(distances, ...)", gram).to(distances.dtype)
 
 
 def tree_gram(parents: Tensor, decay: float, *, dtype: torch.dtype | None = None) -> Tensor:
-    r"""Of a hierarchy: exp(−γ D/D_max), D the number of edges between two classes in the tree.
+    r"""Return the Gram matrix exp(−γ D/D_max) of a hierarchy, with D the number of edges between two classes in a tree.
 
-    Where all classes are equally deep, D is twice the height of their lowest common ancestor. Brothers are nearest. At
-    K = 2, and where all classes hang on the root, every pair has e^(−γ): centred, a multiple of the simplex Gram.
+    If all classes have the same depth, D is twice the height of their lowest common ancestor. Siblings are nearest. At
+    K = 2, and if all classes are children of the root, every pair has e^(−γ), and the centred Gram matrix is a multiple
+    of the simplex Gram matrix.
 
     Args:
-        parents: (M,) integers: the parent of each node, −1 for the root. The classes are the leaves, and the first K
-            nodes.
+        parents: (M,) integers: the parent of each node, −1 for the root. The classes are the leaves, which must be the
+            first K nodes.
         decay: γ > 0.
         dtype: Floating dtype; the default dtype if not given.
 
@@ -293,12 +296,13 @@ def tree_gram(parents: Tensor, decay: float, *, dtype: torch.dtype | None = None
         (K, K), positive semi-definite for every tree.
 
     Raises:
-        ValueError: What is no tree with its leaves first, fewer than two classes, or a decay out of range.
+        ValueError: if the nodes do not form a tree with its leaves first, there are fewer than two classes, or the
+            decay is out of range.
 
-    Source: `distance_gram` (HAFrame, arXiv 2303.05689) of the tree's own distance.
+    Source: `distance_gram` (HAFrame, arXiv 2303.05689) of the distance in the tree.
 
     Examples:
-        >>> tree_gram(torch.tensor([3, 3, 4, 4, -1]), decay=3.0)  # two brothers, and one more class
+        >>> tree_gram(torch.tensor([3, 3, 4, 4, -1]), decay=3.0)  # two siblings and a third class
         tensor([[1.0000, 0.1353, 0.0498],
                 [0.1353, 1.0000, 0.0498],
                 [0.0498, 0.0498, 1.0000]])
@@ -311,18 +315,18 @@ def tree_gram(parents: Tensor, decay: float, *, dtype: torch.dtype | None = None
 
 
 def embedding_gram(embeddings: Tensor) -> Tensor:
-    """Cosines of the centred rows, as of embeddings of the classes' names.
+    """Return the cosines of centred embeddings, for example of the classes' names.
 
-    Equal rows have cosine 1. At K = 2 it is [[1, −1], [−1, 1]], the simplex Gram.
+    Equal rows have cosine 1. At K = 2 the result is [[1, −1], [−1, 1]], the simplex Gram matrix.
 
     Args:
-        embeddings: (K, e) floating, a row a class.
+        embeddings: (K, e) floating, one row per class.
 
     Returns:
         (K, K), in the dtype of ``embeddings``.
 
     Raises:
-        ValueError: Another shape or kind, values that are not finite, or a row that is the mean of all.
+        ValueError: if the shape or type is another, values are not finite, or a row equals the mean of all rows.
 
     Source: this project.
 
@@ -331,9 +335,7 @@ def embedding_gram(embeddings: Tensor) -> Tensor:
         tensor([[ 1., -1.],
                 [-1.,  1.]])
     """
-    check_floating("embeddings", embeddings)
-    if embeddings.ndim != 2:
-        raise ValueError(f"embeddings must be of shape (K, e), got {tuple(embeddings.shape)}")
+    check_shapes(embeddings=(embeddings, "K e"))
     check_at_least("num_classes", len(embeddings), 2)
     check_finite("embeddings", embeddings)
     centred = embeddings.double() - embeddings.double().mean(0)
@@ -367,8 +369,8 @@ def check_semidefinite(name: str, eigenvalues: Tensor) -> None:
         )
 
 
-def _made_semidefinite(name: str, gram: Tensor) -> Tensor:
-    """The Gram matrix without small negative eigenvalues, of unit diagonal again."""
+def _without_negative_eigenvalues(name: str, gram: Tensor) -> Tensor:
+    """Return the Gram matrix without its negligible negative eigenvalues, rescaled to a unit diagonal."""
     eigenvalues, vectors = torch.linalg.eigh(gram)
     check_semidefinite(name, eigenvalues)
     if eigenvalues[0] >= -len(gram) * torch.finfo(gram.dtype).eps * eigenvalues[-1]:
@@ -380,7 +382,7 @@ def _made_semidefinite(name: str, gram: Tensor) -> Tensor:
 
 
 def _edges_to_root(parents: Tensor) -> Tensor:
-    """(K, M) in fp64: 1 where the edge above a node lies between a class and the root."""
+    """Return (K, M) in fp64, 1 where the edge above a node lies between a class and the root."""
     check_integers("parents", parents)
     if parents.ndim != 1:
         raise ValueError(f"parents must be of shape (M,), got {tuple(parents.shape)}")
@@ -409,9 +411,9 @@ def _edges_to_root(parents: Tensor) -> Tensor:
 
 
 def code_from_gram(gram: Tensor, feature_dim: int) -> Tensor:
-    """A code L (K, r) with LLᵀ = Π G Π: class vectors of that Gram, less what is common to all of them.
+    """Return a code L (K, r) with LLᵀ = Π G Π: class vectors of a Gram matrix G, without their common part.
 
-    By eigenvectors of Π G Π; eigenvalues under K·eps times the greatest count as 0.
+    Computed from the eigenvectors of Π G Π; eigenvalues below K·eps times the greatest count as 0.
 
     Args:
         gram: G (K, K) floating, symmetric and positive semi-definite: negative eigenvalues up to 1e-6 of the greatest
@@ -419,11 +421,12 @@ def code_from_gram(gram: Tensor, feature_dim: int) -> Tensor:
         feature_dim: d, which the rank r must not exceed.
 
     Returns:
-        (K, r), r ≤ min(d, K−1), orthogonal columns of falling norm, in the dtype of ``gram``.
+        (K, r), r ≤ min(d, K−1), orthogonal columns of decreasing norm, in the dtype of ``gram``.
 
     Raises:
-        ValueError: Another shape or kind; values that are not finite; a matrix that is not symmetric or not positive
-            semi-definite (how far), or of rank above d (which rank); a class that has no direction of its own.
+        ValueError: if the shape or type is another, values are not finite, the matrix is not symmetric, not positive
+            semi-definite or of a rank above d (the message gives the asymmetry, least eigenvalue or rank), or a class
+            has a zero row after centring.
 
     Source: classical scaling (Torgerson, 1952).
 
@@ -450,11 +453,11 @@ def code_from_gram(gram: Tensor, feature_dim: int) -> Tensor:
 
 
 def seli_code(class_counts: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-    r"""The classifier's code of imbalanced classes: the simplex-encoded-labels interpolation, SELI.
+    r"""Return the code of a classifier of imbalanced classes, the simplex-encoded-labels interpolation (SELI).
 
-    With the simplex-encoded labels Z (K, N), whose column of a sample of class k is e_k − 1/K, and Z = V Λ Uᵀ, the
-    max-margin classifier has the Gram V Λ Vᵀ ∝ (Π diag(n) Π)^(1/2). It is scaled to a mean squared norm of 1. At equal
-    counts it is the simplex ETF; at K = 2 it is so for all counts.
+    With the simplex-encoded labels Z (K, N), whose column for a sample of class k is e_k − 1/K, and Z = V Λ Uᵀ, the
+    max-margin classifier has the Gram matrix V Λ Vᵀ ∝ (Π diag(n) Π)^(1/2). The code is scaled to a mean squared norm of
+    1. For equal counts, and always at K = 2, it is the simplex ETF.
 
     Args:
         class_counts: n (K,) integers, each at least 1.
@@ -464,7 +467,7 @@ def seli_code(class_counts: Tensor, *, dtype: torch.dtype | None = None) -> Tens
         (K, K−1), of rank K−1.
 
     Raises:
-        ValueError: Counts of another kind or shape, fewer than two, or one that is not positive.
+        ValueError: if the counts have another type or shape, there are fewer than two, or one is not positive.
 
     Source: Thrampoulidis, Kini, Vakilian, Behnia, "Imbalance Trouble" (NeurIPS 2022).
 
@@ -491,22 +494,23 @@ def seli_code(class_counts: Tensor, *, dtype: torch.dtype | None = None) -> Tens
 
 @torch.no_grad()
 def code_of_means(class_means: Tensor, rank: int | Literal["auto"] = "auto") -> Tensor:
-    r"""The tight code of the class means' own r leading directions.
+    r"""Return the tight code of the r leading directions of class means.
 
-    With the means centred, their rows scaled to norm 1, centred again and = U S Vᵀ, it is √(K/r) · U_r. The nearest
-    frame of that code is the nearest tight frame of rank r that keeps the means' directions; at r = K−1, as at K = 2,
-    it is the nearest simplex ETF. A class whose mean is the mean of all has a zero row before the second centring.
+    Centre the means, scale their rows to norm 1 and centre again; with U S Vᵀ the SVD of the result, the code is
+    √(K/r) · U_r. The nearest frame of that code is the nearest tight frame of rank r that keeps the means' directions;
+    at r = K−1, as at K = 2, it is the nearest simplex ETF. A class whose mean equals the mean of all has a zero row
+    before the second centring.
 
     Args:
         class_means: (K, d) floating.
-        rank: r, from 1 to min(d, K−1); ``"auto"``: the exponential of the entropy of the squared singular values'
-            shares, rounded (K−1 at collapse to an ETF), which waits for an accelerator.
+        rank: r, from 1 to min(d, K−1); or ``"auto"``, the effective rank: the exponential of the entropy of the squared
+            singular values' shares, rounded (K−1 at collapse to an ETF), which waits for an accelerator.
 
     Returns:
         (K, r), detached, in the dtype of ``class_means``.
 
     Raises:
-        ValueError: Means of another shape or kind, or not finite; or a rank out of range.
+        ValueError: if the means have another shape or type or are not finite, or the rank is out of range.
 
     Source: this project; the effective rank after Roy and Vetterli (2007).
 
@@ -515,9 +519,7 @@ def code_of_means(class_means: Tensor, rank: int | Literal["auto"] = "auto") -> 
         >>> code_of_means(simplex_etf(5, 8)).shape, code_of_means(simplex_etf(5, 8), rank=2).shape
         (torch.Size([5, 4]), torch.Size([5, 2]))
     """
-    check_floating("class_means", class_means)
-    if class_means.ndim != 2:
-        raise ValueError(f"class_means must be of shape (K, d), got {tuple(class_means.shape)}")
+    check_shapes(class_means=(class_means, "K d"))
     num_classes, feature_dim = class_means.shape
     check_at_least("num_classes", num_classes, 2)
     check_at_least("feature_dim", feature_dim, 1)
@@ -530,7 +532,7 @@ def code_of_means(class_means: Tensor, rank: int | Literal["auto"] = "auto") -> 
 
 
 def check_code_rank(rank: object, num_classes: int, feature_dim: int) -> None:
-    """Raise unless it is ``"auto"`` or a rank that class means can have."""
+    """Raise unless a rank is ``"auto"`` or one that class means can have."""
     if isinstance(rank, str) and rank == "auto":
         return
     greatest = min(feature_dim, num_classes - 1)
@@ -539,7 +541,7 @@ def check_code_rank(rank: object, num_classes: int, feature_dim: int) -> None:
 
 
 def leading_code(means: Tensor, rank: int | Literal["auto"]) -> Tensor:
-    """`code_of_means` behind its door, of fp32 or fp64 means."""
+    """Return `code_of_means` of fp32 or fp64 means, without input checks."""
     wide = means.detach().double()
     centred = wide - wide.mean(0)
     norms = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
@@ -556,7 +558,7 @@ def leading_code(means: Tensor, rank: int | Literal["auto"]) -> Tensor:
 
 
 def _effective_rank(squares: Tensor) -> int:
-    """The exponential of the entropy of their shares, rounded; all of them where they are all zero."""
+    """Return the rounded exponential of the entropy of the squares' shares; their number if all are zero."""
     total = squares.sum()
     if not bool(total > 0):
         return len(squares)
@@ -564,22 +566,22 @@ def _effective_rank(squares: Tensor) -> int:
 
 
 def check_code(code: Tensor, num_classes: int | None = None) -> None:
-    """Raise unless it is a constant code (K, r), of K classes where that is given."""
+    """Raise unless a code is a constant tensor (K, r), of K classes if that is given."""
     check_floating("code", code)
     if code.ndim != 2 or (num_classes is not None and len(code) != num_classes):
         expected = "(K, r)" if num_classes is None else f"(K, r) with K = {num_classes}"
         raise ValueError(f"code must be of shape {expected}, got {tuple(code.shape)}")
     check_at_least("num_classes", len(code), 2)
     if code.requires_grad:
-        raise ValueError("code must not require a gradient, since it is taken as a constant: give code.detach()")
+        raise ValueError("code must not require a gradient, since it is a constant: pass code.detach()")
     check_finite("code", code)
 
 
 def principal_code(code: Tensor, feature_dim: int) -> Tensor:
-    """A checked code, centred, in its r principal coordinates: orthogonal columns of falling norm, (K, r), in fp64.
+    """Return a code, centred, in its r principal coordinates (K, r), in fp64: orthogonal columns of decreasing norm.
 
     Raises:
-        ValueError: A zero row, before or after centring, or a rank above d.
+        ValueError: if a row is zero, before or after centring, or the rank is above d.
     """
     eps = torch.finfo(code.dtype).eps
     wide = code.double()
@@ -595,15 +597,13 @@ def principal_code(code: Tensor, feature_dim: int) -> Tensor:
 
 def _check_rank(name: str, rank: int, feature_dim: int) -> None:
     if rank == 0:
-        raise ValueError(
-            f"{name} must tell classes apart, got nothing but what is common to all (rank 0 after centring)"
-        )
+        raise ValueError(f"{name} must distinguish classes, got rows that are all equal (rank 0 after centring)")
     if rank > feature_dim:
         raise ValueError(f"{name} must have, after centring, a rank of at most feature_dim = {feature_dim}, got {rank}")
 
 
 def _check_rows(name: str, rows: Tensor, tolerance: float) -> None:
-    """Raise if a class has no direction: a zero row."""
+    """Raise if a class has a zero row, and so no direction."""
     norms = torch.linalg.vector_norm(rows, dim=1)
     least = int(norms.argmin())
     if not float(norms[least]) > tolerance * float(norms.max()):

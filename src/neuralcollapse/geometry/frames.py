@@ -1,4 +1,4 @@
-"""The frame of a code that is nearest to given class means, in closed form: of the simplex ETF, or of any code."""
+"""The nearest frame of a code to given class means in closed form, and the nearest simplex ETF as its special case."""
 
 from __future__ import annotations
 
@@ -30,32 +30,33 @@ def nearest_simplex_etf(
     method: Method = "auto",
     check_values: bool = True,
 ) -> Tensor:
-    r"""The unit simplex ETF nearest to the class means, differentiable in them.
+    r"""Return the unit simplex ETF nearest to the class means, differentiable in them.
 
     With C the means centred at their (weighted) mean, Ĉ = C/‖C‖_F, and E = √(K/(K−1)) B Q, it minimises
 
         ((K−1)/2) Σ_k ω_k ‖ĉ_k − e_k/√K‖² + (γ/2) ‖Q − Q₀‖_F²
 
     over Q with orthonormal rows. The objective is linear in Q, so the minimiser is the polar factor of
-    √(K−1) Bᵀ diag(ω) Ĉ + γ Q₀: no iteration, and a derivative in closed form. It is unique where that
-    matrix has full rank.
+    √(K−1) Bᵀ diag(ω) Ĉ + γ Q₀, without iterations and with a derivative in closed form. It is unique if that
+    matrix has full rank. B (K, K−1) is an orthonormal basis of the complement of the all-ones vector. This is
+    `nearest_frame` for `SimplexCode`, except that class weights do not shift the ETF.
 
     Args:
         class_means: (..., K, d) floating, d ≥ K−1. fp16 and bf16 are computed in fp32.
         anchor: (K, d) or (..., K, d), a unit simplex ETF E₀ to stay close to (the last solution); used if γ > 0.
         proximal_weight: γ ≥ 0, in units in which the singular values of the data term are 1 at collapse.
         class_weights: (K,) or (..., K), ω ≥ 0 up to a common factor; equal if not given.
-        method: How the polar factor is found, as for `polar_factor`.
-        check_values: Check finiteness, that the means are not all equal, that the anchor is an ETF and that products
-            converged (on an accelerator this waits for the device).
+        method: Method of computing the polar factor, as for `polar_factor`.
+        check_values: Whether to check finiteness, that the means are not all equal, that the anchor is an ETF and that
+            products converged (on an accelerator this waits for the device).
 
     Returns:
         (..., K, d), unit rows with pairwise cosine −1/(K−1), in the dtype of ``class_means``.
 
     Raises:
-        ValueError: An argument of another kind, K < 2, d < K−1, shapes that do not match, non-finite values,
-            negative weights, γ > 0 without an anchor, an anchor that is no simplex ETF, or means that are all
-            equal with no anchor to decide.
+        ValueError: if an argument has another type, K < 2, d < K−1, shapes do not match, values are not finite, weights
+            are negative, γ > 0 without an anchor, the anchor is not a simplex ETF, or the means are all equal without
+            an anchor that decides the orientation.
 
     Source: after Markou, Ajanthan, Gould, "Guiding Neural Collapse" (NeurIPS 2024), reduced to the complement
     of the all-ones vector.
@@ -88,36 +89,38 @@ def nearest_frame(
     method: Method = "auto",
     check_values: bool = True,
 ) -> Tensor:
-    r"""The rotation L Q of a code that is nearest to the class means, differentiable in them.
+    r"""Return the frame L Q of a code that is nearest to the class means, differentiable in them.
 
-    With C the means and L the code, both centred at their (weighted) mean, the code compressed to its rank r, and
+    With C the means and L the code, both centred at their (weighted) mean, the code in its r principal coordinates, and
     Ĉ = C/‖C‖_F, it minimises
 
         (r/2) Σ_k ω_k ‖ĉ_k − l_kQ/‖L‖_F‖² + (γ/2) ‖Q − Q₀‖_F²
 
     over Q (r, d) with orthonormal rows. ‖diag(ω)^(1/2) L Q‖_F does not depend on Q, so the minimiser is the polar
-    factor of (r/‖L‖_F) Lᵀ diag(ω) Ĉ + γ Q₀, as for the simplex ETF, whose code `nearest_simplex_etf` has built in. It
-    is unique where that matrix has full rank.
+    factor of (r/‖L‖_F) Lᵀ diag(ω) Ĉ + γ Q₀. It is unique if that matrix has full rank.
 
     Args:
         class_means: (..., K, d) floating. fp16 and bf16 are computed in fp32.
-        code: L (K, r') floating, a row a class, of rank r ≤ d after centring; a constant. See `code_from_gram`.
-        anchor: (K, d) or (..., K, d), a frame L Q₀ of the same code to stay close to (the last solution); used if γ >
-            0.
+        code: L (K, r') floating, one row per class, of rank r ≤ d after centring; a constant. See `code_from_gram`. Or
+            a `Code`.
+        anchor: (K, d) or (..., K, d), a frame L Q₀ of the same code to stay close to (the last solution); used if
+            γ > 0.
         proximal_weight: γ ≥ 0, in units in which the mean singular value of the data term is 1 at collapse.
         class_weights: (K,) or (..., K), ω ≥ 0 up to a common factor; equal if not given.
-        method: How the polar factor is found, as for `polar_factor`.
-        check_values: Check finiteness, that the means are not all equal, that the anchor is a frame of the code and
-            that products converged (on an accelerator this waits for the device). The code is always looked at.
+        method: Method of computing the polar factor, as for `polar_factor`.
+        check_values: Whether to check finiteness, that the means are not all equal, that the anchor is a frame of the
+            code and that products converged (on an accelerator this waits for the device). A tensor ``code`` is always
+            checked.
 
     Returns:
-        (..., K, d), L Q in the dtype of ``class_means``: its Gram is that of the centred code. With class weights the
-        code is centred at their mean, which shifts all rows of L Q alike and changes no softmax.
+        (..., K, d), L Q in the dtype of ``class_means``: its Gram matrix is that of the centred code. With class
+        weights the code is centred at its weighted mean, which shifts all rows of L Q alike and changes no softmax.
 
     Raises:
-        ValueError: An argument of another kind, shapes that do not match, non-finite values, negative weights, a code
-            with a zero row, of rank above d (which rank) or that requires a gradient, γ > 0 without an anchor, an
-            anchor that is no frame of the code, or means that are all equal with no anchor to decide.
+        ValueError: if an argument has another type, shapes do not match, values are not finite, weights are negative,
+            the code has a zero row, a rank above d (the message gives it) or requires a gradient, γ > 0 without an
+            anchor, the anchor is not a frame of the code, or the means are all equal without an anchor that decides the
+            orientation.
 
     Source: this project, after Markou, Ajanthan, Gould, "Guiding Neural Collapse" (NeurIPS 2024).
 
@@ -228,7 +231,7 @@ def nearest_etf_diagnostics(
     proximal_weight: float = 0.0,
     class_weights: Tensor | None = None,
 ) -> dict[str, float]:
-    """How good a simplex ETF is as the answer of `nearest_simplex_etf` to the same arguments, in fp64.
+    """Measure how well a simplex ETF solves the problem of `nearest_simplex_etf`, in fp64.
 
     Args:
         class_means: (K, d).
@@ -239,11 +242,11 @@ def nearest_etf_diagnostics(
 
     Returns:
         ``objective``, the function minimised; ``gradient_norm`` of its Riemannian gradient, 0 at the minimiser;
-        ``least_singular_value`` of the matrix whose polar factor the minimiser is, 0 where it is not unique;
+        ``least_singular_value`` of the matrix whose polar factor is the minimiser, 0 if it is not unique;
         ``distance_to_anchor``, ‖E − E₀‖_F, NaN without an anchor.
 
     Raises:
-        ValueError: Shapes or a proximal weight that `nearest_simplex_etf` refuses, or another shape of ``etf``.
+        ValueError: if `nearest_simplex_etf` refuses the shapes or the proximal weight, or ``etf`` has another shape.
 
     Examples:
         >>> from neuralcollapse import nearest_simplex_etf, simplex_etf
@@ -275,7 +278,7 @@ def nearest_etf_diagnostics(
 
 
 def placed(code: Tensor, feature_dim: int, generator: torch.Generator | None = None) -> Tensor:
-    """A principal code (K, r) as a frame (K, d): its coordinates come first, or are turned Haar-uniformly."""
+    """Return a frame (K, d) of a principal code (K, r): padded with zeros, or with a generator, rotated uniformly."""
     rank = code.shape[-1]
     if generator is None:
         return torch.nn.functional.pad(code, (0, feature_dim - rank))
@@ -304,7 +307,7 @@ def _check_arguments(
 
 
 def check_weight_values(class_weights: Tensor) -> None:
-    """Raise unless class weights are at least 0 with a positive sum, where their values can be read."""
+    """Raise unless class weights are at least 0 with a positive sum; skipped where values cannot be read."""
     if not values_readable(class_weights):
         return
     check_finite("class_weights", class_weights)
@@ -313,12 +316,12 @@ def check_weight_values(class_weights: Tensor) -> None:
 
 
 def _check_like(name: str, tensor: Tensor, means: Tensor, ending: tuple[int, ...]) -> None:
-    """Raise unless the tensor is floating and of that ending shape, with no batch dimensions but those of the means."""
+    """Raise unless a floating tensor ends in the given shape, with leading dimensions that broadcast to the means'."""
     check_floating(name, tensor)
     if tensor.shape[tensor.ndim - len(ending) :] != ending or tensor.ndim < len(ending):
         raise ValueError(f"{name} must end in the shape {ending}, got {tuple(tensor.shape)}")
-    batch, whole = tensor.shape[: tensor.ndim - len(ending)], means.shape[:-2]
-    if len(batch) > len(whole) or any(
-        size not in (1, want) for size, want in zip(batch[::-1], whole[::-1], strict=False)
+    batch, expected = tensor.shape[: tensor.ndim - len(ending)], means.shape[:-2]
+    if len(batch) > len(expected) or any(
+        size not in (1, wanted) for size, wanted in zip(batch[::-1], expected[::-1], strict=False)
     ):
-        raise ValueError(f"{name} must have the leading dimensions {tuple(whole)} or none, got {tuple(batch)}")
+        raise ValueError(f"{name} must have the leading dimensions {tuple(expected)} or none, got {tuple(batch)}")

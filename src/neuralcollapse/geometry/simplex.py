@@ -1,8 +1,8 @@
-"""The simplex equiangular tight frame (ETF) and the Helmert basis that carries it.
+"""The simplex equiangular tight frame (ETF) and the Helmert basis in which it is written.
 
 Every unit simplex ETF of K vectors is E = √(K/(K−1)) B Q with Q (K−1, d) of orthonormal rows and B (K, K−1)
 an orthonormal basis of the complement of the all-ones vector. The Helmert basis has the columns
-b_j = (1, …, 1, −j, 0, …, 0)/√(j(j+1)), j ones first: applying it is a cumulative sum.
+b_j = (1, …, 1, −j, 0, …, 0)/√(j(j+1)), which begin with j ones: its products are cumulative sums.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ def simplex_etf(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """The canonical unit simplex ETF: unit rows, every pairwise cosine −1/(K−1).
+    """Return the canonical unit simplex ETF: unit rows with pairwise cosine −1/(K−1).
 
-    For d ≥ K it is √(K/(K−1)) (I − 11ᵀ/K) padded with zero columns; for d = K−1 the same vectors in
+    For d ≥ K it is √(K/(K−1)) (I − 11ᵀ/K) padded with zero columns; for d = K−1 it is the same vectors in
     Helmert coordinates, √(K/(K−1)) B.
 
     Args:
         num_classes: K ≥ 2.
         feature_dim: d ≥ K−1; K if not given.
         dtype: Floating dtype; the default dtype if not given.
-        device: Where to create it.
+        device: Device of the result.
 
     Returns:
         (K, d).
 
     Raises:
-        ValueError: K < 2, d < K−1, a dtype that is not floating, or no device of that name.
+        ValueError: if K < 2, d < K−1, the dtype is not floating, or the device is unknown.
 
     Source: Papyan, Han, Donoho (PNAS 2020), definition of the simplex ETF.
 
@@ -69,24 +69,24 @@ def random_simplex_etf(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """A unit simplex ETF of Haar-uniform orientation: E U is distributed as E for any orthogonal U.
+    """Return a unit simplex ETF of Haar-uniform orientation: E U has the distribution of E for any orthogonal U.
 
-    The orthonormal factor of a Gaussian matrix is Haar-uniform once each column of it has the sign that makes
-    the triangular factor's diagonal positive.
+    The orthonormal factor of a Gaussian matrix is Haar-uniform if the signs of its columns make the diagonal of the
+    triangular factor positive.
 
     Args:
         num_classes: K ≥ 2.
         feature_dim: d ≥ K−1.
         generator: Source of randomness, on ``device``.
         dtype: Floating dtype; the default dtype if not given.
-        device: Where to create it.
+        device: Device of the result.
 
     Returns:
         (K, d).
 
     Raises:
-        ValueError: K < 2, d < K−1, a dtype that is not floating, no device of that name, or a generator of
-            another kind or on another device.
+        ValueError: if K < 2, d < K−1, the dtype is not floating, the device is unknown, or the generator has another
+            type or is on another device.
 
     Source: Mezzadri, "How to generate random matrices from the classical compact groups" (2007).
 
@@ -107,20 +107,20 @@ def random_simplex_etf(
 def simplex_basis(
     num_classes: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> Tensor:
-    """The Helmert basis B (K, K−1) as a matrix: orthonormal columns, each orthogonal to the all-ones vector.
+    """Return the Helmert basis B (K, K−1) as a matrix: orthonormal columns, each orthogonal to the all-ones vector.
 
-    Computing with it needs no matrix: `reduce` applies Bᵀ and `expand` applies B in O(Kd).
+    Its products need no matrix: `reduce` applies Bᵀ and `expand` applies B in O(Kd).
 
     Args:
         num_classes: K ≥ 2.
         dtype: Floating dtype; the default dtype if not given.
-        device: Where to create it.
+        device: Device of the result.
 
     Returns:
         (K, K−1).
 
     Raises:
-        ValueError: K < 2, a dtype that is not floating, or no device of that name.
+        ValueError: if K < 2, the dtype is not floating, or the device is unknown.
 
     Examples:
         >>> simplex_basis(3)
@@ -134,10 +134,10 @@ def simplex_basis(
 
 
 def check_simplex_etf(name: str, etf: Tensor) -> None:
-    """Raise unless (..., K, d) class vectors are a unit simplex ETF, where their values can be read.
+    """Raise unless (..., K, d) class vectors are a unit simplex ETF; skipped where values cannot be read.
 
-    Its Gram matrix is K/(K−1) Π, which is compared in its action on one fixed vector (Freivalds' check): O(Kd), and
-    no (K, K) matrix.
+    The product of their Gram matrix with one fixed vector is compared with that of K/(K−1) Π (Freivalds' check), in
+    O(Kd) and without a (K, K) matrix.
     """
     if not values_readable(etf):
         return
@@ -146,15 +146,15 @@ def check_simplex_etf(name: str, etf: Tensor) -> None:
     ratio, share = num_classes / (num_classes - 1), num_classes // 2 / num_classes
     probed = exact @ exact[..., 1::2, :].sum(-2, keepdim=True).mT  # of the vector 0, 1, 0, 1, …
     tolerance = 1e-3 if etf.dtype == exact.dtype else 3e-2
-    # Python's floats, since each operation on tensors would cost as much as the product.
+    # Python floats, since each operation on tensors would cost as much as the product.
     expected = [-ratio * share, ratio * (1 - share)]
-    found = probed.flatten().tolist()
-    if not all(abs(value - expected[place % num_classes % 2]) <= tolerance for place, value in enumerate(found)):
+    values = probed.flatten().tolist()
+    if not all(abs(value - expected[index % num_classes % 2]) <= tolerance for index, value in enumerate(values)):
         raise ValueError(f"{name} must be a unit simplex ETF: unit rows with pairwise cosine -1/(K-1)")
 
 
 def reduce(class_vectors: Tensor) -> Tensor:
-    """Bᵀ X: the coordinates of (..., K, d) class vectors in the complement of their mean, (..., K−1, d).
+    """Return Bᵀ X, the coordinates (..., K−1, d) of (..., K, d) class vectors after centring.
 
     Examples:
         >>> reduce(torch.ones(3, 2))
@@ -166,7 +166,7 @@ def reduce(class_vectors: Tensor) -> Tensor:
 
 
 def expand(coordinates: Tensor) -> Tensor:
-    """B Y: the class vectors, (..., K, d) with zero mean, of given coordinates (..., K−1, d).
+    """Return B Y, the class vectors (..., K, d) with zero mean of given coordinates (..., K−1, d).
 
     Examples:
         >>> expand(torch.tensor([[2.0**0.5]]))
@@ -181,6 +181,6 @@ def expand(coordinates: Tensor) -> Tensor:
 
 
 def _helmert(like: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """The column index j = 1 … K−1 and the length √(j(j+1)), as columns."""
+    """Return the column index j = 1 … K−1 and the length √(j(j+1)), as columns."""
     index = torch.arange(1, num_classes, dtype=like.dtype, device=like.device).unsqueeze(-1)
     return index, (index * (index + 1)).sqrt()
