@@ -138,7 +138,9 @@ def test_every_public_name_stands_in_the_reference(package):
     pages = "".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
     named = set(re.findall(r"^::: (\S+)$", pages, re.M))
     names = import_module(f"neuralcollapse.{package}").__all__
-    assert [name for name in names if f"neuralcollapse.{package}.{name}" not in named] == []
+    paths = {name: f"neuralcollapse.{package}.{name}" for name in names}
+    # In a lazy package, a function with the name of its module is documented under its full path.
+    assert [name for name, path in paths.items() if not {path, f"{path}.{name}"} & named] == []
 
 
 def public() -> list[tuple[str, object]]:
