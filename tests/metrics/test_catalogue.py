@@ -8,15 +8,17 @@ import re
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import neuralcollapse
 from helpers import generator
 from neuralcollapse.catalogue import METRICS, OfClasses, in_order
-from neuralcollapse.metrics import ClassMoments, collapse_metrics
+from neuralcollapse.metrics import ClassMoments, collapse_metrics, measure
 from neuralcollapse.metrics.collapse import find_function
 
 METRICS_FOLDER = Path(neuralcollapse.__file__).parent / "metrics"
@@ -38,6 +40,28 @@ def test_functions_of_the_catalogue_exist_and_take_as_many_arguments_as_they_hav
     parameters = list(inspect.signature(function).parameters.values())
     required = [parameter for parameter in parameters if parameter.default is inspect.Parameter.empty]
     assert len(required) <= len(entry.inputs) <= len(parameters)
+
+
+def test_a_new_entry_is_computed_reported_and_recomputed(monkeypatch):
+    """An entry is all that a metric needs besides its function."""
+    new = {
+        "of_moments": replace(METRICS["effective_rank_means"], name="of_moments"),
+        "of_pairs": replace(METRICS["nc2_equiangular_weights"], name="of_pairs", statistic="variance"),
+        "of_samples": replace(METRICS["alignment"], name="of_samples", statistic="class mean"),
+    }
+    for name, entry in new.items():
+        monkeypatch.setitem(METRICS, name, entry)
+    features, targets = torch.randn(20, 4, generator=generator()), torch.arange(20) % 3
+    measurement = measure(nn.Sequential(nn.Identity(), nn.Linear(4, 3)), [(features, targets)], progress=False)
+    metrics = measurement.metrics
+    assert metrics["of_moments"] == metrics["effective_rank_means"]
+    assert metrics["of_pairs"] > 0
+    assert metrics["of_samples"] == pytest.approx(metrics["alignment"], abs=0.1)
+    assert measurement.recompute(center="classes").metrics.keys() & new.keys() == {"of_moments", "of_pairs"}
+    assert measurement.recompute(pairwise=False).metrics.keys() & new.keys() == {"of_moments", "of_samples"}
+    with pytest.warns(UserWarning, match="of_moments"):
+        equal = measure(nn.Sequential(nn.Identity(), nn.Linear(4, 3)), [(features * 0, targets)], progress=False)
+    assert equal.undefined.keys() >= {"of_moments", "of_samples"}
 
 
 def test_every_condition_of_the_catalogue_is_one_that_can_hold():
