@@ -176,7 +176,7 @@ def test_the_number_of_features_decides_between_classifiers_and_names_do_not():
     assert attach_head(Encoder(), NearestETFClassifier(16, 5))(tokens, targets=TARGETS[:4]).shape == (4, 5)
 
 
-def test_padded_tokens_of_an_attached_model_count_nowhere():
+def test_padded_tokens_of_an_attached_model_are_left_out():
     """(B, T, d) features with targets −100 at the padding: means, ETF and logits are those of the real tokens alone."""
     heads = [NearestETFClassifier(12, 5, ignore_index=ignored) for ignored in (-100, None)]
     torch.manual_seed(0)

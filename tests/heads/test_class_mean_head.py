@@ -110,7 +110,7 @@ def test_more_classes_than_any_etf_has():
     assert torch.allclose(head.weight.norm(dim=1), torch.ones(300), atol=1e-6)
 
 
-def test_ignored_targets_count_in_no_mean():
+def test_ignored_targets_are_left_out_of_the_means():
     plain, ignoring = ClassMeanClassifier(6, 5).double(), ClassMeanClassifier(6, 5, ignore_index=-100).double()
     features, targets = batch(0)
     kept = torch.arange(40) % 3 != 0
@@ -135,7 +135,7 @@ def test_targets_are_needed_in_training_and_reach_through_a_model():
     assert torch.equal(logits, head.eval()(features))
 
 
-def test_state_goes_on_and_the_inference_form_decides_alike():
+def test_a_loaded_state_and_the_inference_form_give_the_same_logits():
     head, again = ClassMeanClassifier(6, 5).double(), ClassMeanClassifier(6, 5, generator=generator(7)).double()
     head(*batch(0, num_classes=3))
     again.load_state_dict(head.state_dict())

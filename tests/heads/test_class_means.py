@@ -66,7 +66,7 @@ def test_published_weight_is_two_over_t_plus_one():
 
 
 @pytest.mark.parametrize("momentum", [0.2, "cumulative", "published"])
-def test_absent_class_keeps_its_mean_and_first_sight_sets_it(momentum):
+def test_an_absent_class_keeps_its_mean_and_the_first_batch_sets_it(momentum):
     means = ClassMeans(4, 3, momentum=momentum).double()
     for _ in range(3):
         means(torch.ones(2, 3, dtype=torch.float64) * torch.tensor([[1.0], [3.0]]), torch.tensor([0, 1]))
@@ -102,7 +102,7 @@ def test_buffers_keep_fp32_in_a_low_precision_module(dtype):
     assert not torch.equal(means.centred_means, before)
 
 
-def test_empty_batch_changes_nothing_but_the_clock():
+def test_an_empty_batch_changes_no_mean():
     means = ClassMeans(4, 3).double()
     means(*batch(0))
     before = means.centred_means

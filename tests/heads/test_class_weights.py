@@ -128,7 +128,7 @@ def test_gradients_are_exact(name):
 
 
 @pytest.mark.parametrize("make", HEADS.values(), ids=HEADS)
-def test_they_are_kept_exactly_and_saved(make):
+def test_class_weights_are_kept_in_full_precision_and_saved(make):
     head = make(class_weights=WEIGHTS).to(torch.bfloat16)
     assert torch.allclose(head.class_weights.double(), WEIGHTS)
     assert head.class_weights.dtype in (torch.float32, torch.float64)
@@ -159,7 +159,7 @@ def test_a_head_with_class_weights_compiles_into_one_graph(name):
         (torch.ones(5, requires_grad=True), "class_weights must not require a gradient"),
     ],
 )
-def test_other_weights_are_refused(make, weights, message):
+def test_invalid_class_weights_are_refused(make, weights, message):
     with pytest.raises(ValueError, match=message):
         make(class_weights=weights)
 

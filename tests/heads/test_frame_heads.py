@@ -163,7 +163,7 @@ def test_autocast_and_low_precision_keep_means_code_and_solve_in_fp32(make):
 
 
 @pytest.mark.parametrize("ignore_index", [-100, 6])
-def test_ignored_tokens_count_nowhere(make, ignore_index):
+def test_ignored_tokens_are_left_out(make, ignore_index):
     if ignore_index == 6 and make().num_classes != 6:
         pytest.skip("6 is a class of this head")
     count = make().num_classes

@@ -299,7 +299,7 @@ def test_fixed_centring_uses_the_batch_in_training_and_the_moving_mean_in_evalua
     assert torch.allclose(alone, among)  # logits do not depend on the rest of the test batch
 
 
-def test_the_norm_has_its_first_and_second_derivative_and_a_zero_vector_a_plain_one():
+def test_first_and_second_derivatives_of_the_norm_and_at_a_zero_vector():
     norm, features = FeatureNorm(3.0), normal(4, 5, seed=2).requires_grad_()
     assert gradcheck(norm, features)
     assert gradgradcheck(norm, features)
@@ -318,7 +318,7 @@ SCALES = {  # of the features, from the least normal numbers up, short of those 
 
 @pytest.mark.parametrize("project", [FeatureNorm(5.0), torch.compile(FeatureNorm(5.0), backend="aot_eager")])
 @pytest.mark.parametrize(("dtype", "scale"), [(dtype, scale) for dtype in SCALES for scale in SCALES[dtype]])
-def test_the_norm_is_right_for_features_of_any_size(project, dtype, scale):
+def test_the_norm_is_accurate_for_features_of_any_size(project, dtype, scale):
     """Against h/max|h| in fp64: values to the rounding of the dtype, and the gradient τ/‖h‖ (g − p p·g/τ²)."""
     features = (normal(6, 8, seed=1).clamp(-3, 3) * scale).to(dtype).requires_grad_()
     upstream = normal(6, 8, seed=2).to(dtype)

@@ -1,4 +1,4 @@
-"""Models of transformers with a head attached: labels, Trainer, and what is saved is what is read again."""
+"""Models of transformers with a head attached: labels, Trainer, saving and loading."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def trainer(model, folder, loss=None, targets=False, **settings):
     )
 
 
-def test_labels_go_to_the_head_and_come_back_as_the_loss():
+def test_labels_are_passed_to_the_head_and_give_the_loss():
     model = attached()
     again = copy.deepcopy(model)
     output = model(pixel_values=IMAGES, labels=LABELS, output_hidden_states=True)
@@ -79,7 +79,7 @@ def test_padded_tokens_train_with_labels():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_trainer_trains_evaluates_saves_and_goes_on(tmp_path):
+def test_trainer_trains_evaluates_saves_and_resumes(tmp_path):
     model = attached()
     run = trainer(model, tmp_path, save_steps=2, gradient_accumulation_steps=2, activation_checkpointing=True)
     run.train()
@@ -136,7 +136,7 @@ def test_a_trainer_that_computes_the_loss(tmp_path, kind, own_loss, targets):
     assert found["eval_accuracy"] == pytest.approx(float((logits.argmax(-1) == LABELS).double().mean()))
 
 
-def test_the_loss_may_be_computed_outside_from_the_models_own_kind_of_output():
+def test_without_labels_the_models_own_output_type_has_no_loss():
     model = attach_head(vit(), LearnedClassifier(16, 5), output="logits")
     output = model(pixel_values=IMAGES, num_items_in_batch=40)
     assert type(output) is type(vit()(IMAGES))
@@ -226,7 +226,7 @@ def test_a_classifier_whose_last_token_is_chosen_afterwards_is_refused():
         lambda: LearnedClassifier(16, 5),
     ],
 )
-def test_a_head_without_norm_is_read_again_by_from_pretrained(tmp_path, head, num_labels):
+def test_a_head_without_norm_is_loaded_by_from_pretrained(tmp_path, head, num_labels):
     model = attach_head(vit(num_labels), head(), output="logits")
     for _ in range(3):
         model(pixel_values=IMAGES, labels=LABELS).loss.backward()
@@ -262,7 +262,7 @@ def test_saving_an_attached_head_is_refused_and_the_users_model_is_not_patched(t
     )
 
 
-def test_a_refusal_leaves_saving_as_it_was(tmp_path):
+def test_after_a_refused_attach_the_model_can_be_saved(tmp_path):
     model = vit()
     classifier = model.classifier
     refused = attach_head(model, NearestETFClassifier(16, 5), output="logit")

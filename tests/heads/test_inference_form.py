@@ -1,4 +1,4 @@
-"""The inference form can be called where the head is, in any precision, and can be traced, scripted and exported."""
+"""The inference form: callable in any precision, traced, scripted and exported."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def decides_alike(model, dtype):
 
 @pytest.mark.parametrize("default_dtype", DTYPES, indirect=True, ids=str)
 @pytest.mark.parametrize(("train", "feature_norm"), itertools.product([True, False], ["auto", None]))
-def test_it_is_callable_under_any_default_dtype(make, default_dtype, train, feature_norm):
+def test_the_inference_form_is_callable_under_any_default_dtype(make, default_dtype, train, feature_norm):
     model = attach_head(network(), make(feature_norm=feature_norm))
     if train:
         model(inputs(default_dtype), targets=TARGETS).float().sum().backward()
@@ -81,7 +81,7 @@ def test_it_is_callable_under_any_default_dtype(make, default_dtype, train, feat
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cast", ["before attaching", "after attaching", "after training", "after to_inference"])
-def test_it_is_callable_however_the_model_was_cast(make, dtype, cast):
+def test_the_inference_form_is_callable_however_the_model_was_cast(make, dtype, cast):
     model, head = network(), make()
     if cast == "before attaching":
         model.to(dtype)
@@ -101,7 +101,7 @@ def test_it_is_callable_however_the_model_was_cast(make, dtype, cast):
     assert torch.allclose(found.float(), expected, atol=0.2 if dtype == torch.bfloat16 else 0.03)
 
 
-def test_autocast_does_not_change_its_dtype(make):
+def test_autocast_does_not_change_the_dtype_of_the_inference_form(make):
     model = attach_head(network(), make())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(inputs(torch.float32), targets=TARGETS)
@@ -122,7 +122,7 @@ def test_means_and_frames_have_the_default_dtype_where_it_is_higher():
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("feature_norm", ["auto", 3, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_it_traces_scripts_and_exports(make, feature_norm, dtype):
+def test_the_inference_form_traces_scripts_and_exports(make, feature_norm, dtype):
     model = attach_head(network(), make(feature_norm=feature_norm)).to(dtype)
     model(inputs(dtype), targets=TARGETS)
     plain = model.eval().to_inference()

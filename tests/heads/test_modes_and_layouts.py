@@ -1,4 +1,4 @@
-"""Mistakes that would train something else in silence: a model left in evaluation mode, targets in another layout."""
+"""Silent mistakes that are refused: training a model in evaluation mode, targets in another layout."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_training_in_evaluation_mode_raises(make):
 
 
 @pytest.mark.parametrize("make", LEARNING.values(), ids=LEARNING)
-def test_evaluation_takes_targets_where_nothing_is_trained(make):
+def test_evaluation_accepts_targets_if_nothing_is_trained(make):
     attached = model(make)
     attached(batch(), targets=TARGETS)
     attached.eval()
@@ -135,7 +135,7 @@ def test_targets_of_another_layout_are_refused(make, targets, message, ignore_in
 
 @pytest.mark.parametrize("make", (LEARNING | OTHERS).values(), ids=LEARNING | OTHERS)
 @pytest.mark.parametrize("shape", [(), (28,), (28, 1), (2, 2, 7)])
-def test_targets_of_the_features_layout_are_taken(make, shape):
+def test_targets_of_the_features_layout_are_accepted(make, shape):
     features = TOKENS[0, 0] if shape == () else TOKENS.reshape(*shape, 12)
     targets = LABELS[0, 0] if shape == () else LABELS.reshape(shape)
     assert make()(features, targets).shape == (*shape, 5)

@@ -184,7 +184,7 @@ def test_the_first_solve_leaves_to_its_start_only_what_missing_classes_leave_ope
 
 
 @pytest.mark.parametrize("ignore_index", [-100, 0])
-def test_ignored_tokens_count_nowhere(ignore_index):
+def test_ignored_tokens_are_left_out(ignore_index):
     features, targets = batch(0)
     targets = targets % 4 + 1
     expected = NearestETFClassifier(12, 6).double()

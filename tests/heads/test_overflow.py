@@ -1,4 +1,4 @@
-"""A batch that is not finite changes no mean, no counter and no frame; its logits are not finite, so a loop sees it."""
+"""Batches that are not finite: they change no mean, counter or frame, and their logits are not finite."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def make(request):
 @pytest.mark.parametrize("feature_norm", [None, "auto"])
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
-def test_on_a_cpu_in_full_precision_it_is_refused(make, bad, first, feature_norm):
+def test_a_nonfinite_batch_is_refused_on_a_cpu_in_full_precision(make, bad, first, feature_norm):
     head = make(feature_norm=feature_norm)
     if not first:
         head(batch(0), TARGETS)
@@ -74,7 +74,7 @@ def test_on_a_cpu_in_full_precision_it_is_refused(make, bad, first, feature_norm
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
-def test_in_half_precision_it_is_left_to_the_loop(make, bad, first, dtype):
+def test_a_nonfinite_batch_is_skipped_in_half_precision(make, bad, first, dtype):
     head = make()
     if not first:
         head(batch(0, dtype=dtype), TARGETS)
@@ -90,7 +90,7 @@ def test_in_half_precision_it_is_left_to_the_loop(make, bad, first, dtype):
     assert head.eval()(batch(3, dtype=dtype)).isfinite().all()
 
 
-def test_under_autocast_it_is_left_to_the_loop(make):
+def test_a_nonfinite_batch_is_skipped_under_autocast(make):
     head = make()
     before = state(head)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -98,7 +98,7 @@ def test_under_autocast_it_is_left_to_the_loop(make):
     assert unchanged(head, before)
 
 
-def test_a_scaler_skips_the_step_and_training_goes_on(make):
+def test_a_scaler_skips_the_step_and_training_continues(make):
     """The whole loop under fp16: one batch overflows, and everything ends as if it had not been there."""
 
     def run(steps):
@@ -150,7 +150,7 @@ def test_sums_that_overflow_are_refused(make):
     assert unchanged(head, before)
 
 
-def test_ignored_features_may_be_anything(make):
+def test_ignored_features_may_be_nan(make):
     head, expected = make(ignore_index=-100), make(ignore_index=-100)
     targets = TARGETS.clone()
     targets[3] = -100

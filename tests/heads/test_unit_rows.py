@@ -1,4 +1,4 @@
-"""Rows of unit norm in every loop: the trajectory is that of a plain weight whose rows are scaled after each step."""
+"""Unit rows under every optimiser: the trajectory is that of a plain weight whose rows are scaled after each step."""
 
 from __future__ import annotations
 

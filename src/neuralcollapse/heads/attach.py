@@ -383,7 +383,7 @@ def attach_head(
         raise ValueError(f"output must be a name, an index or a function, got {output!r}")
     name, replaced = resolve_classifier(model, classifier, getattr(head, "in_features", None))
     with evaluation_mode(replaced):
-        expected = replaced.weight.shape[1]  # type: ignore[union-attr,index]
+        expected = replaced.weight.shape[1]  # type: ignore[index]
     given = getattr(head, "in_features", expected)
     if given != expected:
         raise ValueError(
