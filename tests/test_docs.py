@@ -1,4 +1,4 @@
-"""The documentation: its code runs, its commands are the command line's, its reference is complete."""
+"""The documentation: its code runs, its commands are valid, and the reference is complete."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ from neuralcollapse.cli import _chosen, _parse, _parser
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 RUN = [ROOT / "docs" / "index.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
+LONGEST = ("reproduce", "trainer")
 DISTRIBUTIONS = packages_distributions()
 PACKAGES = ["geometry", "heads", "losses", "metrics", "ufm", "lightning", "lab"]
 
 
 def code_of(page: Path) -> tuple[str, dict[str, str]]:
-    """All Python of a page as one script, and the files that its titled blocks are."""
+    """Return the Python code of a page as one script, and its titled blocks as files by name."""
     script, files = "", {}
     for title, block in re.findall(r"^```python(?: title=\"(.*?)\")?\n(.*?)^```", page.read_text(), re.M | re.S):
         if title:
@@ -38,7 +39,10 @@ def code_of(page: Path) -> tuple[str, dict[str, str]]:
     return script, files
 
 
-@pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.slow if page.stem in LONGEST else (), id=page.stem) for page in RUN],
+)
 def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path):
     script, files = code_of(page)
     for name, text in files.items():
@@ -51,7 +55,7 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path):
 
 
 def imported(script: str) -> set[str]:
-    """Packages that are not Python's own; of this one, the laboratory, which needs more than the rest."""
+    """Return the imported packages outside the standard library; for the laboratory, a package of its extra."""
     nodes = list(ast.walk(ast.parse(script)))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
@@ -62,7 +66,7 @@ def imported(script: str) -> set[str]:
 
 
 def extras_of(page: Path) -> set[str]:
-    """The extras that the code of a page needs beyond the library's own dependencies."""
+    """Return the extras that the code of a page needs beyond the library's dependencies."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     own = [re.match(r"[\w-]+", one)[0] for one in project["dependencies"]]
     extras = {
@@ -89,7 +93,7 @@ def test_some_guides_need_more_than_the_library():
 
 
 def commands_of(page: Path) -> list[str]:
-    """The commands in blocks without a language and in running text; not the usage lines, which have brackets."""
+    """Return the commands in blocks without a language and in running text, without usage lines (with brackets)."""
     text = page.read_text()
     blocks = "\n".join(re.findall(r"^```(?:bash|sh)?\n(.*?)^```", text, re.M | re.S)).replace("\\\n", " ")
     lines = [line.split("  #")[0] for line in blocks.splitlines()] + re.findall(r"`(neuralcollapse [^`]+)`", text)
@@ -121,7 +125,7 @@ def test_a_command_of_the_docs_is_one(command, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_table_has_its_head(page):
-    """A blank line within a table ends it, and the rest is no table."""
+    """A blank line ends a table, so that the rows after it are not rendered as one."""
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
     tables = re.findall(r"(?:^\|.*\n?)+", text, re.M)
     assert [table for table in tables if not re.match(r".*\n\|[ :-]+\|", table)] == []
@@ -134,7 +138,7 @@ def test_readme_links_to_what_is_there():
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_every_public_name_stands_in_the_reference(package):
+def test_every_public_name_is_in_the_reference(package):
     pages = "".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
     named = set(re.findall(r"^::: (\S+)$", pages, re.M))
     names = import_module(f"neuralcollapse.{package}").__all__
@@ -170,17 +174,17 @@ def documented_parameters(thing: object) -> set[str]:
 REFUSAL = re.compile(r"\braise (Value|Type)Error\(|\b_?check_\w+\(")
 
 
-def silent(thing: object) -> list[str]:
-    """Which of its public functions refuse what they are given, themselves or by a check of the package, unsaid."""
+def undocumented_errors(thing: object) -> list[str]:
+    """Return the public functions that reject arguments, also by a check of the package, without documenting it."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(thing))).body
     functions = [node for node in [tree, *tree.body] if isinstance(node, ast.FunctionDef)]
-    doors = [one for one in functions if not one.name.startswith("_") or one.name in ("__init__", "__post_init__")]
-    refusing = [door for door in doors if REFUSAL.search(ast.unparse(door))]
-    said = "Raises:" in inspect.getdoc(thing) or "raises ``ValueError`` if" in shared_docstring(thing)
-    return [door.name for door in refusing if not said and "Raises:" not in (ast.get_docstring(door) or "")]
+    public = [node for node in functions if not node.name.startswith("_") or node.name in ("__init__", "__post_init__")]
+    rejecting = [node for node in public if REFUSAL.search(ast.unparse(node))]
+    documented = "Raises:" in inspect.getdoc(thing) or "raises ``ValueError`` if" in shared_docstring(thing)
+    return [node.name for node in rejecting if not documented and "Raises:" not in (ast.get_docstring(node) or "")]
 
 
-def test_a_refusal_that_is_not_said_is_found():
+def test_an_undocumented_error_is_found():
     class Silent:
         """Nothing said."""
 
@@ -197,15 +201,15 @@ def test_a_refusal_that_is_not_said_is_found():
             """Nothing said."""
             raise TypeError(size)
 
-    assert silent(Silent) == ["__init__", "take"]
+    assert undocumented_errors(Silent) == ["__init__", "take"]
 
 
 @pytest.mark.parametrize(("name", "thing"), public(), ids=[name for name, _ in public()])
 def test_a_public_docstring_is_complete(name, thing):
-    """What it takes, what it gives, and an example that runs."""
+    """Every parameter, the errors, and an example that runs."""
     text = inspect.getdoc(thing)
     assert text is not None
-    assert silent(thing) == []
+    assert undocumented_errors(thing) == []
     if inspect.isfunction(thing):
         assert inspect.signature(thing).parameters.keys() - documented_parameters(thing) == set()
         assert "Examples:" in text

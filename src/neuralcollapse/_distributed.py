@@ -1,4 +1,4 @@
-"""What one process knows of the batch of all: sums and maxima over the ranks of the default process group."""
+"""Sums and maxima over the ranks of the default process group."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from torch import Tensor, distributed
 
 
 def number_of_ranks() -> int:
-    """Ranks of the default process group; 1 without one."""
+    """Return the number of ranks of the default process group, or 1 without a group."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """The sum of every rank's tensor, of one shape on all. Its gradient is summed over them, too."""
+    """Return the sum over ranks of a tensor, which has the same shape on all; the gradient is summed as well."""
     return tensor if number_of_ranks() == 1 else _SumOverRanks.apply(tensor)
 
 
 def greatest_over_ranks(tensor: Tensor) -> Tensor:
-    """Entry by entry the greatest of every rank's tensor, without gradient."""
+    """Return the elementwise maximum over ranks of a tensor, without gradient."""
     tensor = tensor.detach()
     if number_of_ranks() > 1:
         tensor = tensor.clone(memory_format=torch.contiguous_format)

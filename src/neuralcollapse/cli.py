@@ -1,7 +1,7 @@
 """The command ``neuralcollapse``: parsing, and errors in one line.
 
-Importing it takes the standard library alone: what else a command needs is imported when Ctrl-C has its answer, and a
-package that is not installed is one line.
+Importing this module needs the standard library only. Other packages are imported once Ctrl-C is handled, and a
+package that is not installed is an error in one line.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from neuralcollapse.lab.streams import lasting_streams
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
-# In the order of the list that `--help` prints.
+# In the order in which `--help` lists them.
 COMMANDS = (
     "compare",
     "train",
@@ -38,7 +38,7 @@ COMMANDS = (
 _RESUMABLE = ("compare", "train", "ufm")
 _USER_ERROR = 2
 _OUT_OF_MEMORY = re.compile(r"can't allocate memory|out of memory", re.IGNORECASE)
-# Packages of the extra `lab`, by the names that are imported.
+# Packages of the extra `lab`, by the names under which they are imported.
 _LAB = (
     "datasets",
     "jsonargparse",
@@ -55,20 +55,23 @@ _LAB = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; errors of the user's are one line on stderr and exit code 2.
+    """Run a command; user errors are one line on stderr and exit code 2.
 
     Args:
-        arguments: Of the command line; None for those of this process, which then ends with the command: its streams
-            are prepared, a second Ctrl-C ends it at once, and one after the command is over is ignored.
+        arguments: Arguments of the command line; None for those of this process, which then ends with the command: its
+            streams are prepared, a second Ctrl-C ends it at once, and Ctrl-C after the command has ended is ignored.
 
     Returns:
         The exit code: 130 after Ctrl-C, 143 after SIGTERM.
     """
-    alone = arguments is None
+    owns_process = arguments is None
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     advice = "; with --resume, without --overwrite, it goes on" if _name(arguments) in _RESUMABLE else ""
     interrupted = f"neuralcollapse: interrupted{advice}"
-    with lasting_streams(alone=alone), answering_signals(interrupted if alone else None) as signals:
+    with (
+        lasting_streams(alone=owns_process),
+        answering_signals(interrupted if owns_process else None) as signals,
+    ):
         try:
             code = _run(arguments)
         except BaseException as error:
@@ -87,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     name, command = _chosen(arguments)
     chosen = _parse(_parser(name), command, arguments)
-    assert command is not None  # without one the parser ends, or raises
+    assert command is not None  # without a command, the parser exits or raises
     from neuralcollapse.lab.commands.arguments import check_named_classes
 
     settings = chosen[chosen.subcommand]
@@ -96,7 +99,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _end(line: str, code: int) -> int:
-    """Say why the command ends, below a progress bar if there is one; of several ranks, only the first one does."""
+    """Print why the command ends, below a progress bar if there is one, on the first rank only; return the code."""
     from neuralcollapse.lab.ranks import global_rank
 
     if global_rank() == 0:
@@ -105,7 +108,7 @@ def _end(line: str, code: int) -> int:
 
 
 def _message(error: BaseException) -> str | None:
-    """The message of an error that the user can mend; else None."""
+    """Return the message of an error that the user can correct; None for other errors."""
     if isinstance(error, ImportError):
         named = (error.name or "").partition(".")[0]
         missing = next((name for name in _LAB if name == named or f"'{name}'" in str(error)), None)
@@ -121,12 +124,12 @@ def _message(error: BaseException) -> str | None:
 
 
 def _command(name: str) -> Any:
-    """Its module: SUMMARY, DESCRIPTION, USAGE, SECTIONS of settings, add_arguments(parser) and run(settings)."""
+    """Return the module of a command: SUMMARY, DESCRIPTION, USAGE, SECTIONS, add_arguments(parser), run(settings)."""
     return import_module(f"neuralcollapse.lab.commands.{name}")
 
 
 def _name(arguments: Sequence[str]) -> str | None:
-    """The command that is chosen, if there is such a one."""
+    """Return the name of the chosen command, or None if there is no such command."""
     name = next((argument for argument in arguments if not argument.startswith("-")), None)
     return name if name in COMMANDS else None
 
@@ -137,7 +140,7 @@ def _chosen(arguments: Sequence[str]) -> tuple[str | None, Any]:
 
 
 def _parser(chosen: str | None) -> ArgumentParser:
-    """The parser of all commands, with the arguments of the one that is chosen."""
+    """Return the parser of all commands, with the arguments of the chosen one."""
     import yaml
     from jsonargparse import ArgumentParser, set_loader
 
@@ -158,10 +161,10 @@ def _parser(chosen: str | None) -> ArgumentParser:
     for name in COMMANDS:
         command = _command(name)
         usage = f"neuralcollapse {name} {command.USAGE}"
-        own = ArgumentParser(description=command.DESCRIPTION, usage=usage, print_config=None, **options)
+        subparser = ArgumentParser(description=command.DESCRIPTION, usage=usage, print_config=None, **options)
         if name == chosen:
-            command.add_arguments(own)
-        commands.add_subcommand(name, own, help=command.SUMMARY)
+            command.add_arguments(subparser)
+        commands.add_subcommand(name, subparser, help=command.SUMMARY)
     return parser
 
 
@@ -169,7 +172,7 @@ def _help_formatter() -> Any:
     from jsonargparse import DefaultHelpFormatter
 
     class Help(DefaultHelpFormatter):
-        """Help that says what is written here, and not types and defaults of Python."""
+        """Help texts as written, without the types and defaults that jsonargparse adds."""
 
         def _get_help_string(self, action: Any) -> str:
             return action.help or ""
@@ -178,7 +181,7 @@ def _help_formatter() -> Any:
 
 
 def _parse(parser: ArgumentParser, command: Any, arguments: list[str]) -> Namespace:
-    """What is asked for; a flag that does not exist is answered with those most like it."""
+    """Parse the arguments; the error for an unknown flag names the most similar flags."""
     from argparse import ArgumentError
 
     from neuralcollapse.lab.settings import nearest, type_hints
@@ -194,7 +197,7 @@ def _parse(parser: ArgumentParser, command: Any, arguments: list[str]) -> Namesp
 
 
 def _place(message: str, arguments: Sequence[str]) -> str:
-    """Where it stands, if what the message is about was given in a file of settings and not as a flag."""
+    """Return the file and line of the setting that a message is about, if it was not given as a flag."""
     places: dict[str, str] = {}
     for flag, following in pairwise([*arguments, ""]):
         file = Path(flag.partition("=")[2] or following)
@@ -204,13 +207,13 @@ def _place(message: str, arguments: Sequence[str]) -> str:
             places |= {key[1]: f" ({file}, line {number})" for key, number in keys if key}
             if re.search("parsing config|Unexpected config", message):
                 return f" ({file})"
-    told = re.search(r"option '(\w+)'", message) or re.search(r"^(?:--)?(\w+)", message)
+    setting = re.search(r"option '(\w+)'", message) or re.search(r"^(?:--)?(\w+)", message)
     flags = {argument.partition("=")[0] for argument in arguments}
-    return places.get(told[1], "") if told and f"--{told[1]}" not in flags else ""
+    return places.get(setting[1], "") if setting and f"--{setting[1]}" not in flags else ""
 
 
 def _one_line(message: str) -> str:
-    """A message of jsonargparse, or any other, in the words of the command line."""
+    """Return a message in one line, with those of jsonargparse in the words of the command line."""
     message = re.sub(
         r"Unexpected config: .*",
         "Unexpected config: a file of settings holds lines NAME: VALUE",
