@@ -169,7 +169,11 @@ class Frame:
 
 @dataclass(frozen=True)
 class Simplex(Frame):
-    """The simplex ETF, for d ≥ K−1."""
+    """The simplex ETF, for d ≥ K−1.
+
+    Raises:
+        ValueError: if d < K−1, when the head is constructed.
+    """
 
     def first_weight(self, head: NearestFrameClassifier, generator: torch.Generator | None) -> Tensor:
         sizes, dtype = (head.num_classes, head.in_features), full_precision()
@@ -201,6 +205,9 @@ class LeadingDirections(Frame):
     Args:
         rank: r, from 1 to min(d, K−1); or ``"auto"``, the effective rank of each step, which waits for an accelerator
             and does not compile into one graph.
+
+    Raises:
+        ValueError: if the rank is out of range, when the head is constructed.
     """
 
     rank: int | Literal["auto"] = "auto"
@@ -293,6 +300,9 @@ class TrustRegion:
 
     It is `published_nearest_frame` at δ = 2γ/(K−1), for d ≥ K and without class weights. The head stores its last
     solution P in ``published_point``.
+
+    Raises:
+        ValueError: if d < K, or with class weights or another frame than `Simplex`, when the head is constructed.
     """
 
     def set_up(self, head: NearestFrameClassifier) -> None:
