@@ -173,6 +173,10 @@ class Simplex(Frame):
 
     Raises:
         ValueError: if d < K−1, when the head is constructed.
+
+    Examples:
+        >>> NearestFrameClassifier(16, 4, frame=Simplex()).weight.shape
+        torch.Size([4, 16])
     """
 
     def first_weight(self, head: NearestFrameClassifier, generator: torch.Generator | None) -> Tensor:
@@ -303,6 +307,11 @@ class TrustRegion:
 
     Raises:
         ValueError: if d < K, or with class weights or another frame than `Simplex`, when the head is constructed.
+
+    Examples:
+        >>> head = NearestETFClassifier(16, 4, solver=TrustRegion())
+        >>> head(torch.randn(8, 16), torch.arange(8) % 4).shape
+        torch.Size([8, 4])
     """
 
     def set_up(self, head: NearestFrameClassifier) -> None:
