@@ -40,6 +40,16 @@ class Code:
     Attributes:
         num_classes: K.
         rank: r, the rank of L.
+
+    Raises:
+        ValueError: if the code has no frame in the dimension given to `check_dimension`, or the class vectors given to
+            `check_frame` are not a frame of the code.
+
+    Examples:
+        >>> code = Code(principal_code(torch.tensor([[1.0], [-1.0]]), feature_dim=3))
+        >>> code.expand(torch.tensor([[0.0, 1.0, 0.0]])).abs()
+        tensor([[0., 1., 0.],
+                [0., 1., 0.]])
     """
 
     def __init__(self, vectors: Tensor) -> None:
@@ -103,6 +113,9 @@ class SimplexCode(Code):
     Args:
         num_classes: K ≥ 2.
         proximal_weight: Greatest γ of the solves, which sets the size of a singular value that does not matter.
+
+    Raises:
+        ValueError: if K < 2; as for `Code`.
     """
 
     def __init__(self, num_classes: int, proximal_weight: float = 0.0) -> None:

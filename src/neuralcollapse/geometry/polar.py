@@ -161,7 +161,7 @@ class _Polar(torch.autograd.Function):
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[int | None, ...], matrix: Tensor, *settings: Any
+        info: Any, in_dims: tuple[int, *tuple[None, ...]], matrix: Tensor, *settings: Any
     ) -> tuple[Any, tuple[int, int, int]]:
         return _Polar.apply(matrix.movedim(in_dims[0], 0), *settings), (0, 0, 0)
 
