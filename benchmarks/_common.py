@@ -71,7 +71,7 @@ def medians(functions: dict[str, Callable[[], Any]], *, repeats: int) -> dict[st
 
 
 def load_before(checkout: Path) -> ModuleType:
-    """The package of another checkout, beside this one's: for timings before and after in one run."""
+    """Return the package of another checkout, to time it together with this one's in one run."""
     import neuralcollapse
 
     ours = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "neuralcollapse"}
@@ -80,6 +80,8 @@ def load_before(checkout: Path) -> ModuleType:
     sys.path.insert(0, str(checkout / "src"))
     try:
         before = importlib.import_module("neuralcollapse")
+        for name in before.__all__:  # looked up now, since a later look-up would import this checkout's modules
+            setattr(before, name, getattr(before, name))
     finally:
         sys.path.pop(0)
         for name in [name for name in sys.modules if name.split(".")[0] == "neuralcollapse"]:
