@@ -14,6 +14,7 @@ from helpers import error_of
 from neuralcollapse import FixedFrameClassifier, NearestFrameClassifier
 from neuralcollapse.cli import main
 from neuralcollapse.geometry import attribute_gram, simplex_gram
+from neuralcollapse.heads import LeadingDirections
 from neuralcollapse.lab.config import RunConfig
 from neuralcollapse.lab.models.attributes import attribute_code, digits_of_classes, read_attributes
 from neuralcollapse.lab.models.building import build_head
@@ -92,7 +93,8 @@ def test_the_heads_of_the_frame_methods_have_the_settings():
     for head in (nearest, fixed):
         assert torch.linalg.matrix_rank(head.weight) == 18
     means = build_head(RunConfig(method="frame"), 64, 100)
-    assert (means.geometry, means.rank) == ("means", "auto")
+    assert isinstance(means.frame, LeadingDirections)
+    assert means.frame.rank == "auto"
 
 
 @pytest.fixture(scope="module")
