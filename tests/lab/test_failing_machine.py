@@ -124,7 +124,7 @@ def test_damaged_checksums_and_records_are_said(run, capsys):
     overwrite = bytearray(record.read_bytes())
     overwrite[-5] ^= 1
     record.write_bytes(overwrite)
-    assert "is damaged: its content does not have the checksum" in error_of(capsys, "distance", str(run.path))
+    assert "is damaged: its content does not match its checksum" in error_of(capsys, "distance", str(run.path))
     run.checksums.write_text("- 1\n")
     assert "checksums.yaml' must be checksums of files" in error_of(capsys, "distance", str(run.path))
 

@@ -15,7 +15,7 @@ import yaml
 from helpers import error_of
 from neuralcollapse import losses
 from neuralcollapse.cli import main
-from neuralcollapse.heads import ClassMeanClassifier, FixedETFClassifier, NearestETFClassifier
+from neuralcollapse.heads import ClassMeanClassifier, FixedFrameClassifier, NearestFrameClassifier
 from neuralcollapse.lab.config import RunConfig
 from neuralcollapse.lab.experiments import Comparison, common_settings, comparison_runs, single_run
 
@@ -301,7 +301,7 @@ def test_no_other_margin_is_infinite(value, tmp_path, capsys):
 
 
 def test_the_defaults_of_the_heads_are_those_of_the_settings():
-    nearest, fixed = (inspect.signature(head).parameters for head in (NearestETFClassifier, FixedETFClassifier))
+    nearest, fixed = (inspect.signature(head).parameters for head in (NearestFrameClassifier, FixedFrameClassifier))
     assert RunConfig().proximal_weight == nearest["proximal_weight"].default
     assert RunConfig().means_momentum == nearest["momentum"].default
     assert RunConfig(method="fixed").means_momentum == fixed["momentum"].default

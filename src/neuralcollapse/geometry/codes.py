@@ -47,9 +47,10 @@ class Code:
 
     Examples:
         >>> code = Code(principal_code(torch.tensor([[1.0], [-1.0]]), feature_dim=3))
-        >>> code.expand(torch.tensor([[0.0, 1.0, 0.0]])).abs()
-        tensor([[0., 1., 0.],
-                [0., 1., 0.]])
+        >>> code.num_classes, code.rank
+        (2, 1)
+        >>> code.expand(torch.eye(1, 3, dtype=torch.float64)).norm(dim=1).round(decimals=6)
+        tensor([1., 1.], dtype=torch.float64)
     """
 
     def __init__(self, vectors: Tensor) -> None:
