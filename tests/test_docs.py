@@ -23,7 +23,7 @@ from neuralcollapse.cli import _chosen, _parse, _parser
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 RUN = [ROOT / "docs" / "index.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
-LONGEST = ("reproduce", "trainer")
+LONGEST = ("language-model", "reproduce", "trainer")
 DISTRIBUTIONS = packages_distributions()
 PACKAGES = ["geometry", "heads", "losses", "metrics", "ufm", "lightning", "lab"]
 

@@ -134,7 +134,7 @@ def test_two_ranks_end_as_one(place, unbroken, monkeypatch):
         np.testing.assert_allclose(found[columns], expected[columns], rtol=tolerance, atol=1e-5)
 
 
-@pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("lost", [pytest.param(lost, marks=pytest.mark.slow) for lost in (0, 1)])
 def test_a_rank_that_is_killed_ends_the_other_and_the_run_goes_on(lost, place, unbroken):
     out = place / f"killed{lost}"
     processes = start(place, out)

@@ -11,7 +11,6 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from helpers import slow_except
 from neuralcollapse.lab.config import RunConfig
 from neuralcollapse.lab.data.loading import load_data
 from neuralcollapse.lab.recipes import load_recipe, recipe_names
@@ -33,7 +32,7 @@ def representatives() -> list:
         kind = tuple(
             settings.get(key) for key in ("backbone", "optimizer", "method", "feature_norm", "stem", "feature_decay")
         )
-        chosen.append(pytest.param(name, marks=[pytest.mark.slow] if kind in seen else []))
+        chosen.append(pytest.param(name, marks=[pytest.mark.slow] if kind in seen or "resnet50" in name else []))
         seen.add(kind)
     return chosen
 
@@ -52,9 +51,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-@pytest.mark.parametrize(
-    "name", slow_except(representatives(), [name for name in representatives() if "resnet50" not in name])
-)
+@pytest.mark.parametrize("name", representatives())
 def test_a_recipe_takes_two_steps(name, request, tmp_path):
     settings = recipe(name)
     if settings["data"] in STAND_INS:

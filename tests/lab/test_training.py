@@ -333,7 +333,7 @@ def attributes_for(method):
     return {"class_attributes": "digits"} if method in WITH_ATTRIBUTES else {}
 
 
-@pytest.mark.parametrize("method", slow_except(METHODS, ["standard", "implicit", "attribute-frame", "means"]))
+@pytest.mark.parametrize("method", slow_except(METHODS, ["standard", "implicit", "means"]))
 def test_every_method_trains_with_every_optimiser(method, tmp_path):
     data = load_data(DataSettings(train_samples=200, test_samples=60))
     for optimizer, rate in (("sgd", 0.05), ("adamw", 3e-3)):
