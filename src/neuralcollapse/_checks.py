@@ -70,6 +70,12 @@ def check_device(device: object) -> None:
         raise ValueError(f"device must name a torch device, got {device!r}") from None
 
 
+def check_generator(generator: object) -> None:
+    """Raise unless the argument is None or a torch.Generator."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator must be a torch.Generator, got {_type_name(generator)}")
+
+
 def check_factory(
     dtype: torch.dtype | None, device: torch.device | str | int | None, generator: torch.Generator | None = None
 ) -> None:
@@ -79,8 +85,7 @@ def check_factory(
     check_device(device)
     if generator is None:
         return
-    if not isinstance(generator, torch.Generator):
-        raise ValueError(f"generator must be a torch.Generator, got {_type_name(generator)}")
+    check_generator(generator)
     target = torch.get_default_device() if device is None else torch.device(device)
     if generator.device.type != target.type:
         raise ValueError(f"generator must be on the device {target.type!r}, got one on {generator.device.type!r}")

@@ -21,7 +21,9 @@ from neuralcollapse._checks import (
     check_bool,
     check_choice,
     check_etf_sizes,
+    check_factory,
     check_floating,
+    check_generator,
     check_not_negative,
     compute_dtype,
 )
@@ -445,7 +447,7 @@ class NearestFrameClassifier(FollowsClassMeans):
         check_not_negative("proximal_weight", proximal_weight)
         check_bool("implicit_gradient", implicit_gradient)
         check_bool("diagnostics", diagnostics)
-        _check_generator(generator)
+        check_generator(generator)
         self.proximal_weight = proximal_weight
         self.implicit_gradient = implicit_gradient
         self.diagnostics = diagnostics
@@ -591,7 +593,7 @@ class ClassMeanClassifier(FollowsClassMeans):
             class_weights=class_weights,
         )
         check_choice("means", means, ("previous", "current", "differentiable"))
-        _check_generator(generator)
+        check_factory(None, None, generator)
         self.means = means
         self._keep("weight", _random_unit_rows(in_features, num_classes, generator))
 
@@ -640,11 +642,6 @@ def _checked_class_weights(class_weights: Tensor | None, num_classes: int) -> Te
     check_weight_values(class_weights)
     device = torch.get_default_device()
     return class_weights.to(device, compute_dtype(class_weights.dtype), copy=True)
-
-
-def _check_generator(generator: torch.Generator | None) -> None:
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise ValueError(f"generator must be a torch.Generator, got {type(generator).__name__}")
 
 
 def _random_unit_rows(in_features: int, num_classes: int, generator: torch.Generator | None) -> Tensor:
