@@ -169,12 +169,9 @@ def check_shapes(**arguments: tuple[object, str]) -> None:
         sizes |= dict(zip(wanted, got, strict=True))
 
 
-def check_code(code: object, num_classes: int) -> None:
-    """Raise unless the argument is None or a finite code (K, r)."""
-    if code is None:
-        return
-    check_floating("code", code)  # type: ignore[arg-type]
-    assert isinstance(code, Tensor)
+def check_code(code: Tensor, num_classes: int) -> None:
+    """Raise unless the argument is a finite code (K, r) of K classes."""
+    check_floating("code", code)
     if code.ndim != 2 or len(code) != num_classes:
         raise ValueError(f"code must be of shape (K, r) with K = {num_classes}, got {tuple(code.shape)}")
     check_finite("code", code)

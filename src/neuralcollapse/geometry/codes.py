@@ -15,6 +15,7 @@ from torch import Tensor
 
 from neuralcollapse._checks import (
     check_at_least,
+    check_code,
     check_etf_sizes,
     check_factory,
     check_finite,
@@ -579,16 +580,12 @@ def _effective_rank(squares: Tensor) -> int:
     return max(1, round(math.exp(float(torch.special.entr(squares / total).sum()))))
 
 
-def check_code(code: Tensor, num_classes: int | None = None) -> None:
-    """Raise unless a code is a constant tensor (K, r), of K classes if that is given."""
-    check_floating("code", code)
-    if code.ndim != 2 or (num_classes is not None and len(code) != num_classes):
-        expected = "(K, r)" if num_classes is None else f"(K, r) with K = {num_classes}"
-        raise ValueError(f"code must be of shape {expected}, got {tuple(code.shape)}")
+def check_constant_code(code: Tensor, num_classes: int) -> None:
+    """Raise unless a code is a finite constant (K, r) of K ≥ 2 classes."""
+    check_code(code, num_classes)
     check_at_least("num_classes", len(code), 2)
     if code.requires_grad:
         raise ValueError("code must not require a gradient, since it is a constant: pass code.detach()")
-    check_finite("code", code)
 
 
 def principal_code(code: Tensor, feature_dim: int) -> Tensor:

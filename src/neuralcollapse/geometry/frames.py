@@ -16,7 +16,7 @@ from neuralcollapse._checks import (
     values_readable,
 )
 from neuralcollapse.geometry import stiefel
-from neuralcollapse.geometry.codes import Code, SimplexCode, check_code, principal_code
+from neuralcollapse.geometry.codes import Code, SimplexCode, check_constant_code, principal_code
 from neuralcollapse.geometry.polar import METHODS, Method
 from neuralcollapse.geometry.polar_iteration import IMMEDIATE, ConvergenceCheck
 
@@ -137,7 +137,7 @@ def nearest_frame(
     num_classes, feature_dim = class_means.shape[-2:]
     means = class_means.to(compute_dtype(class_means.dtype))
     if not isinstance(code, Code):
-        check_code(code, num_classes)
+        check_constant_code(code, num_classes)
         code = Code(principal_code(code, feature_dim))
     code.check_dimension(feature_dim)
     code = code.to(means)

@@ -17,7 +17,7 @@ from neuralcollapse._checks import (
     compute_dtype,
 )
 from neuralcollapse.geometry import random_simplex_etf, simplex_etf
-from neuralcollapse.geometry.codes import check_code, principal_code
+from neuralcollapse.geometry.codes import check_constant_code, principal_code
 from neuralcollapse.geometry.frames import placed
 from neuralcollapse.geometry.simplex import check_simplex_etf
 from neuralcollapse.heads.head import Head, check_layout, readable, skips_nonfinite
@@ -91,7 +91,7 @@ class FixedFrameClassifier(Head):
                 check_finite("code", code)
             weight = code.detach().clone()
         else:
-            check_code(code, num_classes)
+            check_constant_code(code, num_classes)
             rotated = orientation == "random"
             principal = principal_code(code, in_features)
             weight = placed(principal, in_features, (generator or _seeded()) if rotated else None)

@@ -31,8 +31,8 @@ from neuralcollapse.geometry import nearest_etf_diagnostics, polar_factor, rando
 from neuralcollapse.geometry.codes import (
     Code,
     SimplexCode,
-    check_code,
     check_code_rank,
+    check_constant_code,
     leading_code,
     principal_code,
 )
@@ -241,7 +241,7 @@ class _GivenCode(Frame):
 
     def first_weight(self, head: NearestFrameClassifier, generator: torch.Generator | None) -> Tensor:
         assert self._given is not None
-        check_code(self._given, head.num_classes)
+        check_constant_code(self._given, head.num_classes)
         code = principal_code(self._given, head.in_features)
         self._given = None  # from now on it is a buffer of the head
         head._keep("code", code)

@@ -167,7 +167,8 @@ class MomentInputs:
         bias = _in_fp64("bias", bias, (num_classes,), device)
         if weight is None and bias is not None:
             raise ValueError("bias must come with the weight of the same classifier, got weight = None")
-        check_code(code, num_classes)
+        if code is not None:
+            check_code(code, num_classes)
         if weight is not None:
             bias = weight.new_zeros(num_classes) if bias is None else bias
         counts, variances, covariance = (

@@ -121,7 +121,8 @@ class NeuralCollapse(Metric):
                 raise ValueError(
                     f"classifier must have a weight of shape ({num_classes}, {feature_dim}), got {tuple(weight.shape)}"
                 )
-        check_code(options.code, num_classes)
+        if options.code is not None:
+            check_code(options.code, num_classes)
         self._classifier = None if classifier is None else _Reference(classifier)
         self._workspace = Workspace()
         self.check_values = check_values
