@@ -349,3 +349,31 @@ class RunConfig(Record, Ranks, Optimisation, ModelSettings, BatchSettings, DataS
             raise ValueError("optimizer lbfgs needs precision 32 or bf16-mixed: its line search cannot scale the loss")
         if self.optimizer == "lbfgs" and self.unit_weight:
             raise ValueError("optimizer lbfgs needs unit_weight false: it cannot keep the rows at unit norm")
+
+    def is_measured(self, epoch: int) -> bool:
+        """Return whether collapse is measured after an epoch, counted from 1.
+
+        Examples:
+            >>> [epoch for epoch in range(1, 13) if RunConfig(epochs=12, measure_every=5).is_measured(epoch)]
+            [1, 5, 10, 12]
+        """
+        is_last = epoch == self.epochs and self.measure_last is not False
+        return is_last or _is_due(epoch, self.measure_every, self.measure_from)
+
+    def is_kept(self, epoch: int) -> bool:
+        """Return whether the checkpoint of an epoch, counted from 1, is kept.
+
+        Examples:
+            >>> config = RunConfig(checkpoint_every=5, checkpoint_epochs=[7])
+            >>> [epoch for epoch in range(1, 13) if config.is_kept(epoch)]
+            [1, 5, 7, 10]
+        """
+        if epoch in self.checkpoint_epochs:
+            return True
+        return self.checkpoint_every is not None and _is_due(epoch, self.checkpoint_every, self.checkpoint_from)
+
+
+def _is_due(epoch: int, every: int, first: int | None) -> bool:
+    """Return whether an epoch is the first, or ``first`` plus a multiple of ``every``."""
+    first = every if first is None else first
+    return epoch == 1 or (epoch >= first and (epoch - first) % every == 0)
