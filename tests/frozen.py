@@ -235,7 +235,7 @@ def computed_losses() -> Values:
         "decoupled-margin": lambda *arguments: losses.decoupled_cross_entropy(*arguments, margin=0.5),
         "ntce": losses.ntce,
         "nonl": losses.nonl,
-        "nonl-bidirectional": lambda *arguments: losses.nonl(*arguments, bidirectional=True),
+        "nonl-bidirectional": losses.bidirectional_nonl,
         "two-way": losses.two_way,
         "two-way-ignore": lambda *arguments: losses.two_way(*arguments, ignore_index=2),
         "dot-regression": losses.dot_regression,

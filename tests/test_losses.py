@@ -18,7 +18,7 @@ LOSSES = {
     "normface": losses.normface,
     "ntce": losses.ntce,
     **{f"nonl {m}": partial(losses.nonl, margin=m) for m in MARGINS},
-    **{f"bidirectional {m}": partial(losses.nonl, margin=m, bidirectional=True) for m in MARGINS},
+    **{f"bidirectional {m}": partial(losses.bidirectional_nonl, margin=m) for m in MARGINS},
     **{f"decoupled {m}": partial(losses.decoupled_cross_entropy, margin=m) for m in MARGINS},
     **{f"two-way {m}": partial(losses.two_way, margin=m) for m in MARGINS},
 }
@@ -172,7 +172,7 @@ def test_a_bidirectional_batch_of_one_class_has_the_other_class_vectors():
     features, _, weight = batch()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = losses.nonl(features, torch.full((23,), 2), weight, bidirectional=True)
+        found = losses.bidirectional_nonl(features, torch.full((23,), 2), weight)
     rows = losses.decoupled_cross_entropy(features, torch.full((23,), 2), weight)
     assert (found - rows).abs() < 1e-12
 

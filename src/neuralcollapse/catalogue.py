@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
 
 Value = TypeVar("Value")
 Center = Literal["any", "classes", "balanced"]
@@ -150,31 +150,23 @@ def _shared_information(num_classes: int) -> float:
 _SHARED = OfClasses("1/(K−1) + (K−2)log(K−2)/((K−1)log(K−1))", _shared_information)
 
 
-def _of_means_and_weights(
-    name: str,
-    words: str,
-    symbols: Callable[[str, str], str],
-    formula: Callable[[str], str],
-    upper: float | OfClasses,
-    source: str,
-    cost: str,
-    *,
-    function: str,
-    over: Literal["", "pairs"] = "",
-    statistic: Literal["mean", "std"] = "mean",
-) -> list[Metric]:
-    """Return the entries of a metric of NC2 for the centred class means C and the rows W: at least 0, 0 at collapse."""
-    directions = {"means": ("mean at the centre",), "weights": ("zero row of the weight",)} if over else {}
-    sets: list[tuple[str, str, str, str, Center, tuple[str, ...]]] = [
-        ("means", "C", "c", "centred_means", "classes", ()),
-        ("weights", "W", "w", "weight", "any", ("zero weight",)),
-    ]
+def _of_means_and_weights(template: Metric) -> list[Metric]:
+    """Return the entries of a metric of NC2 of rows x_k of X: of the centred class means C, and of the weight W."""
+    of_means: dict[str, Any] = {"center": "classes", "inputs": ("centred_means",)}
+    of_weights: dict[str, Any] = {"inputs": ("weight",), "undefined_if": ("zero weight",)}
+    if template.over == "pairs":
+        of_means["undefined_if"] = ("mean at the centre",)
+        of_weights["undefined_if"] += ("zero row of the weight",)
     return [
-        Metric(f"{name}_{of}", f"{words} of {of}  ${symbols(rows, row)}$", "NC2", formula(rows), (0, upper), 0,
-               "linear", "lower", source, cost, center, function, (vectors,), over, statistic,
-               undefined_if=(*conditions, *directions.get(of, ())))
-        for of, rows, row, vectors, center, conditions in sets
-    ]  # fmt: skip
+        replace(
+            template,
+            name=f"{template.name}_{vectors}",
+            label=template.label.replace("  $", f" of {vectors}  $").replace("X", symbol).replace("x", symbol.lower()),
+            formula=template.formula.replace("X", symbol).replace("x", symbol.lower()),
+            **fields,
+        )
+        for vectors, symbol, fields in (("means", "C", of_means), ("weights", "W", of_weights))
+    ]
 
 
 def _of_kernel(
@@ -231,9 +223,9 @@ _ALL = [
            "N·d·min(n_k, d)",
            function="nc1.nc1_numerical_rank", inputs=("class_scatter", "class_means", "counts"),
            undefined_if=("no spread", "zero features of a class")),
-    *_of_means_and_weights("nc2_etf", "Gram", lambda x, _: rf"\|{x}{x}^\top/\|{x}{x}^\top\|_F-T\|_F",
-                           lambda x: f"‖{x}{x}ᵀ/‖{x}{x}ᵀ‖_F − T‖_F", 2, f"{ZHU} (NC2)", "Kd·min(K, d)",
-                           function="nc2.nc2_etf"),
+    *_of_means_and_weights(Metric(
+        "nc2_etf", r"Gram  $\|XX^\top/\|XX^\top\|_F-T\|_F$", "NC2", "‖XXᵀ/‖XXᵀ‖_F − T‖_F", (0, 2), 0, "linear", "lower",
+        f"{ZHU} (NC2)", "Kd·min(K, d)", function="nc2.nc2_etf")),
     Metric("nc2_gram_means", r"means to a Gram  $\|CC^\top/\|CC^\top\|_F-\hat G\|_F$", "NC2",
            "‖CCᵀ/‖CCᵀ‖_F − G/‖G‖_F‖_F, C, G centred over classes", (0, 2), 0, "linear", "lower",
            f"{ZHU} (NC2), of a given Gram", "Kd·min(K, d)", function="nc2.nc2_gram", inputs=("centred_means", "code")),
@@ -241,19 +233,20 @@ _ALL = [
            "‖WWᵀ/‖WWᵀ‖_F − G/‖G‖_F‖_F, W, G centred over classes", (0, 2), 0, "linear", "lower",
            f"{ZHU} (NC2), of a given Gram", "Kd·min(K, d)", function="nc2.nc2_gram", inputs=("weight", "code"),
            undefined_if=("zero weight", "equal rows of the weight")),
-    *_of_means_and_weights("nc2_equinorm", "norms",
-                           lambda _, x: rf"\mathrm{{std}}\|{x}_k\|\,/\,\mathrm{{mean}}\|{x}_k\|",
-                           lambda x: f"std/mean over k of ‖{x.lower()}_k‖", _ROOT_K, f"{PAPYAN} (Fig. 2)", "Kd",
-                           function="nc2.nc2_equinorm"),
+    *_of_means_and_weights(Metric(
+        "nc2_equinorm", r"norms  $\mathrm{std}\|x_k\|\,/\,\mathrm{mean}\|x_k\|$", "NC2", "std/mean over k of ‖x_k‖",
+        (0, _ROOT_K), 0, "linear", "lower", f"{PAPYAN} (Fig. 2)", function="nc2.nc2_equinorm")),
     Metric("nc2_equinorm_difference", "norms: means against weights", "NC2", "abs(equinorm of C − equinorm of W)",
            (0, _ROOT_K), 0, "linear", "lower", MARKOU, "Kd", "classes",
            "nc2.nc2_equinorm_difference", ("centred_means", "weight"), undefined_if=("zero weight",)),
-    *_of_means_and_weights("nc2_equiangular", "angles", lambda _, x: rf"\mathrm{{std}}\,\cos({x}_k,{x}_l)",
-                           lambda x: f"std over k ≠ l of cos({x.lower()}_k, {x.lower()}_l)", _SPREAD_OF_COSINES,
-                           f"{PAPYAN} (Fig. 3)", "K²d (pairs)", function="nc2.cosines", over="pairs", statistic="std"),
-    *_of_means_and_weights("nc2_max_angle", "angles", lambda _, x: rf"|\cos({x}_k,{x}_l)+\frac{{1}}{{K-1}}|",
-                           lambda x: f"mean over pairs of abs(cos({x.lower()}_k, {x.lower()}_l) + 1/(K−1))", _MARGIN,
-                           f"{PAPYAN} (Fig. 4)", "K²d (pairs)", function="nc2.distance_to_max_angle", over="pairs"),
+    *_of_means_and_weights(Metric(
+        "nc2_equiangular", r"angles  $\mathrm{std}\,\cos(x_k,x_l)$", "NC2", "std over k ≠ l of cos(x_k, x_l)",
+        (0, _SPREAD_OF_COSINES), 0, "linear", "lower", f"{PAPYAN} (Fig. 3)", "K²d (pairs)", function="nc2.cosines",
+        over="pairs", statistic="std")),
+    *_of_means_and_weights(Metric(
+        "nc2_max_angle", r"angles  $|\cos(x_k,x_l)+\frac{1}{K-1}|$", "NC2",
+        "mean over pairs of abs(cos(x_k, x_l) + 1/(K−1))", (0, _MARGIN), 0, "linear", "lower", f"{PAPYAN} (Fig. 4)",
+        "K²d (pairs)", function="nc2.distance_to_max_angle", over="pairs")),
     *_of_kernel("dist", "r", "r", 0, 2, _SIMPLEX_DISTANCE),
     *_of_kernel("log", r"-\log r", "−log r", -math.log(2), _INF, _SIMPLEX_LOG),
     *_of_kernel("riesz", "1/r", "1/r", 0.5, _INF, _SIMPLEX_RIESZ),

@@ -2,7 +2,8 @@
 
 With unit features u_i = h_i/‖h_i‖, unit class vectors ŵ_k = w_k/‖w_k‖ and scores s_ik = u_i·ŵ_k/t, the row of a sample
 compares it with the classes, and the column of a class compares its vector with the samples. `normface` and
-`decoupled_cross_entropy` use rows, `ntce` and `nonl` columns, `two_way` both; none of them has a bias.
+`decoupled_cross_entropy` use rows, `ntce` and `nonl` columns, `bidirectional_nonl` and `two_way` both; none of them has
+a bias.
 `dot_regression` compares each feature with the vector of its own class only, and keeps the norms.
 
 Common arguments, which are the outputs of `Head.prepare` without its bias, or those of an ``nn.Linear``:
@@ -46,7 +47,7 @@ from neuralcollapse._checks import (
 )
 from neuralcollapse._distributed import greatest_over_ranks, number_of_ranks, sum_over_ranks
 
-__all__ = ["decoupled_cross_entropy", "dot_regression", "nonl", "normface", "ntce", "two_way"]
+__all__ = ["bidirectional_nonl", "decoupled_cross_entropy", "dot_regression", "nonl", "normface", "ntce", "two_way"]
 
 
 def normface(
@@ -130,7 +131,6 @@ def nonl(
     *,
     temperature: float = 0.1,
     margin: float = math.inf,
-    bidirectional: bool = False,
     ignore_index: int | None = None,
 ) -> Tensor:
     r"""Cross-entropy of each sample against the samples of other classes, by the vector of its class (NONL).
@@ -138,13 +138,9 @@ def nonl(
     mean_i [ log(e^{s_{i,y_i}−m} + Σ_{j: y_j≠y_i} e^{s_{j,y_i}}) − s_{i,y_i} ]. The published loss has m = ∞. There, the
     sum of a batch of one class is empty: the logarithm is left out, and on a CPU a warning is given.
 
-    With ``bidirectional``, the sample's scores with the other class vectors, Σ_{k≠y_i} e^{s_ik}, are added to the sum:
-    one logarithm of rows and columns together, where `two_way` is the mean of two.
-
     Arguments, result and errors: see `neuralcollapse.losses`.
 
-    Source: NONL of Koromilas et al., "Neural Collapse by Design" (ICML 2026), arXiv 2605.20302; ``bidirectional`` as in
-    the released code.
+    Source: NONL of Koromilas et al., "Neural Collapse by Design" (ICML 2026), arXiv 2605.20302.
 
     Examples:
         >>> import torch
@@ -155,7 +151,38 @@ def nonl(
     """
     scores = _Scores(features, targets, weight, temperature, ignore_index)
     _check_margin(margin)
-    return scores.mean(scores.among_samples_of_other_classes(margin, and_classes=bidirectional))
+    return scores.mean(scores.among_samples_of_other_classes(margin))
+
+
+def bidirectional_nonl(
+    features: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    *,
+    temperature: float = 0.1,
+    margin: float = math.inf,
+    ignore_index: int | None = None,
+) -> Tensor:
+    r"""Cross-entropy of each sample against the samples of other classes and the vectors of other classes.
+
+    mean_i [ log(e^{s_{i,y_i}−m} + Σ_{j: y_j≠y_i} e^{s_{j,y_i}} + Σ_{k≠y_i} e^{s_ik}) − s_{i,y_i} ]: `nonl` with the
+    sample's row in the same logarithm, where `two_way` is the mean of two logarithms. A batch of one class has a term
+    at m = ∞ too.
+
+    Arguments, result and errors: see `neuralcollapse.losses`.
+
+    Source: the released code of Koromilas et al., "Neural Collapse by Design" (ICML 2026), arXiv 2605.20302.
+
+    Examples:
+        >>> import torch
+        >>> from neuralcollapse import simplex_etf
+        >>> etf = simplex_etf(4)
+        >>> round(float(bidirectional_nonl(etf, torch.arange(4), etf)), 3)  # twice the terms of `nonl`: log 2 more
+        -11.542
+    """
+    scores = _Scores(features, targets, weight, temperature, ignore_index)
+    _check_margin(margin)
+    return scores.mean(scores.among_samples_of_other_classes(margin, and_classes=True))
 
 
 def two_way(

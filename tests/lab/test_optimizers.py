@@ -199,7 +199,7 @@ def test_losses_of_directions_are_those_of_the_library_with_their_settings():
     }
     assert len({float(value) for value in expected.values()}) == 5
     for name, call in (
-        ({"loss": "nonl", "bidirectional": True}, partial(losses.nonl, temperature=0.1, bidirectional=True)),
+        ({"loss": "nonl", "bidirectional": True}, partial(losses.bidirectional_nonl, temperature=0.1)),
         ({"loss": "dot-regression"}, losses.dot_regression),
     ):
         assert batch_loss(small(**name), features @ weight.T, targets, features, weight) == call(

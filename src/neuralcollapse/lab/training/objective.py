@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,10 +42,9 @@ def batch_loss(
     """
     if config.loss in _OF_FEATURES:
         options = {"temperature": config.temperature, "margin": config.margin}
-        given: dict[str, Any] = {name: float(value) for name, value in options.items() if value is not None}
-        if config.bidirectional is not None:
-            given["bidirectional"] = config.bidirectional
-        return _OF_FEATURES[config.loss](features, targets, weight, **given)
+        given = {name: float(value) for name, value in options.items() if value is not None}
+        function = losses.bidirectional_nonl if config.bidirectional else _OF_FEATURES[config.loss]
+        return function(features, targets, weight, **given)
     if config.loss == "mse":
         return share * functional.mse_loss(logits, functional.one_hot(targets, logits.shape[1]).to(logits.dtype))
     if config.loss == "dot-regression-published":
