@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 
 from helpers import error_of
+from neuralcollapse import Measurement, measure
 from neuralcollapse.cli import main
 from neuralcollapse.lab import RunConfig, RunFolder, train_runs
 from neuralcollapse.lab.figures.summary import summarise
@@ -172,3 +174,38 @@ def test_peak_memory_is_of_what_was_in_use_since_it_was_forgotten():
     if not Path("/proc/self/clear_refs").exists() or torch.cuda.is_available():
         pytest.skip("the peak of a process cannot be forgotten here")
     assert peak_memory() < with_block - 150
+
+
+def test_recorded_measurements_are_those_that_a_training_writes(tmp_path):
+    run = train_runs(RunConfig(**SMALL | {"epochs": 3}, measure_every=1), tmp_path / "run", progress=False)
+    folder = RunFolder(tmp_path / "recorded")
+    folder.start(run.settings())
+    measured = {key: Measurement.load(path) for key, path in run.measured().items()}
+    order = [(epoch, split) for epoch in (1, 2, 3) for split in ("train", "test")]
+    # As by a run that is stopped after the second epoch's table is written, and resumes from the first.
+    for epoch, split in [*order[:4], *order[2:]]:
+        assert folder.record(epoch, split, measured[epoch, split]) == folder.measurement(epoch, split)
+    assert folder.metrics.read_bytes() == run.metrics.read_bytes()
+    for key, path in run.measured().items():  # but for the order of their metadata, which differs with each writing
+        with safe_open(path, "pt") as written, safe_open(folder.measurement(*key), "pt") as recorded:
+            assert recorded.metadata()["checksum"] == written.metadata()["checksum"]
+
+
+def test_a_measurement_is_recorded_under_its_epoch_and_split(tmp_path):
+    folder = RunFolder(tmp_path)
+    batches = [(torch.randn(8, 6), torch.arange(8) % 4)]
+    measurement = measure(torch.nn.Linear(6, 4), batches, progress=False)
+    with pytest.raises(ValueError, match="must be the folder of a run, and has no config.yaml"):
+        folder.record(1, "train", measurement)
+    folder.start({})
+    record = Measurement.load(folder.record(2, "train", measurement))
+    assert (record.provenance.epoch, record.provenance.split) == (2, "train")
+    with pytest.raises(ValueError, match="must be of epoch 3, train split, and its provenance is epoch 2, train split"):
+        folder.record(3, "train", record)
+    for split in ("", "..", "a/b"):
+        with pytest.raises(ValueError, match="split must be a name without any path"):
+            folder.record(2, split, measurement)
+    with pytest.raises(ValueError, match="epoch must be"):
+        folder.record(-1, "train", measurement)
+    folder.record(1, "train", measurement)
+    assert read_table(folder.metrics)["epoch"].is_monotonic_increasing

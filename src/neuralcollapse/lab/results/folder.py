@@ -6,8 +6,9 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from neuralcollapse.lab.results.files import CHECKSUMS, read_yaml, write_yaml
 from neuralcollapse.lab.results.locking import check_free, sole_writer
@@ -19,7 +20,11 @@ from neuralcollapse.lab.results.resuming import (
     changed_data,
     changed_settings,
     check_types,
+    is_folder_name,
 )
+
+if TYPE_CHECKING:
+    from neuralcollapse.metrics import Measurement
 
 # Number of the format that is written. 0 had settings and environment in one file, and settings without effect as well.
 # Until 2 a fixed classifier had the canonical orientation, one-cycle kept the momentum, and dot-regression was what is
@@ -119,6 +124,46 @@ class RunFolder:
             if epoch.isdecimal():
                 found[int(epoch), split] = path
         return found
+
+    def record(self, epoch: int, split: str, measurement: Measurement) -> Path:
+        """Save the measurement of an epoch and a split: its record in ``moments``, its metrics in the table.
+
+        Rows and record of the same epoch and split are replaced, whatever else they held; those of other epochs stay.
+        A training that resumes earlier than the table ends replaces them as it comes to them again.
+
+        Args:
+            epoch: Number of epochs trained.
+            split: Name of the split, such as ``"train"``.
+            measurement: What `neuralcollapse.measure` returned; its provenance takes on epoch and split where it has
+                none.
+
+        Returns:
+            The file of the record.
+
+        Raises:
+            ValueError: if this is not the folder of a run, the measurement is of another epoch or split, or another
+                process writes to the folder.
+            OSError: if a file cannot be written.
+        """
+        from neuralcollapse._checks import check_at_least
+        from neuralcollapse.lab.results.tables import replace_rows
+
+        check_at_least("epoch", epoch, 0)
+        if not is_folder_name(split):
+            raise ValueError(f"split must be a name without any path, such as 'train', got {split!r}")
+        if not self.config.exists():
+            raise ValueError(f"{str(self.path)!r} must be the folder of a run, and has no {self.config.name}")
+        origin = measurement.provenance
+        if origin.epoch not in (None, epoch) or origin.split not in (None, split):
+            raise ValueError(
+                f"measurement must be of epoch {epoch}, {split} split, and its provenance is epoch {origin.epoch}, "
+                f"{origin.split} split"
+            )
+        path = self.measurement(epoch, split)
+        with sole_writer(self.path):
+            replace(measurement, provenance=replace(origin, epoch=epoch, split=split)).save(path)
+            replace_rows(self.metrics, epoch, split, measurement.metrics)
+        return path
 
     def run(self, name: str) -> RunFolder:
         """The folder of one of several runs."""

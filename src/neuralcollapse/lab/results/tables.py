@@ -92,6 +92,24 @@ def add_rows(path: Path, rows: Sequence[tuple[int, str, str, float]], *, in_plac
     write_csv(path, table)
 
 
+def replace_rows(path: Path, epoch: int, split: str, metrics: Mapping[str, float]) -> None:
+    """Write the metrics of an epoch and a split to a run's table, in order of epochs, in place of their earlier rows.
+
+    Args:
+        path: The table; created if it does not exist.
+        epoch: Epoch of the metrics.
+        split: Split of the metrics.
+        metrics: Name to value.
+    """
+    table = pd.DataFrame([(epoch, split, name, value) for name, value in metrics.items()], columns=COLUMNS)
+    if path.exists():
+        earlier = read_table(path)
+        others = earlier[(earlier["epoch"] != epoch) | (earlier["split"] != split)]
+        if len(others):  # columns of an empty table have no type
+            table = pd.concat([others, table]).sort_values("epoch", kind="stable")
+    write_csv(path, table)
+
+
 def results_table(
     metrics: pd.DataFrame, log: pd.DataFrame, beside: Mapping[str, Mapping[str, str]] | None = None
 ) -> pd.DataFrame:
