@@ -1,14 +1,16 @@
 """Reference values of the library, recorded once and compared after every restructuring.
 
-``python tests/frozen.py record`` writes them to tests/fixtures/frozen.safetensors; ``python tests/frozen.py compare``
-prints, for each group, how many values are equal to the bit and the largest relative difference of the others.
-Names are ``group/case/value``. `test_frozen.py` holds the tolerances.
+``python tests/frozen.py record [GROUP…]`` writes them to tests/fixtures/frozen.safetensors;
+``python tests/frozen.py compare [GROUP…]`` prints, for each group, how many values are equal to the bit and the largest
+relative difference of the others. Without groups, all of them. Names are ``group/case/value``. `test_frozen.py` holds
+the tolerances.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import subprocess
 import sys
 import tempfile
 import warnings
@@ -31,6 +33,15 @@ PATH = Path(__file__).parent / "fixtures" / "frozen.safetensors"
 REMOVED = re.compile(r"(mir|hdr)_released|^runs/.*-(mir|hdr)/value$")
 PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64}
 Values = dict[str, Tensor]
+# The network and data of runs of the laboratory.
+SMALL: dict[str, Any] = {
+    "backbone": "mlp",
+    "width": 24,
+    "depth": 1,
+    "train_samples": 200,
+    "test_samples": 60,
+    "batch_size": 50,
+}
 
 
 def stored_batches(
@@ -285,25 +296,93 @@ def ufm_optima() -> Values:
 
 def runs() -> Values:
     """Train and test metrics of two-epoch runs on the digits, for five methods."""
-    import pandas
-
     from neuralcollapse.lab import RunConfig, train_runs
 
-    values: Values = {}
-    small = {"backbone": "mlp", "width": 24, "depth": 1, "train_samples": 200, "test_samples": 60, "batch_size": 50}
     with tempfile.TemporaryDirectory() as folder:
         configs = [
-            RunConfig(method=method, epochs=2, device="cpu", **small)
+            RunConfig(method=method, epochs=2, device="cpu", **SMALL)
             for method in ("linear", "standard", "fixed", "implicit", "means")
         ]
         train_runs(configs, Path(folder) / "runs")
-        for path in sorted(Path(folder).rglob("metrics.csv")):
-            table = pandas.read_csv(path)
-            for keys, rows in table.groupby([name for name in table.columns if table[name].dtype.kind not in "fi"]):
-                case = "-".join([path.parent.name, *map(str, keys)])
-                for column in rows.columns:
-                    if rows[column].dtype.kind == "f" and "seconds" not in column:
-                        values[f"{case}/{column}"] = torch.tensor(rows[column].to_numpy(), dtype=torch.float64)
+        return {
+            name: value
+            for path in sorted(Path(folder).rglob("metrics.csv"))
+            for name, value in _table_columns(path, path.parent.name).items()
+        }
+
+
+def trainings() -> Values:
+    """Tables and final states of two-epoch runs: methods with optimisers, two ranks, a stopped and resumed run."""
+    from neuralcollapse.lab import RunConfig, RunFolder, train_runs
+
+    values: Values = {}
+    with tempfile.TemporaryDirectory() as parent:
+        for case, settings in training_settings():
+            folder = Path(parent) / case
+            train_runs(RunConfig(**settings), folder, progress=False)
+            values |= _run_values(folder, case)
+        small = [f"--{name}={value}" for name, value in SMALL.items()]
+        for case, *commands in [
+            ("two-ranks", ["--devices=2", "--epochs=2"]),
+            ("resumed", ["--epochs=1", "--schedule=constant"], ["--epochs=2", "--schedule=constant", "--resume"]),
+        ]:
+            folder = Path(parent) / case
+            for options in commands:
+                command = [sys.executable, "-m", "neuralcollapse.cli", "train", f"--out={folder}", "--device=cpu"]
+                subprocess.run([*command, *small, *options], check=True, capture_output=True)
+            values |= _run_values(RunFolder(folder).path, case)
+    return values
+
+
+def training_settings() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Settings of runs, by name: every method with every optimiser that can train it, then further options."""
+    common = {"epochs": 2, "device": "cpu", **SMALL}
+    for method in ("standard", "fixed", "implicit", "linear", "means", "frame"):
+        for optimizer in ("sgd", "adam", "adamw", "lbfgs", "agd"):
+            settings: dict[str, Any] = {**common, "method": method, "optimizer": optimizer}
+            if optimizer == "lbfgs" and method in ("implicit", "means", "frame"):
+                continue  # refused: the weight changes during the line search
+            if optimizer == "agd":
+                settings |= {"classifier_bias": "none", "batch_norm_affine": False}
+            else:
+                settings |= {"lr": 0.05 if optimizer == "sgd" else 0.5 if optimizer == "lbfgs" else 0.002}
+            if optimizer == "lbfgs" and method == "standard":
+                settings |= {"unit_weight": False}
+            yield f"{method}-{optimizer}", settings
+    for case, further in {
+        "average": {"weight_average": 0.5},
+        "accumulate": {"accumulate": 3, "gradient_clip": 0.5},
+        "convnet": {"backbone": "convnet", "width": 8, "depth": None, "crop_padding": 1, "flip": True},
+        "bf16": {"precision": "bf16-mixed"},
+        "one-cycle": {"schedule": "one-cycle", "loss": "nonl"},
+        "label-noise": {"label_noise": 0.2, "validation_share": 0.2, "stratified": True},
+        "decay": {"method": "linear", "feature_decay": 1e-4, "loss": "mse"},
+    }.items():
+        yield case, common | further
+
+
+def _run_values(folder: Path, case: str) -> Values:
+    """Columns of a run's tables, and the tensors of its last checkpoint as one vector."""
+    values = _table_columns(folder / "metrics.csv", f"{case}-metrics")
+    values |= _table_columns(folder / "training.csv", f"{case}-training")
+    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
+    state = checkpoint["state_dict"]
+    values[f"{case}/state"] = torch.cat([state[name].reshape(-1).double() for name in sorted(state)]).float()
+    return values
+
+
+def _table_columns(path: Path, case: str) -> Values:
+    """Columns of numbers of a table, but for seconds, by its columns of words."""
+    import pandas
+
+    table = pandas.read_csv(path)
+    words = [name for name in table.columns if table[name].dtype.kind not in "fi"]
+    values: Values = {}
+    for keys, rows in table.groupby(words) if words else [((), table)]:
+        for column in rows.columns:
+            if rows[column].dtype.kind == "f" and "seconds" not in column:
+                name = "-".join([case, *map(str, keys)])
+                values[f"{name}/{column}"] = torch.tensor(rows[column].to_numpy(), dtype=torch.float64)
     return values
 
 
@@ -335,6 +414,7 @@ GROUPS: dict[str, Callable[[], Values]] = {
     "losses": computed_losses,
     "ufm": ufm_optima,
     "runs": runs,
+    "trainings": trainings,
 }
 
 
@@ -361,12 +441,14 @@ def difference(value: Tensor, reference: Tensor) -> float:
     return float((value - reference).abs().max()) / max(scale, 1e-30)
 
 
-def main(command: str) -> None:
+def main(command: str, *groups: str) -> None:
+    chosen = groups or tuple(GROUPS)
     if command == "record":
-        save_file({name: value for group in GROUPS for name, value in compute(group).items()}, PATH)
+        others = {name: value for name, value in load_file(PATH).items() if name.partition("/")[0] not in chosen}
+        save_file(others | {name: value for group in chosen for name, value in compute(group).items()}, PATH)
         return
     stored = stored_values()
-    for group in GROUPS:
+    for group in chosen:
         computed = compute(group)
         expected = {name for name in stored if name.startswith(f"{group}/")}
         for name in sorted(expected ^ computed.keys()):
@@ -380,4 +462,4 @@ def main(command: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
