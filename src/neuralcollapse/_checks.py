@@ -1,8 +1,9 @@
-"""Input validation of the library: shapes, kinds, ranges and finiteness."""
+"""Input validation of the library: shapes, kinds, ranges and finiteness, and lists of values in messages."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -199,12 +200,14 @@ def check_exponent(name: str, value: object) -> None:
         raise ValueError(f"{name} must be greater than 0, got {value}")
 
 
-def check_sample_bounds(min_samples: object, drop_classes_above: object) -> None:
-    """Raise unless both are counts of samples, the second None or at least the first."""
-    check_at_least("min_samples", min_samples, 0)  # type: ignore[arg-type]
-    if drop_classes_above is not None:
-        assert isinstance(min_samples, int)
-        check_at_least("drop_classes_above", drop_classes_above, max(min_samples, 1), "min_samples")  # type: ignore[arg-type]
+def listed(values: Sequence[object], most: int = 10) -> str:
+    """Return the first values as text, and an ellipsis for the others.
+
+    Examples:
+        >>> listed([3, 5, 8], most=2)
+        '3, 5, …'
+    """
+    return ", ".join(map(str, values[:most])) + (", …" if len(values) > most else "")
 
 
 def _type_name(value: Any) -> str:

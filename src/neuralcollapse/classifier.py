@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from neuralcollapse._checks import check_module
+from neuralcollapse._checks import check_module, listed
 from neuralcollapse._running import call_model, device_of, evaluation_mode, unchanged_on_error, unwrapped
 
 _CONVENTIONAL_NAMES = ("classifier", "fc", "head", "heads", "linear", "output", "lm_head", "score")
@@ -603,7 +603,7 @@ def _only(model: nn.Module, candidates: list[tuple[str, nn.Module]]) -> tuple[st
             f"model ({type(model).__name__}) must end in a classifier (nn.Linear, or a module with weight, bias and "
             f"features); found none. {_HOW_TO_NAME}"
         )
-    names = ", ".join(repr(name) for name, _ in candidates[:8]) + (", …" if len(candidates) > 8 else "")
+    names = listed([repr(name) for name, _ in candidates], most=8)
     raise ValueError(f"several modules of {type(model).__name__} could be its classifier: {names}. {_HOW_TO_NAME}")
 
 

@@ -96,7 +96,7 @@ def test_metrics_of_samples(data, center):
     bias = torch.randn(num_classes, generator=generator(2)).double()
     moments = ClassMoments(num_classes, feature_dim)
     moments.update(features, targets)
-    statistics = class_statistics(moments, center=center)
+    statistics = class_statistics(moments, MeasureOptions(center=center))
     predictions = (features.double() @ weight.T + bias).argmax(dim=1)
     measured = {
         "nc2_cos_margin": float(nc2_cos_margin(features, targets, weight, statistics.center)),

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from helpers import generator
-from neuralcollapse.metrics import ClassMoments, class_values, collapse_metrics, moments_about, pair_matrices
+from neuralcollapse.metrics import (
+    ClassMoments,
+    MeasureOptions,
+    class_values,
+    collapse_metrics,
+    moments_about,
+    pair_matrices,
+)
 
 K, D = 5, 7
 TARGETS = torch.tensor([0, 1, 2, 3, 4, 4, 4, 3, 3, 1, 0, 0])
@@ -35,7 +42,7 @@ def test_values_of_classes():
 
 
 def test_classes_left_out_are_left_out():
-    values = class_values(moments_of(FEATURES, TARGETS), WEIGHT, min_samples=2)
+    values = class_values(moments_of(FEATURES, TARGETS), WEIGHT, options=MeasureOptions(min_samples=2))
     assert values.classes.tolist() == [0, 1, 3, 4]
     assert len(values.weight_norms) == 4
     assert class_values(moments_of(FEATURES, TARGETS)).duality is None
@@ -80,8 +87,12 @@ def test_exponents_of_matrices():
     ],
 )
 def test_bad_arguments_of_matrices(options, message):
+    def matrices(drop_classes_above=None, **others):
+        bounds = MeasureOptions(drop_classes_above=drop_classes_above)
+        return pair_matrices(moments_of(FEATURES, TARGETS), options=bounds, **others)
+
     with pytest.raises(ValueError, match=message):
-        pair_matrices(moments_of(FEATURES, TARGETS), **options)
+        matrices(**options)
 
 
 def test_a_test_split_about_the_means_of_the_train_split():

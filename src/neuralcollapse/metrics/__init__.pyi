@@ -34,7 +34,6 @@ from .nc4 import nc4_bias as nc4_bias
 from .nc4 import nc4_ncc_mismatch as nc4_ncc_mismatch
 from .nc4 import nc5_ood as nc5_ood
 from .nc4 import nearest_class_mean as nearest_class_mean
-from .options import MeasureOptions as MeasureOptions
 from .per_class import ClassValues as ClassValues
 from .per_class import class_values as class_values
 from .per_class import pair_matrices as pair_matrices
@@ -42,5 +41,6 @@ from .rank import effective_rank as effective_rank
 from .rank import feature_norm as feature_norm
 from .rank import rank_me as rank_me
 from .statistics import ClassStatistics as ClassStatistics
+from .statistics import MeasureOptions as MeasureOptions
 from .statistics import class_statistics as class_statistics
 from .torchmetric import NeuralCollapse as NeuralCollapse

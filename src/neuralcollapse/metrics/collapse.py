@@ -15,10 +15,9 @@ from neuralcollapse._checks import check_code, check_finite, check_floating
 from neuralcollapse.catalogue import METRICS, Metric
 from neuralcollapse.metrics.moments import ClassMoments
 from neuralcollapse.metrics.nc1 import BetweenClassSpectrum
-from neuralcollapse.metrics.options import MeasureOptions
 from neuralcollapse.metrics.pairs import pair_statistics
-from neuralcollapse.metrics.statistics import ClassStatistics, class_statistics
-from neuralcollapse.metrics.undefined import conditions_of_moments, warn_of_undefined, without_undefined
+from neuralcollapse.metrics.statistics import ClassStatistics, MeasureOptions, class_statistics
+from neuralcollapse.metrics.undefined import MetricValues, conditions_of_moments, warn_of_undefined, without_undefined
 
 
 def collapse_metrics(
@@ -95,7 +94,7 @@ def undefined_metrics(
         >>> undefined_metrics(moments)["nc1_quotient"]
         'no class has more than one sample, so that nothing can vary within one'
     """
-    return measure_moments(moments, weight, bias, ood_mean, options)[1]
+    return measure_moments(moments, weight, bias, ood_mean, options).undefined
 
 
 @torch.no_grad()
@@ -105,14 +104,9 @@ def measure_moments(
     bias: Tensor | None,
     ood_mean: Tensor | None,
     options: MeasureOptions,
-) -> tuple[dict[str, float], dict[str, str]]:
+) -> MetricValues:
     """Return what `collapse_metrics` and `undefined_metrics` return, without a warning."""
-    measured = class_statistics(
-        moments,
-        center=options.center,
-        min_samples=options.min_samples,
-        drop_classes_above=options.drop_classes_above,
-    )
+    measured = class_statistics(moments, options)
     inputs = MomentInputs.of(moments, measured, weight, bias, ood_mean, options.code)
     entries = [
         entry

@@ -8,8 +8,8 @@ from torch import Tensor
 from neuralcollapse._checks import check_choice, check_finite, check_integers, check_shapes
 from neuralcollapse.geometry import nearest_simplex_etf
 from neuralcollapse.metrics.nc3 import nc3_distance
-from neuralcollapse.metrics.options import Center
 from neuralcollapse.metrics.scaling import rescaled
+from neuralcollapse.metrics.statistics import Center
 from neuralcollapse.metrics.undefined import Condition, warn_of_undefined, without_undefined
 
 

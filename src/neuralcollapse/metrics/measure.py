@@ -21,8 +21,8 @@ from neuralcollapse.metrics.collapse import measure_moments
 from neuralcollapse.metrics.feature_cache import FeatureCache
 from neuralcollapse.metrics.measurement import LabelFingerprint, Measurement, Provenance
 from neuralcollapse.metrics.moments import ClassMoments
-from neuralcollapse.metrics.options import MeasureOptions, Pooling
 from neuralcollapse.metrics.samples import SampleValues, measure_samples
+from neuralcollapse.metrics.statistics import MeasureOptions, Pooling
 from neuralcollapse.metrics.undefined import NO_SAMPLE, warn_of_undefined, without_undefined
 
 SAMPLE_SIZE = 1000  # features kept for figures

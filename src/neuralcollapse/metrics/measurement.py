@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load as parse
+from safetensors.torch import save as serialise
 from torch import Tensor
 
-from neuralcollapse._checks import check_at_least
+from neuralcollapse._checks import check_at_least, listed
 from neuralcollapse.catalogue import METRICS, in_order
 from neuralcollapse.metrics.collapse import measure_moments
 from neuralcollapse.metrics.moments import ClassMoments
-from neuralcollapse.metrics.options import MeasureOptions
-from neuralcollapse.metrics.record_file import read_record, write_record
-from neuralcollapse.metrics.undefined import grouped, listed, warn_of_undefined
+from neuralcollapse.metrics.statistics import MeasureOptions
+from neuralcollapse.metrics.undefined import MetricValues, grouped, warn_of_undefined
 
 KIND, FORMAT = "neuralcollapse.measurement", 2
+_LARGEST_HEADER = 100_000_000  # bytes, of the safetensors format
 _OF_CLASSES = ("min_samples", "drop_classes_above")
 _SAVED = ("center", *_OF_CLASSES, "pairwise")  # options from which metrics of moments are computed, besides the code
 
@@ -135,41 +139,45 @@ class Measurement:
             names = ", ".join((*_SAVED, "code"))
             raise ValueError(f"recompute must be given options among {names}, got {', '.join(sorted(unknown))}")
         options = replace(self.options, **changes)
-        layers = {
-            name: self._recomputed(self.layers[name], self.layers_undefined.get(name, {}), moments, name, options)
-            for name, moments in self.layer_moments.items()
-        }
-        metrics, undefined = self._recomputed(
-            self.metrics, self.undefined, self.moments, "", options, self.weight, self.bias
+
+        def updated(old: MetricValues, new: MetricValues) -> MetricValues:
+            """Return the new values, and the old ones that the options do not affect."""
+            names = {name for name in old.metrics if name not in new.metrics and self._is_unaffected(name, options)}
+            return MetricValues(
+                in_order({name: value for name, value in old.metrics.items() if name in names} | new.metrics),
+                in_order({name: reason for name, reason in old.undefined.items() if name in names} | new.undefined),
+            )
+
+        metrics, undefined = updated(
+            MetricValues(self.metrics, self.undefined),
+            measure_moments(self.moments, self.weight, self.bias, self.ood_means.get(""), options),
         )
-        layers_undefined = {name: reasons for name, (_, reasons) in layers.items() if reasons}
+        layers = {
+            layer: updated(
+                MetricValues(self.layers[layer], self.layers_undefined.get(layer, {})),
+                measure_moments(moments, None, None, self.ood_means.get(layer), options),
+            )
+            for layer, moments in self.layer_moments.items()
+        }
+        layers_undefined = {layer: reasons for layer, (_, reasons) in layers.items() if reasons}
         warn_of_undefined(undefined, layers_undefined)
         return replace(
             self,
             metrics=metrics,
             undefined=undefined,
-            layers={name: values for name, (values, _) in layers.items()},
+            layers={layer: values for layer, (values, _) in layers.items()},
             layers_undefined=layers_undefined,
             options=options,
         )
 
-    def _recomputed(
-        self,
-        values: dict[str, float],
-        undefined: dict[str, str],
-        moments: ClassMoments,
-        name: str,
-        options: MeasureOptions,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-    ) -> tuple[dict[str, float], dict[str, str]]:
-        """Return the metrics of moments with the given options, the others that are still true, and their reasons."""
-        new, reasons = measure_moments(moments, weight, bias, self.ood_means.get(name), options)
-        unchanged = {key for key in values if key not in new and _is_unaffected(key, self.options, options)}
-        return (
-            in_order({key: value for key, value in values.items() if key in unchanged} | new),
-            in_order({key: reason for key, reason in undefined.items() if key in unchanged} | reasons),
-        )
+    def _is_unaffected(self, name: str, options: MeasureOptions) -> bool:
+        """Return whether a value that moments do not give is the same with other options."""
+        entry = METRICS.get(name)
+        if entry is None or entry.group == "accuracy":  # metrics that this version lacks are left out
+            return entry is not None
+        same_classes = all(getattr(self.options, bound) == getattr(options, bound) for bound in _OF_CLASSES)
+        same_center = "center" not in entry.inputs or self.options.center == options.center
+        return entry.of_samples and same_classes and same_center
 
     def save(self, path: str | Path) -> None:
         """Write the measurement, without ``train_moments`` and per-class scatter, to a safetensors file.
@@ -262,15 +270,6 @@ class LabelFingerprint:
         return self._digest.hexdigest()
 
 
-def _is_unaffected(name: str, before: MeasureOptions, after: MeasureOptions) -> bool:
-    """Return whether a value that moments do not give is the same with other options."""
-    entry = METRICS.get(name)
-    if entry is None or entry.group == "accuracy":  # a metric of an earlier version cannot be computed: it is left out
-        return entry is not None
-    same_classes = all(getattr(before, name) == getattr(after, name) for name in _OF_CLASSES)
-    return entry.of_samples and same_classes and ("center" not in entry.inputs or before.center == after.center)
-
-
 def _packed(prefix: str, moments: ClassMoments) -> dict[str, Tensor]:
     """Return the moments in fp64, with the upper triangle of the scatter, row after row."""
     scatter = moments.within_class_scatter.double()
@@ -294,3 +293,82 @@ def _unpacked(prefix: str, tensors: dict[str, Tensor]) -> ClassMoments:
     if f"{prefix}rounding" in tensors:  # missing in format 1
         state["rounding"] = tensors[f"{prefix}rounding"]
     return ClassMoments.from_state(state)
+
+
+def write_record(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a file completely or not at all: to a temporary name, synced to disk, then renamed.
+
+    A checksum of the header and of the tensors is added to the metadata.
+
+    Raises:
+        OSError: if the file cannot be written; an existing file is then left unchanged.
+    """
+    path = Path(path)
+    data = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    checksum = _checksum(*_split(serialise(data, dict(metadata))))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.unlink(missing_ok=True)  # a symbolic link would be followed
+        with temporary.open("wb") as file:
+            file.write(serialise(data, {**metadata, "checksum": checksum}))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+def read_record(path: str | Path, kind: str, version: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of a file of the given kind, with a format up to ``version``.
+
+    Raises:
+        ValueError: if the file is truncated, damaged, of another kind or of a newer format; the message says which.
+        OSError: if the file does not exist or cannot be read.
+    """
+    content = Path(path).read_bytes()
+    try:
+        header, body = _split(content)
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except EOFError:
+        raise ValueError(f"{path} is truncated: it ends inside its header, after {len(content)} bytes") from None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError(f"{path} is not a safetensors file") from None
+    metadata: dict[str, str] = dict(header.get("__metadata__", {}))
+    if metadata.get("format") != kind:
+        raise ValueError(f"{path} is a safetensors file, but not a {kind}")
+    number = metadata.get("format_version", "")
+    if not number.isdecimal() or int(number) > version:
+        raise ValueError(
+            f"{path} is newer: it has format {number} of {kind}, written by neuralcollapse "
+            f"{metadata.get('package_version')}; this version reads formats up to {version}"
+        )
+    if len(body) < max(ends, default=0):
+        raise ValueError(f"{path} is truncated: it holds {len(body)} of {max(ends)} bytes of tensors")
+    if _checksum(header, body) != metadata.get("checksum"):
+        raise ValueError(f"{path} is damaged: its content does not match its checksum")
+    return parse(content), metadata
+
+
+def _split(content: bytes) -> tuple[dict[str, Any], bytes]:
+    """Return the header of a safetensors file and the bytes of its tensors; raise EOFError if the header is cut off."""
+    length = int.from_bytes(content[:8], "little")
+    if content[8:9] not in (b"{", b"") or length > _LARGEST_HEADER:
+        raise ValueError("not a header")
+    if len(content) < 8 + length:
+        raise EOFError
+    header = json.loads(content[8 : 8 + length])
+    if not isinstance(header, dict):
+        raise ValueError("not a header")
+    return header, content[8 + length :]
+
+
+def _checksum(header: Mapping[str, Any], body: bytes) -> str:
+    """Return the SHA-256 of header and tensors, without the checksum itself."""
+    metadata = {name: text for name, text in header.get("__metadata__", {}).items() if name != "checksum"}
+    digest = hashlib.sha256(json.dumps({**header, "__metadata__": metadata}, sort_keys=True).encode())
+    digest.update(body)
+    return digest.hexdigest()

@@ -13,10 +13,9 @@ from neuralcollapse._checks import check_at_least, check_exponent, check_shapes
 from neuralcollapse.metrics.moments import ClassMoments
 from neuralcollapse.metrics.nc1 import cdnv
 from neuralcollapse.metrics.nc2 import KERNELS, cosines
-from neuralcollapse.metrics.options import Center
 from neuralcollapse.metrics.pairs import PairTile
 from neuralcollapse.metrics.scaling import unit_rows
-from neuralcollapse.metrics.statistics import class_statistics
+from neuralcollapse.metrics.statistics import MeasureOptions, class_statistics
 
 MATRICES = ("cosines_means", "cosines_weights", "cdnv", *KERNELS)
 
@@ -48,18 +47,14 @@ def class_values(
     moments: ClassMoments,
     weight: Tensor | None = None,
     *,
-    center: Center = "samples",
-    min_samples: int = 1,
-    drop_classes_above: int | None = None,
+    options: MeasureOptions = MeasureOptions(),
 ) -> ClassValues:
     """Return norms, within-class variance and duality of each class.
 
     Args:
         moments: Moments of the features that the weight multiplies.
         weight: W (K, d).
-        center: As for `MeasureOptions`.
-        min_samples: As for `MeasureOptions`.
-        drop_classes_above: As for `MeasureOptions`.
+        options: Centre and classes left out.
 
     Raises:
         ValueError: as for `collapse_metrics`.
@@ -71,7 +66,7 @@ def class_values(
         >>> values.mean_norms.tolist(), values.within_class_variances.tolist()
         ([3.0, 3.0], [0.25, 0.0])
     """
-    measured = class_statistics(moments, center=center, min_samples=min_samples, drop_classes_above=drop_classes_above)
+    measured = class_statistics(moments, options)
     rows = _rows(weight, moments, measured.classes)
     means = measured.centred_means
     return ClassValues(
@@ -90,9 +85,7 @@ def pair_matrices(
     weight: Tensor | None = None,
     *,
     names: Sequence[str] | None = None,
-    center: Center = "samples",
-    min_samples: int = 1,
-    drop_classes_above: int | None = None,
+    options: MeasureOptions = MeasureOptions(),
     exponent: float = 1.0,
     max_classes: int = 2048,
 ) -> dict[str, Tensor]:
@@ -107,9 +100,7 @@ def pair_matrices(
         moments: Moments of the features that the weight multiplies.
         weight: W (K, d).
         names: Names of the matrices; by default all.
-        center: As for `MeasureOptions`.
-        min_samples: As for `MeasureOptions`.
-        drop_classes_above: As for `MeasureOptions`.
+        options: Centre and classes left out.
         exponent: Exponent of the distance of kernels, and of the squared distance of CDNV.
         max_classes: Maximum number of classes; with more, the error states the memory that the matrices would take.
 
@@ -123,7 +114,7 @@ def pair_matrices(
         >>> pair_matrices(moments, names=["cosines_means"])["cosines_means"].tolist()
         [[1.0, -1.0], [-1.0, 1.0]]
     """
-    measured = class_statistics(moments, center=center, min_samples=min_samples, drop_classes_above=drop_classes_above)
+    measured = class_statistics(moments, options)
     rows = _rows(weight, moments, measured.classes)
     check_exponent("exponent", exponent)
     if names is None:

@@ -11,21 +11,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from neuralcollapse._checks import listed
 from neuralcollapse.catalogue import METRICS, Metric
 from neuralcollapse.metrics.alignment import kernel_entropies, unit_class_sums
 from neuralcollapse.metrics.collapse import find_function
 from neuralcollapse.metrics.feature_cache import FeatureCache
 from neuralcollapse.metrics.moments import ClassMoments
 from neuralcollapse.metrics.nc1 import rank_of_features, rank_of_gram
-from neuralcollapse.metrics.options import MeasureOptions
 from neuralcollapse.metrics.scaling import power_of_two
-from neuralcollapse.metrics.statistics import ClassStatistics, class_statistics
+from neuralcollapse.metrics.statistics import ClassStatistics, MeasureOptions, class_statistics
 from neuralcollapse.metrics.undefined import (
     CONSTANT,
     EQUAL_MEANS,
     Condition,
     conditions_of_moments,
-    listed,
     one_class,
     without_undefined,
 )
@@ -69,15 +68,7 @@ def measure_samples(
         train: Moments that give the class means and the centre.
         options: Classes that are left out, centre, and whether to include MIR and HDR.
     """
-    measured, reference = (
-        class_statistics(
-            one,
-            center=options.center,
-            min_samples=options.min_samples,
-            drop_classes_above=options.drop_classes_above,
-        )
-        for one in (moments, train)
-    )
+    measured, reference = class_statistics(moments, options), class_statistics(train, options)
     entries = [
         entry
         for entry in METRICS.values()

@@ -1,18 +1,94 @@
-"""Statistics of the measured classes: their means, centre and within-class covariance."""
+"""Options of a measurement, and the statistics of the classes that they select: means, centre and covariance."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from neuralcollapse._checks import check_choice, check_sample_bounds
-from neuralcollapse.metrics.moments import ClassMoments
-from neuralcollapse.metrics.options import Center
+from neuralcollapse._checks import (
+    check_at_least,
+    check_bool,
+    check_choice,
+    check_finite,
+    check_floating,
+    check_ignore_index,
+    listed,
+)
+from neuralcollapse.metrics.moments import ClassMoments, MomentsDtype
 from neuralcollapse.metrics.scaling import power_of_two
 
+Center = Literal["samples", "classes"]
+Pooling = Literal["mean", "flatten"] | Callable[[Tensor], Tensor]
 _ROUNDING = 64  # error of a mean over thousands of batches, in units of rounding of its dtype
+
+
+@dataclass(frozen=True)
+class MeasureOptions:
+    """Options of `measure`, `NeuralCollapse` and `collapse_metrics`.
+
+    `collapse_metrics` and `undefined_metrics` use the first five; `NeuralCollapse` uses ``ignore_index``, ``dtype`` and
+    ``class_scatter`` as well; `measure` uses all.
+
+    Args:
+        center: ``"samples"``: deviations are taken from the mean of all samples; ``"classes"``: from the mean of the
+            class means, for which an exact ETF has its values at collapse on unbalanced data as well.
+        min_samples: Classes with fewer samples are left out of all metrics. With 0, a class without samples is an
+            error.
+        drop_classes_above: Classes with more samples are left out of all metrics; None for no limit.
+        pairwise: Include the metrics over all pairs of classes, O(K² d).
+        code: L (K, r). The classifier is compared with the Gram matrix LLᵀ (`neuralcollapse.geometry.code_from_gram`).
+        ignore_index: Samples with this target are left out.
+        dtype: As for `ClassMoments`.
+        class_scatter: Keep the scatter of each class, K d² numbers. ``nc1_numerical_rank`` is then computed from it,
+            for layers too, instead of from single samples.
+        per_sample: Include the metrics of single samples, O(N K d); without them no features are kept.
+        information: Include ``mir`` and ``hdr`` of 512 samples, whose cost is cubic in their number.
+        layer_pooling: Pooling of layer outputs with more than two dimensions: ``"mean"`` over positions ((B, C, ...)
+            keeps C, and (B, T, d) keeps d), ``"flatten"``, or a function to (B, d). Outputs (B, T, d) with targets
+            (B, T) are not pooled. The moments of a layer with d dimensions take d² numbers.
+        cache_bytes: Maximum size of the features kept in memory; the others are memory-mapped to a temporary file.
+
+    Raises:
+        ValueError: if an option has another type or is out of range.
+
+    Examples:
+        >>> MeasureOptions(center="classes").min_samples
+        1
+    """
+
+    center: Center = "samples"
+    min_samples: int = 1
+    drop_classes_above: int | None = None
+    pairwise: bool = True
+    code: Tensor | None = field(default=None, compare=False)
+    ignore_index: int | None = None
+    dtype: MomentsDtype = torch.float64
+    class_scatter: bool = False
+    per_sample: bool = True
+    information: bool = False
+    layer_pooling: Pooling = "mean"
+    cache_bytes: int = 2**31
+
+    def __post_init__(self) -> None:
+        check_choice("center", self.center, ("samples", "classes"))
+        check_at_least("min_samples", self.min_samples, 0)
+        if self.drop_classes_above is not None:
+            check_at_least("drop_classes_above", self.drop_classes_above, max(self.min_samples, 1), "min_samples")
+        if self.code is not None:
+            check_floating("code", self.code)
+            check_finite("code", self.code)
+        check_ignore_index(self.ignore_index)
+        if self.dtype not in (torch.float64, torch.float32, "mixed"):
+            raise ValueError(f"dtype must be torch.float64, torch.float32 or 'mixed', got {self.dtype!r}")
+        for name in ("pairwise", "class_scatter", "per_sample", "information"):
+            check_bool(name, getattr(self, name))
+        if not callable(self.layer_pooling) and self.layer_pooling not in ("mean", "flatten"):
+            raise ValueError(f"layer_pooling must be 'mean', 'flatten' or a function, got {self.layer_pooling!r}")
+        check_at_least("cache_bytes", self.cache_bytes, 0)
 
 
 @dataclass(frozen=True)
@@ -47,23 +123,18 @@ class ClassStatistics:
     constant: bool
 
 
-def class_statistics(
-    moments: ClassMoments, *, center: Center = "samples", min_samples: int = 1, drop_classes_above: int | None = None
-) -> ClassStatistics:
+def class_statistics(moments: ClassMoments, options: MeasureOptions = MeasureOptions()) -> ClassStatistics:
     """Return the statistics of the classes with ``min_samples`` to ``drop_classes_above`` samples.
 
     Fewer than two classes are an error only if these bounds exclude the others.
 
     Args:
         moments: Moments of the features.
-        center: ``"samples"``: m is the mean of all samples of the measured classes; ``"classes"``: the mean of the
-            class means. They differ on unbalanced data.
-        min_samples: Classes with fewer samples are left out. With 0, a class without samples is an error.
-        drop_classes_above: Classes with more samples are left out; None for no limit.
+        options: Bounds of the number of samples of a class, and the centre.
 
     Raises:
-        ValueError: if the bounds leave fewer than two classes, a class has no sample while ``min_samples`` is 0,
-            ``drop_classes_above`` is under ``min_samples``, ``center`` is unknown, or an argument has another type.
+        ValueError: if the bounds leave fewer than two classes, a class has no sample while ``min_samples`` is 0, or
+            ``moments`` has another type.
 
     Examples:
         >>> moments = ClassMoments(3, 2)
@@ -73,18 +144,16 @@ def class_statistics(
     """
     if not isinstance(moments, ClassMoments):
         raise ValueError(f"moments must be ClassMoments, got {type(moments).__name__}")
-    check_sample_bounds(min_samples, drop_classes_above)
-    check_choice("center", center, ("samples", "classes"))
+    min_samples, most = options.min_samples, options.drop_classes_above
     if min_samples == 0 and (moments.counts == 0).any():
-        absent = (moments.counts == 0).nonzero().flatten().tolist()
-        names = ", ".join(map(str, absent[:10])) + (", …" if len(absent) > 10 else "")
+        names = listed((moments.counts == 0).nonzero().flatten().tolist())
         raise ValueError(f"every class must have a sample, got none of class {names}; min_samples=1 leaves it out")
     measured = moments.counts >= max(min_samples, 1)
-    if drop_classes_above is not None:
-        measured &= moments.counts <= drop_classes_above
+    if most is not None:
+        measured &= moments.counts <= most
     classes = measured.nonzero().flatten()
     if len(classes) < 2 and len(classes) < (with_samples := int((moments.counts > 0).sum())):
-        limit = "" if drop_classes_above is None else f" to drop_classes_above = {drop_classes_above}"
+        limit = "" if most is None else f" to drop_classes_above = {most}"
         raise ValueError(
             f"moments must hold at least 2 classes of min_samples = {max(min_samples, 1)}{limit} samples, "
             f"got {len(classes)} of {with_samples} classes (and {int(moments.counts.sum())} samples in all)"
@@ -96,7 +165,7 @@ def class_statistics(
     class_means = (moments.means if everything else moments.means[classes]).double()
     weights = (
         counts.double() / counts.sum()
-        if center == "samples"
+        if options.center == "samples"
         else torch.full_like(counts, 1 / max(len(counts), 1), dtype=torch.float64)
     )
     mean = weights @ class_means if len(classes) else torch.full_like(moments.means[0], torch.nan, dtype=torch.float64)

@@ -18,7 +18,7 @@ from neuralcollapse._running import evaluation_mode
 from neuralcollapse.classifier import check_not_lazy, is_classifier
 from neuralcollapse.metrics.collapse import collapse_metrics
 from neuralcollapse.metrics.moments import ClassMoments, Workspace, flat_batch
-from neuralcollapse.metrics.options import MeasureOptions
+from neuralcollapse.metrics.statistics import MeasureOptions
 
 # Attributes that torchmetrics changes in `forward`, besides the states.
 _INTERNAL = (

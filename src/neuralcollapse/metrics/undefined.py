@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from neuralcollapse._checks import listed
 from neuralcollapse.catalogue import METRICS
 from neuralcollapse.metrics.moments import ClassMoments
 from neuralcollapse.metrics.statistics import ClassStatistics
@@ -35,6 +36,13 @@ class Condition(NamedTuple):
     certain: bool = True
 
 
+class MetricValues(NamedTuple):
+    """Metrics by name, NaN for undefined ones, and the reasons of these."""
+
+    metrics: dict[str, float]
+    undefined: dict[str, str]
+
+
 CONSTANT = Condition(
     "constant features",
     "the features are the same for all samples, up to rounding: there is no between-class scatter",
@@ -48,9 +56,7 @@ def one_class(classes: Tensor) -> Condition:
     return Condition("one class", f"only class {int(classes[0])} has samples") if len(classes) else NO_SAMPLE
 
 
-def without_undefined(
-    values: Mapping[str, float], conditions: Iterable[Condition]
-) -> tuple[dict[str, float], dict[str, str]]:
+def without_undefined(values: Mapping[str, float], conditions: Iterable[Condition]) -> MetricValues:
     """Return the values, NaN for undefined metrics, and the reasons of the undefined ones.
 
     Args:
@@ -59,7 +65,7 @@ def without_undefined(
 
     Examples:
         >>> without_undefined({"nc1_pinv": 0.0, "rank_me": 1.5}, [Condition("no spread", "no class has two samples")])
-        ({'nc1_pinv': nan, 'rank_me': 1.5}, {'nc1_pinv': 'no class has two samples'})
+        MetricValues(metrics={'nc1_pinv': nan, 'rank_me': 1.5}, undefined={'nc1_pinv': 'no class has two samples'})
     """
     conditions = list(conditions)
     undefined = {}
@@ -70,7 +76,7 @@ def without_undefined(
         ]
         if reasons or not finite:
             undefined[name] = reasons[0] if reasons else _NOT_FINITE
-    return {name: math.nan if name in undefined else value for name, value in values.items()}, undefined
+    return MetricValues({name: math.nan if name in undefined else value for name, value in values.items()}, undefined)
 
 
 def conditions_of_moments(
@@ -155,16 +161,6 @@ def _range(moments: ClassMoments, measured: ClassStatistics) -> Iterator[Conditi
 def _named(classes: Tensor) -> str:
     """Return "class 3", or "classes 1, 2, …"."""
     return f"class{'es' if len(classes) > 1 else ''} {listed(classes.tolist())}"
-
-
-def listed(classes: list[int], most: int = 10) -> str:
-    """Return the first classes, and an ellipsis for the others.
-
-    Examples:
-        >>> listed([3, 5, 8], most=2)
-        '3, 5, …'
-    """
-    return ", ".join(map(str, classes[:most])) + (", …" if len(classes) > most else "")
 
 
 def grouped(undefined: Mapping[str, str], layers: Mapping[str, Mapping[str, str]] | None = None) -> list[str]:
