@@ -129,6 +129,12 @@ def expected_classifier(model: nn.Module, classifier: str | nn.Module | None = N
     return repr(candidates[0][0]) if len(candidates) == 1 else "(the first batch decides)"
 
 
+def check_named(classifier: object) -> None:
+    """Raise a ValueError unless the argument is a module or a string."""
+    if not isinstance(classifier, str | nn.Module):
+        raise ValueError(f"classifier must be a module or its dotted name, got {type(classifier).__name__}")
+
+
 def check_not_lazy(name: str, classifier: nn.Module) -> None:
     """Raise a ValueError if the number of features of the classifier is not known yet."""
     if isinstance(classifier, LazyModuleMixin) and classifier.has_uninitialized_params():
@@ -609,13 +615,13 @@ def _only(model: nn.Module, candidates: list[tuple[str, nn.Module]]) -> tuple[st
 
 def _named(model: nn.Module, classifier: str | nn.Module) -> tuple[str, nn.Module]:
     """Return the name and the module of a classifier given by either."""
+    check_named(classifier)
     if isinstance(classifier, nn.Module):
         names = [name for name, module in model.named_modules() if module is unwrapped(classifier)]
         if not names:
             raise ValueError(f"classifier ({type(classifier).__name__}) must be a module of the model; it is not in it")
         return names[0], unwrapped(classifier)
-    if not isinstance(classifier, str):
-        raise ValueError(f"classifier must be a dotted name or a module of the model, got {classifier!r}")
+    assert isinstance(classifier, str)
     for root in (model, unwrapped(model)):
         try:
             module = unwrapped(root.get_submodule(classifier)) if classifier else unwrapped(root)

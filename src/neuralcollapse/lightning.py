@@ -18,7 +18,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from torch import nn
 
 from neuralcollapse._checks import check_at_least, check_bool
-from neuralcollapse.classifier import expected_classifier
+from neuralcollapse.classifier import check_named, expected_classifier
 from neuralcollapse.lab.results.files import write_csv
 from neuralcollapse.lab.results.records import is_due
 from neuralcollapse.lab.results.tables import COLUMNS, read_table
@@ -102,8 +102,8 @@ class CollapseCallback(Callback):
         check_bool("overwrite", overwrite)
         if model is not None and not isinstance(model, str):
             raise ValueError(f"model must be a dotted name in the LightningModule, got {type(model).__name__}")
-        if classifier is not None and not isinstance(classifier, str | nn.Module):
-            raise ValueError(f"classifier must be a module or its dotted name, got {type(classifier).__name__}")
+        if classifier is not None:
+            check_named(classifier)
         known = set(inspect.signature(measure).parameters) - {"model", "loader", "train", "provenance"}
         if unknown := options.keys() - known:
             raise ValueError(f"options must be arguments of measure, got {', '.join(sorted(unknown))}")

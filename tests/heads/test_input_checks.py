@@ -103,7 +103,7 @@ WRONG_ARGUMENTS = [
     (lambda: attach_head(net(), NearestETFClassifier), "head must be an nn.Module, got type"),
     (
         lambda: attach_head(net(), NearestETFClassifier(4, 3), classifier=2),
-        "classifier must be a dotted name or a module",
+        "classifier must be a module or its dotted name",
     ),
     (
         lambda: attach_head(net(), NearestETFClassifier(4, 3), output=1.5),

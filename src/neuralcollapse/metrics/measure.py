@@ -16,12 +16,11 @@ from neuralcollapse._checks import check_device, check_module
 from neuralcollapse._running import call_model, device_of, evaluation_mode, unchanged_on_error, unwrapped
 from neuralcollapse._version import __version__
 from neuralcollapse.catalogue import in_order
-from neuralcollapse.classifier import ClassifierObserver, OutputClassifier
+from neuralcollapse.classifier import ClassifierObserver
 from neuralcollapse.metrics.collapse import measure_moments
-from neuralcollapse.metrics.feature_cache import FeatureCache
 from neuralcollapse.metrics.measurement import LabelFingerprint, Measurement, Provenance
 from neuralcollapse.metrics.moments import ClassMoments
-from neuralcollapse.metrics.samples import SampleValues, measure_samples
+from neuralcollapse.metrics.samples import FeatureCache, SampleValues, measure_samples
 from neuralcollapse.metrics.statistics import MeasureOptions, Pooling
 from neuralcollapse.metrics.undefined import NO_SAMPLE, warn_of_undefined, without_undefined
 
@@ -90,21 +89,21 @@ def measure(
         >>> measurement.cos_margins.shape
         torch.Size([48])
     """
-    _check_arguments(model, loader, layers, classifier, unpack, device)
+    _check_arguments(model, loader, layers, unpack, device)
     observer = ClassifierObserver(model, classifier)
     if device is not None:
         model.to(device)
     run = _ModelRun(model, observer, layers, options.layer_pooling, unpack or unpack_pair, device_of(model), progress)
     with (
-        FeatureCache(options.cache_bytes if options.per_sample else 0) as cache,
+        FeatureCache(options.cache_bytes) as cache,
         unchanged_on_error(model),
         evaluation_mode(model),
     ):
         with closing(run.over(loader, "loader")) as batches:
             first = next(batches)
-            weight, bias = run.classifier.weight, run.classifier.bias
+            weight, bias = observer.classifier.weight, observer.classifier.bias
             _check_train_moments(train, weight)
-            gathered = _Gathered(weight, cache if options.per_sample else None, options)
+            gathered = _Gathered(weight, cache, options)
             for outputs in chain((first,), batches):
                 gathered.add(outputs)
         train_moments = _moments_of_train_split(train, run, gathered)
@@ -113,10 +112,9 @@ def measure(
         metrics, undefined = measure_moments(moments, weight, bias, ood_means.get(""), options)
         accuracies = without_undefined(gathered.accuracies(), [] if moments.counts.any() else [NO_SAMPLE])
         samples = SampleValues.without_samples(len(weight))
-        sample_features, sample_targets = FeatureCache().sample(0)
         if options.per_sample:
             samples = measure_samples(cache, weight, moments, train_moments or moments, options)
-            sample_features, sample_targets = cache.sample(SAMPLE_SIZE)
+        sample_features, sample_targets = cache.sample(SAMPLE_SIZE)
     of_layers = {
         layer: measure_moments(gathered.layers[layer], None, None, ood_means.get(layer), options) for layer in layers
     }
@@ -154,11 +152,11 @@ class _Gathered:
 
     Args:
         weight: W (K, d).
-        cache: Cache of the samples, or None.
+        cache: Cache of the samples, to which they are added if the options include metrics of single samples.
         options: Options of the measurement.
     """
 
-    def __init__(self, weight: Tensor, cache: FeatureCache | None, options: MeasureOptions) -> None:
+    def __init__(self, weight: Tensor, cache: FeatureCache, options: MeasureOptions) -> None:
         num_classes, feature_dim = weight.shape
         self.new_moments = partial(
             ClassMoments, dtype=options.dtype, class_scatter=options.class_scatter, device=weight.device
@@ -168,6 +166,7 @@ class _Gathered:
         self.labels = LabelFingerprint()
         self.hits = torch.zeros(min(5, num_classes), dtype=torch.int64, device=weight.device)
         self.cache = cache
+        self.per_sample = options.per_sample
         self.ignore_index = options.ignore_index
 
     def add(self, outputs: _Outputs) -> None:
@@ -183,7 +182,7 @@ class _Gathered:
         ranked = outputs.logits.flatten(0, -2)[counted].topk(len(self.hits)).indices
         self.hits += (ranked == targets[:, None]).sum(dim=0)
         self.labels.update(targets)
-        if self.cache is not None:
+        if self.per_sample:
             self.cache.append(outputs.features.flatten(0, -2)[counted], targets, ranked[:, 0])
 
     def accuracies(self) -> dict[str, float]:
@@ -203,16 +202,12 @@ def _moments_of_train_split(
     return moments
 
 
-def _check_arguments(
-    model: object, loader: object, layers: object, classifier: object, unpack: object, device: object
-) -> None:
+def _check_arguments(model: object, loader: object, layers: object, unpack: object, device: object) -> None:
     check_module("model", model)  # type: ignore[arg-type]
     if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
         raise ValueError(f"loader must be an iterable of batches, got {type(loader).__name__}")
     if isinstance(layers, str) or not isinstance(layers, Sequence):
         raise ValueError(f"layers must be a list of names, got {layers!r}")
-    if classifier is not None and not isinstance(classifier, str | nn.Module):
-        raise ValueError(f"classifier must be a module or its dotted name, got {type(classifier).__name__}")
     if unpack is not None and not callable(unpack):
         raise ValueError(f"unpack must be a function of a batch, got {type(unpack).__name__}")
     check_device(device)
@@ -250,11 +245,6 @@ class _ModelRun:
     unpack: Unpack
     device: torch.device
     progress: bool
-
-    @property
-    def classifier(self) -> OutputClassifier:
-        """The classifier, known after the first batch."""
-        return self.observer.classifier
 
     def over(self, loader: Iterable[Any], argument: str) -> Generator[_Outputs]:
         """Yield the outputs of each batch."""
