@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ def batch_loss(
     """
     if config.loss in _OF_FEATURES:
         options = {"temperature": config.temperature, "margin": config.margin}
-        given = {name: float(value) for name, value in options.items() if value is not None}
+        given: dict[str, Any] = {name: float(value) for name, value in options.items() if value is not None}
         function = losses.bidirectional_nonl if config.bidirectional else _OF_FEATURES[config.loss]
         return function(features, targets, weight, **given)
     if config.loss == "mse":
