@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import math
 import weakref
 
@@ -343,3 +344,16 @@ def test_features_of_all_sizes_in_one_batch_are_projected_row_by_row():
     assert torch.allclose(torch.func.vmap(FeatureNorm(3.0))(features), FeatureNorm(3.0)(features), rtol=1e-6)
     bad = torch.tensor([[torch.inf, 1.0], [torch.nan, 1.0], [3.0, 4.0]])
     assert FeatureNorm(5.0)(bad).isfinite().all(dim=1).tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("head", "general", "hidden"),
+    [
+        (NearestETFClassifier, NearestFrameClassifier, set()),
+        (FixedETFClassifier, FixedFrameClassifier, {"code"}),
+    ],
+)
+def test_the_signature_of_an_etf_head_names_the_options_of_the_general_head(head, general, hidden):
+    shown, of_general = inspect.signature(head).parameters, inspect.signature(general).parameters
+    assert set(shown) == set(of_general) - hidden
+    assert all(shown[name].default == of_general[name].default for name in shown)

@@ -208,9 +208,22 @@ def test_analysis_does_not_change_the_model():
         (lambda: symmetric_saddle(6, 2, 2, 0.01, -1.0), "feature_decay must be a finite number of at least 0"),
         (lambda: symmetric_saddle(6, 2, 2, 0.01, 0.01, feature_dim=4), "feature_dim must be at least num_classes - 1"),
         (lambda: symmetric_saddle(6, 2, 2, 0.5, 0.5), r"weight_decay \* feature_decay must be less than 1/\(K²n\)"),
-        (lambda: next(survey(6, 2, 0.5, 0.5)), r"weight_decay \* feature_decay must be less than 1/\(K²n\)"),
-        (lambda: next(survey(6, 2, 0.01, 0.01, starts=-1)), "starts must be at least 0, got -1"),
-        (lambda: next(survey(6, 2, 0.01, 0.01, feature_dim=4)), "feature_dim must be at least num_classes - 1 = 5"),
+        (
+            lambda: next(survey(random_model(6, 2, 6, 0.5, 0.5))),
+            r"weight_decay \* feature_decay must be less than 1/\(K²n\)",
+        ),
+        (lambda: next(survey(random_model(6, 2, 6, 0.01, 0.01), starts=-1)), "starts must be at least 0, got -1"),
+        (lambda: next(survey(random_model(6, 2, 4, 0.01, 0.01))), "feature_dim must be at least num_classes - 1 = 5"),
+        (lambda: next(survey(random_model(6, 2, 6, 0.0, 0.01))), "weight_decay must be greater than 0, got 0.0"),
+        (
+            lambda: next(survey(random_model(6, 2, 6, 0.01, 0.01, loss="mse"))),
+            "model must have balanced classes, cross",
+        ),
+        (
+            lambda: next(survey(random_model(6, 2, 6, 0.01, 0.01, bias=False))),
+            "model must have balanced classes, cross",
+        ),
+        (lambda: next(survey(random_model(3, 2, 3, 0.01, 0.01, class_counts=[3, 2, 1]))), "model must have balanced"),
         (
             lambda: loss_slice(random_model(4, 3, 5, 0.01, 0.01), torch.zeros(3), torch.zeros(2)),
             r"direction must be of shape \(84,\), got \(3,\)",

@@ -20,6 +20,8 @@ from neuralcollapse.geometry.codes import Code, SimplexCode, check_constant_code
 from neuralcollapse.geometry.polar import METHODS, Method
 from neuralcollapse.geometry.polar_iteration import IMMEDIATE, ConvergenceCheck
 
+Proximal = tuple[Tensor, float | Tensor]  # the anchor and its weight γ
+
 
 def nearest_simplex_etf(
     class_means: Tensor,
@@ -132,7 +134,7 @@ def nearest_frame(
         >>> bool(torch.allclose(frame @ frame.T, gram, atol=1e-5))
         True
     """
-    _check_arguments(class_means, anchor, proximal_weight, class_weights)
+    proximal = _checked_proximal(class_means, anchor, proximal_weight, class_weights)
     check_choice("method", method, METHODS)
     num_classes, feature_dim = class_means.shape[-2:]
     means = class_means.to(compute_dtype(class_means.dtype))
@@ -146,15 +148,14 @@ def nearest_frame(
     if check_values and class_weights is not None:
         check_weight_values(class_weights)
     check = IMMEDIATE if check_values else None
-    frame = solve_frame(means, code, anchor, proximal_weight, class_weights=class_weights, method=method, check=check)
+    frame = solve_frame(means, code, proximal, class_weights=class_weights, method=method, check=check)
     return frame.to(class_means.dtype)
 
 
 def solve_frame(
     means: Tensor,
     code: Code,
-    anchor: Tensor | None = None,
-    proximal_weight: float | Tensor = 0.0,
+    proximal: Proximal | None = None,
     *,
     class_weights: Tensor | None = None,
     method: Method = "auto",
@@ -165,19 +166,18 @@ def solve_frame(
     Args:
         means: (..., K, d) of fp32 or fp64.
         code: In the dtype of the means.
-        anchor: As for `nearest_frame`. An anchor that is a frame of another code pulls by its part in the span of this
-            one: for a tight code that is (γ/2)(r/‖L‖²_F) ‖LQ − W₀‖²_F.
-        proximal_weight: γ, also as a tensor.
+        proximal: The anchor and γ, as for `nearest_frame`; γ also as a tensor. An anchor that is a frame of another
+            code pulls by its part in the span of this one: for a tight code that is (γ/2)(r/‖L‖²_F) ‖LQ − W₀‖²_F.
         class_weights: As for `nearest_frame`.
         method: As for `polar_factor`.
         check: Check of whether products converged; None for no check. `IMMEDIATE` also checks that the means differ.
     """
-    target, shifted, centred, norm, _ = _target(means, code, anchor, proximal_weight, class_weights)
+    target, shifted, centred, norm, _ = _target(means, code, proximal, class_weights)
     if check is IMMEDIATE and values_readable(norm) and not bool(torch.isfinite(norm).all()):
         check_finite("class_means", means)
         if not bool(torch.isfinite(torch.linalg.vector_norm(centred))):
             raise ValueError(f"class_means must be small enough to be squared in {means.dtype}")
-        if anchor is None or proximal_weight == 0:
+        if proximal is None:
             raise ValueError(
                 "class_means must not be all equal (centred, they are all zero), "
                 "unless an anchor with a positive proximal_weight decides the orientation"
@@ -186,11 +186,7 @@ def solve_frame(
 
 
 def _target(
-    means: Tensor,
-    code: Code,
-    anchor: Tensor | None,
-    proximal_weight: float | Tensor,
-    class_weights: Tensor | None,
+    means: Tensor, code: Code, proximal: Proximal | None, class_weights: Tensor | None
 ) -> tuple[Tensor, Code, Tensor, Tensor, Tensor]:
     """Return Ã = (r/‖L‖_F) Lᵀ diag(ω) Ĉ + γ Q₀, whose polar factor is Q, and what it is made of.
 
@@ -200,7 +196,8 @@ def _target(
     centred, norm, weights = _centre(means, class_weights)
     shifted, weighted = (code, centred) if weights is None else (code.shifted(weights), weights * centred)
     target = shifted.reduce(weighted, norm)
-    if anchor is not None and not (isinstance(proximal_weight, float | int) and proximal_weight == 0):
+    if proximal is not None:
+        anchor, proximal_weight = proximal
         target = target + code.coordinates(anchor.to(means.dtype), proximal_weight)
     return target, shifted, centred, norm, weighted
 
@@ -261,10 +258,10 @@ def nearest_etf_diagnostics(
         raise ValueError(
             f"etf must be of the shape (K, d) of class_means {tuple(class_means.shape)}, got {tuple(etf.shape)}"
         )
-    _check_arguments(class_means, anchor, proximal_weight, class_weights)
+    proximal = _checked_proximal(class_means, anchor, proximal_weight, class_weights)
     code = SimplexCode(len(class_means))
     code.check_dimension(class_means.shape[1])
-    target, _, centred, norm, weighted = _target(class_means.double(), code, anchor, proximal_weight, class_weights)
+    target, _, centred, norm, weighted = _target(class_means.double(), code, proximal, class_weights)
     frame = code.coordinates(etf.double())
     product = target @ frame.mT
     gradient = target - 0.5 * (product + product.mT) @ frame
@@ -292,10 +289,10 @@ def _check_means(class_means: Tensor) -> None:
         raise ValueError(f"class_means must be of shape (..., K, d), got {tuple(class_means.shape)}")
 
 
-def _check_arguments(
+def _checked_proximal(
     class_means: Tensor, anchor: Tensor | None, proximal_weight: float, class_weights: Tensor | None
-) -> None:
-    """Raise if kinds, shapes or the proximal weight are invalid; reads no values of tensors."""
+) -> Proximal | None:
+    """Return the proximal term, None if γ = 0; raise if kinds, shapes or γ are invalid. Reads no values of tensors."""
     _check_means(class_means)
     check_not_negative("proximal_weight", proximal_weight)
     if anchor is not None:
@@ -304,6 +301,7 @@ def _check_arguments(
         _check_like("class_weights", class_weights, class_means, (class_means.shape[-2],))
     if proximal_weight > 0 and anchor is None:
         raise ValueError(f"proximal_weight = {proximal_weight} needs an anchor, got None")
+    return None if anchor is None or proximal_weight == 0 else (anchor, proximal_weight)
 
 
 def check_weight_values(class_weights: Tensor) -> None:

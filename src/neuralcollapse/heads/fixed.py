@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -144,7 +144,10 @@ class FixedETFClassifier(FixedFrameClassifier):
             does not train, because each class depends on one unit, and the other units have no gradient; or the (K, d)
             ETF itself.
         generator: Source of randomness for ``orientation="random"``; by default a generator with seed 0.
-        **options: ``feature_norm``, ``bias``, ``momentum`` and ``ignore_index``, as for `FixedFrameClassifier`.
+        feature_norm: As for `FixedFrameClassifier`, and so are the following.
+        bias: ``"centring"``, ``"learned"`` or ``"none"``.
+        momentum: Weight of a new batch in the moving mean.
+        ignore_index: Target of features that are left out of the mean.
 
     Shape: features (..., d) to logits (..., K).
 
@@ -167,12 +170,23 @@ class FixedETFClassifier(FixedFrameClassifier):
         *,
         orientation: Literal["random", "canonical"] | Tensor = "random",
         generator: torch.Generator | None = None,
-        **options: Any,
+        feature_norm: float | Literal["auto"] | None = "auto",
+        bias: Bias = "centring",
+        momentum: Momentum = DEFAULT_MOMENTUM,
+        ignore_index: int | None = None,
     ) -> None:
         check_at_least("in_features", in_features, 1)
         check_etf_sizes(num_classes, in_features)
-        etf = _oriented_etf(orientation, num_classes, in_features, generator)
-        super().__init__(in_features, num_classes, etf, orientation="given", **options)
+        super().__init__(
+            in_features,
+            num_classes,
+            _oriented_etf(orientation, num_classes, in_features, generator),
+            feature_norm=feature_norm,
+            bias=bias,
+            momentum=momentum,
+            ignore_index=ignore_index,
+            orientation="given",
+        )
 
 
 def _oriented_etf(

@@ -297,16 +297,8 @@ class Head(nn.Module):
 class LearnsFromTargets(Head):
     """A head that is updated with the targets of each training batch."""
 
-    def __init__(
-        self,
-        in_features: int,
-        num_classes: int,
-        feature_norm: float | Literal["auto"] | None,
-        ignore_index: int | None = None,
-    ) -> None:
-        super().__init__(in_features, num_classes, feature_norm, ignore_index)
-        self._frozen = False
-        self._targets: Tensor | None = None
+    _frozen = False
+    _targets: Tensor | None = None
 
     def step_targets(self, targets: Tensor | None, features: Tensor) -> Tensor | None:
         """Return the targets (...) to update the head with; None if there is nothing to update.

@@ -72,7 +72,7 @@ class _Update(NamedTuple):
 class FollowsClassMeans(KeepsFullPrecision, LearnsFromTargets):
     """A head whose weight follows moving class means.
 
-    A subclass registers its first ``weight`` and implements `_step`.
+    A subclass registers the class weights (`_set_class_weights`) and its first ``weight``, and implements `_step`.
     """
 
     _full_precision_buffers: tuple[str, ...] = ("class_weights",)
@@ -83,18 +83,30 @@ class FollowsClassMeans(KeepsFullPrecision, LearnsFromTargets):
         self,
         in_features: int,
         num_classes: int,
-        *,
         feature_norm: float | Literal["auto"] | None,
         bias: Literal["centring", "none"],
         momentum: Momentum,
         ignore_index: int | None,
-        class_weights: Tensor | None,
     ) -> None:
         super().__init__(in_features, num_classes, feature_norm, ignore_index)
         check_choice("bias", bias, ("centring", "none"))
         self.centring = bias == "centring"
         self.class_means = ClassMeans(num_classes, in_features, momentum=momentum, ignore_index=ignore_index)
-        self.register_buffer("class_weights", _checked_class_weights(class_weights, num_classes))
+
+    def _set_class_weights(self, class_weights: Tensor | None) -> None:
+        """Register a copy of ω (K,) in at least fp32; raise unless it is a constant, at least 0 with a positive sum."""
+        if class_weights is not None:
+            check_floating("class_weights", class_weights)
+            if class_weights.shape != (self.num_classes,):
+                raise ValueError(
+                    f"class_weights must be of shape ({self.num_classes},), got {tuple(class_weights.shape)}"
+                )
+            if class_weights.requires_grad:
+                raise ValueError("class_weights must not require a gradient, since they are constants: detach them")
+            check_weight_values(class_weights)
+            device = torch.get_default_device()
+            class_weights = class_weights.to(device, compute_dtype(class_weights.dtype), copy=True)
+        self.register_buffer("class_weights", class_weights)
 
     def _keep(self, name: str, value: Tensor) -> None:
         """Register a buffer that stays in at least fp32, on the device of the class means."""
@@ -283,8 +295,7 @@ class ClosedForm:
         frame = solve_frame(
             class_means,
             head.frame.code(head, class_means),
-            last,
-            anchor_weight,
+            None if head.proximal_weight == 0 else (last, anchor_weight),
             class_weights=head.class_weights,
             method=self.method,
             check=head._convergence,
@@ -414,6 +425,7 @@ class NearestFrameClassifier(FollowsClassMeans):
         torch.Size([32, 100])
     """
 
+    _kind_of_frame: type[Frame] = Frame  # that the class accepts
     code: Tensor  # the given code in principal coordinates, if a code was given
     published_point: Tensor  # the last solution of TrustRegion
     last_solve: dict[str, float | str] | None
@@ -435,15 +447,8 @@ class NearestFrameClassifier(FollowsClassMeans):
         diagnostics: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(
-            in_features,
-            num_classes,
-            feature_norm=feature_norm,
-            bias=bias,
-            momentum=momentum,
-            ignore_index=ignore_index,
-            class_weights=class_weights,
-        )
+        super().__init__(in_features, num_classes, feature_norm, bias, momentum, ignore_index)
+        self._set_class_weights(class_weights)
         check_not_negative("proximal_weight", proximal_weight)
         check_bool("implicit_gradient", implicit_gradient)
         check_bool("diagnostics", diagnostics)
@@ -459,6 +464,11 @@ class NearestFrameClassifier(FollowsClassMeans):
             frame = _GivenCode(frame)
         if not isinstance(frame, Frame):
             raise ValueError(f"frame must be Simplex(), LeadingDirections() or a code (K, r), got {frame!r}")
+        if not isinstance(frame, self._kind_of_frame):
+            raise ValueError(
+                f"frame must be {self._kind_of_frame.__name__}() for {type(self).__name__}, got {frame!r}: "
+                "NearestFrameClassifier takes other frames"
+            )
         if not isinstance(solver, ClosedForm | TrustRegion):
             raise ValueError(f"solver must be ClosedForm() or TrustRegion(), got {solver!r}")
         self.frame, self.solver = frame, solver
@@ -506,17 +516,12 @@ class NearestFrameClassifier(FollowsClassMeans):
 class NearestETFClassifier(NearestFrameClassifier):
     r"""A classifier whose weight is, at every training step, the simplex ETF nearest to the moving class means.
 
-    It is `NearestFrameClassifier` with ``frame=Simplex()``.
-
-    Args:
-        in_features: d ≥ K−1.
-        num_classes: K ≥ 2.
-        **options: All other options of `NearestFrameClassifier`.
+    It is `NearestFrameClassifier` with ``frame=Simplex()``, for d ≥ K−1, and takes the same options.
 
     Shape: features (..., d) and targets (...) to logits (..., K).
 
     Raises:
-        ValueError: as for `NearestFrameClassifier`.
+        ValueError: as for `NearestFrameClassifier`; also if another frame is given.
 
     Source: Markou, Ajanthan, Gould, "Guiding Neural Collapse" (NeurIPS 2024).
 
@@ -528,8 +533,7 @@ class NearestETFClassifier(NearestFrameClassifier):
         torch.Size([32, 10])
     """
 
-    def __init__(self, in_features: int, num_classes: int, **options: Any) -> None:
-        super().__init__(in_features, num_classes, frame=Simplex(), **options)
+    _kind_of_frame = Simplex
 
 
 class ClassMeanClassifier(FollowsClassMeans):
@@ -583,15 +587,8 @@ class ClassMeanClassifier(FollowsClassMeans):
         class_weights: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(
-            in_features,
-            num_classes,
-            feature_norm=feature_norm,
-            bias=bias,
-            momentum=momentum,
-            ignore_index=ignore_index,
-            class_weights=class_weights,
-        )
+        super().__init__(in_features, num_classes, feature_norm, bias, momentum, ignore_index)
+        self._set_class_weights(class_weights)
         check_choice("means", means, ("previous", "current", "differentiable"))
         check_factory(None, None, generator)
         self.means = means
@@ -628,20 +625,6 @@ class ClassMeanClassifier(FollowsClassMeans):
 
     def _valid_weight(self, weight: Tensor) -> Tensor:
         return self._store_weight(_in_full_precision(normalize, weight)) if _rows_are_off(weight, 1.0) else weight
-
-
-def _checked_class_weights(class_weights: Tensor | None, num_classes: int) -> Tensor | None:
-    """Return a copy of ω (K,) in at least fp32; raise unless it is a constant, at least 0 with a positive sum."""
-    if class_weights is None:
-        return None
-    check_floating("class_weights", class_weights)
-    if class_weights.shape != (num_classes,):
-        raise ValueError(f"class_weights must be of shape ({num_classes},), got {tuple(class_weights.shape)}")
-    if class_weights.requires_grad:
-        raise ValueError("class_weights must not require a gradient, since they are constants: detach them")
-    check_weight_values(class_weights)
-    device = torch.get_default_device()
-    return class_weights.to(device, compute_dtype(class_weights.dtype), copy=True)
 
 
 def _random_unit_rows(in_features: int, num_classes: int, generator: torch.Generator | None) -> Tensor:

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from neuralcollapse._checks import check_at_least, check_etf_sizes
 from neuralcollapse.heads import LearnedClassifier
-from neuralcollapse.ufm.critical_points import CriticalPoint, classify_critical_point, escape, minimize
+from neuralcollapse.ufm.critical_points import (
+    CriticalPoint,
+    classify_critical_point,
+    escape,
+    known_optimum,
+    minimize,
+)
 from neuralcollapse.ufm.model import UnconstrainedFeatures, check_decay
 from neuralcollapse.ufm.optimum import check_nontrivial_optimum
 from neuralcollapse.ufm.saddles import symmetric_saddle
@@ -37,23 +43,13 @@ class Visit:
 
 
 def survey(
-    num_classes: int,
-    samples_per_class: int,
-    weight_decay: float,
-    feature_decay: float,
-    *,
-    feature_dim: int | None = None,
-    starts: int = 20,
-    generator: torch.Generator | None = None,
+    model: UnconstrainedFeatures, *, starts: int = 20, generator: torch.Generator | None = None
 ) -> Iterator[Visit]:
     """Descend from random starts and from every symmetric saddle after an escape, and classify every point reached.
 
     Args:
-        num_classes: K ≥ 2.
-        samples_per_class: n ≥ 1.
-        weight_decay: λ_W > 0.
-        feature_decay: λ_H > 0.
-        feature_dim: d ≥ K−1; K if not given.
+        model: Model of balanced classes, d ≥ K−1, with positive decay of W and H, none of b, cross-entropy without
+            smoothing, and a `LearnedClassifier` with a bias that normalises nothing. Its parameters are not used.
         starts: Number of random starts, which have normal entries of variance 1/d.
         generator: Source of randomness.
 
@@ -62,12 +58,13 @@ def survey(
         is the origin), the saddle, and the final point of the descent after the escape.
 
     Raises:
-        ValueError: if an argument is out of range, or λ_W λ_H ≥ 1/(K²n): the origin is then the only critical point.
+        ValueError: if ``starts`` is negative, the model is another, or λ_W λ_H ≥ 1/(K²n): the origin is then the only
+            critical point.
         ImportError: if scipy is not installed.
 
     Examples:
-        >>> visits = list(survey(4, 2, 0.01, 0.01, starts=2))
-        >>> for visit in visits:
+        >>> model = UnconstrainedFeatures(4, 2, 4, LearnedClassifier(4, 4), weight_decay=0.01, feature_decay=0.01)
+        >>> for visit in survey(model, starts=2):
         ...     print(f"{visit.name}: {visit.point.kind}")
         start 0: global optimum
         start 1: global optimum
@@ -76,18 +73,28 @@ def survey(
         2 groups: strict saddle
         from 2 groups: global optimum
     """
-    feature_dim = num_classes if feature_dim is None else feature_dim
+    FlatObjective(model)  # raises unless it is an UnconstrainedFeatures
+    num_classes, samples_per_class, feature_dim = model.num_classes, model.samples_per_class, model.feature_dim
     check_etf_sizes(num_classes, feature_dim)
-    check_at_least("samples_per_class", samples_per_class, 1)
     check_at_least("starts", starts, 0)
-    weight_decay = check_decay("weight_decay", weight_decay, positive=True)
-    feature_decay = check_decay("feature_decay", feature_decay, positive=True)
+    weight_decay = check_decay("weight_decay", model.weight_decay, positive=True)
+    feature_decay = check_decay("feature_decay", model.feature_decay, positive=True)
     check_nontrivial_optimum(num_classes, samples_per_class, weight_decay, feature_decay)
-    sizes = (num_classes, samples_per_class, feature_dim)
+    plain = model.loss == "cross-entropy" and not model.label_smoothing and not model.bias_decay
+    if not plain or model.head.bias is None or known_optimum(model) is None:
+        raise ValueError(
+            "model must have balanced classes, cross-entropy without label smoothing, no bias_decay, and a "
+            f"LearnedClassifier with a bias that normalises nothing, got {model!r}"
+        )
     for start in range(starts):
-        head = LearnedClassifier(feature_dim, num_classes)
         model = UnconstrainedFeatures(
-            *sizes, head, weight_decay=weight_decay, feature_decay=feature_decay, generator=generator
+            num_classes,
+            samples_per_class,
+            feature_dim,
+            LearnedClassifier(feature_dim, num_classes),
+            weight_decay=weight_decay,
+            feature_decay=feature_decay,
+            generator=generator,
         ).double()
         weight = torch.randn(num_classes, feature_dim, generator=generator, dtype=torch.float64)
         model.place(weight / feature_dim**0.5, model.features.detach())

@@ -71,14 +71,23 @@ def run(settings: Namespace) -> None:
     import torch  # seconds: not for a mistake in a flag
     from tqdm.auto import tqdm
 
+    from neuralcollapse.heads import LearnedClassifier
     from neuralcollapse.lab.figures.landscape import report_landscape
     from neuralcollapse.lab.results.folder import RunFolder
     from neuralcollapse.lab.training.landscape import tabulate
-    from neuralcollapse.ufm import origin_curvature, survey
+    from neuralcollapse.ufm import UnconstrainedFeatures, origin_curvature, survey
 
-    sizes = (config.num_classes, config.samples_per_class, config.weight_decay, config.feature_decay)
+    feature_dim = config.feature_dim or config.num_classes
+    model = UnconstrainedFeatures(
+        config.num_classes,
+        config.samples_per_class,
+        feature_dim,
+        LearnedClassifier(feature_dim, config.num_classes),
+        weight_decay=config.weight_decay,
+        feature_decay=config.feature_decay,
+    )
     generator = torch.Generator().manual_seed(config.seed)
-    visits = survey(*sizes, feature_dim=config.feature_dim, starts=config.starts, generator=generator)
+    visits = survey(model, starts=config.starts, generator=generator)
     first = next(visits)  # what is wrong with the sizes shows here, before anything is deleted
     folder = RunFolder(output_folder(settings, "runs/landscape"))
     folder.check(config.in_force(), overwrite=bool(settings.get("overwrite")))
@@ -87,7 +96,8 @@ def run(settings: Namespace) -> None:
     bar = tqdm(chain([first], visits), total=total, unit="point", dynamic_ncols=True, disable=quiet)
     with folder.writing(config.in_force(), overwrite=bool(settings.get("overwrite")), reported=True):
         tables = tabulate(bar, generator)
-        points, spectrum, slices = tables.frames()
-        known = {"optimum": tables.optimum, "bound": origin_curvature(*sizes)}
-        table, written = report_landscape(folder, points, spectrum, slices, config.title, **known)
+        bound = origin_curvature(
+            config.num_classes, config.samples_per_class, config.weight_decay, config.feature_decay
+        )
+        table, written = report_landscape(folder, tables.frames(), config.title, optimum=tables.optimum, bound=bound)
     print_table(table, written)

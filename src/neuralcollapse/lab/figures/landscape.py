@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -17,33 +18,26 @@ _STYLES = ("-", "--", "-.", ":")
 
 
 def report_landscape(
-    folder: RunFolder,
-    points: pd.DataFrame,
-    spectrum: pd.DataFrame,
-    slices: pd.DataFrame,
-    title: str,
-    *,
-    optimum: float,
-    bound: float,
+    folder: RunFolder, tables: Mapping[str, pd.DataFrame], title: str, *, optimum: float, bound: float
 ) -> tuple[str, list[Path]]:
-    """Write the tables, the summary and the figure; return the table and what was written, most telling first.
+    """Write the tables, the summary and the figure; return the table and the files written, most telling first.
 
     Args:
-        folder: Where to.
-        points: Columns name, kind, objective, excess, gradient_norm, least_eigenvalue, iterations.
-        spectrum: Columns name, index, eigenvalue: the least of each point's Hessian.
-        slices: Columns name, step, objective: along the direction of most negative curvature.
+        folder: Folder to write to.
+        tables: ``points``, with the columns name, kind, objective, excess, gradient_norm, least_eigenvalue and
+            iterations; ``spectrum``, the least eigenvalues of each point's Hessian: name, index, eigenvalue; and
+            ``slices`` along the direction of most negative curvature: name, step, objective.
         title: The model.
         optimum: The least f.
         bound: The formula's least eigenvalue at the origin.
     """
-    paths = {name: folder.path / f"{name}.csv" for name in ("points", "spectrum", "slices")}
-    for one, path in zip((points, spectrum, slices), paths.values(), strict=True):
-        write_csv(path, one)
+    paths = {name: folder.path / f"{name}.csv" for name in tables}
+    for name, path in paths.items():
+        write_csv(path, tables[name])
     folder.figures.mkdir(parents=True, exist_ok=True)
     figure = folder.figures / "landscape.png"
-    _draw(spectrum, slices, title, optimum, bound, figure)
-    table, made = aligned(_table(points)), folder.read_environment()
+    _draw(tables["spectrum"], tables["slices"], title, optimum, bound, figure)
+    table, made = aligned(_table(tables["points"])), folder.read_environment()
     text = f"""# The landscape: {title}
 
 {table}

@@ -172,7 +172,7 @@ class ResidualBlock(nn.Module):
         self.shortcut = (
             nn.Identity()
             if in_channels == out_channels and stride == 1
-            else _convolution(in_channels, out_channels, size=1, stride=stride, activation=False, affine=affine)
+            else _convolution(in_channels, out_channels, size=1, stride=stride, affine=affine)[:2]  # without the ReLU
         )
 
     def forward(self, images: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ def _two_convolutions(before: int, inner: int, after: int, stride: int, affine: 
     """Two 3×3 convolutions, the first with the stride."""
     return nn.Sequential(
         _convolution(before, inner, stride=stride, affine=affine),
-        _convolution(inner, after, activation=False, affine=affine),
+        _convolution(inner, after, affine=affine)[:2],  # without the ReLU
     )
 
 
@@ -192,7 +192,7 @@ def _bottleneck(before: int, inner: int, after: int, stride: int, groups: int, a
     return nn.Sequential(
         _convolution(before, inner, size=1, affine=affine),
         _convolution(inner, inner, stride=stride, groups=groups, affine=affine),
-        _convolution(inner, after, size=1, activation=False, affine=affine),
+        _convolution(inner, after, size=1, affine=affine)[:2],  # without the ReLU
     )
 
 
@@ -307,13 +307,11 @@ def _convolution(
     size: int = 3,
     stride: int = 1,
     groups: int = 1,
-    activation: bool = True,
     affine: bool = True,
 ) -> nn.Sequential:
-    """Convolution, batch norm and, if asked for, ReLU."""
+    """Return a convolution, batch norm and ReLU."""
     convolution = nn.Conv2d(in_channels, out_channels, size, stride, size // 2, groups=groups, bias=False)
-    layers: list[nn.Module] = [convolution, nn.BatchNorm2d(out_channels, affine=affine)]
-    return nn.Sequential(*layers, nn.ReLU()) if activation else nn.Sequential(*layers)
+    return nn.Sequential(convolution, nn.BatchNorm2d(out_channels, affine=affine), nn.ReLU())
 
 
 def _initialise(network: nn.Module) -> None:

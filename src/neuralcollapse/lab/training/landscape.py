@@ -31,9 +31,9 @@ class LandscapeTables:
     slices: list[dict[str, Any]] = field(default_factory=list)
     optimum: float = math.nan
 
-    def frames(self) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-        """Points, spectrum and slices as data frames."""
-        return pd.DataFrame(self.points), pd.DataFrame(self.spectrum), pd.DataFrame(self.slices)
+    def frames(self) -> dict[str, pd.DataFrame]:
+        """Return the tables by name, as data frames."""
+        return {name: pd.DataFrame(getattr(self, name)) for name in ("points", "spectrum", "slices")}
 
 
 def tabulate(visits: Iterable[Visit], generator: torch.Generator) -> LandscapeTables:
