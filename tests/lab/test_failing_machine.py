@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from helpers import error_of
 from neuralcollapse.lab import RunConfig, RunFolder, train_runs
@@ -100,36 +99,15 @@ def test_a_spoilt_checkpoint_is_refused_by_name_and_nothing_is_executed(kind, ru
     assert not (run.path / "executed").exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "command"),
-    [
-        ("config.yaml", "aggregate"),
-        ("metrics.csv", "aggregate"),
-        ("training.csv", "aggregate"),
-        ("environment.yaml", "plot --figure margins"),
-    ],
-)
-def test_a_damaged_file_is_not_read(name, command, run, capsys):
-    path = run.path / name
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    assert f"{name}' was changed or damaged after it was written" in error_of(
-        capsys, *command.split(), str(run.path), "--out", str(run.path / "all.csv")
-    )
-
-
-def test_damaged_checksums_and_records_are_said(run, capsys):
+def test_a_damaged_record_is_refused(run, capsys):
     record = next(iter(run.measured().values()))
     overwrite = bytearray(record.read_bytes())
     overwrite[-5] ^= 1
     record.write_bytes(overwrite)
     assert "is damaged: its content does not match its checksum" in error_of(capsys, "distance", str(run.path))
-    run.checksums.write_text("- 1\n")
-    assert "checksums.yaml' must be checksums of files" in error_of(capsys, "distance", str(run.path))
 
 
-def test_a_kill_between_a_file_and_its_checksum_leaves_one_that_is_read(run):
+def test_a_kill_before_a_file_is_renamed_leaves_the_former_one(run):
     content = run.metrics.read_bytes()
 
     def write(partial: Path) -> None:
@@ -142,7 +120,6 @@ def test_a_kill_between_a_file_and_its_checksum_leaves_one_that_is_read(run):
         with pytest.raises(KeyboardInterrupt):
             write_whole(run.metrics, write)
     assert run.metrics.read_bytes() == content
-    assert len(yaml.safe_load(run.checksums.read_text())["metrics.csv"]) == 2
     assert not [path for path in run.path.iterdir() if path.name.endswith(".partial")]
     assert read_table(run.metrics)["value"].notna().all()
 

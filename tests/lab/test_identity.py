@@ -199,7 +199,6 @@ def test_a_checkpoint_says_whose_it_is(run):
     ],
 )
 def test_a_run_without_its_environment_is_not_resumed(spoil, run, capsys):
-    run.checksums.unlink()
     spoil(run)
     checkpoint = run.last_checkpoint.read_bytes()
     assert "environment.yaml'" in error_of(capsys, "train", "--resume", "--epochs", "3", "--out", "run")

@@ -194,7 +194,6 @@ def test_nothing_from_a_folder_is_read_as_html(digits, tmp_path):
     bad = "</script><img src=x onerror=alert(1)>"
     folder = tmp_path / "bad"
     shutil.copytree(digits / "runs" / "fixed-seed0", folder)
-    (folder / "checksums.yaml").unlink()
     for path, name in ((folder / "config.yaml", "backbone"), (folder / "environment.yaml", "data")):
         path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {name: bad}))
     second = tmp_path / "second"
@@ -212,7 +211,6 @@ def test_the_title_of_unlike_runs_names_what_differs_and_what_is_common(digits, 
     folders = [tmp_path / name for name in ("one", "two")]
     for folder, changed in zip(folders, ({}, {"backbone": "convnet", "optimizer": "adam", "lr": 0.001}), strict=True):
         shutil.copytree(digits / "runs" / "fixed-seed0", folder)
-        (folder / "checksums.yaml").unlink()
         config = folder / "config.yaml"
         config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | changed))
     out = tmp_path / "page.html"

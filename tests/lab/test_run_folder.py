@@ -22,32 +22,12 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 SMALL = {"backbone": "mlp", "width": 12, "depth": 1, "train_samples": 200, "test_samples": 60, "epochs": 1}
 
 
-@pytest.fixture
-def old(tmp_path) -> Path:
-    """Folders that version 0.1.0 wrote, of a run with AGD and noisy labels and of a comparison."""
-    return Path(shutil.copytree(FIXTURES / "format0", tmp_path / "format0"))
-
-
-def test_a_folder_of_format_0_is_read(old):
-    folder = RunFolder(old / "compare")
-    assert {run.path.name for run in folder.run_folders()} == {
-        f"{method}-seed{seed}" for method in ("standard", "implicit") for seed in (0, 1)
-    }
-    metrics = gather(folder.run_folders(), "metrics")
-    assert set(metrics["method"]) == {"standard", "implicit"}
-    assert folder.read_environment()["packages"]["torch"] == "2.13.0+cpu"
-    assert "| implicit" in summarise(folder, "compare").table
-    assert [run.path for run in RunFolder(old / "train").run_folders()] == [old / "train"]
-
-
-def test_a_folder_of_format_0_goes_on_and_is_run_again(old, tmp_path):
-    before = {path: path.read_bytes() for path in (old / "train").glob("*.csv")}
-    assert main(["train", "--resume", "--out", str(old / "train")]) == 0
-    assert {path: path.read_bytes() for path in before} == before
-    assert main(["train", "--config", str(old / "train" / "config.yaml"), "--out", str(tmp_path / "again")]) == 0
-    settings = RunFolder(tmp_path / "again").settings()
-    assert (settings["optimizer"], settings["label_noise"]) == ("agd", 0.1)
-    assert not {"lr", "schedule", "weight_decay", "stem", "proximal_weight"} & set(settings)
+def test_a_folder_of_the_unreleased_format_0_is_refused(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("environment: {}\nmethod: fixed\n")
+    for command in ("train --resume --out", "plot --figure papyan", "aggregate --out all.csv", "distance", "measure"):
+        assert "a run of an unreleased format, 0" in error_of(capsys, *command.split(), str(tmp_path))
+    file = ["--config", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "new")]
+    assert "a run of format 0, which was never released" in error_of(capsys, "train", *file)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +57,7 @@ def test_settings_whose_default_has_changed_keep_their_meaning_in_older_folders(
 
 def test_a_config_of_an_older_folder_keeps_its_meaning_as_a_file_of_settings(tmp_path, capsys):
     file = tmp_path / "config.yaml"
-    for head, orientation in (({"format": 1}, "canonical"), ({"environment": {}}, "canonical"), ({}, "random")):
+    for head, orientation in (({"format": 1}, "canonical"), ({}, "random")):
         file.write_text(yaml.safe_dump({**head, "method": "fixed"}))
         assert main(["train", "--config", str(file), "--print_config"]) == 0
         assert yaml.safe_load(capsys.readouterr().out)["orientation"] == orientation
@@ -92,7 +72,6 @@ def test_a_fixed_run_of_format_1_resumes_with_its_orientation(tmp_path):
     settings = yaml.safe_load((out / "config.yaml").read_text())
     del settings["orientation"]
     (out / "config.yaml").write_text(yaml.safe_dump(settings | {"format": 1}))
-    (out / "checksums.yaml").unlink()
     assert main(["train", "--resume", "--epochs", "2", "--out", str(out)]) == 0
     assert RunFolder(out).settings()["orientation"] == "canonical"
 
@@ -102,7 +81,6 @@ def test_a_folder_of_a_newer_format_is_refused(tmp_path, capsys):
     train_runs(RunConfig(**SMALL), out, progress=False)
     settings = yaml.safe_load((out / "config.yaml").read_text())
     (out / "config.yaml").write_text(yaml.safe_dump(settings | {"format": 99}))
-    (out / "checksums.yaml").unlink()
     message = error_of(capsys, "train", "--resume", "--out", str(out))
     assert "is a run of format 99, and this version of neuralcollapse reads up to 2: install a newer one" in message
 
@@ -209,3 +187,13 @@ def test_a_measurement_is_recorded_under_its_epoch_and_split(tmp_path):
         folder.record(-1, "train", measurement)
     folder.record(1, "train", measurement)
     assert read_table(folder.metrics)["epoch"].is_monotonic_increasing
+
+
+def test_a_folder_with_the_checksums_of_an_earlier_version_is_read_and_resumed(tmp_path):
+    folder = train_runs(RunConfig(**SMALL, schedule="constant"), tmp_path / "out", progress=False)
+    manifest = folder.path / "checksums.yaml"
+    manifest.write_text("metrics.csv:\n- 0a0b\n")
+    assert set(read_table(folder.metrics)["epoch"]) == {1}
+    train_runs(RunConfig(**SMALL | {"epochs": 2}, schedule="constant"), folder.path, resume=True, progress=False)
+    assert set(read_table(folder.metrics)["epoch"]) == {1, 2}
+    assert not manifest.exists()  # an earlier version would refuse the new files by it

@@ -56,10 +56,9 @@ def run(trained, tmp_path, monkeypatch) -> RunFolder:
 
 
 def rewrite(path: Path, **values: object) -> None:
-    """Change a file as its writer could have: its checksum with it; a value that is None is removed."""
+    """Change a file; a value that is None is removed."""
     content = yaml.safe_load(path.read_text()) | values
     path.write_text(yaml.safe_dump({name: value for name, value in content.items() if value is not None}))
-    (path.parent / "checksums.yaml").unlink(missing_ok=True)
 
 
 BUILT_IN_ONLY = dict.fromkeys(("width", "depth", "feature_dim", "batch_norm_affine", "initialisation"))
@@ -204,9 +203,8 @@ def seconds(most: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("content", DAMAGED)
-@pytest.mark.parametrize("name", ["config.yaml", "environment.yaml", "checksums.yaml"])
+@pytest.mark.parametrize("name", ["config.yaml", "environment.yaml"])
 def test_damaged_yaml_is_one_line(name, content, run, capsys):
-    run.checksums.unlink()
     (run.path / name).write_bytes(DAMAGED[content].encode(errors="surrogateescape"))
     with seconds(60):
         assert name in error_of(capsys, "distance", "run")
@@ -259,7 +257,6 @@ def test_what_is_no_file_is_one_line(name, run, capsys):
     ],
 )
 def test_damaged_tables_are_one_line(content, expected, run, capsys):
-    run.checksums.unlink()
     run.metrics.write_text(content)
     assert expected in error_of(capsys, "aggregate", "run", "--out", "all.csv")
 

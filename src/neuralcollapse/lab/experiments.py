@@ -197,9 +197,11 @@ def tell_apart(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         >>> tell_apart([{"method": "fixed", "lr": 0.1}, {"method": "fixed", "lr": 0.2}, {"method": "means", "lr": 0.1}])
         [{'method': 'fixed', 'lr': 0.1}, {'method': 'fixed', 'lr': 0.2}, {'method': 'means', 'lr': 0.1}]
     """
-    runs = [without_secrets({**run, "method": run.get("method") or run.get("model")}) for run in runs]
+    runs = [
+        without_secrets({**run, "method": run.get("method") or run.get("name") or run.get("model")}) for run in runs
+    ]
     compared = ("method", "loss", "weight_average")
-    own = ("seed", "environment", "recipe", "loggers", "device", "model", *compared)
+    own = ("seed", "recipe", "loggers", "device", "name", "model", *compared)
     names = sorted({name for run in runs for name in run}.difference(own))
     kinds: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for run in runs:

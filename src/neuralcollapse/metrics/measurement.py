@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from neuralcollapse._checks import check_at_least, listed
+from neuralcollapse._files import write_whole
 from neuralcollapse.catalogue import METRICS, in_order
 from neuralcollapse.metrics.collapse import measure_moments
 from neuralcollapse.metrics.moments import ClassMoments
@@ -296,30 +296,15 @@ def _unpacked(prefix: str, tensors: dict[str, Tensor]) -> ClassMoments:
 
 
 def write_record(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a file completely or not at all: to a temporary name, synced to disk, then renamed.
-
-    A checksum of the header and of the tensors is added to the metadata.
+    """Write a file completely or not at all, with a checksum of the header and of the tensors in its metadata.
 
     Raises:
         OSError: if the file cannot be written; an existing file is then left unchanged.
     """
-    path = Path(path)
     data = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     checksum = _checksum(*_split(serialise(data, dict(metadata))))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.unlink(missing_ok=True)  # a symbolic link would be followed
-        with temporary.open("wb") as file:
-            file.write(serialise(data, {**metadata, "checksum": checksum}))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
+    content = serialise(data, {**metadata, "checksum": checksum})
+    write_whole(Path(path), lambda temporary: temporary.write_bytes(content))
 
 
 def read_record(path: str | Path, kind: str, version: int) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -76,9 +76,11 @@ def asked_for(settings: Namespace, *sections: type[Settings]) -> dict[str, Any]:
     for section in sections:
         hints = type_hints(section) | hints  # of a setting that two sections have, the first one's type counts
     found = {name: parse(name, given[name], hint) for name, hint in hints.items() if name in given}
-    # Of a config.yaml that an earlier version wrote; format 0 has no number, and the environment in the same file.
+    # A config.yaml that an earlier version wrote; format 0 has no number, and the environment in the same file.
     number = parse("format", given.get("format", 0 if "environment" in given else FORMAT), int)
-    return with_earlier_meanings(found) if (number or 0) < FORMAT else found
+    if not number:
+        raise ValueError("config must not be the settings of a run of format 0, which was never released")
+    return with_earlier_meanings(found) if number < FORMAT else found
 
 
 def integer(text: str | int) -> int:

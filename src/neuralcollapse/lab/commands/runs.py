@@ -64,7 +64,7 @@ def new_files(paths: Sequence[Path], *, overwrite: bool) -> Iterator[None]:
         if path.exists() and not path.is_file():
             raise ValueError(f"out must be a regular file, and {str(path)!r} is not")
         new_file(path, overwrite=overwrite or unfinished.exists())
-    with sole_writer(folder) if (folder / RunFolder.FILES["checksums"]).exists() else nullcontext():
+    with sole_writer(folder) if (folder / RunFolder.FILES["environment"]).exists() else nullcontext():
         there_before, is_new = {path for path in paths if path.exists()}, not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         unfinished.unlink(missing_ok=True)

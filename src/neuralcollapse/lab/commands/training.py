@@ -61,8 +61,6 @@ def stored_settings(
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """What is asked for, and the settings to take where nothing is: of the run to go on with, if there is one.
 
-    A file of settings of format 0 has some without effect: they count where they have one.
-
     Raises:
         ValueError: if the folder is of an external model, or its settings name a class that the command line does not.
     """
@@ -71,10 +69,10 @@ def stored_settings(
         stored = folder.settings()
         if is_external(stored):
             raise ValueError(f"resume goes on with a run, and {out!r} holds measurements of an external model")
+        if "name" in stored:
+            raise ValueError(f"resume goes on with a run that `train` began, and {out!r} is of another program's")
         check_class_is_named(stored, given.get("backbone"), folder.config)
         return given, stored
-    if settings.get("environment") is not None:
-        return {}, given
     return given, None
 
 

@@ -15,7 +15,7 @@ from neuralcollapse.lab.results.tables import COLUMNS, read_table, seed_of
 TRAINING = "training"
 
 
-def group_runs(runs: Sequence[RunFolder], always: Sequence[str] = ("method",)) -> dict[str, list[RunFolder]]:
+def group_runs(runs: Sequence[RunFolder], always: Sequence[str] = ("name", "method")) -> dict[str, list[RunFolder]]:
     """Runs that differ in their seed alone, under a label that says in what the groups differ.
 
     Args:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from neuralcollapse.lab.results.files import CHECKSUMS, read_yaml, write_yaml
+from neuralcollapse.lab.results.files import read_yaml, write_yaml
 from neuralcollapse.lab.results.locking import check_free, sole_writer
 from neuralcollapse.lab.results.provenance import environment, now, start
 from neuralcollapse.lab.results.resuming import (
@@ -19,6 +19,7 @@ from neuralcollapse.lab.results.resuming import (
     SETTINGS,
     changed_data,
     changed_settings,
+    check_plain,
     check_types,
     is_folder_name,
 )
@@ -26,10 +27,12 @@ from neuralcollapse.lab.results.resuming import (
 if TYPE_CHECKING:
     from neuralcollapse.metrics import Measurement
 
-# Number of the format that is written. 0 had settings and environment in one file, and settings without effect as well.
-# Until 2 a fixed classifier had the canonical orientation, one-cycle kept the momentum, and dot-regression was what is
+# Number of the format that is written. 0, which had settings and environment in one file, was never released. Until 2 a
+# fixed classifier had the canonical orientation, one-cycle kept the momentum, and dot-regression was what is
 # dot-regression-published now.
 FORMAT = 2
+# Checksums of the files beside it, which earlier versions kept.
+_MANIFEST = "checksums.yaml"
 
 
 class RunFolder:
@@ -40,7 +43,6 @@ class RunFolder:
         config: The settings that were in force, enough to run it again, and the format's number.
         environment: What a result depends on beside them: versions, machine, data; when it was made, and whether it is
             finished.
-        checksums: SHA-256 of the files beside it, which are compared when they are read again.
         metrics: What was measured: epoch, split, metric, value.
         training_log: What training itself saw in each epoch, never compared: seconds, loss, accuracy, alignment,
             learning rate (of AGD: its step η).
@@ -64,7 +66,6 @@ class RunFolder:
     FILES: ClassVar[dict[str, str]] = {
         "config": "config.yaml",
         "environment": "environment.yaml",
-        "checksums": CHECKSUMS,
         "metrics": "metrics.csv",
         "training_log": "training.csv",
         "gradients": "gradients.csv",
@@ -84,7 +85,6 @@ class RunFolder:
     }
     config: Path
     environment: Path
-    checksums: Path
     metrics: Path
     training_log: Path
     gradients: Path
@@ -102,6 +102,54 @@ class RunFolder:
         self.path = Path(path)
         for name, place in (self.FILES | self.FOLDERS).items():
             setattr(self, name, self.path / place)
+
+    @classmethod
+    def create(
+        cls, path: str | Path, *, name: str, settings: Mapping[str, Any] | None = None, overwrite: bool = False
+    ) -> RunFolder:
+        """Create the folder of a run that your own program trains, and in which it records measurements.
+
+        Args:
+            path: A new or an empty folder.
+            name: Name of the run in tables and figures.
+            settings: Plain values that tell the run from others, such as data, learning rate and seed. Runs that differ
+                in their ``"seed"`` alone are aggregated.
+            overwrite: Delete the run that the folder holds.
+
+        Raises:
+            ValueError: if the folder holds files, settings are not plain values, or one that this package writes too,
+                such as ``"seed"``, is of another type.
+            OSError: if the folder cannot be written to.
+
+        Examples:
+            >>> import torch
+            >>> from neuralcollapse import measure
+            >>> folder = RunFolder.create(getfixture("tmp_path") / "mine", name="mine", settings={"seed": 0})
+            >>> batches = [(torch.randn(16, 4), torch.arange(16) % 2)]
+            >>> path = folder.record(1, "train", measure(torch.nn.Linear(4, 2), batches, progress=False))
+            >>> path.name
+            'epoch0001-train.safetensors'
+        """
+        folder, settings = cls(path), dict(settings or {})
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"name must be a text, got {name!r}")
+        if reserved := {"name", "format"} & set(settings):
+            raise ValueError(f"settings must not hold {min(reserved)!r}, which the folder keeps itself")
+        settings = {"name": name, **settings}
+        check_plain(settings, "settings")
+        check_types(settings, SETTINGS, "settings")
+        if folder.config.exists() and not overwrite:
+            raise ValueError(
+                f"path must be a new or an empty folder, and {str(folder.path)!r} holds a run: RunFolder(path) is that "
+                "run's folder, overwrite=True deletes it"
+            )
+        folder.check(settings, overwrite=overwrite)
+        with sole_writer(folder.path):
+            if folder.config.exists():
+                folder._clear()
+            write_yaml(folder.environment, {**environment(folder.path), "started": now()})
+            write_yaml(folder.config, {"format": FORMAT, **settings})
+        return folder
 
     @property
     def last_checkpoint(self) -> Path:
@@ -161,9 +209,15 @@ class RunFolder:
             )
         path = self.measurement(epoch, split)
         with sole_writer(self.path):
+            if not self.metrics.exists():
+                self._keep_num_classes(measurement.num_classes)
             replace(measurement, provenance=replace(origin, epoch=epoch, split=split)).save(path)
             replace_rows(self.metrics, epoch, split, measurement.metrics)
         return path
+
+    def _keep_num_classes(self, number: int) -> None:
+        if self.read_environment().get("num_classes") is None:
+            self.add_facts(num_classes=number)
 
     def run(self, name: str) -> RunFolder:
         """The folder of one of several runs."""
@@ -187,10 +241,10 @@ class RunFolder:
         return [run for run in runs if diverged or "diverged" not in run.read_environment()]
 
     def settings(self) -> dict[str, Any]:
-        """The settings that were in force; of format 0, all there were.
+        """Return the settings of the run.
 
         Raises:
-            ValueError: It is no run's folder, or one of a newer format.
+            ValueError: if this is not the folder of a run, or its format is newer or unreleased.
         """
         if not self.config.exists():
             raise ValueError(f"{str(self.path)!r} must be the folder of a run, and has no {self.config.name}")
@@ -207,28 +261,27 @@ class RunFolder:
                 f"{str(self.path)!r} is a run of format {number}, and this version of neuralcollapse reads up to "
                 f"{FORMAT}: install a newer one"
             )
-        check_types(stored, SETTINGS, str(self.config))
-        if number == 0:
-            stored = _from_format_0(stored)
+        if number < 1:
+            raise ValueError(
+                f"{str(self.path)!r} is a run of an unreleased format, {number}, and this version of neuralcollapse "
+                f"reads 1 to {FORMAT}; --overwrite starts that run again"
+            )
+        check_types(stored, SETTINGS, f"{str(self.config)!r} is damaged")
         return with_earlier_meanings(stored) if number < 2 else stored
 
     def read_environment(self) -> dict[str, Any]:
-        """The data and versions that the result depends on, besides its settings; empty if they were not kept.
+        """Return what the result depends on besides the settings, such as data and versions; empty if it is missing.
 
         Raises:
             ValueError: if it is damaged.
         """
-        path = self.environment if self.environment.exists() else self.config
-        if not path.exists():
+        if not self.environment.exists():
             return {}
-        stored = read_yaml(path)
+        stored = read_yaml(self.environment)
         if stored is None:
-            raise ValueError(f"{str(path)!r} must be facts of a run by name, and is damaged")
-        found = stored.get("environment", stored) if path == self.config else stored
-        if not isinstance(found, dict):
-            raise ValueError(f"{str(path)!r} is damaged: environment must be a mapping, got {found!r}")
-        check_types(found, FACTS, str(path))
-        return found
+            raise ValueError(f"{str(self.environment)!r} must be facts of a run by name, and is damaged")
+        check_types(stored, FACTS, f"{str(self.environment)!r} is damaged")
+        return stored
 
     def check(self, settings: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False) -> None:
         """See whether a run with these settings may use the folder; change nothing.
@@ -311,7 +364,7 @@ class RunFolder:
 
     def _is_empty(self) -> bool:
         """Whether there is nothing but what a run killed at its start leaves."""
-        return {path.name for path in self.path.glob("[!.]*")} <= {self.checksums.name, self.environment.name}
+        return {path.name for path in self.path.glob("[!.]*")} <= {_MANIFEST, self.environment.name}
 
     def _check_facts(self) -> None:
         """See that the environment is there and whole, before a training that would end without it."""
@@ -337,11 +390,11 @@ class RunFolder:
         if self.config.exists() and overwrite:
             self._clear()
         if not self.config.exists():
-            write_yaml(self.checksums, {})  # first: from here on, what is written is entered there
             made = environment(self.path)
             write_yaml(self.environment, {**made, **(facts or {}), "started": now(), "finished": False})
             write_yaml(self.config, {"format": FORMAT, **settings})  # last: this makes it a run's folder
             return
+        (self.path / _MANIFEST).unlink(missing_ok=True)  # what is written from here on is not entered there
         made, again = self.read_environment(), start(self.path)
         extended = self.settings().get("epochs") != settings.get("epochs")
         if extended:
@@ -389,7 +442,7 @@ class RunFolder:
                 place.unlink()
             elif place.exists():
                 shutil.rmtree(place)
-        for name in reversed(self.FILES.values()):  # config.yaml last: until then it is a run's folder
+        for name in (_MANIFEST, *reversed(self.FILES.values())):  # config.yaml last: until then it is a run's folder
             (self.path / name).unlink(missing_ok=True)
 
     def _check_same(self, settings: Mapping[str, Any]) -> None:
@@ -415,19 +468,8 @@ def _check_writable(folder: Path) -> None:
         raise ValueError(f"out must be a folder that can be written to, and {str(place)!r} cannot")
 
 
-def _from_format_0(stored: dict[str, Any]) -> dict[str, Any]:
-    """Settings of today's types; the environment stays among them, which tells that some may have no effect."""
-    changed: dict[str, Any] = {}
-    for name in ("methods", "loggers"):
-        if isinstance(stored.get(name), str):
-            changed[name] = [item.strip() for item in stored[name].split(",") if item.strip()]
-    if stored.get("classifier_bias") == "auto":
-        changed["classifier_bias"] = None
-    return stored | changed
-
-
 def with_earlier_meanings(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings of format 0 or 1 with what has another default or another name since then."""
+    """Return settings of format 1 with what has another default or another name since then."""
     changed = dict(stored)
     for name in ("loss", "losses", "combinations"):
         if changed.get(name) is not None:

@@ -11,12 +11,12 @@ from neuralcollapse.lab.untrusted import without_secrets
 Settings = Mapping[str, Any]
 
 # Settings that make two runs different experiments. A label names each of them that differs, a title all of them.
-MAIN = ("method", "loss", "data", "backbone", "model", "optimizer", "weight_average")
-_OF_TITLE = ("backbone", "model", "method", "loss", "optimizer", "weight_average")
+MAIN = ("name", "method", "loss", "data", "backbone", "model", "optimizer", "weight_average")
+_OF_TITLE = ("name", "backbone", "model", "method", "loss", "optimizer", "weight_average")
 # Of the others a label has as few as tell the runs apart, these before the rest.
 _NEXT = ("feature_dim", "width", "depth", "stem", "classifier_bias", "lr", "batch_size", "epochs", "train_samples")
 # Settings without a part in the result, and the seed.
-_IGNORED = ("seed", "environment", "recipe", "loggers", "device")
+_IGNORED = ("seed", "recipe", "loggers", "device")
 _PATH = re.compile(r"[/\\~]|\.{1,2}[/\\]|[A-Za-z]:[/\\]|[\w.-]+[/\\]")  # how a path begins
 _MOST_VALUES, _LONGEST = 4, 30
 
@@ -41,7 +41,7 @@ def labels_of(runs: Sequence[Settings], always: Sequence[str] = ()) -> list[str]
     runs = [without_secrets(run) for run in runs]
     names = _telling(runs, always)
     if not names:  # one group: its name
-        names = [name for name in ("method", "backbone", "model", "data") if runs and runs[0].get(name)][:1]
+        names = [name for name in ("name", "method", "backbone", "model", "data") if runs and runs[0].get(name)][:1]
     texts = {name: short_values([run.get(name) for run in runs]) for name in names}
     alone = {name: _speaks_alone(name, texts) for name in names}
     labels = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from neuralcollapse._files import TEMPORARY
+
 try:
     import fcntl
 except ImportError:  # not on every system; there, nothing is locked
     fcntl = None  # type: ignore[assignment]
 
 _LOCK = ".lock"
-# What a process that was killed leaves of the files that it wrote: `files.write_whole`, `tensor_file.write_tensors`.
-_TEMPORARY = re.compile(r"\..+\.(ya?ml|csv|parquet|md|html?|png|pdf|svg|ckpt)\.partial|\..+\.safetensors\.\d+")
 
 
 @dataclass
@@ -135,5 +134,5 @@ def _delete_temporary_files(folder: Path) -> None:
     for place in (folder, *(path for path in folder.iterdir() if path.is_dir())):
         with suppress(OSError):  # what cannot be deleted is replaced or left, and harms nothing
             for path in list(place.iterdir()):
-                if _TEMPORARY.fullmatch(path.name) and (path.is_file() or path.is_symlink()):
+                if TEMPORARY.fullmatch(path.name) and (path.is_file() or path.is_symlink()):
                     path.unlink()

@@ -77,7 +77,12 @@ def is_external(settings: Mapping[str, Any]) -> bool:
 
 
 def check_types(values: Mapping[str, Any], checks: Mapping[str, _Check], where: str) -> None:
-    """Check values that a file holds.
+    """Check values by name.
+
+    Args:
+        values: Name to value; missing and None are accepted.
+        checks: Name to check.
+        where: Beginning of the message.
 
     Raises:
         ValueError: if one is of another type.
@@ -85,7 +90,25 @@ def check_types(values: Mapping[str, Any], checks: Mapping[str, _Check], where: 
     for name, (fits, words) in checks.items():
         value = values.get(name)
         if value is not None and not fits(value):
-            raise ValueError(f"{where!r} is damaged: {name} must be {words}, got {without_secrets(value, name)!r}")
+            raise ValueError(f"{where}: {name} must be {words}, got {without_secrets(value, name)!r}")
+
+
+def check_plain(value: Any, name: str) -> None:
+    """Check that a value is plain: a text, number, truth value or None, or a list or mapping of these.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if isinstance(value, dict):
+        if strange := [key for key in value if not isinstance(key, str)]:
+            raise ValueError(f"{name} must have texts for names, got {strange[0]!r}")
+        for key, item in value.items():
+            check_plain(item, f"{name}[{key!r}]")
+    elif isinstance(value, list):
+        for item in value:
+            check_plain(item, name)
+    elif type(value) not in (str, int, float, bool, type(None)):
+        raise ValueError(f"{name} must be a plain value (text, number, list, mapping), got {type(value).__name__}")
 
 
 def changed_settings(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> tuple[dict[str, tuple[Any, Any]], str]:
@@ -102,10 +125,7 @@ def changed_settings(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> tup
         Name to what it must stay and what it is; and why, where that is not plain.
     """
     stored, asked = (dict(without_secrets(settings)) for settings in (stored, asked))
-    if "environment" in stored:  # format 0 says less of what is in force, and more of what is not
-        compared = [name for name in asked if stored.get(name) is not None]
-    else:
-        compared = [*asked, *(name for name in stored if name not in asked)]
+    compared = [*asked, *(name for name in stored if name not in asked)]
     sound = {name: value for name, value in stored.items() if name not in wrong_types(RunConfig, stored)}
     known = resolve(RunConfig, {}, sound)[0] | stored
     changed = [name for name in compared if asked.get(name) != known.get(name) and name not in FREE]

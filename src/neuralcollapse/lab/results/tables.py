@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from neuralcollapse.lab.experiments import label_of, tell_apart
-from neuralcollapse.lab.results.files import read_checked, write_csv
+from neuralcollapse.lab.results.files import read_file, write_csv
 from neuralcollapse.lab.results.folder import RunFolder
 
 COLUMNS = ["epoch", "split", "metric", "value"]
@@ -30,19 +30,21 @@ _COLUMNS = {
 
 
 def gather(runs: Sequence[RunFolder], table: str) -> pd.DataFrame:
-    """One table of several runs, with the method and the seed in front.
+    """Return one table of several runs, with the method and the seed in front; a run without that table is skipped.
 
     Args:
-        runs: Their folders.
-        table: Which, of those of a `RunFolder`: ``"metrics"``, ``"training_log"`` or ``"gradients"``.
+        runs: Folders of the runs.
+        table: Attribute of `RunFolder`: ``"metrics"``, ``"training_log"`` or ``"gradients"``.
     """
     tables = []
     for run, method in zip(runs, methods_of(runs), strict=True):
-        one = read_table(getattr(run, table))
-        one.insert(0, "method", method)
-        one.insert(1, "seed", seed_of(run))
-        tables.append(one)
-    return pd.concat(tables, ignore_index=True)
+        path: Path = getattr(run, table)
+        if path.exists():
+            values = read_table(path)
+            values.insert(0, "method", method)
+            values.insert(1, "seed", seed_of(run))
+            tables.append(values)
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 def seed_of(run: RunFolder) -> float:
@@ -60,9 +62,9 @@ def read_table(path: Path) -> pd.DataFrame:
     """A table of a run's folder, with every value as it was written.
 
     Raises:
-        ValueError: if it was changed since it was written, or is damaged.
+        ValueError: if it is damaged.
     """
-    content = read_checked(path)
+    content = read_file(path)
     try:
         table = pd.read_csv(io.BytesIO(content), converters={"value": float})  # the default parser is not exact
     except ValueError as error:  # pandas' own errors are of this kind
@@ -131,7 +133,7 @@ def results_table(
             row[heading] = spread(chosen["value"], form)
         if not log.empty:
             seconds = log[log["method"] == method].groupby("seed", dropna=False)["seconds"].mean()
-            row["s/epoch"] = spread(seconds, "{:.2f}")
+            row["s/epoch"] = spread(seconds, "{:.2f}") if len(seconds) else ""
         rows.append(row)
     return pd.DataFrame(rows)
 
