@@ -16,6 +16,7 @@ ROOT = Path(neuralcollapse.__file__).parent
 ALLOWED = {  # folder or module -> what it may import of the package
     "_checks": set(),
     "_distributed": set(),
+    "_files": set(),
     "_running": set(),
     "_version": set(),
     "catalogue": set(),
@@ -23,12 +24,13 @@ ALLOWED = {  # folder or module -> what it may import of the package
     "classifier": {"_checks", "_running"},
     "heads": {"_checks", "_distributed", "_running", "geometry", "classifier"},
     "losses": {"_checks", "_distributed"},
-    "metrics": {"_checks", "_running", "_version", "catalogue", "geometry", "classifier"},
+    "metrics": {"_checks", "_files", "_running", "_version", "catalogue", "geometry", "classifier"},
     "ufm": {"_checks", "catalogue", "geometry", "classifier", "heads", "metrics"},
     "lightning": {"_checks", "classifier", "metrics", "lab"},  # of lab, `results` only
     "lab": {
         "_checks",
         "_distributed",
+        "_files",
         "catalogue",
         "classifier",
         "geometry",
