@@ -104,7 +104,7 @@ BAD_INPUTS = {
     ),
     "a diverged model": (lambda: attached()(INPUTS * torch.nan, targets=TARGETS), "features must be finite"),
     # A metric.
-    "classifier by name": (lambda: metric("fc"), "classifier must be an nn.Linear .* got str"),
+    "classifier by name": (lambda: metric("fc"), "classifier of the metric must be an nn.Linear .* got str"),
     "classifier, lazy": (lambda: metric(nn.LazyLinear(4)), "classifier of the metric must know its number of features"),
     "ignore_index=1.0": (lambda: metric_with(ignore_index=1.0), "ignore_index must be an integer or None, got 1.0"),
     "check_values='no'": (lambda: metric(check_values="no"), "check_values must be True or False, got 'no'"),

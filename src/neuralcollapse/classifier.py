@@ -1,8 +1,8 @@
 """The classifier of a model, found by running the model, or from its structure.
 
 Running decides by arithmetic: `ClassifierObserver` records the inputs and outputs of all modules with a weight (K, d)
-during a forward, and compares features · Wᵀ + b with what the model returned. The structure (`structural_candidates`)
-is used where the model cannot be run.
+during a forward, and compares features · Wᵀ + b with what the model returned. The structure is
+used where the model cannot be run.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +81,7 @@ def find_classifier(model: nn.Module, example: Any = None) -> tuple[str, nn.Modu
     """
     check_module("model", model)
     if example is None:
-        return _only(model, structural_candidates(model))
+        return _only(model, _structural_candidates(model))
     observer = ClassifierObserver(model)
     with torch.no_grad(), unchanged_on_error(model), evaluation_mode(model), observer:
         observer.read(call_model(model, example, device_of(model)))
@@ -100,19 +100,14 @@ def resolve_classifier(
     """
     check_module("model", model)
     if classifier is None:
-        candidates = structural_candidates(model)
+        candidates = _structural_candidates(model)
         if len(candidates) > 1 and in_features is not None:
             fitting = [(name, module) for name, module in candidates if _in_features(module) == in_features]
             candidates = fitting if len(fitting) == 1 else candidates
         name, module = _only(model, candidates)
     else:
         name, module = _named(model, classifier)
-    if not is_classifier(module):
-        raise ValueError(
-            f"classifier {name!r} must be an nn.Linear or have weight (K, d), bias and features(x); "
-            f"got {type(module).__name__}"
-        )
-    check_not_lazy(repr(name), module)
+    check_classifier(repr(name), module)
     return name, module
 
 
@@ -125,7 +120,7 @@ def expected_classifier(model: nn.Module, classifier: str | nn.Module | None = N
     observer = ClassifierObserver(model, classifier)
     if observer.named is not None:
         return repr(observer.named)
-    candidates = structural_candidates(model)
+    candidates = _structural_candidates(model)
     return repr(candidates[0][0]) if len(candidates) == 1 else "(the first batch decides)"
 
 
@@ -135,18 +130,18 @@ def check_named(classifier: object) -> None:
         raise ValueError(f"classifier must be a module or its dotted name, got {type(classifier).__name__}")
 
 
-def check_not_lazy(name: str, classifier: nn.Module) -> None:
-    """Raise a ValueError if the number of features of the classifier is not known yet."""
-    if isinstance(classifier, LazyModuleMixin) and classifier.has_uninitialized_params():
+def check_classifier(name: str, module: nn.Module, is_accepted: Callable[[nn.Module], bool] = is_classifier) -> None:
+    """Raise a ValueError, with words for the name, unless a module is accepted and knows its number of features."""
+    kind = type(module).__name__
+    if not is_accepted(module):
         raise ValueError(
-            f"classifier {name} must know its number of features, got a {type(classifier).__name__} without any "
-            "input so far: run the model on a batch first"
+            f"classifier {name} must be an nn.Linear or have weight (K, d), bias and features(x); got {kind}"
         )
-
-
-def structural_candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the modules that could be the classifier by the structure of the model."""
-    return _declared_classifier(model) or _ends("", model)
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        raise ValueError(
+            f"classifier {name} must know its number of features, got a {kind} without any input so far: "
+            "run the model on a batch first"
+        )
 
 
 @dataclass(frozen=True)
@@ -193,17 +188,13 @@ class ClassifierObserver:
         self.named: str | None = None
         if classifier is not None:
             self.named, module = _named(model, classifier)
-            if self.named not in self._modules:
-                raise ValueError(
-                    f"classifier {self.named!r} must be an nn.Linear or have weight (K, d), bias and features(x); "
-                    f"got {type(module).__name__}"
-                )
+            check_classifier(repr(self.named), module, _has_weight)
         elif not self._modules:
             _only(model, [])
         else:
             _declared_classifier(model)
         for name, module in self._modules.items():
-            check_not_lazy(repr(name), module)
+            check_classifier(repr(name), module, _has_weight)
         self._classifier: OutputClassifier | None = None
         self._calls: dict[str, _Call] = {}
         self._hooks = ExitStack()
@@ -237,18 +228,13 @@ class ClassifierObserver:
                 once or no longer computes the output.
         """
         calls, self._calls = self._calls, {}
-        if self._classifier is None:
+        if self._classifier is not None:
+            match = self._verify(calls, returned, self._classifier)
+        else:
             match = self._decide(calls, _tensors(returned))
             self._classifier = match.classifier
-            self._observe({match.name: self._modules[match.name]})
-        else:
-            match = self._verify(calls, returned, self._classifier)
-        if match.features is None or match.classifier is None:
-            raise ValueError(
-                f"classifier {match.name!r} computed the output of the first batch, but not of a later one: "
-                f"{match.name!r} {match.reason}"
-            )
-        return match.features, _tensor_at(returned, match.classifier.output)
+            self._observe({match.name: match.classifier.module})
+        return match.features, match.logits
 
     def _observe(self, modules: dict[str, nn.Module]) -> None:
         """Observe the given modules only."""
@@ -283,11 +269,11 @@ class ClassifierObserver:
         """Return the match of the only module that computes one of the tensors of the output."""
         if self.named is not None and self.named not in calls:
             raise ValueError(f"{self.named!r} must be called by the model's forward, but was not")
-        matches = [_compare(name, self._modules[name], call, tensors) for name, call in reversed(calls.items())]
-        passing = _without_features([match for match in matches if match.features is not None])
+        results = [_compare(name, self._modules[name], call, tensors) for name, call in reversed(calls.items())]
+        passing = _without_features([result for result in results if isinstance(result, _Match)])
         chosen = passing if self.named is None else [match for match in passing if match.name == self.named]
         if not chosen:
-            raise ValueError(self._no_match(matches, passing, tensors))
+            raise ValueError(self._no_match(results, passing, tensors))
         if len(chosen) > 1:
             chosen = _break_tie(chosen)
         if len(chosen) > 1:
@@ -300,25 +286,32 @@ class ClassifierObserver:
 
     def _verify(self, calls: dict[str, _Call], returned: Any, known: OutputClassifier) -> _Match:
         """Return the match of the known classifier on a later batch."""
-        try:
-            logits = _tensor_at(returned, known.output)
-        except (KeyError, IndexError, AttributeError, TypeError):
-            return _Match(known.name, f"is not found at {list(known.output)} in a {type(returned).__name__}")
-        call = calls.get(known.name, _Call())
-        return _compare(known.name, known.module, call, [(known.output, logits)], known)
+        name, logits = known.name, dict(_leaves((), returned)).get(known.output)
+        if logits is None:
+            reason = f"is not found at {list(known.output)} in a {type(returned).__name__}"
+        else:
+            result = _compare(name, known.module, calls.get(name, _Call()), [(known.output, logits)], known)
+            if isinstance(result, _Match):
+                return result
+            reason = result.reason
+        raise ValueError(
+            f"classifier {name!r} computed the output of the first batch, but not of a later one: {name!r} {reason}"
+        )
 
     @property
     def _model_name(self) -> str:
         return type(unwrapped(self._model)).__name__
 
-    def _no_match(self, matches: list[_Match], passing: list[_Match], tensors: list[tuple[Path, Tensor]]) -> str:
+    def _no_match(
+        self, results: list[_Match | _Mismatch], passing: list[_Match], tensors: list[tuple[Path, Tensor]]
+    ) -> str:
         """Return the message that no module computes the output, with the reasons of the nearest ones."""
         if not tensors:
             return f"model must return logits, but what {self._model_name} returned holds no floating-point tensor"
         if self.named is not None:
-            matches = [match for match in matches if match.name == self.named]
-        nearest = sorted(matches, key=lambda match: match.difference)[:3]
-        reasons = "; ".join(f"{match.name!r} {match.reason}" for match in nearest)
+            results = [result for result in results if result.name == self.named]
+        nearest = sorted(results, key=lambda result: result.difference)[:3]
+        reasons = "; ".join(f"{result.name!r} {result.reason}" for result in nearest)
         if not reasons:
             reasons = f"{', '.join(map(repr, list(self._modules)[:3]))} not called"
         subject = "no module" if self.named is None else f"classifier {self.named!r}"
@@ -358,16 +351,29 @@ class _Call:
         return self.version is not None and self.version == _version(tensor)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Match:
-    """Comparison of one module with the output of the model; ``features`` is None if they differ."""
+    """Module that computes a tensor of the output of the model, with its features (..., d) and the logits (..., K)."""
+
+    classifier: OutputClassifier
+    features: Tensor
+    logits: Tensor
+    is_output: bool
+    difference: float = 0.0
+    reason: ClassVar[str] = "computes the features that another module takes"  # if it is not the classifier
+
+    @property
+    def name(self) -> str:
+        return self.classifier.name
+
+
+@dataclass(frozen=True)
+class _Mismatch:
+    """Module that computes no tensor of the output of the model, with the reason and the least difference."""
 
     name: str
     reason: str
     difference: float = math.inf
-    classifier: OutputClassifier | None = None
-    features: Tensor | None = None
-    is_output: bool = False
 
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -379,7 +385,7 @@ def _compare(
     call: _Call,
     tensors: list[tuple[Path, Tensor]],
     known: OutputClassifier | None = None,
-) -> _Match:
+) -> _Match | _Mismatch:
     """Compare features · Wᵀ + b with tensors of the output, and return the first equal one, or the nearest.
 
     Args:
@@ -390,36 +396,36 @@ def _compare(
         known: The result for an earlier batch: its weight is used again, and only a few samples are compared.
     """
     if call.count != 1:
-        return _Match(name, f"{_times(call.count)} per forward")
+        times = f"was called {call.count} times" if call.count else "was not called"
+        return _Mismatch(name, f"{times} per forward")
     if call.inputs is None:
-        return _Match(
+        return _Mismatch(
             name, "was not compared: it takes or returns no floating-point tensor, or too much was called after it"
         )
     weight, bias = _parameters(module) if known is None else (known.weight, known.bias)
     if weight is None or weight.ndim != 2 or not weight.is_floating_point() or weight.device.type == "meta":
-        return _Match(name, f"({type(module).__name__}) has no floating-point weight of shape (K, d)")
+        return _Mismatch(name, f"({type(module).__name__}) has no floating-point weight of shape (K, d)")
     try:
         inputs = classifier_features(module, call.inputs)
     except Exception as error:  # a method called features with another purpose
-        return _Match(name, f"({type(module).__name__}) has a method features that fails: {error}")
-    passed = "computes the features that another module takes"
-    failed = _Match(name, "is compared with nothing")
+        return _Mismatch(name, f"({type(module).__name__}) has a method features that fails: {error}")
+    failed = _Mismatch(name, "is compared with nothing")
     for path, logits in tensors:
         features = _in_layout(inputs, logits)
         shapes = f"with weight {tuple(weight.shape)} on features {tuple(call.inputs.shape)}"
         if features is None or (*features.shape[:-1], *weight.shape) != (*logits.shape, features.shape[-1]):
             if failed.difference == math.inf:
-                failed = _Match(name, f"{shapes} gives {(*call.inputs.shape[:-1], len(weight))}")
+                failed = _Mismatch(name, f"{shapes} gives {(*call.inputs.shape[:-1], len(weight))}")
             continue
         is_output = call.returned(logits)
         classifier = OutputClassifier(name, module, weight, bias, path)
         if is_output and _is_plain(module):
-            return _Match(name, passed, 0.0, classifier, features, True)
+            return _Match(classifier, features, logits, is_output)
         difference, equal = _difference(features, weight, bias, logits, call.dtype, 0 if known is None else _LATER_ROWS)
         if equal:
-            return _Match(name, passed, difference, classifier, features, is_output)
+            return _Match(classifier, features, logits, is_output, difference)
         if difference <= failed.difference:
-            failed = _Match(name, f"{shapes} differs by up to {difference:.3g}", difference)
+            failed = _Mismatch(name, f"{shapes} differs by up to {difference:.3g}", difference)
     return failed
 
 
@@ -532,17 +538,17 @@ def _without_features(passing: list[_Match]) -> list[_Match]:
 
 def _computes_features(match: _Match, other: _Match) -> bool:
     """Return whether the output of one module is what the weight of the other one multiplies."""
-    first, second, features = match.classifier, other.classifier, other.features
-    if first is None or second is None or match.features is None or features is None:
-        return False
-    if first.output == second.output or features.shape != (*match.features.shape[:-1], len(first.weight)):
-        return False
-    return _difference(match.features, first.weight, first.bias, features, features.dtype, _LATER_ROWS)[1]
+    first, features = match.classifier, other.features
+    return (
+        first.output != other.classifier.output
+        and features.shape == (*match.features.shape[:-1], len(first.weight))
+        and _difference(match.features, first.weight, first.bias, features, features.dtype, _LATER_ROWS)[1]
+    )
 
 
 def _break_tie(passing: list[_Match]) -> list[_Match]:
     """Decide between modules that compute the output: by identity, by a shared weight, then by name."""
-    classifiers = [match.classifier for match in passing if match.classifier is not None]
+    classifiers = [match.classifier for match in passing]
     if len({classifier.output for classifier in classifiers}) > 1:
         return passing  # several tensors of the output are logits
     if len({(classifier.weight.data_ptr(), classifier.weight.shape) for classifier in classifiers}) == 1:
@@ -576,17 +582,6 @@ def _leaves(path: Path, value: Any) -> Iterator[tuple[Path, Tensor]]:
             yield from _leaves((key,), inner)
 
 
-def _tensor_at(returned: Any, path: Path) -> Tensor:
-    for key in path:
-        if isinstance(key, str) and not isinstance(returned, Mapping):
-            returned = getattr(returned, key)
-        else:
-            returned = returned[key]
-    if not isinstance(returned, Tensor):
-        raise TypeError(f"not a tensor: {type(returned).__name__}")
-    return returned
-
-
 def _is_floating(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and not value.is_quantized
 
@@ -594,10 +589,6 @@ def _is_floating(value: Any) -> bool:
 def _version(tensor: Tensor) -> int | None:
     """Return the number of in-place changes, or None for a tensor of inference mode."""
     return None if tensor.is_inference() else tensor._version
-
-
-def _times(count: int) -> str:
-    return "was not called" if not count else f"was called {count} times"
 
 
 def _only(model: nn.Module, candidates: list[tuple[str, nn.Module]]) -> tuple[str, nn.Module]:
@@ -638,6 +629,11 @@ def _named(model: nn.Module, classifier: str | nn.Module) -> tuple[str, nn.Modul
 def _in_features(classifier: nn.Module) -> int | None:
     weight = classifier.weight
     return weight.shape[1] if isinstance(weight, Tensor) and weight.ndim == 2 else None
+
+
+def _structural_candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the modules that could be the classifier by the structure of the model."""
+    return _declared_classifier(model) or _ends("", model)
 
 
 def _declared_classifier(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -219,7 +219,7 @@ def test_two_gloo_processes_give_the_single_process_result(tmp_path, classifier)
 @pytest.mark.parametrize(
     ("classifier", "message"),
     [
-        (nn.ReLU(), "classifier must be an nn.Linear or have weight"),
+        (nn.ReLU(), "classifier of the metric must be an nn.Linear or have weight"),
         (nn.Linear(8, 5), r"classifier must have a weight of shape \(4, 8\), got \(5, 8\)"),
     ],
 )

@@ -15,7 +15,7 @@ from torchmetrics import Metric
 
 from neuralcollapse._checks import check_bool, check_code
 from neuralcollapse._running import evaluation_mode
-from neuralcollapse.classifier import check_not_lazy, is_classifier
+from neuralcollapse.classifier import check_classifier
 from neuralcollapse.metrics.collapse import collapse_metrics
 from neuralcollapse.metrics.moments import ClassMoments, Workspace, flat_batch
 from neuralcollapse.metrics.statistics import MeasureOptions
@@ -111,12 +111,7 @@ class NeuralCollapse(Metric):
             self.add_state(name, tensor, dist_reduce_fx=None)
         if classifier is not None:
             weight: Any = getattr(classifier, "weight", None)
-            if not is_classifier(classifier):
-                raise ValueError(
-                    "classifier must be an nn.Linear or have weight (K, d), bias and features(x), "
-                    f"got {type(classifier).__name__}"
-                )
-            check_not_lazy("of the metric", classifier)
+            check_classifier("of the metric", classifier)
             if weight.shape != (num_classes, feature_dim):
                 raise ValueError(
                     f"classifier must have a weight of shape ({num_classes}, {feature_dim}), got {tuple(weight.shape)}"
