@@ -39,15 +39,6 @@ def is_classifier(module: nn.Module) -> bool:
     return callable(getattr(module, "features", None))
 
 
-def classifier_features(classifier: nn.Module, inputs: Tensor) -> Tensor:
-    """Return the tensor that the weight of a classifier multiplies, from the input of the classifier.
-
-    For an ``nn.Linear`` it is the input itself, for a head that normalises the normalised features.
-    """
-    features = getattr(classifier, "features", None)
-    return features(inputs) if callable(features) else inputs
-
-
 def find_classifier(model: nn.Module, example: Any = None) -> tuple[str, nn.Module]:
     """Find the module whose output is the logits of a model.
 
@@ -406,7 +397,9 @@ def _compare(
     if weight is None or weight.ndim != 2 or not weight.is_floating_point() or weight.device.type == "meta":
         return _Mismatch(name, f"({type(module).__name__}) has no floating-point weight of shape (K, d)")
     try:
-        inputs = classifier_features(module, call.inputs)
+        # For an nn.Linear the weight multiplies the input itself, for a head that normalises what `features` returns.
+        function = getattr(module, "features", None)
+        inputs = function(call.inputs) if callable(function) else call.inputs
     except Exception as error:  # a method called features with another purpose
         return _Mismatch(name, f"({type(module).__name__}) has a method features that fails: {error}")
     failed = _Mismatch(name, "is compared with nothing")

@@ -1,10 +1,20 @@
 """NC2, convergence of class means and classifier rows to a simplex ETF, or to another frame with a given Gram matrix.
 
-Functions take rows X (K, d): the centred class means C for the metrics ``…_means``, the classifier's weight W for
-``…_weights``. NC0, the sum of the classifier rows, is here as well: it vanishes for every simplex ETF.
+NC0, the sum of the classifier rows, is here as well: it vanishes for every simplex ETF. For metrics relative to a Gram
+matrix, rows and code are centred at their mean over classes first, which changes no decision of the classifier.
 
-A Gram matrix G = LLᵀ is given by a code L (K, r) (`neuralcollapse.geometry.code_from_gram`). For metrics relative to a
-Gram, rows and code are centred at their mean over classes first, which changes no decision of the classifier.
+Common arguments, floating except for targets:
+
+- ``vectors``: X (K, d), the centred class means C for the metrics ``…_means``, the weight W for ``…_weights``.
+- ``weight``: W (K, d) of the classifier.
+- ``centred_means``: C (K, d), class means minus their centre.
+- ``code``: L (K, r) of a Gram matrix G = LLᵀ (`neuralcollapse.geometry.code_from_gram`).
+- ``features``: h (N, d).
+- ``targets``: (N,) classes in [0, K).
+- ``center``: m (d,), the features' centre.
+
+A metric returns a scalar, unless its docstring says otherwise. It raises ``ValueError`` if a shape or type is wrong; on
+a CPU also if targets are out of range.
 """
 
 from __future__ import annotations
@@ -26,11 +36,7 @@ _TILE_ELEMENTS = 2**22
 def nc0_weight_sum(weight: Tensor) -> Tensor:
     """‖Σ_k w_k‖₂/‖W‖_F; 0 at collapse, √K at most; NaN if W = 0. Source: NC0 of arXiv 2602.16642, made scale-free.
 
-    Args:
-        weight: W (K, d).
-
-    Raises:
-        ValueError: if the shape or type is wrong.
+    Arguments, result and errors: see `neuralcollapse.metrics.nc2`.
 
     Examples:
         >>> nc0_weight_sum(torch.tensor([[3.0, 0], [0, 4]]))
@@ -46,11 +52,7 @@ def nc2_etf(vectors: Tensor) -> Tensor:
 
     Source: Zhu et al., NeurIPS 2021 (NC2).
 
-    Args:
-        vectors: X (K, d).
-
-    Raises:
-        ValueError: if the shape or type is wrong.
+    Arguments, result and errors: see `neuralcollapse.metrics.nc2`.
 
     Examples:
         >>> nc2_etf(torch.tensor([[1.0, 0], [-1, 0]]))
@@ -67,12 +69,7 @@ def nc2_gram(vectors: Tensor, code: Tensor) -> Tensor:
 
     Source: `nc2_etf` (Zhu et al., NeurIPS 2021) with a given Gram matrix instead of the simplex's.
 
-    Args:
-        vectors: X (K, d): class means or classifier rows.
-        code: L (K, r).
-
-    Raises:
-        ValueError: if a shape or type is wrong.
+    Arguments, result and errors: see `neuralcollapse.metrics.nc2`.
 
     Examples:
         >>> rows = torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]])  # an orthoplex
@@ -173,11 +170,7 @@ def nc2_equinorm(vectors: Tensor) -> Tensor:
 
     Source: Papyan et al. 2020 (Fig. 2).
 
-    Args:
-        vectors: X (K, d).
-
-    Raises:
-        ValueError: if a shape or type is wrong.
+    Arguments, result and errors: see `neuralcollapse.metrics.nc2`.
 
     Examples:
         >>> nc2_equinorm(torch.tensor([[1.0, 0], [0, -1]]))
@@ -193,12 +186,7 @@ def nc2_equinorm(vectors: Tensor) -> Tensor:
 def nc2_equinorm_difference(centred_means: Tensor, weight: Tensor) -> Tensor:
     """|equinorm of C − equinorm of W|; 0 at collapse. Source: Markou, Ajanthan & Gould, NeurIPS 2024.
 
-    Args:
-        centred_means: C (K, d).
-        weight: W (K, d).
-
-    Raises:
-        ValueError: if a shape or type is wrong.
+    Arguments, result and errors: see `neuralcollapse.metrics.nc2`.
 
     Examples:
         >>> nc2_equinorm_difference(torch.eye(2), torch.eye(2))
@@ -213,11 +201,7 @@ def nc2_equiangular(vectors: Tensor) -> Tensor:
 
     Source: Papyan et al. 2020 (Fig. 3).
 
-    Args:
-        vectors: X (K, d).
-
-    Raises:
-        ValueError: if a shape or type is wrong.
+    Arguments, result and errors: see `neuralcollapse.metrics.nc2`.
 
     Examples:
         >>> nc2_equiangular(torch.eye(3))
@@ -232,11 +216,7 @@ def nc2_max_angle(vectors: Tensor) -> Tensor:
 
     Source: Papyan et al. 2020 (Fig. 4).
 
-    Args:
-        vectors: X (K, d).
-
-    Raises:
-        ValueError: if a shape or type is wrong.
+    Arguments, result and errors: see `neuralcollapse.metrics.nc2`.
 
     Examples:
         >>> nc2_max_angle(torch.eye(3))
@@ -315,14 +295,7 @@ def cos_margins(features: Tensor, targets: Tensor, weight: Tensor, center: Tenso
 def nc2_cos_margin(features: Tensor, targets: Tensor, weight: Tensor, center: Tensor) -> Tensor:
     """Mean of `cos_margins` over samples; K/(K − 1) at collapse. Source: Zhou et al., NeurIPS 2022.
 
-    Args:
-        features: h (N, d).
-        targets: (N,) classes in [0, K).
-        weight: W (K, d).
-        center: m (d,), the features' centre.
-
-    Raises:
-        ValueError: if a shape or type is wrong, or targets are out of range.
+    Arguments, result and errors: see `neuralcollapse.metrics.nc2`.
 
     Examples:
         >>> rows = torch.tensor([[1.0, 0], [-1, 0]])

@@ -1,6 +1,15 @@
-"""NC3, self-duality: alignment of the classifier rows W (K, d) with the centred class means C (K, d).
+"""NC3, self-duality: alignment of the classifier rows with the class means.
 
-The alignment of single samples with classifier rows is in `alignment`.
+Common arguments, all floating:
+
+- ``weight``: W (K, d) of the classifier.
+- ``centred_means``: C (K, d), class means minus their centre.
+- ``class_means``: M (K, d), class means about any centre.
+- ``code``: L (K, r) of a Gram matrix G = LLᵀ (`neuralcollapse.geometry.code_from_gram`).
+
+Every metric returns a scalar. It raises ``ValueError`` if a shape or type is wrong.
+
+The alignment of single samples with classifier rows is in `neuralcollapse.metrics.alignment`.
 """
 
 from __future__ import annotations
@@ -18,12 +27,7 @@ def nc3_duality(weight: Tensor, centred_means: Tensor) -> Tensor:
 
     Source: Zhu et al., NeurIPS 2021 (NC3).
 
-    Args:
-        weight: W (K, d).
-        centred_means: C (K, d).
-
-    Raises:
-        ValueError: if a shape or type is wrong.
+    Arguments, result and errors: see `neuralcollapse.metrics.nc3`.
 
     Examples:
         >>> nc3_duality(torch.tensor([[2.0, 0], [-2, 0]]), torch.tensor([[1.0, 0], [-1, 0]]))
@@ -40,13 +44,7 @@ def nc3_gram_duality(weight: Tensor, class_means: Tensor, code: Tensor) -> Tenso
 
     Source: `nc3_duality` (Zhu et al., NeurIPS 2021) with a given Gram matrix instead of the simplex's.
 
-    Args:
-        weight: W (K, d).
-        class_means: M (K, d), about any centre.
-        code: L (K, r).
-
-    Raises:
-        ValueError: if a shape or type is wrong.
+    Arguments, result and errors: see `neuralcollapse.metrics.nc3`.
 
     Examples:
         >>> rows = torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]])
@@ -62,12 +60,7 @@ def nc3_distance(weight: Tensor, centred_means: Tensor) -> Tensor:
 
     Source: Papyan, Han & Donoho, PNAS 2020 (Fig. 5).
 
-    Args:
-        weight: W (K, d).
-        centred_means: C (K, d).
-
-    Raises:
-        ValueError: if a shape or type is wrong.
+    Arguments, result and errors: see `neuralcollapse.metrics.nc3`.
 
     Examples:
         >>> nc3_distance(torch.eye(2), -torch.eye(2))
@@ -83,12 +76,7 @@ def nc3_uniform(weight: Tensor, centred_means: Tensor) -> Tensor:
 
     Source: Wu & Papyan, NeurIPS 2024 (UNC3).
 
-    Args:
-        weight: W (K, d).
-        centred_means: C (K, d).
-
-    Raises:
-        ValueError: if a shape or type is wrong.
+    Arguments, result and errors: see `neuralcollapse.metrics.nc3`.
 
     Examples:
         >>> nc3_uniform(torch.eye(2), torch.eye(2))
@@ -104,12 +92,7 @@ def nc3_uniform_cos(weight: Tensor, centred_means: Tensor) -> Tensor:
 
     Source: Wu & Papyan, NeurIPS 2024 (UNC3).
 
-    Args:
-        weight: W (K, d).
-        centred_means: C (K, d).
-
-    Raises:
-        ValueError: if a shape or type is wrong.
+    Arguments, result and errors: see `neuralcollapse.metrics.nc3`.
 
     Examples:
         >>> nc3_uniform_cos(torch.eye(2), 3 * torch.eye(2))
