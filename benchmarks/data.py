@@ -27,10 +27,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from neuralcollapse.lab.config import BatchSettings, DataSettings
-from neuralcollapse.lab.data.batches import EpochBatches
-from neuralcollapse.lab.data.loading import load_data
-from neuralcollapse.lab.data.splits import AnySplit
-from neuralcollapse.lab.data.standardisation import Standardisation, standardisation
+from neuralcollapse.lab.data.batches import EpochBatches, Standardisation, standardisation
+from neuralcollapse.lab.data.images import AnySplit
+from neuralcollapse.lab.data.load import load_data
 
 BATCH, WORKERS, IMAGES, REPEATS = 128, 2, 20_000, 5
 SETTINGS: dict[str, dict[str, Any]] = {

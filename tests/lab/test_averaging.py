@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback
 
 from neuralcollapse.lab.config import DataSettings, RunConfig
-from neuralcollapse.lab.data.loading import load_data
+from neuralcollapse.lab.data.load import load_data
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.training.one_run import ClassifierTraining, train
 from neuralcollapse.metrics import Measurement

@@ -5,15 +5,30 @@ import torch
 
 from helpers import generator
 from neuralcollapse.lab.config import BatchSettings, RunConfig
-from neuralcollapse.lab.data.augmentation import augment, batch_shape, centre_crop, crop, rotate
-from neuralcollapse.lab.data.batches import EpochBatches, EvaluationBatches, evaluation_batches
-from neuralcollapse.lab.data.splits import ImageData, Split
-from neuralcollapse.lab.data.standardisation import Standardisation, standardisation
+from neuralcollapse.lab.data.batches import (
+    EpochBatches,
+    EvaluationBatches,
+    Standardisation,
+    augment,
+    batch_shape,
+    centre_crop,
+    crop,
+    draw_augmentation,
+    evaluation_batches,
+    rotate,
+    standardisation,
+)
+from neuralcollapse.lab.data.images import ImageData, Split
 from neuralcollapse.lab.training.one_run import ClassifierTraining
 
 
 def images_of(number: int = 20, channels: int = 3, height: int = 7, width: int = 5) -> torch.Tensor:
     return torch.randint(256, (number, channels, height, width), dtype=torch.uint8, generator=generator())
+
+
+def augmented(images: torch.Tensor, settings: BatchSettings, seed: int = 0) -> torch.Tensor:
+    drawn = draw_augmentation(len(images), tuple(images.shape[1:]), settings, generator(seed))
+    return augment(images, settings, drawn)
 
 
 def numbered_split(counts: tuple[int, ...] = (30, 50, 20)) -> Split:
@@ -183,7 +198,7 @@ def test_rotation_keeps_the_shape_of_things_in_oblong_images():
 
 def test_flips_mirror_about_half_of_the_images_and_leave_the_others():
     images = images_of(400)
-    flipped = augment(images, BatchSettings(flip=True), generator(3))
+    flipped = augmented(images, BatchSettings(flip=True), 3)
     same = (flipped == images).flatten(1).all(1)
     mirrored = (flipped == images.flip(-1)).flatten(1).all(1)
     assert bool((same ^ mirrored).all())
@@ -193,13 +208,13 @@ def test_flips_mirror_about_half_of_the_images_and_leave_the_others():
 def test_random_crops_reach_every_offset():
     image = torch.zeros(500, 1, 5, 5, dtype=torch.uint8)
     image[..., 2, 2] = 1
-    places = augment(image, BatchSettings(crop_padding=1), generator()).flatten(1).argmax(1)
+    places = augmented(image, BatchSettings(crop_padding=1)).flatten(1).argmax(1)
     assert set(places.tolist()) == {row * 5 + column for row in (1, 2, 3) for column in (1, 2, 3)}
 
 
 def test_no_augmentation_by_default():
     images = images_of()
-    assert torch.equal(augment(images, BatchSettings(), generator()), images)
+    assert torch.equal(augmented(images, BatchSettings()), images)
 
 
 def data_of(images: torch.Tensor) -> ImageData:
@@ -232,7 +247,7 @@ def test_only_what_is_not_set_is_taken_from_the_images():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"pixel_mean": [0.1, 0.2]}, "pixel_mean must be one value or 3, one a channel, got 2"),
+        ({"pixel_mean": [0.1, 0.2]}, "pixel_mean must be one value or 3, one per channel, got 2"),
         ({"pixel_std": [1.0, 0.0, 1.0]}, "pixel_std must be above 0"),
         ({"crop_size": 6}, "crop_size must be at most 5, for images 7x5, got 6"),
         ({"crop_size": 8, "crop_padding": 1}, "crop_size must be at most 7, for images 7x5 padded by 1, got 8"),
@@ -247,7 +262,7 @@ def test_random_windows_of_a_given_size_lie_anywhere_in_the_padded_image():
     image = torch.zeros(600, 1, 4, 4, dtype=torch.uint8)
     image[:, 0] = torch.arange(1, 17).reshape(4, 4)
     settings = BatchSettings(crop_size=3, crop_padding=1)
-    windows = augment(image, settings, generator())
+    windows = augmented(image, settings)
     padded = torch.zeros(6, 6, dtype=torch.uint8)
     padded[1:5, 1:5] = image[0, 0]
     expected = {tuple(padded[i : i + 3, j : j + 3].flatten().tolist()) for i in range(4) for j in range(4)}
@@ -256,13 +271,13 @@ def test_random_windows_of_a_given_size_lie_anywhere_in_the_padded_image():
 
 
 def test_a_window_smaller_than_the_image_is_random_without_padding_too():
-    windows = augment(images_of(1).expand(60, -1, -1, -1), BatchSettings(crop_size=5), generator())
+    windows = augmented(images_of(1).expand(60, -1, -1, -1), BatchSettings(crop_size=5))
     assert len(windows.flatten(1).unique(dim=0)) == 3  # three places along the height, one along the width
 
 
 def test_a_window_as_large_as_the_padded_image_is_all_of_it():
     images = images_of()[:, :, :5]
-    windows = augment(images, BatchSettings(crop_size=7, crop_padding=1), generator())
+    windows = augmented(images, BatchSettings(crop_size=7, crop_padding=1))
     assert torch.equal(windows, torch.nn.functional.pad(images, (1, 1, 1, 1)))
 
 

@@ -50,7 +50,7 @@ from neuralcollapse.cli import main
         ("--config missing.yaml", "--config: File does not exist: "),
         (
             "--data ./missing",
-            "data must be 'digits', a folder, or a data set's id on the hub; './missing' is no folder",
+            "data must be 'digits', a folder, or a data set's id on the hub; './missing' is not a folder",
         ),
         ("--resume --overwrite", "resume and overwrite must not both be given"),
     ],

@@ -10,11 +10,10 @@ import torch
 from PIL import Image
 
 from neuralcollapse.lab.config import BatchSettings, DataSettings
-from neuralcollapse.lab.data import standardisation as room
-from neuralcollapse.lab.data.batches import EpochBatches, evaluation_batches
-from neuralcollapse.lab.data.loading import load_data
-from neuralcollapse.lab.data.splits import Split, StreamedSplit
-from neuralcollapse.lab.data.standardisation import standardisation
+from neuralcollapse.lab.data import batches as batches_module
+from neuralcollapse.lab.data.batches import EpochBatches, evaluation_batches, standardisation
+from neuralcollapse.lab.data.images import Split, StreamedSplit
+from neuralcollapse.lab.data.load import load_data
 
 STREAMED = {"memory_budget": 0, "workers": 0}
 
@@ -430,7 +429,7 @@ def test_whether_streamed_images_are_grey_is_taken_from_the_first(tmp_path):
 
 
 def test_statistics_of_many_streamed_images_are_those_of_some_of_them(monkeypatch):
-    monkeypatch.setattr(room, "_STATISTICS_SAMPLES", 300)
+    monkeypatch.setattr(batches_module, "_STATISTICS_SAMPLES", 300)
     in_memory, streamed = (load("digits", **budget) for budget in ({}, STREAMED))
     exact, estimated = (standardisation(data, BatchSettings()) for data in (in_memory, streamed))
     assert not torch.equal(exact.mean, estimated.mean)

@@ -23,8 +23,8 @@ from PIL import Image
 from neuralcollapse.cli import main
 from neuralcollapse.lab.config import DataSettings
 from neuralcollapse.lab.data.folders import class_folders, list_folder
-from neuralcollapse.lab.data.loading import load_data
-from neuralcollapse.lab.data.splits import ImageData
+from neuralcollapse.lab.data.images import ImageData
+from neuralcollapse.lab.data.load import load_data
 
 
 def pixels(seed: int, size: int = 5) -> np.ndarray:
@@ -105,11 +105,11 @@ def test_the_classes_of_a_split_are_its_folders(names):
             for split in ("train", "test"):
                 (root / split / name).mkdir(parents=True)
                 (root / split / name / "0.png").touch()
-        found = class_folders(list_folder(root), "data")
+        splits, _ = class_folders(list_folder(root), "data")
         expected = {unicodedata.normalize("NFC", name) for name in names}
         litter = {"thumbs.db", "desktop.ini", "__macosx", "__pycache__", "@eadir", "lost+found"}
         expected -= {name for name in expected if name.casefold() in litter}
-        assert {split: set(classes) for split, classes in found.splits.items()} == {"train": expected, "test": expected}
+        assert {split: set(classes) for split, classes in splits.items()} == {"train": expected, "test": expected}
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from neuralcollapse import measure
 from neuralcollapse.cli import main
 from neuralcollapse.lab import RunFolder
 from neuralcollapse.lab.data.batches import evaluation_batches
-from neuralcollapse.lab.data.loading import load_data
+from neuralcollapse.lab.data.load import load_data
 from neuralcollapse.lab.results.tables import read_table
 from neuralcollapse.lab.training.elsewhere import Images
 

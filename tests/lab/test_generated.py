@@ -9,7 +9,7 @@ import torch
 from neuralcollapse.cli import main
 from neuralcollapse.lab.config import DataSettings
 from neuralcollapse.lab.data.generated import PUBLISHED
-from neuralcollapse.lab.data.loading import load_data
+from neuralcollapse.lab.data.load import load_data
 from neuralcollapse.lab.results.tables import read_table
 
 CLUSTERS = {"num_classes": 4, "feature_dim": 30, "train_per_class": 50, "test_per_class": 20, "noise": 0.5, "seed": 1}

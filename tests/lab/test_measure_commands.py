@@ -19,7 +19,7 @@ from neuralcollapse import Measurement, etf_distances, measure
 from neuralcollapse.cli import main
 from neuralcollapse.lab import RunConfig, RunFolder, train_runs
 from neuralcollapse.lab.data.batches import evaluation_batches
-from neuralcollapse.lab.data.loading import load_data
+from neuralcollapse.lab.data.load import load_data
 from neuralcollapse.lab.results.aggregation import epochs_to_reach, group_runs, statistics_over_seeds
 from neuralcollapse.lab.results.files import write_csv
 from neuralcollapse.lab.results.tables import read_table

@@ -13,9 +13,8 @@ from torch import multiprocessing
 from helpers import slow_except
 from neuralcollapse.lab import RunConfig, train_runs
 from neuralcollapse.lab.config import PUBLISHED_METHODS
-from neuralcollapse.lab.data.batches import EpochBatches
-from neuralcollapse.lab.data.loading import load_data
-from neuralcollapse.lab.data.standardisation import standardisation
+from neuralcollapse.lab.data.batches import EpochBatches, standardisation
+from neuralcollapse.lab.data.load import load_data
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.tables import read_table
 

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from neuralcollapse.lab.config import RunConfig
-from neuralcollapse.lab.data.loading import load_data
+from neuralcollapse.lab.data.load import load_data
 from neuralcollapse.lab.recipes import load_recipe, recipe_names
 from neuralcollapse.lab.training.one_run import ClassifierTraining, quiet_lightning
 

@@ -5,25 +5,23 @@ import torch
 
 from helpers import generator
 from neuralcollapse.lab.config import DataSettings
-from neuralcollapse.lab.data.selection import (
-    Samples,
-    choose_test,
-    choose_train,
-    count_classes,
-    hold_out,
-    stratified_order,
-)
+from neuralcollapse.lab.data.images import ArrayImages
+from neuralcollapse.lab.data.selection import Samples, count_classes, hold_out, select, stratified_order
 
 
 def source_of(*counts: int) -> Samples:
-    """A shuffled table with so many images of each class."""
+    """A shuffled table with the given number of images of each class."""
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     labels = labels[torch.randperm(len(labels), generator=generator())]
-    return Samples(torch.arange(len(labels))[:, None] + 1000, labels)
+    return Samples(ArrayImages([], "none"), torch.arange(len(labels))[:, None] + 1000, labels)
 
 
 def train(source: Samples, num_classes: int, **settings) -> Samples:
-    return choose_train(source, num_classes, DataSettings(**settings))
+    return select(source, source, num_classes, DataSettings(**settings))["train"]
+
+
+def chosen_test(source: Samples, num_classes: int, **settings) -> Samples:
+    return select(source, source, num_classes, DataSettings(**settings))["test"]
 
 
 def counts_of(samples: Samples) -> list[int]:
@@ -109,15 +107,15 @@ def test_images_are_put_side_by_side_uniformly():
 def test_as_many_images_side_by_side_are_drawn_as_there_are_single_ones():
     source = source_of(8, 9)
     assert len(train(source, 2, digits_per_image=2)) == 17
-    assert len(choose_test(source, 2, DataSettings(digits_per_image=2))) == 17
-    assert len(choose_test(source, 2, DataSettings(digits_per_image=2, test_samples=30))) == 30
+    assert len(chosen_test(source, 2, digits_per_image=2)) == 17
+    assert len(chosen_test(source, 2, digits_per_image=2, test_samples=30)) == 30
 
 
 def test_train_and_test_are_drawn_independently_from_the_data_seed():
-    source, config = source_of(50, 50), DataSettings(digits_per_image=2)
-    assert not same_images(choose_train(source, 2, config), choose_test(source, 2, config))
-    assert same_images(choose_train(source, 2, config), choose_train(source, 2, config))
-    assert not same_images(train(source, 2, digits_per_image=2, data_seed=1), choose_train(source, 2, config))
+    source, settings = source_of(50, 50), {"digits_per_image": 2}
+    assert not same_images(train(source, 2, **settings), chosen_test(source, 2, **settings))
+    assert same_images(train(source, 2, **settings), train(source, 2, **settings))
+    assert not same_images(train(source, 2, **settings, data_seed=1), train(source, 2, **settings))
 
 
 def test_more_classes_than_fit_are_refused():
@@ -156,7 +154,7 @@ def test_what_is_noise_at_one_level_is_the_same_noise_at_a_higher_one():
 
 def test_the_test_split_keeps_its_labels_and_its_classes():
     source = source_of(60, 40)
-    config = DataSettings(random_labels=True, label_noise=0.5, imbalance="step", samples_per_class=3, test_samples=50)
-    samples = choose_test(source, 2, config)
+    changed = {"random_labels": True, "label_noise": 0.5, "imbalance": "step", "samples_per_class": 3}
+    samples = chosen_test(source, 2, **changed, test_samples=50)
     assert counts_of(samples) == [30, 20]
     assert torch.equal(samples.labels, source.labels[samples.rows.flatten() - 1000])

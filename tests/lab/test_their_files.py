@@ -185,7 +185,7 @@ def test_batches_larger_than_the_data_are_said(tmp_path, capsys):
 
 def test_memory_is_counted_before_it_is_taken():
     with pytest.raises(ValueError, match="128 images of 100000x100000 take 4768 GiB, and there are"):
-        load_data(RunConfig(image_size=100_000))
+        load_data(RunConfig(image_size=100_000), batch_size=128)
 
 
 def test_the_commit_of_a_data_set_of_the_hub_is_known():

@@ -182,7 +182,7 @@ def test_a_recipe_trains_on_another_folder(tmp_path, monkeypatch, real_data, cap
         (["--data="], "data must name a data set or a folder"),
         (["--method", "explicit"], "method must be one of standard, fixed, implicit"),
         (["--classifier_bias", "learned"], "classifier_bias must be centring or none for method implicit"),
-        (["--data", "./missing"], "'./missing' is no folder"),
+        (["--data", "./missing"], "'./missing' is not a folder"),
         (["--loggers", "wandb,paper"], "loggers must be a list, each item one of tensorboard, wandb, got"),
     ],
 )

@@ -20,7 +20,7 @@ from neuralcollapse.lab import train_runs
 from neuralcollapse.lab.conditions import WITH_ATTRIBUTES
 from neuralcollapse.lab.config import METHODS, DataSettings, ModelSettings, RunConfig
 from neuralcollapse.lab.data.batches import EpochBatches, evaluation_batches
-from neuralcollapse.lab.data.loading import load_data
+from neuralcollapse.lab.data.load import load_data
 from neuralcollapse.lab.models.building import build_backbone, build_model
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.tables import read_table

@@ -161,7 +161,7 @@ class BatchSettings(Settings):
     rotation: float | None = setting(0.0, belongs_to=only.PICTURES, at_least=0)
     """Augmentation: rotate at random by up to this many degrees, either way."""
     pixel_mean: list[float] | None = None
-    """Subtracted from each channel of pixels in [0, 1]; one value, or one a channel. By default the training images'
+    """Subtracted from each channel of pixels in [0, 1]; one value, or one per channel. By default the training images'
     own mean."""
     pixel_std: list[float] | None = None
     """What each channel is divided by then. By default the training images' own standard deviation."""

@@ -1,35 +1,41 @@
-"""Batches on the training device: those of an epoch of training, and those to measure on."""
+"""Standardised batches on the training device: augmented ones of a training epoch, and unchanged ones to measure on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from neuralcollapse.lab.config import BatchSettings
-from neuralcollapse.lab.data.augmentation import augment, batch_shape, centre_crop
-from neuralcollapse.lab.data.selection import balanced_order, stratified_order
-from neuralcollapse.lab.data.splits import AnySplit, ImageData
-from neuralcollapse.lab.data.standardisation import Standardisation, handy_batch_size, standardisation
+from neuralcollapse.lab.data.images import AnySplit, ImageData, StreamedSplit
+from neuralcollapse.lab.data.selection import stratified_order, subset
 from neuralcollapse.lab.seeds import derived_seed
+
+# Largest number of images that the statistics of streamed data are estimated from.
+_STATISTICS_SAMPLES = 10_000
+# Images per batch, and bytes of them, where no setting asks for a batch size.
+_BATCH_SIZE, _BATCH_BYTES = 512, 2**25
 
 
 @dataclass(frozen=True)
 class EpochBatches:
-    """The batches of one epoch of training: a function of the data, the settings, the seed and the epoch alone.
+    """The batches of one training epoch, which depend on the data, the settings, the seed and the epoch alone.
 
-    No sample is left out: the last batch may be smaller, and one sample, of which batch norm knows no variance, joins
-    the batch before it. Stratified batches are as many as are full, and differ in size by one at most.
+    Every sample is in one batch. The last batch may be smaller; a single sample, which has no variance for batch norm,
+    joins the batch before it. With ``stratified``, there are only full batches, whose sizes differ by at most one.
 
-    With ``classes_per_batch``, batches are as many as are full, all of the same size, and hold as many samples of each
-    of their classes: a sample of a small class may come several times in an epoch, one of a large class not at all.
+    With ``classes_per_batch``, there are only full batches of one size, with equally many samples of each of their
+    classes: in an epoch, a sample of a small class may come several times, and one of a large class not at all.
 
-    Of several ranks, each gets its part of every batch, two samples or more. The batches are those of one rank, but
-    that a last one of fewer than two samples for each of them joins the batch before it.
+    Of several ranks, each gets its part of every batch, at least two samples. The batches are those of one rank, except
+    that a last batch with fewer than two samples per rank joins the batch before it.
 
-    Of a run that goes on inside the epoch, the batches that it has done are left out, and the others are the same.
+    On a mid-epoch resume, the ``done`` completed batches are skipped; the others are unchanged.
     """
 
     split: AnySplit
@@ -48,34 +54,33 @@ class EpochBatches:
 
     @property
     def sizes(self) -> list[int]:
-        """Samples of each batch, those done among them."""
+        """Number of samples of each batch, completed ones included."""
         if self.settings.classes_per_batch is not None:
             return [self.settings.batch_size] * len(self)
-        return [len(chunk) for chunk in self._chunks(torch.arange(len(self.split)))]
+        return [len(batch) for batch in self._divide(torch.arange(len(self.split)))]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        # Drawn on the CPU, so that every device sees the same batches.
+        # Drawn on the CPU, so that every device sees the same batches; also for batches that are skipped.
         generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
-        chunks = self._chunks(self._order(generator))
-        for indices in chunks[: self.done]:  # no images, but all that is drawn for them
-            nothing = torch.empty(len(indices), *self.split.image_shape, dtype=torch.uint8, device="meta")
-            augment(nothing, self.settings, generator)
-        chunks = chunks[self.done :]
-        parts = [torch.arange(len(chunk)).tensor_split(self.ranks)[self.rank] for chunk in chunks]
-        own = self.split.batches(chunk[part] for chunk, part in zip(chunks, parts, strict=True))
-        for chunk, part, (images, targets) in zip(chunks, parts, own, strict=True):
-            yield self.standardise(augment(images, self.settings, generator, part, len(chunk))), targets
+        batches = self._divide(self._order(generator))
+        shape = self.split.image_shape
+        drawn = [draw_augmentation(len(batch), shape, self.settings, generator) for batch in batches][self.done :]
+        parts = [torch.arange(len(batch)).tensor_split(self.ranks)[self.rank] for batch in batches[self.done :]]
+        indices = (batch[part] for batch, part in zip(batches[self.done :], parts, strict=True))
+        for part, values, (images, labels) in zip(parts, drawn, self.split.batches(indices), strict=True):
+            values = {name: value[part] for name, value in values.items()}
+            yield self.standardise(augment(images, self.settings, values)), labels
 
     def _order(self, generator: torch.Generator) -> Tensor:
         labels, settings = self.split.labels.cpu(), self.settings
         if settings.classes_per_batch is not None:
-            each = settings.batch_size // settings.classes_per_batch
-            return balanced_order(labels, len(self), settings.classes_per_batch, each, generator)
+            per_class = settings.batch_size // settings.classes_per_batch
+            return balanced_order(labels, len(self), settings.classes_per_batch, per_class, generator)
         if settings.stratified:
             return stratified_order(labels, generator)
         return torch.randperm(len(labels), generator=generator)
 
-    def _chunks(self, order: Tensor) -> tuple[Tensor, ...]:
+    def _divide(self, order: Tensor) -> tuple[Tensor, ...]:
         if self.settings.stratified:
             return order.tensor_split(len(self))
         return order.tensor_split([self.settings.batch_size * number for number in range(1, len(self))])
@@ -83,11 +88,11 @@ class EpochBatches:
 
 @dataclass(frozen=True)
 class EvaluationBatches:
-    """All samples of a split in order, as they are, or cropped at the centre to a square."""
+    """All samples of a split in order, standardised; with ``crop_size``, cropped at the centre to a square."""
 
     split: AnySplit
     standardise: Standardisation
-    batch_size: int = 512
+    batch_size: int = _BATCH_SIZE
     crop_size: int | None = None
 
     def __len__(self) -> int:
@@ -99,14 +104,208 @@ class EvaluationBatches:
 
 
 def evaluation_batches(data: ImageData, settings: BatchSettings) -> dict[str, EvaluationBatches]:
-    """Every split, un-augmented, standardised alike.
+    """Return the batches to measure each split on: not augmented, with one standardisation for all splits.
 
     Raises:
-        ValueError: Settings that do not fit the images.
+        ValueError: if settings do not fit the images.
     """
     batch_shape(data.image_shape, settings)
-    standardise, batch_size = standardisation(data, settings), handy_batch_size(data.image_shape)
+    standardise, batch_size = standardisation(data, settings), _default_batch_size(data.image_shape)
     return {
         name: EvaluationBatches(split, standardise, batch_size, settings.crop_size)
         for name, split in data.splits.items()
     }
+
+
+def _default_batch_size(image_shape: tuple[int, int, int]) -> int:
+    return max(1, min(_BATCH_SIZE, _BATCH_BYTES // math.prod(image_shape)))
+
+
+def balanced_order(
+    labels: Tensor, batches: int, classes_per_batch: int, per_class: int, generator: torch.Generator
+) -> Tensor:
+    """Return indices for the given number of batches, in order, each with equally many samples of some classes.
+
+    Classes are drawn in rounds of all classes, and samples of a class in rounds of all its samples, so that the classes
+    of a batch are distinct, and its samples too wherever a class has enough.
+    """
+    classes = labels.unique().tolist()
+    samples = {label: _Rounds((labels == label).nonzero().flatten().tolist(), generator) for label in classes}
+    rounds, order = _Rounds(classes, generator), []
+    for _ in range(batches):
+        batch = [index for label in rounds.take(classes_per_batch) for index in samples[label].take(per_class)]
+        order += [batch[position] for position in torch.randperm(len(batch), generator=generator).tolist()]
+    return torch.tensor(order)
+
+
+class _Rounds:
+    """Items in random order, round after round."""
+
+    def __init__(self, items: list[int], generator: torch.Generator) -> None:
+        self._items, self._generator = items, generator
+        self._remaining: list[int] = []
+
+    def take(self, number: int) -> list[int]:
+        """Return the next items, each at most once more often than another."""
+        rounds, rest = divmod(number, len(self._items))
+        taken, self._remaining = self._remaining[:rest], self._remaining[rest:]
+        if missing := rest - len(taken):
+            order = torch.randperm(len(self._items), generator=self._generator).tolist()
+            shuffled = [self._items[position] for position in order]
+            fresh = _without(shuffled, taken)[:missing]
+            self._remaining = _without(shuffled, fresh)
+            taken += fresh
+        return self._items * rounds + taken
+
+
+def _without(items: list[int], excluded: list[int]) -> list[int]:
+    excluded_set = set(excluded)
+    return [item for item in items if item not in excluded_set]
+
+
+@dataclass(frozen=True)
+class Standardisation:
+    """(x − mean)/std of each channel, with mean and std of shape (C, 1, 1) in units of bytes."""
+
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def of(cls, batches: Iterable[Tensor]) -> Standardisation:
+        """Return the standardisation by all pixels of batches (N, C, H, W); a constant channel is only centred."""
+        pixels, sums = 0, torch.zeros(2, 1, dtype=torch.int64)
+        for images in batches:  # bytes are summed as integers, so that the sums are exact on every device
+            pixels += images.numel() // images.shape[1]
+            channels = images.transpose(0, 1).flatten(1)
+            channels = channels.double() if images.is_floating_point() else channels.int()
+            sums = sums + torch.stack([channels.sum(1), channels.square().sum(1)]).cpu()
+        variances = [(pixels * squares - total**2) / pixels**2 for total, squares in sums.T.tolist()]
+        return cls(
+            torch.tensor([total / pixels for total in sums[0].tolist()])[:, None, None],
+            torch.tensor([math.sqrt(variance) if variance > 0 else 1.0 for variance in variances])[:, None, None],
+        )
+
+    def to(self, device: torch.device) -> Standardisation:
+        """Return the same standardisation on another device."""
+        return Standardisation(self.mean.to(device), self.std.to(device))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return standardised images, from bytes or floating-point values of the same range."""
+        return (images.float() - self.mean) / self.std
+
+
+def standardisation(data: ImageData, settings: BatchSettings) -> Standardisation:
+    """Return the standardisation by ``pixel_mean`` and ``pixel_std``, by default those of the training images.
+
+    Those of streamed data are estimated from at most 10,000 images, with the classes in proportion.
+
+    Raises:
+        ValueError: if a setting does not fit the channels, or a standard deviation is not positive.
+    """
+    channels, device = data.image_shape[0], data.train.labels.device
+    mean = _per_channel("pixel_mean", settings.pixel_mean, channels)
+    std = _per_channel("pixel_std", settings.pixel_std, channels)
+    if std is not None and not bool((std > 0).all()):
+        raise ValueError(f"pixel_std must be above 0, got {settings.pixel_std}")
+    if mean is None or std is None:
+        limit = _STATISTICS_SAMPLES if isinstance(data.train, StreamedSplit) else None
+        indices = subset(data.train.labels.cpu(), limit).split(_default_batch_size(data.image_shape))
+        of_images = Standardisation.of(images for images, _ in data.train.batches(indices))
+        mean, std = of_images.mean if mean is None else mean, of_images.std if std is None else std
+    return Standardisation(mean, std).to(device)
+
+
+def _per_channel(setting: str, values: list[float] | None, channels: int) -> Tensor | None:
+    """Return pixel values in [0, 1], one or one per channel, as (C, 1, 1) in units of bytes."""
+    if values is None:
+        return None
+    if len(values) not in (1, channels):
+        several = f" or {channels}, one per channel" if channels > 1 else ""
+        raise ValueError(f"{setting} must be one value{several}, got {len(values)}")
+    return 255 * torch.tensor(values, dtype=torch.float32).expand(channels)[:, None, None]
+
+
+def batch_shape(image_shape: tuple[int, int, int], settings: BatchSettings) -> tuple[int, int, int]:
+    """Return channels, height and width of the images in a batch, after cropping.
+
+    Raises:
+        ValueError: if ``crop_size`` exceeds the padded images.
+    """
+    channels, height, width = image_shape
+    if settings.crop_size is None:
+        return image_shape
+    largest = min(height, width) + 2 * (settings.crop_padding or 0)
+    if settings.crop_size > largest:
+        padded = f" padded by {settings.crop_padding}" if settings.crop_padding else ""
+        raise ValueError(
+            f"crop_size must be at most {largest}, for images {height}x{width}{padded}, got {settings.crop_size}"
+        )
+    return channels, settings.crop_size, settings.crop_size
+
+
+def draw_augmentation(
+    number: int, image_shape: tuple[int, int, int], settings: BatchSettings, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Draw the augmentation of a number of images: values (N,) by name, those that the settings ask for.
+
+    ``top`` and ``left`` are the offsets of the crop in the padded image, ``degrees`` the angle of the rotation.
+    """
+    _, *sides = image_shape
+    _, *window = batch_shape(image_shape, settings)
+    ranges = [side + 2 * (settings.crop_padding or 0) - length for side, length in zip(sides, window, strict=True)]
+    drawn = {}
+    if any(ranges) or window != sides:
+        for name, largest in zip(("top", "left"), ranges, strict=True):
+            drawn[name] = torch.randint(largest + 1, (number,), generator=generator)
+    if settings.flip:
+        drawn["mirrored"] = torch.rand(number, generator=generator) < 0.5
+    if settings.rotation:
+        drawn["degrees"] = settings.rotation * (2 * torch.rand(number, generator=generator) - 1)
+    return drawn
+
+
+def augment(images: Tensor, settings: BatchSettings, drawn: Mapping[str, Tensor]) -> Tensor:
+    """Crop, mirror and rotate images (N, C, H, W) of bytes as drawn by `draw_augmentation`; new pixels are 0."""
+    number, *shape = images.shape
+    if "top" in drawn:
+        _, height, width = batch_shape((shape[0], shape[1], shape[2]), settings)
+        top, left = (drawn[name].to(images.device) for name in ("top", "left"))
+        images = crop(images, settings.crop_padding or 0, top, left, (height, width))
+    if "mirrored" in drawn:
+        chosen = torch.arange(number) + number * drawn["mirrored"]
+        images = torch.cat([images, images.flip(-1)]).index_select(0, chosen.to(images.device))
+    if "degrees" in drawn:
+        images = rotate(images, drawn["degrees"].to(images.device))
+    return images
+
+
+def crop(images: Tensor, padding: int, top: Tensor, left: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return windows of this height and width from the padded images, at offsets (N,) from the top left corner."""
+    (number, channels, *_), (height, width) = images.shape, size
+    padded = functional.pad(images, (padding,) * 4)
+    arange = partial(torch.arange, device=images.device)
+    # A window's rows are contiguous stretches of the padded images' memory: whole stretches are copied much faster
+    # than pixels are gathered one by one.
+    row = padded.shape[2] * (channels * arange(number)[:, None] + arange(channels))[:, :, None]
+    row = row + top[:, None, None] + arange(height)
+    start = padded.shape[3] * row + left[:, None, None]
+    return padded.flatten().unfold(0, width, 1).index_select(0, start.flatten()).view(number, channels, height, width)
+
+
+def centre_crop(images: Tensor, size: int) -> Tensor:
+    """Return the square in the middle, or half a pixel to the top left of it, padded by 0 where images are smaller."""
+    height, width = images.shape[2:]
+    above, before = (height - size) // 2, (width - size) // 2
+    return functional.pad(images, (-before, size - width + before, -above, size - height + above))
+
+
+def rotate(images: Tensor, degrees: Tensor) -> Tensor:
+    """Rotate each image counter-clockwise about its centre by its angle (N,), with bilinear interpolation."""
+    number, _, height, width = images.shape
+    cosine, sine = torch.deg2rad(degrees).cos(), torch.deg2rad(degrees).sin()
+    zero = torch.zeros_like(cosine)
+    # The source of each output pixel; the grid's unit is half a side, hence the ratio of the sides.
+    row_x = torch.stack([cosine, -sine * height / width, zero], 1)
+    row_y = torch.stack([sine * width / height, cosine, zero], 1)
+    grid = functional.affine_grid(torch.stack([row_x, row_y], 1), [number, 1, height, width], align_corners=False)
+    return functional.grid_sample(images.float(), grid, align_corners=False)

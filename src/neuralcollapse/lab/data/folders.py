@@ -1,4 +1,8 @@
-"""Folders of images: which sub-folders are splits, which are classes, and what is left out."""
+"""Data folders: which sub-folders or Parquet files are splits, which sub-folders are classes, and what is left out.
+
+The folder is listed here rather than by `datasets`, which silently drops classes whose names look like those of splits,
+and takes names of files and folders for patterns.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +10,61 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
-# The usual names of splits, each in the order in which one is chosen.
+# The usual names of splits, each in order of preference.
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation")
 _KINDS = {"train": TRAIN_NAMES, "test": ("test", "testing"), "validation": ("validation", "valid", "val", "dev")}
 # Words by which the name of a folder may mean a split.
-_WORDS = {
+_SPLIT_WORDS = {
     "train": re.compile(r"(?<![a-z])train", re.IGNORECASE),
     "test": re.compile(r"(?<![a-z])(test|valid|val(?![a-z])|dev(?![a-z])|eval)", re.IGNORECASE),
 }
+# Words in the names of Parquet files, and the splits that they mean, as in Hugging Face's `datasets`.
+_FILE_WORDS = {
+    **{name: kind for kind, names in _KINDS.items() for name in names},
+    **dict.fromkeys(("eval", "evaluation"), "test"),
+}
+_SHARD = re.compile(r"(?P<split>.+)-(?P<number>[0-9]{5})-of-(?P<total>[0-9]{5})")
 # Left behind by file managers, archivers and notebooks.
 _LITTER = {".ds_store", "thumbs.db", "desktop.ini", "__macosx", "__pycache__", "@eadir", "lost+found"}
-# Formats that Pillow names and does not decode by itself.
+# Formats that Pillow names and cannot decode by itself.
 _NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}
 _LISTED = 3
+
+
+def is_split_name(name: str) -> bool:
+    """Return whether a name is a usual one of a split, in upper or lower case."""
+    return name.strip().casefold() in (*TRAIN_NAMES, *TEST_NAMES)
+
+
+def split_kind(name: str) -> str:
+    """Return one name for all usual names of a split with the same meaning."""
+    name = name.strip().casefold()
+    return next((kind for kind, names in _KINDS.items() if name in names), name)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first of many names and the number of the others, for a message."""
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+@cache
+def image_extensions() -> frozenset[str]:
+    """Return the file name extensions of the formats that Pillow decodes."""
+    from PIL import Image
+
+    known = Image.registered_extensions().items()
+    return frozenset(extension for extension, kind in known if kind in Image.OPEN and kind not in _NOT_DECODED)
+
+
+# Listing.
 
 
 @dataclass
@@ -38,7 +78,7 @@ class Listing:
     """Files that are not images, hidden files, and folders that are not entered."""
 
     def walk(self) -> Iterator[Listing]:
-        """The folder itself and all below it."""
+        """Yield the folder itself and all folders below it."""
         yield self
         for folder in self.folders.values():
             yield from folder.walk()
@@ -48,55 +88,63 @@ class Listing:
         """The sub-folders that hold images, directly or further below."""
         return {name: folder for name, folder in self.folders.items() if any(each.images for each in folder.walk())}
 
-
-@dataclass(frozen=True)
-class ClassFolders:
-    """The image files of each split by class, and one line for each kind of thing that was left out."""
-
-    splits: dict[str, dict[str, list[str]]]
-    notes: tuple[str, ...]
+    def contents(self) -> str:
+        """Return the kinds of files and their numbers, for a message."""
+        files = [path for folder in self.walk() for path in (*folder.images, *folder.others)]
+        kinds = Counter(Path(path).suffix.lower() or "without an extension" for path in files)
+        return ", ".join(f"{number} {kind}" for kind, number in kinds.most_common(5)) or "no files"
 
 
-def is_split_name(name: str) -> bool:
-    """Return whether a name is a usual one of a split, in upper or lower case."""
-    return name.strip().casefold() in (*TRAIN_NAMES, *TEST_NAMES)
+def list_folder(root: Path, path: str = "", ancestors: tuple[tuple[int, int], ...] = ()) -> Listing:
+    """List a folder and all folders below it. Links are followed, except to a folder that contains them.
 
-
-def split_kind(name: str) -> str:
-    """One of the usual names of a split for all that mean the same."""
-    name = name.strip().casefold()
-    return next((kind for kind, names in _KINDS.items() if name in names), name)
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first of many names, and how many more there are."""
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
-
-
-@cache
-def image_extensions() -> frozenset[str]:
-    """The file name extensions of the formats that Pillow decodes."""
-    from PIL import Image
-
-    known = Image.registered_extensions().items()
-    return frozenset(extension for extension, kind in known if kind in Image.OPEN and kind not in _NOT_DECODED)
-
-
-def list_folder(root: Path) -> Listing:
-    """List a folder and all below it. Links are followed, except to a folder that contains them.
+    Args:
+        root: The folder.
+        path: Its path relative to the data folder.
+        ancestors: Device and inode of each folder around it.
 
     Raises:
-        ValueError: if a folder cannot be read, a link leads nowhere, or a name is not valid UTF-8.
+        ValueError: if a folder cannot be read, a link to an image is broken, or a name is not valid UTF-8.
     """
-    listing = Listing("")
-    _list(root, listing, ())
+    listing = Listing(path)
+    try:
+        status = root.stat()
+        with os.scandir(root) as scanned:
+            entries = sorted(scanned, key=lambda entry: entry.name)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(f"data must have folders that can be read; {str(root)!r} cannot: {reason}") from error
+    ancestors = (*ancestors, (status.st_dev, status.st_ino))
+    for entry in entries:
+        if entry.name.casefold() in _LITTER:
+            continue
+        if any("\ud800" <= character <= "\udfff" for character in entry.name):  # bytes that are not UTF-8
+            raise ValueError(f"data must have file names in UTF-8, and {str(root)!r} holds {entry.name!r}")
+        path = f"{listing.path}/{entry.name}" if listing.path else entry.name
+        image = os.path.splitext(entry.name)[1].lower() in image_extensions() and not entry.name.startswith(".")
+        if entry.is_symlink() and not os.path.exists(entry.path):
+            if image:
+                raise ValueError(f"data must have links that lead to a file, and {path!r} of {str(root)!r} does not")
+            listing.others.append(path)
+        elif entry.is_dir():
+            status = os.stat(entry.path)
+            if entry.name.startswith(".") or (status.st_dev, status.st_ino) in ancestors:
+                listing.others.append(f"{path}/")
+            else:
+                listing.folders[entry.name] = list_folder(Path(entry.path), path, ancestors)
+        elif image and entry.is_file():
+            listing.images.append(path)
+        else:
+            listing.others.append(path)
     return listing
+
+
+# Class folders.
 
 
 def class_folders(
     listing: Listing, data: str, train: str | None = None, test: str | None = None, *, drop_unlabelled: bool = False
-) -> ClassFolders | None:
+) -> tuple[dict[str, dict[str, list[str]]], list[str]] | None:
     """Return the splits and classes that the sub-folders are, or None if they are not class folders.
 
     Sub-folders are splits if they are named, or have the usual names and all contain folders of images; else they are
@@ -109,38 +157,41 @@ def class_folders(
         test: The sub-folder to test on, if it is named.
         drop_unlabelled: Leave out a split whose images are not in class folders.
 
+    Returns:
+        The image files of each split by class, and one line for each kind of thing that was left out.
+
     Raises:
         ValueError: if the sub-folders can be read in more than one way, or a split has no class folders.
     """
     notes: list[str] = []
     strays: list[str] = []
-    outer = listing
+    outermost = listing
     while not listing.images and len(listing.with_images) == 1:  # as archives have one folder around all others
         ((name, inner),) = listing.with_images.items()
         if is_split_name(name) or name in (train, test) or inner.images or not inner.with_images:
             break
         strays += listing.others
         listing = inner
-    if listing is not outer:
+    if listing is not outermost:
         notes.append(f"the images are taken from {listing.path}")
 
-    named = _named_splits(listing, data, train, test) or _splits(listing, data, drop_unlabelled)
-    if named is None:
-        classes = listing.with_images
-        if len(classes) < 2 or all(is_split_name(name) for name in classes):
+    folders = listing.with_images
+    splits = _named_splits(folders, data, train, test) or _usual_splits(folders, data, drop_unlabelled)
+    if splits is None:
+        if len(folders) < 2 or all(is_split_name(name) for name in folders):
             return None
-        _check_classes_first(classes, data)
-        if like_splits := _like_splits(list(classes), data):
+        _check_without_splits(folders, data)
+        if like_splits := _like_splits(list(folders), data):
             notes.append(f"taken as classes and not as splits: {listed(like_splits)}")
         splits = {"train": listing}
     else:
-        splits = dict(sorted(named.items(), key=lambda item: (split_kind(item[0]) != "train", item[0])))
-        if unused := [folder for name, folder in listing.with_images.items() if name not in splits]:
+        splits = dict(sorted(splits.items(), key=lambda item: (split_kind(item[0]) != "train", item[0])))
+        if unused := [folder for name, folder in folders.items() if name not in splits]:
             numbers = [f"{each.path}/ ({sum(len(inner.images) for inner in each.walk())} images)" for each in unused]
             notes.append(f"left out, next to the splits {', '.join(splits)}: {listed(numbers)}")
         splits = _without_wrapping(splits, notes)
+        strays += [*listing.images, *listing.others]
 
-    strays += [] if named is None else [*listing.images, *listing.others]
     empty = []
     for folder in splits.values():
         strays += [*folder.images, *folder.others]
@@ -152,71 +203,27 @@ def class_folders(
         notes.append(f"not used, as the sub-folders are the classes: {listed(tables)}; --table FILE takes its labels")
     if others := [path for path in strays if path not in tables]:
         notes.append(f"left out, not an image of a class: {listed(others)}")
-    return ClassFolders({name: _by_class(folder) for name, folder in splits.items()}, tuple(notes))
+    return {name: _by_class(folder) for name, folder in splits.items()}, notes
 
 
-def contents(listing: Listing) -> str:
-    """Return the kinds of files in a folder and their numbers, for a message."""
-    files = [path for folder in listing.walk() for path in (*folder.images, *folder.others)]
-    kinds = Counter(Path(path).suffix.lower() or "without an extension" for path in files)
-    return ", ".join(f"{number} {kind}" for kind, number in kinds.most_common(5)) or "no files"
-
-
-def _list(folder: Path, listing: Listing, above: tuple[tuple[int, int], ...]) -> None:
-    try:
-        status = folder.stat()
-        with os.scandir(folder) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise ValueError(f"data must have folders that can be read; {str(folder)!r} cannot: {reason}") from error
-    above = (*above, (status.st_dev, status.st_ino))
-    for entry in entries:
-        if entry.name.casefold() in _LITTER:
-            continue
-        if any("\ud800" <= character <= "\udfff" for character in entry.name):  # bytes that are not UTF-8
-            raise ValueError(f"data must have file names in UTF-8, and {str(folder)!r} holds {entry.name!r}")
-        path = f"{listing.path}/{entry.name}" if listing.path else entry.name
-        image = os.path.splitext(entry.name)[1].lower() in image_extensions() and not entry.name.startswith(".")
-        if entry.is_symlink() and not os.path.exists(entry.path):
-            if image:
-                raise ValueError(f"data must have links that lead to a file, and {path!r} of {str(folder)!r} does not")
-            listing.others.append(path)
-        elif entry.is_dir():
-            inner = os.stat(entry.path)
-            if entry.name.startswith(".") or (inner.st_dev, inner.st_ino) in above:
-                listing.others.append(f"{path}/")
-                continue
-            listing.folders[entry.name] = Listing(path)
-            _list(Path(entry.path), listing.folders[entry.name], above)
-        elif image and entry.is_file():
-            listing.images.append(path)
-        else:
-            listing.others.append(path)
-
-
-def _named_splits(listing: Listing, data: str, train: str | None, test: str | None) -> dict[str, Listing] | None:
-    """Return the splits that the settings name and other sub-folders with usual names; None without such settings."""
-    folders = listing.with_images
+def _named_splits(
+    folders: dict[str, Listing], data: str, train: str | None, test: str | None
+) -> dict[str, Listing] | None:
+    """Return the splits that the settings name and others with usual names; None if the settings name no folder."""
     named = [name for name in (train, test) if name in folders]
-    if not named:
-        return None
     for name in named:
         if not folders[name].with_images:
             raise ValueError(
                 f"data must have a folder of images for each class in each split; {name!r} of {data!r} has none"
             )
-    return {
-        name: folder
-        for name, folder in folders.items()
-        if name in named or (is_split_name(name) and folder.with_images)
-    }
+    usual = [name for name, folder in folders.items() if is_split_name(name) and folder.with_images]
+    return {name: folder for name, folder in folders.items() if name in (*named, *usual)} if named else None
 
 
-def _splits(listing: Listing, data: str, drop_unlabelled: bool) -> dict[str, Listing] | None:
+def _usual_splits(folders: dict[str, Listing], data: str, drop_unlabelled: bool) -> dict[str, Listing] | None:
     """Return the splits by their usual names; None if the folders are classes, or neither."""
-    known = {name: folder for name, folder in listing.with_images.items() if is_split_name(name)}
-    others = [name for name in listing.with_images if name not in known]
+    known = {name: folder for name, folder in folders.items() if is_split_name(name)}
+    others = [name for name in folders if name not in known]
     with_classes = {name: folder for name, folder in known.items() if folder.with_images}
     flat = [name for name in known if name not in with_classes]
     if not with_classes:
@@ -229,7 +236,7 @@ def _splits(listing: Listing, data: str, drop_unlabelled: bool) -> dict[str, Lis
             "with --drop_unlabelled it is left out; --table FILE gives labels in place of folders"
         )
     shared = Counter(name for folder in with_classes.values() for name in folder.with_images)
-    if not flat and max(shared.values()) > 1:
+    if not flat and max(shared.values()) > 1:  # the splits have classes in common
         return with_classes
     raise ValueError(
         f"data must show which sub-folders are splits and which are classes: in {data!r}, {listed(list(with_classes))} "
@@ -239,13 +246,13 @@ def _splits(listing: Listing, data: str, drop_unlabelled: bool) -> dict[str, Lis
 
 
 def _like_splits(names: Sequence[str], data: str) -> list[str]:
-    """The names of classes that could be those of splits.
+    """Return the names of classes that could be those of splits.
 
     Raises:
-        ValueError: if all could be, as ``train_images`` and ``test_images``.
+        ValueError: if all could be, such as ``train_images`` and ``test_images``.
     """
-    kinds = {name: {kind for kind, word in _WORDS.items() if word.search(name)} for name in names}
-    alike = [name for name, found in kinds.items() if found]
+    kinds = {name: {kind for kind, word in _SPLIT_WORDS.items() if word.search(name)} for name in names}
+    alike = [name for name, meanings in kinds.items() if meanings]
     if len(set().union(*kinds.values())) > 1 and len(alike) == len(names):
         raise ValueError(
             f"data must show which sub-folders are splits and which are classes: {listed(names)} of {data!r} may be "
@@ -254,7 +261,7 @@ def _like_splits(names: Sequence[str], data: str) -> list[str]:
     return alike
 
 
-def _check_classes_first(classes: dict[str, Listing], data: str) -> None:
+def _check_without_splits(classes: dict[str, Listing], data: str) -> None:
     """Check that the classes are not divided into splits themselves."""
     for name, folder in classes.items():
         inner = {each.strip().casefold() for each in folder.with_images}
@@ -266,7 +273,7 @@ def _check_classes_first(classes: dict[str, Listing], data: str) -> None:
 
 
 def _without_wrapping(splits: dict[str, Listing], notes: list[str]) -> dict[str, Listing]:
-    """The splits without a single folder around the classes of each, as in ``train/train/cat``."""
+    """Return the splits without a single folder around the classes of each, as in ``train/train/cat``."""
     inner = {name: next(iter(folder.with_images.values())) for name, folder in splits.items()}
     if any(len(splits[name].with_images) > 1 or each.images or not each.with_images for name, each in inner.items()):
         return splits
@@ -275,9 +282,185 @@ def _without_wrapping(splits: dict[str, Listing], notes: list[str]) -> dict[str,
 
 
 def _by_class(folder: Listing) -> dict[str, list[str]]:
-    """The images of each class; names that look the same, composed or decomposed, are one class."""
+    """Return the images of each class; names that look the same, composed or decomposed, are one class."""
     classes: dict[str, list[str]] = {}
     for name, inner in sorted(folder.with_images.items()):
-        images: Iterable[str] = (path for each in inner.walk() for path in each.images)
-        classes.setdefault(unicodedata.normalize("NFC", name), []).extend(sorted(images))
+        images = sorted(path for each in inner.walk() for path in each.images)
+        classes.setdefault(unicodedata.normalize("NFC", name), []).extend(images)
     return classes
+
+
+# Parquet files.
+
+
+def find_parquet(
+    root: Path, listing: Listing, data: str, config: str | None
+) -> tuple[dict[str, list[Path]], list[str]]:
+    """Find the Parquet files of each split.
+
+    Args:
+        root: The folder.
+        listing: Its contents.
+        data: Its name, for messages.
+        config: The configuration, if a copy of a data set of the hub has several.
+
+    Returns:
+        The files by split, and those that are not used.
+
+    Raises:
+        ValueError: if it is not clear which files make a split, or some of its files are missing.
+    """
+    files = sorted(path for folder in listing.walk() for path in folder.others if path.lower().endswith(".parquet"))
+    files = [path for path in files if not any(part.startswith(".") for part in path.split("/"))]
+    if not files:
+        return {}, []
+    by_split = _by_card(root, files, data, config) or _by_name(files, data, config)
+    for split, paths in by_split.items():
+        _check_complete(split, paths, data)
+    used = {path for paths in by_split.values() for path in paths}
+    order = sorted(by_split, key=lambda split: (split != "train", split))
+    return {split: [root / path for path in by_split[split]] for split in order}, sorted(set(files) - used)
+
+
+def holds_images(path: Path) -> bool:
+    """Return whether a Parquet file has a column of bytes, as images are stored."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return any("binary" in str(column.type) for column in pq.read_schema(path))
+    except (OSError, pa.ArrowException):
+        return False
+
+
+def load_parquet(files: Sequence[Path]) -> list[Any]:
+    """Load the files of one split as Hugging Face data sets, one for all files that declare the same columns.
+
+    Raises:
+        ValueError: if one is not a Parquet file.
+    """
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from datasets.data_files import DataFilesDict, DataFilesList
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for path in files:
+        try:
+            schema, footer = pq.read_schema(path), pq.read_metadata(path)
+        except (OSError, pa.ArrowException) as error:
+            reason = str(error).split("\n")[0]
+            raise ValueError(
+                f"data must have Parquet files that can be read; {str(path)!r} cannot: {reason}"
+            ) from error
+        status = path.stat()
+        version = f"{status.st_size} {status.st_mtime_ns} {status.st_ino} {footer.num_rows}"
+        columns = repr(datasets.Features.from_arrow_schema(schema))
+        groups.setdefault(columns, []).append((str(path.absolute()), version))
+    parts = []
+    for group in groups.values():
+        paths, versions = zip(*group, strict=True)
+        # Given as they are, and not as patterns, since a path may hold brackets and stars. A file that was prepared
+        # before is prepared again if its size, time, inode or number of rows has changed.
+        data_files = DataFilesDict(train=DataFilesList(list(paths), [(version,) for version in versions]))
+        builder = Parquet(data_files=data_files, hash=_PACKAGED_DATASETS_MODULES["parquet"][1])
+        builder.download_and_prepare()
+        parts.append(builder.as_dataset("train"))
+    return parts
+
+
+def _by_card(root: Path, files: Sequence[str], data: str, config: str | None) -> dict[str, list[str]]:
+    """Return the files of each split as the README of a data set of the hub lists them; none without such a list."""
+    import yaml
+    from datasets.data_files import sanitize_patterns
+
+    card = root / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+    try:
+        described = yaml.safe_load(front[1]) if front else None
+    except yaml.YAMLError:
+        described = None
+    configs = described.get("configs") if isinstance(described, dict) else None
+    configs = [each for each in configs if isinstance(each, dict)] if isinstance(configs, list) else []
+    known = {str(each["config_name"]): each for each in configs if "config_name" in each and each.get("data_files")}
+    if not known:
+        return {}
+    default = [name for name, each in known.items() if each.get("default")] or [
+        name for name in known if name == "default"
+    ]
+    chosen = config or (default or list(known))[0]
+    if chosen not in known or (config is None and not default and len(known) > 1):
+        raise ValueError(
+            f"data_config must be a configuration of {data!r}, which has {', '.join(known)}; got {config!r}"
+        )
+    try:
+        patterns: dict[str, list[str]] = sanitize_patterns(known[chosen]["data_files"])
+    except (TypeError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"data must have a README.md whose data_files `datasets` can read, and that of {data!r} does not: {reason}"
+        ) from error
+    by_split = {
+        str(split): [path for path in files for pattern in wanted if _matches(path, str(pattern))]
+        for split, wanted in patterns.items()
+    }
+    return {split: paths for split, paths in by_split.items() if paths}
+
+
+def _by_name(files: Sequence[str], data: str, config: str | None) -> dict[str, list[str]]:
+    """Return the files of each split by words in their names and folders, all of one folder."""
+    if config is not None:
+        inside = [path for path in files if config in path.split("/")[:-1]]
+        if not inside:
+            raise ValueError(f"data_config must be a folder of Parquet files in {data!r}, got {config!r}")
+        files = inside
+    by_split: dict[str, dict[str, str]] = {}
+    for path in files:
+        split, around = _split_of(path)
+        by_split.setdefault(split, {})[path] = around
+    if set(by_split) == {""}:
+        by_split = {"train": by_split[""]}
+    by_split.pop("", None)
+    for split, paths in by_split.items():
+        folders = sorted(set(paths.values()))
+        if len(folders) > 1 and config is None:
+            raise ValueError(
+                f"data_config must say which folder of {data!r} to take: {listed(folders)} have a split {split!r} each"
+            )
+    return {split: list(paths) for split, paths in by_split.items()}
+
+
+def _split_of(path: str) -> tuple[str, str]:
+    """Return a file's split, by its own name or by the folder nearest to it, and the folder around that."""
+    parts = path[: -len(".parquet")].split("/")
+    if shard := _SHARD.fullmatch(parts[-1]):
+        name = shard["split"].casefold()
+        return "train" if name in TRAIN_NAMES else name, "/".join(parts[:-1])
+    for depth in reversed(range(len(parts))):
+        words = re.split(r"[^a-z0-9]+", parts[depth].casefold())
+        splits = {_FILE_WORDS[word] for word in words if word in _FILE_WORDS}
+        if len(splits) == 1:
+            return splits.pop(), "/".join(parts[:depth])
+    return "", ""
+
+
+def _check_complete(split: str, paths: Sequence[str], data: str) -> None:
+    shards = [shard for path in paths if (shard := _SHARD.fullmatch(Path(path).stem))]
+    numbers: dict[tuple[str, str], set[str]] = {}
+    for shard in shards:
+        numbers.setdefault((shard["split"], shard["total"]), set()).add(shard["number"])
+    for (_, total), present in numbers.items():
+        if len(present) < int(total):
+            raise ValueError(
+                f"data must have all files of its split {split!r}; {data!r} has {len(present)} of {int(total)}"
+            )
+
+
+def _matches(path: str, pattern: str) -> bool:
+    """Return whether a relative path matches a pattern of `datasets`, where ``**`` also matches slashes."""
+    parts = re.split(r"(\*\*/|\*\*|\*|\?)", pattern.removeprefix("./"))
+    meanings: Mapping[str, str] = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    return re.fullmatch("".join(meanings.get(part, re.escape(part)) for part in parts), path) is not None

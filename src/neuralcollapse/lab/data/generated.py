@@ -1,4 +1,4 @@
-"""Data that are drawn from a definition, offline: MNIST-1D, and features about class means."""
+"""Synthetic data: MNIST-1D, and Gaussian features around random class means."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from neuralcollapse.lab.config import DataSettings
-from neuralcollapse.lab.data.decoding import ArrayImages
+from neuralcollapse.lab.data.images import ArrayImages
 from neuralcollapse.lab.data.selection import Samples
-from neuralcollapse.lab.data.sources import Source, Table
+from neuralcollapse.lab.data.sources import Source
 
-# Greydanus, Kobak, "Scaling down deep learning with MNIST-1D" (ICML 2024): the curve of each digit, and the settings.
+# Greydanus and Kobak, "Scaling down deep learning with MNIST-1D" (ICML 2024): the curve of each digit, the settings.
 _DIGITS = (
     (5, 6, 6.5, 6.75, 7, 7, 7, 7, 6.75, 6.5, 6, 5),
     (5, 3, 3, 3.4, 3.8, 4.2, 4.6, 5, 5.4, 5.8, 5, 5),
@@ -38,25 +38,25 @@ PUBLISHED: dict[str, Any] = {
     "final_seq_length": 40,
     "seed": 42,
 }
-FEATURES = ("num_classes", "feature_dim", "train_per_class", "test_per_class", "noise", "seed")
+_FEATURE_SETTINGS = ("num_classes", "feature_dim", "train_per_class", "test_per_class", "noise", "seed")
 
 
 def generated(config: DataSettings) -> Source:
-    """The data set that ``generator`` describes.
+    """Return the data set that ``generator`` describes.
 
     Raises:
-        ValueError: A setting of the generator is missing, unknown or not a number.
+        ValueError: if a setting of the generator is missing, unknown or not a number.
     """
     if config.data == "mnist-1d":
-        settings = PUBLISHED if config.generator == "published" else _checked(config, tuple(PUBLISHED))
+        settings = PUBLISHED if config.generator == "published" else _check(config, tuple(PUBLISHED))
         return mnist_1d(settings)
-    return features(_checked(config, FEATURES))
+    return gaussian_features(_check(config, _FEATURE_SETTINGS))
 
 
 def mnist_1d(settings: Mapping[str, Any]) -> Source:
-    """Ten curves padded, stretched, scaled, moved, sheared, with correlated and with white noise; mean 0, deviation 1.
+    """Return ten curves padded, stretched, scaled, moved and sheared, with correlated and white noise, standardised.
 
-    Defined as published; the numbers drawn are this package's own, so that single samples differ.
+    Defined as published; the random numbers differ, so that single samples do too.
     """
     random = np.random.default_rng(settings["seed"])
     curves = np.array(_DIGITS)
@@ -69,9 +69,9 @@ def mnist_1d(settings: Mapping[str, Any]) -> Source:
     return _source(samples[order], labels[order], int(len(labels) * settings["train_split"]), "mnist-1d")
 
 
-def features(settings: Mapping[str, Any]) -> Source:
-    """Samples m_k + noise·z/√d about random unit class means m_k, with z standard normal in d dimensions."""
-    classes, dim, train, test = (int(settings[name]) for name in FEATURES[:4])
+def gaussian_features(settings: Mapping[str, Any]) -> Source:
+    """Return samples m_k + noise·z/√d around random unit class means m_k, with z standard normal in d dimensions."""
+    classes, dim, train, test = (int(settings[name]) for name in _FEATURE_SETTINGS[:4])
     random = np.random.default_rng(settings["seed"])
     means = random.standard_normal((classes, dim))
     means /= np.linalg.norm(means, axis=1, keepdims=True)
@@ -98,22 +98,21 @@ def _stretched(signal: np.ndarray, length: int) -> np.ndarray:
     return np.interp(np.linspace(0, 1, length), np.linspace(0, 1, len(signal)), signal)
 
 
-def _source(samples: np.ndarray, labels: np.ndarray, train: int, name: str) -> Source:
-    images = ArrayImages(list(samples.astype(np.float32)[:, None, :, None]), name)
-    rows, targets = torch.arange(len(labels)), torch.from_numpy(labels).long()
-    parts = (slice(train), slice(train, None))
-    first, second = (Table(images, Samples(rows[part, None], targets[part])) for part in parts)
+def _source(values: np.ndarray, labels: np.ndarray, train: int, name: str) -> Source:
+    images = ArrayImages(list(values.astype(np.float32)[:, None, :, None]), name)
+    samples = Samples(images, torch.arange(len(labels))[:, None], torch.from_numpy(labels).long())
+    first, second = (samples.take(rows) for rows in samples.rows.flatten().tensor_split([train]))
     return Source(first, second, int(labels.max()) + 1)
 
 
-def _checked(config: DataSettings, names: tuple[str, ...]) -> dict[str, Any]:
+def _check(config: DataSettings, names: tuple[str, ...]) -> dict[str, Any]:
     given = config.generator
     if not isinstance(given, dict) or set(given) != set(names):
         instead = ", or be 'published'" if config.data == "mnist-1d" else ""
         raise ValueError(f"generator of {config.data} must have {', '.join(names)}{instead}, got {given}")
     for name, value in given.items():
         numbers = value if isinstance(value, list) else [value]
-        if isinstance(value, bool) or not all(isinstance(one, int | float) and one >= 0 for one in numbers):
+        if isinstance(value, bool) or not all(isinstance(number, int | float) and number >= 0 for number in numbers):
             raise ValueError(f"generator's {name} must be a number of at least 0, got {value!r}")
     low_high = given.get("padding", [0, 0])
     if not isinstance(low_high, list) or len(low_high) != 2 or low_high[0] > low_high[1]:

@@ -1,11 +1,12 @@
-"""Where images and labels come from: scikit-learn's digits, a folder, or a data set of the Hugging Face hub."""
+"""Sources of images and labels: scikit-learn's digits, a folder, or a data set of the Hugging Face hub."""
 
 from __future__ import annotations
 
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,30 +14,40 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from neuralcollapse.lab.config import DataSettings
-from neuralcollapse.lab.data.columns import (
-    Given,
+from neuralcollapse.lab.data.folders import (
+    TEST_NAMES,
+    TRAIN_NAMES,
+    Listing,
+    class_folders,
+    find_parquet,
+    holds_images,
+    list_folder,
+    listed,
+    load_parquet,
+    split_kind,
+)
+from neuralcollapse.lab.data.images import ArrayImages, EncodedImages
+from neuralcollapse.lab.data.selection import Samples
+from neuralcollapse.lab.data.tables import (
     find_image_column,
     find_label_column,
-    given_labels,
-    has_labels,
-    number_classes,
+    find_tables,
+    read_path_tables,
+    read_table,
 )
-from neuralcollapse.lab.data.copies import copy_groups
-from neuralcollapse.lab.data.decoding import ArrayImages, EncodedImages, Images
-from neuralcollapse.lab.data.folders import TEST_NAMES, TRAIN_NAMES, split_kind
-from neuralcollapse.lab.data.local import Stored, read_folder
-from neuralcollapse.lab.data.selection import Samples, hold_out
 
 _HUB_SECONDS = 5.0
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_INTEGER = re.compile(r"[+-]?[0-9]+")
+# The label of images of no known class.
+_UNLABELLED = -1
 
 
 @dataclass(frozen=True)
 class HubDataSet:
-    """A data set of the hub, or a folder, and what has to be said to get its images and labels."""
+    """The path of a data set of the hub, or of a folder, and the settings that its images and labels need."""
 
     path: str
     config: str | None = None
@@ -49,8 +60,8 @@ KNOWN = {
     "mnist": HubDataSet("ylecun/mnist"),
     "fashion-mnist": HubDataSet("zalando-datasets/fashion_mnist"),
     "svhn": HubDataSet("ufldl-stanford/svhn", config="cropped_digits"),
-    # The copies best known hold IDX files or a loading script, which `datasets` does not read. Characters may lie on
-    # their side, as NIST's own files have them.
+    # The best-known copies hold IDX files or a loading script, which `datasets` does not read. Characters may lie on
+    # their side, as in NIST's own files.
     "emnist-balanced": HubDataSet("claudiogsc/emnist_balanced"),
     "cifar10": HubDataSet("uoft-cs/cifar10"),
     "cifar100": HubDataSet("uoft-cs/cifar100", label_column="fine_label"),
@@ -62,228 +73,103 @@ KNOWN = {
 
 
 @dataclass(frozen=True)
-class Table:
-    """Images, and which of them with which labels make a split."""
-
-    images: Images
-    samples: Samples
-
-
-@dataclass(frozen=True)
 class Source:
-    """All there is to train and to test on, one image a sample."""
+    """All samples to train and to test on, of one image each."""
 
-    train: Table
-    test: Table
+    train: Samples
+    test: Samples | None
+    """None if a part of the train split is to be held out."""
     num_classes: int
     class_names: tuple[str, ...] | None = None
     revision: str | None = None
-    """Of a data set of the hub, the commit."""
+    """The commit, of a data set of the hub."""
     copies: Literal["refuse", "report", "drop", "ignore"] = "ignore"
     """The treatment of test images that are training images too."""
     notes: tuple[str, ...] = ()
-    """Lines on what was left out or decided in reading it."""
+    """One line for each kind of thing that was left out or decided in reading it."""
 
 
 def digits() -> Source:
-    """Scikit-learn's digits: 1797 images of 8x8 grey pixels."""
+    """Return scikit-learn's digits: 1,797 images of 8×8 grey pixels."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     arrays = [(image * (255 / 16)).round().astype(np.uint8)[..., None] for image in bunch.images]
-    images, labels = ArrayImages(arrays, "digits"), torch.from_numpy(bunch.target).long()
-    kept, held_out = hold_out(labels)
-    return Source(
-        Table(images, _samples(labels, kept)), Table(images, _samples(labels, held_out)), len(bunch.target_names)
-    )
+    labels = torch.from_numpy(bunch.target).long()
+    samples = Samples(ArrayImages(arrays, "digits"), torch.arange(len(labels))[:, None], labels)
+    return Source(samples, None, len(bunch.target_names))
 
 
 def stored(config: DataSettings) -> Source:
-    """A folder or a data set of the hub; where it has no test split, one image in five is held out.
+    """Read a folder or a data set of the hub.
 
     Raises:
-        ValueError: There is no such data set, or it has no images, no labels, or labels that do not fit.
+        ValueError: if there is no such data set, or it has no images, no labels, or labels that do not fit.
     """
-    wanted = _resolve(config)
-    found = _stored(config, wanted)
-    train, tests = _split_names(config.data, wanted, list(found.splits))
-    notes, drop = list(found.notes), bool(config.drop_unlabelled)
-    given = {
-        name: _labels(config.data, wanted, found, train, name) for name in (train, *(tests if drop else tests[:1]))
-    }
-    test = next((name for name in tests if not drop or any(has_labels(each) for each in given[name])), None)
+    data, wanted, drop = config.data, _resolve(config), bool(config.drop_unlabelled)
+    rows = _rows(config, wanted)
+    train, tests = _split_names(data, wanted, list(rows.splits))
+    first, notes = rows.splits[train][0], list(rows.notes)
+    label_column = rows.columns[1] if rows.columns else find_label_column(data, wanted.label_column, first.features)
+
+    labels = {train: _read_labels(data, train, rows.splits[train], label_column)}
+    test = None
+    for name in tests if drop else tests[:1]:
+        labels[name] = _read_labels(data, name, rows.splits[name], label_column)
+        if not drop or any(isinstance(label, str) for label in labels[name].names):
+            test = name
+            break
+        del labels[name]
+        notes.append(f"the {name} split left out: none of its images has a label")
     if test is None and wanted.test_split is not None:
         raise ValueError(f"test_split must be a split with labels, and no image of {wanted.test_split!r} has one")
-    used = [name for name in (train, test) if name is not None]
-    earlier = tests[: tests.index(test)] if test in tests else tests  # there are some with drop_unlabelled alone
-    notes += [f"the {name} split left out: none of its images has a label" for name in earlier]
-    labelled, names = number_classes(config.data, {name: given[name] for name in used}, train, drop_unlabelled=drop)
-    notes += [labelled[name].note or "" for name in used]
+    missing = [_check_labelled(data, name, each.names, drop, name == train) for name, each in labels.items()]
+    classes = _class_names(data, labels, train)
+    notes += [note for note in missing if note]
     if unused := [
-        f"{name} ({sum(map(len, parts))} images)" for name, parts in found.splits.items() if name not in used
+        f"{name} ({sum(map(len, parts))} images)" for name, parts in rows.splits.items() if name not in labels
     ]:
         notes.append(f"splits that are not used: {', '.join(unused)}")
-    if len(found.splits) == 1 and split_kind(train) != "train":
+    if len(rows.splits) == 1 and split_kind(train) != "train":
         notes.append(f"its only split is {train}: one image in five of it is held out")
-    tables = {name: Table(_images(config, found, train, name), labelled[name].samples) for name in used}
-    copies: Literal["drop", "report", "refuse"] = "report" if found.published else "refuse"
-    if test is None:
-        groups = copy_groups(tables[train].images, labelled[train].samples.rows.flatten())
-        if number := int((groups != torch.arange(len(groups))).sum()):
-            notes.append(
-                f"{number} images are copies of others; copies of one image are all trained on or all held out"
-            )
-        parts = hold_out(labelled[train].samples.labels, groups=groups)
-        first, second = (Table(tables[train].images, labelled[train].samples.take(part)) for part in parts)
-        copies = "drop"
-    else:
-        first, second = tables[train], tables[test]
-    revision = _revision(found.splits[train][0])
+
+    image_column = rows.columns[0] if rows.columns else find_image_column(data, first)
+    number_of = {name: number for number, name in enumerate(classes)}
+    samples = {}
+    for name, each in labels.items():
+        numbers = torch.tensor([number_of[label] if isinstance(label, str) else _UNLABELLED for label in each.names])
+        labelled = (numbers >= 0).nonzero()
+        samples[name] = Samples(_images(data, name, rows, image_column), labelled, numbers[labelled.flatten()])
+    copies: Literal["drop", "report", "refuse"] = "report" if rows.published else "refuse"
     return Source(
-        first, second, len(names), names, revision, "drop" if config.drop_copies else copies, tuple(filter(None, notes))
+        samples[train],
+        samples[test] if test is not None else None,
+        len(classes),
+        classes,
+        _revision(first),
+        "drop" if config.drop_copies or test is None else copies,
+        tuple(notes),
     )
 
 
-def _labels(data: str, wanted: HubDataSet, found: Stored, train: str, split: str) -> list[Given]:
-    if found.labels is not None:
-        return [found.labels[split]]
-    column = find_label_column(data, wanted.label_column, found.splits[train][0].features)
-    return [given_labels(data, split, rows, column) for rows in found.splits[split]]
-
-
-def _images(config: DataSettings, found: Stored, train: str, split: str) -> EncodedImages:
-    column = find_image_column(config.data, found.splits[train][0])
-    description = f"{Path(config.data).name} ({split})"
-    if any(column not in rows.features for rows in found.splits[split]):
-        raise ValueError(f"data must have a column {column!r} of images in each split, and {description} has none")
-    images = EncodedImages(found.splits[split], column, description, found.folder, _caches() if found.published else ())
-    if not found.published and found.labels is None:
-        images.check_files()
-    return images
-
-
-def _samples(labels: Tensor, rows: Tensor) -> Samples:
-    return Samples(rows[:, None], labels[rows])
-
-
 def _resolve(config: DataSettings) -> HubDataSet:
-    """What is asked for. A known name is the hub's data set, even if a folder here is called so too."""
+    """Return the data set with the settings that are given; a known name is the hub's, even if a folder has it too."""
     known = KNOWN | {data_set.path: data_set for data_set in KNOWN.values()}
-    asked = {
+    given = {
         "config": config.data_config,
         "label_column": config.label_column,
         "train_split": config.train_split,
         "test_split": config.test_split,
     }
-    found = known.get(config.data) or HubDataSet(config.data)
-    return replace(found, **{name: value for name, value in asked.items() if value is not None})
-
-
-def _stored(config: DataSettings, wanted: HubDataSet) -> Stored:
-    """The splits of a folder or of a data set of the hub, or a ValueError that says what was wrong."""
-    import datasets
-
-    data = config.data
-    if not data:
-        raise ValueError("data must name a data set or a folder, got ''")
-    folder = Path(wanted.path).expanduser()
-    is_folder = folder.is_dir()
-    elsewhere = folder.exists() or folder.is_absolute() or data.startswith((".", "~"))
-    if not is_folder and (elsewhere or not _HUB_ID.fullmatch(wanted.path)):
-        raise ValueError(f"data must be 'digits', a folder, or a data set's id on the hub; {data!r} is no folder")
-    if not is_folder and config.table is not None:
-        raise ValueError(f"table belongs to data from a folder; {data!r} is a data set of the hub")
-    try:
-        with _quiet_hub():
-            if is_folder:
-                return read_folder(folder, config, wanted.config)
-            with _reached(wanted.path):
-                splits = datasets.load_dataset(wanted.path, wanted.config)
-    except (datasets.exceptions.DatasetGenerationError, RuntimeError, TypeError, ValueError) as error:
-        if is_folder and isinstance(error, ValueError):
-            raise
-        raise ValueError(f"data {data!r} cannot be read: {_reason(error.__cause__ or error)}") from error
-    except OSError as error:  # no connection, or a name that the hub does not have; or no room for what is prepared
-        if is_folder:
-            raise ValueError(f"data {data!r} cannot be read: {error}") from error
-        name = "" if data == wanted.path else f"{data!r}, "
-        reason = "it does not answer" if "OfflineMode" in str(error) else _reason(error)
-        raise ValueError(
-            f"data set {name}{wanted.path!r} could not be fetched from the hub ({reason}); "
-            "without a network, give data a folder that holds it: --data FOLDER"
-        ) from error
-    beside = Path(data)
-    notes = (f"the data set of the hub, and not the folder {data}/ here: --data ./{data}",) if beside.is_dir() else ()
-    return Stored({name: [rows] for name, rows in splits.items()}, "", notes, published=True)
-
-
-def _caches() -> tuple[str, ...]:
-    """The addresses of the files of data sets of the hub."""
-    import datasets
-    from huggingface_hub import constants
-
-    return tuple(map(str, (datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE)))
-
-
-@contextmanager
-def _reached(path: str) -> Iterator[None]:
-    """Where the hub does not answer at once, without it: only what was fetched before is there."""
-    import datasets
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HfHubHTTPError
-
-    offline = [(constants, constants.HF_HUB_OFFLINE), (datasets.config, datasets.config.HF_HUB_OFFLINE)]
-    try:
-        HfApi().dataset_info(path, timeout=_HUB_SECONDS)
-    except HfHubHTTPError:  # an answer
-        pass
-    except Exception:  # of the network, in as many ways as there are HTTP libraries
-        for module, _ in offline:
-            module.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        for module, before in offline:
-            module.HF_HUB_OFFLINE = before
-
-
-@contextmanager
-def _quiet_hub() -> Iterator[None]:
-    """Without the hub's warnings of every attempt that failed: the last one is an error, of which we say more.
-
-    Its bars are shown in a terminal alone.
-    """
-    import datasets
-
-    logger = logging.getLogger("huggingface_hub")
-    level, bars = logger.level, datasets.are_progress_bars_disabled()
-    logger.setLevel(logging.ERROR)
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        if not bars:
-            datasets.enable_progress_bars()
-
-
-def _reason(error: BaseException) -> str:
-    """The first two lines: of a configuration that is missing, the second says which there are."""
-    return " ".join(str(error).strip().split("\n")[:2])
-
-
-def _revision(rows: Any) -> str | None:
-    """The commit of a data set of the hub, which is part of the addresses of its files."""
-    addresses = rows.info.download_checksums or ()
-    return next((found[1] for address in addresses if (found := re.search(r"@([0-9a-f]{40})/", address))), None)
+    data_set = known.get(config.data) or HubDataSet(config.data)
+    return replace(data_set, **{name: value for name, value in given.items() if value is not None})
 
 
 def _split_names(data: str, wanted: HubDataSet, names: list[str]) -> tuple[str, list[str]]:
-    """The name of the split to train on, and those to test on, the preferred one first."""
-    asked = {"train_split": wanted.train_split, "test_split": wanted.test_split}
+    """Return the name of the split to train on, and those to test on, the preferred one first."""
+    settings = {"train_split": wanted.train_split, "test_split": wanted.test_split}
     chosen: dict[str, str | None] = {}
-    for setting, name in asked.items():
+    for setting, name in settings.items():
         alike = [each for each in names if each == name] or [
             each for each in names if name and split_kind(each) == split_kind(name)
         ]
@@ -303,3 +189,313 @@ def _split_names(data: str, wanted: HubDataSet, names: list[str]) -> tuple[str, 
         if each != train and each.strip().casefold() in TEST_NAMES
     )
     return train, [test] if test is not None else [each for _, each in by_rank]
+
+
+# Rows.
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of each split of a folder or of the hub, before their labels are read."""
+
+    splits: Mapping[str, Sequence[Any]]
+    """Hugging Face data sets: one per split, or several that declare different columns."""
+    folder: str = ""
+    """The folder that paths of images are relative to."""
+    columns: tuple[str, str] | None = None
+    """The columns of images, as paths that were checked, and of labels, if they are known."""
+    notes: tuple[str, ...] = ()
+    published: bool = False
+    """True for a data set of the hub, whose splits stay as they were published."""
+
+
+def _rows(config: DataSettings, wanted: HubDataSet) -> _Rows:
+    import datasets
+
+    data = config.data
+    if not data:
+        raise ValueError("data must name a data set or a folder, got ''")
+    folder = Path(wanted.path).expanduser()
+    is_folder = folder.is_dir()
+    is_path = folder.exists() or folder.is_absolute() or data.startswith((".", "~"))
+    if not is_folder and (is_path or not _HUB_ID.fullmatch(wanted.path)):
+        raise ValueError(f"data must be 'digits', a folder, or a data set's id on the hub; {data!r} is not a folder")
+    if not is_folder and config.table is not None:
+        raise ValueError(f"table belongs to data from a folder; {data!r} is a data set of the hub")
+    try:
+        with _quiet_hub():
+            if is_folder:
+                return _folder_rows(folder, config, wanted.config)
+            with _offline_without_answer(wanted.path):
+                splits = datasets.load_dataset(wanted.path, wanted.config)
+    except (datasets.exceptions.DatasetGenerationError, RuntimeError, TypeError, ValueError) as error:
+        if is_folder and isinstance(error, ValueError):
+            raise
+        raise ValueError(f"data {data!r} cannot be read: {_reason(error.__cause__ or error)}") from error
+    except OSError as error:  # no connection, or a name that the hub does not have; or no space for what is prepared
+        if is_folder:
+            raise ValueError(f"data {data!r} cannot be read: {error}") from error
+        name = "" if data == wanted.path else f"{data!r}, "
+        reason = "it does not answer" if "OfflineMode" in str(error) else _reason(error)
+        raise ValueError(
+            f"data set {name}{wanted.path!r} could not be fetched from the hub ({reason}); "
+            "without a network, give data a folder that holds it: --data FOLDER"
+        ) from error
+    notes = (
+        [f"the data set of the hub, and not the folder {data}/ here: --data ./{data}"] if Path(data).is_dir() else []
+    )
+    return _Rows({name: [rows] for name, rows in splits.items()}, notes=tuple(notes), published=True)
+
+
+def _folder_rows(folder: Path, config: DataSettings, data_config: str | None) -> _Rows:
+    """Read class folders, a table of paths and labels, Parquet files, or a data set saved by `datasets`."""
+    import datasets
+
+    data = config.data
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        saved = datasets.load_from_disk(str(folder))
+        splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+        return _Rows({str(name): [rows] for name, rows in splits.items()}, str(folder))
+    listing = list_folder(folder)
+    if config.table is not None:
+        tables, unused = {"train": read_table(folder / config.table)}, list[str]()
+    else:
+        drop = bool(config.drop_unlabelled)
+        classes = class_folders(listing, data, config.train_split, config.test_split, drop_unlabelled=drop)
+        if classes is not None:
+            _check_class_folders_alone(folder, listing, config)
+            by_split, lines = classes
+            return _Rows(
+                {name: [_rows_of_classes(by_class)] for name, by_class in by_split.items()},
+                str(folder),
+                ("image", "label"),
+                tuple(lines),
+            )
+        files, unused = find_parquet(folder, listing, data, data_config)
+        if files:
+            notes = (f"not used: {listed(unused)}",) if unused else ()
+            return _Rows({split: load_parquet(paths) for split, paths in files.items()}, str(folder), None, notes)
+        tables, unused = find_tables(folder, listing)
+    if tables:
+        parts, columns, lines = read_path_tables(folder, tables, data, config.label_column)
+        notes = (*([f"not used: {listed(unused)}"] if unused else []), *lines)
+        return _Rows({name: [rows] for name, rows in parts.items()}, str(folder), columns, notes)
+    if listing.images or listing.with_images:
+        kinds = f"images in {listed(list(listing.with_images))}" if listing.with_images else "images alone"
+        raise ValueError(
+            f"data must have a sub-folder of images for each of at least 2 classes, or a table of paths and labels; "
+            f"{data!r} has {kinds}"
+        )
+    raise ValueError(
+        f"data must have images, but the folder {data!r} has none; it holds {listing.contents()}. What can be read: "
+        "a sub-folder of images for each class, Parquet files, or a CSV file of paths and labels; not archives"
+    )
+
+
+def _check_class_folders_alone(folder: Path, listing: Listing, config: DataSettings) -> None:
+    """Check that labels can be taken from the class folders alone."""
+    for name, value in (("label_column", config.label_column), ("data_config", config.data_config)):
+        if value is not None:
+            raise ValueError(
+                f"{name} belongs to data with a column of labels; the classes of {config.data!r} are its sub-folders, "
+                "unless --table FILE is given"
+            )
+    for path in (path for each in listing.walk() for path in each.others if path.lower().endswith(".parquet")):
+        if holds_images(folder / path):
+            raise ValueError(
+                f"data must be class folders or Parquet files with images, and {config.data!r} has both: move {path} "
+                "or the folders away"
+            )
+
+
+def _rows_of_classes(by_class: Mapping[str, Sequence[str]]) -> Any:
+    import datasets
+
+    columns = {
+        "image": [path for paths in by_class.values() for path in paths],
+        "label": [name for name, paths in by_class.items() for _ in paths],
+    }
+    text = datasets.Value("string")
+    return datasets.Dataset.from_dict(columns, features=datasets.Features({"image": text, "label": text}))
+
+
+def _images(data: str, split: str, rows: _Rows, column: str) -> EncodedImages:
+    import datasets
+    from huggingface_hub import constants
+
+    description = f"{Path(data).name} ({split})"
+    if any(column not in part.features for part in rows.splits[split]):
+        raise ValueError(f"data must have a column {column!r} of images in each split, and {description} has none")
+    caches = (datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE)
+    roots = tuple(map(str, caches)) if rows.published else ()
+    images = EncodedImages(rows.splits[split], column, description, rows.folder, roots)
+    if not rows.published and rows.columns is None:
+        images.check_files()
+    return images
+
+
+def _revision(rows: Any) -> str | None:
+    """Return the commit of a data set of the hub, which is part of the addresses of its files."""
+    addresses = rows.info.download_checksums or ()
+    return next((match[1] for address in addresses if (match := re.search(r"@([0-9a-f]{40})/", address))), None)
+
+
+@contextmanager
+def _offline_without_answer(path: str) -> Iterator[None]:
+    """If the hub does not answer at once, work offline: with data sets that were fetched before."""
+    import datasets
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    offline = [(constants, constants.HF_HUB_OFFLINE), (datasets.config, datasets.config.HF_HUB_OFFLINE)]
+    try:
+        HfApi().dataset_info(path, timeout=_HUB_SECONDS)
+    except HfHubHTTPError:  # an answer
+        pass
+    except Exception:  # errors of the network, which differ between HTTP libraries
+        for module, _ in offline:
+            module.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for module, before in offline:
+            module.HF_HUB_OFFLINE = before
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Silence the hub's warning of each failed attempt, since the last one raises an error that is reported.
+
+    Its progress bars are shown in a terminal only.
+    """
+    import datasets
+
+    logger = logging.getLogger("huggingface_hub")
+    level, bars = logger.level, datasets.are_progress_bars_disabled()
+    logger.setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first two lines: if a configuration is missing, the second line lists those that there are."""
+    return " ".join(str(error).strip().split("\n")[:2])
+
+
+# Labels.
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """The labels of a split as names of classes."""
+
+    names: list[str | int | None]
+    """One per image: the name of its class, -1 if it is unlabelled, None if its label is missing."""
+    declared: Sequence[str]
+    """The classes in the order that the data declare, if they do."""
+    are_numbers: bool
+    """True if some are integers without declared names."""
+
+
+def _read_labels(data: str, split: str, parts: Sequence[Any], column: str) -> _Labels:
+    """Read the labels of Hugging Face data sets, which may declare the classes in different orders.
+
+    Raises:
+        ValueError: if there is no such column, or a label cannot be a class.
+    """
+    names: list[str | int | None] = []
+    declared: list[Sequence[str] | None] = []
+    are_numbers = False
+    for rows in parts:
+        if column not in rows.features:
+            raise ValueError(
+                f"data {data!r} must have labels in each split, its {split} split has no column {column!r}"
+            )
+        values, classes = rows[column][:], getattr(rows.features[column], "names", None)
+        declared.append(classes)
+        if classes is None:
+            are_numbers |= isinstance(next((value for value in values if value is not None), None), int)
+            names += _names_of_values(data, split, values)
+            continue
+        for value in values:
+            if value is not None and not _UNLABELLED <= value < len(classes):
+                raise ValueError(
+                    f"data {data!r} must have labels in [0, {len(classes)}), its {split} split has {value}"
+                )
+        names += [classes[value] if value is not None and value >= 0 else value for value in values]
+    return _Labels(names, next((classes for classes in declared if classes is not None), ()), are_numbers)
+
+
+def _names_of_values(data: str, split: str, values: Iterable[Any]) -> list[str | int | None]:
+    """Return integers, booleans and texts as texts; -1 means unlabelled, as integer and as text."""
+    texts = (value if value is None else str(value) for value in values)
+    names = [_UNLABELLED if text == str(_UNLABELLED) else text or None for text in texts]
+    negative = next((name for name in names if isinstance(name, str) and re.fullmatch("-[0-9]+", name)), None)
+    if negative is not None and all(_INTEGER.fullmatch(name) for name in names if isinstance(name, str)):
+        raise ValueError(f"data {data!r} must have labels of at least 0, or -1; its {split} split has {negative}")
+    return names
+
+
+def _check_labelled(
+    data: str, split: str, names: Sequence[str | int | None], may_drop: bool, is_train: bool
+) -> str | None:
+    """Return one line about the images that are left out because they have no label.
+
+    Raises:
+        ValueError: if there are some, and they must not be left out.
+    """
+    if not names:
+        raise ValueError(f"data {data!r} must have at least one image in its {split} split")
+    missing, unlabelled = names.count(None), names.count(_UNLABELLED)
+    if missing and not may_drop:
+        raise ValueError(
+            f"data {data!r} must have a label for each image, its {split} split has images without ({missing} of "
+            f"{len(names)}); with --drop_unlabelled they are left out"
+        )
+    if unlabelled and not (may_drop or is_train):
+        raise ValueError(
+            f"data {data!r} must have a label for each image, and {unlabelled} of {len(names)} in its {split} split "
+            "have -1, which means unlabelled: --drop_unlabelled leaves them out, --test_split names another split"
+        )
+    number = missing + unlabelled
+    return f"{number} of {len(names)} images of the {split} split left out: they have no label" if number else None
+
+
+def _class_names(data: str, labels: Mapping[str, _Labels], train: str) -> tuple[str, ...]:
+    """Return the classes of all splits in order: as the train split declares them, else by name, or by value.
+
+    Raises:
+        ValueError: if splits have labels of different kinds, or names of one class that differ.
+    """
+    present = {split: {name for name in each.names if isinstance(name, str)} for split, each in labels.items()}
+    numbers = {split for split, each in labels.items() if each.are_numbers}
+    texts = {split for split, names in present.items() if not all(_INTEGER.fullmatch(name) for name in names)}
+    if numbers and texts:
+        first, second = (sorted(present[min(kind)])[0] for kind in (numbers, texts))
+        raise ValueError(
+            f"data {data!r} must have labels of one kind: those of its {min(numbers)} split are numbers such as "
+            f"{first}, those of its {min(texts)} split are names such as {second!r}"
+        )
+    similar = {name.strip().casefold(): name for name in present[train]}
+    for split, names in present.items():
+        for name in sorted(names - present[train]):
+            other = similar.get(name.strip().casefold())
+            if other is not None and other not in names:
+                raise ValueError(
+                    f"data {data!r} must have classes of the same names in all splits: {name!r} of its {split} split "
+                    f"and {other!r} of its {train} split differ only in case or spaces"
+                )
+    others = sorted(set().union(*present.values()) - set(labels[train].declared))
+    if all(_INTEGER.fullmatch(name) for name in others):
+        values = Counter(map(int, others))
+        if others and max(values.values()) > 1:
+            same = [name for name in others if values[int(name)] > 1]
+            raise ValueError(f"data {data!r} must have a different number for each class, got {listed(same)}")
+        others.sort(key=int)
+    return (*labels[train].declared, *others)

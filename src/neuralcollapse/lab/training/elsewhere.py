@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from neuralcollapse.lab.config import BatchSettings, DataSettings
-from neuralcollapse.lab.data.augmentation import batch_shape
-from neuralcollapse.lab.data.batches import EvaluationBatches, evaluation_batches
-from neuralcollapse.lab.data.loading import load_data
-from neuralcollapse.lab.data.splits import ImageData
+from neuralcollapse.lab.data.batches import EvaluationBatches, batch_shape, evaluation_batches
+from neuralcollapse.lab.data.images import ImageData
+from neuralcollapse.lab.data.load import load_data
 from neuralcollapse.lab.experiments import single_run
 from neuralcollapse.lab.models.backbones import evaluation_layout
 from neuralcollapse.lab.models.building import build_backbone, own_module
@@ -93,7 +92,7 @@ def measure_state_dict(
                 f"epoch {number} of {str(folder.path)!r} is that of the checkpoint {before.get('file')!r}, and "
                 f"{str(path)!r} is another one: --epoch says of which epoch a checkpoint is, --out names another folder"
             )
-    data = load_data(images)
+    data = load_data(images, batch_size=images.batch_size)
     loaders = evaluation_batches(data, images)
     facts = {"data": str(data), "num_classes": data.num_classes, "data_fingerprint": data.fingerprint()}
     facts |= {"pixels": _pixels(loaders["train"], images)}

@@ -19,8 +19,8 @@ from lightning.pytorch import Callback
 
 from neuralcollapse.lab.config import BatchSettings, DataSettings, RunConfig
 from neuralcollapse.lab.data.batches import EvaluationBatches, evaluation_batches
-from neuralcollapse.lab.data.loading import load_data
-from neuralcollapse.lab.data.splits import ImageData
+from neuralcollapse.lab.data.images import ImageData
+from neuralcollapse.lab.data.load import load_data
 from neuralcollapse.lab.experiments import common_settings, tell_apart
 from neuralcollapse.lab.ranks import global_rank
 from neuralcollapse.lab.results.files import write_whole
@@ -246,7 +246,7 @@ class Preparation:
         check_precision(run.precision, device)
         asked = f"{run.section(DataSettings)} {device}"
         if asked not in self._data:
-            self._data[asked] = load_data(run, progress=self.progress).to(device)
+            self._data[asked] = load_data(run, batch_size=run.batch_size, progress=self.progress).to(device)
         data = self._data[asked]
         if data.relabelled and self.resumed:
             # In format 0 the folder of several runs, two above, kept their labels.

@@ -20,9 +20,8 @@ from neuralcollapse._distributed import number_of_ranks, sum_over_ranks
 from neuralcollapse.heads import Head
 from neuralcollapse.lab.conditions import WITH_ATTRIBUTES
 from neuralcollapse.lab.config import RunConfig
-from neuralcollapse.lab.data.augmentation import batch_shape
-from neuralcollapse.lab.data.batches import EpochBatches, EvaluationBatches, evaluation_batches
-from neuralcollapse.lab.data.splits import ImageData
+from neuralcollapse.lab.data.batches import EpochBatches, EvaluationBatches, batch_shape, evaluation_batches
+from neuralcollapse.lab.data.images import ImageData
 from neuralcollapse.lab.models.backbones import evaluation_layout
 from neuralcollapse.lab.models.building import build_model
 from neuralcollapse.lab.ranks import global_rank

@@ -1,0 +1,298 @@
+"""Load a data set: from its name or folder to the images and labels of its splits."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import multiprocessing
+import os
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from neuralcollapse.lab.conditions import DRAWN_DATA
+from neuralcollapse.lab.config import DataSettings
+from neuralcollapse.lab.data.generated import generated
+from neuralcollapse.lab.data.images import (
+    AnySplit,
+    EncodedSamples,
+    Format,
+    ImageData,
+    Images,
+    Split,
+    StreamedSplit,
+    one_size,
+    side_by_side,
+    stack,
+)
+from neuralcollapse.lab.data.selection import Samples, count_classes, hold_out, select
+from neuralcollapse.lab.data.sources import Source, digits, stored
+from neuralcollapse.lab.memory import check_memory
+from neuralcollapse.lab.ranks import global_rank
+
+_MOST_WORKERS = 16
+
+_Decoded = tuple[Tensor, Tensor]
+"""Images (N, C, H, W), and their rows (N,)."""
+
+
+def load_data(config: DataSettings, *, batch_size: int = 1, progress: bool = True) -> ImageData:
+    """Load a data set.
+
+    If it has no test split, one image in five is held out, always the same ones. Data over the memory budget stay
+    encoded; whether they are grey is then decided by the first training image, and all others are converted.
+
+    Args:
+        config: The data set, how much of it to take, and what to make of it.
+        batch_size: Images of a training batch, whose memory is checked before an image is decoded.
+        progress: Show a progress bar while decoding.
+
+    Raises:
+        ValueError: if there is no such data set, or it has no images, no labels, labels that do not fit, images that
+            cannot be read, or images of different size while ``image_size`` is not given.
+
+    Examples:
+        >>> from neuralcollapse.lab import RunConfig
+        >>> print(load_data(RunConfig(train_samples=100, test_samples=50), progress=False))
+        digits: 100 train and 50 test images 1×8×8, 10 classes
+    """
+    if config.image_size is not None:
+        _check_batch(batch_size, (config.channels or 1, config.image_size, config.image_size))
+    source = _with_test_split(_source(config))
+    assert source.test is not None
+    num_classes = count_classes(source.num_classes, config.digits_per_image)
+    groups = None if source.copies == "ignore" else _copy_groups
+    samples = select(source.train, source.test, source.num_classes, config, groups)
+    _check_samples(config.data, samples)
+
+    # The first image of each split gives the shape that all are decoded to; an image of another size is refused then.
+    form = Format(config.image_size, config.channels)
+    shapes = [_first_image_shape(part, form) for part in samples.values()]
+    channels = shapes[0][0]
+    height, width = one_size([shape[1:] for shape in shapes], config.data)
+    shape = (channels, height, config.digits_per_image * width)
+    required = sum(map(len, samples.values())) * math.prod(shape)
+    _check_batch(batch_size, shape)
+
+    splits: dict[str, AnySplit]
+    if required > config.memory_budget * 2**30:
+        samples["test"], copies_note = _without_copies(source.copies, samples, None, form)
+        form = Format(config.image_size, channels)
+        workers = _default_workers() if config.workers is None else config.workers
+        splits = {}
+        for name, part in samples.items():
+            encoded = EncodedSamples(part.images, part.rows, form, (height, width))
+            splits[name] = StreamedSplit(encoded, part.labels, shape, workers)
+    else:
+        if config.workers is not None:
+            raise ValueError(
+                f"workers belongs to data over memory_budget; {config.data!r} takes {required / 2**30:.2g} GiB "
+                f"and the budget is {config.memory_budget:g} GiB"
+            )
+        images = f"memory_budget must be less than there is: the decoded images of {config.data!r}"
+        check_memory(required, images, "; over the budget they are read while training")
+        decoded = _decode(samples, form, progress)
+        samples["test"], copies_note = _without_copies(source.copies, samples, decoded, form)
+        splits = {name: _compose(part, *decoded[name]) for name, part in samples.items()}
+    _check_samples(config.data, samples)
+
+    data = ImageData(
+        config.data,
+        splits["train"],
+        splits["test"],
+        num_classes,
+        config.random_labels or config.label_noise > 0,
+        splits.get("validation"),
+        class_names=source.class_names if config.digits_per_image == 1 else None,
+        revision=source.revision,
+        notes=(*source.notes, *([copies_note] if copies_note else [])),
+    )
+    _check_classes(data, config)
+    if global_rank() == 0 and multiprocessing.parent_process() is None:  # once for all ranks and processes
+        for note in data.notes:
+            print(f"data {data.name}: {note}", file=sys.stderr)
+    return data
+
+
+def _source(config: DataSettings) -> Source:
+    if config.data == "digits":
+        return digits()
+    return generated(config) if config.data in DRAWN_DATA else stored(config)
+
+
+def _with_test_split(source: Source) -> Source:
+    """Hold out one image in five, with all copies of one image on the same side."""
+    if source.test is not None:
+        return source
+    groups = None if source.copies == "ignore" else _copy_groups(source.train)
+    notes = source.notes
+    if groups is not None and (number := int((groups != torch.arange(len(groups))).sum())):
+        notes += (f"{number} images are copies of others; copies of one image are all trained on or all held out",)
+    kept, held_out = hold_out(source.train.labels, groups=groups)
+    return replace(source, train=source.train.take(kept), test=source.train.take(held_out), notes=notes)
+
+
+def _check_samples(data: str, samples: Mapping[str, Samples]) -> None:
+    for name, part in samples.items():
+        if not len(part):
+            raise ValueError(f"data {data!r} must have at least one image in its {name} split")
+        present = len(part.labels.unique())
+        if present < 2:
+            raise ValueError(f"data must have {name} images of at least 2 classes, {data!r} has {present}")
+
+
+def _check_classes(data: ImageData, config: DataSettings) -> None:
+    """Check that no class is absent, except among the many classes of images side by side."""
+    absent = data.absent_classes
+    if absent and config.digits_per_image == 1 and not config.allow_absent_classes:
+        names = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
+        raise ValueError(
+            f"data {config.data!r} must have training images of each of its {data.num_classes} classes, and has none "
+            f"of {names}; with --allow_absent_classes the others are trained and measured"
+        )
+
+
+def _check_batch(number: int, shape: tuple[int, int, int]) -> None:
+    channels, height, width = shape
+    images = f"image_size must be such that a batch fits into memory: {number} images of {height}x{width}"
+    check_memory(4 * number * channels * height * width, images)
+
+
+def _default_workers() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, _MOST_WORKERS)
+
+
+# Decoding.
+
+
+def _first_image_shape(samples: Samples, form: Format) -> tuple[int, int, int]:
+    (pixels,) = samples.images.read(samples.rows[0, :1].tolist())
+    height, width, channels = form(pixels).shape
+    return channels, height, width
+
+
+def _decode(samples: Mapping[str, Samples], form: Format, progress: bool) -> dict[str, _Decoded]:
+    """Decode each image of each split once; all are in colour if one is."""
+    from tqdm.auto import tqdm
+
+    decoded = {}
+    for name, part in samples.items():
+        rows = part.rows.flatten() if part.rows.shape[1] == 1 else part.rows.unique()
+        bar = tqdm(
+            part.images.read(rows.tolist()),
+            total=len(rows),
+            desc=f"decoding {part.images.description}",
+            unit="image",
+            disable=None if progress else True,  # None: if there is no terminal
+            delay=0.5,
+        )
+        decoded[name] = stack(map(form, bar), len(rows), part.images.description), rows
+    channels = max(images.shape[1] for images, _ in decoded.values())
+    return {
+        name: (images if images.shape[1] == channels else images.expand(-1, channels, -1, -1).contiguous(), rows)
+        for name, (images, rows) in decoded.items()
+    }
+
+
+def _compose(samples: Samples, images: Tensor, rows: Tensor) -> Split:
+    """Return the split of these samples from decoded images, which may be more than the samples need."""
+    if samples.rows.shape[1] > 1:
+        return Split(side_by_side(images, torch.searchsorted(rows, samples.rows)), samples.labels)
+    if len(samples) < len(rows):
+        images = images[torch.isin(rows, samples.rows.flatten())]
+    return Split(images, samples.labels)
+
+
+# Copies of images. An image of a single colour is never taken for a copy, since nothing identifies it.
+
+
+def _without_copies(
+    treatment: str, samples: Mapping[str, Samples], decoded: Mapping[str, _Decoded] | None, form: Format
+) -> tuple[Samples, str | None]:
+    """Return the samples to test on, without training images if they are to be dropped, and a line about those.
+
+    Raises:
+        ValueError: if a test image is a training image too, and they are to be refused.
+    """
+    test = samples["test"]
+    train_row_of = {} if treatment == "ignore" else _copies(samples, decoded, form)
+    if not train_row_of:
+        return test, None
+    is_copy = torch.isin(test.rows, torch.tensor(list(train_row_of))).any(1)
+    test_row, row = next(iter(train_row_of.items()))
+    example = f"{samples['train'].images.name(row)} and {test.images.name(test_row)} are the same"
+    number = f"{int(is_copy.sum())} of {len(is_copy)} test images are training images too"
+    if treatment == "refuse":
+        raise ValueError(
+            f"data must have no image both to train and to test on, and {example}; {number}: remove one of each two, "
+            "or leave them out of the test split with --drop_copies"
+        )
+    if treatment == "report":
+        return test, f"{number} ({example}), as published; --drop_copies leaves them out"
+    return test.take((~is_copy).nonzero().flatten()), f"{number} and left out ({example})"
+
+
+def _copies(samples: Mapping[str, Samples], decoded: Mapping[str, _Decoded] | None, form: Format) -> dict[int, int]:
+    """Return the rows to test on whose image is trained on too, with the row of that one.
+
+    Images are compared by the content of files, or by their pixels if they are decoded.
+    """
+    if decoded is None:
+        rows = {name: part.rows.unique().tolist() for name, part in samples.items()}
+        contents = _content_keys(*((part.images, rows[name]) for name, part in samples.items()))
+        keys = dict(zip(samples, contents, strict=True))
+    else:
+        rows = {name: indices.tolist() for name, (_, indices) in decoded.items()}
+        keys = {name: [_pixel_key(image) for image in images.numpy()] for name, (images, _) in decoded.items()}
+    rows_of = defaultdict(list)
+    for row, key in zip(rows["test"], keys["test"], strict=True):
+        if key is not None:
+            rows_of[key].append(row)
+    copies = {}
+    for name in (name for name in samples if name != "test"):
+        for row, key in zip(rows[name], keys[name], strict=True):
+            for test_row in rows_of.get(key or b"", ()):
+                if decoded is None or form == Format() or _same_pixels(samples[name], row, samples["test"], test_row):
+                    copies[test_row] = row
+    return copies
+
+
+def _copy_groups(samples: Samples) -> Tensor:
+    """Return for each sample of one image (N,) the position of the first one with the same image, by files' content."""
+    (keys,) = _content_keys((samples.images, samples.rows.flatten().tolist()))
+    first: dict[bytes, int] = {}
+    return torch.tensor([index if key is None else first.setdefault(key, index) for index, key in enumerate(keys)])
+
+
+def _content_keys(*tables: tuple[Images, Sequence[int]]) -> list[list[bytes | None]]:
+    """Return keys of images, equal for equal content of files; None for an image that is unique or of one colour."""
+    fingerprints = [list(images.fingerprints(rows)) for images, rows in tables]
+    counts = Counter(chain(*fingerprints))
+    is_plain: dict[bytes, bool] = {}
+    keys: list[list[bytes | None]] = []
+    for (images, rows), values in zip(tables, fingerprints, strict=True):
+        keys.append([None] * len(rows))
+        for index, (row, fingerprint) in enumerate(zip(rows, values, strict=True)):
+            if counts[fingerprint] > 1:  # nearly always a copy: large files are read as a whole only now
+                key = hashlib.blake2b(images.content(row)).digest()
+                if key not in is_plain:
+                    (pixels,) = images.read([row])
+                    is_plain[key] = bool((pixels == pixels[:1, :1]).all())
+                keys[-1][index] = None if is_plain[key] else key
+    return keys
+
+
+def _pixel_key(image: np.ndarray) -> bytes | None:
+    return None if (image == image[:, :1, :1]).all() else hashlib.blake2b(np.ascontiguousarray(image).data).digest()
+
+
+def _same_pixels(train: Samples, row: int, test: Samples, test_row: int) -> bool:
+    """Return whether two images are the same before they are scaled, which may have made them alike."""
+    return np.array_equal(*train.images.read([row]), *test.images.read([test_row]))
