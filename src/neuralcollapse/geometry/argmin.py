@@ -120,21 +120,17 @@ def argmin_on_stiefel(cost: ParametricCost, parameters: Parameters, initial: Ten
 
     detached = pack([tensor.detach() for tensor in tensors])
     solution = minimize_on_stiefel(lambda point: cost(point, detached), initial, **solver)
-    _check_no_gradient_by_closure(cost(solution.point, detached))
+    if cost(solution.point, detached).requires_grad:
+        raise ValueError(
+            "cost must not depend on a tensor that requires a gradient and is not among the parameters: "
+            "pass it as a parameter, or detach it"
+        )
     if not bool(solution.converged.all()):
         warnings.warn(f"argmin_on_stiefel: not converged: {solution.reason}", RuntimeWarning, stacklevel=2)
     record = AdjointRecord()
     attach: Callable[..., Tensor] = _Argmin.apply
     point = attach(lambda point, *values: cost(point, pack(values)), solution, record, solution.point, *tensors)
     return ArgminSolution(**(vars(solution) | {"point": point}), adjoint=record)
-
-
-def _check_no_gradient_by_closure(value: Tensor) -> None:
-    if value.requires_grad:
-        raise ValueError(
-            "cost must not depend on a tensor that requires a gradient and is not among the parameters: "
-            "pass it as a parameter, or detach it"
-        )
 
 
 class _Argmin(torch.autograd.Function):

@@ -47,10 +47,9 @@ def nearest_simplex_etf(
         class_means: (..., K, d) floating, d ≥ K−1. fp16 and bf16 are computed in fp32.
         anchor: (K, d) or (..., K, d), a unit simplex ETF E₀ to stay close to (the last solution); used if γ > 0.
         proximal_weight: γ ≥ 0, in units in which the singular values of the data term are 1 at collapse.
-        class_weights: (K,) or (..., K), ω ≥ 0 up to a common factor; equal if not given.
-        method: Method of computing the polar factor, as for `polar_factor`.
-        check_values: Whether to check finiteness, that the means are not all equal, that the anchor is an ETF and that
-            products converged (on an accelerator this waits for the device).
+        class_weights: As for `nearest_frame`, and so are the following.
+        method: As for `polar_factor`.
+        check_values: Whether to check values of tensors.
 
     Returns:
         (..., K, d), unit rows with pairwise cosine −1/(K−1), in the dtype of ``class_means``.

@@ -113,7 +113,8 @@ Parts = tuple[Tensor, Tensor, Tensor]
 def decompose(matrix: Tensor, null: float, by_products: bool, check_handle: int) -> Parts:
     """Return Q and what its derivative needs: Uᵀ and the singular values, or (AAᵀ)^(−1/2) and AAᵀ."""
     if not by_products:
-        return _by_spectrum(matrix, null)
+        wide = matrix.shape[-1] >= _GRAM_ASPECT * matrix.shape[-2]
+        return (_by_gram(matrix, null) if wide else None) or _by_svd(matrix, null)
     check = ConvergenceCheck.of_handle(check_handle)
     if check is None or not check.needs_svd():
         factor, inverse_root, gram, error = polar_iteration.iterate(_gram(matrix.double(), null), matrix)
@@ -190,15 +191,8 @@ def _vector_jacobian(by_products: bool, gradient: Tensor, *parts: Tensor) -> Ten
     return (polar_iteration.vector_jacobian if by_products else _spectral_vector_jacobian)(gradient, *parts)
 
 
-def _by_spectrum(matrix: Tensor, null: float) -> Parts:
-    """Return Q, Uᵀ and the singular values, by the Gram matrix or by an SVD."""
-    rows, columns = matrix.shape[-2:]
-    parts = _by_gram(matrix, null) if columns >= _GRAM_ASPECT * rows else None
-    return _by_svd(matrix, null) if parts is None else parts
-
-
 def _by_gram(matrix: Tensor, null: float) -> Parts | None:
-    """Return the parts by the eigenvectors of AAᵀ; None if its condition number is too large."""
+    """Return Q, Uᵀ and the singular values by the eigenvectors of AAᵀ; None if its condition number is too large."""
     dtype = matrix.dtype
     wide, least_ratio = matrix, _SINGLE_RATIO
     gram = None
@@ -244,7 +238,7 @@ def _is_well_conditioned(gram: Tensor) -> bool:
 
 
 def _by_svd(matrix: Tensor, null: float) -> Parts:
-    """Return the parts by an SVD, whatever the condition number. Waits for an accelerator.
+    """Return Q, Uᵀ and the singular values by an SVD, whatever the condition number. Waits for an accelerator.
 
     In fp32 LAPACK can fail to converge on singular values that are almost equal, as at collapse; then fp64 is used.
     """

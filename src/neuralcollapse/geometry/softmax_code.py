@@ -63,9 +63,11 @@ def softmax_code(
     if num_classes <= feature_dim + 1:
         return simplex_etf(num_classes, feature_dim, dtype=dtype, device=device)
     if num_classes <= 2 * feature_dim:
-        return _orthoplex(num_classes, feature_dim, device).to(dtype)
+        axes = torch.eye(feature_dim, dtype=torch.float64, device=device)
+        return torch.stack([axes, -axes], 1).flatten(0, 1)[:num_classes].to(dtype)
     if feature_dim == 2:
-        return _polygon(num_classes, device).to(dtype)
+        angles = 2 * math.pi / num_classes * torch.arange(num_classes, dtype=torch.float64, device=device)
+        return torch.stack([angles.cos(), angles.sin()], -1).to(dtype)
     generator = generator or torch.Generator(device or "cpu").manual_seed(0)
     start = torch.randn(num_classes, feature_dim, generator=generator, dtype=torch.float64, device=device)
     return _anneal_code(start, max_iterations=max_iterations).to(dtype)
@@ -198,16 +200,6 @@ def _project_on_simplex(vectors: Tensor) -> Tensor:
     threshold = (ordered.masked_fill(ordered == -math.inf, 0).cumsum(-1) - 1) / index
     support = (ordered > threshold).sum(-1, keepdim=True)
     return (vectors - threshold.gather(-1, support - 1)).clamp_min(0)
-
-
-def _orthoplex(num_vectors: int, feature_dim: int, device: torch.device | str | None) -> Tensor:
-    axes = torch.eye(feature_dim, dtype=torch.float64, device=device)
-    return torch.stack([axes, -axes], 1).flatten(0, 1)[:num_vectors]
-
-
-def _polygon(num_vectors: int, device: torch.device | str | None) -> Tensor:
-    angles = 2 * math.pi / num_vectors * torch.arange(num_vectors, dtype=torch.float64, device=device)
-    return torch.stack([angles.cos(), angles.sin()], -1)
 
 
 def _check_code(name: str, code: Tensor) -> None:

@@ -188,12 +188,12 @@ class AttachedHead(nn.Module):
 
     def _run(self, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
         """Return the model's output and the features in it."""
-        if torch.compiler.is_compiling():
-            if not self._replaced or _in_one_graph():
-                return self._run_traced(*args, **kwargs)
-            return torch.compiler.disable(self._run_and_verify)(*args, **kwargs)
         if self._replaced:
-            return self._run_and_verify(*args, **kwargs)
+            if not torch.compiler.is_compiling():
+                return self._run_and_verify(*args, **kwargs)
+            if _in_one_graph():
+                return self._run_and_verify_traced(*args, **kwargs)
+            return torch.compiler.disable(self._run_and_verify)(*args, **kwargs)
         returned = self.model(*args, **kwargs)
         return returned, self._select(returned)
 
@@ -215,11 +215,8 @@ class AttachedHead(nn.Module):
         self._replaced = ()
         return returned, features
 
-    def _run_traced(self, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
-        """Run in a graph that is traced whole, where the verification of the first call is part of tracing."""
-        if not self._replaced:
-            returned = self.model(*args, **kwargs)
-            return returned, self._select(returned)
+    def _run_and_verify_traced(self, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
+        """Run the first call in a graph that is traced whole, where the verification is part of tracing."""
         placeholder: Any = self.model.get_submodule(self._name)
         placeholder.recorded = []
         returned = self.model(*args, **kwargs)

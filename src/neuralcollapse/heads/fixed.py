@@ -40,8 +40,7 @@ class FixedFrameClassifier(Head):
         num_classes: K ≥ 2.
         code: (K, r') floating, one row per class; the weight is a rotation of the centred code, with its scale. See
             `code_from_gram` and, for many classes in few dimensions, `softmax_code`.
-        feature_norm: τ, the norm to which features are scaled; ``"auto"``: `collapse_radius`; ``None``: features are
-            not scaled.
+        feature_norm: τ, as for `Head`.
         bias: ``"centring"``: −W·m with the global mean m of the features, in training that of the whole, distributed
             batch, without gradient, in evaluation a moving mean; ``"learned"``; or ``"none"``.
         momentum: Weight of a new batch in the moving mean, as for `ClassMeans`.

@@ -158,8 +158,8 @@ class Head(nn.Module):
     Args:
         in_features: d ≥ 1.
         num_classes: K ≥ 2.
-        feature_norm: Radius of the sphere on which features are projected; ``"auto"``: `collapse_radius`; None:
-            features are not scaled.
+        feature_norm: τ, the norm to which features are scaled; ``"auto"``: `collapse_radius`; None: features are not
+            scaled.
         ignore_index: Target of samples that are left out, for heads that use targets.
 
     Raises:

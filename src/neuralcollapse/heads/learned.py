@@ -33,8 +33,7 @@ class LearnedClassifier(Head):
         in_features: d.
         num_classes: K ≥ 2.
         bias: Whether to train a bias.
-        feature_norm: τ, the norm to which features are scaled; ``"auto"``: `collapse_radius`; ``None``: features are
-            not scaled.
+        feature_norm: τ, as for `Head`.
         unit_weight: Whether the rows of the weight have unit norm.
 
     Shape: features (..., d) to logits (..., K).

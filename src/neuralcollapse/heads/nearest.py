@@ -291,7 +291,7 @@ class ClosedForm:
         """Return the nearest frame to the class means, and store it in the head."""
         last = head._stored_weight()
         anchor_weight = head._anchor_weight(update.seen_before)
-        # Unchecked, because ClassMeans has checked the batch before anything changed.
+        # Without input checks, because ClassMeans has checked the batch before anything changed.
         frame = solve_frame(
             class_means,
             head.frame.code(head, class_means),
@@ -300,9 +300,9 @@ class ClosedForm:
             method=self.method,
             check=head._convergence,
         )
-        if not torch.compiler.is_compiling() and (head.diagnostics or logger.isEnabledFor(logging.DEBUG)):
-            found = head.frame.diagnostics(head, class_means.detach(), frame.detach(), last, float(anchor_weight))
-            head._report(found, "closed form")
+        if head._reports():
+            values = head.frame.diagnostics(head, class_means.detach(), frame.detach(), last, float(anchor_weight))
+            head._report(values, "closed form")
         head._store_if_finite(frame, last, update.finite)
         return frame
 
@@ -348,14 +348,14 @@ class TrustRegion:
         solution = published_nearest_frame(class_means, previous, proximal_weight=weight)
         head.published_point = solution.point.detach().to(head.published_point.dtype, copy=True)
         etf = frame_to_etf(solution.point)
-        if head.diagnostics or logger.isEnabledFor(logging.DEBUG):
-            found = {
+        if head._reports():
+            values = {
                 "objective": float(solution.cost),
                 "gradient_norm": float(solution.gradient_norm),
                 "iterations": float(solution.iterations),
                 "distance_to_anchor": float((etf.detach() - last).norm()),
             }
-            head._report(found, solution.reason)
+            head._report(values, solution.reason)
         head._store_if_finite(etf, last, update.finite)
         return etf
 
@@ -384,8 +384,7 @@ class NearestFrameClassifier(FollowsClassMeans):
             of the moving means' own leading directions, for any d.
         solver: ``ClosedForm(method)``; or, with ``Simplex()`` only, ``TrustRegion()``, the published problem solved as
             published, for comparison.
-        feature_norm: τ, the norm to which features are scaled; ``"auto"``: `collapse_radius`; ``None``: features are
-            not scaled.
+        feature_norm: τ, as for `Head`.
         bias: ``"centring"``: −W·m with the global mean m of the batch in training (with gradient), a moving mean in
             evaluation; ``"none"``.
         proximal_weight: γ ≥ 0, weight of the proximal term towards the previous frame (see `nearest_frame`). For the
@@ -501,6 +500,10 @@ class NearestFrameClassifier(FollowsClassMeans):
             return weight
         return self._store_weight(_in_full_precision(lambda weight: self.solver.restored(self, weight), weight))
 
+    def _reports(self) -> bool:
+        """Return whether diagnostics are stored or logged."""
+        return not torch.compiler.is_compiling() and (self.diagnostics or logger.isEnabledFor(logging.DEBUG))
+
     def _report(self, values: dict[str, float], stopping_criterion: str) -> None:
         """Log how good a solution is, and store it if diagnostics are on."""
         logger.debug("nearest frame: %s", ", ".join(f"{name} {value:.3e}" for name, value in values.items()))
@@ -549,8 +552,7 @@ class ClassMeanClassifier(FollowsClassMeans):
         means: Class means used for the logits of a training batch. ``"previous"``: those before the batch, so that
             the logits do not depend on its labels; ``"current"``: those updated with the batch; ``"differentiable"``:
             the updated ones with their gradient.
-        feature_norm: τ, the norm to which features are scaled; ``"auto"``: `collapse_radius`; ``None``: features are
-            not scaled.
+        feature_norm: τ, as for `Head`.
         bias: ``"centring"``: −W·m with the global mean m of the batch in training (with gradient if the means have
             theirs), a moving mean in evaluation, for cross-entropy; ``"none"``, for the losses on the sphere
             (`neuralcollapse.losses`).
