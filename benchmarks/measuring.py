@@ -16,7 +16,7 @@ from _common import data_root, medians, write
 from neuralcollapse.lab import RunConfig, load_data
 from neuralcollapse.lab.models.backbones import evaluation_layout
 from neuralcollapse.lab.training.one_run import ClassifierTraining
-from neuralcollapse.lightning import measure_splits
+from neuralcollapse.metrics.measure import measure_splits
 
 
 def measure(module: ClassifierTraining, folder: Path, repeats: int) -> dict[str, float]:

@@ -76,6 +76,7 @@ LAB = {  # room or module of lab -> what it may import of the others
     "data": GROUND,
     "models": GROUND,
     "results": GROUND,
+    "huggingface": {"results"},
     "training": GROUND | {"data", "models", "results"},
     "figures": GROUND | {"results"},
     "commands": GROUND | {"data", "models", "results", "training", "figures"},

@@ -19,6 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from helpers import normal
 from neuralcollapse import Measurement, NearestETFClassifier, attach_head, measure
+from neuralcollapse.lab import RunFolder
 from neuralcollapse.lab.training.one_run import quiet_lightning
 from neuralcollapse.lightning import CollapseCallback
 
@@ -371,3 +372,50 @@ def test_the_callback_measures_the_layer_that_computes_the_output(caplog):
         fit_once(TrainsAnAttribute(model=Named(1)), CollapseCallback({"train": BATCHES}))
     with pytest.raises(ValueError, match="classifier must name a module of the model, got 'output'"):
         fit_once(TrainsAnAttribute(model=Named(0)), CollapseCallback({"train": BATCHES}, classifier="output"))
+
+
+def test_a_run_folder_holds_what_csv_and_moments_hold(tmp_path):
+    csv, moments, folder = tmp_path / "metrics.csv", tmp_path / "moments", RunFolder(tmp_path / "run")
+    splits = {"train": BATCHES, "test": BATCHES[:1]}
+    for files in ({"csv": csv, "moments": moments}, {"folder": folder}):
+        fit(CollapseCallback(splits, **files), max_epochs=3)
+    assert folder.metrics.read_bytes() == csv.read_bytes()
+    assert {path.name for path in folder.moments.iterdir()} == {path.name for path in moments.iterdir()}
+    assert folder.settings() == {"name": "Plain"}
+    assert folder.read_environment()["num_classes"] == 3
+    for path in folder.measured().values():
+        assert Measurement.load(path).metrics == pytest.approx(
+            Measurement.load(moments / path.name).metrics, nan_ok=True
+        )
+
+
+@pytest.mark.parametrize("same_object", [True, False])
+def test_a_training_that_resumes_continues_its_run_folder(same_object, tmp_path):
+    callback, saved = CollapseCallback({"train": BATCHES}, folder=tmp_path / "run"), tmp_path / "two.ckpt"
+    fit(callback, max_epochs=2).save_checkpoint(saved)
+    resumed = callback if same_object else CollapseCallback({"train": BATCHES}, folder=tmp_path / "run")
+    fit(resumed, max_epochs=4, ckpt_path=saved)
+    assert epochs(resumed.rows) == epochs_in(tmp_path / "run" / "metrics.csv") == [1, 2, 3, 4]
+    fit(CollapseCallback({"train": BATCHES}, folder=tmp_path / "whole"), max_epochs=4)
+    assert (tmp_path / "run" / "metrics.csv").read_bytes() == (tmp_path / "whole" / "metrics.csv").read_bytes()
+
+
+def test_every_training_has_a_run_folder_of_its_own(tmp_path):
+    made = RunFolder.create(tmp_path / "run", name="mine", settings={"seed": 3})
+    callback = CollapseCallback({"train": BATCHES}, folder=made)
+    fit(callback, max_epochs=2)
+    fit(callback, max_epochs=1)
+    assert made.settings() == {"name": "mine", "seed": 3}
+    assert epochs_in(made.metrics) == [1, 2]
+    assert epochs_in(tmp_path / "run-2" / "metrics.csv") == [1]
+    other = CollapseCallback({"train": BATCHES}, folder=made.path)
+    with pytest.raises(ValueError, match=r"folder must be a run without measurements; .*run' has: .* overwrite=True"):
+        fit(other, max_epochs=1)
+    fit(CollapseCallback({"train": BATCHES}, folder=made.path, overwrite=True), max_epochs=1)
+    assert epochs_in(made.metrics) == [1]
+    assert [path.name for path in made.moments.iterdir()] == ["epoch0001-train.safetensors"]
+
+
+def test_a_run_folder_is_given_alone(tmp_path):
+    with pytest.raises(ValueError, match="folder must be given without csv and moments"):
+        CollapseCallback({"train": BATCHES}, folder=tmp_path / "run", csv=tmp_path / "metrics.csv")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,11 @@ from torch import nn
 from neuralcollapse._checks import check_at_least, check_bool
 from neuralcollapse.classifier import check_named, expected_classifier
 from neuralcollapse.lab.results.files import write_csv
+from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.records import is_due
 from neuralcollapse.lab.results.tables import COLUMNS, read_table
-from neuralcollapse.metrics import Measurement, Provenance, measure
+from neuralcollapse.metrics import Measurement, Provenance
+from neuralcollapse.metrics.measure import check_split_options, measure_splits
 
 __all__ = ["CollapseCallback"]
 
@@ -40,8 +40,8 @@ class CollapseCallback(Callback):
     mixed precision, the model is measured in the precision of its weights.
 
     Each `fit` that does not resume another one begins a new table. A callback that is used again writes the table next
-    to the previous one, as ``NAME-2.csv`` and ``MOMENTS-2``; files written by anything else are replaced only with
-    ``overwrite``.
+    to the previous one, as ``NAME-2.csv`` and ``MOMENTS-2`` (or ``FOLDER-2``); files written by anything else are
+    replaced only with ``overwrite``.
 
     Args:
         loaders: Loader of un-augmented data for each split, by name. The split ``"train"``, if there is one, is
@@ -51,13 +51,16 @@ class CollapseCallback(Callback):
             ``every_n_epochs``: epochs 1, 5, 10, …
         last_epoch: Measure after the last epoch as well, whether ``max_epochs``, ``max_steps``, ``max_time`` or early
             stopping ends the training. Nothing is measured after an interrupt or an error.
-        csv: File of the table: epoch, split, metric, value.
+        folder: Run folder in which measurements are recorded, which `plot`, `aggregate`, `distance` and `report` read:
+            of `neuralcollapse.lab.RunFolder.create`, or its path. It is created with the name of the `LightningModule`
+            if it does not exist.
+        csv: File of the table: epoch, split, metric, value; without ``folder``.
         moments: Folder to which each `Measurement` is saved, as ``epoch0005-train.safetensors``: every metric can be
-            recomputed from it.
+            recomputed from it; without ``folder``.
         model: Dotted name of the measured module in the `LightningModule`. By default it is the `LightningModule`
             itself if it defines ``forward``, else its only child with parameters (``self.model``, ``self.net``, …).
         classifier: The classifier, or its dotted name in the measured module, if several modules compute an output.
-        overwrite: Replace existing files of ``csv`` and ``moments`` when a training begins.
+        overwrite: Replace existing tables and records when a training begins.
         options: Further arguments of `neuralcollapse.measure`, such as ``layers`` or ``options=MeasureOptions(...)``.
 
     Attributes:
@@ -83,6 +86,7 @@ class CollapseCallback(Callback):
         every_n_epochs: int = 1,
         first_epoch: int | None = None,
         last_epoch: bool = True,
+        folder: RunFolder | str | Path | None = None,
         csv: str | Path | None = None,
         moments: str | Path | None = None,
         model: str | None = None,
@@ -90,11 +94,7 @@ class CollapseCallback(Callback):
         overwrite: bool = False,
         **options: Any,
     ) -> None:
-        if not isinstance(loaders, Mapping) or not loaders:
-            raise ValueError(f"loaders must name at least one split, as {{'train': loader}}, got {loaders!r}")
-        for split, loader in loaders.items():
-            if not isinstance(loader, Iterable):
-                raise ValueError(f"loaders must be iterables of batches, got {type(loader).__name__} for {split!r}")
+        check_split_options(loaders, options)
         check_at_least("every_n_epochs", every_n_epochs, 1)
         if first_epoch is not None:
             check_at_least("first_epoch", first_epoch, 1)
@@ -104,13 +104,12 @@ class CollapseCallback(Callback):
             raise ValueError(f"model must be a dotted name in the LightningModule, got {type(model).__name__}")
         if classifier is not None:
             check_named(classifier)
-        known = set(inspect.signature(measure).parameters) - {"model", "loader", "train", "provenance"}
-        if unknown := options.keys() - known:
-            raise ValueError(f"options must be arguments of measure, got {', '.join(sorted(unknown))}")
-        self.path = None if csv is None else Path(csv)
-        self.moments = None if moments is None else Path(moments)
+        if folder is not None and (csv is not None or moments is not None):
+            raise ValueError("folder must be given without csv and moments, which it contains")
+        run = folder.path if isinstance(folder, RunFolder) else folder
+        self._files = tuple(None if name is None else Path(name) for name in (run, csv, moments))
+        self._set_files(self._files)
         self.rows: list[tuple[int, str, str, float]] = []
-        self._files = (self.path, self.moments)
         self.loaders = dict(loaders)
         self.every_n_epochs = every_n_epochs
         self.first_epoch = first_epoch
@@ -140,10 +139,12 @@ class CollapseCallback(Callback):
         self._ended = self._measured = 0
         if not _has_trained(trainer):
             if self._has_written and not self.overwrite:
-                self.path, self.moments = _free_names(*self._files)
+                self._set_files(_free_names(self._files))
             self._clear_files(trainer)
             self._has_written = False
-        elif self.path is not None and trainer.is_global_zero and trainer.current_epoch and self.path.exists():
+        if self.folder is not None and trainer.is_global_zero and not self.folder.config.exists():
+            RunFolder.create(self.folder.path, name=type(pl_module).__name__)
+        if trainer.is_global_zero and trainer.current_epoch and self.path is not None and self.path.exists():
             known = {tuple(row[:3]) for row in self.rows}
             table = read_table(self.path).itertuples(index=False, name=None)
             added = [row for row in table if row[0] <= trainer.current_epoch and row[:3] not in known]
@@ -190,30 +191,41 @@ class CollapseCallback(Callback):
         self._measured = epoch
         values: dict[str, float] = {}
         for split, measurement in measurements.items():
-            if self.moments is not None:
+            if self.folder is not None:
+                self.folder.record(epoch, split, measurement)
+            elif self.moments is not None:
                 measurement.save(self.moments / f"epoch{epoch:04d}-{split}.safetensors")
             self.rows += [(epoch, split, name, value) for name, value in measurement.metrics.items()]
             values |= {f"{split}/{name}": value for name, value in measurement.metrics.items()}
-        if self.path is not None and trainer.is_global_zero:
+        if self.path is not None and self.folder is None:
             write_csv(self.path, pd.DataFrame(self.rows, columns=COLUMNS))
         self._has_written = True
         return values
 
+    def _set_files(self, files: Sequence[Path | None]) -> None:
+        folder, self.path, self.moments = files
+        self.folder = None if folder is None else RunFolder(folder)
+        if self.folder is not None:
+            self.path, self.moments = self.folder.metrics, self.folder.moments
+
     def _clear_files(self, trainer: Trainer) -> None:
-        """Remove existing records if they may be replaced.
+        """Remove an existing table and records if they may be replaced.
 
         Raises:
-            ValueError: if the table or records exist and may not be replaced.
+            ValueError: if they exist and may not be replaced.
         """
         records = [] if self.moments is None else list(self.moments.glob(_RECORDS))
+        has_table = self.path is not None and self.path.exists()
         if not self.overwrite:
-            if self.path is not None and self.path.exists():
+            if self.folder is not None and (has_table or records):
+                raise ValueError(f"folder must be a run without measurements; {str(self.folder.path)!r} has: {_ADVICE}")
+            if has_table:
                 raise ValueError(f"csv must be a new file, and {str(self.path)!r} exists: {_ADVICE}")
             if records:
                 raise ValueError(f"moments must be a folder without records, and {str(self.moments)!r} has: {_ADVICE}")
         elif trainer.is_global_zero:
-            for record in records:
-                record.unlink()
+            for file in records if self.folder is None else [*records, self.folder.metrics]:
+                file.unlink(missing_ok=True)
 
 
 class _Converted:
@@ -263,13 +275,13 @@ def _is_last(trainer: Trainer, epoch: int) -> bool:
     return trainer.should_stop and early
 
 
-def _free_names(csv: Path | None, moments: Path | None) -> tuple[Path | None, Path | None]:
-    """Return the names of the next table and records: with the first number from 2 on that is free for both."""
+def _free_names(files: Sequence[Path | None]) -> list[Path | None]:
+    """Return the names of the next files: with the first number from 2 on that is free for all of them."""
     for number in count(2):
-        names = [path and path.with_name(f"{path.stem}-{number}{path.suffix}") for path in (csv, moments)]
+        names = [path and path.with_name(f"{path.stem}-{number}{path.suffix}") for path in files]
         if not any(path is not None and path.exists() for path in names):
             break
-    return names[0], names[1]
+    return names
 
 
 def measured_module(pl_module: LightningModule, name: str | None = None) -> tuple[str, nn.Module]:
@@ -299,22 +311,3 @@ def measured_module(pl_module: LightningModule, name: str | None = None) -> tupl
             f"model must name a module of {type(pl_module).__name__}, got {name!r}; "
             f"it has {', '.join(map(repr, trained))}"
         ) from None
-
-
-def measure_splits(
-    model: nn.Module, loaders: Mapping[str, Iterable[Any]], provenance: Provenance = Provenance(), **options: Any
-) -> dict[str, Measurement]:
-    """Measure every split, ``"train"`` first and the others relative to its class means.
-
-    Args:
-        model: The model.
-        loaders: Loader of each split, by name.
-        provenance: Epoch, and name of the model; the split is added.
-        options: Further arguments of `neuralcollapse.measure`.
-    """
-    train_moments, measurements = None, {}
-    for split in sorted(loaders, key=lambda split: split != "train"):
-        origin = replace(provenance, split=split)
-        measurements[split] = measure(model, loaders[split], train=train_moments, provenance=origin, **options)
-        train_moments = measurements[split].moments if split == "train" else train_moments
-    return measurements

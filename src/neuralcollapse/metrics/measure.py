@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
@@ -145,6 +146,44 @@ def measure(
         ),
         options=replace(options, code=code),
     )
+
+
+def measure_splits(
+    model: nn.Module, loaders: Mapping[str, Iterable[Any]], provenance: Provenance = Provenance(), **options: Any
+) -> dict[str, Measurement]:
+    """Measure every split, ``"train"`` first and the others relative to its class means.
+
+    Args:
+        model: The model.
+        loaders: Loader of each split, by name.
+        provenance: Epoch, and name of the model; the split is added.
+        options: Further arguments of `measure`.
+
+    Returns:
+        Split to measurement.
+    """
+    train_moments, measurements = None, {}
+    for split in sorted(loaders, key=lambda split: split != "train"):
+        origin = replace(provenance, split=split)
+        measurements[split] = measure(model, loaders[split], train=train_moments, provenance=origin, **options)
+        train_moments = measurements[split].moments if split == "train" else train_moments
+    return measurements
+
+
+def check_split_options(loaders: Any, options: Mapping[str, Any]) -> None:
+    """Check arguments of `measure_splits`.
+
+    Raises:
+        ValueError: if ``loaders`` is not a mapping of names to iterables, or an option is not an argument of `measure`.
+    """
+    if not isinstance(loaders, Mapping) or not loaders:
+        raise ValueError(f"loaders must name at least one split, as {{'train': loader}}, got {loaders!r}")
+    for split, loader in loaders.items():
+        if not isinstance(loader, Iterable):
+            raise ValueError(f"loaders must be iterables of batches, got {type(loader).__name__} for {split!r}")
+    known = set(inspect.signature(measure).parameters) - {"model", "loader", "train", "provenance"}
+    if unknown := options.keys() - known:
+        raise ValueError(f"options must be arguments of measure, got {', '.join(sorted(unknown))}")
 
 
 class _Gathered:
