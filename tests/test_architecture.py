@@ -70,7 +70,7 @@ LAB = {  # room or module of lab -> what it may import of the others
     "ranks": set(),
     "untrusted": set(),
     "memory": set(),
-    "recipes": {"settings"},
+    "recipes": {"config", "settings"},
     "experiments": {"config", "running", "settings", "recipes", "untrusted"},
     "studies": {"config", "experiments", "parsing", "recipes", "settings"},
     "data": GROUND,

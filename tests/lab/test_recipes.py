@@ -1,7 +1,8 @@
-"""Recipes against the published values, which are written here by hand and not read from the recipes."""
+"""Recipes against the published values, which are written here by hand, and against their settings of before."""
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -12,15 +13,18 @@ import pytest
 import yaml
 from jsonargparse import ArgumentParser
 
+from neuralcollapse.lab import recipes as recipes_module
 from neuralcollapse.lab.commands.arguments import add_sections
+from neuralcollapse.lab.commands.recipes import recipes_table
 from neuralcollapse.lab.config import RunConfig
-from neuralcollapse.lab.recipes import load_recipe, recipe_names, recipe_path, recipes, recipes_table
+from neuralcollapse.lab.recipes import families, load_recipe, recipe_names, recipes
 
 FIELD = re.compile(r"^(\w+): (\S.*?)  # (\S.*)$")
 MARKER = "not published: our choice"
 MARKED = re.compile(rf"^{MARKER}( \(.+\))?$")
 SOURCE = re.compile(r"^(unofficial reproduction of )?(Papyan et al\. 2020|Zhu et al\. 2021|Markou et al\. 2024)\b")
 SETTINGS = {setting.name for setting in fields(RunConfig)}
+FAMILIES = Path(recipes_module.__file__).parent / "recipes"
 CLASSES = {"mnist": 10, "cifar10": 10, "cifar100": 100, "stl10": 10, "imagenet": 1000}
 
 # --- the published values ------------------------------------------------------------------------------------------
@@ -264,13 +268,7 @@ every_recipe = pytest.mark.parametrize("name", sorted(PUBLISHED))
 
 
 def values(name: str) -> dict:
-    return yaml.safe_load(recipe_path(name).read_text())
-
-
-def sources(name: str) -> dict[str, str]:
-    """The comment beside each field."""
-    matches = [FIELD.match(line) for line in recipe_path(name).read_text().splitlines() if not line.startswith("#")]
-    return {match[1]: match[3] for match in matches if match}
+    return yaml.safe_load(load_recipe(name).text)
 
 
 def test_the_recipes_are_those_of_the_published_experiments():
@@ -281,27 +279,78 @@ def test_the_recipes_are_those_of_the_published_experiments():
 @every_recipe
 def test_a_recipe_resolves_to_the_published_values(name):
     recipe = load_recipe(name)
-    found = RunConfig(**recipe.settings).in_force() | {"seeds": recipe.seeds}
-    assert {field: found[field] for field in PUBLISHED[name]} == PUBLISHED[name]
+    resolved = RunConfig(**recipe.settings).in_force() | {"seeds": recipe.seeds}
+    assert {field: resolved[field] for field in PUBLISHED[name]} == PUBLISHED[name]
 
 
 @every_recipe
-def test_what_no_source_gives_is_marked_as_our_choice_and_nothing_else_is(name):
-    unmarked = {field for field, source in sources(name).items() if not MARKED.match(source)}
+def test_a_recipe_resolves_to_the_settings_of_its_file_of_before_the_families(name):
+    stored = json.loads((Path(__file__).parents[1] / "fixtures" / "recipes.json").read_text())
+    recipe = load_recipe(name)
+    config = RunConfig(**recipe.settings)
+    epochs = range(1, config.epochs + 1)
+    resolved = {
+        key: value for key, value in config.in_force().items() if not key.startswith(("measure_", "checkpoint_"))
+    }
+    resolved["seeds"] = recipe.seeds
+    resolved["measured"] = first_last_and_number([epoch for epoch in epochs if config.is_measured(epoch)])
+    resolved["kept"] = first_last_and_number([epoch for epoch in epochs if config.is_kept(epoch)])
+    assert resolved == stored["of every recipe"] | stored[name]
+    assert set(stored) == {"of every recipe", *PUBLISHED}
+
+
+def first_last_and_number(epochs: list[int]) -> list[int]:
+    """The first three epochs, the last, and how many there are."""
+    return [*epochs[:3], epochs[-1], len(epochs)]
+
+
+@every_recipe
+def test_settings_without_a_published_value_and_no_others_are_marked_as_our_choice(name):
+    recipe = load_recipe(name)
+    unmarked = {field for field, source in recipe.sources.items() if not MARKED.match(source)}
     assert unmarked == set(PUBLISHED[name])
-    assert load_recipe(name).choices == len(values(name)) - len(unmarked)
+    assert recipe.choices == len(values(name)) - len(unmarked)
 
 
 @every_recipe
-def test_every_field_has_a_source(name):
-    first, *lines = recipe_path(name).read_text().splitlines()
+def test_every_setting_has_a_source(name):
+    recipe = load_recipe(name)
+    first, *lines = recipe.text.splitlines()
     assert re.fullmatch(r"# Reproduces: \S.+", first)
+    assert first == f"# Reproduces: {recipe.reproduces}"
     for line in lines:
         assert line.startswith("# ") or FIELD.match(line), line
-    found = sources(name)
-    assert list(found) == list(values(name))
-    for source in found.values():
+    assert list(recipe.sources) == list(values(name))
+    for source in recipe.sources.values():
         assert MARKED.match(source) or SOURCE.match(source), source
+
+
+@every_recipe
+def test_a_recipe_says_what_was_published_and_what_it_costs(name):
+    comments = [line for line in load_recipe(name).text.splitlines() if line.startswith("#")]
+    for remark in ("Source", "Published", "Cost"):
+        assert any(line.startswith(f"# {remark}: ") for line in comments)
+
+
+def test_every_recipe_is_in_one_family_whose_name_begins_its_name():
+    names = [name for family in families() for name in family.recipes]
+    assert sorted(names) == sorted(PUBLISHED)
+    for family in families():
+        assert all(f"{name}-".startswith(f"{family.name}-") for name in family.recipes)
+        assert all((family.title, family.source, family.published, family.cost))
+
+
+@pytest.mark.parametrize("path", sorted(FAMILIES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_parts_hold_only_differences_and_each_is_used(path):
+    content = yaml.safe_load(path.read_text())
+    assert set(content) <= {"title", "source", "published", "cost", "notes", "base", "parts", "variants"}
+    assert {part for parts in content["variants"].values() for part in parts} == set(content["parts"])
+    for parts in content["variants"].values():
+        settings = [content["base"], *(content["parts"][part] for part in parts)]
+        assert sum(map(len, settings)) == len({name for values in settings for name in values})
+    for line in path.read_text().partition("\nbase:\n")[2].splitlines():
+        if line.startswith("    ") or "[" in line:
+            assert "  # " in line, line
 
 
 @every_recipe
@@ -368,23 +417,21 @@ def test_pixels_are_standardised_as_published_or_by_the_training_images():
 @pytest.mark.parametrize(
     ("wrong", "nearest"), [("zhu2021-mnist-sdg", "zhu2021-mnist-sgd"), ("papyan-cifar10", "papyan2020-cifar10")]
 )
-def test_an_unknown_recipe_is_answered_with_the_nearest_names(wrong, nearest):
+def test_an_unknown_recipe_is_refused_with_the_nearest_names(wrong, nearest):
     with pytest.raises(ValueError, match="recipe must be one of those that 'neuralcollapse recipes' lists") as error:
-        recipe_path(wrong)
+        load_recipe(wrong)
     message = str(error.value)
     assert "\n" not in message
     assert f"got {wrong!r}; nearest: {nearest}" in message
-    with pytest.raises(ValueError, match="recipe must be"):
+
+
+@pytest.mark.parametrize("wrong", ["", "../config", "zhu2021", "zhu2021-mnist-sgd.yaml", "zhu2021-../x", "?"])
+def test_the_name_of_a_recipe_is_not_a_path(wrong):
+    with pytest.raises(ValueError, match="nearest: "):
         load_recipe(wrong)
 
 
-@pytest.mark.parametrize("wrong", ["", "../config", "zhu2021-mnist-sgd.yaml", "?"])
-def test_what_is_no_name_of_a_recipe_is_not_looked_up_as_a_path(wrong):
-    with pytest.raises(ValueError, match="nearest: "):
-        recipe_path(wrong)
-
-
-def test_the_table_says_of_each_recipe_what_it_is_and_how_much_is_our_choice():
+def test_the_table_lists_each_recipe_with_its_number_of_our_choices():
     header, rule, *rows = recipes_table().splitlines()
     assert header.split()[0] == "name"
     assert header.endswith("epochs  our choices")
@@ -398,12 +445,6 @@ def test_the_table_says_of_each_recipe_what_it_is_and_how_much_is_our_choice():
 
 
 def test_listing_recipes_is_light():
-    script = "import sys, neuralcollapse.lab.recipes as r; r.recipes_table(); print(*sys.modules)"
+    script = "import sys, neuralcollapse.lab.commands.recipes as r; r.recipes_table(); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "lightning", "pandas", "datasets", "matplotlib", "sklearn"} & set(loaded)
-
-
-@every_recipe
-def test_the_page_of_recipes_names_each(name):
-    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
-    assert f"`{name}`" in page

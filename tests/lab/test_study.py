@@ -265,10 +265,10 @@ def test_a_study_changed_after_its_runs_says_which(tiny, capsys):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"claims": [TINY["claims"][0] | {"of": "faster"}]}, "'faster', which is none of its runs fast, slow"),
+        ({"claims": [TINY["claims"][0] | {"of": "faster"}]}, "'faster', which is not one of its runs fast, slow"),
         (
             {"claims": [TINY["claims"][0] | {"value": {"kind": "last", "of": "acuracy"}}]},
-            "no metric; nearest: accuracy",
+            "not a metric; nearest: accuracy",
         ),
         ({"claims": [TINY["claims"][0] | {"value": {"kind": "epochs", "of": "accuracy"}}]}, "no level"),
         ({"claims": [TINY["claims"][0] | {"below": ["slow"]}]}, "a claim needs one of below, above"),

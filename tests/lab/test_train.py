@@ -10,7 +10,7 @@ import yaml
 
 from helpers import error_of
 from neuralcollapse.cli import main
-from neuralcollapse.lab.recipes import load_recipe, recipe_names, recipe_path
+from neuralcollapse.lab.recipes import load_recipe, recipe_names
 
 SMALL = ["--backbone=mlp", "--width=24", "--depth=1", "--train_samples=200", "--test_samples=60", "--batch_size=50"]
 
@@ -215,5 +215,5 @@ def test_the_recipes_are_listed_and_shown(capsys):
     for name in recipe_names():
         assert any(name in line.split() for line in listed.split("\n")), name
     assert main(["recipes", "papyan2020-cifar10"]) == 0
-    assert capsys.readouterr().out.strip() == recipe_path("papyan2020-cifar10").read_text().strip()
+    assert capsys.readouterr().out.strip() == load_recipe("papyan2020-cifar10").text
     assert "papyan2020-cifar10" in error_of(capsys, "recipes", "papyan2020-cifar1")

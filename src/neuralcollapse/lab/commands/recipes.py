@@ -1,27 +1,41 @@
-"""`neuralcollapse recipes`: what published experiments there are."""
+"""`neuralcollapse recipes`: list the recipes of published experiments, or show one."""
 
 from __future__ import annotations
 
 from jsonargparse import ArgumentParser, Namespace
 
-from neuralcollapse.lab.recipes import recipe_path, recipes_table
+from neuralcollapse.lab.recipes import load_recipe, recipes
 from neuralcollapse.lab.settings import Settings
 
 SUMMARY = "list the recipes of published experiments"
 USAGE = "[NAME]"
 DESCRIPTION = (
     "List the recipes of published experiments: what each reproduces, and how many of its settings no source gives, so "
-    "that they are our choice."
+    "that they are our choice. With a name: its settings with their sources, the published result and the cost."
 )
 SECTIONS: tuple[type[Settings], ...] = ()
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Add what the command takes."""
+    """Add the arguments of the command."""
     parser.add_argument("name", type=str | None, nargs="?", help="show this recipe, with the source of each setting")
 
 
 def run(settings: Namespace) -> None:
-    """Print the table, or one recipe."""
+    """Print the table of all recipes, or one recipe."""
     name = settings.get("name")
-    print(recipes_table() if name is None else recipe_path(name).read_text(encoding="utf-8").rstrip())
+    print(recipes_table() if name is None else load_recipe(name).text)
+
+
+def recipes_table() -> str:
+    """Return all recipes as a table for the terminal: texts on the left, the two numbers on the right."""
+    header = ("name", "reproduces", "data", "model", "method", "epochs", "our choices")
+    fields = ("data", "backbone", "method", "epochs")
+    rows = [(r.name, r.reproduces, *(str(r.settings[name]) for name in fields), str(r.choices)) for r in recipes()]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = []
+    for row in (header, tuple("-" * width for width in widths), *rows):
+        *texts, epochs, choices = zip(row, widths, strict=True)
+        cells = [text.ljust(width) for text, width in texts] + [text.rjust(width) for text, width in (epochs, choices)]
+        lines.append("  ".join(cells))
+    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Studies: what a paper's figure shows as runs, claims and two scales, one YAML file each."""
+"""Studies: a published figure as runs, claims and two scales, one YAML file each."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ from neuralcollapse.lab.settings import nearest
 Kind = Literal["last", "mean", "epochs", "fall", "deviation", "fact"]
 Relation = Literal["below", "above", "like", "at least", "at most"]
 SCALES = ("small", "full")
-_FOLDER = Path(__file__).parent
+_FOLDER = Path(__file__).parent / "studies"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Value:
-    """One number of each run.
+    """A number of a run.
 
     Attributes:
-        kind: ``"last"`` measured value of a metric; ``"mean"`` over measured epochs; ``"epochs"`` until a metric
-            reaches ``level``; ``"fall"``, its value at the first measured epoch with the train accuracy ``level`` over
-            its last one; ``"deviation"`` from the mean over seeds at the same epoch, without its sign, mean over
-            epochs; or a ``"fact"`` of the run's environment, such as its parameters.
-        of: The metric, or the name of the fact.
-        split: Of the data.
-        level: What is reached.
+        kind: ``"last"``, the last measured value of a metric; ``"mean"``, its mean over the measured epochs;
+            ``"epochs"``, the number until it reaches ``level``; ``"fall"``, its value at the first measured epoch with
+            the train accuracy ``level`` over its last value; ``"deviation"``, its absolute deviation from the mean over
+            seeds at the same epoch, mean over epochs; or ``"fact"``, a value of the run's environment, such as its
+            parameters.
+        of: Name of the metric or the fact.
+        split: Split of the data.
+        level: Level to reach.
     """
 
     kind: Kind
@@ -44,18 +45,18 @@ class Value:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """What is claimed of some of a study's runs, and how it is measured.
+    """A claim about runs of a study, and its measure.
 
     Attributes:
-        text: The claim.
-        value: The number of each run that decides it.
-        of: The runs that it speaks of.
-        relation: ``"below"`` or ``"above"`` each of ``than``, by more than ``bound`` if there is one; ``"like"`` each
+        text: The claim in words.
+        value: Number of each run that decides it.
+        of: Runs that it is about.
+        relation: ``"below"`` or ``"above"`` each of ``than``, by more than ``bound`` if it is given; ``"like"`` each
             of them, within ``bound``; or ``"at least"`` or ``"at most"`` ``bound``.
-        than: The runs that they are compared with, of the same seed.
-        bound: In the units of the value; a factor for falls, facts and metrics that the catalogue draws on a
+        than: Runs of the same seed to compare with.
+        bound: Bound in the units of the value; a factor for falls, facts and metrics that the catalogue draws on a
             logarithmic scale.
-        published: What the paper prints, where it prints a number.
+        published: Number in the paper, if it has one.
     """
 
     text: str
@@ -69,14 +70,14 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How much of a study is run.
+    """Size of a study's runs.
 
     Attributes:
-        cost: In words.
-        seeds: Of every run.
-        settings: Of all runs, over their recipes', where they have an effect.
-        runs: Of single runs, over these.
-        reduced: What is less than published, in words; None where nothing is.
+        cost: Compute of all runs, in words.
+        seeds: Seeds of every run.
+        settings: Settings of all runs where they have an effect; they override those of recipes.
+        runs: Settings of single runs, which override these.
+        reduced: Differences from the published size, in words; None without any.
     """
 
     cost: str
@@ -88,18 +89,18 @@ class Scale:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """One published figure.
+    """A published figure.
 
     Attributes:
-        name: Of its file.
-        title: What it shows.
+        name: File name without its suffix.
+        title: Subject of the figure.
         source: Paper and figure.
-        figure: What is drawn, of the figures of `plot`.
-        runs: The settings of each run by its name; ``recipe`` is the one that it starts from. None where the features
-            are free.
-        free_features: The settings of the unconstrained features model; its runs are all their methods and optimisers.
-        claims: What is judged.
-        scales: By name.
+        figure: Name of the figure to draw, of those of `plot`.
+        runs: Settings of each run by its name, with the ``recipe`` that it starts from. Empty for the unconstrained
+            features model.
+        free_features: If True, the runs are all methods and optimisers of the unconstrained features model.
+        claims: Claims to judge.
+        scales: Scales by name.
     """
 
     name: str
@@ -112,10 +113,10 @@ class Study:
     scales: dict[str, Scale]
 
     def scale(self, name: str) -> Scale:
-        """How much is run at a scale.
+        """Return a scale by name.
 
         Raises:
-            ValueError: The study has none of that name.
+            ValueError: if the study has no scale of that name.
         """
         if name not in self.scales:
             raise ValueError(f"scale must be {' or '.join(self.scales)} for the study {self.name}, got {name!r}")
@@ -123,18 +124,18 @@ class Study:
 
 
 def study_names() -> list[str]:
-    """The names of all studies, sorted."""
+    """Return the names of all studies, sorted."""
     return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
 
 
 def load_study(name: str | Path) -> Study:
-    """A study, read from its file.
+    """Return a study, read from its file.
 
     Args:
-        name: Of one that is here; or a file of one's own, ending in ``.yaml``.
+        name: One of `study_names`, or the path of a file that ends in ``.yaml``.
 
     Raises:
-        ValueError: There is no study of that name, and the nearest ones are named; or the file holds none.
+        ValueError: if no study has that name (the message has the nearest names), or the file is not a study.
 
     Examples:
         >>> study = load_study("papyan2020-cifar10")
@@ -152,7 +153,7 @@ def load_study(name: str | Path) -> Study:
     try:
         content = load_typed_yaml(path.read_text(encoding="utf-8"))
         scales = {scale: _scale(content.pop(scale)) for scale in SCALES if scale in content}
-        claims = [_claim(one) for one in content.pop("claims")]
+        claims = [_claim(claim) for claim in content.pop("claims")]
         runs = content.pop("runs", {})
         study = Study(name=path.stem, runs=runs, free_features=not runs, claims=claims, scales=scales, **content)
     except (yaml.YAMLError, ValueError, AttributeError, KeyError, TypeError) as error:
@@ -163,18 +164,18 @@ def load_study(name: str | Path) -> Study:
 
 
 def _check(study: Study, path: Path) -> None:
-    """See whether a study's parts are about each other."""
+    """Check that claims refer to runs, metrics and levels that exist."""
     from neuralcollapse.catalogue import METRICS
 
     wrong = []
     if not study.scales:
         wrong.append(f"it has no scale, {' or '.join(SCALES)}")
     for claim in study.claims:
-        names = [one for one in (*claim.of, *claim.than) if one not in study.runs]
-        if names and not study.free_features:
-            wrong.append(f"a claim is about {names[0]!r}, which is none of its runs {', '.join(study.runs)}")
+        unknown = [run for run in (*claim.of, *claim.than) if run not in study.runs]
+        if unknown and not study.free_features:
+            wrong.append(f"a claim is about {unknown[0]!r}, which is not one of its runs {', '.join(study.runs)}")
         if claim.value.kind != "fact" and claim.value.of not in METRICS and not study.free_features:
-            wrong.append(f"a claim is about {claim.value.of!r}, which is no metric{nearest(claim.value.of, METRICS)}")
+            wrong.append(f"a claim is about {claim.value.of!r}, which is not a metric{nearest(claim.value.of, METRICS)}")
         if claim.value.kind not in get_args(Kind):
             wrong.append(f"kind must be one of {', '.join(get_args(Kind))}, got {claim.value.kind!r}")
         if claim.value.kind in ("epochs", "fall") and math.isnan(claim.value.level):
@@ -188,32 +189,31 @@ def _check(study: Study, path: Path) -> None:
 def study_runs(
     study: Study, scale: str, seeds: Sequence[int] | None = None, data: str | None = None
 ) -> dict[str, RunConfig]:
-    """The runs of a study by the names of their folders.
+    """Return the runs of a study by the names of their folders.
 
     Args:
-        study: Which.
-        scale: How much of it.
-        seeds: Those of every run, in place of the scale's.
-        data: Where the data are, in place of the recipes' own.
+        study: Study to run.
+        scale: Name of its scale.
+        seeds: Seeds of every run, in place of the scale's.
+        data: Data of every run, in place of the recipes'.
 
     Raises:
-        ValueError: There is no such scale, or a setting is wrong.
+        ValueError: if the study has no such scale, or a setting is invalid.
 
     Examples:
         >>> runs = study_runs(load_study("markou2024-mnist"), "small", seeds=[1])
         >>> {name: (run.method, run.seed, run.optimizer) for name, run in runs.items()}["fixed-seed1"]
         ('fixed', 1, 'agd')
     """
-    chosen = study.scale(scale)
-    found = {}
-    for seed in chosen.seeds if seeds is None else seeds:
+    size = study.scale(scale)
+    runs = {}
+    for seed in size.seeds if seeds is None else seeds:
         for label, settings in study.runs.items():
-            own = {**settings, **chosen.runs.get(label, {})}
-            recipe = own.pop("recipe", None)
+            given = {**settings, **size.runs.get(label, {}), "seed": seed} | ({} if data is None else {"data": data})
+            recipe = given.pop("recipe", None)
             base = {} if recipe is None else {**load_recipe(recipe).settings, "recipe": recipe}
-            asked = {**own, "seed": seed} | ({} if data is None else {"data": data})
-            found[f"{label}-seed{seed}"] = single_run(asked, base | chosen.settings)
-    return found
+            runs[f"{label}-seed{seed}"] = single_run(given, base | size.settings)
+    return runs
 
 
 def _scale(content: Mapping[str, Any]) -> Scale:
@@ -221,7 +221,7 @@ def _scale(content: Mapping[str, Any]) -> Scale:
 
 
 def _claim(content: Mapping[str, Any]) -> Claim:
-    """A claim as its file has it: ``below: [standard]`` is a relation and what it is to."""
+    """Return a claim from its mapping, whose key ``below`` etc. is the relation, with runs or a bound as its value."""
     given = {str(name).replace("_", " "): value for name, value in content.items()}
     relations = [name for name in given if name in get_args(Relation)]
     if len(relations) != 1:
@@ -232,5 +232,5 @@ def _claim(content: Mapping[str, Any]) -> Claim:
     return Claim(**given, value=value, of=of, relation=relations[0], than=than, bound=bound)  # type: ignore[arg-type]
 
 
-def _list(one: str | list[str]) -> list[str]:
-    return one if isinstance(one, list) else [one]
+def _list(value: str | list[str]) -> list[str]:
+    return value if isinstance(value, list) else [value]
