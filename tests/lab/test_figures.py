@@ -15,7 +15,7 @@ from PIL import Image
 from helpers import slow_except
 from neuralcollapse.catalogue import METRICS
 from neuralcollapse.lab.figures.curves import draw_all, draw_figures, draw_metric, line_styles, metric_label
-from neuralcollapse.lab.figures.page import Panel, add_legend, check_drawing, literal, save_figures, write_panels
+from neuralcollapse.lab.figures.panels import Panel, add_legend, check_drawing, literal, save_figures, write_panels
 
 
 def table(train: float, test: float) -> pd.DataFrame:

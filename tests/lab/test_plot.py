@@ -22,10 +22,11 @@ from helpers import error_of, slow_except
 from neuralcollapse import measure, random_simplex_etf
 from neuralcollapse.cli import main
 from neuralcollapse.lab import RunConfig, RunFolder, train_runs
-from neuralcollapse.lab.commands.plot import FIGURES
-from neuralcollapse.lab.figures.page import Panel, Runs, thin_ticks, write_panels
-from neuralcollapse.lab.figures.projection import project
+from neuralcollapse.lab.figures import FIGURES
+from neuralcollapse.lab.figures.features import project
+from neuralcollapse.lab.figures.panels import Panel, thin_ticks, write_panels
 from neuralcollapse.lab.figures.published import draw_series, gradient_flow, markou
+from neuralcollapse.lab.results.groups import RunGroups
 from neuralcollapse.lab.results.tables import add_rows
 
 SMALL = {"backbone": "mlp", "width": 16, "depth": 1, "train_samples": 150, "test_samples": 60, "epochs": 2}
@@ -89,7 +90,7 @@ def test_at_collapse_features_means_and_classifier_stand_on_the_vertices(classes
 
 @pytest.mark.parametrize("classes", [(0, 1), (0, 1, 1), (0, 1, 10)])
 def test_only_classes_that_are_there_are_projected_on(classes, trained):
-    runs = Runs(RunFolder(trained).run_folders())
+    runs = RunGroups(RunFolder(trained).run_folders())
     with pytest.raises(ValueError, match="classes must be at least three different ones of 0 to 9"):
         project(runs.record("implicit", "train", 1), classes)
 
@@ -105,7 +106,7 @@ def test_ticks_do_not_overlap():
 
 
 def test_a_panel_that_cannot_be_drawn_says_why(trained, tmp_path):
-    runs = Runs(RunFolder(trained).run_folders())
+    runs = RunGroups(RunFolder(trained).run_folders())
     figure = Figure()
     with pytest.raises(ValueError, match="nc5_ood was not measured on the train split: run `neuralcollapse measure`"):
         draw_series(figure.subplots(), runs=runs, series=[("nc5_ood", "train", "")])
@@ -118,7 +119,7 @@ def test_a_panel_that_cannot_be_drawn_says_why(trained, tmp_path):
 
 
 def test_a_line_is_a_group_of_seeds(trained):
-    runs = Runs(RunFolder(trained).run_folders())
+    runs = RunGroups(RunFolder(trained).run_folders())
     axes = Figure().subplots()
     draw_series(axes, runs=runs, series=[("accuracy", "test", "")])
     lines = [line for line in axes.get_lines() if line.get_label() in ("fixed", "implicit")]
@@ -131,7 +132,7 @@ def test_a_line_is_a_group_of_seeds(trained):
 def test_runs_of_different_classes_are_not_drawn_together(trained, tmp_path):
     other = train_runs(RunConfig(method="standard", digits_per_image=2, **SMALL), tmp_path / "hundred", progress=False)
     with pytest.raises(ValueError, match=r"must have the same number of classes, got \[10, 100\]"):
-        Runs([*RunFolder(trained).run_folders(), other])
+        RunGroups([*RunFolder(trained).run_folders(), other])
 
 
 def test_bad_input_is_one_line(trained, tmp_path, capsys):
@@ -207,7 +208,7 @@ def test_titles_name_what_is_common_and_legends_what_differs(tmp_path):
 
 
 def test_gradient_bars_of_the_implicit_head(trained):
-    runs = Runs(RunFolder(trained).run_folders())
+    runs = RunGroups(RunFolder(trained).run_folders())
     names = {}
     for panel in gradient_flow(runs):
         axes = Figure().subplots()
@@ -227,13 +228,13 @@ def test_panels_of_distances_name_the_reference_epoch(trained, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(trained / "runs" / "implicit-seed0", folder)
     assert main(["distance", str(folder), "--reference", "2"]) == 0
-    titles = [panel.title for panel in markou(Runs([RunFolder(folder)]))]
+    titles = [panel.title for panel in markou(RunGroups([RunFolder(folder)]))]
     assert "ETF of weights to reference, epoch 2" in titles
     assert "ETF of means to reference, epoch 2" in titles
 
 
 def test_names_of_files_are_told_apart(trained):
     run = RunFolder(trained).run("fixed-seed0")
-    runs = Runs({"a/b": [run], "a b": [run], "..": [run], "a-b": [run]})
+    runs = RunGroups({"a/b": [run], "a b": [run], "..": [run], "a-b": [run]})
     assert len(set(runs.stems.values())) == 4
     assert not any("/" in stem for stem in runs.stems.values())

@@ -22,9 +22,9 @@ from helpers import error_of, slow_except
 from neuralcollapse.catalogue import METRICS
 from neuralcollapse.cli import main
 from neuralcollapse.lab import RunConfig, RunFolder, train_runs
-from neuralcollapse.lab.figures.page import Runs
-from neuralcollapse.lab.figures.projection import project
+from neuralcollapse.lab.figures.features import project
 from neuralcollapse.lab.figures.report.numbers import courses, motion, thinned
+from neuralcollapse.lab.results.groups import RunGroups
 from neuralcollapse.metrics import Measurement
 
 SMALL = {"backbone": "mlp", "width": 16, "depth": 1, "train_samples": 150, "test_samples": 60}
@@ -126,7 +126,7 @@ def test_curves_are_the_csv_over_seeds(digits, digits_page):
 
 @pytest.mark.parametrize("classes", [None, [5, 0, 9], [3, 1, 2, 8]])
 def test_what_moves_is_the_projection_of_each_record(classes, digits):
-    runs = Runs(RunFolder(digits).run_folders())
+    runs = RunGroups(RunFolder(digits).run_folders())
     found = motion(runs, classes)
     chosen = classes or [0, 1, 2]
     assert found["classes"] == chosen

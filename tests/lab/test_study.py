@@ -12,7 +12,7 @@ from helpers import slow_except
 from neuralcollapse.catalogue import METRICS
 from neuralcollapse.cli import main
 from neuralcollapse.lab import studies
-from neuralcollapse.lab.commands.plot import FIGURES
+from neuralcollapse.lab.figures import FIGURES
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.judging import Finished, judge
 from neuralcollapse.lab.studies import Claim, Value, load_study, study_names, study_runs

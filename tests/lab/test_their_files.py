@@ -162,10 +162,9 @@ def test_a_panel_that_cannot_be_drawn_says_why(tmp_path, monkeypatch):
     assert all(path.exists() for path in draw_figures(measured, tmp_path, "digits"))
     unmeasured = ["nc1_quotient", "nc2_etf_means", "nc3_duality", "nc4_ncc_mismatch"]
     assert said == [f"no finite value of {name} was measured" for name in ("accuracy", *sorted(2 * unmeasured))]
-    said.clear()
     monkeypatch.setattr("neuralcollapse.lab.figures.curves.draw_band", lambda *_, **__: 1 / 0)
-    draw_figures(measured, tmp_path, "digits")
-    assert said.count("division by zero") == 2
+    with pytest.raises(ZeroDivisionError):  # a broken figure is not a panel with a message
+        draw_figures(measured, tmp_path, "digits")
 
 
 def test_a_run_that_ends_at_chance_says_so(tmp_path):

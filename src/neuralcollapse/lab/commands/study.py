@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser, Namespace
 
 from neuralcollapse.lab.commands.arguments import integer
-from neuralcollapse.lab.commands.plot import draw
 from neuralcollapse.lab.commands.runs import say_written
+from neuralcollapse.lab.figures import draw
 from neuralcollapse.lab.results.files import read_yaml, write_whole, write_yaml
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.locking import sole_writer
@@ -178,8 +178,8 @@ def _results(runs: Mapping[int, RunFolder]) -> dict[int, Finished]:
 
 
 def _draw(study: Study, found: Mapping[str, Mapping[int, RunFolder]], folder: RunFolder) -> list[Path]:
-    from neuralcollapse.lab.figures.page import Runs
     from neuralcollapse.lab.results.distances import distance_rows
+    from neuralcollapse.lab.results.groups import RunGroups
     from neuralcollapse.lab.results.tables import add_rows, read_table
 
     there = {label: list(runs.values()) for label, runs in found.items() if runs}
@@ -190,7 +190,7 @@ def _draw(study: Study, found: Mapping[str, Mapping[int, RunFolder]], folder: Ru
             with sole_writer(one.path):
                 if "etf_means" not in set(read_table(one.metrics)["metric"]):
                     add_rows(one.metrics, [row for row in distance_rows(one) if isinstance(row, tuple)])
-    drawn = Runs(there)
+    drawn = RunGroups(there)
     written = draw(study.figure, drawn, folder.figures, ["png"])
     for problem in drawn.problems.values():
         print(f"neuralcollapse: left out: {problem}", file=sys.stderr)

@@ -106,7 +106,7 @@ def train_and_report(
         return 0
     check_output(RunFolder(out), config, settings)
 
-    from neuralcollapse.lab.figures.page import check_drawing
+    from neuralcollapse.lab.figures.panels import check_drawing
     from neuralcollapse.lab.figures.summary import summarise  # seconds: not for a mistake in a flag
     from neuralcollapse.lab.training.divergence import Diverged
     from neuralcollapse.lab.training.many_runs import train_runs

@@ -1,4 +1,4 @@
-"""Figures of runs: metrics against the epoch, one line for each method."""
+"""Metrics against the epoch, one line per method; the palette and the line styles of all figures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from matplotlib.ticker import (
 )
 
 from neuralcollapse.catalogue import METRICS
-from neuralcollapse.lab.figures.page import add_legend, draw_or_say_why, literal, without_latex, wrapped
+from neuralcollapse.lab.config import PUBLISHED_METHODS
+from neuralcollapse.lab.figures.panels import add_legend, draw_or_write_reason, literal, without_latex, wrapped
 from neuralcollapse.lab.results.distances import TO_REFERENCE, reference_epochs
 from neuralcollapse.lab.results.files import write_whole
 
@@ -28,14 +29,18 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, and grey; line styles and markers do without colour.
+    from neuralcollapse.lab.results.groups import RunGroups
+
+# Palette of Okabe and Ito, which colour-blind readers can distinguish, and grey; the same, lighter, on a dark page.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
+COLORS_ON_DARK = ("#4da3e0", "#f08c4a", "#35c999", "#e59ac7", "#f2b134", "#a9dcf7", "#e8ebee", "#9aa3ad")
+# Line styles and markers also distinguish lines without colour.
 _LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*", "h")
-_PUBLISHED = ("standard", "fixed", "implicit")
-# With more lines than this, each has a marker too, and the colours are no longer those of the published methods.
+# With more lines than `_FEW`, each has a marker too; with more than `_WITH_PUBLISHED`, the colours of the published
+# methods are no longer reserved for them.
 _FEW, _WITH_PUBLISHED = 3, 8
-# File name and metric.
+# Metrics with a figure of their own in the folder of a run or a comparison, by file name.
 _FIGURES = {
     "accuracy.png": "accuracy",
     "nc1.png": "nc1_quotient",
@@ -44,18 +49,18 @@ _FIGURES = {
     "nc4.png": "nc4_ncc_mismatch",
 }
 _COLUMNS = 5
-# Values that differ by less than this share of their size are equal but for rounding.
+# Values that differ by less than this share of their size are equal up to rounding.
 _ROUNDING = 1e-5
 
 
 @without_latex()
 def draw_figures(metrics: pd.DataFrame, folder: Path, title: str, num_classes: int | None = None) -> list[Path]:
-    """Draw the figures of a run or a comparison.
+    """Draw the main metrics of a run or a comparison on both splits, and a page of all metrics of the train split.
 
     Args:
         metrics: Columns method, seed, epoch, split, metric, value.
-        folder: Where to write them.
-        title: What was trained on what.
+        folder: Folder to write to.
+        title: Model and data.
         num_classes: K, for values at collapse that depend on it.
 
     Returns:
@@ -68,8 +73,8 @@ def draw_figures(metrics: pd.DataFrame, folder: Path, title: str, num_classes: i
         panels = figure.subplots(1, 2, sharey=True)
         for axes, split in zip(panels, ("train", "test"), strict=True):
             axes.set(title=f"{split} split", xlabel="epoch")
-            of = metrics[metrics["split"] == split]
-            draw_or_say_why(axes, partial(draw_metric, metrics=of, name=name, num_classes=num_classes))
+            measured = metrics[metrics["split"] == split]
+            draw_or_write_reason(axes, partial(draw_metric, metrics=measured, name=name, num_classes=num_classes))
         panels[0].set_ylabel(METRICS[name].label)
         add_legend(figure, panels)
         figure.suptitle(literal(wrapped(title, 9)), fontsize=10)
@@ -81,16 +86,16 @@ def draw_figures(metrics: pd.DataFrame, folder: Path, title: str, num_classes: i
 
 
 def draw_metric(axes: Axes, metrics: pd.DataFrame, name: str, num_classes: int | None = None) -> None:
-    """One line per method: the mean over seeds, with a band from the least to the greatest; and the value at collapse.
+    """Draw a metric as one line per method, the mean over seeds with a band of their range, and its value at collapse.
 
     Args:
-        axes: Where to draw.
-        metrics: Of one split: columns method, seed, epoch, metric, value.
-        name: The metric, of the catalogue.
+        axes: Axes to draw on.
+        metrics: Values of one split: columns method, seed, epoch, metric, value.
+        name: Name of the metric in the catalogue.
         num_classes: K.
 
     Raises:
-        ValueError: There is nothing to draw.
+        ValueError: if no finite value of the metric was measured.
     """
     styles = line_styles(list(metrics["method"].unique()))
     values = metrics[metrics["metric"] == name]
@@ -102,20 +107,39 @@ def draw_metric(axes: Axes, metrics: pd.DataFrame, name: str, num_classes: int |
 
 
 def draw_band(axes: Axes, values: pd.DataFrame, **style: Any) -> None:
-    """The mean over seeds against the epoch, and a band from the least to the greatest."""
+    """Draw the mean over seeds against the epoch, and a band from the least to the greatest value.
+
+    Args:
+        axes: Axes to draw on.
+        values: Columns seed, epoch, value.
+        **style: Style of the line, as `line_styles` returns it, and its label.
+    """
     by_epoch = values.groupby("epoch")["value"].agg(["mean", "min", "max"])
-    style = {"linewidth": 1.6, "marker": None, "markersize": 4} | style
-    if style["marker"] is None and len(by_epoch) == 1:
+    if style.get("marker") is None and len(by_epoch) == 1:
         style["marker"] = "o"
-    if style["marker"] is not None:  # of lines that meet, at different epochs
+    if style.get("marker") is not None:  # at different epochs for different lines, which may coincide
         every = max(1, len(by_epoch) // 6)
         style["markevery"] = (MARKERS.index(style["marker"]) % every, every)
-    axes.plot(by_epoch.index, by_epoch["mean"], **style)
-    axes.fill_between(by_epoch.index, by_epoch["min"], by_epoch["max"], color=style["color"], alpha=0.18, linewidth=0)
+    draw_range(axes, by_epoch.index, *(by_epoch[name] for name in ("mean", "min", "max")), **style)
+
+
+def draw_range(axes: Axes, positions: Any, middle: Any, least: Any, greatest: Any, **style: Any) -> None:
+    """Draw a line and a band of its colour between two others.
+
+    Args:
+        axes: Axes to draw on.
+        positions: Horizontal positions (n,).
+        middle: Values of the line (n,).
+        least: Lower edge of the band (n,).
+        greatest: Upper edge of the band (n,).
+        **style: Style of the line.
+    """
+    axes.plot(positions, middle, **({"linewidth": 1.6, "markersize": 4} | style))
+    axes.fill_between(positions, least, greatest, color=style["color"], alpha=0.18, linewidth=0)
 
 
 def finish_axes(axes: Axes, values: pd.Series, name: str, num_classes: int | None) -> None:
-    """Scale, ticks, grid, and a thin line at the value at collapse, as the catalogue has them of a metric."""
+    """Set scale, ticks and grid of a metric as in the catalogue, and draw a thin line at its value at collapse."""
     _scale(axes, values, name)
     at_collapse = _at_collapse(name, num_classes)
     if at_collapse is not None and axes.get_yscale() == "linear":
@@ -126,7 +150,7 @@ def finish_axes(axes: Axes, values: pd.Series, name: str, num_classes: int | Non
 
 
 def metric_label(name: str, metrics: pd.DataFrame) -> str:
-    """The label of a metric; of distances to a reference epoch with that epoch, which the table names."""
+    """Return the label of a metric; for distances to a reference epoch with that epoch, which is in the table."""
     label = METRICS[name].label
     if name not in TO_REFERENCE:
         return label
@@ -135,26 +159,28 @@ def metric_label(name: str, metrics: pd.DataFrame) -> str:
 
 
 def style_numbers(labels: Sequence[str]) -> dict[str, int]:
-    """Number of each label's style: those of the three published methods are always the same."""
-    numbers = {name: place for place, name in enumerate(_PUBLISHED) if name in labels}
-    start = len(_PUBLISHED) if numbers and len(labels) <= _WITH_PUBLISHED else 0
+    """Return the number of each label's style; the published methods always have the same numbers."""
+    numbers = {name: number for number, name in enumerate(PUBLISHED_METHODS) if name in labels}
+    start = len(PUBLISHED_METHODS) if numbers and len(labels) <= _WITH_PUBLISHED else 0
     free = (number for number in range(start, start + 2 * len(labels)) if number not in numbers.values())
     return {label: numbers[label] if label in numbers else next(free) for label in labels}
 
 
 def line_styles(labels: Sequence[str], *, markers: bool | None = None) -> dict[str, dict[str, Any]]:
-    """Colour, line and marker of each label; up to seven differ in each of them, up to twelve in line and marker.
+    """Return colour, line style and marker of each label.
+
+    Up to seven labels differ in each of the three, up to twelve in line style and marker together.
 
     Args:
-        labels: In their order.
-        markers: Give each line markers; by default where there are more than three.
+        labels: Labels in their order.
+        markers: Whether lines have markers; by default with more than three labels.
     """
     numbers = style_numbers(labels)
     marked = len(labels) > _FEW if markers is None else markers
     return {
         label: {
             "color": COLORS[number % len(COLORS)],
-            "linestyle": _LINES[(number + number // len(COLORS)) % len(_LINES)],  # another one with the same colour
+            "linestyle": _LINES[(number + number // len(COLORS)) % len(_LINES)],  # differs where the colour repeats
             "marker": MARKERS[number % len(MARKERS)] if marked else None,
         }
         for label, number in numbers.items()
@@ -162,7 +188,7 @@ def line_styles(labels: Sequence[str], *, markers: bool | None = None) -> dict[s
 
 
 def _scale(axes: Axes, values: pd.Series, name: str) -> None:
-    """The axis that the catalogue asks for; logarithmic only where all is positive and spread."""
+    """Set the scale of the catalogue; the logarithmic one only for positive values that differ by a factor of 3."""
     scale = METRICS[name].scale
     if scale == "percent":
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
@@ -172,7 +198,7 @@ def _scale(axes: Axes, values: pd.Series, name: str) -> None:
         axes.yaxis.set_major_locator(LogLocator(numticks=5) if decades else LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(LogFormatterSciNotation() if decades else FuncFormatter(lambda x, _: f"{x:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-    elif scale != "percent" and axes.get_yscale() == "linear":  # a panel shares its axis with one drawn before
+    elif scale != "percent" and axes.get_yscale() == "linear":  # the axis may be shared with a panel drawn before
         axes.yaxis.set_major_locator(MaxNLocator(5))
         size = max(abs(values.min()), abs(values.max()), _ROUNDING)
         if values.max() - values.min() < _ROUNDING * size or size == _ROUNDING:
@@ -187,25 +213,36 @@ def _at_collapse(name: str, num_classes: int | None) -> float | None:
     return metric.value_at_collapse(num_classes or 0)
 
 
+def overview(runs: RunGroups, title: str) -> Figure:
+    """Draw every metric of the train split."""
+    return draw_all(runs.metrics[runs.metrics["split"] == "train"], title, runs.num_classes)
+
+
 @without_latex()
 def draw_all(metrics: pd.DataFrame, title: str, num_classes: int | None) -> Figure:
-    """Every metric, a small panel each, a block of rows for each group."""
-    there = set(metrics["metric"])
+    """Draw every metric of one split in a small panel, in a block of rows per group of metrics.
+
+    Args:
+        metrics: Columns method, seed, epoch, metric, value.
+        title: Model and data.
+        num_classes: K.
+    """
+    measured = set(metrics["metric"])
     groups: dict[str, list[str]] = {}
     for name, metric in METRICS.items():
-        if name in there:
+        if name in measured:
             groups.setdefault(metric.group, []).append(name)
     rows = [(group, names[i : i + _COLUMNS]) for group, names in groups.items() for i in range(0, len(names), _COLUMNS)]
     height = 2.3 * len(rows) + 1
     width = 3.3 * _COLUMNS
     figure = Figure(figsize=(width, height))
-    # Margins by hand: matplotlib's layout engine takes seconds for so many panels.
+    # Margins by hand: matplotlib's layout engine takes seconds for this number of panels.
     margins = {"left": 0.06, "right": 0.99, "bottom": 0.7 / height, "top": 1 - 0.9 / height, "wspace": 0.3}
     panels = figure.subplots(len(rows), _COLUMNS, squeeze=False, gridspec_kw={"hspace": 0.62, **margins})
     for (_, names), line in zip(rows, panels, strict=True):
         for axes, name in zip(line, names, strict=False):
             axes.set_title(metric_label(name, metrics).replace("  $", "\n$"), fontsize=8)
-            draw_or_say_why(axes, partial(draw_metric, metrics=metrics, name=name, num_classes=num_classes))
+            draw_or_write_reason(axes, partial(draw_metric, metrics=metrics, name=name, num_classes=num_classes))
             axes.tick_params(labelsize=7, which="both")
         for axes in line[len(names) :]:
             axes.remove()

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from neuralcollapse.lab.figures.curves import line_styles
-from neuralcollapse.lab.figures.page import without_latex
+from neuralcollapse.lab.figures.panels import without_latex
 from neuralcollapse.lab.results.files import write_csv, write_whole
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.tables import aligned

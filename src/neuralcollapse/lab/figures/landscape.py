@@ -8,13 +8,11 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from neuralcollapse.lab.figures.page import without_latex
+from neuralcollapse.lab.figures.curves import line_styles
+from neuralcollapse.lab.figures.panels import without_latex
 from neuralcollapse.lab.results.files import write_csv, write_whole
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.tables import aligned
-
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_STYLES = ("-", "--", "-.", ":")
 
 
 def report_landscape(
@@ -81,12 +79,12 @@ def _table(points: pd.DataFrame) -> pd.DataFrame:
 def _draw(spectrum: pd.DataFrame, slices: pd.DataFrame, title: str, optimum: float, bound: float, path: Path) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     edge, line = figure.subplots(1, 2)
-    for number, (name, group) in enumerate(spectrum.groupby("name", sort=False)):
-        look = {"color": _COLOURS[number % 7], "linestyle": _STYLES[number % 4], "linewidth": 1.5}
-        edge.plot(group["index"], group["eigenvalue"], label=name, **look)
+    styles = line_styles(list(spectrum["name"].unique()), markers=False)
+    for name, group in spectrum.groupby("name", sort=False):
+        edge.plot(group["index"], group["eigenvalue"], label=name, **styles[str(name)])
         along = slices[slices["name"] == name]
         if not along.empty:
-            line.plot(along["step"], along["objective"], label=name, **look)
+            line.plot(along["step"], along["objective"], label=name, **styles[str(name)])
     edge.axhline(bound, color="grey", linewidth=0.8, linestyle=":", label="the formula at the origin")
     edge.set(title="the least eigenvalues of the Hessian", xlabel="number", ylabel="eigenvalue")
     line.axhline(optimum, color="grey", linewidth=0.8, linestyle=":", label="the global optimum")

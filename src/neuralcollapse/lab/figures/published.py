@@ -1,31 +1,37 @@
-"""The figures of the three papers, from tables and records of runs."""
+"""Published figures and figures of single records, as panels of runs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import pandas as pd
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from neuralcollapse.catalogue import METRICS
-from neuralcollapse.lab.figures.curves import draw_band, finish_axes, line_styles, metric_label
-from neuralcollapse.lab.figures.page import Panel, Runs, legend_above, literal, wrapped
-from neuralcollapse.lab.figures.records import margin_panels
+from neuralcollapse.lab.figures.curves import COLORS, draw_band, draw_range, finish_axes, line_styles, metric_label
+from neuralcollapse.lab.figures.panels import Panel, legend_above, literal, wrapped
+from neuralcollapse.lab.memory import check_memory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Series = Sequence[tuple[str, str, str]]  # metric, split, words
+    from neuralcollapse.lab.results.groups import RunGroups
+    from neuralcollapse.metrics import ClassValues, Measurement
+
+Series = Sequence[tuple[str, str, str]]  # metric, split, words of the legend
 _SERIES_LINES: tuple[Any, ...] = ("-", "--", ":", "-.")
-# What a head makes of a batch, and its own parameters, in the order of their bars.
+# Tensors of a head, in the order of their bars: what it computes from a batch, and its parameters.
 _OF_HEAD = {"head.features": "features", "head.class_means": "class means", "head.weight": "W", "head.bias": "b"}
+_OF_LAYERS = ("nc1_quotient", "nc1_cdnv", "nc2_etf_means", "nc2_equiangular_means")
 
 
-def papyan(runs: Runs) -> list[Panel]:
-    """Figures 1 to 7 of Papyan, Han, Donoho (PNAS 2020)."""
+def papyan(runs: RunGroups) -> list[Panel]:
+    """Return the panels of Figures 1 to 7 of Papyan, Han, Donoho (PNAS 2020)."""
     rows: list[tuple[str, str, Series]] = [
         ("1-accuracy", "1: accuracy", [("accuracy", "train", "train"), ("accuracy", "test", "test")]),
         ("2-equinorm", "2: equal norms", _pair("nc2_equinorm")),
@@ -39,8 +45,8 @@ def papyan(runs: Runs) -> list[Panel]:
     return [Panel(name, title, partial(draw, series=series)) for name, title, series in rows]
 
 
-def zhu(runs: Runs) -> list[Panel]:
-    """NC1 to NC4 and accuracies as in Figures 3 and 6 of Zhu et al. (NeurIPS 2021)."""
+def zhu(runs: RunGroups) -> list[Panel]:
+    """Return NC1 to NC4 and the accuracies, as in Figures 3 and 6 of Zhu et al. (NeurIPS 2021)."""
     rows: list[tuple[str, str, Series]] = [
         ("nc1", "NC1", [("nc1_pinv", "train", "")]),
         ("nc2", "NC2", [("nc2_etf_weights", "train", "")]),
@@ -52,41 +58,74 @@ def zhu(runs: Runs) -> list[Panel]:
     return [Panel(name, title, partial(draw_series, runs=runs, series=series)) for name, title, series in rows]
 
 
-def markou(runs: Runs) -> list[Panel]:
-    """Accuracy, NC, ETF distances and margins of the methods, as Markou, Ajanthan, Gould (NeurIPS 2024) show them."""
+def markou(runs: RunGroups) -> list[Panel]:
+    """Return accuracy, NC, ETF distances and margins, as in Markou, Ajanthan, Gould (NeurIPS 2024)."""
     names = ["nc1_pinv", "nc1_vci", "nc2_etf_means", "nc2_equinorm_difference", "nc3_duality", "alignment"]
     names += ["nc4_ncc_mismatch", "nc2_cos_margin"]
-    distances = ["etf_weights", "etf_means", "etf_between", "etf_weights_reference", "etf_means_reference"]
+    names += ["etf_weights", "etf_means", "etf_between", "etf_weights_reference", "etf_means_reference"]
     rows: list[tuple[str, str, Series]] = [
         (f"{split}-accuracy", f"{split} accuracy", [("accuracy", split, "")]) for split in ("train", "test")
     ]
-    rows += [
-        (name, metric_label(name, runs.metrics).split("  $")[0], [(name, "train", "")]) for name in (*names, *distances)
-    ]
+    rows += [(name, metric_label(name, runs.metrics).split("  $")[0], [(name, "train", "")]) for name in names]
     panels = [Panel(name, title, partial(draw_series, runs=runs, series=series)) for name, title, series in rows]
-    return panels + margin_panels(runs)
+    return panels + margins(runs)
 
 
-def gradient_flow(runs: Runs) -> list[Panel]:
-    """Mean and largest gradient of each layer's weight and of the head's tensors at the end of the last epoch."""
+def gradient_flow(runs: RunGroups) -> list[Panel]:
+    """Return the mean and the largest gradient of each layer's weight and of the head, after the last epoch."""
     return [
         Panel(runs.stems[label], literal(wrapped(label)), partial(_draw_gradients, runs=runs, label=label))
         for label in runs.groups
     ]
 
 
-def draw_series(axes: Axes, *, runs: Runs, series: Series, by_marker: bool = False) -> None:
-    """Draw metrics of all groups.
+def margins(runs: RunGroups) -> list[Panel]:
+    """Return the sorted cosine margins of all samples of each split at the last epoch."""
+    return [
+        Panel(f"margins-{split}", f"cosine margins, {split}", partial(_draw_margins, runs=runs, split=split))
+        for split in ("train", "test")
+    ]
+
+
+def layers(runs: RunGroups) -> list[Panel]:
+    """Return the collapse of every measured layer against its depth at the last epoch."""
+    return [
+        Panel(name, METRICS[name].label.replace("  $", "\n$"), partial(_draw_layers, runs=runs, name=name))
+        for name in _OF_LAYERS
+    ]
+
+
+def classes(runs: RunGroups) -> list[Panel]:
+    """Return norms, variances and cosines of all classes at the last epoch, for the first run of each group."""
+    rows: list[tuple[str, str, Callable[..., None]]] = [
+        ("norms", "norms", _draw_norms),
+        ("variances", "within-class variance", _draw_variances),
+        ("means", "cosines of means", partial(_draw_cosines, of="means")),
+        ("weights", "cosines of weights", partial(_draw_cosines, of="weights")),
+    ]
+    return [
+        Panel(
+            f"{runs.stems[label]}-{name}",
+            literal(wrapped(f"{label}: {words}")),
+            partial(draw, runs=runs, label=label),
+        )
+        for label in runs.groups
+        for name, words, draw in rows
+    ]
+
+
+def draw_series(axes: Axes, *, runs: RunGroups, series: Series, by_marker: bool = False) -> None:
+    """Draw metrics of all groups against the epoch.
 
     Args:
-        axes: Where to draw.
-        runs: Whose.
-        series: One metric, of which each group has a line style; or several, of which each metric has one and each
-            group a marker.
-        by_marker: Tell groups apart by markers for one metric too, as in panels of several.
+        axes: Axes to draw on.
+        runs: Runs to draw.
+        series: One metric, for which each group has its own line style; or several, each with its own line style, for
+            which groups have markers.
+        by_marker: Distinguish groups by markers for one metric too, as in panels of several metrics.
 
     Raises:
-        ValueError: if there is nothing to draw.
+        ValueError: if the first metric was not measured.
     """
     table, drawn = runs.metrics, []
     by_marker = by_marker or len(series) > 1
@@ -98,11 +137,11 @@ def draw_series(axes: Axes, *, runs: Runs, series: Series, by_marker: bool = Fal
             draw_band(axes, group, label=literal(str(label)), **style)
         drawn.append(values["value"])
     name, split, _ = series[0]
-    found = pd.concat(drawn)
-    if found.empty:
+    shown = pd.concat(drawn)
+    if shown.empty:
         command = "distance" if name.startswith("etf_") else "measure"
         raise ValueError(f"{name} was not measured on the {split} split: run `neuralcollapse {command}` on the runs")
-    finish_axes(axes, found, name, runs.num_classes)
+    finish_axes(axes, shown, name, runs.num_classes)
     axes.set_xlabel("epoch", fontsize=8)
     label = METRICS[name].label.replace("  $", "\n$") if len(series) == 1 else ""
     axes.set_ylabel(label, fontsize=8, linespacing=1.5)
@@ -111,11 +150,40 @@ def draw_series(axes: Axes, *, runs: Runs, series: Series, by_marker: bool = Fal
         legend_above(axes, lines, [words for *_, words in series])
 
 
+def class_cosines(record: Measurement, of: Literal["means", "weights"], most: int | None = None) -> np.ndarray:
+    """Return the cosines (K, K) between centred class means or classifier rows; NaN on the diagonal.
+
+    Args:
+        record: The measurement.
+        of: Vectors to compare; cosines of the mean of a class without samples are NaN.
+        most: Number of the first classes that are compared; by default all.
+
+    Raises:
+        ValueError: if they do not fit into memory.
+    """
+    import torch
+
+    from neuralcollapse.metrics import class_statistics
+    from neuralcollapse.metrics.pairs import PairTile
+
+    size = min(record.num_classes, most or record.num_classes)
+    check_memory(2 * 8 * size**2, f"cosines of {size} classes")
+    numbers, vectors = torch.arange(record.num_classes), record.weight
+    if of == "means":
+        statistics = class_statistics(record.moments)
+        numbers, vectors = statistics.classes, statistics.centred_means
+    compared = numbers < size
+    matrix = np.full((size, size), np.nan)
+    matrix[np.ix_(numbers[compared], numbers[compared])] = PairTile.of_all(vectors[compared].double()).cosines
+    np.fill_diagonal(matrix, np.nan)
+    return matrix
+
+
 def _pair(name: str) -> Series:
     return [(f"{name}_{of}", "train", of) for of in ("means", "weights")]
 
 
-def _draw_gradients(axes: Axes, *, runs: Runs, label: str) -> None:
+def _draw_gradients(axes: Axes, *, runs: RunGroups, label: str) -> None:
     tables = runs.gradients(label)
     if not tables:
         raise ValueError("no gradients were written: these runs were not trained here")
@@ -124,30 +192,107 @@ def _draw_gradients(axes: Axes, *, runs: Runs, label: str) -> None:
     sizes = shown.groupby("parameter", sort=False)[["mean", "max"]].mean()
     head = [name for name in _OF_HEAD if name in sizes.index]
     sizes = sizes.reindex([*(name for name in sizes.index if name not in head), *head])
-    layers = len(sizes) - len(head)
-    wide = max(1.0, layers / 12)  # so that the names of the head's bars have room
-    places = [*range(layers), *(layers + wide * place for place in range(1, len(head) + 1))]
-    shape: Any = {"x": places, "width": [0.8] * layers + [0.8 * wide] * len(head)}
-    axes.bar(height=sizes["max"], color="#56B4E9", label="largest", **shape)
-    axes.bar(height=sizes["mean"], color="#0072B2", label="mean", hatch="//", edgecolor="white", linewidth=0, **shape)
+    count = len(sizes) - len(head)
+    wide = max(1.0, count / 12)  # bars of the head, so that their names fit
+    positions = [*range(count), *(count + wide * number for number in range(1, len(head) + 1))]
+    shape: Any = {"x": positions, "width": [0.8] * count + [0.8 * wide] * len(head)}
+    axes.bar(height=sizes["max"], color=COLORS[5], label="largest", **shape)
+    axes.bar(height=sizes["mean"], color=COLORS[0], label="mean", hatch="//", edgecolor="white", linewidth=0, **shape)
     axes.set_yscale("log")
-    ticks = [*range(0, layers, max(1, layers // 8)), *range(layers, len(places))]
-    names = [*_without_shared_parts(sizes.index[:layers]), *(_OF_HEAD[name] for name in head)]
-    axes.set_xticks(
-        [places[tick] for tick in ticks],
-        [names[tick] for tick in ticks],
-        rotation=60,
-        ha="right",
-        rotation_mode="anchor",
-    )
+    ticks = [*range(0, count, max(1, count // 8)), *range(count, len(positions))]
+    names = [*_without_shared_parts(sizes.index[:count]), *(_OF_HEAD[name] for name in head)]
+    turned: Any = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks([positions[tick] for tick in ticks], [names[tick] for tick in ticks], **turned)
     axes.set_ylabel("magnitude of the gradient", fontsize=8)
     axes.tick_params(axis="x", labelsize=6)
 
 
 def _without_shared_parts(names: Sequence[str]) -> list[str]:
-    """Dotted names without what all of them begin with."""
+    """Return dotted names without the parts with which all of them begin."""
     split = [name.removesuffix(".weight").split(".") for name in names]
-    shared = (
-        len(list(takewhile(lambda parts: len(set(parts)) == 1, zip(*split, strict=False)))) if len(names) > 1 else 0
-    )
+    shared = len([*takewhile(lambda parts: len(set(parts)) == 1, zip(*split, strict=False))]) if len(names) > 1 else 0
     return [".".join(parts[shared:]) or name for parts, name in zip(split, names, strict=True)]
+
+
+def _draw_margins(axes: Axes, *, runs: RunGroups, split: str) -> None:
+    styles = line_styles(list(runs.groups))
+    share = np.linspace(0, 1, 400)
+    for label in runs.groups:
+        values = [record.cos_margins.numpy() for record in runs.last_records(label, split)]
+        defined = [margins[np.isfinite(margins)] for margins in values if np.isfinite(margins).any()]
+        if defined:
+            quantiles = np.stack([np.quantile(margins, share) for margins in defined])
+            style = styles[label] | {"markevery": len(share) // 6}
+            draw_range(axes, 100 * share, *_mean_and_range(quantiles), label=literal(label), **style)
+    if not axes.lines:
+        raise ValueError(f"no cosine margin of the {split} split is defined")
+    if runs.num_classes:
+        collapsed = runs.num_classes / (runs.num_classes - 1)
+        axes.axhline(collapsed, color="0.4", linewidth=0.8, linestyle=(0, (1, 2)), zorder=0)
+    axes.set_xlabel("share of samples below, in %", fontsize=8)
+    axes.set_ylabel("cosine margin", fontsize=8)
+    axes.grid(alpha=0.3, linewidth=0.5)
+
+
+def _draw_layers(axes: Axes, *, runs: RunGroups, name: str) -> None:
+    styles, drawn = line_styles(list(runs.groups), markers=True), []
+    for label in runs.groups:
+        records = [record for record in runs.last_records(label, "train") if record.layers]
+        if records:
+            values = np.array(
+                [[*(layer[name] for layer in record.layers.values()), record.metrics[name]] for record in records]
+            )
+            depths = range(1, values.shape[1] + 1)
+            draw_range(axes, depths, *_mean_and_range(values), label=literal(label), **styles[label])
+            drawn.append(values)
+    if not drawn:
+        raise ValueError("no layers were measured: run `neuralcollapse measure --layers A,B` on the runs")
+    finish_axes(axes, pd.Series(np.concatenate(drawn).ravel()), name, runs.num_classes)
+    axes.set_xlabel("layer, the classifier's features last", fontsize=8)
+
+
+def _mean_and_range(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return values.mean(0), values.min(0), values.max(0)
+
+
+def _values_of_classes(runs: RunGroups, label: str) -> ClassValues:
+    from neuralcollapse.metrics import class_values
+
+    record = runs.last_records(label, "train")[0]
+    return class_values(record.moments, record.weight)
+
+
+def _draw_norms(axes: Axes, *, runs: RunGroups, label: str) -> None:
+    values = _values_of_classes(runs, label)
+    lines = []
+    for norms, marker, color in ((values.mean_norms, "o-", COLORS[0]), (values.weight_norms, "s--", COLORS[1])):
+        lines += axes.plot(values.classes, norms / norms.mean(), marker, color=color, markersize=3, linewidth=0.8)
+    legend_above(axes, lines, ["centred means", "weights"])
+    axes.set_ylabel("norm / mean norm", fontsize=8)
+    _number_classes(axes)
+    axes.grid(alpha=0.3, linewidth=0.5)
+
+
+def _draw_variances(axes: Axes, *, runs: RunGroups, label: str) -> None:
+    values = _values_of_classes(runs, label)
+    axes.bar(values.classes, values.within_class_variances, color=COLORS[0])
+    axes.set_ylabel("mean squared distance to the mean", fontsize=8)
+    _number_classes(axes)
+
+
+def _number_classes(axes: Axes) -> None:
+    axes.set_xlabel("class", fontsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+
+def _draw_cosines(axes: Axes, *, runs: RunGroups, label: str, of: Literal["means", "weights"]) -> None:
+    cosines = class_cosines(runs.last_records(label, "train")[0], of)
+    ideal = -1 / (len(cosines) - 1)
+    spread = max(float(np.nanmax(np.abs(cosines - ideal))), 0.02)
+    picture = axes.imshow(cosines, cmap="cividis", vmin=ideal - spread, vmax=ideal + spread)
+    bar = axes.figure.colorbar(picture, ax=axes, shrink=0.85)
+    bar.ax.axhline(ideal, color="white", linewidth=1.5)
+    bar.ax.tick_params(labelsize=7)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.set_xlabel(f"class; the line at {ideal:.2f} is an ETF's", fontsize=8)

@@ -13,18 +13,16 @@ from typing import Any
 import pandas as pd
 
 from neuralcollapse.lab.config import METHODS
-from neuralcollapse.lab.figures.curves import COLORS, style_numbers
-from neuralcollapse.lab.figures.page import Runs
+from neuralcollapse.lab.figures.curves import COLORS, COLORS_ON_DARK, style_numbers
 from neuralcollapse.lab.figures.report import numbers
 from neuralcollapse.lab.figures.report.tables import html_table, metric_tables, provenance_tables
 from neuralcollapse.lab.results.files import write_whole
 from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.results.groups import RunGroups
 from neuralcollapse.lab.results.labels import differing_settings
 from neuralcollapse.lab.results.sooner import sooner_table
 from neuralcollapse.lab.results.tables import read_table, results_table, seed_of
 
-# The same colours where the page is dark, lighter; by name of the CSS variable.
-_ON_DARK = ("#4da3e0", "#f08c4a", "#35c999", "#e59ac7", "#f2b134", "#a9dcf7", "#e8ebee", "#9aa3ad")
 _HEADLINE = ("accuracy", "nc1_quotient", "nc2_etf_means", "nc2_etf_weights", "nc3_duality", "nc4_ncc_mismatch")
 
 
@@ -39,13 +37,13 @@ def write_report(folders: Sequence[RunFolder], path: Path, classes: Sequence[int
     Raises:
         ValueError: A run without records or table, runs of different numbers of classes, or classes that are not there.
     """
-    runs = Runs(folders)
+    runs = RunGroups(folders)
     moving = numbers.motion(runs, classes)
     metrics = runs.metrics[runs.metrics["split"].isin(numbers.SPLITS)]
     text = _template("page.html").substitute(
         title=escape(runs.title),
         told=escape(_told(runs)),
-        style=_template("page.css").substitute(light=_colours(COLORS), dark=_colours(_ON_DARK)),
+        style=_template("page.css").substitute(light=_colours(COLORS), dark=_colours(COLORS_ON_DARK)),
         results=_results(runs, metrics),
         values=metric_tables(metrics, runs.num_classes),
         runs=provenance_tables(folders),
@@ -56,7 +54,7 @@ def write_report(folders: Sequence[RunFolder], path: Path, classes: Sequence[int
     write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
-def _told(runs: Runs) -> str:
+def _told(runs: RunGroups) -> str:
     settings = [run.settings() for group in runs.groups.values() for run in group]
     count = len(settings)
     seeds = sorted({one["seed"] for one in settings if one.get("seed") is not None})
@@ -70,7 +68,7 @@ def _told(runs: Runs) -> str:
     )
 
 
-def _results(runs: Runs, metrics: pd.DataFrame) -> str:
+def _results(runs: RunGroups, metrics: pd.DataFrame) -> str:
     tables = {"At the last measured epoch; collapse metrics of the train split": results_table(metrics, _seconds(runs))}
     sooner = sooner_table(metrics, _baseline(runs))
     if sooner is not None:
@@ -79,7 +77,7 @@ def _results(runs: Runs, metrics: pd.DataFrame) -> str:
     return "".join(html_table(table.rename(columns={"method": heading}), name) for name, table in tables.items())
 
 
-def _seconds(runs: Runs) -> pd.DataFrame:
+def _seconds(runs: RunGroups) -> pd.DataFrame:
     """The training logs by the groups' labels; empty where a run has none."""
     tables = []
     for label, group in runs.groups.items():
@@ -90,7 +88,7 @@ def _seconds(runs: Runs) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def _baseline(runs: Runs) -> str | None:
+def _baseline(runs: RunGroups) -> str | None:
     """The label of the one group that is of the method standard, with the loss cross-entropy and no average."""
     plain = {"method": "standard", "loss": "cross-entropy", "weight_average": None}
     found = []
@@ -101,9 +99,9 @@ def _baseline(runs: Runs) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def _numbers(runs: Runs, metrics: pd.DataFrame, moving: dict[str, Any] | None) -> dict[str, Any]:
+def _numbers(runs: RunGroups, metrics: pd.DataFrame, moving: dict[str, Any] | None) -> dict[str, Any]:
     """All that the page's script draws."""
-    matrices = numbers.class_cosines(runs)
+    matrices = numbers.cosine_matrices(runs)
     size = len(next(iter(matrices["matrices"].values()))["means"])
     if moving is not None:
         moving["words"] = _words_of_motion(runs, moving)
@@ -118,7 +116,7 @@ def _numbers(runs: Runs, metrics: pd.DataFrame, moving: dict[str, Any] | None) -
     }
 
 
-def _words_of_motion(runs: Runs, moving: dict[str, Any]) -> str:
+def _words_of_motion(runs: RunGroups, moving: dict[str, Any]) -> str:
     chosen = ", ".join(map(str, moving["classes"]))
     simplex = "on the plane" if len(moving["classes"]) == 3 else "in the space (drag to turn it)"
     words = [
@@ -132,7 +130,7 @@ def _words_of_motion(runs: Runs, moving: dict[str, Any]) -> str:
     return " ".join(words)
 
 
-def _words_of_cosines(runs: Runs, size: int, num_classes: int) -> str:
+def _words_of_cosines(runs: RunGroups, size: int, num_classes: int) -> str:
     of = f"the first {size} of {num_classes}" if size < num_classes else f"all {num_classes}"
     words = [
         f"Between the centred class means, and between the classifier's rows, of {of} classes at the last epoch. At "
@@ -142,7 +140,7 @@ def _words_of_cosines(runs: Runs, size: int, num_classes: int) -> str:
     return " ".join(words)
 
 
-def _left_out(runs: Runs) -> list[str]:
+def _left_out(runs: RunGroups) -> list[str]:
     """Which of the runs are not among those shown."""
     several = any(len(group) > 1 for group in runs.groups.values())
     words = ["Of each group the first seed is shown."] if several else []

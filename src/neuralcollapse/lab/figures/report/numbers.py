@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from neuralcollapse.catalogue import METRICS
 from neuralcollapse.lab.figures.curves import metric_label
-from neuralcollapse.lab.figures.page import Runs
-from neuralcollapse.lab.figures.projection import project, simplex_vertices
-from neuralcollapse.lab.figures.records import cosines
+from neuralcollapse.lab.figures.features import project, simplex_vertices
+from neuralcollapse.lab.figures.published import class_cosines
+from neuralcollapse.lab.results.groups import RunGroups
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +26,7 @@ _MAX_EPOCHS, _MIN_EPOCHS, _MIN_SAMPLES = 250, 20, 30
 _MAX_REACH = 3.0  # of the pictured plane, in mean norms of the class means; early features lie far beyond
 
 
-def shown_groups(runs: Runs) -> list[str]:
+def shown_groups(runs: RunGroups) -> list[str]:
     """The groups whose records are shown."""
     return list(islice(runs.groups, MAX_GROUPS))
 
@@ -69,13 +69,13 @@ def described(metrics: pd.DataFrame, num_classes: int) -> dict[str, dict[str, An
     }
 
 
-def class_cosines(runs: Runs) -> dict[str, Any]:
+def cosine_matrices(runs: RunGroups) -> dict[str, Any]:
     """Cosines of the first classes' means and weights, in the last record of the first run of each group shown."""
     matrices: dict[str, Any] = {}
     for label in shown_groups(runs):
         record = runs.record(label, "train", runs.epochs(label, "train")[-1])
         for of in ("means", "weights"):
-            found = cosines(record, of, MAX_MATRIX)
+            found = class_cosines(record, of, MAX_MATRIX)
             matrices.setdefault(label, {})[of] = [_significant(row, 3) for row in found]
     num_classes = _num_classes(runs)
     ideal = -1 / (num_classes - 1)
@@ -84,7 +84,7 @@ def class_cosines(runs: Runs) -> dict[str, Any]:
     return {"classes": num_classes, "ideal": ideal, "spread": max(spread, 0.02), "matrices": matrices}
 
 
-def motion(runs: Runs, classes: Sequence[int] | None = None) -> dict[str, Any] | None:
+def motion(runs: RunGroups, classes: Sequence[int] | None = None) -> dict[str, Any] | None:
     """Class means, classifier rows and some features on the simplex of a few classes, at each measured epoch.
 
     Args:
@@ -139,7 +139,7 @@ def thinned(epochs: Sequence[int], limit: int) -> list[int]:
     return [epochs[round(place * (len(epochs) - 1) / (limit - 1))] for place in range(limit)]
 
 
-def _num_classes(runs: Runs) -> int:
+def _num_classes(runs: RunGroups) -> int:
     label = next(iter(runs.groups))
     return runs.num_classes or len(runs.record(label, "train", runs.epochs(label, "train")[-1]).moments.counts)
 

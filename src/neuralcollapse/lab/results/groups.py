@@ -1,0 +1,131 @@
+"""Runs in groups that differ in more than the seed, with their tables and records read once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from neuralcollapse.lab.results.aggregation import gather_groups, group_runs
+from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.results.labels import title_of
+from neuralcollapse.lab.results.records import Records
+from neuralcollapse.lab.results.tables import read_table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from neuralcollapse.metrics import Measurement
+
+
+class RunGroups:
+    """Runs that are shown together, in groups that differ in more than the seed.
+
+    Args:
+        runs: Folders of the runs; or the groups themselves, by name.
+
+    Attributes:
+        groups: Runs of each group by its label, which says in what the groups differ.
+        num_classes: K, or None if it is unknown.
+        problems: Error for each file that could not be read, by its message.
+
+    Raises:
+        ValueError: if the numbers of classes differ, or two runs of a group have the same seed.
+    """
+
+    def __init__(self, runs: Sequence[RunFolder] | Mapping[str, Sequence[RunFolder]]) -> None:
+        self.problems: dict[str, ValueError] = {}
+        self._records: dict[Path, Records] = {}
+        self.groups = runs if isinstance(runs, Mapping) else group_runs(runs, always=())
+        numbers = {run.read_environment().get("num_classes") for group in self.groups.values() for run in group}
+        numbers.discard(None)
+        if len(numbers) > 1:
+            raise ValueError(
+                f"runs that are shown together must have the same number of classes, got {sorted(numbers)}"
+            )
+        self.num_classes: int | None = next(iter(numbers), None)
+
+    @property
+    def title(self) -> str:
+        """Settings that the runs share, and those in which they differ."""
+        runs = [run for group in self.groups.values() for run in group]
+        return title_of([run.settings() for run in runs], [run.read_environment().get("data") for run in runs])
+
+    @cached_property
+    def stems(self) -> dict[str, str]:
+        """Part of the names of files for each group, unique and without characters that a path cannot have."""
+        stems: dict[str, str] = {}
+        for label in self.groups:
+            stem = re.sub(r"[^\w.=+-]+", "-", label)[:80]
+            stems[label] = stem if stem not in stems.values() else f"{stem}-{len(stems) + 1}"
+        return stems
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame:
+        """Measured values: columns method (the label of the group), seed, epoch, split, metric, value."""
+        with self._noting_problems():
+            return gather_groups(self.groups).rename(columns={"group": "method"})
+
+    def gradients(self, label: str) -> list[pd.DataFrame]:
+        """Return the table of gradients of each run of a group that has one.
+
+        Raises:
+            ValueError: if a table cannot be read.
+        """
+        with self._noting_problems():
+            return [read_table(run.gradients) for run in self.groups[label] if run.gradients.exists()]
+
+    def epochs(self, label: str, split: str) -> list[int]:
+        """Return the epochs with a record in the first run of a group.
+
+        Raises:
+            ValueError: if it has no record of the split.
+        """
+        return _recorded_epochs(self.groups[label][0], split)
+
+    def record(self, label: str, split: str, epoch: int) -> Measurement:
+        """Return a record of the first run of a group.
+
+        Raises:
+            ValueError: if it has no record of the epoch, or the record cannot be read.
+        """
+        return self._load(self.groups[label][0], split, epoch)
+
+    def last_records(self, label: str, split: str) -> list[Measurement]:
+        """Return the last record of each run of a group.
+
+        Raises:
+            ValueError: if a run has no record of the split, or a record cannot be read.
+        """
+        return [self._load(run, split, max(_recorded_epochs(run, split))) for run in self.groups[label]]
+
+    def _load(self, run: RunFolder, split: str, epoch: int) -> Measurement:
+        if epoch not in _recorded_epochs(run, split):
+            raise ValueError(_no_records(run, split))
+        records = self._records.setdefault(run.path, Records(run))
+        with self._noting_problems():
+            return records.load(epoch, split)
+
+    @contextmanager
+    def _noting_problems(self) -> Iterator[None]:
+        """Add the error of a file that cannot be read to `problems`, and raise it as a ValueError."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            problem = ValueError(str(error))
+            self.problems.setdefault(str(error), problem)
+            raise problem from error
+
+
+def _recorded_epochs(run: RunFolder, split: str) -> list[int]:
+    epochs = [epoch for epoch, recorded_split in run.measured() if recorded_split == split]
+    if not epochs:
+        raise ValueError(_no_records(run, split))
+    return epochs
+
+
+def _no_records(run: RunFolder, split: str) -> str:
+    return f"no records of the {split} split in {run.path.name}: run `neuralcollapse measure`"
