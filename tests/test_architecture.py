@@ -78,8 +78,9 @@ LAB = {  # room or module of lab -> what it may import of the others
     "results": GROUND,
     "huggingface": {"results"},
     "training": GROUND | {"data", "models", "results"},
+    "evaluate": GROUND | {"data", "models", "results", "training"},
     "figures": GROUND | {"results"},
-    "commands": GROUND | {"data", "models", "results", "training", "figures"},
+    "commands": GROUND | {"data", "models", "results", "training", "evaluate", "figures"},
     "__init__": GROUND | {"data", "models", "results", "training"},
 }
 # Packages of the extra `lab`. Of these, `neuralcollapse.lightning` imports lightning and pandas.

@@ -68,7 +68,7 @@ BAD = [
     ("measure --every 0 nothing", "every must be at least 1, got 0"),
     ("measure --checkpoint weights.pt", "model must be given with checkpoint"),
     ("measure --checkpoint weights.pt --model resnet18 --out new", "'weights.pt' cannot be read"),
-    ("measure --checkpoint gone.pt --model resnet18 --out new", "checkpoint must be a file, and 'gone.pt' is none"),
+    ("measure --checkpoint gone.pt --model resnet18 --out new", "checkpoint must be a file, and 'gone.pt' is not"),
     ("distance nothing", "must be the folder of a run"),
     ("aggregate nothing --out all.csv", "must be the folder of a run"),
     ("plot nothing", "figure must be one of papyan, zhu, markou"),

@@ -17,8 +17,8 @@ from neuralcollapse.cli import main
 from neuralcollapse.lab import RunFolder
 from neuralcollapse.lab.data.batches import evaluation_batches
 from neuralcollapse.lab.data.load import load_data
+from neuralcollapse.lab.evaluate.state_dict import EvaluationSettings
 from neuralcollapse.lab.results.tables import read_table
-from neuralcollapse.lab.training.elsewhere import Images
 
 DATA = {"train_samples": 200, "test_samples": 60}
 MODEL = ["--model", "external.Net", *(f"--{name}={value}" for name, value in DATA.items())]
@@ -62,7 +62,7 @@ def test_a_series_at_once_and_one_after_another_are_the_same_folder(place, capsy
         assert measured(f"--checkpoint={name}.pt", f"--epoch={epoch}", "--out", "series") == 0
     assert Path("series/metrics.csv").read_bytes() == Path("whole/metrics.csv").read_bytes()
     table = read_table(Path("series/metrics.csv"))
-    images = Images(**DATA)
+    images = EvaluationSettings(**DATA)
     loaders = evaluation_batches(load_data(images, progress=False), images)
     for seed, epoch in ((0, 5), (1, 10), (2, 20)):
         expected = measure(network(seed), loaders["test"], train=loaders["train"], progress=False).metrics
@@ -132,7 +132,7 @@ def test_what_does_not_belong_together_is_refused(place, capsys):
     assert measured("--checkpoint=a.pt", "--epoch=1", "--out", "series") == 0
     shutil.copytree("series", "kept")
     for arguments, message in [
-        (["--checkpoint=b.pt", "--epoch=1"], "epoch 1 of 'series' is that of the checkpoint '../a.pt', and 'b.pt'"),
+        (["--checkpoint=b.pt", "--epoch=1"], "epoch 1 of 'series' was measured with the checkpoint '../a.pt'"),
         (["--checkpoint=b.pt", "--epoch=2", "--pixel_mean=0.5"], "pixel_mean must stay None to resume"),
         (["--checkpoint=b.pt", "--epoch=2", "--test_samples=50"], "test_samples must stay 60"),
         (["--checkpoint=b.pt", "--epoch=2", "--classifier=3"], "classifier must stay None"),

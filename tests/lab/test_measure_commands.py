@@ -20,10 +20,10 @@ from neuralcollapse.cli import main
 from neuralcollapse.lab import RunConfig, RunFolder, train_runs
 from neuralcollapse.lab.data.batches import evaluation_batches
 from neuralcollapse.lab.data.load import load_data
+from neuralcollapse.lab.evaluate.state_dict import EvaluationSettings
 from neuralcollapse.lab.results.aggregation import epochs_to_reach, group_runs, statistics_over_seeds
 from neuralcollapse.lab.results.files import write_csv
 from neuralcollapse.lab.results.tables import read_table
-from neuralcollapse.lab.training.elsewhere import Images
 
 SMALL = {"backbone": "mlp", "width": 24, "depth": 1, "train_samples": 200, "test_samples": 60}
 
@@ -259,7 +259,7 @@ def test_a_state_dict_of_torchvisions_names_is_measured(file, foreign, tmp_path)
     data = ["--data", "digits", "--train_samples", "300", "--test_samples", "80", "--out", str(out)]
     options = ["--model", "resnet18", "--model_options", '{"width": 4}', "--epoch", "7"]
     assert main(["measure", "--checkpoint", str(path), *options, *data]) == 0
-    images = Images(train_samples=300, test_samples=80)
+    images = EvaluationSettings(train_samples=300, test_samples=80)
     loaders = evaluation_batches(load_data(images, progress=False), images)
     expected = measure(foreign, loaders["test"], train=loaders["train"], progress=False).metrics
     table = read_table(out / "metrics.csv").query("split == 'test'")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Action
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
@@ -95,8 +96,8 @@ def run(settings: Namespace) -> int:
         raise ValueError("RUN must be the folder of a run or of several; or give --checkpoint")
     runs = runs_of(settings.runs)
 
+    from neuralcollapse.lab.evaluate.checkpoints import measure_run
     from neuralcollapse.lab.training.many_runs import Preparation
-    from neuralcollapse.lab.training.measuring import measure_run
 
     preparation = Preparation(resumed=True, progress=True)
     for one in runs:
@@ -107,19 +108,18 @@ def run(settings: Namespace) -> int:
 
 
 def _measure_external(settings: Namespace, given: dict[str, Any], splits: list[str] | None, layers: list[str]) -> int:
+    from neuralcollapse.lab.evaluate.state_dict import ExternalModel, measure_state_dict, series_epochs
     from neuralcollapse.lab.results.tables import read_table
-    from neuralcollapse.lab.training.elsewhere import measure_state_dict, series_epochs
 
     outcome = Outcome()
-    checkpoints, asked = [str(one) for one in _each(settings.checkpoint)], _epochs(settings.get("epoch"))
-    options = {name: settings.get(name) for name in ("model_options", "classifier", "seed")}
-    options["model_options"] = parse("model_options", options["model_options"], dict[str, Any])
-    outcome.written = measure_state_dict(
-        checkpoints, settings.model, settings.out, given, epoch=asked, splits=splits, layers=layers, **options
-    )
+    options = parse("model_options", settings.get("model_options"), dict[str, Any])
+    model = ExternalModel(settings.model, options, settings.get("classifier"), settings.get("seed"))
+    paths, asked = [Path(file) for file in _each(settings.checkpoint)], _epochs(settings.get("epoch"))
+    epochs = series_epochs(len(paths), asked)
+    checkpoints = dict(zip(epochs, paths, strict=True))
+    outcome.written = measure_state_dict(checkpoints, model, settings.out, given, splits=splits, layers=layers)
     folder = RunFolder(settings.out)
     print(_words_of_pixels(folder.read_environment().get("pixels") or {}))
-    epochs = series_epochs(len(checkpoints), asked)
     if asked is None and len(epochs) > 1:
         print(f"epochs: 1 to {len(epochs)}, in the order given; --epoch names others")
     for epoch in epochs:
