@@ -17,6 +17,7 @@ try:
 
     from neuralcollapse.catalogue import METRICS, Metric, OfClasses
     from neuralcollapse.cli import COMMANDS, main
+    from neuralcollapse.lab.recipes import families, load_recipe
     from neuralcollapse.lab.studies import SCALES, load_study, study_names
 except ImportError as missing:
     raise SystemExit(f"the site needs the extra docs: pip install 'neuralcollapse[docs]' ({missing})") from None
@@ -25,11 +26,12 @@ CLAIMS = Path(__file__).parent / "claims"  # what `study` wrote of runs that wer
 
 # Material asks this host for a script when pages are opened as files; without it, there is no search there.
 _ELSEWHERE = re.compile(r"https://unpkg\.com/[\w./@-]+")
+_RECIPES = re.compile(r"<!-- recipes (\w+) -->")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replace the markers of a page by tables of metrics, studies and claims, and the help texts of commands."""
+    """Replace the markers of a page by tables of metrics, recipes, studies and claims, and the help texts of commands."""
     for marker, made in (
         ("commands", _commands),
         ("studies", _studies),
@@ -38,7 +40,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     ):
         if f"<!-- {marker} -->" in markdown:
             markdown = markdown.replace(f"<!-- {marker} -->", made())
-    return markdown
+    return _RECIPES.sub(lambda marker: _recipes(marker[1]), markdown)
 
 
 def metrics_table() -> str:
@@ -71,6 +73,21 @@ def _written(value: float | OfClasses) -> str:
 
 def _commands() -> str:
     return "\n".join(map(_help, COMMANDS))
+
+
+def _recipes(paper: str) -> str:
+    """Return the families of a paper, each with its published result, its cost and a table of its recipes."""
+    lines = []
+    for family in families():
+        if family.name.startswith(paper):
+            lines += [f"### {family.name}", "", f"{family.title}. {family.source}.", ""]
+            lines += [f"- **Published**: {family.published}", f"- **Cost**: {family.cost}"]
+            lines += [f"- {note}" for note in family.notes]
+            lines += ["", "| recipe | reproduces | our choices |", "|---|---|---|"]
+            recipes = map(load_recipe, family.recipes)
+            lines += [f"| `{recipe.name}` | {recipe.reproduces} | {recipe.choices} |" for recipe in recipes]
+            lines.append("")
+    return "\n".join(lines)
 
 
 def _studies() -> str:

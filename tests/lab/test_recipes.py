@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 from dataclasses import fields
@@ -448,3 +449,10 @@ def test_listing_recipes_is_light():
     script = "import sys, neuralcollapse.lab.commands.recipes as r; r.recipes_table(); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "lightning", "pandas", "datasets", "matplotlib", "sklearn"} & set(loaded)
+
+
+def test_the_page_of_recipes_names_each():
+    docs = Path(__file__).parents[2] / "docs"
+    page = runpy.run_path(str(docs / "hooks.py"))["on_page_markdown"]((docs / "recipes.md").read_text())
+    missing = [name for name in recipe_names() if f"| `{name}` |" not in page]
+    assert not missing
