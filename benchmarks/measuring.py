@@ -15,33 +15,34 @@ from _common import data_root, medians, write
 
 from neuralcollapse.lab import RunConfig, load_data
 from neuralcollapse.lab.models.backbones import evaluation_layout
-from neuralcollapse.lab.training.one_run import ClassifierTraining
+from neuralcollapse.lab.training.objective import Objective
+from neuralcollapse.lab.training.run import Run
 from neuralcollapse.metrics.measure import measure_splits
 
 
-def measure(module: ClassifierTraining, folder: Path, repeats: int) -> dict[str, float]:
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9)
+def measure(run: Run, folder: Path, repeats: int) -> dict[str, float]:
+    objective, trained = Objective(run.config, run.trained.model), run.trained
 
     def epoch() -> None:
-        module.train()
-        for number, batch in enumerate(module.train_dataloader()):
-            optimizer.zero_grad()
-            module.training_step(batch, number).backward()
-            optimizer.step()
+        trained.train()
+        for images, targets in run.batches(1):
+            run.optimizer.zero_grad()
+            objective(images, targets, len(targets))[0].backward()
+            run.optimizer.step()
 
     def measured() -> None:
-        with evaluation_layout(module):
-            measurements = measure_splits(module, module.evaluation, progress=False, **module.measuring)
+        with evaluation_layout(trained):
+            measurements = measure_splits(trained, run.evaluation, progress=False, **run.measure_options)
         for split, found in measurements.items():
             found.save(folder / f"{split}.safetensors")
 
     @torch.no_grad()
     def forward() -> None:
-        module.eval()
-        with evaluation_layout(module):
-            for batches in module.evaluation.values():
+        trained.eval()
+        with evaluation_layout(trained):
+            for batches in run.evaluation.values():
                 for images, _ in batches:
-                    module(images)
+                    trained(images)
 
     return medians({"epoch": epoch, "measured": measured, "forward": forward}, repeats=repeats)
 
@@ -63,7 +64,7 @@ def main() -> None:
         )
         data = load_data(config)
         with tempfile.TemporaryDirectory() as folder:
-            seconds = measure(ClassifierTraining(config, data), Path(folder), options.repeats)
+            seconds = measure(Run(config, data), Path(folder), options.repeats)
         rows.append(
             {"method": method, "train_samples": options.train_samples}
             | {f"{name}_s": value for name, value in seconds.items()}

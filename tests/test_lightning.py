@@ -20,7 +20,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from helpers import normal
 from neuralcollapse import Measurement, NearestETFClassifier, attach_head, measure
 from neuralcollapse.lab import RunFolder
-from neuralcollapse.lab.training.one_run import quiet_lightning
+from neuralcollapse.lab.training.distributed import quiet_lightning
 from neuralcollapse.lightning import CollapseCallback
 
 BATCHES = [(normal(30, 6, seed=seed, dtype=torch.float32), torch.arange(30) % 3) for seed in range(3)]

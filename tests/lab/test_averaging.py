@@ -4,12 +4,11 @@ import math
 
 import pytest
 import torch
-from lightning.pytorch import Callback
 
 from neuralcollapse.lab.config import DataSettings, RunConfig
 from neuralcollapse.lab.data.load import load_data
 from neuralcollapse.lab.results.folder import RunFolder
-from neuralcollapse.lab.training.one_run import ClassifierTraining, train
+from neuralcollapse.lab.training.run import Run
 from neuralcollapse.metrics import Measurement
 
 SMALL = {"backbone": "mlp", "width": 24, "depth": 1, "train_samples": 200, "test_samples": 60}
@@ -19,16 +18,15 @@ def test_an_average_of_the_weights_is_what_is_measured(tmp_path):
     settings = {"method": "standard", "epochs": 2, "batch_size": 50, "weight_average": 0.5}
     steps: list[dict[str, torch.Tensor]] = []
 
-    class Watch(Callback):
-        def on_train_batch_end(self, trainer, pl_module, *_):
-            steps.append({name: tensor.clone() for name, tensor in pl_module.model.state_dict().items()})
-
     config = RunConfig(**SMALL | settings)
-    data = load_data(config)
     run = RunFolder(tmp_path / "run")
     run.start(config.in_force())
-    module = ClassifierTraining(config, data)
-    train(module, run, Watch())
+    prepared = Run(config, load_data(config))
+    prepared.optimizer.register_step_post_hook(
+        lambda *_: steps.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    )
+    model, average = prepared.trained.model, prepared.trained.average
+    prepared.train(run)
     name = next(name for name in steps[0] if name.endswith("0.weight"))
     # 1/share − 1 = 1: step s counts as s, but for the offset that makes the weights of the recursion exact.
     expected, total = torch.zeros_like(steps[0][name], dtype=torch.float64), 0.0
@@ -36,25 +34,26 @@ def test_an_average_of_the_weights_is_what_is_measured(tmp_path):
         weight = math.prod(1 - 1 / (0.5 * later + 1) for later in range(number + 1, len(steps))) / (0.5 * number + 1)
         expected, total = expected + weight * state[name].double(), total + weight
     assert total == pytest.approx(1)
-    assert torch.allclose(module.average.state_dict()[name].double(), expected, atol=1e-6)
-    assert torch.allclose(module.average.head.weight.norm(dim=1), torch.ones(10), atol=1e-6)
+    assert torch.allclose(average.state_dict()[name].double(), expected, atol=1e-6)
+    assert torch.allclose(average.head.weight.norm(dim=1), torch.ones(10), atol=1e-6)
     measured = Measurement.load(run.measurement(2, "test"))
-    assert torch.equal(measured.weight, module.average.head.weight)
-    assert not torch.equal(measured.weight, module.model.head.weight)
+    assert torch.equal(measured.weight, average.head.weight)
+    assert not torch.equal(measured.weight, model.head.weight)
 
 
 @pytest.mark.parametrize("method", ["implicit", "means", "frame"])
 def test_the_average_of_a_model_keeps_the_classifier_that_its_class_means_give(method, tmp_path):
-    module = ClassifierTraining(
-        RunConfig(**SMALL | {"method": method, "epochs": 2, "weight_average": 0.1}),
-        data := load_data(DataSettings(train_samples=200, test_samples=60)),
-    )
+    config = RunConfig(**SMALL | {"method": method, "epochs": 2, "weight_average": 0.1})
+    data = load_data(DataSettings(train_samples=200, test_samples=60))
     run = RunFolder(tmp_path / "run")
-    run.start(module.config.in_force())
-    train(module, run)
-    for own, current in zip(module.average.head.buffers(), module.model.head.buffers(), strict=True):
-        assert torch.equal(own, current)
-    again = ClassifierTraining(module.config, data)
+    run.start(config.in_force())
+    prepared = Run(config, data)
+    prepared.train(run)
+    for averaged, current in zip(
+        prepared.trained.average.head.buffers(), prepared.trained.model.head.buffers(), strict=True
+    ):
+        assert torch.equal(averaged, current)
+    again = Run(config, data).trained
     again.load_state_dict(torch.load(run.last_checkpoint, weights_only=True)["state_dict"])
     images = torch.rand(4, *data.image_shape)
-    assert torch.equal(again.eval()(images), module.eval()(images))
+    assert torch.equal(again.eval()(images), prepared.trained.eval()(images))

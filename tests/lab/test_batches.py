@@ -19,7 +19,7 @@ from neuralcollapse.lab.data.batches import (
     standardisation,
 )
 from neuralcollapse.lab.data.images import ImageData, Split
-from neuralcollapse.lab.training.one_run import ClassifierTraining
+from neuralcollapse.lab.training.run import Run
 
 
 def images_of(number: int = 20, channels: int = 3, height: int = 7, width: int = 5) -> torch.Tensor:
@@ -147,7 +147,7 @@ def test_balanced_batches_resume_inside_an_epoch_and_are_split_over_ranks():
 def test_more_classes_in_a_batch_than_there_are_is_refused():
     data = ImageData("own", *(Split(images_of(number), torch.arange(number) % 4) for number in (20, 8)), 4)
     with pytest.raises(ValueError, match="classes_per_batch must be at most the number of classes with training"):
-        ClassifierTraining(RunConfig(batch_size=10, classes_per_batch=5), data)
+        Run(RunConfig(batch_size=10, classes_per_batch=5), data)
 
 
 def test_standardised_images_have_mean_0_and_variance_1_in_each_channel():

@@ -22,7 +22,7 @@ from neuralcollapse.lab.models.building import build_head
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.sooner import sooner_table
 from neuralcollapse.lab.results.tables import read_table
-from neuralcollapse.lab.training.many_runs import train_runs
+from neuralcollapse.lab.training.runs import train_runs
 from neuralcollapse.lab.training.tuning import with_chosen_rates
 
 SMALL = ["--backbone=mlp", "--width=24", "--depth=1", "--train_samples=300", "--test_samples=100", "--batch_size=50"]

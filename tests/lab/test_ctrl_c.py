@@ -24,7 +24,7 @@ from neuralcollapse.lab import RunFolder
 from neuralcollapse.lab.data.sources import digits
 from neuralcollapse.lab.figures import summary
 from neuralcollapse.lab.results import files
-from neuralcollapse.lab.training import checkpoints, many_runs
+from neuralcollapse.lab.training import checkpoint, runs
 
 SETTINGS = [
     "--method=implicit",
@@ -39,7 +39,7 @@ SETTINGS = [
     "--checkpoint_every=2",
 ]
 LINE = "neuralcollapse: interrupted; with --resume, without --overwrite, it goes on"
-IMPORTED = digits(), many_runs  # before any process is forked
+IMPORTED = digits(), runs  # before any process is forked
 
 
 def interrupt() -> None:
@@ -84,7 +84,7 @@ def inside_checkpoint(number: int, *, times: int = 1) -> Callable[[], None]:
             def __getattr__(self, name):
                 return getattr(self.file, name)
 
-        checkpoints.torch.save = lambda content, file: saved(content, File(file))
+        checkpoint.torch.save = lambda content, file: saved(content, File(file))
 
     return prepare
 

@@ -14,8 +14,8 @@ from torch import nn
 from helpers import error_of
 from neuralcollapse.cli import main
 from neuralcollapse.lab import RunConfig, RunFolder, train_runs
-from neuralcollapse.lab.training import one_run
-from neuralcollapse.lab.training.divergence import Diverged, FirstNonFinite
+from neuralcollapse.lab.training import objective
+from neuralcollapse.lab.training.objective import Diverged, FirstNonFinite
 
 SMALL = ["--backbone=mlp", "--width=12", "--depth=1", "--train_samples=60", "--test_samples=40", "--batch_size=20"]
 RUN = {"backbone": "mlp", "width": 12, "depth": 1, "train_samples": 60, "test_samples": 40, "batch_size": 20}
@@ -64,14 +64,14 @@ def test_of_scaled_losses_only_those_that_stay_infinite_count():
 
 def spoil_batch(monkeypatch, spoil, *, epoch=2, step=3, only=lambda config: True):
     """Have the loss of one batch spoiled; batches of 20 of 60 images are three per epoch."""
-    loss_of, seen = one_run.batch_loss, {}
+    loss_of, seen = objective.batch_loss, {}
 
     def batch_loss(config, *arguments):
         loss, key = loss_of(config, *arguments), (config.method, config.seed)
         seen[key] = seen.get(key, 0) + 1
         return spoil(loss) if only(config) and seen[key] == 3 * (epoch - 1) + step else loss
 
-    monkeypatch.setattr(one_run, "batch_loss", batch_loss)
+    monkeypatch.setattr(objective, "batch_loss", batch_loss)
     return seen
 
 

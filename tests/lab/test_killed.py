@@ -20,7 +20,7 @@ from neuralcollapse.cli import main
 from neuralcollapse.lab import RunFolder
 from neuralcollapse.lab.data.sources import digits
 from neuralcollapse.lab.figures import summary
-from neuralcollapse.lab.training import many_runs
+from neuralcollapse.lab.training import runs
 
 SETTINGS = [
     "--epochs=4",
@@ -40,7 +40,7 @@ RUNS = {
     "fixed-agd": ["--method=fixed", "--optimizer=agd", "--no-batch_norm_affine", "--classifier_bias=none"],
 }
 NAMES = list(RUNS)
-IMPORTED = digits(), many_runs  # before any process is forked
+IMPORTED = digits(), runs  # before any process is forked
 MOMENTS = range(10)
 
 

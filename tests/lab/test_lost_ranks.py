@@ -87,7 +87,7 @@ def rank_of_two(rank: int, port: int, place: Path, arguments: list[str], log: Pa
 
 def start(place: Path, out: Path, port: int | None = None, ranks: int = 2) -> list[multiprocessing.Process]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["neuralcollapse.lab.training.many_runs", "neuralcollapse.lab.figures.summary"])
+    context.set_forkserver_preload(["neuralcollapse.lab.training.runs", "neuralcollapse.lab.figures.summary"])
     port = free_port() if port is None else port
     found = [
         context.Process(target=rank_of_two, args=(rank, port, place, arguments(out), place / f"{out.name}-{rank}.log"))

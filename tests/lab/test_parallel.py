@@ -15,7 +15,7 @@ from helpers import error_of
 from neuralcollapse.cli import main
 from neuralcollapse.lab import RunFolder
 from neuralcollapse.lab.results.locking import check_free
-from neuralcollapse.lab.training.processes import in_processes
+from neuralcollapse.lab.training.distributed import in_processes
 
 SMALL = ["--backbone=mlp", "--width=24", "--depth=1", "--train_samples=200", "--test_samples=60", "--batch_size=20"]
 SETTINGS = [*SMALL, "--epochs=2", "--methods=standard,implicit", "--seeds=2", "--label_noise=0.1", "--device=cpu"]

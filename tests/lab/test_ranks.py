@@ -52,7 +52,7 @@ def curves(tmp_path_factory):
     """A function that returns the runs, by name, of a number of ranks; they are trained once."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "plain_backbone.py").write_text(BACKBONE)
-    multiprocessing.set_forkserver_preload(["neuralcollapse.lab.training.many_runs"])  # imported once for all
+    multiprocessing.set_forkserver_preload(["neuralcollapse.lab.training.runs"])  # imported once for all
 
     @functools.cache
     def of(ranks):

@@ -9,12 +9,12 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
 
 from neuralcollapse.lab.config import RunConfig
 from neuralcollapse.lab.data.load import load_data
 from neuralcollapse.lab.recipes import load_recipe, recipe_names
-from neuralcollapse.lab.training.one_run import ClassifierTraining, quiet_lightning
+from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.training.run import Run
 
 # Of the data sets that are not at hand: height and width of an image, and classes.
 STAND_INS = {"cifar100": (32, 100), "stl10": (96, 10), "imagenet": (256, 1000)}
@@ -51,6 +51,14 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
+class EpochEnded(Exception):
+    """The first epoch has ended."""
+
+
+def end_training(*_: object) -> None:
+    raise EpochEnded
+
+
 @pytest.mark.parametrize("name", representatives())
 def test_a_recipe_takes_two_steps(name, request, tmp_path):
     settings = recipe(name)
@@ -64,23 +72,16 @@ def test_a_recipe_takes_two_steps(name, request, tmp_path):
         short["lbfgs_iterations"] = 2
     config = RunConfig(**settings | short)
     data = load_data(config, progress=False)
-    module = ClassifierTraining(config, data)
-    model = module.model
+    prepared = Run(config, data)
+    model, folder = prepared.trained.model, RunFolder(tmp_path / "run")
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with quiet_lightning():
-        trainer = Trainer(
-            accelerator="cpu",
-            max_epochs=config.epochs,
-            max_steps=2,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=tmp_path,
-        )
-        trainer.fit(module)
-    assert trainer.global_step == 2
-    assert math.isfinite(float(module.batch_figures["batch_loss"]))
+    folder.start(config.in_force())
+    with pytest.MonkeyPatch.context() as patch:  # an epoch of two steps
+        patch.setattr(Run, "_end_epoch", end_training)
+        with pytest.raises(EpochEnded):
+            prepared.train(folder)
+    metrics, _ = prepared.log.end(1)
+    assert math.isfinite(metrics["batch_loss"])
     after = model.state_dict()
     assert all(torch.isfinite(value).all() for value in after.values())
     for key, parameter in model.model.named_parameters():

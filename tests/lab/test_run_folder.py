@@ -132,16 +132,19 @@ def test_a_folder_of_format_1_is_read_and_drawn_from(tmp_path):
     assert main(["aggregate", str(copy), "--out", str(tmp_path / "all.csv")]) == 0
 
 
-def test_a_checkpoint_of_format_1_inside_an_epoch_goes_on(tmp_path):
-    """What version 0.1.0 left when SIGTERM stopped it; the third epoch was never begun."""
+def test_a_checkpoint_of_format_1_is_read_and_not_resumed(tmp_path, capsys):
+    """Version 0.1.0 wrote it when SIGTERM stopped it inside the second epoch; as that of an epoch it is measured."""
     folder = RunFolder(shutil.copytree(FIXTURES / "checkpoint1", tmp_path / "checkpoint1"))
-    kept = torch.load(folder.last_checkpoint, weights_only=True)["neuralcollapse"]
-    assert (kept["format_version"], kept["epoch"], kept["batches"]) == (1, 2, 2)
-    train_runs(RunConfig(**folder.settings()), folder.path, resume=True, progress=False)
-    assert set(read_table(folder.metrics)["epoch"]) == {1, 2, 3}
-    assert [set(again) for again in folder.read_environment()["resumed"]] == [
-        {"time", "command", "neuralcollapse", "torch"}
-    ]
+    checkpoint = torch.load(folder.last_checkpoint, weights_only=True)
+    provenance = checkpoint["neuralcollapse"]
+    assert (provenance["format_version"], provenance["epoch"], provenance["batches"]) == (1, 2, 2)
+    message = error_of(capsys, "train", "--resume", "--out", str(folder.path))
+    assert "last.ckpt' cannot be read: it is of format 1, written by an earlier version, and can be measured" in message
+    provenance |= {"epoch": 3}
+    del provenance["batches"]
+    torch.save(checkpoint, folder.last_checkpoint)
+    assert main(["measure", str(folder.path)]) == 0
+    assert set(read_table(folder.metrics)["epoch"]) == {1, 3}
 
 
 def test_peak_memory_is_of_what_was_in_use_since_it_was_forgotten():

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,11 +15,11 @@ import pandas as pd
 import pytest
 import torch
 
-from neuralcollapse import lightning
 from neuralcollapse.cli import main
 from neuralcollapse.lab import RunConfig, RunFolder, train_runs
 from neuralcollapse.lab.stopping import Terminated
-from neuralcollapse.lab.training import one_run
+from neuralcollapse.lab.training import objective
+from neuralcollapse.lab.training import run as training
 
 SMALL = {
     "backbone": "convnet",
@@ -29,6 +32,7 @@ SMALL = {
     "flip": True,
     "rotation": 10.0,
 }
+DOCS = Path(__file__).parents[2] / "docs" / "running.md"
 BATCHES = 9  # 100 images in batches of 12
 RUNS = {
     "sgd": {"method": "implicit"},
@@ -56,7 +60,7 @@ def config(name: str, **more: object) -> RunConfig:
 @contextmanager
 def at_batch(number: int, act: Callable[[], None]) -> Iterator[None]:
     """Have something happen while a batch is trained on, counted from 1 over all epochs."""
-    seen, loss = [], one_run.batch_loss
+    seen, loss = [], objective.batch_loss
 
     def counted(*arguments: object) -> torch.Tensor:
         seen.append(1)
@@ -65,7 +69,7 @@ def at_batch(number: int, act: Callable[[], None]) -> Iterator[None]:
         return loss(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(one_run, "batch_loss", counted)
+        patch.setattr(objective, "batch_loss", counted)
         yield
 
 
@@ -134,8 +138,8 @@ def test_sigterm_while_measuring_leaves_the_epoch_before(tmp_path, monkeypatch):
             sigterm()
         return splits(*arguments, **options)
 
-    splits = lightning.measure_splits
-    monkeypatch.setattr(lightning, "measure_splits", measure)
+    splits = training.measure_splits
+    monkeypatch.setattr(training, "measure_splits", measure)
     with pytest.raises(Terminated):
         train_runs(run, out, progress=False)
     kept = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["neuralcollapse"]
@@ -155,21 +159,60 @@ def test_the_command_says_how_to_go_on_and_exits_with_143(tmp_path, capsys):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-@pytest.mark.parametrize("batch", [BATCHES + 3, 2 * BATCHES])
-def test_a_job_of_slurm_that_is_to_be_requeued_is_saved_and_requeued_after_the_batch(batch, tmp_path, monkeypatch):
-    run, out = config("sgd"), tmp_path / "requeued"
+def test_the_slurm_script_of_the_docs_requeues_a_job_whose_time_is_over_and_resumes_it(tmp_path):
+    """Run the script with a fake srun, in which SIGTERM comes during the twelfth batch, and a fake scontrol."""
+    documented = re.search(r"```\n(#!/bin/bash\n.*?)```", DOCS.read_text(), re.DOTALL)[1]
+    assert "--signal=TERM@120" in documented
+    assert "--requeue" in documented
+    flags = " ".join(f"--{name}={value}" for name, value in (SMALL | RUNS["sgd"]).items())
+    job = tmp_path / "job"
+    job.write_text(documented.replace("--recipe papyan2020-cifar10", f"{flags} --device=cpu"))
+    commands = {
+        "srun": 'exec "$@"',
+        "scontrol": f'echo "$@" >> {tmp_path}/asked',
+        "neuralcollapse": f'exec {sys.executable} {tmp_path}/command.py "$@"',
+    }
+    for name, line in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "command.py").write_text(
+        "import os, signal, sys\n"
+        "from neuralcollapse.cli import main\n"
+        "from neuralcollapse.lab.figures import summary\n"
+        "from neuralcollapse.lab.training import objective\n"
+        "loss, seen = objective.batch_loss, []\n"
+        "def batch_loss(*arguments):\n"
+        "    seen.append(1)\n"
+        f"    if len(seen) == {BATCHES + 3} and '--resume' not in sys.argv:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return loss(*arguments)\n"
+        "objective.batch_loss = batch_loss\n"
+        "summary.draw_figures, summary.write_report = (lambda *_: []), (lambda *_: None)\n"
+        "sys.exit(main())\n"
+    )
+    environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SLURM_JOB_ID": "1234"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    for ended in (False, True):
+        done = subprocess.run(["bash", str(job)], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert (tmp_path / "asked").read_text() == "requeue 1234\n", done.stderr
+        assert RunFolder(tmp_path / "runs" / "long").read_environment()["finished"] is ended
+    whole = train_runs(config("sgd"), tmp_path / "whole", progress=False)
+    assert_same(RunFolder(tmp_path / "runs" / "long"), whole)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_waits_for_the_step_and_a_second_one_does_not(times, tmp_path):
+    run, out = config("sgd"), tmp_path / "stopped"
     whole = train_runs(run, tmp_path / "whole", progress=False)
-    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
-    (tmp_path / "scontrol").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    for name, value in {"NTASKS": 1, "JOB_ID": 1234, "JOB_NAME": "run", "PROCID": 0, "LOCALID": 0, "NODEID": 0}.items():
-        monkeypatch.setenv(f"SLURM_{name}", str(value))
-    before = signal.getsignal(signal.SIGUSR1)
-    with at_batch(batch, lambda: os.kill(os.getpid(), signal.SIGUSR1)), pytest.raises(Terminated):
+
+    def interrupt() -> None:
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with at_batch(BATCHES + 3, interrupt), pytest.raises(KeyboardInterrupt):
         train_runs(run, out, progress=False)
-    assert (tmp_path / "asked").read_text() == "requeue 1234\n"
-    assert signal.getsignal(signal.SIGUSR1) is before
-    assert [path.name for path in (out / "checkpoints").iterdir()] == ["last.ckpt"]
+    kept = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["neuralcollapse"]
+    assert (kept["epoch"], kept.get("batches")) == ((2, 3) if times == 1 else (1, None))
     assert_same(train_runs(run, out, resume=True, progress=False), whole)
 
 
@@ -177,7 +220,7 @@ def test_a_checkpoint_says_whose_it_is(tmp_path):
     run = config("sgd", epochs=1)
     folder = train_runs(run, tmp_path / "out", progress=False)
     kept = torch.load(folder.last_checkpoint, weights_only=True)["neuralcollapse"]
-    assert (kept["format_version"], kept["epoch"], kept["seed"]) == (1, 1, 0)
+    assert (kept["format_version"], kept["epoch"], kept["seed"]) == (2, 1, 0)
     assert kept["config"] == run.in_force()
 
 

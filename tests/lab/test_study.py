@@ -221,7 +221,7 @@ def test_a_study_runs_once_and_then_answers_without_its_data(tiny, capsys, monke
     assert f"difference {mean:.3g}" in record["claims"][0]["numbers"][0]
     assert (folder.figures / "zhu.png").exists()
 
-    monkeypatch.setattr("neuralcollapse.lab.training.many_runs.train_runs", None)
+    monkeypatch.setattr("neuralcollapse.lab.training.runs.train_runs", None)
     assert main(["study", "tiny"]) == 0
     assert capsys.readouterr().out == told
     assert main(["study"]) == 0
@@ -229,9 +229,9 @@ def test_a_study_runs_once_and_then_answers_without_its_data(tiny, capsys, monke
 
 
 def test_a_study_that_was_stopped_goes_on_with_more_seeds_too(tiny, capsys, monkeypatch):
-    from neuralcollapse.lab.training import many_runs
+    from neuralcollapse.lab.training.run import Run
 
-    train, done = many_runs.train, []
+    train, done = Run.train, []
 
     def stop_in_the_second(*arguments, **options):
         done.append(1)
@@ -239,7 +239,7 @@ def test_a_study_that_was_stopped_goes_on_with_more_seeds_too(tiny, capsys, monk
             raise KeyboardInterrupt
         return train(*arguments, **options)
 
-    monkeypatch.setattr(many_runs, "train", stop_in_the_second)
+    monkeypatch.setattr(Run, "train", stop_in_the_second)
     assert main(["study", "tiny"]) == 130
     first = RunFolder("runs/studies/tiny-small").run("fast-seed3").metrics.stat().st_mtime_ns
     assert main(["study", "tiny", "--seeds", "3"]) == 0

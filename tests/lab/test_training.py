@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -24,10 +23,10 @@ from neuralcollapse.lab.data.load import load_data
 from neuralcollapse.lab.models.building import build_backbone, build_model
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.tables import read_table
-from neuralcollapse.lab.training.devices import resolve_device
-from neuralcollapse.lab.training.loggers import check_loggers
-from neuralcollapse.lab.training.one_run import ClassifierTraining, quiet_lightning, train
+from neuralcollapse.lab.training.distributed import quiet_lightning, resolve_device
 from neuralcollapse.lab.training.optimizers import build_optimizer
+from neuralcollapse.lab.training.progress import check_loggers
+from neuralcollapse.lab.training.run import Run
 from neuralcollapse.lightning import CollapseCallback
 
 SMALL = {"backbone": "mlp", "width": 24, "depth": 1, "train_samples": 200, "test_samples": 60, "epochs": 2}
@@ -217,31 +216,9 @@ def test_unit_rows_begin_so_or_are_brought_to_it_by_the_first_step(optimizer, un
         ({"epochs": 350, "measure_every": 5}, [1, *range(5, 351, 5)]),
     ],
 )
-def test_the_published_epochs_are_measured(settings, epochs, monkeypatch):
+def test_the_published_epochs_are_measured(settings, epochs):
     config = RunConfig(**settings)
-    callback = CollapseCallback(
-        {"train": []},
-        every_n_epochs=config.measure_every,
-        first_epoch=config.measure_from,
-        last_epoch=config.measure_last,
-    )
-    measured = []
-    monkeypatch.setattr(callback, "_record", lambda trainer, module, epoch: measured.append(epoch) or {})
-    module = SimpleNamespace(log_dict=lambda values, **_: None)
-    for epoch in range(config.epochs):
-        trainer = SimpleNamespace(
-            current_epoch=epoch,
-            max_epochs=config.epochs,
-            min_epochs=None,
-            max_steps=-1,
-            min_steps=None,
-            max_time=None,
-            should_stop=False,
-            global_step=epoch + 1,
-            is_global_zero=True,
-        )
-        callback.on_train_epoch_end(trainer, module)
-    assert measured == epochs
+    assert [epoch for epoch in range(1, config.epochs + 1) if config.is_measured(epoch)] == epochs
 
 
 def test_vgg13_is_the_published_one():
@@ -341,17 +318,17 @@ def test_every_method_trains_with_every_optimiser(method, tmp_path):
         config = RunConfig(**SMALL | settings | attributes_for(method))
         folder = RunFolder(tmp_path / optimizer)
         folder.start(config.in_force())
-        train(ClassifierTraining(config, data), folder)
+        Run(config, data).train(folder)
         last = pd.read_csv(folder.metrics).query("epoch == 12 and split == 'train' and metric == 'accuracy'")
         assert last["value"].item() > 0.6
 
 
-def test_standard_keeps_unit_rows_through_lightning(tmp_path):
+def test_standard_keeps_unit_rows(tmp_path):
     data = load_data(DataSettings(train_samples=200, test_samples=60))
     config = RunConfig(**SMALL, method="standard")
     folder = RunFolder(tmp_path / "run")
     folder.start(config.in_force())
-    train(ClassifierTraining(config, data), folder)
+    Run(config, data).train(folder)
     state = torch.load(folder.last_checkpoint, weights_only=True)["state_dict"]
     assert torch.allclose(state["model.head.weight"].norm(dim=1), torch.ones(10), atol=1e-6)
 
@@ -375,7 +352,7 @@ def test_checkpoints_of_epochs_are_kept_on_request(tmp_path):
     config = RunConfig(**SMALL | {"epochs": 5}, checkpoint_every=2)
     folder = RunFolder(tmp_path / "run")
     folder.start(config.in_force())
-    train(ClassifierTraining(config, data), folder)
+    Run(config, data).train(folder)
     assert {path.name for path in folder.checkpoints.iterdir()} == {
         *("epoch0001.ckpt", "epoch0002.ckpt", "epoch0004.ckpt", "last.ckpt")
     }
@@ -386,7 +363,7 @@ def trained(folder: Path, **settings) -> RunFolder:
     data = load_data(config)
     run = RunFolder(folder)
     run.start(config.in_force())
-    train(ClassifierTraining(config, data), run)
+    Run(config, data).train(run)
     return run
 
 
@@ -440,13 +417,15 @@ def test_the_logged_gradients_of_the_nearest_etf_are_those_of_finite_differences
     """The first step, from one batch of all classes: the loss as a function of class means, weight and bias."""
     settings = {"method": "implicit", "loss": "mse", "epochs": 1, "batch_size": 200, "train_samples": 100}
     config = RunConfig(**SMALL | settings)
-    module = ClassifierTraining(config, load_data(config))
-    images, targets = next(iter(module._batches(0)))
+    prepared = Run(config, load_data(config))
+    images, targets = next(iter(prepared.batches(1)))
     with torch.no_grad():
-        features = module.head.features(copy.deepcopy(module.model.model).train()(images)).double()
+        features = prepared.trained.model.head.features(
+            copy.deepcopy(prepared.trained.model.model).train()(images)
+        ).double()
     run = RunFolder(tmp_path / "run")
     run.start(config.in_force())
-    train(module, run)
+    prepared.train(run)
     logged = pd.read_csv(run.gradients).set_index("parameter")
     mean, classes = features.mean(0), nn.functional.one_hot(targets, 10).double()
     class_means = classes.T @ features / classes.sum(0)[:, None] - mean
@@ -541,7 +520,7 @@ def test_two_runs_of_one_process_are_two_runs_of_wandb(tmp_path, monkeypatch):
 
 
 def test_a_logger_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setattr("neuralcollapse.lab.training.loggers.find_spec", lambda name: None)
+    monkeypatch.setattr("neuralcollapse.lab.training.progress.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="wandb where it is installed, and it is not: pip install wandb"):
         check_loggers(["wandb"])
 
@@ -553,7 +532,7 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path):
     with pytest.raises(
         ValueError, match="checkpoint .* is not of this run: its data are other ones: images of the train split"
     ):
-        train(ClassifierTraining(config, data), RunFolder(tmp_path / "run"))
+        Run(config, data).train(RunFolder(tmp_path / "run"))
 
 
 class PlainTraining(LightningModule):

@@ -40,6 +40,56 @@ def on_sigterm(handler: Callable[..., Any]) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+class StopRequests:
+    """Ctrl-C and SIGTERM in training, which wait until a step is done.
+
+    Attributes:
+        waits: Whether a signal waits for `answer`; a second Ctrl-C does not. Otherwise it is answered at once.
+        signal: Number of the signal that waits; 0 for none.
+    """
+
+    def __init__(self) -> None:
+        self.waits = False
+        self.signal = 0
+        self._handlers: dict[int, Any] = {}
+
+    def on_signal(self, number: int, frame: Any) -> None:
+        """Keep or answer a signal, as its handler."""
+        if not self.waits or number == self.signal == signal.SIGINT:
+            self.answer(number)
+        self.signal = number
+
+    def answer(self, number: int | None = None) -> None:
+        """End as the handler of before would for a signal: of that number, or the one that waits, if any.
+
+        Raises:
+            KeyboardInterrupt: for Ctrl-C.
+            Terminated: for SIGTERM.
+        """
+        number = self.signal if number is None else number
+        self.signal = 0
+        if number:
+            handler = self._handlers.get(number)
+            usual = signal.default_int_handler if number == signal.SIGINT else terminate
+            (handler if callable(handler) else usual)(number, None)
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequests]:
+    """Have Ctrl-C and SIGTERM answered by `StopRequests` inside, in the main thread; another one gets no signals."""
+    requests = StopRequests()
+    if threading.current_thread() is not threading.main_thread():
+        yield requests
+        return
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
+    requests._handlers = {number: signal.signal(number, requests.on_signal) for number in numbers}
+    try:
+        yield requests
+    finally:
+        for number, handler in requests._handlers.items():
+            signal.signal(number, handler)
+
+
 class Signals:
     """Answers to signals while a command runs.
 

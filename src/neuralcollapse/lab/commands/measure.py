@@ -97,7 +97,7 @@ def run(settings: Namespace) -> int:
     runs = runs_of(settings.runs)
 
     from neuralcollapse.lab.evaluate.checkpoints import measure_run
-    from neuralcollapse.lab.training.many_runs import Preparation
+    from neuralcollapse.lab.training.runs import Preparation
 
     preparation = Preparation(resumed=True, progress=True)
     for one in runs:

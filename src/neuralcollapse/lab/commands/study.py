@@ -142,7 +142,7 @@ def _train_missing(
         hold()
         return
 
-    from neuralcollapse.lab.training.many_runs import train_runs  # seconds
+    from neuralcollapse.lab.training.runs import train_runs  # seconds
 
     resume = folder.config.exists() and not overwrite
     train_runs(

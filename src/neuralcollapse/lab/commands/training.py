@@ -100,7 +100,7 @@ def train_and_report(
 
     options: dict[str, Any] = what_is_there(settings)
     if isinstance(runs, RunConfig) and runs.ranks > 1 and global_rank() > 0:  # the first rank checks, and writes
-        from neuralcollapse.lab.training.many_runs import train_runs
+        from neuralcollapse.lab.training.runs import train_runs
 
         train_runs(runs, out, settings=config, **options)
         return 0
@@ -108,8 +108,8 @@ def train_and_report(
 
     from neuralcollapse.lab.figures.panels import check_drawing
     from neuralcollapse.lab.figures.summary import summarise  # seconds: not for a mistake in a flag
-    from neuralcollapse.lab.training.divergence import Diverged
-    from neuralcollapse.lab.training.many_runs import train_runs
+    from neuralcollapse.lab.training.objective import Diverged
+    from neuralcollapse.lab.training.runs import train_runs
     from neuralcollapse.lab.training.tuning import with_chosen_rates
 
     check_drawing()

@@ -15,10 +15,10 @@ from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.locking import sole_writer
 from neuralcollapse.lab.results.records import Records
 from neuralcollapse.lab.results.tables import add_rows
-from neuralcollapse.lab.training.checkpoints import PROVENANCE, Owner, WholeCheckpoints
-from neuralcollapse.lab.training.many_runs import Preparation
+from neuralcollapse.lab.training.checkpoint import PROVENANCE, CheckpointFiles
+from neuralcollapse.lab.training.runs import Preparation
 from neuralcollapse.lab.untrusted import check_class_is_named
-from neuralcollapse.lightning import measure_splits
+from neuralcollapse.metrics.measure import measure_splits
 from neuralcollapse.metrics import Measurement, Provenance
 
 logger = logging.getLogger(__name__)
@@ -60,28 +60,31 @@ def measure_run(
             raise ValueError(f"run {str(run.path)!r} must have checkpoints to measure, and has none")
         settings = run.settings()
         check_class_is_named(settings, backbone, run.config)
-        module = preparation.module(single_run({}, settings), run)
-        run.check_data({"data_fingerprint": module.fingerprint})
-        wanted, loaders = select_splits(module.evaluation, splits)
-        layers = [f"{module.measured}.{name}" for name in layers]
-        records, files = Records(run), WholeCheckpoints(owner=Owner(module.config, module.fingerprint))
+        prepared = preparation.run(single_run({}, settings), run)
+        run.check_data({"data_fingerprint": prepared.fingerprint})
+        wanted, loaders = select_splits(prepared.evaluation, splits)
+        measured = "model" if prepared.trained.average is None else "average"
+        layers = [f"{measured}.{name}" for name in layers]
+        records, files = Records(run), CheckpointFiles(prepared.config, prepared.fingerprint)
         chosen = [path for place, path in enumerate(checkpoints) if place % every == 0 or path == checkpoints[-1]]
         for path in tqdm(chosen, desc=run.path.name, unit="checkpoint", disable=None if progress else True):
             try:
-                checkpoint = None if path != run.last_checkpoint else files.load_checkpoint(path)
-                epoch = int(path.stem.removeprefix("epoch")) if checkpoint is None else int(checkpoint["epoch"]) + 1
+                checkpoint = None if path != run.last_checkpoint else files.load(path)
+                epoch = (
+                    int(path.stem.removeprefix("epoch")) if checkpoint is None else int(checkpoint[PROVENANCE]["epoch"])
+                )
                 if is_measured(records, epoch, wanted, layers):
                     continue
-                checkpoint = checkpoint or files.load_checkpoint(path)
+                checkpoint = checkpoint or files.load(path)
                 if "batches" in checkpoint[PROVENANCE]:
                     raise ValueError(f"the run was stopped inside epoch {epoch}; --resume goes on with it")
-                module.load_state_dict(checkpoint["state_dict"])
+                prepared.trained.load_state_dict(checkpoint["state_dict"])
             except (ValueError, KeyError, RuntimeError) as error:
                 yield ValueError(f"{str(path)!r} cannot be measured: {str(error).splitlines()[0]}")
                 continue
-            options = {**module.measuring, "layers": layers, "progress": False}
-            with evaluation_layout(module):
-                found = measure_splits(module, loaders, Provenance(epoch=epoch), **options)
+            options = {**prepared.measure_options, "layers": layers, "progress": False}
+            with evaluation_layout(prepared.trained):
+                found = measure_splits(prepared.trained, loaders, Provenance(epoch=epoch), **options)
             yield from write_measurements(run, epoch, {split: found[split] for split in wanted})
             records = Records(run)
 

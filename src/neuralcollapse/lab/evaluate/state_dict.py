@@ -26,7 +26,7 @@ from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.provenance import relative_path
 from neuralcollapse.lab.results.records import Records
 from neuralcollapse.lab.results.resuming import is_external
-from neuralcollapse.lab.training.checkpoints import check_zip
+from neuralcollapse.lab.training.checkpoint import check_zip
 from neuralcollapse.lightning import measure_splits
 from neuralcollapse.metrics import Measurement, Provenance
 

@@ -1,7 +1,8 @@
-"""What training minimises: the loss of a batch, and the penalties that are part of it."""
+"""Objective of training: loss of a batch and its penalties, with training metrics and checks of finiteness."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from neuralcollapse import losses
-from neuralcollapse.heads import AttachedHead
-from neuralcollapse.lab.config import LossSettings, Optimisation
+from neuralcollapse._distributed import number_of_ranks, sum_over_ranks
+from neuralcollapse.heads import AttachedHead, Head
+from neuralcollapse.lab.config import LossSettings, Optimisation, RunConfig
+from neuralcollapse.metrics import alignment
 
 _OF_FEATURES: dict[str, Callable[..., Tensor]] = {
     "dot-regression": losses.dot_regression,
@@ -21,12 +24,92 @@ _OF_FEATURES: dict[str, Callable[..., Tensor]] = {
     "decoupled": losses.decoupled_cross_entropy,
     "two-way": losses.two_way,
 }
+_NEVER = 2**62
+
+
+class Objective(nn.Module):
+    """Loss of a batch as a function of a model's parameters, in training mode.
+
+    Args:
+        config: All settings.
+        model: A model that ends in a head.
+
+    Attributes:
+        head_tensors: If a dict, the features, class means, weight and bias that the head makes of a batch are added to
+            it, and keep their gradients.
+    """
+
+    def __init__(self, config: RunConfig, model: AttachedHead) -> None:
+        super().__init__()
+        self.config = config
+        self.model = model
+        self.head_tensors: dict[str, Tensor] | None = None
+        self._backbone = torch.compile(model.model.forward) if config.compile else model.model.forward
+
+    def forward(self, images: Tensor, targets: Tensor, samples: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Return the loss, the training metrics and the features of this rank's part of a batch.
+
+        Args:
+            images: (N, C, H, W).
+            targets: (N,).
+            samples: Number of samples of the batch over all ranks.
+
+        Returns:
+            The loss with penalties, whose mean over ranks is that of the batch; `batch_loss`, `batch_accuracy`,
+            `batch_alignment` and `batch_accuracy_top5` over all ranks; the features (N, d).
+
+        Raises:
+            ValueError: if the features are not finite, where the head checks that.
+        """
+        head: Head = self.model.head  # type: ignore[assignment]
+        features, weight, bias = self._prepare(head, images, targets)
+        logits, features = head.decide(features, weight, bias).float(), features.float()
+        ranks = self.config.ranks
+        loss = batch_loss(self.config, logits, targets, features, weight, ranks * len(targets) / samples)
+        penalties = penalty(self.config, self.model, features, ranks)
+        loss = loss if penalties is None else loss + penalties
+        return loss, self._metrics(loss, logits, features, targets, samples), features.detach()
+
+    def _prepare(self, head: Head, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return features, weight and bias of a batch, after keeping those whose gradients are wanted."""
+        if self.head_tensors is None:
+            return head.prepare(self._backbone(images), targets)
+        class_means: nn.Module = head.class_means  # type: ignore[assignment]
+        hook = class_means.register_forward_hook(lambda _, __, means: self._keep(class_means=means[0]))
+        features, weight, bias = head.prepare(self._backbone(images), targets)
+        hook.remove()
+        self._keep(features=features, weight=weight, bias=bias)
+        return features, weight, bias
+
+    def _keep(self, **tensors: Tensor | None) -> None:
+        """Keep tensors that have a gradient and are not parameters."""
+        for name, tensor in tensors.items():
+            if self.head_tensors is not None and tensor is not None and tensor.requires_grad and not tensor.is_leaf:
+                tensor.retain_grad()
+                self.head_tensors[name] = tensor
+
+    @torch.no_grad()
+    def _metrics(
+        self, loss: Tensor, logits: Tensor, features: Tensor, targets: Tensor, samples: int
+    ) -> dict[str, Tensor]:
+        part = len(targets) / samples
+        centre = sum_over_ranks(part * features.mean(0))
+        answers = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+        weight: Tensor = self.model.head.weight  # type: ignore[assignment]
+        metrics = {
+            "batch_loss": loss.detach() / self.config.ranks,
+            "batch_accuracy": part * answers[:, 0].float().mean(),
+            "batch_alignment": part * alignment(features, targets, weight, centre),
+        }
+        if logits.shape[1] > 5:
+            metrics["batch_accuracy_top5"] = part * answers.any(1).float().mean()
+        return dict(zip(metrics, sum_over_ranks(torch.stack(list(metrics.values()))).unbind(), strict=True))
 
 
 def batch_loss(
     config: LossSettings, logits: Tensor, targets: Tensor, features: Tensor, weight: Tensor, share: float = 1.0
 ) -> Tensor:
-    """The loss of a batch, a mean over its samples; of several ranks, the mean of their losses is.
+    """Return the loss of a batch, a mean over its samples; with several ranks, the mean of their values is.
 
     - ``"cross-entropy"``, with the share ``label_smoothing`` of each target spread over all classes;
     - ``"mse"``: mean over samples and classes of (logit − one-hot)² (Zhu et al., NeurIPS 2021);
@@ -37,9 +120,9 @@ def batch_loss(
         config: The settings.
         logits: (N, K).
         targets: (N,).
-        features: (N, d), what the weight multiplies.
+        features: (N, d), which the weight multiplies.
         weight: (K, d), with its graph.
-        share: The part of the whole batch's samples that this rank has, times the number of ranks.
+        share: This rank's fraction of the samples of the whole batch, times the number of ranks.
     """
     if config.loss in _OF_FEATURES:
         options = {"temperature": config.temperature, "margin": config.margin}
@@ -55,7 +138,7 @@ def batch_loss(
 
 
 def penalty(config: Optimisation, model: AttachedHead, features: Tensor, ranks: int = 1) -> Tensor | None:
-    """What is added to the loss of a batch, or None; of several ranks, the mean of what it is for each is.
+    """Return the penalty added to the loss of a batch, or None; with several ranks, the mean of their values is.
 
     With a ``feature_decay`` λ_H, λ/2 (‖W‖² + ‖b‖²) of the classifier and λ_H/2 Σ‖h‖² over the batch (separate decay,
     Zhu et al., NeurIPS 2021); for L-BFGS without it, λ/2 of the squared norm of all parameters.
@@ -63,8 +146,8 @@ def penalty(config: Optimisation, model: AttachedHead, features: Tensor, ranks: 
     Args:
         config: The settings.
         model: The model.
-        features: h (N, d), what the classifier's weight multiplies.
-        ranks: How many have a part of the batch.
+        features: h (N, d), which the classifier's weight multiplies.
+        ranks: Number of ranks that share the batch.
     """
     if config.feature_decay is not None:
         if config.published_quirk:
@@ -81,3 +164,76 @@ def _half_square(module: nn.Module, decay: float, like: Tensor) -> Tensor:
     for parameter in module.parameters():
         total = total + torch.sum(parameter.square())
     return 0.5 * decay * total
+
+
+class Diverged(ValueError):
+    """Error of a run in which a value is not finite."""
+
+
+class FirstNonFinite:
+    """Search for the first value of an epoch that is not finite: of the features, the loss or a parameter.
+
+    Results stay on the device until `find` reads them, so that no training step waits for it.
+
+    Args:
+        model: The model whose parameters are checked.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        named = dict(model.named_parameters())
+        self._names = list(named)
+        self._parameters: list[Tensor] = list(named.values())
+        self._kinds = len(named) + 2
+        self.begin_epoch()
+
+    def begin_epoch(self) -> None:
+        """Forget the values of the previous epoch."""
+        self._of_loss: Tensor | None = None
+        self._of_parameters: Tensor | None = None
+        self._finite: Tensor | None = None
+
+    @torch.no_grad()
+    def see_loss(self, step: int, loss: Tensor, features: Tensor) -> None:
+        """Check a batch.
+
+        Args:
+            step: Number of the batch in its epoch, counted from 1.
+            loss: Loss of the batch, over all ranks.
+            features: Features of this rank's part.
+        """
+        # Metrics and penalties use squares, which overflow long before the features.
+        whole = features.detach().square().isfinite().all()
+        finite = whole & loss.detach().isfinite()
+        code = torch.where(finite, _NEVER, step * self._kinds + whole.long())
+        self._of_loss = code if self._of_loss is None else torch.minimum(self._of_loss, code)
+        self._finite = finite.long() if self._finite is None else self._finite + finite
+
+    @torch.no_grad()
+    def see_parameters(self, step: int) -> None:
+        """Check the parameters after a step."""
+        largest = torch.stack(torch._foreach_norm(self._parameters, math.inf))
+        finite = largest.isfinite()
+        code = torch.where(finite.all(), _NEVER, step * self._kinds + 2 + (~finite).long().argmax())
+        self._of_parameters = code if self._of_parameters is None else torch.minimum(self._of_parameters, code)
+
+    def find(self, *, scaled: bool = False, of_all_ranks: bool = False) -> tuple[int, str] | None:
+        """Return the step and the name of the first value that is not finite, or None; this waits for the device.
+
+        Args:
+            scaled: Whether a gradient scaler skips steps that overflow. Then batches without a finite loss count where
+                no batch of the epoch has one.
+            of_all_ranks: Whether to find the first one of all ranks, which must then all ask.
+        """
+        codes = [_NEVER if code is None else int(code) for code in (self._of_loss, self._of_parameters)]
+        if scaled and self._finite is not None and int(self._finite) > 0:
+            codes[0] = _NEVER
+        first = min(codes)
+        if of_all_ranks and number_of_ranks() > 1:
+            shared = torch.tensor(first, device=self._parameters[0].device)
+            torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MIN)
+            first = int(shared)
+        if first >= _NEVER:
+            return None
+        step, kind = divmod(first, self._kinds)
+        names = ["the square of a feature", "the loss", *(f"the parameter {name}" for name in self._names)]
+        return step, names[kind]

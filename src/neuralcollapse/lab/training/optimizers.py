@@ -1,12 +1,14 @@
-"""The optimiser of a run, and the schedule of its learning rate."""
+"""Optimiser of a run, schedule of its learning rate, and average of the model's weights."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from neuralcollapse.heads import AttachedHead, LearnedClassifier
@@ -15,17 +17,17 @@ from neuralcollapse.lab.seeds import derived_seed
 from neuralcollapse.lab.training.agd import AGD, orthogonal_start
 
 _T = TypeVar("_T")
-# Beside a run's seed, this one gives the seed of first weights that the optimiser asks for.
+# Combined with a run's seed, it gives the seed of initial weights that the optimiser asks for.
 _START = 2
 
 
 def build_optimizer(config: RunConfig, model: AttachedHead) -> torch.optim.Optimizer:
-    """The optimiser of all parameters; without a unit start, its first step gives the rows of a unit weight unit norm.
+    """Return the optimiser of all parameters; without a unit start, its first step gives rows of a weight unit norm.
 
-    AGD asks for first weights of its own, which the model is given; they follow from the seed.
+    AGD needs its own initial weights, which are drawn here from the run's seed.
 
     Raises:
-        ValueError: The optimiser cannot train this model.
+        ValueError: if the optimiser cannot train this model.
     """
     optimizer = _optimizer(config, model)
     if config.optimizer == "agd":
@@ -68,12 +70,12 @@ def _optimizer(config: RunConfig, model: AttachedHead) -> torch.optim.Optimizer:
 def build_schedule(
     config: Optimisation, optimizer: torch.optim.Optimizer, batches: int
 ) -> lr_scheduler.LRScheduler | None:
-    """The schedule of the learning rate, stepped after every batch; None for an optimiser that has no rate.
+    """Return the schedule of the learning rate, stepped after every optimiser step; None for one without a rate.
 
     Args:
         config: The settings.
-        optimizer: Theirs.
-        batches: In an epoch.
+        optimizer: The optimiser.
+        batches: Number of optimiser steps per epoch.
     """
     if config.schedule is None:
         return None
@@ -120,6 +122,73 @@ def _after_warmup(config: Optimisation, batches: int) -> Callable[[int], float]:
 
 
 def _value(setting: _T | None) -> _T:
-    """A setting that is in force here."""
+    """Return a setting that is in force here."""
     assert setting is not None
     return setting
+
+
+class TrainedModel(nn.Module):
+    """A model in training, and the average of its weights if that is measured in its place.
+
+    Args:
+        model: The model.
+        average: Share of the steps that the average is mostly of; None for none.
+
+    Attributes:
+        model: The model.
+        average: Copy of it, with averaged weights; None for none.
+    """
+
+    def __init__(self, model: AttachedHead, average: float | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.average = None if average is None else copy.deepcopy(model).requires_grad_(False)
+        self._share = average
+
+    @property
+    def measured(self) -> AttachedHead:
+        """The model that is measured: the average, if there is one."""
+        return self.model if self.average is None else self.average
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits of the measured model."""
+        logits: Tensor = self.measured(images)
+        return logits
+
+    def update_average(self, steps: int) -> None:
+        """Move the average towards the model, after a step that the given number of steps preceded."""
+        if self.average is not None and self._share is not None:
+            update_average(self.average, self.model, share=self._share, steps=steps)
+
+
+@torch.no_grad()
+def update_average(average: AttachedHead, model: AttachedHead, *, share: float, steps: int) -> None:
+    """Move an average of the model's weights towards the model, in place.
+
+    After step t every earlier step s has weight ∝ s^(1/share − 1): a share of 1 is the mean of all steps, a share of
+    0.1 is mostly the mean of the last tenth. The running statistics of batch norm are averaged alike. Class means, and
+    a classifier that follows from them, are copied from the model, because the average of several frames is not a
+    frame; unit rows are projected back to unit norm.
+
+    Args:
+        average: Copy of the model.
+        model: The model after its step.
+        share: In (0, 1].
+        steps: Number of steps averaged before; with 0 the average becomes the model.
+
+    Source: polynomial-decay averaging of Shamir and Zhang (ICML 2013), with η = 1/share − 1.
+    """
+    rate = 1 / (share * steps + 1)
+    for averaged, current in zip(_averaged_tensors(average), _averaged_tensors(model), strict=True):
+        averaged.lerp_(current, rate)
+    for copied, current in zip(average.head.buffers(), model.head.buffers(), strict=True):
+        copied.copy_(current)
+    if isinstance(average.head, LearnedClassifier) and isinstance(model.head, LearnedClassifier):
+        average.head.unit_weight = model.head.unit_weight
+        if average.head.unit_weight:
+            average.head.project_weight()
+
+
+def _averaged_tensors(model: AttachedHead) -> list[Tensor]:
+    tensors = [*model.parameters(), *model.model.buffers()]
+    return [tensor for tensor in tensors if tensor.is_floating_point()]

@@ -1,24 +1,32 @@
-"""How far training is: a bar in a terminal, plain lines elsewhere."""
+"""How far training is: a bar in a terminal, plain lines elsewhere, and loggers beside the CSV files of a run."""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.fabric.loggers import Logger, TensorBoardLogger
 from tqdm.auto import tqdm
 
-# Seconds between two plain lines, at least; the last epoch of a run always has one.
+from neuralcollapse.lab.config import RunConfig
+from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.results.provenance import shown_settings
+
+# Least number of seconds between two plain lines; the last epoch of a run always has one.
 _PLAIN_LINES = 10.0
 
 
-class Progress(Callback):
-    """Says how far one run after another is.
+class Progress:
+    """Progress of runs that are trained one after another.
 
     Args:
-        runs: Runs in all.
-        shown: Whether to say anything.
+        runs: Number of runs.
+        shown: Whether to print anything.
     """
 
     def __init__(self, runs: int = 1, *, shown: bool = True) -> None:
@@ -29,15 +37,16 @@ class Progress(Callback):
         )
         self.name = ""
         self.position = 0
+        self._epoch = ""
         self._last_line = time.monotonic()
 
     def next_run(self, name: str, position: int) -> Progress:
-        """Go on with the run of this name, which so many came before."""
+        """Take up the run of a name, which the given number of runs came before; return this object."""
         self.name, self.position = name, position
         return self
 
     def count_runs(self, ended: int, last: str | None = None) -> None:
-        """Count runs, not batches: so many more have ended, trained by others."""
+        """Count runs in place of batches: the given number of further ones has ended, trained by other processes."""
         self.position += ended
         self.bar.unit, self.bar.unit_scale, self.bar.total = "run", False, self.runs
         self.bar.update(ended)
@@ -48,37 +57,68 @@ class Progress(Callback):
         """Leave the bar as it is."""
         self.bar.close()
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stand where the run begins, or goes on."""
-        batches = int(trainer.estimated_stepping_batches)
-        done = self.position * batches + trainer.global_step
+    def begin(self, batches: int, done: int) -> None:
+        """Begin or resume a run of the given number of batches, of which some are done."""
+        done += self.position * batches
         if not self.bar.total:
             self.bar.initial = done  # what was done before this start does not count for the estimate
         self.bar.total, self.bar.n = self.runs * batches, done
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_index: int) -> None:
-        """Say which epoch it is."""
-        if batch_index == 0:
-            self._describe(trainer)
+    def begin_epoch(self, epoch: int, epochs: int) -> None:
+        """Show the epoch, counted from 1."""
+        self._epoch = f"{self.name}, epoch {epoch}/{epochs}"
+        self.bar.set_description(self._epoch, refresh=False)
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """One more; after the last one, what takes time is measuring."""
+    def end_batch(self, *, is_last: bool) -> None:
+        """Count a batch; after the last one of an epoch, measuring takes the time."""
         self.bar.update()
-        if trainer.is_last_batch:
-            self._describe(trainer, ", measuring")
+        if is_last:
+            self.bar.set_description(f"{self._epoch}, measuring", refresh=False)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the last test accuracy measured."""
-        accuracy = trainer.callback_metrics.get("test/accuracy")
-        told = "" if accuracy is None else f"test accuracy {float(accuracy):.1%}"
-        self.bar.set_postfix_str(told, refresh=False)
-        last = trainer.current_epoch + 1 == trainer.max_epochs
-        if self.plain and (last or time.monotonic() - self._last_line >= _PLAIN_LINES):
+    def end_epoch(self, accuracy: float | None, *, is_last: bool) -> None:
+        """Show the test accuracy that was measured last, if any."""
+        shown = "" if accuracy is None else f"test accuracy {accuracy:.1%}"
+        self.bar.set_postfix_str(shown, refresh=False)
+        if self.plain and (is_last or time.monotonic() - self._last_line >= _PLAIN_LINES):
             self._last_line = time.monotonic()
-            print(f"{self._place(trainer)}{told and f': {told}'}", file=sys.stderr, flush=True)
+            print(f"{self._epoch}{shown and f': {shown}'}", file=sys.stderr, flush=True)
 
-    def _describe(self, trainer: Trainer, doing: str = "") -> None:
-        self.bar.set_description(f"{self._place(trainer)}{doing}", refresh=False)
 
-    def _place(self, trainer: Trainer) -> str:
-        return f"{self.name}, epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+def check_loggers(names: list[Any]) -> None:
+    """Check that loggers can be used.
+
+    Raises:
+        ValueError: if a package is not installed, or there is no access to W&B.
+    """
+    for name in names:
+        if find_spec(name) is None:
+            raise ValueError(f"loggers can name {name} where it is installed, and it is not: pip install {name}")
+    if "wandb" in names and os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
+        import wandb
+
+        if not wandb.api.api_key:
+            raise ValueError(
+                "loggers can name wandb after `wandb login`, or with WANDB_MODE=offline in the environment"
+            )
+
+
+@contextmanager
+def open_loggers(config: RunConfig, folder: RunFolder) -> Iterator[list[Logger]]:
+    """Open a run's loggers, which write into its folder; W&B's also to its service, unless WANDB_MODE is offline."""
+    loggers: list[Logger] = []
+    if "tensorboard" in config.loggers:
+        loggers.append(TensorBoardLogger(folder.path, name="tensorboard", version=""))
+    if "wandb" in config.loggers:
+        from lightning.pytorch.loggers import WandbLogger
+
+        loggers.append(WandbLogger(project="neuralcollapse", name=folder.path.name, save_dir=folder.path))
+    settings: Mapping[str, Any] = shown_settings(config.in_force(), folder.path)
+    for logger in loggers:
+        logger.log_hyperparams(dict(settings))
+    try:
+        yield loggers
+    finally:
+        for logger in loggers:
+            logger.finalize("success")
+            if "Wandb" in type(logger).__name__:  # else it would log the next run of this process as well
+                logger.experiment.finish()

@@ -13,7 +13,7 @@ from neuralcollapse.lab.experiments import Comparison
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.locking import sole_writer
 from neuralcollapse.lab.results.tables import read_table
-from neuralcollapse.lab.training.many_runs import train_runs
+from neuralcollapse.lab.training.runs import train_runs
 
 
 def with_chosen_rates(

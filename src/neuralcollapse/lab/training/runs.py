@@ -15,7 +15,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from lightning.pytorch import Callback
 
 from neuralcollapse.lab.config import BatchSettings, DataSettings, RunConfig
 from neuralcollapse.lab.data.batches import EvaluationBatches, evaluation_batches
@@ -28,12 +27,10 @@ from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.provenance import forget_peak_memory, peak_memory
 from neuralcollapse.lab.results.resuming import is_folder_name
 from neuralcollapse.lab.results.tables import read_table
-from neuralcollapse.lab.training.devices import check_precision, check_ranks, resolve_device
-from neuralcollapse.lab.training.divergence import Diverged
-from neuralcollapse.lab.training.loggers import check_loggers
-from neuralcollapse.lab.training.one_run import ClassifierTraining, train
-from neuralcollapse.lab.training.processes import in_processes
-from neuralcollapse.lab.training.progress import Progress
+from neuralcollapse.lab.training.distributed import in_processes, training_device
+from neuralcollapse.lab.training.objective import Diverged
+from neuralcollapse.lab.training.progress import Progress, check_loggers
+from neuralcollapse.lab.training.run import Run
 
 # Bytes that are left for the suffixes of temporary files in the longest name of a folder.
 _LONGEST_NAME = 200
@@ -93,7 +90,7 @@ def train_runs(
     whole = RunFolder(folder)
     if isinstance(runs, RunConfig):
         if runs.ranks > 1 and global_rank() > 0:  # the first rank writes the folder
-            train(Preparation(resumed=resume, progress=False).module(runs, whole), whole, resume=resume)
+            Preparation(resumed=resume, progress=False).run(runs, whole).train(whole)
             return whole
         places, own = {whole: runs}, runs.in_force()
     else:
@@ -106,7 +103,7 @@ def train_runs(
     whole.check(settings, resume=resume, overwrite=overwrite)
     preparation = Preparation(resumed=resume, progress=progress)
     kinds = {_kind(run): (run, place) for place, run in reversed(places.items())}
-    data = [preparation.module(*kind).data for kind in kinds.values()][-1]
+    data = [preparation.run(*kind).data for kind in kinds.values()][-1]
     names = [] if whole in places else [place.path.name for place in places]
     facts = _facts(data) | ({"runs": names} if names else {})
     if before_writing is not None:
@@ -121,7 +118,7 @@ def train_runs(
         if new := [name for name in names if name not in there]:
             whole.add_facts(runs=there + new)
         if isinstance(runs, RunConfig):
-            _train_one(preparation.module(runs, whole), whole, bar.next_run(runs.method, 0))
+            _train_one(preparation.run(runs, whole), whole, bar.next_run(runs.method, 0))
             bar.close()
             done(whole)
             return whole
@@ -178,22 +175,24 @@ def _train_apart(run: RunConfig, path: Path, resumed: bool) -> None:
     _train_one_of_several(run, RunFolder(path), Preparation(resumed=resumed, progress=False))
 
 
-def _train_one_of_several(run: RunConfig, place: RunFolder, preparation: Preparation, *callbacks: Callback) -> None:
-    module = preparation.module(run, place)
+def _train_one_of_several(
+    run: RunConfig, place: RunFolder, preparation: Preparation, progress: Progress | None = None
+) -> None:
+    module = preparation.run(run, place)
     with place.writing(run.in_force(), resume=True, facts=_facts(module.data)):
-        _train_one(module, place, *callbacks)
+        _train_one(module, place, progress)
 
 
-def _train_one(module: ClassifierTraining, place: RunFolder, *callbacks: Callback) -> None:
+def _train_one(module: Run, place: RunFolder, progress: Progress | None = None) -> None:
     check_not_diverged(place)
     _keep_labels(module.data, place)
     forget_peak_memory()
     try:
-        train(module, place, *callbacks)
+        module.train(place, progress)
     except Diverged as error:
         place.add_facts(diverged=str(error))
         raise
-    parameters = sum(parameter.numel() for parameter in module.model.parameters())
+    parameters = sum(parameter.numel() for parameter in module.trained.model.parameters())
     before = place.read_environment().get("peak_memory_mib") or 0  # of a run that is resumed
     place.add_facts(parameters=parameters, peak_memory_mib=max(before, round(peak_memory())))
 
@@ -238,26 +237,21 @@ class Preparation:
         self._data: dict[str, ImageData] = {}
         self._evaluation: dict[str, dict[str, EvaluationBatches]] = {}
 
-    def module(self, run: RunConfig, place: RunFolder) -> ClassifierTraining:
+    def run(self, run: RunConfig, place: RunFolder) -> Run:
         """What trains a run, on the labels that its folder keeps if it is resumed."""
         check_loggers(run.loggers)
-        device = resolve_device(run.device, run.ranks)
-        check_ranks(run, device)
-        check_precision(run.precision, device)
+        device = training_device(run)
         asked = f"{run.section(DataSettings)} {device}"
         if asked not in self._data:
             self._data[asked] = load_data(run, batch_size=run.batch_size, progress=self.progress).to(device)
         data = self._data[asked]
         if data.relabelled and self.resumed:
-            # In format 0 the folder of several runs, two above, kept their labels.
-            places = (place, RunFolder(place.path.parent.parent)) if place.path.parent.name == "runs" else (place,)
-            kept = next((one.train_labels for one in places if one.train_labels.exists()), None)
-            if kept is not None:
-                return ClassifierTraining(run, data.with_train_labels(_read_labels(kept)))
+            if place.train_labels.exists():
+                return Run(run, data.with_train_labels(_read_labels(place.train_labels)))
         asked += str(run.section(BatchSettings))
         if asked not in self._evaluation:
             self._evaluation[asked] = evaluation_batches(data, run)
-        return ClassifierTraining(run, data, self._evaluation[asked])
+        return Run(run, data, self._evaluation[asked])
 
 
 def _named(runs: Sequence[RunConfig]) -> dict[str, RunConfig]:

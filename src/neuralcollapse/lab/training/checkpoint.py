@@ -1,0 +1,189 @@
+"""Checkpoints of a run: one file of tensors and plain values that training resumes from, to the bit."""
+
+from __future__ import annotations
+
+import errno
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neuralcollapse.lab.config import RunConfig
+from neuralcollapse.lab.results.files import write_whole
+from neuralcollapse.lab.results.folder import with_earlier_meanings
+from neuralcollapse.lab.results.resuming import OPEN_ENDED, changed_data, changed_settings
+from neuralcollapse.lab.untrusted import without_secrets
+
+# Number of the format that is written. A checkpoint of format 1, written by lightning's Trainer, can be measured.
+FORMAT = 2
+# Entry with which a checkpoint names its run.
+PROVENANCE = "neuralcollapse"
+
+
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """Reader and writer of the checkpoints of one run.
+
+    Attributes:
+        config: Settings of the run.
+        fingerprint: Fingerprint of its data.
+    """
+
+    config: RunConfig
+    fingerprint: Mapping[str, Any]
+
+    def save(self, path: Path, *, epoch: int, batches: int | None, state: Mapping[str, Any]) -> None:
+        """Write a checkpoint, in place of an earlier one only once it is whole.
+
+        Args:
+            path: The file.
+            epoch: Epoch of training, counted from 1.
+            batches: Number of its batches that are done; None if the epoch is complete.
+            state: What to save, by name: ``"state_dict"``, and what else training needs to resume.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        provenance = {
+            "format_version": FORMAT,
+            "package_version": version("neuralcollapse"),
+            "config": without_secrets(self.config.in_force()),
+            "seed": self.config.seed,
+            "data": dict(self.fingerprint),
+            "epoch": epoch,
+        }
+        if batches is not None:
+            provenance["batches"] = batches
+
+        def write(partial: Path) -> None:
+            with partial.open("wb") as file:  # torch itself would not say why a write failed
+                torch.save({PROVENANCE: provenance, **state}, file)
+
+        write_whole(path, write)
+
+    def load(self, path: Path, *, resumed: nn.Module | None = None) -> dict[str, Any]:
+        """Read a checkpoint, and execute nothing of it.
+
+        Args:
+            path: The file; a name such as ``epoch0003.ckpt`` says of which epoch it must be.
+            resumed: The model whose training is to resume from it, if any.
+
+        Raises:
+            ValueError: if it is truncated, damaged, foreign, of another format, run, epoch or model.
+        """
+        try:
+            checkpoint = _read(path)
+            provenance, number = checkpoint[PROVENANCE], path.stem.removeprefix("epoch")
+            self._check_run(provenance, int(number) if number.isdecimal() else None)
+            if resumed is not None and provenance["format_version"] < FORMAT:
+                raise ValueError(
+                    f"it is of format {provenance['format_version']}, written by an earlier version, and can be "
+                    "measured but not resumed"
+                )
+            if resumed is not None:
+                _check_model(checkpoint["state_dict"], resumed.state_dict())
+        except ValueError as error:
+            raise ValueError(
+                f"checkpoint {str(path)!r} cannot be read: {error}; delete it to start that run again"
+            ) from error
+        return checkpoint
+
+    def _check_run(self, provenance: Mapping[str, Any], epoch: int | None) -> None:
+        """Check that a checkpoint is of this run, and of the epoch of its name if it has one."""
+        stored: Mapping[str, Any] = provenance.get("config", {})
+        fingerprint = provenance.get("data")
+        if not fingerprint:  # of an earlier version, in which some settings had other meanings
+            stored = with_earlier_meanings(stored)
+        compared_otherwise = ("epochs", "data") if fingerprint else ("epochs",)
+        compared = {name: value for name, value in stored.items() if name not in compared_otherwise}
+        asked = {name: value for name, value in self.config.in_force().items() if name in compared}
+        changed, _ = changed_settings(compared, asked)
+        different = [f"its {name} is {was!r}, not {now!r}" for name, (was, now) in changed.items()]
+        if data := changed_data(fingerprint or {}, self.fingerprint):
+            different.append(f"its data are other ones: {data}")
+        at, epochs = provenance.get("epoch"), stored.get("epochs", self.config.epochs)
+        if epochs != self.config.epochs and (self.config.schedule not in OPEN_ENDED or epochs > self.config.epochs):
+            different.append(f"its epochs are {epochs}, not {self.config.epochs}")
+        if at is not None and epoch is not None and at != epoch:
+            different.append(f"it is of epoch {at}, not {epoch}")
+        if different:
+            raise ValueError(f"it is not of this run: {'; '.join(different)}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    check_zip(path)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError("it holds other things than tensors and plain values, which are not executed") from error
+    except Exception as error:  # a file that torch did not write fails in many ways
+        raise ValueError(f"it is no checkpoint ({_first_line(error)})") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError("it is foreign: no run of the laboratory wrote it")
+    provenance = checkpoint.get(PROVENANCE)
+    if provenance is None and {"loops", "epoch"} <= set(checkpoint):
+        raise ValueError("it is of an unreleased format")
+    if provenance is None:
+        raise ValueError("it is foreign: no run of the laboratory wrote it")
+    is_sound = (
+        isinstance(provenance, dict)
+        and isinstance(provenance.get("config", {}), dict)
+        and isinstance(checkpoint["state_dict"], dict)
+        and all(isinstance(provenance.get(name), int) for name in ("format_version", "epoch"))
+    )
+    if not is_sound:
+        raise ValueError("it is foreign: what it says of itself is not what the laboratory writes")
+    if provenance["format_version"] > FORMAT:
+        raise ValueError(
+            f"it is of format {provenance['format_version']}, written by neuralcollapse "
+            f"{provenance.get('package_version')}, and this version reads up to {FORMAT}: install a newer one"
+        )
+    return checkpoint
+
+
+def check_zip(path: Path) -> None:
+    """Check that each record of a file written by torch matches the checksum that it was written with.
+
+    Raises:
+        ValueError: if it is truncated or damaged, or holds compressed records, which torch does not write.
+        OSError: if it cannot be read.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError("it is not a regular file")
+    try:
+        with zipfile.ZipFile(path) as records:
+            compressed = next((record.filename for record in records.infolist() if record.compress_type), None)
+            damaged = None if compressed is not None else records.testzip()
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"it is truncated, or no checkpoint ({error})") from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # its directory names a place outside the file
+            raise
+        raise ValueError("it is damaged: its directory is not that of its records") from error
+    except Exception as error:  # a damaged directory fails in many ways
+        raise ValueError(f"it is damaged ({_first_line(error)})") from error
+    if compressed is not None:
+        raise ValueError(f"it is damaged, or no checkpoint: its record {compressed} is compressed")
+    if damaged is not None:
+        raise ValueError(f"it is damaged: its record {damaged} does not have the checksum that it was written with")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _check_model(stored: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> None:
+    shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (stored, model)]
+    names = [name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name)]
+    if names:
+        was, expected = (of_file.get(names[0], "missing") for of_file in shapes)
+        more = f", and {len(names) - 1} more differ" if len(names) > 1 else ""
+        raise ValueError(
+            f"it is of another model than settings and data ask for: {names[0]} is {was}, not {expected}{more}"
+        )

@@ -1,0 +1,229 @@
+"""Devices, ranks and processes that train: checks of what is available, lightning's Fabric, and runs side by side."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+import warnings
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.loggers import Logger
+from lightning.fabric.strategies import DDPStrategy
+
+from neuralcollapse.lab.config import RunConfig
+from neuralcollapse.lab.ranks import launched_ranks, local_rank
+from neuralcollapse.lab.stopping import TERMINATED, on_sigterm, terminate
+
+_SECONDS_TO_END = 10.0
+
+
+def training_device(config: RunConfig) -> torch.device:
+    """Return the device of this rank, after checking that this machine has what a run asks for.
+
+    Raises:
+        ValueError: if it lacks the device, the ranks or the precision.
+    """
+    device = resolve_device(config.device, config.ranks)
+    launched = launched_ranks()
+    if launched is not None and launched != config.ranks:
+        raise ValueError(f"devices x num_nodes must be the {launched} ranks that were launched, got {config.ranks}")
+    available = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device.type, config.devices)
+    if config.devices > available:
+        raise ValueError(f"devices must be at most the {available} of {device.type}, got {config.devices}")
+    if config.sync_batchnorm and device.type != "cuda":
+        raise ValueError(f"sync_batchnorm needs device cuda, of which torch synchronises batch norm, got {device.type}")
+    precisions = {"cpu": ("32", "bf16-mixed"), "cuda": ("32", "16-mixed"), "mps": ("32",)}[device.type]
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        precisions += ("bf16-mixed",)
+    if config.precision not in precisions:
+        raise ValueError(
+            f"precision must be one that device {device.type} has ({', '.join(precisions)}), got {config.precision!r}"
+        )
+    return device
+
+
+def resolve_device(name: str, ranks: int = 1) -> torch.device:
+    """Return the device of a name, with several ranks this one's; ``auto`` is an accelerator if there is one.
+
+    Raises:
+        ValueError: if there is no such device.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, is_available in available.items() if is_available)
+    if not available.get(name):
+        names = ", ".join(kind for kind in available if available[kind])
+        raise ValueError(f"device must be auto or one that is there ({names}), got {name!r}")
+    return torch.device(name, local_rank()) if name == "cuda" and ranks > 1 else torch.device(name)
+
+
+@contextmanager
+def launched_fabric(config: RunConfig, device: torch.device, loggers: Sequence[Logger] = ()) -> Iterator[Fabric]:
+    """Start the ranks of a run, unless torchrun or SLURM has started them, and end those that were started here.
+
+    Raises:
+        ValueError: if another rank cannot be reached or is lost, or ``torch.compile`` fails.
+    """
+    with quiet_lightning():
+        fabric = Fabric(
+            accelerator=device.type,
+            devices=config.devices,
+            num_nodes=config.num_nodes,
+            strategy=DDPStrategy(broadcast_buffers=False) if config.ranks > 1 else "auto",
+            precision="32-true" if config.precision == "32" else config.precision,
+            loggers=list(loggers),
+        )
+        try:
+            fabric.launch()
+            yield fabric
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            raise ValueError(f"compile must be off where torch.compile fails: {error}") from error
+        except RuntimeError as error:
+            message = _lost_ranks(error) if config.ranks > 1 else None
+            if message is None:
+                raise
+            raise ValueError(message) from error
+        finally:
+            _end_launched(fabric)
+
+
+def _lost_ranks(error: RuntimeError) -> str | None:
+    """Return what an error says of other ranks that are missing; None if it is of something else."""
+    message = str(error)
+    if "EADDRINUSE" in message:
+        return f"MASTER_PORT must be a port that is free, and {os.environ.get('MASTER_PORT')} is taken"
+    words = ("Connection", "connect", "timed out", "Timed out", "peer")
+    if not isinstance(error, torch.distributed.DistError) and not any(word in message for word in words):
+        return None
+    reason = re.sub(r"^\[\S+\] ", "", message.partition(". ")[0])  # without the line of the C++ source
+    return f"ranks: one of them is lost, or cannot be reached: {reason}"
+
+
+def _end_launched(fabric: Fabric) -> None:
+    """Wait for the ranks that Fabric started, so that each can print why it ends; kill them after a while."""
+    processes = getattr(fabric.strategy.launcher, "procs", [])
+    waiting, processes[:] = list(processes), []  # else lightning kills this process soon after one of them failed
+    until = time.monotonic() + _SECONDS_TO_END
+    for process in waiting:
+        try:
+            process.wait(max(0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Hide lightning's tips and warnings; errors are shown."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def in_processes(
+    target: Callable[..., None], tasks: Mapping[str, tuple[Any, ...]], number: int
+) -> Generator[tuple[str, ValueError | None], None, None]:
+    """Carry out tasks, each in a process of its own, the given number at a time.
+
+    On a CPU each has as many threads as this process divided by their number; of the accelerators of cuda each sees
+    one, in turn. Whatever ends this process, or the loop over the results, ends them by SIGTERM. An executor of
+    `concurrent.futures` would fail all tasks when the process of one dies.
+
+    Args:
+        target: Function at the top of a module, called with the values of a task. Its ValueError or OSError fails that
+            task alone.
+        tasks: Arguments by name.
+        number: Number of processes at a time.
+
+    Yields:
+        Each task's name as it ends, and what it failed with, or None.
+
+    Raises:
+        Terminated: if SIGTERM ended one of them.
+    """
+    forks = "forkserver" in multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
+    if forks:
+        multiprocessing.set_forkserver_preload([target.__module__])  # imported once for all
+    threads, devices = max(1, torch.get_num_threads() // number), _cuda_devices()
+    waiting, slots = list(tasks), list(range(number))
+    running: dict[Any, tuple[str, int, BaseProcess]] = {}
+    try:
+        while waiting or running:
+            while waiting and slots:
+                name, slot = waiting.pop(0), slots.pop(0)
+                receiver, sender = context.Pipe(duplex=False)
+                device = devices[slot % len(devices)] if devices else None
+                process = context.Process(target=_carry_out, args=(sender, threads, device, target, tasks[name]))
+                process.start()
+                sender.close()
+                running[receiver] = (name, slot, process)
+            for receiver in connection.wait(list(running)):
+                name, slot, process = running.pop(receiver)
+                slots.append(slot)
+                failure = _failure(receiver, process)
+                yield name, None if failure is None else ValueError(failure)
+    finally:
+        for *_, process in running.values():
+            process.terminate()
+        for *_, process in running.values():
+            process.join()
+
+
+def _failure(receiver: Any, process: BaseProcess) -> str | None:
+    """Return what a process failed with, or None."""
+    try:
+        message: str | None = receiver.recv()
+    except EOFError:
+        message = None
+    process.join()
+    if process.exitcode == TERMINATED:
+        terminate()
+    return f"its process ended with exit code {process.exitcode}" if process.exitcode else message
+
+
+def _carry_out(
+    sender: connection.Connection, threads: int, device: str | None, target: Callable[..., None], task: tuple[Any, ...]
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal: the first one ends these
+    with on_sigterm(terminate):
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+        torch.set_num_threads(threads)
+        if device is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = device
+        try:
+            target(*task)
+        except (ValueError, OSError) as error:
+            sender.send(str(error))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _cuda_devices() -> list[str]:
+    """Return the accelerators of cuda, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
