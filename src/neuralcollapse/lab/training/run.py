@@ -306,7 +306,7 @@ class Run:
         metrics = checkpoint["tables"].pop("metrics")
         self.rows = checkpoint["tables"]
         if self.fabric.is_global_zero:
-            _restore_metrics(self.folder.metrics, metrics, epoch - (batches > 0))
+            _restore_metrics(self.folder.metrics, metrics)
         if not batches:
             return epoch + 1, 0
         self.log = EpochLog(**checkpoint["log"])
@@ -445,9 +445,9 @@ def _rows(path: Path) -> list[tuple[Any, ...]]:
     return list(read_table(path)[COLUMNS].itertuples(index=False, name=None)) if path.exists() else []
 
 
-def _restore_metrics(path: Path, rows: list[tuple[Any, ...]], epochs: int) -> None:
-    """Write the rows of a checkpoint again, with those that were added to the table for completed epochs since."""
-    known = {row[:3] for row in rows}
-    added = [row for row in _rows(path) if row[0] <= epochs and row[:3] not in known]
-    if rows or added:
-        write_csv(path, pd.DataFrame(sorted([*rows, *added], key=lambda row: row[0]), columns=COLUMNS))
+def _restore_metrics(path: Path, rows: list[tuple[Any, ...]]) -> None:
+    """Write the rows of a checkpoint that the table of metrics lacks."""
+    kept = _rows(path)
+    known = {row[:3] for row in kept}
+    if missing := [row for row in rows if row[:3] not in known]:
+        write_csv(path, pd.DataFrame(sorted([*kept, *missing], key=lambda row: row[0]), columns=COLUMNS))
