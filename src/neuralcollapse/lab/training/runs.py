@@ -245,9 +245,8 @@ class Preparation:
         if asked not in self._data:
             self._data[asked] = load_data(run, batch_size=run.batch_size, progress=self.progress).to(device)
         data = self._data[asked]
-        if data.relabelled and self.resumed:
-            if place.train_labels.exists():
-                return Run(run, data.with_train_labels(_read_labels(place.train_labels)))
+        if data.relabelled and self.resumed and place.train_labels.exists():
+            return Run(run, data.with_train_labels(_read_labels(place.train_labels)))
         asked += str(run.section(BatchSettings))
         if asked not in self._evaluation:
             self._evaluation[asked] = evaluation_batches(data, run)
