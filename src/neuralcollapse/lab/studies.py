@@ -175,7 +175,9 @@ def _check(study: Study, path: Path) -> None:
         if unknown and not study.free_features:
             wrong.append(f"a claim is about {unknown[0]!r}, which is not one of its runs {', '.join(study.runs)}")
         if claim.value.kind != "fact" and claim.value.of not in METRICS and not study.free_features:
-            wrong.append(f"a claim is about {claim.value.of!r}, which is not a metric{nearest(claim.value.of, METRICS)}")
+            wrong.append(
+                f"a claim is about {claim.value.of!r}, which is not a metric{nearest(claim.value.of, METRICS)}"
+            )
         if claim.value.kind not in get_args(Kind):
             wrong.append(f"kind must be one of {', '.join(get_args(Kind))}, got {claim.value.kind!r}")
         if claim.value.kind in ("epochs", "fall") and math.isnan(claim.value.level):

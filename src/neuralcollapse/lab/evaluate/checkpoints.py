@@ -18,8 +18,8 @@ from neuralcollapse.lab.results.tables import add_rows
 from neuralcollapse.lab.training.checkpoint import PROVENANCE, CheckpointFiles
 from neuralcollapse.lab.training.runs import Preparation
 from neuralcollapse.lab.untrusted import check_class_is_named
-from neuralcollapse.metrics.measure import measure_splits
 from neuralcollapse.metrics import Measurement, Provenance
+from neuralcollapse.metrics.measure import measure_splits
 
 logger = logging.getLogger(__name__)
 

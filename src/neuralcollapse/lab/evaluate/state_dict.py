@@ -27,8 +27,8 @@ from neuralcollapse.lab.results.provenance import relative_path
 from neuralcollapse.lab.results.records import Records
 from neuralcollapse.lab.results.resuming import is_external
 from neuralcollapse.lab.training.checkpoint import check_zip
-from neuralcollapse.lightning import measure_splits
 from neuralcollapse.metrics import Measurement, Provenance
+from neuralcollapse.metrics.measure import measure_splits
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,8 +63,6 @@ def draw(name: str, runs: RunGroups, out: Path, formats: Sequence[str]) -> list[
     entry = FIGURES[name]
     title = f"{entry.description[0].upper()}{entry.description[1:]}: {runs.title}"
     make = resolve_name(f"{__name__}.{entry.panels}")
-    if (
-        name == "overview"
-    ):  # one page with a layout of its own: it has too many panels for that of matplotlib
+    if name == "overview":  # one page with a layout of its own: it has too many panels for that of matplotlib
         return save_figures({name: make(runs, title)}, out, formats)
     return write_panels(name, title, make(runs), out, formats, columns=entry.columns)

@@ -34,8 +34,8 @@ from neuralcollapse.lab.training.distributed import launched_fabric
 from neuralcollapse.lab.training.objective import Diverged, FirstNonFinite, Objective
 from neuralcollapse.lab.training.optimizers import TrainedModel, build_optimizer, build_schedule
 from neuralcollapse.lab.training.progress import Progress, open_loggers
-from neuralcollapse.metrics.measure import measure_splits
 from neuralcollapse.metrics import ClassMoments, MeasureOptions, Provenance
+from neuralcollapse.metrics.measure import measure_splits
 
 # The scatter of each class, from which layers have a numerical rank, takes K d² numbers: kept up to this many bytes.
 _CLASS_SCATTER_BYTES = 2**28
