@@ -20,8 +20,7 @@ from neuralcollapse.lab.config import RunConfig
 from neuralcollapse.lab.experiments import Comparison, comparison_of, comparison_runs, label_of, tell_apart
 from neuralcollapse.lab.models.building import build_head
 from neuralcollapse.lab.results.folder import RunFolder
-from neuralcollapse.lab.results.sooner import sooner_table
-from neuralcollapse.lab.results.tables import read_table
+from neuralcollapse.lab.results.tables import baseline_table, read_table
 from neuralcollapse.lab.training.runs import train_runs
 from neuralcollapse.lab.training.tuning import with_chosen_rates
 
@@ -163,7 +162,7 @@ def test_the_first_measured_epoch_at_least_as_good_as_the_end_of_standard():
             made_up("linear", 1, [0.1, 0.1, 0.1], [2.0, 2.0, 2.0]),
         ]
     )
-    table = sooner_table(metrics).set_index("method")
+    table = baseline_table(metrics).set_index("method")
     assert table.loc["standard", ["to acc", "to nc1", "- standard"]].tolist() == ["7.5", "10.0", ""]
     assert table.loc["means", ["to acc", "to nc1", "to nc3"]].tolist() == ["3.0", "1.0 (1/2)", "1.0 (1/2)"]
     assert table.loc["linear", ["to acc", "to nc2"]].tolist() == ["never", "never"]
@@ -171,8 +170,8 @@ def test_the_first_measured_epoch_at_least_as_good_as_the_end_of_standard():
     interval = ttest_rel([91, 85], [90, 80]).confidence_interval(0.95)
     half = (interval.high - interval.low) / 2
     assert table.loc["means", "- standard"] == f"+3.00 ± {half:.2f}"
-    assert sooner_table(metrics[metrics["method"] != "standard"]) is None
-    assert sooner_table(metrics[metrics["method"] == "standard"]) is None
+    assert baseline_table(metrics[metrics["method"] != "standard"]) is None
+    assert baseline_table(metrics[metrics["method"] == "standard"]) is None
 
 
 @pytest.mark.parametrize(

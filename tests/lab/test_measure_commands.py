@@ -21,8 +21,9 @@ from neuralcollapse.lab import RunConfig, RunFolder, train_runs
 from neuralcollapse.lab.data.batches import evaluation_batches
 from neuralcollapse.lab.data.load import load_data
 from neuralcollapse.lab.evaluate.state_dict import EvaluationSettings
-from neuralcollapse.lab.results.aggregation import epochs_to_reach, group_runs, statistics_over_seeds
 from neuralcollapse.lab.results.files import write_csv
+from neuralcollapse.lab.results.groups import group_runs
+from neuralcollapse.lab.results.statistics import epochs_to_levels, statistics_over_seeds
 from neuralcollapse.lab.results.tables import read_table
 
 SMALL = {"backbone": "mlp", "width": 24, "depth": 1, "train_samples": 200, "test_samples": 60}
@@ -183,11 +184,11 @@ def test_an_epoch_is_interpolated_between_those_measured():
     rows += [("a", 0, epoch, "train", "nc3_duality", 1 - value) for epoch, value in course]
     values = pd.DataFrame(rows, columns=["group", "seed", "epoch", "split", "metric", "value"])
     levels = {"accuracy": 0.5, "nc3_duality": 0.25}
-    assert epochs_to_reach(values, levels)["epoch"].tolist() == pytest.approx([4, 11.5])
-    assert epochs_to_reach(values, {"accuracy": 0.1})["epoch"].tolist() == [1]
-    assert epochs_to_reach(values, {"accuracy": 0.95})["epoch"].isna().all()
+    assert epochs_to_levels(values, levels)["epoch"].tolist() == pytest.approx([4, 11.5])
+    assert epochs_to_levels(values, {"accuracy": 0.1})["epoch"].tolist() == [1]
+    assert epochs_to_levels(values, {"accuracy": 0.95})["epoch"].isna().all()
     with pytest.raises(ValueError, match="reach must name a metric that was measured on the train split"):
-        epochs_to_reach(values, {"nc9": 1})
+        epochs_to_levels(values, {"nc9": 1})
     assert statistics_over_seeds(values)["std"].isna().all()
 
 

@@ -14,7 +14,7 @@ from neuralcollapse.cli import main
 from neuralcollapse.lab import studies
 from neuralcollapse.lab.figures import FIGURES
 from neuralcollapse.lab.results.folder import RunFolder
-from neuralcollapse.lab.results.judging import Finished, judge
+from neuralcollapse.lab.results.verdicts import Finished, judge
 from neuralcollapse.lab.studies import Claim, Value, load_study, study_names, study_runs
 
 TINY = {

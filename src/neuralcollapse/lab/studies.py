@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import yaml
 
@@ -14,58 +14,11 @@ from neuralcollapse.lab.config import RunConfig
 from neuralcollapse.lab.experiments import single_run
 from neuralcollapse.lab.parsing import load_typed_yaml
 from neuralcollapse.lab.recipes import load_recipe
+from neuralcollapse.lab.results.verdicts import Claim, Kind, Relation, Value
 from neuralcollapse.lab.settings import nearest
 
-Kind = Literal["last", "mean", "epochs", "fall", "deviation", "fact"]
-Relation = Literal["below", "above", "like", "at least", "at most"]
 SCALES = ("small", "full")
 _FOLDER = Path(__file__).parent / "studies"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Value:
-    """A number of a run.
-
-    Attributes:
-        kind: ``"last"``, the last measured value of a metric; ``"mean"``, its mean over the measured epochs;
-            ``"epochs"``, the number until it reaches ``level``; ``"fall"``, its value at the first measured epoch with
-            the train accuracy ``level`` over its last value; ``"deviation"``, its absolute deviation from the mean over
-            seeds at the same epoch, mean over epochs; or ``"fact"``, a value of the run's environment, such as its
-            parameters.
-        of: Name of the metric or the fact.
-        split: Split of the data.
-        level: Level to reach.
-    """
-
-    kind: Kind
-    of: str
-    split: str = "train"
-    level: float = math.nan
-
-
-@dataclass(frozen=True, kw_only=True)
-class Claim:
-    """A claim about runs of a study, and its measure.
-
-    Attributes:
-        text: The claim in words.
-        value: Number of each run that decides it.
-        of: Runs that it is about.
-        relation: ``"below"`` or ``"above"`` each of ``than``, by more than ``bound`` if it is given; ``"like"`` each
-            of them, within ``bound``; or ``"at least"`` or ``"at most"`` ``bound``.
-        than: Runs of the same seed to compare with.
-        bound: Bound in the units of the value; a factor for falls, facts and metrics that the catalogue draws on a
-            logarithmic scale.
-        published: Number in the paper, if it has one.
-    """
-
-    text: str
-    value: Value
-    of: list[str]
-    relation: Relation
-    than: list[str]
-    bound: float | None = None
-    published: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,13 +44,14 @@ def run(settings: Namespace) -> int:
     files = [out, reach] if levels else [out]
     runs = runs_of(settings.runs)
 
-    from neuralcollapse.lab.results.aggregation import epochs_to_reach, gather_groups, group_runs, statistics_over_seeds
+    from neuralcollapse.lab.results.groups import gather_groups, group_runs
+    from neuralcollapse.lab.results.statistics import epochs_to_levels, statistics_over_seeds
 
     outcome = Outcome()
     with new_files(files, overwrite=bool(settings.get("overwrite"))):
         groups = group_runs(runs)
         values = gather_groups(groups)
-        epochs = epochs_to_reach(values, levels, settings.get("split") or "train")
+        epochs = epochs_to_levels(values, levels, settings.get("split") or "train")
         _write(statistics_over_seeds(values), out, outcome)
         if levels:
             _write(epochs, reach, outcome)

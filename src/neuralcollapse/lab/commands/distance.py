@@ -56,8 +56,7 @@ def _add_distances(run: RunFolder, asked: int | None, outcome: Outcome, *, overw
     """Compute a run's distances and add them to its table, where they are not there; those at the last epoch."""
     import pandas as pd
 
-    from neuralcollapse.lab.results.distances import TO_REFERENCE, distance_rows
-    from neuralcollapse.lab.results.tables import COLUMNS, add_rows, read_table
+    from neuralcollapse.lab.results.tables import COLUMNS, TO_REFERENCE, add_rows, distance_rows, read_table
 
     there = read_table(run.metrics) if run.metrics.exists() else pd.DataFrame(columns=COLUMNS)
     first = min((epoch for epoch, _ in run.measured()), default=1)
@@ -76,7 +75,7 @@ def _add_distances(run: RunFolder, asked: int | None, outcome: Outcome, *, overw
 
 def _reference(there: pd.DataFrame, asked: int | None, first: int) -> tuple[int, str]:
     """The reference epoch; and those of distances in the table that are to other epochs, in words."""
-    from neuralcollapse.lab.results.distances import reference_epochs
+    from neuralcollapse.lab.results.tables import reference_epochs
 
     found = sorted(reference_epochs(there))
     reference = asked if asked is not None else found[0] if len(found) == 1 else first
@@ -86,7 +85,7 @@ def _reference(there: pd.DataFrame, asked: int | None, first: int) -> tuple[int,
 
 def _complete(there: pd.DataFrame, run: RunFolder) -> bool:
     """Return whether a table names the reference epoch of each record's distances."""
-    from neuralcollapse.lab.results.distances import REFERENCE_EPOCH
+    from neuralcollapse.lab.results.tables import REFERENCE_EPOCH
 
     named = there[there["metric"] == REFERENCE_EPOCH]
     records = set(run.measured())
@@ -95,7 +94,7 @@ def _complete(there: pd.DataFrame, run: RunFolder) -> bool:
 
 def _last(name: str, rows: pd.DataFrame) -> pd.DataFrame:
     """The distances at the last epoch, one row per split."""
-    from neuralcollapse.lab.results.distances import REFERENCE_EPOCH
+    from neuralcollapse.lab.results.tables import REFERENCE_EPOCH
 
     last = rows[rows["epoch"] == rows["epoch"].max()]
     table = last.pivot(index=["epoch", "split"], columns="metric", values="value").reset_index()

@@ -22,7 +22,7 @@ from neuralcollapse.lab.untrusted import check_class_is_named
 
 if TYPE_CHECKING:
     from neuralcollapse.lab.config import RunConfig
-    from neuralcollapse.lab.results.judging import Finished
+    from neuralcollapse.lab.results.verdicts import Finished
 
 SUMMARY = "a published figure from its runs to its picture and a verdict on what is claimed; alone: list them"
 USAGE = "[NAME] [--scale small|full] [--seeds N] [--data FOLDER] [--out FOLDER] [--parallel N] [--overwrite]"
@@ -167,8 +167,8 @@ def _finished_runs(study: Study, runs: Mapping[str, RunConfig], folder: RunFolde
 
 
 def _results(runs: Mapping[int, RunFolder]) -> dict[int, Finished]:
-    from neuralcollapse.lab.results.judging import Finished
     from neuralcollapse.lab.results.tables import read_table
+    from neuralcollapse.lab.results.verdicts import Finished
 
     found = {}
     for seed, run in runs.items():
@@ -178,9 +178,8 @@ def _results(runs: Mapping[int, RunFolder]) -> dict[int, Finished]:
 
 
 def _draw(study: Study, found: Mapping[str, Mapping[int, RunFolder]], folder: RunFolder) -> list[Path]:
-    from neuralcollapse.lab.results.distances import distance_rows
     from neuralcollapse.lab.results.groups import RunGroups
-    from neuralcollapse.lab.results.tables import add_rows, read_table
+    from neuralcollapse.lab.results.tables import add_rows, distance_rows, read_table
 
     there = {label: list(runs.values()) for label, runs in found.items() if runs}
     if not there:
@@ -202,7 +201,7 @@ def _free_features(
 ) -> tuple[dict[str, dict[int, Finished]], list[Path]]:
     """Train free features as `ufm` does; its iterations stand where others have epochs."""
     from neuralcollapse.lab.commands.ufm import FreeFeatures, train_free_features
-    from neuralcollapse.lab.results.judging import Finished
+    from neuralcollapse.lab.results.verdicts import Finished
 
     if list(seeds) != list(range(len(seeds))) or settings.get("data") is not None:
         raise ValueError("seeds of free features must be a number, and data must not be given: there are none")
@@ -229,7 +228,7 @@ def _report(
     figures: Sequence[Path],
 ) -> None:
     """Judge, write, print."""
-    from neuralcollapse.lab.results.judging import judge, verdict_record
+    from neuralcollapse.lab.results.verdicts import judge, verdict_record
 
     facts = [run.facts for runs in groups.values() for run in runs.values()]
     claims = [verdict_record(claim, judge(claim, groups)) for claim in study.claims]

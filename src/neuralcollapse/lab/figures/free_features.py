@@ -13,6 +13,7 @@ from neuralcollapse.lab.figures.curves import line_styles
 from neuralcollapse.lab.figures.panels import without_latex
 from neuralcollapse.lab.results.files import write_csv, write_whole
 from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.results.statistics import epochs_to_reach
 from neuralcollapse.lab.results.tables import aligned
 
 # Metric, and the label of its panel.
@@ -108,7 +109,8 @@ def _draw(axes: Axes, values: pd.DataFrame) -> None:
 
 
 def _iterations_to(values: pd.DataFrame, level: float) -> str:
-    reached = [kept for _, group in values.groupby("seed") if (kept := _kept_from(group, level)) is not None]
+    iterations = [_kept_from(group, level) for _, group in values.groupby("seed")]
+    reached = [int(iteration) for iteration in iterations if not math.isnan(iteration)]
     seeds = values["seed"].nunique()
     if not reached:
         return "–"
@@ -117,12 +119,10 @@ def _iterations_to(values: pd.DataFrame, level: float) -> str:
     return spread + ("" if len(reached) == seeds else f", {len(reached)} of {seeds}")
 
 
-def _kept_from(of_seed: pd.DataFrame, level: float) -> int | None:
-    """The first measured iteration after the last one above the level, if there is one."""
-    ordered = of_seed.sort_values("iteration")
-    above = ordered["value"] > level
-    kept = ordered.loc[~above[::-1].cummax()[::-1], "iteration"]
-    return None if kept.empty else int(kept.iloc[0])
+def _kept_from(of_seed: pd.DataFrame, level: float) -> float:
+    """The first measured iteration from which on the level is kept; NaN if there is none."""
+    course = of_seed.sort_values("iteration").set_index("iteration")["value"]
+    return epochs_to_reach(course.rename(of_seed["metric"].iloc[0]), level, sustained=True)
 
 
 def report_free_features(

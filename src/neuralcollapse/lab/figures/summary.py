@@ -13,10 +13,9 @@ from neuralcollapse.lab.figures.curves import draw_figures
 from neuralcollapse.lab.figures.report import write_report
 from neuralcollapse.lab.results.files import write_csv, write_whole
 from neuralcollapse.lab.results.folder import RunFolder
-from neuralcollapse.lab.results.sooner import sooner_table
-from neuralcollapse.lab.results.tables import aligned, gather, methods_of, results_table
+from neuralcollapse.lab.results.tables import aligned, baseline_table, gather, methods_of, results_table
 
-_SOONER = (
+_TO_BASELINE = (
     "Epochs until a method is at least as good on the test split as standard of the same seed is at its end (measured\n"
     "after epochs {epochs}): test accuracy, nc1_quotient, nc2_etf_means, nc3_duality. Test accuracy: mean over these\n"
     "epochs, the last, and points more than standard, paired by seed, with Student's 95% interval."
@@ -58,9 +57,9 @@ def summarise(folder: RunFolder, command: str) -> Summary:
         if one.get("recipe"):
             beside[method]["recipe"] = one["recipe"]
     table = aligned(results_table(metrics, log, beside))
-    sooner = sooner_table(metrics)
-    if sooner is not None:
-        table += f"\n\n{_SOONER.format(epochs=_listed_epochs(metrics))}\n\n{aligned(sooner)}"
+    to_baseline = baseline_table(metrics)
+    if to_baseline is not None:
+        table += f"\n\n{_TO_BASELINE.format(epochs=_listed_epochs(metrics))}\n\n{aligned(to_baseline)}"
     table = "\n".join([table, *_at_chance(runs, metrics)])
     made = folder.read_environment()
     title = f"{settings[0]['backbone']} on {made.get('data', settings[0]['data'])}"

@@ -9,16 +9,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from neuralcollapse.lab.results.aggregation import gather_groups, group_runs
+import pandas as pd
+
 from neuralcollapse.lab.results.folder import RunFolder
-from neuralcollapse.lab.results.labels import title_of
+from neuralcollapse.lab.results.labels import labels_of, title_of
 from neuralcollapse.lab.results.records import Records
-from neuralcollapse.lab.results.tables import read_table
+from neuralcollapse.lab.results.tables import COLUMNS, read_table, reference_epochs, seed_of
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from neuralcollapse.metrics import Measurement
+
+# Split under which the columns of the training log are gathered.
+TRAINING = "training"
 
 
 class RunGroups:
@@ -129,3 +131,65 @@ def _recorded_epochs(run: RunFolder, split: str) -> list[int]:
 
 def _no_records(run: RunFolder, split: str) -> str:
     return f"no records of the {split} split in {run.path.name}: run `neuralcollapse measure`"
+
+
+def group_runs(runs: Sequence[RunFolder], always: Sequence[str] = ("name", "method")) -> dict[str, list[RunFolder]]:
+    """Group runs that differ in their seed alone, under a label that says in what the groups differ.
+
+    Args:
+        runs: Folders of the runs.
+        always: Settings that are in each label, whether the groups differ in them or not.
+
+    Raises:
+        ValueError: if two runs have the same settings and seed.
+    """
+    settings = [run.settings() for run in runs]
+    groups: dict[str, list[RunFolder]] = {}
+    seeds: dict[str, set[int | None]] = {}
+    for run, of_run, label in zip(runs, settings, labels_of(settings, always), strict=True):
+        seed = of_run.get("seed")
+        if seed in seeds.setdefault(label, set()):
+            same = f"have seed {seed}" if seed is not None else "have no seed (`measure --checkpoint` takes --seed)"
+            raise ValueError(f"runs must differ, and two of {label!r} {same}: {str(run.path)!r} is one")
+        seeds[label].add(seed)
+        groups.setdefault(label, []).append(run)
+    return groups
+
+
+def gather_groups(groups: Mapping[str, Sequence[RunFolder]]) -> pd.DataFrame:
+    """Return all values of all runs: columns group, seed, epoch, split, metric, value.
+
+    Values of the training log (loss, alignment and accuracy of training batches) have the split ``"training"``.
+
+    Raises:
+        ValueError: if a run has no table, or the distances of the runs of a group are to different reference epochs.
+    """
+    tables = []
+    for label, runs in groups.items():
+        references: dict[int, RunFolder] = {}
+        for run in runs:
+            if not run.metrics.exists():
+                raise ValueError(f"run {str(run.path)!r} must have a {run.metrics.name}, and has none: measure it")
+            measured, trained = read_table(run.metrics), _training_values(run)
+            # An empty table, whose columns have no type, would make epochs and values objects.
+            table = pd.concat([measured, trained], ignore_index=True) if len(trained) else measured
+            references |= dict.fromkeys(reference_epochs(table), run)
+            if len(references) > 1:
+                (first, run_of_first), (second, run_of_second) = references.items()
+                raise ValueError(
+                    f"distances of the runs of {label!r} must be to the same reference epoch, and are to {first} in "
+                    f"{str(run_of_first.path)!r} and to {second} in {str(run_of_second.path)!r}: `neuralcollapse "
+                    "distance` with --reference computes them again"
+                )
+            table.insert(0, "group", label)
+            table.insert(1, "seed", seed_of(run))
+            tables.append(table)
+    return pd.concat(tables, ignore_index=True)
+
+
+def _training_values(run: RunFolder) -> pd.DataFrame:
+    if not run.training_log.exists():
+        return pd.DataFrame(columns=COLUMNS)
+    tidy = read_table(run.training_log).melt("epoch", var_name="metric", value_name="value")
+    tidy.insert(1, "split", TRAINING)
+    return tidy

@@ -1,10 +1,10 @@
-"""Tables of runs: what they measured gathered in one, and the table that is printed."""
+"""Tables of runs: one run's table of metrics, several runs' gathered, and the tables that are printed."""
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -12,12 +12,17 @@ import pandas as pd
 from neuralcollapse.lab.experiments import label_of, tell_apart
 from neuralcollapse.lab.results.files import read_file, write_csv
 from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.results.statistics import epochs_to_reach, paired_differences, student_interval
 
 COLUMNS = ["epoch", "split", "metric", "value"]
+# Metric of a run's table whose value is the epoch to whose ETFs the reference distances of the same row are.
+REFERENCE_EPOCH = "etf_reference_epoch"
+# Metrics that depend on the reference epoch.
+TO_REFERENCE = ("etf_weights_reference", "etf_means_reference", REFERENCE_EPOCH)
+GOAL = 0.99
 # Columns that a table of this name always has.
 _NEEDED = {"metrics.csv": COLUMNS, "training.csv": ["epoch"], "gradients.csv": ["epoch", "parameter"]}
-GOAL = 0.99
-# Heading of a column of the table: split, metric, format. All of the last epoch.
+# Heading of a column of the results: split, metric and format of its value at the last epoch.
 _COLUMNS = {
     "train acc": ("train", "accuracy", "{:.2%}"),
     "validation acc": ("validation", "accuracy", "{:.2%}"),
@@ -27,47 +32,23 @@ _COLUMNS = {
     "nc3_duality": ("train", "nc3_duality", "{:.3f}"),
     "nc4_ncc_mismatch": ("train", "nc4_ncc_mismatch", "{:.2%}"),
 }
-
-
-def gather(runs: Sequence[RunFolder], table: str) -> pd.DataFrame:
-    """Return one table of several runs, with the method and the seed in front; a run without that table is skipped.
-
-    Args:
-        runs: Folders of the runs.
-        table: Attribute of `RunFolder`: ``"metrics"``, ``"training_log"`` or ``"gradients"``.
-    """
-    tables = []
-    for run, method in zip(runs, methods_of(runs), strict=True):
-        path: Path = getattr(run, table)
-        if path.exists():
-            values = read_table(path)
-            values.insert(0, "method", method)
-            values.insert(1, "seed", seed_of(run))
-            tables.append(values)
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
-
-
-def seed_of(run: RunFolder) -> float:
-    """The seed that a run was trained with; NaN where that is not known."""
-    seed = run.settings().get("seed")
-    return math.nan if seed is None else seed
-
-
-def methods_of(runs: Sequence[RunFolder]) -> list[str]:
-    """The method of each run, and what else tells it from the others, such as its loss."""
-    return [label_of(telling) for telling in tell_apart([run.settings() for run in runs])]
+# Heading and metric, on the test split, of the epochs to the baseline's last values.
+_GOALS = {"acc": "accuracy", "nc1": "nc1_quotient", "nc2": "nc2_etf_means", "nc3": "nc3_duality"}
+_BASELINES = ("standard", "standard cross-entropy")
+_SAME = 1e-20  # squared distances below are of an ETF to itself
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """A table of a run's folder, with every value as it was written.
+    """Return a table of a run folder, with every value as it was written.
 
     Raises:
         ValueError: if it is damaged.
+        OSError: if it cannot be read.
     """
     content = read_file(path)
     try:
         table = pd.read_csv(io.BytesIO(content), converters={"value": float})  # the default parser is not exact
-    except ValueError as error:  # pandas' own errors are of this kind
+    except ValueError as error:  # pandas' own errors are of this type
         raise ValueError(f"{str(path)!r} must be a table, and is damaged: {' '.join(str(error).split())}") from error
     needed = _NEEDED.get(path.name, ())
     if missing := [name for name in needed if name not in table]:
@@ -85,11 +66,10 @@ def add_rows(path: Path, rows: Sequence[tuple[int, str, str, float]], *, in_plac
         rows: Epoch, split, metric, value.
         in_place_of: Metrics whose other rows are removed.
     """
-    added = pd.DataFrame(rows, columns=COLUMNS)
-    table = added
+    table = pd.DataFrame(rows, columns=COLUMNS)
     if path.exists():
-        kept = read_table(path)
-        table = pd.concat([kept[~kept["metric"].isin(in_place_of)], added])
+        earlier = read_table(path)
+        table = pd.concat([earlier[~earlier["metric"].isin(in_place_of)], table])
     table = table.drop_duplicates(COLUMNS[:3], keep="last").sort_values("epoch", kind="stable")
     write_csv(path, table)
 
@@ -112,21 +92,120 @@ def replace_rows(path: Path, epoch: int, split: str, metrics: Mapping[str, float
     write_csv(path, table)
 
 
-def results_table(
-    metrics: pd.DataFrame, log: pd.DataFrame, beside: Mapping[str, Mapping[str, str]] | None = None
-) -> pd.DataFrame:
-    """One row a method; mean ± standard deviation over seeds.
+def reference_epochs(table: pd.DataFrame) -> set[int]:
+    """Return the epochs to whose simplex ETFs a table holds distances.
 
     Args:
-        metrics: What was measured, gathered.
-        log: What training itself saw, gathered.
-        beside: What stands beside each method, by heading, such as its recipe.
+        table: Columns epoch, metric, value; without rows of `REFERENCE_EPOCH`, as earlier versions wrote it, the epoch
+            at which the distance is 0.
+
+    Examples:
+        >>> import pandas as pd
+        >>> table = pd.DataFrame({"epoch": [1, 2], "metric": "etf_means_reference", "value": [0.3, 0.0]})
+        >>> reference_epochs(table)
+        {2}
+    """
+    named = table[table["metric"] == REFERENCE_EPOCH]["value"]
+    if named.empty:
+        named = table[(table["metric"] == "etf_means_reference") & (table["value"] < _SAME)]["epoch"]
+    return {int(epoch) for epoch in named}
+
+
+def distance_rows(run: RunFolder, reference: int = 1) -> Iterator[tuple[int, str, str, float] | ValueError]:
+    """Yield the distances of classifier and class means to their nearest simplex ETFs, from the run's records alone.
+
+    Args:
+        run: Folder of the run.
+        reference: Epoch to whose ETFs, of the weights and of the means, those of each epoch are compared.
+
+    Yields:
+        (epoch, split, metric, value), with the reference epoch as the value of `REFERENCE_EPOCH`; or the error of a
+        record that cannot be read, which is skipped.
+
+    Raises:
+        ValueError: if the run has no records, or none of the reference epoch.
+    """
+    from neuralcollapse.lab.results.records import Records
+    from neuralcollapse.metrics import etf_distances
+
+    measured, records = run.measured(), Records(run)
+    if not measured:
+        raise ValueError(f"run {str(run.path)!r} must have records in {run.moments.name}/, and has none: measure it")
+    splits_of_reference = {split for epoch, split in measured if epoch == reference}
+    for split in dict.fromkeys(split for _, split in measured):
+        epochs = [epoch for epoch, other in measured if other == split]
+        if split not in splits_of_reference:
+            raise ValueError(
+                f"reference must be a measured epoch of {str(run.path)!r}, whose {split} split has "
+                f"{', '.join(map(str, epochs))}; got {reference}"
+            )
+        first = records.load(reference, split)
+        for epoch in epochs:
+            try:
+                record = records.load(epoch, split)
+            except (ValueError, OSError) as error:
+                yield ValueError(str(error))
+                continue
+            distances = etf_distances(
+                record.weight.double(),
+                record.moments.means,
+                class_counts=record.moments.counts,
+                reference_weight=first.weight.double(),
+                reference_means=first.moments.means,
+            )
+            yield from ((epoch, split, name, value) for name, value in distances.items())
+            yield epoch, split, REFERENCE_EPOCH, float(reference)
+
+
+def gather(runs: Sequence[RunFolder], table: str) -> pd.DataFrame:
+    """Return one table of several runs, with the method and the seed in front; a run without that table is skipped.
+
+    Args:
+        runs: Folders of the runs.
+        table: Attribute of `RunFolder`: ``"metrics"``, ``"training_log"`` or ``"gradients"``.
+    """
+    tables = []
+    for run, method in zip(runs, methods_of(runs), strict=True):
+        path: Path = getattr(run, table)
+        if path.exists():
+            values = read_table(path)
+            values.insert(0, "method", method)
+            values.insert(1, "seed", seed_of(run))
+            tables.append(values)
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def seed_of(run: RunFolder) -> float:
+    """Return the seed that a run was trained with; NaN if it is not known."""
+    seed = run.settings().get("seed")
+    return math.nan if seed is None else seed
+
+
+def methods_of(runs: Sequence[RunFolder]) -> list[str]:
+    """Return the method of each run, and what else tells it from the others, such as its loss."""
+    return [label_of(telling) for telling in tell_apart([run.settings() for run in runs])]
+
+
+def last_epoch(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of the last measured epoch of each run."""
+    return metrics[metrics["epoch"] == metrics.groupby(["method", "seed"], dropna=False)["epoch"].transform("max")]
+
+
+def results_table(
+    metrics: pd.DataFrame, log: pd.DataFrame, further: Mapping[str, Mapping[str, str]] | None = None
+) -> pd.DataFrame:
+    """Return one row per method, with mean ± standard deviation over seeds.
+
+    Args:
+        metrics: Measured values, gathered.
+        log: Training logs, gathered.
+        further: Further cells of each method, by heading, such as its recipe.
     """
     last = last_epoch(metrics)
     columns = {name: column for name, column in _COLUMNS.items() if column[0] in set(metrics["split"])}
     rows = []
     for method in metrics["method"].unique():
-        row = {"method": method, **(beside or {}).get(method, {})}
+        row = {"method": method, **(further or {}).get(method, {})}
         row[f"epochs to {GOAL:.0%} train acc"] = _epochs_to_goal(metrics[metrics["method"] == method])
         for heading, (split, metric, form) in columns.items():
             chosen = last[(last["method"] == method) & (last["split"] == split) & (last["metric"] == metric)]
@@ -138,13 +217,44 @@ def results_table(
     return pd.DataFrame(rows)
 
 
-def last_epoch(metrics: pd.DataFrame) -> pd.DataFrame:
-    """Of each run what was measured last."""
-    return metrics[metrics["epoch"] == metrics.groupby(["method", "seed"], dropna=False)["epoch"].transform("max")]
+def baseline_table(metrics: pd.DataFrame, baseline: str | None = None) -> pd.DataFrame | None:
+    """Return how many epochs each method takes to the last values of the method standard, of the same seed.
+
+    The epoch is the first measured one at which the method is at least as good on the test split as standard is at its
+    end. Further columns are the test accuracy: its mean over the measured epochs, the last one, and the paired
+    difference of the last one to standard's, with Student's 95% interval (n − 1).
+
+    Args:
+        metrics: Measured values, gathered.
+        baseline: Name of standard among the methods; by default ``"standard"`` or ``"standard cross-entropy"``.
+
+    Returns:
+        One row per method: mean epochs over the seeds that reach the value, and their number if not all do; accuracies
+        as mean ± standard deviation over seeds. None if nothing is compared with standard.
+    """
+    test = metrics[metrics["split"] == "test"]
+    if baseline is None:
+        baseline = next((name for name in _BASELINES if name in set(test["method"])), None)
+    if baseline is None or test["method"].nunique() < 2:
+        return None
+    goals = {name: _last_values(test[test["method"] == baseline], metric) for name, metric in _GOALS.items()}
+    rows = []
+    for method in test["method"].unique():
+        of_method = test[test["method"] == method]
+        row = {"method": method}
+        for heading, metric in _GOALS.items():
+            row[f"to {heading}"] = _epochs_to_baseline(of_method, metric, goals[heading])
+        accuracies = of_method[of_method["metric"] == "accuracy"]
+        last = _last_values(of_method, "accuracy")
+        row["mean acc %"] = spread(100 * accuracies.groupby("seed", dropna=False)["value"].mean(), "{:.1f}")
+        row["last acc %"] = spread(100 * last, "{:.1f}")
+        row["- standard"] = "" if method == baseline else _interval(100 * paired_differences(last, goals["acc"]))
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def aligned(table: pd.DataFrame) -> str:
-    """A Markdown table whose columns line up in a terminal, too."""
+    """Return a Markdown table whose columns are aligned as plain text too."""
     columns = [[str(name), *map(str, table[name])] for name in table]
     widths = [max(map(len, column)) for column in columns]
     rule = ["-" * width for width in widths]
@@ -152,18 +262,50 @@ def aligned(table: pd.DataFrame) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], rule, *rows[1:]])
 
 
-def _epochs_to_goal(metrics: pd.DataFrame) -> str:
-    accuracy = metrics[(metrics["split"] == "train") & (metrics["metric"] == "accuracy")]
-    reached = accuracy[accuracy["value"] >= GOAL].groupby("seed", dropna=False)["epoch"].min()
-    seeds = accuracy["seed"].nunique(dropna=False)
-    if reached.empty:
-        return "not reached"
-    return spread(reached, "{:.1f}") + ("" if len(reached) == seeds else f" ({len(reached)} of {seeds} seeds)")
-
-
 def spread(values: pd.Series, form: str) -> str:
-    """Mean ± standard deviation, in a format; of those that are defined, and of how many where some are not."""
+    """Format mean ± standard deviation of the defined values, and their number if some are undefined."""
     defined = values.dropna()
     mean = form.format(defined.mean())
-    shown = mean if len(defined) < 2 else f"{mean} ± {form.format(defined.std())}"
-    return f"{shown} ({len(defined)} of {len(values)})" if 0 < len(defined) < len(values) else shown
+    text = mean if len(defined) < 2 else f"{mean} ± {form.format(defined.std())}"
+    return f"{text} ({len(defined)} of {len(values)})" if 0 < len(defined) < len(values) else text
+
+
+def _epochs_to_goal(metrics: pd.DataFrame) -> str:
+    epochs = _epochs_of_seeds(metrics[metrics["split"] == "train"], "accuracy", GOAL)
+    reached = epochs.dropna()
+    if reached.empty:
+        return "not reached"
+    return spread(reached, "{:.1f}") + (
+        "" if len(reached) == len(epochs) else f" ({len(reached)} of {len(epochs)} seeds)"
+    )
+
+
+def _epochs_to_baseline(metrics: pd.DataFrame, metric: str, levels: pd.Series) -> str:
+    epochs = _epochs_of_seeds(metrics, metric, levels)
+    reached = epochs.dropna()
+    if reached.empty:
+        return "never"
+    return f"{reached.mean():.1f}" + ("" if len(reached) == len(epochs) else f" ({len(reached)}/{len(epochs)})")
+
+
+def _epochs_of_seeds(metrics: pd.DataFrame, metric: str, levels: pd.Series | float) -> pd.Series:
+    """The first measured epoch at which each seed reaches its level; NaN for a seed that does not."""
+    course = metrics[metrics["metric"] == metric]
+    level = course["seed"].map(levels) if isinstance(levels, pd.Series) else levels
+    epochs = {}
+    for seed, of_seed in course.assign(level=level).groupby("seed", dropna=False):
+        ordered = of_seed.sort_values("epoch").set_index("epoch")
+        epochs[seed] = epochs_to_reach(ordered["value"].rename(metric), ordered["level"].iloc[0])
+    return pd.Series(epochs, dtype=float)
+
+
+def _last_values(metrics: pd.DataFrame, metric: str) -> pd.Series:
+    """The last value of each seed."""
+    of_metric = metrics[metrics["metric"] == metric].sort_values("epoch", kind="stable")
+    return of_metric.groupby("seed", dropna=False)["value"].last()
+
+
+def _interval(differences: pd.Series) -> str:
+    """Mean difference and half of Student's 95% interval, in points."""
+    mean, half = student_interval(differences)
+    return f"{mean:+.2f}" + ("" if math.isnan(half) else f" ± {half:.2f}")

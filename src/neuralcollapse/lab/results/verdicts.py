@@ -1,30 +1,77 @@
-"""Whether claims hold: paired differences over seeds, with Student's interval, from run folders alone."""
+"""Verdicts on claims: paired differences over seeds with Student's interval, from run folders alone."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any, Literal
 
 from neuralcollapse.catalogue import METRICS
-from neuralcollapse.lab.results.aggregation import first_crossing
-from neuralcollapse.lab.studies import Claim, Value
+from neuralcollapse.lab.results.statistics import epochs_to_reach, half_width, paired_differences, student_interval
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+Kind = Literal["last", "mean", "epochs", "fall", "deviation", "fact"]
+Relation = Literal["below", "above", "like", "at least", "at most"]
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
-_CONFIDENCE = 0.95
 _MOST_SEEDS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Value:
+    """A number of a run.
+
+    Attributes:
+        kind: ``"last"``, the last measured value of a metric; ``"mean"``, its mean over the measured epochs;
+            ``"epochs"``, the number until it reaches ``level``; ``"fall"``, its value at the first measured epoch with
+            the train accuracy ``level`` over its last value; ``"deviation"``, its absolute deviation from the mean over
+            seeds at the same epoch, mean over epochs; or ``"fact"``, a value of the run's environment, such as its
+            parameters.
+        of: Name of the metric or the fact.
+        split: Split of the data.
+        level: Level to reach.
+    """
+
+    kind: Kind
+    of: str
+    split: str = "train"
+    level: float = math.nan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A claim about runs of a study, and its measure.
+
+    Attributes:
+        text: The claim in words.
+        value: Number of each run that decides it.
+        of: Runs that it is about.
+        relation: ``"below"`` or ``"above"`` each of ``than``, by more than ``bound`` if it is given; ``"like"`` each
+            of them, within ``bound``; or ``"at least"`` or ``"at most"`` ``bound``.
+        than: Runs of the same seed to compare with.
+        bound: Bound in the units of the value; a factor for falls, facts and metrics that the catalogue draws on a
+            logarithmic scale.
+        published: Number in the paper, if it has one.
+    """
+
+    text: str
+    value: Value
+    of: list[str]
+    relation: Relation
+    than: list[str]
+    bound: float | None = None
+    published: str | None = None
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What is known of a run that is finished.
+    """A finished run.
 
     Attributes:
-        metrics: What was measured: columns epoch, split, metric, value.
-        facts: Its environment.
+        metrics: Measured values: columns epoch, split, metric, value.
+        facts: Environment of the run.
     """
 
     metrics: pd.DataFrame
@@ -36,59 +83,40 @@ Groups = Mapping[str, Mapping[int, Finished]]  # by name and seed
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a claim's runs say of it.
+    """Verdict on a claim.
 
     Attributes:
         verdict: ``"holds"``, ``"does not hold"`` or ``"undecided"``.
-        numbers: What it was decided by, in words, one comparison each.
+        numbers: One sentence per comparison, with the numbers that decided it.
     """
 
     verdict: str
     numbers: list[str]
 
 
-def student_interval(values: pd.Series) -> tuple[float, float]:
-    """Mean, and half of the width of Student's 95% interval (n − 1); NaN for one value.
-
-    Examples:
-        >>> import pandas as pd
-        >>> mean, half = student_interval(pd.Series([1.0, 2.0, 3.0]))
-        >>> round(mean, 3), round(half, 3)
-        (2.0, 2.484)
-    """
-    half = math.nan if len(values) < 2 else _half_width(float(values.std()), len(values))
-    return float(values.mean()), half
-
-
-def _half_width(spread: float, seeds: int) -> float:
-    from scipy.stats import t
-
-    return float(t.ppf((1 + _CONFIDENCE) / 2, seeds - 1) * spread / math.sqrt(seeds))
-
-
 def judge(claim: Claim, groups: Groups) -> Judgement:
-    """Judge a claim: it holds where each of its comparisons does, and not where one of them does not.
+    """Judge a claim: it holds if all of its comparisons do, and does not hold if one of them does not.
 
-    A comparison is of the difference in each seed, or of the difference to the bound; where the catalogue draws the
-    metric on a logarithmic scale, and for falls, of logarithms. It is decided where all of Student's 95% interval over
-    seeds is on one side, and so undecided for one seed.
+    A comparison is of the difference in each seed, or of the difference to the bound; of logarithms if the catalogue
+    draws the metric on a logarithmic scale, and for falls. It is decided if Student's 95% interval over seeds is
+    completely on one side; one seed decides nothing.
 
     Args:
-        claim: With the names of runs in it.
-        groups: The runs that are finished, by name and seed.
+        claim: The claim, with the names of its runs.
+        groups: Finished runs, by name and seed.
 
     Raises:
-        ValueError: A metric that the claim is about was not measured.
+        ValueError: if a metric that the claim is about was not measured.
     """
     values = {name: _values(claim.value, groups.get(name, {})) for name in (*claim.of, *claim.than)}
-    found = [_compare(claim, name, other, values) for name in claim.of for other in (*claim.than,) or (None,)]
-    verdicts = {verdict for verdict, _ in found}
+    comparisons = [_compare(claim, name, other, values) for name in claim.of for other in (*claim.than,) or (None,)]
+    verdicts = {verdict for verdict, _ in comparisons}
     overall = FAILS if FAILS in verdicts else UNDECIDED if UNDECIDED in verdicts else HOLDS
-    return Judgement(overall, [f"{words}: {verdict}" for verdict, words in found])
+    return Judgement(overall, [f"{words}: {verdict}" for verdict, words in comparisons])
 
 
 def describe(value: Value) -> str:
-    """The number of a run that a claim is judged by, in words.
+    """Return the description of the number that a claim is judged by.
 
     Examples:
         >>> describe(Value(kind="epochs", of="accuracy", level=0.95))
@@ -107,31 +135,33 @@ def describe(value: Value) -> str:
 
 @dataclass(frozen=True)
 class _Values:
-    """Of each seed the value, as it is compared; and the seeds in which it is only known to be more."""
+    """The compared value of each seed, and the seeds for which it is only a lower bound."""
 
     of_seed: pd.Series
     more: set[int]
 
 
 def _values(value: Value, runs: Mapping[int, Finished]) -> _Values:
+    import pandas as pd
+
     if value.kind == "fact":
         return _Values(pd.Series({seed: _logarithm(float(run.facts[value.of])) for seed, run in runs.items()}), set())
     courses = {seed: _course(run.metrics, value.of, value.split) for seed, run in runs.items()}
     if value.kind == "deviation":
         table = pd.DataFrame(courses)
         return _Values(table.sub(table.mean(axis=1), axis=0).abs().mean(), set())
-    one = {
+    number = {
         "last": lambda seed: courses[seed].iloc[-1],
         "mean": lambda seed: courses[seed].mean(),
-        "epochs": lambda seed: first_crossing(courses[seed], value.of, value.level),
+        "epochs": lambda seed: epochs_to_reach(courses[seed], value.level, interpolate=True),
         "fall": lambda seed: _fall(courses[seed], _course(runs[seed].metrics, "accuracy", "train"), value.level),
     }[value.kind]
-    found = pd.Series({seed: one(seed) for seed in courses}, dtype=float)
+    of_seed = pd.Series({seed: number(seed) for seed in courses}, dtype=float)
     more = set()
     if value.kind == "epochs":  # not reached: more than the last epoch
-        more = set(found.index[found.isna()])
-        found = found.fillna(pd.Series({seed: float(course.index[-1]) for seed, course in courses.items()}))
-    return _Values(found.map(_logarithm) if _is_ratio(value) else found, more)
+        more = set(of_seed.index[of_seed.isna()])
+        of_seed = of_seed.fillna(pd.Series({seed: float(course.index[-1]) for seed, course in courses.items()}))
+    return _Values(of_seed.map(_logarithm) if _is_ratio(value) else of_seed, more)
 
 
 def _logarithm(number: float) -> float:
@@ -142,12 +172,12 @@ def _course(table: pd.DataFrame, metric: str, split: str) -> pd.Series:
     chosen = table[(table["metric"] == metric) & (table["split"] == split)]
     if chosen.empty:
         raise ValueError(f"{metric} of the {split} split must be measured to judge a claim about it, and is not")
-    return chosen.sort_values("epoch").set_index("epoch")["value"]
+    return chosen.sort_values("epoch").set_index("epoch")["value"].rename(metric)
 
 
 def _fall(course: pd.Series, accuracy: pd.Series, level: float) -> float:
-    there = accuracy[accuracy >= level]
-    return math.nan if there.empty else float(course[there.index[0]] / course.iloc[-1])
+    epoch = epochs_to_reach(accuracy, level)
+    return math.nan if math.isnan(epoch) else float(course[int(epoch)] / course.iloc[-1])
 
 
 def _is_ratio(value: Value) -> bool:
@@ -158,11 +188,12 @@ def _is_ratio(value: Value) -> bool:
 
 def _compare(claim: Claim, name: str, other: str | None, values: Mapping[str, _Values]) -> tuple[str, str]:
     """The verdict on one comparison, and its numbers in words."""
-    ratio, own = _is_ratio(claim.value), values[name]
-    words = f"{name} {_over_seeds(own, ratio)}"
-    compared, more = own.of_seed, set()
+    ratio, of_name = _is_ratio(claim.value), values[name]
+    words = f"{name} {_over_seeds(of_name, ratio)}"
+    compared, more = of_name.of_seed, set()
     if other is not None:
-        compared, more = (own.of_seed - values[other].of_seed).dropna(), own.more & values[other].more
+        compared = paired_differences(of_name.of_seed, values[other].of_seed)
+        more = of_name.more & values[other].more
         words += f" against {other} {_over_seeds(values[other], ratio)}"
     if compared.empty:
         return UNDECIDED, f"{words}, with no run of the same seed that is finished"
@@ -201,11 +232,11 @@ def _decide(relation: str, mean: float, half: float, bound: float) -> str:
 
 
 def _what_it_takes(compared: pd.Series, relation: str, bound: float) -> str:
-    """With how many seeds it would be decided, were mean and spread to stay."""
+    """The number of seeds that would decide, for the same mean and spread."""
     mean, spread = float(compared.mean()), float(compared.std())
     distance = abs(abs(mean) - bound) if relation == "like" else abs(mean - bound)
     for seeds in range(len(compared) + 1, _MOST_SEEDS + 1):
-        if _half_width(spread, seeds) < distance:
+        if half_width(spread, seeds) < distance:
             return f"about {seeds} seeds would decide, were mean and spread to stay"
     return f"not even {_MOST_SEEDS} seeds would decide, were mean and spread to stay"
 
@@ -222,7 +253,7 @@ def _shown(number: float, ratio: bool) -> str:
 
 
 def verdict_record(claim: Claim, judgement: Judgement) -> dict[str, Any]:
-    """A claim and what was found, in plain values."""
-    found: dict[str, Any] = {"claim": claim.text, "measure": describe(claim.value), "verdict": judgement.verdict}
-    found |= {"numbers": judgement.numbers}
-    return found if claim.published is None else found | {"published": claim.published}
+    """Return a claim and its verdict as plain values."""
+    record: dict[str, Any] = {"claim": claim.text, "measure": describe(claim.value), "verdict": judgement.verdict}
+    record |= {"numbers": judgement.numbers}
+    return record if claim.published is None else record | {"published": claim.published}
