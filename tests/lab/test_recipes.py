@@ -426,8 +426,10 @@ def test_an_unknown_recipe_is_refused_with_the_nearest_names(wrong, nearest):
     assert f"got {wrong!r}; nearest: {nearest}" in message
 
 
-@pytest.mark.parametrize("wrong", ["", "../config", "zhu2021", "zhu2021-mnist-sgd.yaml", "zhu2021-../x", "?"])
-def test_the_name_of_a_recipe_is_not_a_path(wrong):
+@pytest.mark.parametrize(
+    "wrong", ["", "../config", "zhu2021", "zhu2021-mnist-sgd.yaml", "zhu2021-../x", "?", 5, ["zhu2021-fixdim"]]
+)
+def test_paths_families_and_other_types_are_refused_as_names(wrong):
     with pytest.raises(ValueError, match="nearest: "):
         load_recipe(wrong)
 

@@ -119,11 +119,12 @@ def load_recipe(name: str) -> Recipe:
         >>> recipe.sources["lr"]
         'Zhu et al. 2021, readme'
     """
-    recipe = _family_of(name).get(name)
+    text = str(name)  # a file of settings may have another type
+    recipe = _family_of(text).get(text)
     if recipe is None:
         raise ValueError(
             f"recipe must be one of those that 'neuralcollapse recipes' lists, "
-            f"got {name!r}{nearest(name, recipe_names())}"
+            f"got {name!r}{nearest(text, recipe_names())}"
         )
     return recipe
 
