@@ -80,7 +80,8 @@ LAB = {  # room or module of lab -> what it may import of the others
     "training": GROUND | {"data", "models", "results"},
     "evaluate": GROUND | {"data", "models", "results", "training"},
     "figures": GROUND | {"results"},
-    "commands": GROUND | {"data", "models", "results", "training", "evaluate", "figures"},
+    "ufm": GROUND | {"results", "figures", "training"},  # of training the optimiser AGD
+    "commands": GROUND | {"data", "models", "results", "training", "evaluate", "figures", "ufm"},
     "__init__": GROUND | {"data", "models", "results", "training"},
 }
 # Packages of the extra `lab`. Of these, `neuralcollapse.lightning` imports lightning and pandas.

@@ -76,7 +76,7 @@ def test_a_study_is_of_runs_that_can_be_made_and_of_metrics_that_there_are(name)
         assert one.value.of in METRICS or one.value.of in ("parameters", "peak_memory_mib", "excess_loss")
         assert one.of
         assert one.than or one.bound is not None
-        if not study.free_features:
+        if not study.is_ufm:
             assert {*one.of, *one.than} <= set(study.runs)
             assert study.figure in FIGURES
 
@@ -84,7 +84,7 @@ def test_a_study_is_of_runs_that_can_be_made_and_of_metrics_that_there_are(name)
 def test_the_full_scale_is_what_is_published():
     for name in study_names():
         study = load_study(name)
-        if "full" in study.scales and not study.free_features:
+        if "full" in study.scales and not study.is_ufm:
             assert not study.scales["full"].settings
             assert not study.scales["full"].runs
 

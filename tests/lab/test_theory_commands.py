@@ -8,8 +8,7 @@ import yaml
 
 from helpers import error_of
 from neuralcollapse.cli import main
-from neuralcollapse.lab.training.free_comparison import measurement_points
-from neuralcollapse.lab.training.free_features import FreeRun, least_loss, loss_after, train_run
+from neuralcollapse.lab.ufm.compare import UFMRun, least_loss, loss_after, measurement_points, train_run
 from neuralcollapse.ufm import global_optimum
 
 SMALL = ["--classes", "3,5", "--seeds", "2", "--feature_dim", "6", "--samples_per_class", "4", "--iterations", "6"]
@@ -61,7 +60,7 @@ def test_runs_of_a_seed_start_from_the_same_features_and_end_near_the_least_loss
     rate = {"sgd": 0.1, "agd": 10.0}[optimizer]
     started = []
     for method in ("standard", "fixed", "implicit"):
-        run = FreeRun(method, optimizer, 4, 5, 8, 2.0, seed=3)
+        run = UFMRun(method, optimizer, 4, 5, 8, 2.0, seed=3)
         rows = train_run(run, rate, 150, {0, 150})
         started.append(values(rows, "nc1_quotient")[0])
         assert -1e-6 < values(rows, "excess_loss")[-1] < 0.01
@@ -73,13 +72,13 @@ def test_runs_of_a_seed_start_from_the_same_features_and_end_near_the_least_loss
 def test_the_least_loss_is_that_of_the_closed_form_at_the_same_norms():
     """The margin of unit rows and features of norm τ is τ K/(K−1); a global optimum's loss is that of its margin."""
     optimum = global_optimum(5, 3, 0.01, 0.01)
-    run = FreeRun("fixed", "sgd", 5, 3, 8, optimum.margin * 4 / 5, 0)
+    run = UFMRun("fixed", "sgd", 5, 3, 8, optimum.margin * 4 / 5, 0)
     decay = 0.01 * optimum.weight_norm_squared
     assert least_loss(run) == pytest.approx(optimum.loss - decay, rel=1e-12)
 
 
 def test_a_rate_at_which_training_diverges_is_not_chosen():
-    run = FreeRun("standard", "sgd", 4, 5, 8, 1e30, seed=0)
+    run = UFMRun("standard", "sgd", 4, 5, 8, 1e30, seed=0)
     assert loss_after(run, 1e30, 5) == float("inf")
 
 

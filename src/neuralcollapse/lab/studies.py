@@ -51,7 +51,7 @@ class Study:
         figure: Name of the figure to draw, of those of `plot`.
         runs: Settings of each run by its name, with the ``recipe`` that it starts from. Empty for the unconstrained
             features model.
-        free_features: If True, the runs are all methods and optimisers of the unconstrained features model.
+        is_ufm: If True, the runs are all methods and optimisers of the unconstrained features model.
         claims: Claims to judge.
         scales: Scales by name.
     """
@@ -61,7 +61,7 @@ class Study:
     source: str
     figure: str
     runs: dict[str, dict[str, Any]]
-    free_features: bool
+    is_ufm: bool
     claims: list[Claim]
     scales: dict[str, Scale]
 
@@ -108,7 +108,7 @@ def load_study(name: str | Path) -> Study:
         scales = {scale: _scale(content.pop(scale)) for scale in SCALES if scale in content}
         claims = [_claim(claim) for claim in content.pop("claims")]
         runs = content.pop("runs", {})
-        study = Study(name=path.stem, runs=runs, free_features=not runs, claims=claims, scales=scales, **content)
+        study = Study(name=path.stem, runs=runs, is_ufm=not runs, claims=claims, scales=scales, **content)
     except (yaml.YAMLError, ValueError, AttributeError, KeyError, TypeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise ValueError(f"{str(path)!r} must be a study, and is not: {reason}") from error
@@ -125,9 +125,9 @@ def _check(study: Study, path: Path) -> None:
         wrong.append(f"it has no scale, {' or '.join(SCALES)}")
     for claim in study.claims:
         unknown = [run for run in (*claim.of, *claim.than) if run not in study.runs]
-        if unknown and not study.free_features:
+        if unknown and not study.is_ufm:
             wrong.append(f"a claim is about {unknown[0]!r}, which is not one of its runs {', '.join(study.runs)}")
-        if claim.value.kind != "fact" and claim.value.of not in METRICS and not study.free_features:
+        if claim.value.kind != "fact" and claim.value.of not in METRICS and not study.is_ufm:
             wrong.append(
                 f"a claim is about {claim.value.of!r}, which is not a metric{nearest(claim.value.of, METRICS)}"
             )

@@ -13,7 +13,7 @@ from neuralcollapse.lab.commands.training import output_folder, print_table, sho
 from neuralcollapse.lab.config import MOST_SEED
 from neuralcollapse.lab.settings import Settings, setting
 
-SUMMARY = "critical points of the free features: the global optimum, strict saddles"
+SUMMARY = "critical points of the unconstrained features model: the global optimum, strict saddles"
 USAGE = "[--num_classes K] [--SETTING VALUE ...] [--out FOLDER] [--overwrite]"
 DESCRIPTION = (
     "Find critical points of the unconstrained features model with cross-entropy: descend from random starts, "
@@ -72,9 +72,8 @@ def run(settings: Namespace) -> None:
     from tqdm.auto import tqdm
 
     from neuralcollapse.heads import LearnedClassifier
-    from neuralcollapse.lab.figures.landscape import report_landscape
     from neuralcollapse.lab.results.folder import RunFolder
-    from neuralcollapse.lab.training.landscape import tabulate
+    from neuralcollapse.lab.ufm.landscape import tabulate, write_landscape
     from neuralcollapse.ufm import UnconstrainedFeatures, origin_curvature, survey
 
     feature_dim = config.feature_dim or config.num_classes
@@ -99,5 +98,5 @@ def run(settings: Namespace) -> None:
         bound = origin_curvature(
             config.num_classes, config.samples_per_class, config.weight_decay, config.feature_decay
         )
-        table, written = report_landscape(folder, tables.frames(), config.title, optimum=tables.optimum, bound=bound)
+        table, written = write_landscape(folder, tables, config.title, bound)
     print_table(table, written)

@@ -65,8 +65,8 @@ def run(settings: Namespace) -> None:
     seeds = _seeds(settings.get("seeds"), chosen)
     folder = RunFolder(settings.get("out") or _FOLDER / f"{study.name}-{scale}")
     with ExitStack() as locks:
-        if study.free_features:
-            groups, figures = _free_features(chosen, seeds, settings, folder)
+        if study.is_ufm:
+            groups, figures = _ufm_results(chosen, seeds, settings, folder)
             locks.enter_context(sole_writer(folder.path))
         else:
             data = settings.get("data") or (None if settings.get("overwrite") else _data_of(folder))
@@ -196,18 +196,20 @@ def _draw(study: Study, found: Mapping[str, Mapping[int, RunFolder]], folder: Ru
     return written
 
 
-def _free_features(
+def _ufm_results(
     scale: Scale, seeds: Sequence[int], settings: Namespace, folder: RunFolder
 ) -> tuple[dict[str, dict[int, Finished]], list[Path]]:
-    """Train free features as `ufm` does; its iterations stand where others have epochs."""
-    from neuralcollapse.lab.commands.ufm import FreeFeatures, train_free_features
+    """Train the unconstrained features model as `ufm` does, with iterations in place of epochs."""
+    from neuralcollapse.lab.commands.ufm import FreeFeatures, train_ufm
     from neuralcollapse.lab.results.verdicts import Finished
 
     if list(seeds) != list(range(len(seeds))) or settings.get("data") is not None:
-        raise ValueError("seeds of free features must be a number, and data must not be given: there are none")
+        raise ValueError(
+            "seeds of the unconstrained features model must be a number, and data must not be given: it has none"
+        )
     config = FreeFeatures(**scale.settings, seeds=len(seeds))
     options = {"overwrite": bool(settings.get("overwrite"))}
-    _, metrics, figures = train_free_features(config, folder, resume=folder.config.exists(), **options)
+    _, metrics, figures = train_ufm(config, folder, resume=folder.config.exists(), **options)
     groups: dict[str, dict[int, Finished]] = {}
     for (classes, optimizer, method, seed), table in metrics.groupby(
         ["classes", "optimizer", "method", "seed"], sort=False

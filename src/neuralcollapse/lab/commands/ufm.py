@@ -20,15 +20,14 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-    from neuralcollapse.lab.training.free_comparison import Schedule
-    from neuralcollapse.lab.training.free_features import FreeRun
+    from neuralcollapse.lab.ufm.compare import Schedule, UFMRun
 
-SUMMARY = "free features under the methods: UFM-10, -100, -200, -1000"
+SUMMARY = "the unconstrained features model (UFM) trained with each method: UFM-10, -100, -200, -1000"
 USAGE = "[--classes 10,100] [--methods A,B] [--optimizers sgd,agd] [--seeds N] [--out FOLDER] [--resume | --overwrite]"
 DESCRIPTION = (
-    "Train free features, with no network, under standard, fixed and implicit, each with sgd and agd; print after how "
-    "many iterations each reaches which loss and which collapse, and draw them over seeds. The rate of each method, "
-    "optimiser and size is first chosen from the same candidates, on a seed that is not compared."
+    "Train unconstrained features, without a network, with standard, fixed and implicit, each with sgd and agd; print "
+    "after how many iterations each reaches levels of loss and of collapse, and draw them over seeds. The rate of each "
+    "method, optimiser and size is first chosen from the same candidates, on a seed that is not compared."
 )
 
 
@@ -69,13 +68,13 @@ class FreeFeatures(Settings):
             if self.feature_dim is not None and self.feature_dim < num_classes - 1:
                 raise ValueError(f"feature_dim must be at least K - 1 = {num_classes - 1}, got {self.feature_dim}")
 
-    def runs(self) -> list[tuple[FreeRun, Schedule]]:
+    def runs(self) -> list[tuple[UFMRun, Schedule]]:
         """What to train, with any seed."""
-        from neuralcollapse.lab.training.free_features import FreeRun, feature_radius
+        from neuralcollapse.lab.ufm.compare import UFMRun, feature_radius
 
         return [
             (
-                FreeRun(
+                UFMRun(
                     method,
                     optimizer,
                     num_classes,
@@ -92,7 +91,7 @@ class FreeFeatures(Settings):
         ]
 
     def _schedule(self, num_classes: int) -> Schedule:
-        from neuralcollapse.lab.training.free_comparison import Schedule
+        from neuralcollapse.lab.ufm.compare import Schedule
 
         large = num_classes > 200  # where measuring takes seconds
         rates = {"sgd": self.sgd_rates, "agd": self.agd_gains}
@@ -118,20 +117,20 @@ def run(settings: Namespace) -> None:
         return
 
     folder = RunFolder(output_folder(settings, "runs/ufm"))
-    table, _, written = train_free_features(config, folder, **what_is_there(settings))
+    table, _, written = train_ufm(config, folder, **what_is_there(settings))
     print_table(table, written)
 
 
-def train_free_features(
+def train_ufm(
     config: FreeFeatures, folder: RunFolder, *, resume: bool, overwrite: bool
 ) -> tuple[str, pd.DataFrame, list[Path]]:
-    """Train what is asked for, and write its table and figures.
+    """Train the runs of a comparison, and write its tables, figures and summary.
 
     Returns:
-        The table as text, what was measured, and the files written.
+        The table as text, the measurements, and the files written.
     """
-    from neuralcollapse.lab.figures.free_features import report_free_features  # seconds: not for a mistake in a flag
-    from neuralcollapse.lab.training.free_comparison import compare_free_features
+    from neuralcollapse.lab.ufm.compare import compare_on_ufm
+    from neuralcollapse.lab.ufm.figures import write_ufm  # seconds: not for a mistake in a flag
 
     folder.check(config.in_force(), resume=resume, overwrite=overwrite)
     runs = config.runs()
@@ -141,6 +140,6 @@ def train_free_features(
         for one, schedule in runs
     )
     with folder.writing(config.in_force(), resume=resume, overwrite=overwrite, reported=True):
-        metrics, tuning = compare_free_features(runs, range(config.seeds), folder.runs)
-        table, written = report_free_features(folder, metrics, tuning, list(sizes))
+        metrics, tuning = compare_on_ufm(runs, range(config.seeds), folder.runs)
+        table, written = write_ufm(folder, metrics, tuning, list(sizes))
     return table, metrics, written

@@ -1,8 +1,9 @@
-"""What a run or a comparison found: its table, its summary and its figures, from its folder alone."""
+"""Summaries of folders in Markdown; table, summary and figures of a run or a comparison, from its folder alone."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,16 +21,22 @@ _TO_BASELINE = (
     "after epochs {epochs}): test accuracy, nc1_quotient, nc2_etf_means, nc3_duality. Test accuracy: mean over these\n"
     "epochs, the last, and points more than standard, paired by seed, with Student's 95% interval."
 )
+_EXPLANATION = (
+    "Accuracies and collapse metrics are those of the last epoch, on the train split\n"
+    "unless stated otherwise, taken in evaluation mode, without targets, on images without augmentation; `metrics.csv` "
+    "has all\nof them for each epoch measured. Seconds per epoch are of training alone, without measuring."
+)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What one run, or a comparison of several, found.
+    """Results of a run or a comparison.
 
     Attributes:
-        table: One row a method, as text; below it, how soon each is where standard ends.
+        table: One row per method, as text; below it, the epochs in which each method reaches the final values of
+            standard.
         metrics: Columns method, seed, epoch, split, metric, value.
-        written: The files written, most telling first.
+        written: The files written, the most informative first.
     """
 
     table: str
@@ -38,11 +45,11 @@ class Summary:
 
 
 def summarise(folder: RunFolder, command: str) -> Summary:
-    """Gather what the runs of a folder wrote, and write the folder's own table, summary, figures and report.
+    """Write the tables, the summary, the figures and the report of a folder from the tables and records of its runs.
 
     Args:
-        folder: Of one run, or of several.
-        command: The command that runs it again.
+        folder: Folder of one run, or of several.
+        command: Command that made it, ``"train"`` or ``"compare"``.
     """
     runs = folder.run_folders()
     metrics, log = gather(runs, "metrics"), gather(runs, "training_log")
@@ -51,28 +58,58 @@ def summarise(folder: RunFolder, command: str) -> Summary:
             write_csv(path, gathered)
     settings = [run.settings() for run in runs]
     tuned = folder.settings().get("lr") == "auto"
-    beside: dict[str, dict[str, str]] = {}
-    for method, one in zip(methods_of(runs), settings, strict=True):
-        beside[method] = {"lr": f"{one['lr']:g}"} if tuned else {}
-        if one.get("recipe"):
-            beside[method]["recipe"] = one["recipe"]
-    table = aligned(results_table(metrics, log, beside))
+    further: dict[str, dict[str, str]] = {}
+    for method, config in zip(methods_of(runs), settings, strict=True):
+        further[method] = {"lr": f"{config['lr']:g}"} if tuned else {}
+        if config.get("recipe"):
+            further[method]["recipe"] = config["recipe"]
+    table = aligned(results_table(metrics, log, further))
     to_baseline = baseline_table(metrics)
     if to_baseline is not None:
         table += f"\n\n{_TO_BASELINE.format(epochs=_listed_epochs(metrics))}\n\n{aligned(to_baseline)}"
     table = "\n".join([table, *_at_chance(runs, metrics)])
-    made = folder.read_environment()
-    title = f"{settings[0]['backbone']} on {made.get('data', settings[0]['data'])}"
-    seeds = list(dict.fromkeys(one["seed"] for one in settings))
-    figures = draw_figures(metrics, folder.figures, title, made.get("num_classes"))
-    text = _summary(folder, title, command, table, figures, seeds)
-    write_whole(folder.summary, lambda path: path.write_text(text, encoding="utf-8"))
+    environment = folder.read_environment()
+    title = f"{settings[0]['backbone']} on {environment.get('data', settings[0]['data'])}"
+    figures = draw_figures(metrics, folder.figures, title, environment.get("num_classes"))
+    seeds = list(dict.fromkeys(config["seed"] for config in settings))
+    over = (
+        f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"Seed {seeds[0]}"
+    )
+    again = f"`neuralcollapse {command} --config {folder.config.name} --out FOLDER` runs it again."
+    write_summary(folder, title, [table, f"{over}. {_EXPLANATION}"], figures, f"{made_by(folder)}\n{again}")
     tables = [table for table in (folder.metrics, folder.training_log, folder.gradients) if table.exists()]
     return Summary(table, metrics, [folder.summary, *_report(folder, runs), *figures, *tables, folder.config])
 
 
+def write_summary(
+    folder: RunFolder, title: str, sections: Sequence[str], figures: Sequence[Path], footer: str = ""
+) -> None:
+    """Write the summary of a folder in Markdown.
+
+    Args:
+        folder: Folder to write to.
+        title: Heading.
+        sections: Tables and paragraphs, in Markdown.
+        figures: Pictures below them, inside the folder.
+        footer: Last paragraph.
+    """
+    pictures = "\n".join(f"![{figure.stem}]({figure.relative_to(folder.path)})" for figure in figures)
+    text = "\n\n".join(filter(None, [f"# {title}", *sections, pictures, footer])) + "\n"
+    write_whole(folder.summary, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def made_by(folder: RunFolder) -> str:
+    """Return the command, the versions and the machine with which a folder was made, as a paragraph of Markdown."""
+    environment = folder.read_environment()
+    packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
+    return (
+        f"Made by `{environment['command']}` with neuralcollapse {environment['neuralcollapse']} ({packages})\n"
+        f"on {environment['accelerator'] or environment['machine']}."
+    )
+
+
 def _report(folder: RunFolder, runs: list[RunFolder]) -> list[Path]:
-    """The page, where the runs have records; it never ends a run."""
+    """Write the report, or print why there is none, which is not an error: for runs without records."""
     try:
         write_report(runs, folder.report)
     except ValueError as error:
@@ -90,38 +127,16 @@ def _listed_epochs(metrics: pd.DataFrame) -> str:
 
 
 def _at_chance(runs: list[RunFolder], metrics: pd.DataFrame) -> list[str]:
-    """A line on each run that ended no better than by always naming the largest class."""
+    """Return a line for each run whose final accuracy is at most that of always predicting the largest class."""
     last = metrics[(metrics["split"] == "train") & (metrics["metric"] == "accuracy")]
     last = last[last["epoch"] == last["epoch"].max()].set_index(["method", "seed"])["value"]
     lines = []
     for method, run in zip(methods_of(runs), runs, strict=True):
         seed, chance = run.settings()["seed"], run.read_environment().get("largest_class_share")
-        found = last[last.index == (method, seed)]
-        if chance is not None and len(found) == 1 and found.iloc[0] <= 1.05 * chance:
+        accuracy = last[last.index == (method, seed)]
+        if chance is not None and len(accuracy) == 1 and accuracy.iloc[0] <= 1.05 * chance:
             lines.append(
-                f"\n{method}, seed {seed}, ends at chance: {found.iloc[0]:.1%} of the training "
-                f"images are right, and the largest class is {chance:.1%}. It diverged, or has learnt nothing yet."
+                f"\n{method}, seed {seed}, ends at chance: {accuracy.iloc[0]:.1%} of the training images are "
+                f"right, and the largest class is {chance:.1%}. It diverged, or has not learned anything yet."
             )
     return lines
-
-
-def _summary(folder: RunFolder, title: str, command: str, table: str, figures: list[Path], seeds: list[int]) -> str:
-    made = folder.read_environment()
-    packages = ", ".join(f"{name} {number}" for name, number in made["packages"].items())
-    pictures = "\n".join(f"![{figure.stem}]({figure.relative_to(folder.path)})" for figure in figures)
-    over = f"seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}"
-    spread = f"Mean ± standard deviation over {over}. " if len(seeds) > 1 else f"Of {over}. "
-    return f"""# {title}
-
-{table}
-
-{spread}Accuracies and collapse metrics are those of the last epoch, on the train split
-unless said otherwise, taken in evaluation mode, without targets, on images without augmentation; `metrics.csv` has all
-of them for each epoch measured. Seconds an epoch are of training alone, without measuring.
-
-{pictures}
-
-Made by `{made["command"]}` with neuralcollapse {made["neuralcollapse"]} ({packages})
-on {made["accelerator"] or made["machine"]}.
-`neuralcollapse {command} --config {folder.config.name} --out FOLDER` runs it again.
-"""
