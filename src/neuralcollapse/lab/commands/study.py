@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser, Namespace
 from neuralcollapse.lab.commands.arguments import integer
 from neuralcollapse.lab.commands.runs import say_written
 from neuralcollapse.lab.figures import draw
-from neuralcollapse.lab.results.files import read_yaml, write_whole, write_yaml
+from neuralcollapse.lab.results.files import read_yaml, write_yaml
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.locking import sole_writer
 from neuralcollapse.lab.settings import Settings
@@ -230,6 +230,7 @@ def _report(
     figures: Sequence[Path],
 ) -> None:
     """Judge, write, print."""
+    from neuralcollapse.lab.figures.summary import write_summary
     from neuralcollapse.lab.results.verdicts import judge, verdict_record
 
     facts = [run.facts for runs in groups.values() for run in runs.values()]
@@ -248,8 +249,7 @@ def _report(
         "finished": max((one["ended"] for one in facts if one.get("ended")), default=None),
     }
     write_yaml(folder.verdict, record)
-    text = _summary(record, [figure.relative_to(folder.path) for figure in figures[:1]])
-    write_whole(folder.summary, lambda path: path.write_text(text, encoding="utf-8"))
+    write_summary(folder, f"{study.name}: {study.title}", _sections(record), figures[:1])
     print(_verdicts(record))
     say_written([folder.summary, folder.verdict, *figures])
 
@@ -269,15 +269,14 @@ def _verdicts(record: Mapping[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-def _summary(record: Mapping[str, Any], figures: Sequence[Path]) -> str:
+def _sections(record: Mapping[str, Any]) -> list[str]:
+    """Return the paragraphs of a study's summary: its source and scale, and each claim with its verdict."""
     reduced = f" Reduced: {record['reduced']}." if record["reduced"] else ""
-    lines = [f"# {record['study']}: {record['title']}", "", f"{record['source']}. Scale {record['scale']}.{reduced}"]
+    sections = [f"{record['source']}. Scale {record['scale']}.{reduced}"]
     for claim in record["claims"]:
-        lines += ["", f"**{claim['verdict']}**: {claim['claim']} ({claim['measure']}).", ""]
-        lines += [f"- {numbers}" for numbers in claim["numbers"]]
-    lines += ["", "Differences are of the same seed, intervals are Student's 95% interval over seeds (n - 1)."]
-    lines += ["", *(f"![{figure.stem}]({figure})" for figure in figures)]
-    return "\n".join(lines) + "\n"
+        sections.append(f"**{claim['verdict']}**: {claim['claim']} ({claim['measure']}).")
+        sections.append("\n".join(f"- {numbers}" for numbers in claim["numbers"]))
+    return [*sections, "Differences are of the same seed, intervals are Student's 95% interval over seeds (n - 1)."]
 
 
 def _listing() -> str:

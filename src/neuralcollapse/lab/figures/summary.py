@@ -72,9 +72,8 @@ def summarise(folder: RunFolder, command: str) -> Summary:
     title = f"{settings[0]['backbone']} on {environment.get('data', settings[0]['data'])}"
     figures = draw_figures(metrics, folder.figures, title, environment.get("num_classes"))
     seeds = list(dict.fromkeys(config["seed"] for config in settings))
-    over = (
-        f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"Seed {seeds[0]}"
-    )
+    listed = ", ".join(map(str, seeds))
+    over = f"Mean ± standard deviation over seeds {listed}" if len(seeds) > 1 else f"Seed {listed}"
     again = f"`neuralcollapse {command} --config {folder.config.name} --out FOLDER` runs it again."
     write_summary(folder, title, [table, f"{over}. {_EXPLANATION}"], figures, f"{made_by(folder)}\n{again}")
     tables = [table for table in (folder.metrics, folder.training_log, folder.gradients) if table.exists()]
