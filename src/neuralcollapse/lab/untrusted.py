@@ -1,4 +1,4 @@
-"""Files received from others: YAML within limits, classes that are not imported, secrets that are not shown."""
+"""Protection from files of other people: limits of YAML, no import of named classes, no display of secrets."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def load_yaml(text: str) -> Any:
     """Return the plain values of a YAML document.
 
     Raises:
-        ValueError: if it is not YAML, holds other things than plain values, or exceeds the limits of `check_limits`.
+        ValueError: if it is not YAML of plain values, or exceeds the limits of `check_limits`.
     """
     try:
         check_limits(text)
@@ -36,20 +36,21 @@ def load_yaml(text: str) -> Any:
 
 
 def check_limits(text: str) -> None:
-    """Check that what a YAML document stands for is of a size that can be loaded, before anything of it is.
+    """Check the size of a YAML document before it is loaded.
 
-    Deep nesting would end the process inside libyaml, and aliases of aliases stand for more values than memory holds.
+    Deep nesting would end the process inside libyaml, and aliases of aliases may expand to more values than memory
+    holds.
 
     Raises:
-        yaml.YAMLError: if it is nested deeper or holds more values than settings need, or is not YAML.
+        yaml.YAMLError: if it is nested deeper or expands to more values than settings need, or is not YAML.
     """
     anchors: dict[str, int] = {}
-    sizes: list[int] = [0]  # of the collections that are open, the document first
+    sizes: list[int] = [0]  # number of values in each open collection, the document first
     names: list[str | None] = [None]
     for event in yaml.parse(text, _LOADER):
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in anchors:
-                raise yaml.YAMLError(f"the alias *{event.anchor} stands for nothing, or for what it is part of")
+                raise yaml.YAMLError(f"the alias *{event.anchor} is undefined, or contains itself")
             sizes[-1] += anchors[event.anchor]
         elif isinstance(event, yaml.ScalarEvent):
             sizes[-1] += 1
@@ -72,15 +73,15 @@ def check_limits(text: str) -> None:
 
 
 def check_class_is_named(settings: Mapping[str, Any], named: str | None, where: Path | str) -> None:
-    """Check that settings from a file name no class that the command line does not name as well.
+    """Check that a class named by settings from a file is named on the command line as well.
 
     Args:
-        settings: Those of the file.
-        named: The class that the command line names, if it names one.
+        settings: Settings from the file.
+        named: Class named on the command line, or None.
         where: The file.
 
     Raises:
-        ValueError: if they do.
+        ValueError: if it is not.
     """
     backbone = settings.get("backbone")
     if isinstance(backbone, str) and "." in backbone and backbone != named:
@@ -91,11 +92,11 @@ def check_class_is_named(settings: Mapping[str, Any], named: str | None, where: 
 
 
 def without_secrets(values: Any, name: str = "") -> Any:
-    """Return plain values with every text replaced that looks like a secret, by its name or by itself.
+    """Return plain values in which every text is replaced that looks like a secret, or whose name does.
 
     Args:
         values: A mapping, a list or a single value.
-        name: The value's name.
+        name: Name of the value.
 
     Examples:
         >>> without_secrets({"depth": 3, "hub_token": "abc", "num_tokens": 4})

@@ -17,7 +17,7 @@ from neuralcollapse.lab.untrusted import load_yaml
 if TYPE_CHECKING:
     import pandas as pd
 
-# Beginnings of cells that a spreadsheet takes for formulas; numbers are none.
+# Beginning of a cell that a spreadsheet takes for a formula; that of a number is not one.
 _FORMULA = re.compile(r"[=+@\t\r]|-(?![\d.]|inf)")
 
 

@@ -1,4 +1,4 @@
-"""Labels and titles of runs: what differs between them, and what they share."""
+"""Labels and titles of runs, from the settings in which they differ and those that they share."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _MOST_VALUES, _LONGEST = 4, 30
 
 
 def labels_of(runs: Sequence[Settings], always: Sequence[str] = ()) -> list[str]:
-    """Return a label for each run that says what tells it from the others, seeds apart, in few words.
+    """Return a short label for each run, with the settings in which it differs from the others.
 
     Runs that differ in their seed alone have the same label, all others different ones. The main settings, such as
-    method, data, backbone and optimizer, are in it where they differ, by their value alone where that is clear; of the
-    other settings as few as tell the runs apart.
+    method, data, backbone and optimizer, are included if they differ, by their value alone if that is clear; of the
+    other settings as few as distinguish the runs.
 
     Args:
-        runs: Their settings.
+        runs: Settings of each run.
         always: Settings that are in each label, whether they differ or not.
 
     Examples:
@@ -39,15 +39,15 @@ def labels_of(runs: Sequence[Settings], always: Sequence[str] = ()) -> list[str]
         ['fixed lr=0.1', 'fixed lr=0.2']
     """
     runs = [without_secrets(run) for run in runs]
-    names = _telling(runs, always)
+    names = _distinguishing(runs, always)
     if not names:  # one group: its name
         names = [name for name in ("name", "method", "backbone", "model", "data") if runs and runs[0].get(name)][:1]
     texts = {name: short_values([run.get(name) for run in runs]) for name in names}
-    alone = {name: _speaks_alone(name, texts) for name in names}
+    clear = {name: _is_clear(name, texts) for name in names}
     labels = []
-    for place, run in enumerate(runs):
+    for index, run in enumerate(runs):
         words = [
-            texts[name][place] if alone[name] else f"{name}={texts[name][place]}"
+            texts[name][index] if clear[name] else f"{name}={texts[name][index]}"
             for name in names
             if run.get(name) is not None
         ]
@@ -61,8 +61,8 @@ def title_of(runs: Sequence[Settings], data: Sequence[str | None]) -> str:
     """Return the settings that runs share, and those in which they differ with their values.
 
     Args:
-        runs: Their settings.
-        data: The description of each one's data.
+        runs: Settings of each run.
+        data: Description of the data of each run.
 
     Examples:
         >>> runs = [{"method": "fixed", "backbone": "mlp", "optimizer": name, "data": "digits"} for name in "ab"]
@@ -72,26 +72,26 @@ def title_of(runs: Sequence[Settings], data: Sequence[str | None]) -> str:
     runs = [without_secrets(run) for run in runs]
     named = [name for name in _OF_TITLE if any(run.get(name) is not None for run in runs)]
     differing = [name for name in named if len(_values(runs, name)) > 1]
-    common = ", ".join(_alone_or_named(name, runs[0][name]) for name in named if name not in differing)
+    common = ", ".join(_named_if_unclear(name, runs[0][name]) for name in named if name not in differing)
     if any(run.get("data") is not None for run in runs):
         if len(_values(runs, "data")) > 1:
             differing.insert(0, "data")
         else:
             described = set(filter(None, data))
-            of_all = described.pop() if len(described) == 1 else short_values([runs[0]["data"]])[0]
-            common = f"{common} on {of_all}" if common else of_all
-    differing += [name for name in _telling(runs) if name not in MAIN]
-    told = f"differing: {', '.join(_with_values(name, runs) for name in differing)}" if differing else ""
-    return "; ".join(filter(None, (common, told)))
+            shared = described.pop() if len(described) == 1 else short_values([runs[0]["data"]])[0]
+            common = f"{common} on {shared}" if common else shared
+    differing += [name for name in _distinguishing(runs) if name not in MAIN]
+    differences = f"differing: {', '.join(_with_values(name, runs) for name in differing)}" if differing else ""
+    return "; ".join(filter(None, (common, differences)))
 
 
 def differing_settings(runs: Sequence[Settings]) -> list[str]:
-    """Return the names of the settings in which runs differ, seeds apart, the main ones first.
+    """Return the names of the settings other than the seed in which runs differ, the main ones first.
 
-    A setting that some runs do not have, and that has one value in the others, is left out unless labels need it: it
-    follows from another one, as the momentum does from the optimizer.
+    A setting that some runs lack, and that has one value in all others, is left out unless labels need it: it follows
+    from another one, as the momentum does from the optimizer.
     """
-    needed = _telling(runs)
+    needed = _distinguishing(runs)
     return [
         name
         for name in _names(runs)
@@ -100,7 +100,7 @@ def differing_settings(runs: Sequence[Settings]) -> list[str]:
 
 
 def short_values(values: Sequence[Any]) -> list[str]:
-    """Return the values as short texts, of which different ones stay different: paths and dotted names by their end.
+    """Return values as short texts, distinct for distinct values; paths and dotted names are shortened to their end.
 
     Examples:
         >>> short_values(["/data/mnist", "/data/cifar10", None, 0.05, True])
@@ -118,22 +118,22 @@ def short_values(values: Sequence[Any]) -> list[str]:
     return cut if len(set(cut)) == number else ends if len(set(ends)) == number else full
 
 
-def _telling(runs: Sequence[Settings], always: Sequence[str] = ()) -> list[str]:
-    """The settings of a label: those asked for, the main ones that differ, and as few others as tell all runs apart."""
+def _distinguishing(runs: Sequence[Settings], always: Sequence[str] = ()) -> list[str]:
+    """Settings of a label: ``always``, the main ones that differ, and as few others as distinguish all runs."""
     names = _names(runs)
     shown = [name for name in MAIN if name in names or name in always]
-    apart = len(_groups(runs, names))
+    number = len(_groups(runs, names))
     others = sorted((name for name in names if name not in MAIN), key=lambda name: (_rank(name), name))
-    while len(_groups(runs, shown)) < apart:
+    while len(_groups(runs, shown)) < number:
         shown.append(max(others, key=lambda name: len(_groups(runs, [*shown, name]))))
     for name in [name for name in shown if name not in MAIN]:
-        if len(_groups(runs, [one for one in shown if one != name])) == apart:
+        if len(_groups(runs, [other for other in shown if other != name])) == number:
             shown.remove(name)
     return shown
 
 
 def _names(runs: Sequence[Settings]) -> list[str]:
-    """The settings in which runs differ, the main ones first."""
+    """Settings in which runs differ, the main ones first."""
     names = sorted({name for run in runs for name in run}.difference(_IGNORED), key=lambda name: (_rank(name), name))
     return [name for name in names if len(_values(runs, name)) > 1]
 
@@ -144,7 +144,7 @@ def _rank(name: str) -> int:
 
 
 def _values(runs: Sequence[Settings], name: str) -> dict[str, Any]:
-    """The different values of a setting, in order."""
+    """Distinct values of a setting, in order."""
     return {_key(run.get(name)): run.get(name) for run in runs}
 
 
@@ -158,20 +158,20 @@ def _key(value: Any) -> str:
 
 def _with_values(name: str, runs: Sequence[Settings]) -> str:
     """A setting and its values, or their number."""
-    found = list(_values(runs, name).values())
-    if len(found) > _MOST_VALUES:
-        return f"{name} ({len(found)} values)"
-    texts = short_values(found)
+    values = list(_values(runs, name).values())
+    if len(values) > _MOST_VALUES:
+        return f"{name} ({len(values)} values)"
+    texts = short_values(values)
     return f"{name} ({', '.join(text or 'default' for text in texts)})"
 
 
-def _alone_or_named(name: str, value: Any) -> str:
+def _named_if_unclear(name: str, value: Any) -> str:
     (text,) = short_values([value])
-    return text if _speaks_alone(name, {name: [text]}) else f"{name} {text}"
+    return text if _is_clear(name, {name: [text]}) else f"{name} {text}"
 
 
-def _speaks_alone(name: str, texts: Mapping[str, Sequence[str]]) -> bool:
-    """Return whether a main setting's values are clear without its name: not numbers, and not of another setting."""
+def _is_clear(name: str, texts: Mapping[str, Sequence[str]]) -> bool:
+    """Return whether the values of a main setting are clear without its name: not numbers, nor another's values."""
     if name not in MAIN or name == "weight_average":
         return False
     others = {text for other, of_other in texts.items() if other != name for text in of_other if text}
@@ -185,10 +185,9 @@ def _text(value: Any) -> str:
 
 
 def _end(text: str, parts: int) -> str:
-    """The last parts of a path, or of a dotted name."""
+    """Last parts of a path or a dotted name."""
     if re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", text):
         return ".".join(text.split(".")[-parts:])
     if not _PATH.match(text):
         return text
-    found = [part for part in re.split(r"[/\\]", text) if part]
-    return "/".join(found[-parts:])
+    return "/".join([part for part in re.split(r"[/\\]", text) if part][-parts:])

@@ -1,4 +1,4 @@
-"""What a result depends on beside its settings."""
+"""Provenance of a result besides its settings: versions, machine, command, time and memory."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _PACKAGES = (
 
 
 def environment(folder: Path) -> dict[str, Any]:
-    """Versions, machine and command, of what is written to a folder."""
+    """Return versions, machine and command for the environment of a run folder."""
     import torch
 
     return {
@@ -51,17 +51,17 @@ def environment(folder: Path) -> dict[str, Any]:
 
 
 def start(folder: Path) -> dict[str, Any]:
-    """When something begins, or goes on, by which command and with which versions that decide its numbers."""
+    """Return time, command and the versions that decide numbers, of a run that starts or resumes."""
     versions = {"neuralcollapse": version("neuralcollapse"), "torch": _version("torch")}
     return {"time": now(), "command": command(sys.argv, folder), **versions}
 
 
 def command(arguments: Sequence[str], folder: Path) -> str:
-    """The command line as it may be shown: absolute paths are relative to the folder, secrets are left out.
+    """Return the command line with absolute paths relative to the folder and without secrets.
 
     Args:
-        arguments: The program and its arguments.
-        folder: That of the run.
+        arguments: Program and arguments.
+        folder: Folder of the run.
 
     Examples:
         >>> command(["/usr/bin/neuralcollapse", "train", "--data=/home/me/mnist"], Path("/home/me/runs/one"))
@@ -78,32 +78,32 @@ def command(arguments: Sequence[str], folder: Path) -> str:
 
 
 def shown_settings(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return settings as they may be shown: absolute paths are relative to the run's folder, secrets are left out."""
+    """Return settings with absolute paths relative to the run's folder and without secrets."""
     shown: dict[str, Any] = without_secrets(dict(settings))
     return {name: relative_path(value, folder) for name, value in shown.items()}
 
 
 def relative_path(value: Any, folder: Path) -> Any:
-    """Return an absolute path relative to a folder; anything else as it is."""
+    """Return an absolute path relative to a folder, any other value unchanged."""
     return os.path.relpath(value, folder) if isinstance(value, str) and os.path.isabs(value) else value
 
 
 def _shown_value(value: str, name: str, folder: Path) -> str:
-    if "." in name or re.search(r"[\[{:]", value):  # of a mapping: one entry, or all of it
+    if "." in name or re.search(r"[\[{:]", value):  # one entry of a mapping, or a whole one
         with contextlib.suppress(ValueError):
-            found = load_yaml(value)
-            safe = without_secrets(found, name.rpartition(".")[2])
-            value = value if safe == found else safe if isinstance(safe, str) else json.dumps(safe)
+            parsed = load_yaml(value)
+            safe = without_secrets(parsed, name.rpartition(".")[2])
+            value = value if safe == parsed else safe if isinstance(safe, str) else json.dumps(safe)
     return str(relative_path(without_secrets(value, name), folder))
 
 
 def now() -> str:
-    """The time, in UTC, to the second."""
+    """Return the time in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def forget_peak_memory() -> None:
-    """Have `peak_memory` count from now on, where the system can."""
+    """Reset `peak_memory`, if the system supports it."""
     import torch
 
     if torch.cuda.is_available():
@@ -113,7 +113,7 @@ def forget_peak_memory() -> None:
 
 
 def peak_memory() -> float:
-    """MiB that were in use at most: of the accelerator if there is one, else of this process."""
+    """Return the peak memory in MiB: of the accelerator if there is one, else of this process."""
     import torch
 
     if torch.cuda.is_available():
@@ -129,7 +129,7 @@ def peak_memory() -> float:
 
 
 def _cpu() -> str | None:
-    """The processor's model."""
+    """Model of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n")
     except OSError:  # not on every system
@@ -146,9 +146,9 @@ def _version(package: str) -> str | None:
 
 @cache
 def _git_commit() -> str | None:
-    """The commit of this package, if it runs from a checkout; marked if files differ from it.
+    """Commit of this package if it runs from a checkout, marked if files differ from it.
 
-    As it is when first asked for: what a process runs does not change with its files.
+    It is cached: a process keeps running the code that it has imported.
     """
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:

@@ -1,4 +1,4 @@
-"""Records of a run: which epochs have one, and checks of their content."""
+"""Records of a run: epochs that have one, and checks that a record is of its run, epoch and split."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def is_due(epoch: int, every: int, first: int | None = None) -> bool:
 
 
 class Records:
-    """The records in a run's folder.
+    """Reader of the records of a run.
 
     Args:
-        run: The run's folder.
+        run: Folder of the run.
     """
 
     def __init__(self, run: RunFolder) -> None:
@@ -47,8 +47,7 @@ class Records:
         """Load the record of an epoch and a split.
 
         Raises:
-            ValueError: if it is damaged, is of another epoch, split or run than its name and place say, or of other
-                labels than the run's.
+            ValueError: if it is damaged, or of another epoch, split, run or labels than its name and folder say.
             OSError: if it cannot be read.
         """
         from neuralcollapse.metrics import Measurement
@@ -58,27 +57,33 @@ class Records:
             raise ValueError(f"{str(path)!r} must be a regular file, and is not")
         try:
             record = Measurement.load(path)
-        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:  # with a checksum of its own
+        except (
+            KeyError,
+            TypeError,
+            AttributeError,
+            IndexError,
+            RuntimeError,
+        ) as error:  # other content
             raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
-        made = record.provenance
-        if made.epoch not in (None, epoch) or made.split not in (None, split):
+        origin = record.provenance
+        if origin.epoch not in (None, epoch) or origin.split not in (None, split):
             raise ValueError(
                 f"{path} must be the record of epoch {epoch}, {split} split, and says that it is of epoch "
-                f"{made.epoch}, {made.split} split"
+                f"{origin.epoch}, {origin.split} split"
             )
         labels = (self._fingerprint.get(split) or {}).get("labels")
-        if labels and made.labels and labels != made.labels:
+        if labels and origin.labels and labels != origin.labels:
             raise ValueError(
                 f"{path} must be of the run's labels, whose SHA-256 is {labels[:12]}… ({self.run.environment.name}), "
-                f"and is of labels with {made.labels[:12]}…"
+                f"and is of labels with {origin.labels[:12]}…"
             )
         for name, value in self._table.get((epoch, split), {}).items():
-            found = record.metrics.get(name, value)
-            undefined = math.isnan(found) and math.isnan(value)
-            if not undefined and not math.isclose(found, value, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE**2):
+            recorded = record.metrics.get(name, value)
+            undefined = math.isnan(recorded) and math.isnan(value)
+            if not undefined and not math.isclose(recorded, value, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE**2):
                 raise ValueError(
                     f"{path} must be the record that {self.run.metrics.name} is of, where {name} is {value:.6g} for "
-                    f"epoch {epoch}, {split} split, and has {found:.6g}: it is of another run, or of another model"
+                    f"epoch {epoch}, {split} split, and has {recorded:.6g}: it is of another run, or of another model"
                 )
         return record
 
@@ -95,9 +100,9 @@ class Records:
         if not self.run.metrics.exists():
             return {}
         table = read_table(self.run.metrics)
-        found: dict[tuple[int, str], dict[str, float]] = {}
+        values: dict[tuple[int, str], dict[str, float]] = {}
         for epoch, split, metric, value in zip(
             table["epoch"], table["split"], table["metric"], table["value"], strict=True
         ):
-            found.setdefault((int(epoch), str(split)), {})[str(metric)] = float(value)
-        return found
+            values.setdefault((int(epoch), str(split)), {})[str(metric)] = float(value)
+        return values
