@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from neuralcollapse._checks import check_at_least
-from neuralcollapse.cli import _chosen, _parse, _parser
+from neuralcollapse.cli import _name, _parse
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -117,10 +117,9 @@ def test_a_command_of_the_docs_is_one(command, tmp_path, monkeypatch):
     for argument in arguments:
         if argument.endswith(".yaml"):
             Path(argument).write_text("{}\n")
-    name, module = _chosen(arguments)
-    assert name is not None
+    assert _name(arguments) is not None
     if "--help" not in arguments:
-        _parse(_parser(name), module, arguments)
+        _parse(arguments)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -1,7 +1,7 @@
 """The command ``neuralcollapse``: parsing, and errors in one line.
 
-Importing this module needs the standard library only. Other packages are imported once Ctrl-C is handled, and a
-package that is not installed is an error in one line.
+Importing this module needs only the standard library: other packages are imported while Ctrl-C is handled, and only
+the module of the chosen command. A package that is not installed is an error in one line.
 """
 
 from __future__ import annotations
@@ -9,32 +9,18 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neuralcollapse._version import __version__
+from neuralcollapse.lab.commands import COMMANDS, Command, load_command
 from neuralcollapse.lab.stopping import INTERRUPTED, TERMINATED, Terminated, answering_signals, caused_by
 from neuralcollapse.lab.streams import lasting_streams
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
-# In the order in which `--help` lists them.
-COMMANDS = (
-    "compare",
-    "train",
-    "recipes",
-    "study",
-    "measure",
-    "distance",
-    "aggregate",
-    "plot",
-    "report",
-    "ufm",
-    "landscape",
-)
 _RESUMABLE = ("compare", "train", "ufm")
 _USER_ERROR = 2
 _OUT_OF_MEMORY = re.compile(r"can't allocate memory|out of memory", re.IGNORECASE)
@@ -66,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     owns_process = arguments is None
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    advice = "; with --resume, without --overwrite, it goes on" if _name(arguments) in _RESUMABLE else ""
+    advice = "; resume it with --resume" if _name(arguments) in _RESUMABLE else ""
     interrupted = f"neuralcollapse: interrupted{advice}"
     with (
         lasting_streams(alone=owns_process),
@@ -83,23 +69,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             message = _message(error)
             if message is None:
                 raise
-            return _end(f"neuralcollapse: error: {message}{_place(message, arguments)}", _USER_ERROR)
+            return _end(f"neuralcollapse: error: {message}{_location(message, arguments)}", _USER_ERROR)
         return _end(interrupted, INTERRUPTED) if signals.interrupted else code
 
 
 def _run(arguments: list[str]) -> int:
-    name, command = _chosen(arguments)
-    chosen = _parse(_parser(name), command, arguments)
-    assert command is not None  # without a command, the parser exits or raises
-    from neuralcollapse.lab.commands.arguments import check_named_classes
-
-    settings = chosen[chosen.subcommand]
-    check_named_classes(settings, arguments)
+    command, settings = _parse(arguments)
     return command.run(settings) or 0
 
 
 def _end(line: str, code: int) -> int:
-    """Print why the command ends, below a progress bar if there is one, on the first rank only; return the code."""
+    """Print the reason of the end, below a progress bar if there is one, on the first rank only; return the code."""
     from neuralcollapse.lab.ranks import global_rank
 
     if global_rank() == 0:
@@ -123,53 +103,48 @@ def _message(error: BaseException) -> str | None:
     return _one_line(str(error)) if isinstance(error, ArgumentError | ValueError | OSError) else None
 
 
-def _command(name: str) -> Any:
-    """Return the module of a command: SUMMARY, DESCRIPTION, USAGE, SECTIONS, add_arguments(parser), run(settings)."""
-    return import_module(f"neuralcollapse.lab.commands.{name}")
-
-
 def _name(arguments: Sequence[str]) -> str | None:
-    """Return the name of the chosen command, or None if there is no such command."""
+    """Return the name of the chosen command, or None if it is missing or unknown."""
     name = next((argument for argument in arguments if not argument.startswith("-")), None)
     return name if name in COMMANDS else None
 
 
-def _chosen(arguments: Sequence[str]) -> tuple[str | None, Any]:
+def _parse(arguments: list[str]) -> tuple[Command, Namespace]:
+    """Return the chosen command and its arguments; without one, the parser prints its help or raises.
+
+    Raises:
+        ValueError: if a flag is unknown (the message names the most similar ones), or a class is named in a file only.
+        ArgumentError: if the arguments are invalid otherwise.
+    """
+    from argparse import ArgumentError
+
     name = _name(arguments)
-    return (name, None) if name is None else (name, _command(name))
+    command = None if name is None else load_command(name)
+    parser = _parser(name, command)
+
+    from neuralcollapse.lab.commands.arguments import check_named_classes
+    from neuralcollapse.lab.settings import nearest, type_hints
+
+    try:
+        parsed = parser.parse_args(arguments, defaults=False)
+    except ArgumentError as error:
+        unknown = re.search(r"(?i)unrecognized arguments: (--[^\s=]+)", str(error))
+        if unknown is None or command is None:
+            raise
+        flags = [f"--{name}" for section in command.sections for name in type_hints(section)]
+        raise ValueError(f"{error}{nearest(unknown[1], flags)}") from error
+    assert command is not None  # without a command, parsing exits or raises
+    settings = parsed[parsed.subcommand]
+    check_named_classes(settings, arguments)
+    return command, settings
 
 
-def _parser(chosen: str | None) -> ArgumentParser:
+def _parser(chosen: str | None, command: Command | None) -> ArgumentParser:
     """Return the parser of all commands, with the arguments of the chosen one."""
     import yaml
-    from jsonargparse import ArgumentParser, set_loader
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_loader
 
     from neuralcollapse.lab.parsing import load_yaml
-
-    set_loader("settings", load_yaml, exceptions=(yaml.YAMLError,))
-    options: dict[str, Any] = {
-        "exit_on_error": False,
-        "allow_abbrev": False,
-        "formatter_class": _help_formatter(),
-        "parser_mode": "settings",
-    }
-    parser = ArgumentParser(
-        prog="neuralcollapse", description="Measure, induce and guide neural collapse in classifiers.", **options
-    )
-    parser.add_argument("--version", action="version", version=f"neuralcollapse {__version__}")
-    commands = parser.add_subcommands(dest="subcommand", metavar="COMMAND")
-    for name in COMMANDS:
-        command = _command(name)
-        usage = f"neuralcollapse {name} {command.USAGE}"
-        subparser = ArgumentParser(description=command.DESCRIPTION, usage=usage, print_config=None, **options)
-        if name == chosen:
-            command.add_arguments(subparser)
-        commands.add_subcommand(name, subparser, help=command.SUMMARY)
-    return parser
-
-
-def _help_formatter() -> Any:
-    from jsonargparse import DefaultHelpFormatter
 
     class Help(DefaultHelpFormatter):
         """Help texts as written, without the types and defaults that jsonargparse adds."""
@@ -177,56 +152,60 @@ def _help_formatter() -> Any:
         def _get_help_string(self, action: Any) -> str:
             return action.help or ""
 
-    return Help
+    set_loader("settings", load_yaml, exceptions=(yaml.YAMLError,))
+    options: dict[str, Any] = {
+        "exit_on_error": False,
+        "allow_abbrev": False,
+        "formatter_class": Help,
+        "parser_mode": "settings",
+    }
+    parser = ArgumentParser(
+        prog="neuralcollapse", description="Measure, induce and guide neural collapse in classifiers.", **options
+    )
+    parser.add_argument("--version", action="version", version=f"neuralcollapse {__version__}")
+    subcommands = parser.add_subcommands(dest="subcommand", metavar="COMMAND")
+    for name, (_, summary) in COMMANDS.items():
+        subparser = ArgumentParser(prog=f"neuralcollapse {name}", print_config=None, **options)
+        if name == chosen and command is not None:
+            _add_arguments(subparser, command)
+        subcommands.add_subcommand(name, subparser, help=summary)
+    return parser
 
 
-def _parse(parser: ArgumentParser, command: Any, arguments: list[str]) -> Namespace:
-    """Parse the arguments; the error for an unknown flag names the most similar flags."""
-    from argparse import ArgumentError
+def _add_arguments(parser: ArgumentParser, command: Command) -> None:
+    """Add the arguments of a command: its own, and a flag per setting, which the usage line summarises."""
+    from neuralcollapse.lab.commands.arguments import add_sections
 
-    from neuralcollapse.lab.settings import nearest, type_hints
-
-    try:
-        return parser.parse_args(arguments, defaults=False)
-    except ArgumentError as error:
-        unknown = re.search(r"(?i)unrecognized arguments: (--[^\s=]+)", str(error))
-        if unknown is None or command is None:
-            raise
-        flags = [f"--{name}" for section in command.SECTIONS for name in type_hints(section)]
-        raise ValueError(f"{error}{nearest(unknown[1], flags)}") from error
+    parser.description = command.description
+    command.add_arguments(parser)
+    parser.usage = parser.format_usage().removeprefix("usage: ").rstrip()
+    if command.sections:
+        parser.usage += " [--SETTING VALUE ...]"
+        add_sections(parser, *command.sections)
 
 
-def _place(message: str, arguments: Sequence[str]) -> str:
+def _location(message: str, arguments: Sequence[str]) -> str:
     """Return the file and line of the setting that a message is about, if it was not given as a flag."""
-    places: dict[str, str] = {}
+    locations: dict[str, str] = {}
     for flag, following in pairwise([*arguments, ""]):
         file = Path(flag.partition("=")[2] or following)
         if flag.partition("=")[0] == "--config" and file.is_file():
             lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
             keys = ((re.match(r"[\"']?(\w+)[\"']?\s*:", line), number) for number, line in enumerate(lines, 1))
-            places |= {key[1]: f" ({file}, line {number})" for key, number in keys if key}
+            locations |= {key[1]: f" ({file}, line {number})" for key, number in keys if key}
             if re.search("parsing config|Unexpected config", message):
                 return f" ({file})"
     setting = re.search(r"option '(\w+)'", message) or re.search(r"^(?:--)?(\w+)", message)
     flags = {argument.partition("=")[0] for argument in arguments}
-    return places.get(setting[1], "") if setting and f"--{setting[1]}" not in flags else ""
+    return locations.get(setting[1], "") if setting and f"--{setting[1]}" not in flags else ""
 
 
 def _one_line(message: str) -> str:
-    """Return a message in one line, with those of jsonargparse in the words of the command line."""
-    message = re.sub(
-        r"Unexpected config: .*",
-        "Unexpected config: a file of settings holds lines NAME: VALUE",
-        message,
-        flags=re.DOTALL,
-    )
-    message = re.sub(r'Parser key "(\w+)":', r"--\1:", message)
-    message = message.replace('in "<unicode string>", ', "in ")
-    message = re.sub(r"<class '(\w+)'>", r"\1", message)
-    message = re.sub(r"(?:a )?typing\.Literal\[(.*?)\]", r"one of \1", message)
-    union = r"Does not validate.*?Subtypes: \[(.*?)\]\n.*Given value:"
-    message = re.sub(union, r"Expected \1. Got value:", message, flags=re.DOTALL)
-    return " ".join(message.replace(", NoneType.", ".").split())
+    """Return a message in one line; of jsonargparse's own, those on the file of settings are reworded."""
+    if message.startswith("Unexpected config: "):
+        message = "Unexpected config: a file of settings holds lines NAME: VALUE"
+    message = message.replace('Parser key "config":', "--config:").replace('in "<unicode string>", ', "in ")
+    return " ".join(message.split())
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import yaml
@@ -59,6 +61,24 @@ def test_a_mistake_in_a_flag_is_one_line_and_writes_nothing(arguments, expected,
     monkeypatch.chdir(tmp_path)
     assert expected in error_of(capsys, "compare", *arguments.split())
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("- 1\n", "Unexpected config: a file of settings holds lines NAME: VALUE (settings.yaml)"),
+        ("lr: [0.1\n", "Problems parsing config: while parsing a flow sequence in line 1, column 5"),
+        (None, "--config: File does not exist: "),
+    ],
+)
+def test_messages_of_jsonargparse_on_a_file_of_settings(content, expected, tmp_path, monkeypatch, capsys):
+    """The command line rewords messages of the version of jsonargparse that is pinned."""
+    constraints = (Path(__file__).parents[2] / "constraints.txt").read_text().splitlines()
+    assert f"jsonargparse=={version('jsonargparse')}" in constraints
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path("settings.yaml").write_text(content)
+    assert error_of(capsys, "train", "--config", "settings.yaml").startswith(expected)
 
 
 def test_no_command_and_an_unknown_one(capsys):

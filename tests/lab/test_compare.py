@@ -103,7 +103,7 @@ def test_a_seeds_methods_differ_in_nothing_but_the_head(finished):
 def test_a_run_is_never_overwritten_unasked(finished, tmp_path, capsys):
     before = (finished / "metrics.csv").read_bytes()
     assert compare(finished, "--seeds", "1", "--epochs", "1") == 2
-    assert "--resume goes on with it, --overwrite deletes it" in capsys.readouterr().err
+    assert "resume it with --resume, --overwrite deletes it" in capsys.readouterr().err
     assert (finished / "metrics.csv").read_bytes() == before
 
 
@@ -132,7 +132,7 @@ def test_resuming_with_other_settings_is_refused(finished, capsys):
 
 def test_resuming_a_finished_comparison_is_refused_and_changes_nothing(finished, capsys):
     before = (finished / "metrics.csv").read_bytes()
-    assert "is finished: --epochs of more extends" in error_of(capsys, "compare", "--resume", "--out", str(finished))
+    assert "is finished: larger --epochs extend" in error_of(capsys, "compare", "--resume", "--out", str(finished))
     assert (finished / "metrics.csv").read_bytes() == before
 
 
@@ -189,9 +189,7 @@ def test_killed_and_resumed_it_ends_with_the_same_metrics(tmp_path):
     done = stop("standard-seed1", 5, signal.SIGINT, "--resume", "--out", str(broken))
     assert done.returncode == 130
     assert "Traceback" not in done.stderr
-    assert done.stderr.strip().split("\n")[-1] == (
-        "neuralcollapse: interrupted; with --resume, without --overwrite, it goes on"
-    )
+    assert done.stderr.strip().split("\n")[-1] == ("neuralcollapse: interrupted; resume it with --resume")
     assert main(["compare", "--resume", "--out", str(broken)]) == 0
     assert (broken / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
     log = pd.read_csv(broken / "training.csv")

@@ -38,7 +38,7 @@ SETTINGS = [
     "--checkpoint_minutes=0.0001",
     "--checkpoint_every=2",
 ]
-LINE = "neuralcollapse: interrupted; with --resume, without --overwrite, it goes on"
+LINE = "neuralcollapse: interrupted; resume it with --resume"
 IMPORTED = digits(), runs  # before any process is forked
 
 

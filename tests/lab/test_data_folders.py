@@ -10,6 +10,7 @@ import tempfile
 import unicodedata
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from neuralcollapse.cli import main
+from neuralcollapse.lab.commands import recipes
 from neuralcollapse.lab.config import DataSettings
 from neuralcollapse.lab.data.folders import class_folders, list_folder
 from neuralcollapse.lab.data.images import ImageData
@@ -696,7 +698,7 @@ def test_too_little_memory_is_one_line(error, monkeypatch, capsys):
     def run(*_: object) -> int:
         raise error
 
-    monkeypatch.setattr("neuralcollapse.lab.commands.recipes.run", run)
+    monkeypatch.setattr("neuralcollapse.lab.commands.recipes.RECIPES", replace(recipes.RECIPES, run=run))
     assert main(["recipes"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("neuralcollapse: error: there is too little memory: ")

@@ -143,7 +143,7 @@ def test_a_run_that_diverges_takes_no_other_with_it(tmp_path, monkeypatch, capsy
     captured = capsys.readouterr()
     reason = "lr must be smaller: training diverged in epoch 2, step 3, where the loss is not finite"
     told = captured.err.strip().split("\n")[-1]
-    assert told == f"neuralcollapse: left out of table and figures: fixed-seed0: {reason}"
+    assert told == f"neuralcollapse: skipped in table and figures: fixed-seed0: {reason}"
     assert "| standard" in captured.out
     metrics = pd.read_csv(out / "metrics.csv")
     runs = set(zip(metrics["method"], metrics["seed"], strict=True))

@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 
 from helpers import error_of
 from neuralcollapse.cli import main
-from neuralcollapse.lab.commands import compare, landscape, measure, train, ufm
+from neuralcollapse.lab.commands import load_command
 from neuralcollapse.lab.config import RunConfig
 from neuralcollapse.lab.parsing import load_typed_yaml, load_yaml, parse
 from neuralcollapse.lab.settings import type_hints
 
 SETTINGS = {
     (one.name, str(hint)): hint
-    for command in (compare, train, measure, ufm, landscape)
-    for section in command.SECTIONS
+    for command in map(load_command, ("compare", "train", "measure", "ufm", "landscape"))
+    for section in command.sections
     for one in fields(section)
     for hint in [type_hints(section)[one.name]]
 }
@@ -176,15 +176,15 @@ def test_a_setting_that_is_no_yaml_is_one_line(text, capsys):
     "command",
     [
         "measure --every",
-        "distance --reference",
+        "distance here --reference",
         "compare --parallel",
         "study markou2024-mnist --parallel",
         "study markou2024-mnist --seeds",
     ],
 )
 def test_flags_that_are_no_settings_are_decimal_as_well(command, number, capsys):
-    name, *rest = command.split()
-    assert repr(number) in error_of(capsys, name, *rest[:-1], f"{rest[-1]}={number}", *(["here"] if rest == 1 else []))
+    *others, flag = command.split()
+    assert repr(number) in error_of(capsys, *others, f"{flag}={number}")
 
 
 def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
@@ -264,6 +264,8 @@ def test_a_file_of_settings_that_is_damaged_is_one_line(text, expected, tmp_path
 def test_output_flags_in_a_file_have_their_types(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text("out: 010\noverwrite: no\nresume: yes\n")
-    assert "resume goes on with a run, and '010' holds none" in error_of(capsys, "train", "--config", "mine.yaml")
+    assert "resume needs the folder of a run, and '010' holds none" in error_of(
+        capsys, "train", "--config", "mine.yaml"
+    )
     Path("mine.yaml").write_text("overwrite: perhaps\n")
     assert "overwrite must be true or false, got 'perhaps'" in error_of(capsys, "train", "--config", "mine.yaml")

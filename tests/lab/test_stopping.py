@@ -153,9 +153,7 @@ def test_the_command_says_how_to_go_on_and_exits_with_143(tmp_path, capsys):
     arguments = ["--backbone=mlp", "--width=12", "--epochs=1", "--train_samples=60", "--batch_size=10"]
     with at_batch(2, sigterm):
         assert main(["train", *arguments, "--out", str(tmp_path / "out")]) == 143
-    assert capsys.readouterr().err.strip().split("\n")[-1] == (
-        "neuralcollapse: terminated; with --resume, without --overwrite, it goes on"
-    )
+    assert capsys.readouterr().err.strip().split("\n")[-1] == ("neuralcollapse: terminated; resume it with --resume")
     assert signal.getsignal(signal.SIGTERM) is before
 
 

@@ -51,7 +51,7 @@ def test_ufm_goes_on_where_it_was_stopped_and_gives_the_same(tmp_path, capsys):
     again = pd.read_csv(out / "metrics.csv")
     timed = whole["metric"] == "seconds"
     pd.testing.assert_frame_equal(whole[~timed], again[~timed])
-    assert "--resume goes on" in error_of(capsys, *few, "--out", str(out))
+    assert "resume it with --resume" in error_of(capsys, *few, "--out", str(out))
     assert "seeds must stay 2" in error_of(capsys, *few, "--out", str(out), "--seeds", "3", "--resume")
 
 

@@ -7,65 +7,54 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
-from neuralcollapse.lab.commands.runs import Outcome, add_runs, new_files, runs_of
+from neuralcollapse.lab.commands import Command
+from neuralcollapse.lab.commands.common import Outcome, add_runs, new_files, option, runs_of
 from neuralcollapse.lab.parsing import parse
-from neuralcollapse.lab.settings import Settings
 
 if TYPE_CHECKING:
     import pandas as pd
 
-SUMMARY = "mean, std, median, min and max over seeds, of runs that differ in nothing else"
-USAGE = "RUN [RUN ...] --out FILE.csv|FILE.parquet [--reach METRIC=LEVEL,...] [--split SPLIT] [--overwrite]"
-DESCRIPTION = (
-    "Find the runs that differ only in their seed, and write mean, standard deviation (n - 1), median, least and "
-    "greatest value over seeds, and the number of seeds: for each epoch, split and metric, distances included, and of "
-    "what training itself saw (split `training`). With --reach, also the epochs that each run took to a level of a "
-    "metric, interpolated linearly between measured epochs."
-)
-SECTIONS: tuple[type[Settings], ...] = ()
 
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add what the command takes."""
+def _add_arguments(parser: ArgumentParser) -> None:
     add_runs(parser)
-    parser.add_argument("--out", type=str, metavar="FILE", help="file to write, ending in .csv or .parquet")
-    parser.add_argument("--reach", type=str, metavar="METRIC=LEVEL,...", help="such as accuracy=0.99,nc3_duality=0.1")
-    parser.add_argument("--split", type=str, metavar="SPLIT", help="of which --reach speaks; by default train")
-    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    parser.add_argument("--out", metavar="FILE", help="file to write, ending in .csv or .parquet")
+    parser.add_argument("--reach", metavar="METRIC=LEVEL,...", help="such as accuracy=0.99,nc3_duality=0.1")
+    parser.add_argument("--split", metavar="SPLIT", help="split of the levels of --reach; by default train")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
 
 
-def run(settings: Namespace) -> int:
-    """Gather, write, and say so."""
+def _run(settings: Namespace) -> int:
     levels = _levels(settings.get("reach"))
     out = Path(settings.get("out") or "")
     if out.suffix not in (".csv", ".parquet"):
         raise ValueError(f"out must be a file ending in .csv or .parquet, got {settings.get('out')!r}")
     reach = out.with_name(f"{out.stem}-reach{out.suffix}")
-    files = [out, reach] if levels else [out]
     runs = runs_of(settings.runs)
 
     from neuralcollapse.lab.results.groups import gather_groups, group_runs
     from neuralcollapse.lab.results.statistics import epochs_to_levels, statistics_over_seeds
 
     outcome = Outcome()
-    with new_files(files, overwrite=bool(settings.get("overwrite"))):
+    with new_files([out, reach] if levels else [out], overwrite=bool(settings.get("overwrite"))):
         groups = group_runs(runs)
         values = gather_groups(groups)
-        epochs = epochs_to_levels(values, levels, settings.get("split") or "train")
-        _write(statistics_over_seeds(values), out, outcome)
+        epochs = epochs_to_levels(values, levels, option(settings, "split", default="train"))
+        _write(statistics_over_seeds(values), out)
+        outcome.written.append(out)
         if levels:
-            _write(epochs, reach, outcome)
-    print("\n".join(f"{label}: {len(found)} runs" for label, found in groups.items()), end="\n\n")
+            _write(epochs, reach)
+            outcome.written.append(reach)
+    print("\n".join(f"{label}: {len(of_group)} runs" for label, of_group in groups.items()), end="\n\n")
     if levels:
-        table = epochs.groupby(["group", "metric", "level"], sort=False)["epoch"].agg(
-            ["mean", "std", "min", "max", "count"]
-        )
+        statistics = ["mean", "std", "min", "max", "count"]
+        table = epochs.groupby(["group", "metric", "level"], sort=False)["epoch"].agg(statistics)
         print("Epochs to a level, interpolated between measured epochs; count: seeds that reached it")
         print(table.to_string(float_format="{:.2f}".format), end="\n\n")
-    return outcome.report("")
+    return outcome.report()
 
 
 def _levels(text: str | None) -> dict[str, float]:
+    """Return the level of each metric from ``METRIC=LEVEL,...``."""
     levels = {}
     for item in filter(None, (text or "").split(",")):
         name, _, level = item.partition("=")
@@ -76,7 +65,7 @@ def _levels(text: str | None) -> dict[str, float]:
     return levels
 
 
-def _write(table: pd.DataFrame, path: Path, outcome: Outcome) -> None:
+def _write(table: pd.DataFrame, path: Path) -> None:
     from neuralcollapse.lab.results.files import without_formulas, write_whole
 
     if path.suffix == ".parquet":
@@ -84,4 +73,13 @@ def _write(table: pd.DataFrame, path: Path, outcome: Outcome) -> None:
     else:
         text = without_formulas(table)
         write_whole(path, lambda partial: text.to_csv(partial, index=False))
-    outcome.written.append(path)
+
+
+AGGREGATE = Command(
+    "Find the runs that differ only in their seed, and write mean, standard deviation (n - 1), median, minimum and "
+    "maximum over seeds, and the number of seeds: for each epoch, split and metric, distances included, and for the "
+    "training metrics (split `training`). With --reach, also the epochs that each run took to a level of a metric, "
+    "interpolated linearly between measured epochs.",
+    _add_arguments,
+    _run,
+)

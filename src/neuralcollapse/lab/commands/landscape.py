@@ -8,18 +8,11 @@ from itertools import chain
 
 from jsonargparse import ArgumentParser, Namespace
 
-from neuralcollapse.lab.commands.arguments import add_output, add_sections, asked_for
-from neuralcollapse.lab.commands.training import output_folder, print_table, show_config
+from neuralcollapse.lab.commands import Command
+from neuralcollapse.lab.commands.arguments import add_output, asked_for
+from neuralcollapse.lab.commands.common import output_folder, print_config, print_written
 from neuralcollapse.lab.config import MOST_SEED
 from neuralcollapse.lab.settings import Settings, setting
-
-SUMMARY = "critical points of the unconstrained features model: the global optimum, strict saddles"
-USAGE = "[--num_classes K] [--SETTING VALUE ...] [--out FOLDER] [--overwrite]"
-DESCRIPTION = (
-    "Find critical points of the unconstrained features model with cross-entropy: descend from random starts, "
-    "construct saddles, classify each by gradient and curvature, escape from every saddle; draw the edge of the "
-    "Hessian's spectrum and the loss along the way out."
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,20 +43,15 @@ class Landscape(Settings):
         )
 
 
-SECTIONS: tuple[type[Settings], ...] = (Landscape,)
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add what the command takes."""
-    add_sections(parser, *SECTIONS)
+def _add_arguments(parser: ArgumentParser) -> None:
     add_output(parser, "runs/landscape")
 
 
-def run(settings: Namespace) -> None:
+def _run(settings: Namespace) -> None:
     """Find, classify, draw, and say what was written."""
     config = Landscape(**asked_for(settings, Landscape))
     if settings.get("print_config"):
-        show_config(config.in_force())
+        print_config(config.in_force())
         return
     if settings.get("resume"):
         raise ValueError("resume must not be given: landscape takes seconds, --overwrite starts it again")
@@ -99,4 +87,15 @@ def run(settings: Namespace) -> None:
             config.num_classes, config.samples_per_class, config.weight_decay, config.feature_decay
         )
         table, written = write_landscape(folder, tables, config.title, bound)
-    print_table(table, written)
+    print(f"\n{table}\n")
+    print_written(written)
+
+
+LANDSCAPE = Command(
+    "Find critical points of the unconstrained features model with cross-entropy: descend from random starts, "
+    "construct saddles, classify each by gradient and curvature, escape from every saddle; draw the edge of the "
+    "Hessian's spectrum and the loss along the way out.",
+    _add_arguments,
+    _run,
+    (Landscape,),
+)

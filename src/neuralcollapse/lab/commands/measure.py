@@ -1,4 +1,4 @@
-"""`neuralcollapse measure`: neural collapse of checkpoints, after the fact."""
+"""`neuralcollapse measure`: neural collapse of checkpoints, of runs or of an external model."""
 
 from __future__ import annotations
 
@@ -8,79 +8,52 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from neuralcollapse.lab.commands.arguments import add_sections, asked_for, integer
-from neuralcollapse.lab.commands.runs import Outcome, runs_of
+from neuralcollapse.lab.commands import Command
+from neuralcollapse.lab.commands.arguments import asked_for
+from neuralcollapse.lab.commands.common import Outcome, add_runs, option, runs_of
 from neuralcollapse.lab.config import BatchSettings, DataSettings
-from neuralcollapse.lab.parsing import parse
 from neuralcollapse.lab.results.folder import RunFolder
 
 if TYPE_CHECKING:
     import pandas as pd
 
-SUMMARY = "NC metrics of every checkpoint of a run, or of a model that was never trained here"
-USAGE = (
-    "RUN [RUN ...] [--every N] [--split A,B] [--layers A,B] [--backbone CLASS]\n"
-    "       neuralcollapse measure --checkpoint FILE [--checkpoint FILE ...] [--epoch N ...] --model CLASS\n"
-    "                              --data DATA --out FOLDER [--SETTING VALUE ...]"
-)
-DESCRIPTION = (
-    "Measure every saved checkpoint that is not measured yet, on every split, in evaluation mode: all metrics into "
-    "metrics.csv, and a record of each epoch and split into moments/. What is there is kept. With --checkpoint, "
-    "measure an external model: a state_dict (safetensors, or a torch file of tensors alone) of a class of yours, or "
-    "of a ResNet with torchvision's names, on the data that the settings below name. Several checkpoints of one "
-    "training, given at once or one after another, become one folder that plot, report, distance and aggregate read."
-)
 SECTIONS = (DataSettings, BatchSettings)
+_OF_EXTERNAL = ("model", "model_options", "classifier", "epoch", "seed", "out")
+_NOTHING = "nothing to do: every checkpoint is measured"
 
 
-class _Each(Action):
-    """A flag that may be given several times; what it was given each time."""
+class _Append(Action):
+    """A flag that may be given several times, as a list of its values; a file may hold one value or a list."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        setattr(namespace, self.dest, [*_each(namespace.get(self.dest)), values])
+        earlier = namespace.get(self.dest) or []
+        setattr(namespace, self.dest, [*(earlier if isinstance(earlier, list) else [earlier]), values])
 
 
-def _each(value: Any) -> list[Any]:
-    """The values of a repeated flag, or of the setting of a file: one value or a list."""
-    return [] if value is None else value if isinstance(value, list) else [value]
+def _add_arguments(parser: ArgumentParser) -> None:
+    add_runs(parser, required=False)
+    parser.add_argument("--every", metavar="N", help="every N-th of the saved checkpoints, and the last")
+    parser.add_argument("--split", metavar="A,B", help="splits to measure; by default all")
+    parser.add_argument("--layers", metavar="A,B", help="modules whose outputs are measured as well")
+    parser.add_argument("--backbone", metavar="CLASS", help="class of yours that a run was trained with: it is not "
+                        "imported because config.yaml names it")  # fmt: skip
+    external = parser.add_argument_group("An external model")
+    external.add_argument("--checkpoint", action=_Append, metavar="FILE", help="state_dict; may be given several times")
+    external.add_argument("--model", metavar="CLASS", help="package.module.Class, or the name of a ResNet")
+    external.add_argument("--model_options", metavar="OPTIONS", help="keyword arguments of the class")
+    external.add_argument("--classifier", metavar="NAME", help="name of the classifier, if it cannot be found")
+    external.add_argument("--epoch", action=_Append, metavar="N", help="epochs it was trained, for the record, once "
+                          "per checkpoint; by default 0, of several 1, 2, ...")  # fmt: skip
+    external.add_argument("--seed", metavar="N", help="seed it was trained with, for the record")
+    external.add_argument("--out", metavar="FOLDER", help="folder to write")
 
 
-def _epochs(value: Any) -> list[int] | None:
-    try:
-        return [integer(one) for one in _each(value)] or None
-    except ValueError:
-        raise ValueError(f"epoch must be a whole number, once for each checkpoint, got {value}") from None
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add what the command takes."""
-    parser.add_argument("runs", metavar="RUN", nargs="*", type=str, help="folders of runs or of comparisons of runs")
-    parser.add_argument("--every", type=integer, metavar="N", help="every N-th of the saved checkpoints, and the last")
-    parser.add_argument("--split", type=str, metavar="A,B", help="splits to measure; by default all")
-    parser.add_argument("--layers", type=str, metavar="A,B", help="modules whose outputs are measured as well")
-    parser.add_argument("--backbone", type=str, metavar="CLASS", help="class of yours that a run was trained with: "
-                        "what its config.yaml names is not imported for that")  # fmt: skip
-    other = parser.add_argument_group("An external model")
-    other.add_argument("--checkpoint", action=_Each, metavar="FILE", help="its state_dict; may be given several times")
-    other.add_argument("--model", type=str, metavar="CLASS", help="package.module.Class, or the name of a ResNet here")
-    other.add_argument("--model_options", metavar="OPTIONS", help="keyword arguments of the class")
-    other.add_argument("--classifier", type=str, metavar="NAME", help="its classifier, where it is not found by itself")
-    other.add_argument("--epoch", action=_Each, metavar="N", help="epochs it was trained, for the record, once per "
-                       "checkpoint; by default 0, of several 1, 2, ...")  # fmt: skip
-    other.add_argument("--seed", type=integer, metavar="N", help="seed it was trained with, for the record")
-    other.add_argument("--out", type=str, metavar="FOLDER", help="folder to write")
-    add_sections(parser, *SECTIONS)
-
-
-def run(settings: Namespace) -> int:
-    """Measure, and say what was written."""
-    every = 1 if settings.get("every") is None else settings.every
+def _run(settings: Namespace) -> int:
+    every = option(settings, "every", int, 1)
     if every < 1:
         raise ValueError(f"every must be at least 1, got {every}")
-    splits, layers = (_names(settings.get(name)) for name in ("split", "layers"))
+    splits, layers = option(settings, "split", list[str]), option(settings, "layers", list[str], [])
     given = asked_for(settings, *SECTIONS)
-    outcome = Outcome()
-    own = ("model", "model_options", "classifier", "epoch", "seed", "out")
     if settings.get("checkpoint") is not None:
         for name in ("runs", "backbone"):
             if settings.get(name):
@@ -88,47 +61,51 @@ def run(settings: Namespace) -> int:
         for name in ("model", "out"):
             if not settings.get(name):
                 raise ValueError(f"{name} must be given with checkpoint")
-        return _measure_external(settings, given, splits, layers or [])
-    alone = [name for name in own if settings.get(name) is not None]
-    if given or alone:
-        raise ValueError(f"{[*given, *alone][0]} belongs to --checkpoint: a run has its own")
+        return _measure_external(settings, given, splits, layers)
+    external = [name for name in _OF_EXTERNAL if settings.get(name) is not None]
+    if given or external:
+        raise ValueError(f"{[*given, *external][0]} belongs to --checkpoint: a run has its own")
     if not settings.get("runs"):
         raise ValueError("RUN must be the folder of a run or of several; or give --checkpoint")
-    runs = runs_of(settings.runs)
+    runs = runs_of(option(settings, "runs", list[str]))
 
     from neuralcollapse.lab.evaluate.checkpoints import measure_run
     from neuralcollapse.lab.training.runs import Preparation
 
-    preparation = Preparation(resumed=True, progress=True)
-    for one in runs:
-        options = {"every": every, "splits": splits, "backbone": settings.get("backbone")}
-        written = outcome.sound(measure_run(one, preparation, layers=layers or (), **options))
-        outcome.written += [*written, *([one.metrics] if written else [])]
-    return outcome.report("nothing to do: every checkpoint is measured")
+    outcome, preparation = Outcome(), Preparation(resumed=True, progress=True)
+    options = {"every": every, "splits": splits, "layers": layers, "backbone": settings.get("backbone")}
+    for run in runs:
+        records = outcome.valid(measure_run(run, preparation, **options))
+        outcome.written += [*records, *([run.metrics] if records else [])]
+    return outcome.report(_NOTHING)
 
 
 def _measure_external(settings: Namespace, given: dict[str, Any], splits: list[str] | None, layers: list[str]) -> int:
     from neuralcollapse.lab.evaluate.state_dict import ExternalModel, measure_state_dict, series_epochs
     from neuralcollapse.lab.results.tables import read_table
 
-    outcome = Outcome()
-    options = parse("model_options", settings.get("model_options"), dict[str, Any])
-    model = ExternalModel(settings.model, options, settings.get("classifier"), settings.get("seed"))
-    paths, asked = [Path(file) for file in _each(settings.checkpoint)], _epochs(settings.get("epoch"))
+    model = ExternalModel(
+        option(settings, "model"),
+        option(settings, "model_options", dict[str, Any]),
+        option(settings, "classifier"),
+        option(settings, "seed", int),
+    )
+    paths, asked = list(map(Path, option(settings, "checkpoint", list[str]))), option(settings, "epoch", list[int])
     epochs = series_epochs(len(paths), asked)
     checkpoints = dict(zip(epochs, paths, strict=True))
-    outcome.written = measure_state_dict(checkpoints, model, settings.out, given, splits=splits, layers=layers)
-    folder = RunFolder(settings.out)
-    print(_words_of_pixels(folder.read_environment().get("pixels") or {}))
+    outcome, folder = Outcome(), RunFolder(option(settings, "out"))
+    outcome.written = measure_state_dict(checkpoints, model, folder.path, given, splits=splits, layers=layers)
+    print(_standardisation(folder.read_environment().get("pixels") or {}))
     if asked is None and len(epochs) > 1:
         print(f"epochs: 1 to {len(epochs)}, in the order given; --epoch names others")
     for epoch in epochs:
         print(f"\n{_values(read_table(folder.metrics), epoch, splits)}")
     print()
-    return outcome.report("nothing to do: every checkpoint is measured")
+    return outcome.report(_NOTHING)
 
 
-def _words_of_pixels(pixels: dict[str, Any]) -> str:
+def _standardisation(pixels: dict[str, Any]) -> str:
+    """Return a sentence on the constants that pixels were standardised by."""
     parts = [
         f"{words} {', '.join(f'{value:g}' for value in pixels.get(name, []))}, {pixels.get(f'{name}_from')}"
         for name, words in (("mean", "mean"), ("std", "standard deviation"))
@@ -140,7 +117,7 @@ def _words_of_pixels(pixels: dict[str, Any]) -> str:
 
 
 def _values(table: pd.DataFrame, epoch: int, splits: list[str] | None) -> str:
-    """Table of an epoch: one row per metric, one column per split."""
+    """Return the values of an epoch as a table: one row per metric, one column per split."""
     of_epoch = table[table["epoch"] == epoch]
     names = [name for name in of_epoch["split"].unique() if splits is None or name in splits]
     values = of_epoch.pivot(index="metric", columns="split", values="value")
@@ -148,5 +125,14 @@ def _values(table: pd.DataFrame, epoch: int, splits: list[str] | None) -> str:
     return shown.to_string(float_format="{:.4g}".format)
 
 
-def _names(text: str | None) -> list[str] | None:
-    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+MEASURE = Command(
+    "Measure every saved checkpoint that is not measured yet, on every split, in evaluation mode: all metrics into "
+    "metrics.csv, and a record per epoch and split into moments/. Existing measurements are kept. With --checkpoint, "
+    "measure an external model: a state_dict (safetensors, or a torch file that holds only tensors) of a class of "
+    "yours, or of a ResNet with torchvision's names, on the data that the settings below name. Several checkpoints of "
+    "one training, given together or one after another, become one folder that plot, report, distance and aggregate "
+    "read.",
+    _add_arguments,
+    _run,
+    SECTIONS,
+)

@@ -4,25 +4,15 @@ from __future__ import annotations
 
 from jsonargparse import ArgumentParser, Namespace
 
+from neuralcollapse.lab.commands import Command
 from neuralcollapse.lab.recipes import load_recipe, recipes
-from neuralcollapse.lab.settings import Settings
-
-SUMMARY = "list the recipes of published experiments"
-USAGE = "[NAME]"
-DESCRIPTION = (
-    "List the recipes of published experiments: what each reproduces, and how many of its settings no source gives, so "
-    "that they are our choice. With a name: its settings with their sources, the published result and the cost."
-)
-SECTIONS: tuple[type[Settings], ...] = ()
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add the arguments of the command."""
-    parser.add_argument("name", type=str | None, nargs="?", help="show this recipe, with the source of each setting")
+def _add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", help="show this recipe, with the source of each setting")
 
 
-def run(settings: Namespace) -> None:
-    """Print the table of all recipes, or one recipe."""
+def _run(settings: Namespace) -> None:
     name = settings.get("name")
     print(recipes_table() if name is None else load_recipe(name).text)
 
@@ -39,3 +29,11 @@ def recipes_table() -> str:
         cells = [text.ljust(width) for text, width in texts] + [text.rjust(width) for text, width in (epochs, choices)]
         lines.append("  ".join(cells))
     return "\n".join(lines)
+
+
+RECIPES = Command(
+    "List the recipes of published experiments: what each reproduces, and how many of its settings no source gives, so "
+    "that they are our choice. With a name: its settings with their sources, the published result and the cost.",
+    _add_arguments,
+    _run,
+)

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from neuralcollapse.lab.commands.arguments import integer
-from neuralcollapse.lab.commands.runs import say_written
+from neuralcollapse.lab.commands import Command
+from neuralcollapse.lab.commands.common import option, print_written
 from neuralcollapse.lab.figures import draw
 from neuralcollapse.lab.results.files import read_yaml, write_yaml
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.locking import sole_writer
-from neuralcollapse.lab.settings import Settings
 from neuralcollapse.lab.studies import SCALES, Scale, Study, load_study, study_names, study_runs
 from neuralcollapse.lab.untrusted import check_class_is_named
 
@@ -24,36 +23,24 @@ if TYPE_CHECKING:
     from neuralcollapse.lab.config import RunConfig
     from neuralcollapse.lab.results.verdicts import Finished
 
-SUMMARY = "a published figure from its runs to its picture and a verdict on what is claimed; alone: list them"
-USAGE = "[NAME] [--scale small|full] [--seeds N] [--data FOLDER] [--out FOLDER] [--parallel N] [--overwrite]"
-DESCRIPTION = (
-    "Train what is missing of a study's runs, draw its figure, and judge each of its claims: it holds, does not hold "
-    "or is undecided, by differences of the same seed with Student's 95% interval over seeds (n - 1). What was stopped "
-    "goes on when the command is given again, what is finished is not trained again. Without a name: list the studies, "
-    "with what they cost and the last verdicts in runs/studies."
-)
-SECTIONS: tuple[type[Settings], ...] = ()
 _FOLDER = Path("runs/studies")
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add what the command takes."""
-    parser.add_argument("name", type=str | None, nargs="?", help="the study, of those that are listed "
+def _add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", help="the study, of those that are listed "
                         "without a name; or a YAML file of one's own")  # fmt: skip
-    parser.add_argument("--scale", type=str, metavar="SCALE", help="small, for two CPU cores, or full, as published; "
+    parser.add_argument("--scale", metavar="SCALE", help="small, for two CPU cores, or full, as published; "
                         "by default small where there is one")  # fmt: skip
-    parser.add_argument("--seeds", type=str, metavar="N", help="number of seeds, or the seeds with commas between them")
-    parser.add_argument(
-        "--data", type=str, metavar="FOLDER", help="where the data are; by default the hub's are fetched"
-    )
-    parser.add_argument("--out", type=str, metavar="FOLDER", help="folder to write; by default runs/studies/NAME-SCALE")
-    parser.add_argument("--backbone", type=str, metavar="CLASS", help="class of yours that the study's file names: "
+    parser.add_argument("--seeds", metavar="N", help="number of seeds, or the seeds with commas between them")
+    parser.add_argument("--data", metavar="FOLDER", help="where the data are; by default the hub's are fetched")
+    parser.add_argument("--out", metavar="FOLDER", help="folder to write; by default runs/studies/NAME-SCALE")
+    parser.add_argument("--backbone", metavar="CLASS", help="class of yours that the study's file names: "
                         "it is not imported for that")  # fmt: skip
-    parser.add_argument("--parallel", type=integer, metavar="N", help="train N runs at a time; by default 1")
+    parser.add_argument("--parallel", metavar="N", help="train N runs at a time; by default 1")
     parser.add_argument("--overwrite", action="store_true", help="delete what the folder holds, and train again")
 
 
-def run(settings: Namespace) -> None:
+def _run(settings: Namespace) -> None:
     """List the studies, or run one, and say what was found and written."""
     name = settings.get("name")
     if name is None:
@@ -62,7 +49,7 @@ def run(settings: Namespace) -> None:
     study = load_study(name)
     scale = settings.get("scale") or next(iter(study.scales))
     chosen = study.scale(scale)
-    seeds = _seeds(settings.get("seeds"), chosen)
+    seeds = _seeds(option(settings, "seeds", int | list[int]), chosen)
     folder = RunFolder(settings.get("out") or _FOLDER / f"{study.name}-{scale}")
     with ExitStack() as locks:
         if study.is_ufm:
@@ -73,7 +60,7 @@ def run(settings: Namespace) -> None:
             runs = study_runs(study, scale, seeds, data)
             for one in runs.values():
                 check_class_is_named(one.in_force(), settings.get("backbone"), name)
-            parallel = 1 if settings.get("parallel") is None else settings.parallel
+            parallel = option(settings, "parallel", int, 1)
             overwrite = bool(settings.get("overwrite"))
             kept = {"study": study.name, "scale": scale}
             _train_missing(runs, folder, kept, locks, overwrite=overwrite, parallel=parallel)
@@ -84,17 +71,13 @@ def run(settings: Namespace) -> None:
         _report(study, scale, seeds, groups, folder, figures)
 
 
-def _seeds(given: str | None, scale: Scale) -> list[int]:
+def _seeds(given: int | list[int] | None, scale: Scale) -> list[int]:
+    """Return the seeds of every run, from their number or a list."""
     if given is None:
         return scale.seeds
-    try:
-        seeds = [integer(one) for one in given.split(",")]
-    except ValueError:
-        raise ValueError(f"seeds must be a number of seeds, or seeds with commas between them, got {given!r}") from None
-    if "," not in given:
-        seeds = [scale.seeds[0] + place for place in range(seeds[0])]
+    seeds = given if isinstance(given, list) else [scale.seeds[0] + index for index in range(given)]
     if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds must be at least one, different and not negative, got {given!r}")
+        raise ValueError(f"seeds must be at least one, distinct and not negative, got {given}")
     return seeds
 
 
@@ -192,7 +175,7 @@ def _draw(study: Study, found: Mapping[str, Mapping[int, RunFolder]], folder: Ru
     drawn = RunGroups(there)
     written = draw(study.figure, drawn, folder.figures, ["png"])
     for problem in drawn.problems.values():
-        print(f"neuralcollapse: left out: {problem}", file=sys.stderr)
+        print(f"neuralcollapse: skipped: {problem}", file=sys.stderr)
     return written
 
 
@@ -251,7 +234,7 @@ def _report(
     write_yaml(folder.verdict, record)
     write_summary(folder, f"{study.name}: {study.title}", _sections(record), figures[:1])
     print(_verdicts(record))
-    say_written([folder.summary, folder.verdict, *figures])
+    print_written([folder.summary, folder.verdict, *figures])
 
 
 def _each(facts: Sequence[Mapping[str, Any]], name: str) -> str | None:
@@ -292,3 +275,13 @@ def _listing() -> str:
             last = "not run" if record is None else ", ".join(one["verdict"] for one in record["claims"])
             lines.append(f"  {scale}: {study.scale(scale).cost}; {last}")
     return "\n".join(lines)
+
+
+STUDY = Command(
+    "Train what is missing of a study's runs, draw its figure, and judge each of its claims: it holds, does not hold "
+    "or is undecided, by differences of the same seed with Student's 95% interval over seeds (n - 1). A "
+    "study that was stopped resumes when the command is given again, without training finished runs again. Without a "
+    "name: list the studies, their costs and the last verdicts in runs/studies.",
+    _add_arguments,
+    _run,
+)

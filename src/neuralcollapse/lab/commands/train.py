@@ -1,33 +1,159 @@
-"""`neuralcollapse train`: one run."""
+"""`neuralcollapse train` and `neuralcollapse compare`: one run, or methods over seeds."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
 from jsonargparse import ArgumentParser, Namespace
 
-from neuralcollapse.lab.commands.arguments import add_output, add_sections, asked_for
-from neuralcollapse.lab.commands.training import output_folder, stored_settings, train_and_report
-from neuralcollapse.lab.config import RunConfig
-from neuralcollapse.lab.experiments import single_run
+from neuralcollapse.lab.commands import Command
+from neuralcollapse.lab.commands.arguments import add_output, asked_for
+from neuralcollapse.lab.commands.common import FAILED_IN_PART, option, output_folder, print_config, print_written
+from neuralcollapse.lab.config import OneRun, RunConfig
+from neuralcollapse.lab.experiments import Comparison, common_settings, comparison_of, comparison_runs, single_run
+from neuralcollapse.lab.ranks import global_rank
+from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.results.resuming import is_external
+from neuralcollapse.lab.running import Ranks
+from neuralcollapse.lab.untrusted import check_class_is_named
 
-SUMMARY = "train one run, from the recipe of a published experiment or any settings"
-USAGE = "[--recipe NAME] [--SETTING VALUE ...] [--out FOLDER] [--resume | --overwrite]"
-DESCRIPTION = (
-    "Train one run, from the recipe of a published experiment or from any settings; print the table, write the "
-    "figures. Everything is measured in evaluation mode on un-augmented data."
-)
-SECTIONS = tuple(reversed(RunConfig.__bases__))
+_OF_RUN = tuple(reversed(RunConfig.__bases__))
+_OF_COMPARISON = (Comparison, *(section for section in _OF_RUN if section not in (OneRun, Ranks)))
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add what the command takes."""
-    add_sections(parser, *SECTIONS)
+def _add_train_arguments(parser: ArgumentParser) -> None:
     add_output(parser, "runs/train, or runs/RECIPE")
 
 
-def run(settings: Namespace) -> int:
-    """Train, and say what was written."""
-    given = asked_for(settings, *SECTIONS)
+def _add_compare_arguments(parser: ArgumentParser) -> None:
+    add_output(parser, "runs/compare, or runs/RECIPE")
+    parser.add_argument("--parallel", metavar="N", help="train N runs at a time, each in a process with a part of the "
+                        "CPU's threads or on one device of cuda; by default 1")  # fmt: skip
+
+
+def _train(settings: Namespace) -> int:
+    given = asked_for(settings, *_OF_RUN)
     out = output_folder(settings, f"runs/{given.get('recipe') or 'train'}")
-    given, base = stored_settings(settings, given, out)
-    config = single_run(given, base)
-    return train_and_report(config, out, config.in_force(), settings, "train")
+    config = single_run(given, _stored_settings(settings, given, out))
+    return _train_and_report(config, out, config.in_force(), settings)
+
+
+def _compare(settings: Namespace) -> int:
+    given = asked_for(settings, *_OF_COMPARISON)
+    out = output_folder(settings, f"runs/{given.get('recipe') or 'compare'}")
+    base = _stored_settings(settings, given, out)
+    comparison = comparison_of((base or {}) | given)
+    is_tuned = comparison.lr == "auto"
+    of_comparison = {*comparison.__dataclass_fields__} - (set() if is_tuned else {"lr"})
+    shared = {name: value for name, value in given.items() if name not in of_comparison}
+    runs = comparison_runs(comparison, shared, base)
+    config = comparison.in_force() | common_settings(runs) | ({"lr": "auto"} if is_tuned else {})
+    config = {name: value for name, value in config.items() if name not in comparison.kinds()[0]}
+    return _train_and_report(runs, out, config, settings, comparison)
+
+
+def _stored_settings(settings: Namespace, given: dict[str, Any], out: str) -> dict[str, Any] | None:
+    """Return the settings of the run to resume, which are the defaults of the others; None for a new run.
+
+    Raises:
+        ValueError: if the folder is of an external model or of another program, or its settings name a class that the
+            command line does not.
+    """
+    if not settings.get("resume"):
+        return None
+    folder = RunFolder(out)
+    stored = folder.settings()
+    if is_external(stored):
+        raise ValueError(f"resume needs the folder of a run, and {out!r} holds measurements of an external model")
+    if "name" in stored:
+        raise ValueError(f"resume needs the folder of a run that `train` started, and {out!r} is of another program")
+    check_class_is_named(stored, given.get("backbone"), folder.config)
+    return stored
+
+
+def _check_resumable(folder: RunFolder, config: dict[str, Any]) -> None:
+    """Check that a run can be resumed, before the seconds that importing torch takes.
+
+    Raises:
+        ValueError: if its settings differ, it diverged, or it is finished.
+    """
+    folder.check(config, resume=True)
+    if (reason := folder.read_environment().get("diverged")) is not None:
+        raise ValueError(f"the run in {str(folder.path)!r} cannot be resumed: {reason}")
+    if folder.is_reported(config):
+        raise ValueError(
+            f"resume needs an unfinished run, and that in {str(folder.path)!r} is finished: larger --epochs extend one "
+            "that was trained, --overwrite starts it again"
+        )
+
+
+def _train_and_report(
+    runs: RunConfig | Sequence[RunConfig],
+    out: str,
+    config: dict[str, Any],
+    settings: Namespace,
+    comparison: Comparison | None = None,
+) -> int:
+    """Train, write and print the table, the summary and the figures; with --print_config, print the settings instead.
+
+    Returns:
+        The exit code: 1 if some of several runs diverged; the table is then of the others.
+    """
+    if settings.get("print_config"):
+        print_config(config)
+        return 0
+
+    folder, is_first = RunFolder(out), global_rank() == 0
+    options: dict[str, Any] = {name: bool(settings.get(name)) for name in ("resume", "overwrite")}
+    options["parallel"] = option(settings, "parallel", int, 1)
+    if options["resume"] and is_first:
+        _check_resumable(folder, config)
+
+    from neuralcollapse.lab.figures.panels import check_drawing  # seconds: after the checks of the arguments
+    from neuralcollapse.lab.figures.summary import summarise
+    from neuralcollapse.lab.training.objective import Diverged
+    from neuralcollapse.lab.training.runs import train_runs
+    from neuralcollapse.lab.training.tuning import with_chosen_rates
+
+    if is_first:
+        check_drawing()
+    summaries, code = [], 0
+
+    def report(folder: RunFolder) -> None:
+        summaries.append(summarise(folder, "train" if comparison is None else "compare"))
+
+    with ExitStack() as locks:
+        if comparison is not None and comparison.lr == "auto" and not isinstance(runs, RunConfig):
+            runs = with_chosen_rates(runs, comparison, folder, config, locks=locks, **options)
+            options |= {"resume": True, "overwrite": False}
+        try:
+            train_runs(runs, out, settings=config, finish=report, **options)
+        except Diverged as error:
+            if not summaries:
+                raise
+            print(f"neuralcollapse: skipped in table and figures: {error}", file=sys.stderr)
+            code = FAILED_IN_PART
+    for summary in summaries:  # one, of the first rank
+        print(f"\n{summary.table}\n")
+        print_written(summary.written)
+    return code
+
+
+TRAIN = Command(
+    "Train one run, from the recipe of a published experiment or from any settings; print the table, write the "
+    "figures. Everything is measured in evaluation mode on un-augmented data.",
+    _add_train_arguments,
+    _train,
+    _OF_RUN,
+)
+COMPARE = Command(
+    "Train methods (by default standard, fixed and implicit), with one loss or several, over several seeds, from the "
+    "same weights and batches for each seed; print their final values, and the epochs that each took to the final "
+    "values of standard; write the figures. Everything is measured in evaluation mode on un-augmented data.",
+    _add_compare_arguments,
+    _compare,
+    _OF_COMPARISON,
+)

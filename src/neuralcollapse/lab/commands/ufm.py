@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from neuralcollapse.lab.commands.arguments import add_output, add_sections, asked_for
-from neuralcollapse.lab.commands.training import output_folder, print_table, show_config, what_is_there
+from neuralcollapse.lab.commands import Command
+from neuralcollapse.lab.commands.arguments import add_output, asked_for
+from neuralcollapse.lab.commands.common import output_folder, print_config, print_written
 from neuralcollapse.lab.config import PUBLISHED_METHODS, PublishedMethod
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.settings import Settings, setting
@@ -21,14 +22,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from neuralcollapse.lab.ufm.compare import Schedule, UFMRun
-
-SUMMARY = "the unconstrained features model (UFM) trained with each method: UFM-10, -100, -200, -1000"
-USAGE = "[--classes 10,100] [--methods A,B] [--optimizers sgd,agd] [--seeds N] [--out FOLDER] [--resume | --overwrite]"
-DESCRIPTION = (
-    "Train unconstrained features, without a network, with standard, fixed and implicit, each with sgd and agd; print "
-    "after how many iterations each reaches levels of loss and of collapse, and draw them over seeds. The rate of each "
-    "method, optimiser and size is first chosen from the same candidates, on a seed that is not compared."
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,25 +93,22 @@ class FreeFeatures(Settings):
         return Schedule(iterations, 8 if large else 20, min(tuning_iterations, iterations), rates)
 
 
-SECTIONS: tuple[type[Settings], ...] = (FreeFeatures,)
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add what the command takes."""
-    add_sections(parser, *SECTIONS)
+def _add_arguments(parser: ArgumentParser) -> None:
     add_output(parser, "runs/ufm")
 
 
-def run(settings: Namespace) -> None:
+def _run(settings: Namespace) -> None:
     """Train every method, optimiser, size and seed, and say what was written."""
     config = FreeFeatures(**asked_for(settings, FreeFeatures))
     if settings.get("print_config"):
-        show_config(config.in_force())
+        print_config(config.in_force())
         return
 
     folder = RunFolder(output_folder(settings, "runs/ufm"))
-    table, _, written = train_ufm(config, folder, **what_is_there(settings))
-    print_table(table, written)
+    options = {name: bool(settings.get(name)) for name in ("resume", "overwrite")}
+    table, _, written = train_ufm(config, folder, **options)
+    print(f"\n{table}\n")
+    print_written(written)
 
 
 def train_ufm(
@@ -143,3 +133,13 @@ def train_ufm(
         metrics, tuning = compare_on_ufm(runs, range(config.seeds), folder.runs)
         table, written = write_ufm(folder, metrics, tuning, list(sizes))
     return table, metrics, written
+
+
+UFM = Command(
+    "Train unconstrained features, without a network, with standard, fixed and implicit, each with sgd and agd; print "
+    "after how many iterations each reaches levels of loss and of collapse, and draw them over seeds. The rate of each "
+    "method, optimiser and size is first chosen from the same candidates, on a seed that is not compared.",
+    _add_arguments,
+    _run,
+    (FreeFeatures,),
+)

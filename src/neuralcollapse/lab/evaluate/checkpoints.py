@@ -32,67 +32,65 @@ def measure_run(
     splits: Sequence[str] | None = None,
     layers: Sequence[str] = (),
     backbone: str | None = None,
-    progress: bool = True,
 ) -> Iterator[Path | ValueError]:
-    """Measure every saved checkpoint of a run that is not measured yet, and write tables and records.
+    """Measure the saved checkpoints of a run that are not measured yet, and write tables and records.
 
-    Until the iterator ends, no other process may write the folder.
+    The folder is locked for other processes until the iterator ends.
 
     Args:
-        run: Its folder.
-        preparation: Of the data.
-        every: Every so many of the saved checkpoints only, from the first on, and the last.
-        splits: Which to measure; by default all.
+        run: Folder of the run.
+        preparation: Data, loaded once for several runs, and whether progress is shown.
+        every: Measure every n-th of the saved checkpoints, from the first on, and the last.
+        splits: Splits to measure; all by default.
         layers: Dotted names of modules of the model whose outputs are measured as well.
-        backbone: The class that the run's settings name as its backbone, where they name one and it may be imported.
-        progress: Show a progress bar.
+        backbone: Class that may be imported if the settings of the run name it as their backbone.
 
     Yields:
-        Each record written; or what was wrong with a checkpoint, which is left out.
+        Each record written; a ValueError for a checkpoint that is skipped.
 
     Raises:
-        ValueError: The run has no checkpoints or no such split, its data cannot be had or have changed, or its settings
-            name a class that ``backbone`` does not.
+        ValueError: if the run has no checkpoints or no such split, its data cannot be loaded or have changed, or its
+            settings name a class other than ``backbone``.
     """
     with sole_writer(run.path):
-        checkpoints = sorted(run.checkpoints.glob("*.ckpt"), key=lambda path: (path == run.last_checkpoint, path.name))
-        if not checkpoints:
+        paths = sorted(run.checkpoints.glob("*.ckpt"), key=lambda path: (path == run.last_checkpoint, path.name))
+        if not paths:
             raise ValueError(f"run {str(run.path)!r} must have checkpoints to measure, and has none")
         settings = run.settings()
         check_class_is_named(settings, backbone, run.config)
         prepared = preparation.run(single_run({}, settings), run)
         run.check_data({"data_fingerprint": prepared.fingerprint})
-        wanted, loaders = select_splits(prepared.evaluation, splits)
+        splits, loaders = select_splits(prepared.evaluation, splits)
         measured = "model" if prepared.trained.average is None else "average"
         layers = [f"{measured}.{name}" for name in layers]
         records, files = Records(run), CheckpointFiles(prepared.config, prepared.fingerprint)
-        chosen = [path for place, path in enumerate(checkpoints) if place % every == 0 or path == checkpoints[-1]]
-        for path in tqdm(chosen, desc=run.path.name, unit="checkpoint", disable=None if progress else True):
+        chosen = [path for index, path in enumerate(paths) if index % every == 0 or path == paths[-1]]
+        shown = None if preparation.progress else True
+        for path in tqdm(chosen, desc=run.path.name, unit="checkpoint", disable=shown):
             try:
-                checkpoint = None if path != run.last_checkpoint else files.load(path)
-                epoch = (
-                    int(path.stem.removeprefix("epoch")) if checkpoint is None else int(checkpoint[PROVENANCE]["epoch"])
-                )
-                if is_measured(records, epoch, wanted, layers):
+                # The name of the last checkpoint has no epoch; others are not read if they are measured.
+                checkpoint = files.load(path) if path == run.last_checkpoint else None
+                epoch = int(checkpoint[PROVENANCE]["epoch"] if checkpoint else path.stem.removeprefix("epoch"))
+                if is_measured(records, epoch, splits, layers):
                     continue
                 checkpoint = checkpoint or files.load(path)
                 if "batches" in checkpoint[PROVENANCE]:
-                    raise ValueError(f"the run was stopped inside epoch {epoch}; --resume goes on with it")
+                    raise ValueError(f"the run was stopped inside epoch {epoch}; resume it with --resume")
                 prepared.trained.load_state_dict(checkpoint["state_dict"])
             except (ValueError, KeyError, RuntimeError) as error:
                 yield ValueError(f"{str(path)!r} cannot be measured: {str(error).splitlines()[0]}")
                 continue
             options = {**prepared.measure_options, "layers": layers, "progress": False}
             with evaluation_layout(prepared.trained):
-                found = measure_splits(prepared.trained, loaders, Provenance(epoch=epoch), **options)
-            yield from write_measurements(run, epoch, {split: found[split] for split in wanted})
+                measurements = measure_splits(prepared.trained, loaders, Provenance(epoch=epoch), **options)
+            yield from write_measurements(run, epoch, {split: measurements[split] for split in splits})
             records = Records(run)
 
 
 def is_measured(records: Records, epoch: int, splits: Sequence[str], layers: Sequence[str]) -> bool:
-    """Return whether records of an epoch are there, sound and with these layers, and in the run's table as well.
+    """Return whether an epoch has valid records of these splits with these layers, and the run's table has their rows.
 
-    A command that was stopped may have left records that are in no table: they are measured again.
+    A command that was stopped may have left records without rows: they are measured again.
     """
     for split in splits:
         if not records.run.measurement(epoch, split).exists():
@@ -110,24 +108,28 @@ def is_measured(records: Records, epoch: int, splits: Sequence[str], layers: Seq
 def select_splits(
     loaders: Mapping[str, EvaluationBatches], splits: Sequence[str] | None
 ) -> tuple[list[str], dict[str, EvaluationBatches]]:
-    """The splits that are asked for, by default all; and their batches, with those of the train split.
+    """Return the selected splits, by default all, and the loaders to measure them.
 
-    The class means of the train split are what the others are measured against.
+    The loaders include that of the train split, because other splits are measured against its class means.
 
     Raises:
-        ValueError: There is no such split.
+        ValueError: if there is no such split.
     """
-    wanted = list(loaders) if splits is None else list(splits)
-    if unknown := [split for split in wanted if split not in loaders]:
+    selected = list(loaders) if splits is None else list(splits)
+    if unknown := [split for split in selected if split not in loaders]:
         raise ValueError(f"split must be of {', '.join(loaders)}, got {unknown[0]!r}")
-    return wanted, {split: batches for split, batches in loaders.items() if split in {"train", *wanted}}
+    return selected, {split: loader for split, loader in loaders.items() if split in {"train", *selected}}
 
 
-def write_measurements(folder: RunFolder, epoch: int, found: Mapping[str, Measurement]) -> list[Path]:
-    """Write a record of each split, and its metrics into the folder's table; the records."""
-    rows = [(epoch, split, name, value) for split, one in found.items() for name, value in one.metrics.items()]
-    records = [folder.measurement(epoch, split) for split in found]
-    for record, one in zip(records, found.values(), strict=True):
-        one.save(record)
+def write_measurements(folder: RunFolder, epoch: int, measurements: Mapping[str, Measurement]) -> list[Path]:
+    """Write a record per split, and its metrics into the table of the folder; return the records' files."""
+    paths = [folder.measurement(epoch, split) for split in measurements]
+    for path, measurement in zip(paths, measurements.values(), strict=True):
+        measurement.save(path)
+    rows = [
+        (epoch, split, name, value)
+        for split, measurement in measurements.items()
+        for name, value in measurement.metrics.items()
+    ]
     add_rows(folder.metrics, rows)
-    return records
+    return paths

@@ -356,7 +356,7 @@ class RunFolder:
             self._check_facts()
         elif self.config.exists():
             raise ValueError(
-                f"out must not hold a run, and {str(self.path)!r} does: --resume goes on with it, "
+                f"out must not hold a run, and {str(self.path)!r} does: resume it with --resume, "
                 "--overwrite deletes it, --out names another folder"
             )
         elif self.path.exists() and not (self.path.is_dir() and self._is_empty()):

@@ -1,0 +1,145 @@
+"""Helpers shared by the commands: values of flags, folders to read, files to write, and lines that are printed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from neuralcollapse.lab.parsing import parse
+from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.results.locking import sole_writer
+
+_Item = TypeVar("_Item")
+FAILED_IN_PART = 1
+
+
+def option(settings: Namespace, name: str, hint: Any = str, default: Any = None) -> Any:
+    """Return the value of a flag, converted to its type; the default if it is not given.
+
+    Raises:
+        ValueError: if the value is not of the type.
+    """
+    value = parse(name, settings.get(name), hint)
+    return default if value is None else value
+
+
+def add_runs(parser: ArgumentParser, *, required: bool = True) -> None:
+    """Add the folders of runs to read as positional arguments."""
+    number = "+" if required else "*"
+    parser.add_argument("runs", metavar="RUN", nargs=number, help="folders of runs or of comparisons of runs")
+
+
+def runs_of(paths: Sequence[str]) -> list[RunFolder]:
+    """Return the runs in folders, each once; diverged runs of several are skipped, and named on stderr.
+
+    Raises:
+        ValueError: if a path is not the folder of a run or of several.
+    """
+    runs: dict[Path, RunFolder] = {}
+    for folder in map(RunFolder, paths):
+        finite = {run.path.resolve(): run for run in folder.run_folders()}
+        for run in folder.run_folders(diverged=True):
+            if run.path.resolve() not in finite:
+                print(f"neuralcollapse: skipped: {run.path.name}, which diverged", file=sys.stderr)
+        runs |= finite
+    return list(runs.values())
+
+
+def output_folder(settings: Namespace, default: str) -> str:
+    """Return the folder to write.
+
+    Raises:
+        ValueError: if it is empty, or there is no run to resume in it.
+    """
+    out = default if settings.get("out") is None else settings.out
+    if not out:
+        raise ValueError("out must name a folder, got ''")
+    if settings.get("resume") and not RunFolder(out).config.exists():
+        raise ValueError(f"resume needs the folder of a run, and {out!r} holds none: without --resume a new run starts")
+    return str(out)
+
+
+def check_new_file(path: Path, *, overwrite: bool) -> None:
+    """Check that a file may be written.
+
+    Raises:
+        ValueError: if it exists, and ``overwrite`` is False.
+    """
+    if path.exists() and not overwrite:
+        raise ValueError(f"out must be a new file, and {str(path)!r} exists: --overwrite replaces it")
+
+
+@contextmanager
+def new_files(paths: Sequence[Path], *, overwrite: bool) -> Iterator[None]:
+    """Check and write files that belong together, and lock their folder meanwhile if it is that of a run.
+
+    None of the files may exist, unless ``overwrite`` is True or the same command was stopped while it wrote them.
+
+    Raises:
+        ValueError: if a file exists, or another process writes to the folder of the run.
+    """
+    folder = paths[0].parent
+    unfinished = folder / f".{paths[0].name}.unfinished"
+    for path in paths:
+        if path.exists() and not path.is_file():
+            raise ValueError(f"out must be a regular file, and {str(path)!r} is not")
+        check_new_file(path, overwrite=overwrite or unfinished.exists())
+    with sole_writer(folder) if (folder / RunFolder.FILES["environment"]).exists() else nullcontext():
+        existing, is_new = {path for path in paths if path.exists()}, not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished.unlink(missing_ok=True)
+        unfinished.touch()
+        try:
+            yield
+        except BaseException:
+            if not any(path.exists() for path in paths if path not in existing):
+                unfinished.unlink(missing_ok=True)
+                with suppress(OSError):  # it has other files
+                    if is_new:
+                        folder.rmdir()
+            raise
+        unfinished.unlink(missing_ok=True)
+
+
+def print_config(settings: dict[str, Any]) -> None:
+    """Print settings as the YAML that `--config` takes."""
+    print(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), end="")
+
+
+def print_written(paths: Sequence[Path]) -> None:
+    """Print the files that were written, most informative first."""
+    for position, path in enumerate(paths):
+        print(f"{'wrote' if position == 0 else '     '} {path}")
+
+
+class Outcome:
+    """Files that were written, and the number of items that were skipped."""
+
+    def __init__(self) -> None:
+        self.written: list[Path] = []
+        self.skipped = 0
+
+    def valid(self, items: Iterable[_Item | ValueError]) -> list[_Item]:
+        """Return the items that are not errors; print and count the errors."""
+        valid = []
+        for item in items:
+            if isinstance(item, ValueError):
+                self.skipped += 1
+                print(f"neuralcollapse: skipped: {item}", file=sys.stderr)
+            else:
+                valid.append(item)
+        return valid
+
+    def report(self, nothing: str = "") -> int:
+        """Print the files written, or a line if there are none; return the exit code."""
+        if self.written:
+            print_written(self.written)
+        else:
+            print(nothing)
+        return FAILED_IN_PART if self.skipped else 0
