@@ -34,12 +34,12 @@ from neuralcollapse.lab.data.load import load_data
 BATCH, WORKERS, IMAGES, REPEATS = 128, 2, 20_000, 5
 SETTINGS: dict[str, dict[str, Any]] = {
     "none": {},
-    "crop_flip": {"crop_padding": 4, "flip": True},
-    "rotation": {"rotation": 25.0},
+    "crop_flip": {"augmentation": {"augmentation": {"crop_padding": 4, "flip": True}}},
+    "rotation": {"augmentation": {"augmentation": {"rotation": 25.0}}},
 }
 KORNIA = {
     "crop_flip": nn.Sequential(kornia.RandomCrop((32, 32), padding=4), kornia.RandomHorizontalFlip()),
-    "rotation": kornia.RandomRotation(25.0, p=1.0),
+    "augmentation": {"rotation": kornia.RandomRotation}(25.0, p=1.0),
 }
 
 
@@ -121,8 +121,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         pngs, labels = save_pngs(Path(folder))
         memory, streamed = (
-            load_data(DataSettings(data=folder, **how), progress=False)
-            for how in ({}, {"memory_budget": 0, "workers": WORKERS})
+            load_data(DataSettings(data=folder, **how), progress=False) for how in ({}, {"workers": WORKERS})
         )
         standardise = standardisation(memory, BatchSettings())
         measured = list(sources(memory.train, streamed.train, pngs, labels, standardise))

@@ -31,7 +31,7 @@ _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replace the markers of a page by tables of metrics, recipes, studies and claims, and the help texts of commands."""
+    """Replace the markers of a page by tables of metrics, recipes, studies and claims, and help texts of commands."""
     for marker, made in (
         ("commands", _commands),
         ("studies", _studies),

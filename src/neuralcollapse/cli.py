@@ -123,7 +123,7 @@ def _parse(arguments: list[str]) -> tuple[Command, Namespace]:
     parser = _parser(name, command)
 
     from neuralcollapse.lab.commands.arguments import check_named_classes
-    from neuralcollapse.lab.settings import nearest, type_hints
+    from neuralcollapse.lab.settings import closest_names
 
     try:
         parsed = parser.parse_args(arguments, defaults=False)
@@ -131,8 +131,8 @@ def _parse(arguments: list[str]) -> tuple[Command, Namespace]:
         unknown = re.search(r"(?i)unrecognized arguments: (--[^\s=]+)", str(error))
         if unknown is None or command is None:
             raise
-        flags = [f"--{name}" for section in command.sections for name in type_hints(section)]
-        raise ValueError(f"{error}{nearest(unknown[1], flags)}") from error
+        flags = [f"--{name}" for section in command.sections for name in section.model_fields]
+        raise ValueError(f"{error}{closest_names(unknown[1], flags)}") from error
     assert command is not None  # without a command, parsing exits or raises
     settings = parsed[parsed.subcommand]
     check_named_classes(settings, arguments)
@@ -144,7 +144,7 @@ def _parser(chosen: str | None, command: Command | None) -> ArgumentParser:
     import yaml
     from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_loader
 
-    from neuralcollapse.lab.parsing import load_yaml
+    from neuralcollapse.lab.commands.arguments import load_settings
 
     class Help(DefaultHelpFormatter):
         """Help texts as written, without the types and defaults that jsonargparse adds."""
@@ -152,7 +152,7 @@ def _parser(chosen: str | None, command: Command | None) -> ArgumentParser:
         def _get_help_string(self, action: Any) -> str:
             return action.help or ""
 
-    set_loader("settings", load_yaml, exceptions=(yaml.YAMLError,))
+    set_loader("settings", load_settings, exceptions=(yaml.YAMLError,))
     options: dict[str, Any] = {
         "exit_on_error": False,
         "allow_abbrev": False,

@@ -56,13 +56,13 @@ def test_batches_follow_from_seed_and_epoch_alone():
 
 def test_drawing_batches_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
-    epoch_of(flip=True)
+    epoch_of(augmentation={"flip": True})
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("stratified", [False, True])
 def test_an_epoch_holds_every_sample_once(stratified):
-    numbers = [number for batch in epoch_of(stratified=stratified) for number in batch]
+    numbers = [number for batch in epoch_of(sampling="stratified" if stratified else "random") for number in batch]
     assert sorted(numbers) == list(range(100))
 
 
@@ -83,7 +83,7 @@ def test_the_last_batch_may_be_smaller_and_one_sample_joins_the_batch_before():
 )
 def test_the_batches_of_an_epoch_are_the_published_ones(samples, batch_size, stratified, number, sizes):
     split = Split(torch.zeros(samples, 1, 1, 1, dtype=torch.uint8), torch.arange(samples) % 10)
-    batches = epoch_of(split=split, batch_size=batch_size, stratified=stratified)
+    batches = epoch_of(split=split, batch_size=batch_size, sampling="stratified" if stratified else "random")
     assert len(batches) == number
     assert {len(batch) for batch in batches} == sizes
     assert sum(map(len, batches)) == samples
@@ -91,7 +91,7 @@ def test_the_batches_of_an_epoch_are_the_published_ones(samples, batch_size, str
 
 def test_stratified_batches_hold_the_classes_in_proportion():
     split = numbered_split((30, 50, 20))
-    for batch in epoch_of(split=split, stratified=True):
+    for batch in epoch_of(split=split, sampling="stratified"):
         counts = split.labels[batch].bincount(minlength=3)
         assert (counts - torch.tensor([3, 5, 2])).abs().max() <= 1
 
@@ -101,7 +101,7 @@ def test_balanced_batches_hold_as_many_samples_of_each_of_their_classes():
     drawn = torch.zeros(4)
     seen = torch.zeros(100)
     for epoch in range(30):
-        batches = epoch_of(epoch=epoch, split=split, batch_size=9, classes_per_batch=3)
+        batches = epoch_of(epoch=epoch, split=split, batch_size=9, sampling=3)
         assert len(batches) == 11
         for batch in batches:
             assert len(set(batch)) == 9  # every class has three
@@ -115,7 +115,7 @@ def test_balanced_batches_hold_as_many_samples_of_each_of_their_classes():
 
 
 def test_balanced_batches_follow_from_seed_and_epoch_alone():
-    options = {"batch_size": 6, "classes_per_batch": 2}
+    options = {"batch_size": 6, "sampling": 2}
     first = epoch_of(seed=1, epoch=2, **options)
     torch.manual_seed(7)
     assert epoch_of(seed=1, epoch=2, **options) == first
@@ -124,14 +124,14 @@ def test_balanced_batches_follow_from_seed_and_epoch_alone():
 
 def test_a_class_with_too_few_samples_repeats_them_evenly():
     split = numbered_split((2, 40))
-    for batch in epoch_of(split=split, batch_size=10, classes_per_batch=2):
+    for batch in epoch_of(split=split, batch_size=10, sampling=2):
         assert sorted(index for index in batch if index < 2) in ([0, 0, 0, 1, 1], [0, 0, 1, 1, 1])
         assert len({index for index in batch if index >= 2}) == 5
 
 
 def test_balanced_batches_resume_inside_an_epoch_and_are_split_over_ranks():
     split, identity = numbered_split(), Standardisation(torch.zeros(1, 1, 1), torch.ones(1, 1, 1))
-    settings = BatchSettings(batch_size=8, classes_per_batch=2)
+    settings = BatchSettings(batch_size=8, sampling=2)
     whole = [images.flatten().int().tolist() for images, _ in EpochBatches(split, identity, settings, 0, 0)]
     assert EpochBatches(split, identity, settings, 0, 0).sizes == [8] * len(whole)
     rest = EpochBatches(split, identity, settings, 0, 0, done=5)
@@ -147,7 +147,7 @@ def test_balanced_batches_resume_inside_an_epoch_and_are_split_over_ranks():
 def test_more_classes_in_a_batch_than_there_are_is_refused():
     data = ImageData("own", *(Split(images_of(number), torch.arange(number) % 4) for number in (20, 8)), 4)
     with pytest.raises(ValueError, match="classes_per_batch must be at most the number of classes with training"):
-        Run(RunConfig(batch_size=10, classes_per_batch=5), data)
+        Run(RunConfig(batch_size=10, sampling=5), data)
 
 
 def test_standardised_images_have_mean_0_and_variance_1_in_each_channel():
@@ -198,7 +198,7 @@ def test_rotation_keeps_the_shape_of_things_in_oblong_images():
 
 def test_flips_mirror_about_half_of_the_images_and_leave_the_others():
     images = images_of(400)
-    flipped = augmented(images, BatchSettings(flip=True), 3)
+    flipped = augmented(images, BatchSettings(augmentation={"flip": True}), 3)
     same = (flipped == images).flatten(1).all(1)
     mirrored = (flipped == images.flip(-1)).flatten(1).all(1)
     assert bool((same ^ mirrored).all())
@@ -208,7 +208,7 @@ def test_flips_mirror_about_half_of_the_images_and_leave_the_others():
 def test_random_crops_reach_every_offset():
     image = torch.zeros(500, 1, 5, 5, dtype=torch.uint8)
     image[..., 2, 2] = 1
-    places = augmented(image, BatchSettings(crop_padding=1)).flatten(1).argmax(1)
+    places = augmented(image, BatchSettings(augmentation={"crop_padding": 1})).flatten(1).argmax(1)
     assert set(places.tolist()) == {row * 5 + column for row in (1, 2, 3) for column in (1, 2, 3)}
 
 
@@ -250,7 +250,10 @@ def test_only_what_is_not_set_is_taken_from_the_images():
         ({"pixel_mean": [0.1, 0.2]}, "pixel_mean must be one value or 3, one per channel, got 2"),
         ({"pixel_std": [1.0, 0.0, 1.0]}, "pixel_std must be above 0"),
         ({"crop_size": 6}, "crop_size must be at most 5, for images 7x5, got 6"),
-        ({"crop_size": 8, "crop_padding": 1}, "crop_size must be at most 7, for images 7x5 padded by 1, got 8"),
+        (
+            {"crop_size": 8, "augmentation": {"crop_padding": 1}},
+            "crop_size must be at most 7, for images 7x5 padded by 1, got 8",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_the_images_are_refused(settings, message):
@@ -261,7 +264,7 @@ def test_settings_that_do_not_fit_the_images_are_refused(settings, message):
 def test_random_windows_of_a_given_size_lie_anywhere_in_the_padded_image():
     image = torch.zeros(600, 1, 4, 4, dtype=torch.uint8)
     image[:, 0] = torch.arange(1, 17).reshape(4, 4)
-    settings = BatchSettings(crop_size=3, crop_padding=1)
+    settings = BatchSettings(crop_size=3, augmentation={"crop_padding": 1})
     windows = augmented(image, settings)
     padded = torch.zeros(6, 6, dtype=torch.uint8)
     padded[1:5, 1:5] = image[0, 0]
@@ -277,7 +280,7 @@ def test_a_window_smaller_than_the_image_is_random_without_padding_too():
 
 def test_a_window_as_large_as_the_padded_image_is_all_of_it():
     images = images_of()[:, :, :5]
-    windows = augmented(images, BatchSettings(crop_size=7, crop_padding=1))
+    windows = augmented(images, BatchSettings(crop_size=7, augmentation={"crop_padding": 1}))
     assert torch.equal(windows, torch.nn.functional.pad(images, (1, 1, 1, 1)))
 
 
@@ -297,4 +300,4 @@ def test_the_centre_of_a_smaller_image_is_padded():
 
 
 def test_batches_without_a_crop_have_the_shape_of_the_images():
-    assert batch_shape((3, 7, 5), BatchSettings(crop_padding=2)) == (3, 7, 5)
+    assert batch_shape((3, 7, 5), BatchSettings(augmentation={"crop_padding": 2})) == (3, 7, 5)

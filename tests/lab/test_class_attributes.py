@@ -16,8 +16,7 @@ from neuralcollapse.cli import main
 from neuralcollapse.geometry import attribute_gram, simplex_gram
 from neuralcollapse.heads import LeadingDirections
 from neuralcollapse.lab.config import RunConfig
-from neuralcollapse.lab.models.attributes import attribute_code, digits_of_classes, read_attributes
-from neuralcollapse.lab.models.building import build_head
+from neuralcollapse.lab.models.build import attribute_code, build_head, digits_of_classes, read_attributes
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.tables import read_table
 from neuralcollapse.metrics import Measurement

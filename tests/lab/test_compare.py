@@ -97,7 +97,7 @@ def test_a_seeds_methods_differ_in_nothing_but_the_head(finished):
     }
     settings = [yaml.safe_load((finished / "runs" / f"{m}-seed0" / "config.yaml").read_text()) for m in logs]
     different = {name for name in settings[0].keys() | settings[1] if settings[0].get(name) != settings[1].get(name)}
-    assert different == {"method", "classifier_bias", "orientation", "unit_weight", "unit_start", "means_momentum"}
+    assert different == {"method", "classifier_bias", "orientation", "unit_weight", "means_momentum"}
 
 
 def test_a_run_is_never_overwritten_unasked(finished, tmp_path, capsys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -17,9 +16,10 @@ from neuralcollapse import ClassMeanClassifier, FixedETFClassifier, LearnedClass
 from neuralcollapse.cli import main
 from neuralcollapse.heads import TrustRegion
 from neuralcollapse.lab.config import RunConfig
-from neuralcollapse.lab.experiments import Comparison, comparison_of, comparison_runs, label_of, tell_apart
-from neuralcollapse.lab.models.building import build_head
+from neuralcollapse.lab.experiments import Comparison, comparison_of, comparison_runs
+from neuralcollapse.lab.models.build import build_head
 from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.results.labels import label_of, tell_apart
 from neuralcollapse.lab.results.tables import baseline_table, read_table
 from neuralcollapse.lab.training.runs import train_runs
 from neuralcollapse.lab.training.tuning import with_chosen_rates
@@ -121,7 +121,7 @@ def test_weight_averages_are_compared_with_what_has_none_at_its_own_rate():
     losses, shares = ["cross-entropy", "nonl"], [0, 0.1]
     runs = comparison_runs(Comparison(methods=["standard"], losses=losses, weight_averages=shares, seeds=1), {})
     rates = {(loss, share or None): 0.1 * number for number, (loss, share) in enumerate(product(losses, shares), 1)}
-    runs = [replace(run, lr=rates[run.loss, run.weight_average]) for run in runs]
+    runs = [run.replace(lr=rates[run.loss, run.weight_average]) for run in runs]
     labels = [label_of(telling) for telling in tell_apart([run.in_force() for run in runs])]
     assert labels == [
         *("standard cross-entropy", "standard cross-entropy weight_average=0.1"),

@@ -36,7 +36,7 @@ SETTINGS = [
     "--test_samples=60",
     "--batch_size=16",
     "--checkpoint_minutes=0.0001",
-    "--checkpoint_every=2",
+    "--keep_at=2",
 ]
 LINE = "neuralcollapse: interrupted; resume it with --resume"
 IMPORTED = digits(), runs  # before any process is forked

@@ -11,11 +11,12 @@ from PIL import Image
 
 from neuralcollapse.lab.config import BatchSettings, DataSettings
 from neuralcollapse.lab.data import batches as batches_module
+from neuralcollapse.lab.data import load as load_module
 from neuralcollapse.lab.data.batches import EpochBatches, evaluation_batches, standardisation
 from neuralcollapse.lab.data.images import Split, StreamedSplit
 from neuralcollapse.lab.data.load import load_data
 
-STREAMED = {"memory_budget": 0, "workers": 0}
+STREAMED = {"workers": 0}
 
 
 def load(source: Path | str, **settings):
@@ -120,9 +121,9 @@ def test_where_there_are_several_columns_of_labels_one_must_be_named(tmp_path):
     save_table(tmp_path, {"coarse": [0, 0, 1, 1] * 5, "fine": [0, 1, 2, 3] * 5}, kinds)
     with pytest.raises(ValueError, match="label_column must say which labels of .* to take: coarse, fine"):
         load(tmp_path)
-    assert load(tmp_path, label_column="fine").num_classes == 4
+    assert load(tmp_path, data_options={"label_column": "fine"}).num_classes == 4
     with pytest.raises(ValueError, match="must have a column of class labels called 'finer'"):
-        load(tmp_path, label_column="finer")
+        load(tmp_path, data_options={"label_column": "finer"})
 
 
 def test_images_without_labels_are_refused(tmp_path):
@@ -144,7 +145,7 @@ def test_labels_that_mean_unknown_are_refused(tmp_path):
     save_table(tmp_path, {"label": [0, 1, 2]}, {"label": datasets.ClassLabel(num_classes=3)})
     save_table(tmp_path, {"label": [-1, -1]}, {"label": datasets.ClassLabel(num_classes=3)}, split="test")
     with pytest.raises(
-        ValueError, match=r"2 of 2 in its test split have -1, which means unlabelled: --drop_unlabelled"
+        ValueError, match=r"2 of 2 in its test split have -1, which means unlabelled: --leave_out unlabelled"
     ):
         load(tmp_path)
 
@@ -219,12 +220,12 @@ def test_images_side_by_side_equal_a_loop():
 
 def test_relabelled_data_say_so():
     assert not load("digits").relabelled
-    assert load("digits", random_labels=True).relabelled
+    assert load("digits", label_noise="permuted").relabelled
     assert load("digits", label_noise=0.1).relabelled
 
 
 def test_labels_that_a_run_kept_are_used_again():
-    data, random = load("digits"), load("digits", random_labels=True)
+    data, random = load("digits"), load("digits", label_noise="permuted")
     assert not torch.equal(random.train.labels, data.train.labels)
     assert torch.equal(random.test.labels, data.test.labels)
     again = random.with_train_labels(data.train.labels.int())
@@ -277,10 +278,10 @@ def asked_of_the_hub(monkeypatch) -> list[tuple[str | None, ...]]:
         ({"data": "fashion-mnist"}, "zalando-datasets/fashion_mnist", None),
         ({"data": "svhn"}, "ufldl-stanford/svhn", "cropped_digits"),
         ({"data": "ufldl-stanford/svhn"}, "ufldl-stanford/svhn", "cropped_digits"),
-        ({"data": "svhn", "data_config": "full_numbers"}, "ufldl-stanford/svhn", "full_numbers"),
+        ({"data": "svhn", "data_options": {"config": "full_numbers"}}, "ufldl-stanford/svhn", "full_numbers"),
         ({"data": "cifar100"}, "uoft-cs/cifar100", None),
         ({"data": "imagenet"}, "ILSVRC/imagenet-1k", None),
-        ({"data": "someone/something", "data_config": "one"}, "someone/something", "one"),
+        ({"data": "someone/something", "data_options": {"config": "one"}}, "someone/something", "one"),
     ],
 )
 def test_what_is_asked_of_the_hub(asked_of_the_hub, settings, path, config):
@@ -297,10 +298,10 @@ def test_what_is_known_of_a_data_set_is_used(tmp_path, monkeypatch):
     splits = datasets.load_dataset(str(tmp_path))
     monkeypatch.setattr(datasets, "load_dataset", lambda *_: splits)
     assert load("cifar100").num_classes == 4
-    assert load("uoft-cs/cifar100", label_column="coarse_label").num_classes == 2
-    assert len(load("imagenet", label_column="fine_label").test) == 8
-    assert len(load("imagenet", label_column="fine_label", test_split="test").test) == 4
-    swapped = load("cifar100", train_split="validation", test_split="train")
+    assert load("uoft-cs/cifar100", data_options={"label_column": "coarse_label"}).num_classes == 2
+    assert len(load("imagenet", data_options={"label_column": "fine_label"}).test) == 8
+    assert len(load("imagenet", data_options={"label_column": "fine_label", "test_split": "test"}).test) == 4
+    swapped = load("cifar100", data_options={"train_split": "validation", "test_split": "train"})
     assert (len(swapped.train), len(swapped.test)) == (8, 20)
 
 
@@ -309,9 +310,9 @@ def test_a_split_that_does_not_exist_is_refused_with_those_that_do(tmp_path):
         save_table(tmp_path, {"label": [0, 1]}, {"label": datasets.ClassLabel(num_classes=2)}, split)
     for setting in ("train_split", "test_split"):
         with pytest.raises(ValueError, match=f"{setting} must be a split of .*, which has train, test; got 'dev'"):
-            load(tmp_path, **{setting: "dev"})
+            load(tmp_path, data_options={setting: "dev"})
     with pytest.raises(ValueError, match="test_split must be another split than train_split, got 'train' for both"):
-        load(tmp_path, test_split="train")
+        load(tmp_path, data_options={"test_split": "train"})
 
 
 def test_without_a_split_called_train_there_must_be_only_one_or_one_must_be_named(tmp_path):
@@ -319,7 +320,7 @@ def test_without_a_split_called_train_there_must_be_only_one_or_one_must_be_name
         save_table(tmp_path, {"label": [0, 1]}, {"label": datasets.ClassLabel(num_classes=2)}, split)
     with pytest.raises(ValueError, match="train_split must say which split of .* to train on: (test|validation), "):
         load(tmp_path)
-    assert len(load(tmp_path, train_split="validation").test) == 2
+    assert len(load(tmp_path, data_options={"train_split": "validation"}).test) == 2
     (tmp_path / "test.parquet").unlink()
     save_table(tmp_path, {"label": [0, 1] * 5}, {"label": datasets.ClassLabel(num_classes=2)}, "validation")
     assert len(load(tmp_path).test) == 2
@@ -342,7 +343,7 @@ def test_a_class_without_any_image_is_refused(tmp_path):
 
 def batches_of(data, **settings) -> list[torch.Tensor]:
     """Two epochs of training and the evaluation, after one another."""
-    config = BatchSettings(batch_size=16, crop_padding=1, flip=True, **settings)
+    config = BatchSettings(batch_size=16, augmentation={"crop_padding": 1, "flip": True}, **settings)
     evaluation = evaluation_batches(data, config)
     training = [EpochBatches(data.train, evaluation["train"].standardise, config, 3, epoch) for epoch in (0, 1)]
     return [tensor for part in (*training, *evaluation.values()) for batch in part for tensor in batch]
@@ -357,11 +358,11 @@ def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
 def test_streamed_batches_are_those_from_memory(real_data, workers, settings):
     settings |= {"train_samples": 100, "test_samples": 30}
     in_memory = load(real_data / "mnist", **settings)
-    streamed = load(real_data / "mnist", memory_budget=0, workers=workers, **settings)
+    streamed = load(real_data / "mnist", workers=workers, **settings)
     assert isinstance(in_memory.train, Split)
     assert isinstance(streamed.train, StreamedSplit)
     assert streamed.image_shape == in_memory.image_shape
-    assert same(batches_of(streamed, stratified=True), batches_of(in_memory, stratified=True))
+    assert same(batches_of(streamed, sampling="stratified"), batches_of(in_memory, sampling="stratified"))
 
 
 def test_streamed_data_take_other_labels_as_well():
@@ -373,7 +374,7 @@ def test_streamed_data_take_other_labels_as_well():
 
 def test_streamed_splits_can_be_sent_to_a_process(tmp_path):
     save_images(tmp_path, {"a": 20, "b": 20})
-    split = load(tmp_path, memory_budget=0, workers=0).train
+    split = load(tmp_path, workers=0).train
     sent = pickle.loads(pickle.dumps(split))
     indices = [torch.tensor([3, 1]), torch.tensor([7])]
     for (images, labels), (expected, true) in zip(sent.batches(indices), split.batches(indices), strict=True):
@@ -381,18 +382,21 @@ def test_streamed_splits_can_be_sent_to_a_process(tmp_path):
         assert torch.equal(labels, true)
 
 
-def test_what_is_streamed_is_decided_by_what_the_images_take(tmp_path):
+def test_what_is_streamed_is_decided_by_what_the_images_take(tmp_path, monkeypatch):
     save_images(tmp_path, {"a": 20, "b": 20}, size=(64, 32))
-    required = 40 * 64 * 32 * 3 / 2**30
-    assert isinstance(load(tmp_path, memory_budget=required).train, Split)
-    assert isinstance(load(tmp_path, memory_budget=0.99 * required).train, StreamedSplit)
-    assert isinstance(load(tmp_path, memory_budget=0.99 * required, train_samples=20).train, Split)
-    assert isinstance(load(tmp_path, memory_budget=0.99 * required, channels=1).train, Split)
+    required = 40 * 64 * 32 * 3
+    monkeypatch.setattr(load_module, "MEMORY_BUDGET", required)
+    assert isinstance(load(tmp_path).train, Split)
+    monkeypatch.setattr(load_module, "MEMORY_BUDGET", 0.99 * required)
+    assert isinstance(load(tmp_path).train, StreamedSplit)
+    assert isinstance(load(tmp_path, train_samples=20).train, Split)
+    assert isinstance(load(tmp_path, channels=1).train, Split)
+    assert isinstance(load(tmp_path, workers="in-memory").train, Split)
 
 
 def test_reading_streamed_batches_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
-    batches_of(load("digits", memory_budget=0, workers=1, train_samples=32, test_samples=2))
+    batches_of(load("digits", workers=1, train_samples=32, test_samples=2))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -400,7 +404,7 @@ def test_reading_streamed_batches_leaves_the_global_generator_alone():
 def test_an_unreadable_image_is_named_by_the_worker_that_finds_it(tmp_path, workers):
     save_images(tmp_path, {"a": 10, "b": 10})
     (tmp_path / "b" / "7.png").write_bytes(b"not an image")
-    data = load(tmp_path, memory_budget=0, workers=workers)
+    data = load(tmp_path, workers=workers)
     with pytest.raises(ValueError, match=r"images that can be read; .*b/7\.png of .* cannot") as caught:
         batches_of(data)
     assert "\n" not in str(caught.value)
@@ -413,8 +417,8 @@ def test_streamed_images_of_different_size_need_image_size(tmp_path):
         (tmp_path / size / name).rename(tmp_path / name)
         (tmp_path / size).rmdir()
     with pytest.raises(ValueError, match="image_size must be given, because the images of .* 4x6 and 9x9"):
-        batches_of(load(tmp_path, memory_budget=0, workers=0))
-    data = load(tmp_path, memory_budget=0, workers=0, image_size=5)
+        batches_of(load(tmp_path, workers=0))
+    data = load(tmp_path, workers=0, image_size=5)
     assert data.image_shape == (3, 5, 5)
     assert len(batches_of(data)) > 0
 
@@ -422,7 +426,7 @@ def test_streamed_images_of_different_size_need_image_size(tmp_path):
 def test_whether_streamed_images_are_grey_is_taken_from_the_first(tmp_path):
     save_images(tmp_path / "train", {"a": 2, "b": 2}, mode="L")
     save_images(tmp_path / "test", {"a": 1, "b": 1})
-    data = load(tmp_path, memory_budget=0, workers=0)
+    data = load(tmp_path, workers=0)
     assert data.image_shape == (1, 4, 6)
     ((images, _),) = data.test.batches([torch.arange(2)])
     assert images.shape == (2, 1, 4, 6)

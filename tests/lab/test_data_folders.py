@@ -124,19 +124,19 @@ def test_the_classes_of_a_split_are_its_folders(names):
         ({"test/a": 6, "test/b": 6}, {}, None, None, "its only split is test"),
         ({"train/a": 4, "train/b": 4, "test/a": 2, "test/b": 3}, {}, 8, 5, ""),
         (THREE, {}, 8, 2, "not used: val (5"),
-        (THREE, {"test_split": "validation"}, 8, 5, "test (2"),
+        (THREE, {"data_options": {"test_split": "validation"}}, 8, 5, "test (2"),
         ({"train/a": 4, "train/b": 4, "test/a": 2, "test/b": 3, "new": 7}, {}, 8, 5, "new/ (7 images)"),
         ({"train/a": 4, "train/b": 4, "test/a": 2, "test/b": 3, "aug/a": 7}, {}, 8, 5, "aug/ (7 images)"),
-        ({"train/a": 6, "train/b": 6, "test": 4}, {"drop_unlabelled": True}, None, None, "test/ (4 images)"),
+        ({"train/a": 6, "train/b": 6, "test": 4}, {"leave_out": ["unlabelled"]}, None, None, "test/ (4 images)"),
         ({"train/train/a": 4, "train/train/b": 4, "test/test/a": 2, "test/test/b": 3}, {}, 8, 5, "train/train"),
-        (NEW, {"train_split": "new_train", "test_split": "new_test"}, 8, 5, ""),
+        (NEW, {"data_options": {"train_split": "new_train", "test_split": "new_test"}}, 8, 5, ""),
         ({"train/a": 4, "train/b": 4, "train/c": 3, "test/a": 2, "test/b": 3}, {}, 11, 5, ""),
     ],
 )  # fmt: skip
 def test_splits_are_told_from_classes(folders, options, train, test, note, tmp_path, capsys):
     data = load(make(tmp_path, folders), **options)
     if train is None:  # one image in five is held out
-        number = sum(folders.values()) - (4 if "drop_unlabelled" in options else 0)
+        number = sum(folders.values()) - (4 if "leave_out" in options else 0)
         train, test = number - round(number / 5), round(number / 5)
     assert (len(data.train), len(data.test)) == (train, test)
     assert any(note in line for line in data.notes) if note else data.notes == ()
@@ -177,7 +177,7 @@ def test_numbered_folders_are_in_the_order_of_their_numbers(names, tmp_path):
 
 
 def test_class_attributes_follow_numbered_folders_that_begin_at_one(tmp_path):
-    from neuralcollapse.lab.models.attributes import digits_of_classes
+    from neuralcollapse.lab.models.build import digits_of_classes
 
     data = load(make(tmp_path, {str(number): 5 for number in range(1, 13)}))
     digits = digits_of_classes(12, class_names=data.class_names)
@@ -223,7 +223,7 @@ def test_strays_are_listed_in_a_line_and_skipped(tmp_path, capsys):
     assert (len(data.train), len(data.test), data.class_names) == (8, 4, ("a", "b"))
     empty, table, others = data.notes
     assert empty == "left out, without an image in it: train/c/"
-    assert table == "not used, as the sub-folders are the classes: labels.csv; --table FILE takes its labels"
+    assert table == "not used, as the sub-folders are the classes: labels.csv; data_options can name a table for labels"
     assert others == "left out, not an image of a class: 0.png, train.zip, train/0.png and 4 more"
     assert len(capsys.readouterr().err.splitlines()) == 3
 
@@ -367,14 +367,14 @@ UNREADABLE: dict[str, tuple[str, Callable[[], bytes], str]] = {
 
 
 @pytest.mark.parametrize("kind", UNREADABLE)
-@pytest.mark.parametrize("budget", [4.0, 0.0])
-def test_an_image_that_cannot_be_read_is_named_in_a_line(kind, budget, tmp_path):
+@pytest.mark.parametrize("workers", ["in-memory", 0])
+def test_an_image_that_cannot_be_read_is_named_in_a_line(kind, workers, tmp_path):
     name, content, reason = UNREADABLE[kind]
     make(tmp_path, {"a": 5, "b": 5, "c": 5})
     (tmp_path / "a" / name).write_bytes(content())
 
     def read() -> list[object]:
-        data = load(tmp_path, image_size=5, memory_budget=budget, **({"workers": 0} if not budget else {}))
+        data = load(tmp_path, image_size=5, workers=workers)
         return [list(split.batches([torch.arange(len(split))])) for split in data.splits.values()]
 
     with pytest.raises(ValueError, match=f"a/{name} of .* cannot: .*{reason}") as caught:
@@ -399,12 +399,12 @@ def copied(root: Path, suffix: str = "png") -> Path:
     return root
 
 
-@pytest.mark.parametrize("options", [{}, {"image_size": 3}, {"memory_budget": 0.0, "workers": 0}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"image_size": 3}, {"workers": 0}], ids=str)
 def test_a_test_image_that_is_trained_on_is_refused_with_both_files(options, tmp_path):
     message = r"train/b/4.png and test/a/again.png are the same; 1 of 7 test images"
     with pytest.raises(ValueError, match=message):
         load(copied(tmp_path), **options)
-    data = load(tmp_path, drop_copies=True, **options)
+    data = load(tmp_path, leave_out=["copies"], **options)
     assert len(data.test) == 6
     assert "1 of 7 test images are training images too and left out" in data.notes[0]
 
@@ -497,7 +497,7 @@ def test_a_table_beside_folders_is_used_only_when_asked_for(column, tmp_path):
         for number in range(most)
     ]
     (tmp_path / "t.csv").write_text("path,label" + ",set" * column + "\n" + "\n".join(rows))
-    folders, asked = load(tmp_path), load(tmp_path, table="t.csv")
+    folders, asked = load(tmp_path), load(tmp_path, data_options={"table": "t.csv"})
     assert asked.train.images.equal(folders.train.images)
     assert asked.test.images.equal(folders.test.images)
     assert asked.train.labels.equal(1 - folders.train.labels)
@@ -560,7 +560,7 @@ def test_a_test_table_without_labels_is_refused_or_left_out(tmp_path):
     (tmp_path / "test.csv").write_text("\n".join(["path", "images/10.png", "images/11.png"]))
     with pytest.raises(ValueError, match=r"its test split has images without \(2 of 2\)"):
         load(tmp_path)
-    data = load(tmp_path, drop_unlabelled=True)
+    data = load(tmp_path, leave_out=["unlabelled"])
     assert (len(data.train), len(data.test)) == (8, 2)
     assert "the test split left out: none of its images has a label" in data.notes
 
@@ -621,9 +621,11 @@ def test_the_label_minus_one_is_no_class(labels, tmp_path):
     assert (data.class_names, len(data.train), len(data.test)) == (("0", "1"), 12, 3)
     assert data.notes == ("6 of 18 images of the train split left out: they have no label",)
     parquet(tmp_path / "test.parquet", labels, None, 100)
-    with pytest.raises(ValueError, match="2 of 6 in its test split have -1, which means unlabelled: --drop_unlabelled"):
+    with pytest.raises(
+        ValueError, match="2 of 6 in its test split have -1, which means unlabelled: --leave_out unlabelled"
+    ):
         load(tmp_path)
-    assert len(load(tmp_path, drop_unlabelled=True).test) == 4
+    assert len(load(tmp_path, leave_out=["unlabelled"]).test) == 4
 
 
 def test_a_hidden_test_set_is_refused_or_another_split_is_taken(tmp_path):
@@ -632,10 +634,10 @@ def test_a_hidden_test_set_is_refused_or_another_split_is_taken(tmp_path):
     parquet(tmp_path / "validation.parquet", [0, 1, 1], ["a", "b"], 30)
     with pytest.raises(ValueError, match="4 of 4 in its test split have -1"):
         load(tmp_path)
-    assert len(load(tmp_path, test_split="validation").test) == 3
-    assert len(load(tmp_path, drop_unlabelled=True).test) == 3
+    assert len(load(tmp_path, data_options={"test_split": "validation"}).test) == 3
+    assert len(load(tmp_path, leave_out=["unlabelled"]).test) == 3
     with pytest.raises(ValueError, match="test_split must be a split with labels, and no image of 'test' has one"):
-        load(tmp_path, test_split="test", drop_unlabelled=True)
+        load(tmp_path, data_options={"test_split": "test"}, leave_out=["unlabelled"])
 
 
 def test_rows_of_parquet_files_that_are_in_both_splits_are_refused(tmp_path):
@@ -643,7 +645,7 @@ def test_rows_of_parquet_files_that_are_in_both_splits_are_refused(tmp_path):
     parquet(tmp_path / "test.parquet", [0, 1] * 2, None, 9)
     with pytest.raises(ValueError, match=r"row 10 of .* \(train\) and row 1 of .* \(test\) are the same; 1 of 4"):
         load(tmp_path)
-    assert len(load(tmp_path, drop_copies=True).test) == 3
+    assert len(load(tmp_path, leave_out=["copies"]).test) == 3
 
 
 def test_paths_in_parquet_files_stay_within_the_folder(tmp_path):
@@ -684,9 +686,11 @@ def test_folders_and_parquet_files_with_images_are_refused_together(tmp_path):
 def test_what_does_not_fit_into_memory_is_refused_before_it_is_made(tmp_path, monkeypatch):
     monkeypatch.setattr("neuralcollapse.lab.memory.available_memory", lambda: 500.0)
     make(tmp_path, {"a": 12, "b": 12})
-    with pytest.raises(ValueError, match="memory_budget must be less than there is: .* GiB of memory; over the budget"):
+    with pytest.raises(
+        ValueError, match="workers must be a number where memory is short: .* GiB of memory; with a number"
+    ):
         load(tmp_path)
-    assert len(load(tmp_path, memory_budget=0.0, workers=0).train) == 19
+    assert len(load(tmp_path, workers=0).train) == 19
     with pytest.raises(ValueError, match="a batch fits into memory: 1 images of 20x20 take"):
         load(tmp_path, image_size=20)
 
@@ -706,7 +710,7 @@ def test_too_little_memory_is_one_line(error, monkeypatch, capsys):
 
 def test_attributes_of_a_million_classes_are_refused_at_once():
     from neuralcollapse.lab import RunConfig
-    from neuralcollapse.lab.models.attributes import attribute_code
+    from neuralcollapse.lab.models.build import attribute_code
 
     config = RunConfig(method="attribute-frame", class_attributes="digits")
     with pytest.raises(ValueError, match=r"class_attributes needs fewer classes: .* take 2.98e\+04 GiB"):

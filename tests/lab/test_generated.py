@@ -16,20 +16,20 @@ CLUSTERS = {"num_classes": 4, "feature_dim": 30, "train_per_class": 50, "test_pe
 
 
 def test_mnist_1d_has_the_published_sizes_and_is_standardised():
-    data = load_data(DataSettings(data="mnist-1d", generator="published"), progress=False)
+    data = load_data(DataSettings(data="mnist-1d", data_options="published"), progress=False)
     assert (len(data.train), len(data.test), data.image_shape, data.num_classes) == (4000, 1000, (1, 1, 40), 10)
     every = torch.cat([data.train.images, data.test.images]).double()
     assert float(every.mean()) == pytest.approx(0, abs=1e-6)
     assert float(every.std(correction=0)) == pytest.approx(1, abs=1e-6)
     assert torch.cat([data.train.labels, data.test.labels]).bincount().tolist() == [500] * 10
-    again = load_data(DataSettings(data="mnist-1d", generator="published"), progress=False)
+    again = load_data(DataSettings(data="mnist-1d", data_options="published"), progress=False)
     assert torch.equal(again.train.images, data.train.images)
 
 
 def test_without_its_noise_mnist_1d_is_its_curve():
     still = {"padding": [0, 0], "scale_coeff": 0, "max_translation": 1, "corr_noise_scale": 0, "iid_noise_scale": 0}
     settings = PUBLISHED | still | {"shear_scale": 0, "final_seq_length": 12, "num_samples": 100}
-    data = load_data(DataSettings(data="mnist-1d", generator=settings), progress=False)
+    data = load_data(DataSettings(data="mnist-1d", data_options=settings), progress=False)
     curves = data.train.images[data.train.labels == 0].flatten(1)
     zero = np.array([5, 6, 6.5, 6.75, 7, 7, 7, 7, 6.75, 6.5, 6, 5])
     assert torch.allclose(curves, curves[:1].expand_as(curves))
@@ -37,7 +37,7 @@ def test_without_its_noise_mnist_1d_is_its_curve():
 
 
 def test_features_lie_about_their_class_means():
-    data = load_data(DataSettings(data="features", generator=CLUSTERS), progress=False)
+    data = load_data(DataSettings(data="features", data_options=CLUSTERS), progress=False)
     assert (len(data.train), len(data.test), data.image_shape, data.num_classes) == (200, 80, (1, 1, 30), 4)
     samples = data.train.images.flatten(1).double()
     means = torch.stack([samples[data.train.labels == k].mean(0) for k in range(4)])
@@ -49,22 +49,28 @@ def test_features_lie_about_their_class_means():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"data": "mnist-1d"}, "generator must say what data mnist-1d is drawn with, and it is not given"),
-        ({"data": "mnist-1d", "generator": {"seed": 1}}, "generator of mnist-1d must have .* or be 'published', got"),
+        ({"data": "mnist-1d"}, "data_options must say what data mnist-1d is drawn with, and is not given"),
         (
-            {"data": "features", "generator": "published"},
-            "generator of features must have num_classes, .*, got published",
+            {"data": "mnist-1d", "data_options": {"seed": 1}},
+            "data_options of mnist-1d must have .* or be 'published', got",
         ),
         (
-            {"data": "features", "generator": CLUSTERS | {"noise": -1}},
-            "generator's noise must be a number of at least 0",
+            {"data": "features", "data_options": "published"},
+            "data_options must be a mapping for data features, got 'published'",
         ),
         (
-            {"data": "mnist-1d", "generator": PUBLISHED | {"padding": 36}},
+            {"data": "features", "data_options": CLUSTERS | {"noise": -1}},
+            "data_options.noise must be a number of at least 0",
+        ),
+        (
+            {"data": "mnist-1d", "data_options": PUBLISHED | {"padding": 36}},
             "padding must be a least and a greatest number",
         ),
-        ({"data": "mnist-1d", "generator": PUBLISHED | {"train_split": 2}}, "train_split must be below 1, got 2"),
-        ({"generator": "published"}, "generator belongs to data mnist-1d or features; here data is digits"),
+        (
+            {"data": "mnist-1d", "data_options": PUBLISHED | {"train_split": 2}},
+            "train_split must be below 1, got 2",
+        ),
+        ({"data_options": "published"}, "data_options belongs to data other than digits; here data is digits"),
         ({"data": "mnist-1d", "image_size": 9}, "image_size belongs to data other than mnist-1d and features"),
     ],
 )
@@ -75,7 +81,18 @@ def test_what_a_generator_lacks_is_said(settings, message):
 
 def test_generated_data_are_trained_on(tmp_path):
     out = tmp_path / "out"
-    flags = ["--data", "features", "--generator", str(CLUSTERS), "--backbone", "mlp", "--width", "16", "--epochs", "8"]
+    flags = [
+        "--data",
+        "features",
+        "--data_options",
+        str(CLUSTERS),
+        "--backbone",
+        "mlp",
+        "--width",
+        "16",
+        "--epochs",
+        "8",
+    ]
     assert main(["train", *flags, "--batch_size", "20", "--out", str(out)]) == 0
     table = read_table(out / "metrics.csv").query("epoch == 8 and split == 'train' and metric == 'accuracy'")
     assert table["value"].item() > 0.9

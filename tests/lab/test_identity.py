@@ -17,7 +17,7 @@ from neuralcollapse.cli import main
 from neuralcollapse.lab import RunConfig, RunFolder, train_runs
 from neuralcollapse.lab.results.tables import read_table
 
-SMALL = {"backbone": "mlp", "width": 12, "depth": 1, "batch_size": 20, "schedule": "constant", "checkpoint_every": 1}
+SMALL = {"backbone": "mlp", "width": 12, "depth": 1, "batch_size": 20, "schedule": "constant", "keep_at": 1}
 
 
 def write_images(folder: Path) -> None:
@@ -208,7 +208,7 @@ def test_a_run_without_its_environment_is_not_resumed(spoil, run, capsys):
 def test_runs_whose_names_differ_in_what_folders_do_not_take_are_told_apart(place, tmp_path):
     for name in ("a b", "a:b", "A:B"):
         shutil.copytree(place / "data", tmp_path / name)
-    settings = SMALL | {"epochs": 1, "checkpoint_every": None}
+    settings = SMALL | {"epochs": 1, "keep_at": None}
     runs = [RunConfig(**settings, data=str(tmp_path / name)) for name in ("a b", "a:b", "A:B")]
     folder = train_runs(runs, tmp_path / "out", progress=False)
     names = [one.path.name for one in folder.run_folders()]

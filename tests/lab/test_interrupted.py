@@ -67,9 +67,7 @@ CASES = {
         "compare --resume --epochs 2 --out run",
         before=["compare {small} --methods standard,fixed --seeds 1 --epochs 1 --out run"],
     ),
-    "measuring": Case(
-        "measure run", before=["train {small} --epochs 3 --measure_every 3 --checkpoint_every 1 --out run"]
-    ),
+    "measuring": Case("measure run", before=["train {small} --epochs 3 --measure_at 3 --keep_at 1 --out run"]),
     "distances": Case("distance run", before=["train {small} --epochs 2 --out run"]),
     "another reference": Case(
         "distance run --reference 2", before=["train {small} --epochs 2 --out run", "distance run"]

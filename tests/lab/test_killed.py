@@ -28,11 +28,9 @@ SETTINGS = [
     "--train_samples=400",
     "--test_samples=100",
     "--batch_size=16",
-    "--crop_padding=1",
-    "--flip",
-    "--rotation=10",
+    "--augmentation={crop_padding: 1, flip: true, rotation: 10}",
     "--checkpoint_minutes=0.002",
-    "--checkpoint_every=2",
+    "--keep_at=2",
 ]
 RUNS = {
     "implicit-sgd": ["--method=implicit"],

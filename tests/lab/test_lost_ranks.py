@@ -35,7 +35,7 @@ SETTINGS = {
     "train_samples": 203,
     "test_samples": 40,
     "batch_size": 12,
-    "crop_padding": 1,
+    "augmentation": {"crop_padding": 1},
     "epochs": 3,
     "device": "cpu",
     "checkpoint_minutes": 1e-9,  # after every batch

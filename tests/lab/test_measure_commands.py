@@ -33,11 +33,7 @@ SMALL = {"backbone": "mlp", "width": 24, "depth": 1, "train_samples": 200, "test
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two seeds and two methods, of which every epoch was measured and kept."""
     folder = tmp_path_factory.mktemp("runs") / "all"
-    runs = [
-        RunConfig(method=m, seed=s, epochs=3, checkpoint_every=1, **SMALL)
-        for s in (0, 1)
-        for m in ("standard", "implicit")
-    ]
+    runs = [RunConfig(method=m, seed=s, epochs=3, keep_at=1, **SMALL) for s in (0, 1) for m in ("standard", "implicit")]
     train_runs(runs, folder, progress=False)
     return folder
 
@@ -68,8 +64,8 @@ def test_what_was_added_to_a_table_stays_when_the_run_goes_on(tmp_path):
         "method": "standard",
         "seed": 0,
         "schedule": "constant",
-        "measure_every": 2,
-        "checkpoint_every": 1,
+        "measure_at": 2,
+        "keep_at": 1,
         **SMALL,
     }
     train_runs(RunConfig(epochs=3, **asked), folder.path, progress=False)

@@ -10,7 +10,7 @@ from torch import nn
 from helpers import generator, normal
 from neuralcollapse import losses
 from neuralcollapse.lab.config import RunConfig
-from neuralcollapse.lab.models.building import build_head, build_model
+from neuralcollapse.lab.models.build import build_head, build_model
 from neuralcollapse.lab.training.objective import batch_loss, penalty
 from neuralcollapse.lab.training.optimizers import build_optimizer, build_schedule
 
@@ -37,16 +37,16 @@ def rates(config: RunConfig, batches: int) -> list[float]:
     ("settings", "expected"),
     [
         ({"schedule": "constant"}, [1] * 6),
-        ({"schedule": "step", "step_epochs": 2}, [1, 1, 0.1, 0.1, 0.01, 0.01]),
-        ({"schedule": "step", "step_epochs": 3, "lr_factor": 0.5}, [1, 1, 1, 0.5, 0.5, 0.5]),
-        ({"schedule": "multistep"}, [1, 1, 0.1, 0.1, 0.01, 0.01]),
-        ({"schedule": "multistep", "epochs": 2}, [1, 0.1]),
-        ({"schedule": "multistep", "epochs": 1}, [1]),
-        ({"schedule": "multistep", "milestones": [1, 5]}, [1, 0.1, 0.1, 0.1, 0.1, 0.01]),
+        ({"schedule": "step", "step_at": 2}, [1, 1, 0.1, 0.1, 0.01, 0.01]),
+        ({"schedule": "step", "step_at": 3, "lr_factor": 0.5}, [1, 1, 1, 0.5, 0.5, 0.5]),
+        ({"schedule": "step"}, [1, 1, 0.1, 0.1, 0.01, 0.01]),
+        ({"schedule": "step", "epochs": 2}, [1, 0.1]),
+        ({"schedule": "step", "epochs": 1}, [1]),
+        ({"schedule": "step", "step_at": [1, 5]}, [1, 0.1, 0.1, 0.1, 0.1, 0.01]),
         ({"schedule": "cosine"}, [0.5 * (1 + math.cos(math.pi * epoch / 6)) for epoch in range(6)]),
         ({"schedule": "constant", "warmup_epochs": 2}, [0.1, 0.6, 1, 1, 1, 1]),
-        ({"schedule": "step", "step_epochs": 2, "warmup_epochs": 1}, [0.2, 1, 0.1, 0.1, 0.01, 0.01]),
-        ({"schedule": "multistep", "milestones": [1, 5], "warmup_epochs": 1}, [0.2, 0.1, 0.1, 0.1, 0.1, 0.01]),
+        ({"schedule": "step", "step_at": 2, "warmup_epochs": 1}, [0.2, 1, 0.1, 0.1, 0.01, 0.01]),
+        ({"schedule": "step", "step_at": [1, 5], "warmup_epochs": 1}, [0.2, 0.1, 0.1, 0.1, 0.1, 0.01]),
         (
             {"schedule": "cosine", "warmup_epochs": 2},
             [0.1, 0.6, *(0.5 * (1 + math.cos(math.pi * epoch / 4)) for epoch in range(4))],
@@ -84,9 +84,7 @@ def test_one_cycle_is_torchs_with_the_settings_and_moves_the_momentum(optimizer,
         lr=0.4,
         epochs=4,
         schedule="one-cycle",
-        div_factor=8.0,
-        final_div_factor=50.0,
-        cycle_momentum=cycle_momentum,
+        one_cycle={"div_factor": 8.0, "final_div_factor": 50.0, "cycle_momentum": cycle_momentum},
         **settings,
     )
     built = build_optimizer(config, build_model(config, SHAPE, 10))
@@ -106,7 +104,9 @@ def test_one_cycle_is_torchs_with_the_settings_and_moves_the_momentum(optimizer,
 
 
 def test_one_cycle_of_three_phases_falls_as_fast_as_it_rose():
-    found = rates(small(method="standard", lr=0.4, epochs=10, schedule="one-cycle", three_phase=True), batches=10)
+    found = rates(
+        small(method="standard", lr=0.4, epochs=10, schedule="one-cycle", one_cycle={"three_phase": True}), batches=10
+    )
     top = found.index(max(found))
     assert found[: top + 1] == pytest.approx(found[top : 2 * top + 1][::-1], rel=0.05)
     assert found[2 * top + 2] < found[0]
@@ -123,7 +123,7 @@ def test_the_optimiser_is_torchs_with_the_settings(name):
 
 def test_lbfgs_searches_along_a_line_and_decays_inside_the_loss():
     plain = {"method": "standard", "unit_weight": False, "optimizer": "lbfgs"}
-    config = small(**plain, lr=0.1, lbfgs_history=7, lbfgs_iterations=3, weight_decay=0.02)
+    config = small(**plain, lr=0.1, optimizer_options={"history": 7, "iterations": 3}, weight_decay=0.02)
     model = build_model(config, SHAPE, 10)
     group = build_optimizer(config, model).param_groups[0]
     assert (group["lr"], group["history_size"], group["max_iter"]) == (0.1, 7, 3)
@@ -199,7 +199,7 @@ def test_losses_of_directions_are_those_of_the_library_with_their_settings():
     }
     assert len({float(value) for value in expected.values()}) == 5
     for name, call in (
-        ({"loss": "nonl", "bidirectional": True}, partial(losses.bidirectional_nonl, temperature=0.1)),
+        ({"loss": "bidirectional-nonl"}, partial(losses.bidirectional_nonl, temperature=0.1)),
         ({"loss": "dot-regression"}, losses.dot_regression),
     ):
         assert batch_loss(small(**name), features @ weight.T, targets, features, weight) == call(
@@ -229,11 +229,11 @@ def test_separate_decay_is_of_the_classifier_and_of_what_it_multiplies():
 
 
 def test_the_published_quirk_penalises_a_constant():
-    config = small(method="standard", weight_decay=0.0, feature_decay=0.3, published_quirk=True)
+    config = small(method="standard", weight_decay=0.0, feature_decay="published")
     model = build_model(config, SHAPE, 10)
     features = torch.randn(5, 24, generator=generator(2), requires_grad=True)
     found = penalty(config, model, features)
-    assert found.item() == pytest.approx(0.15 * 5, rel=1e-6)
+    assert found.item() == pytest.approx(0.5e-4 * 5, rel=1e-6)
     found.backward()
     assert features.grad.abs().max() < 1e-6
 

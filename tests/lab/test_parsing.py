@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import math
 import string
-import types
-import typing
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,15 +16,13 @@ from helpers import error_of
 from neuralcollapse.cli import main
 from neuralcollapse.lab.commands import load_command
 from neuralcollapse.lab.config import RunConfig
-from neuralcollapse.lab.parsing import load_typed_yaml, load_yaml, parse
-from neuralcollapse.lab.settings import type_hints
+from neuralcollapse.lab.settings import load_typed_yaml, load_yaml, parse, schema_of
 
 SETTINGS = {
-    (one.name, str(hint)): hint
+    (name, str(field.annotation)): field.annotation
     for command in map(load_command, ("compare", "train", "measure", "ufm", "landscape"))
     for section in command.sections
-    for one in fields(section)
-    for hint in [type_hints(section)[one.name]]
+    for name, field in section.model_fields.items()
 }
 # What YAML 1.1, Python or C read as another number, or as one at all.
 NOT_DECIMAL = (
@@ -48,16 +43,20 @@ NOT_DECIMAL = (
 )
 
 
-def kinds(hint: Any) -> list[Any]:
-    return list(typing.get_args(hint)) if typing.get_origin(hint) in (typing.Union, types.UnionType) else [hint]
+def alternatives(schema: dict[str, Any]) -> list[dict[str, Any]]:
+    return schema.get("anyOf", [schema])
 
 
-def is_number(hint: Any) -> bool:
-    return bool({int, float} & set(kinds(hint)))
+def is_number(schema: dict[str, Any]) -> bool:
+    return any(one.get("type") in ("integer", "number") and "enum" not in one for one in alternatives(schema))
 
 
-def items(hint: Any) -> list[Any]:
-    return [typing.get_args(one)[0] for one in kinds(hint) if typing.get_origin(one) is list]
+def is_text(schema: dict[str, Any]) -> bool:
+    return any(one.get("type") == "string" and not {"enum", "const"} & set(one) for one in alternatives(schema))
+
+
+def items(schema: dict[str, Any]) -> list[dict[str, Any]]:
+    return [one["items"] for one in alternatives(schema) if one.get("type") == "array"]
 
 
 def in_file(text: str) -> Any:
@@ -66,16 +65,19 @@ def in_file(text: str) -> Any:
 
 @pytest.mark.parametrize(("name", "hint"), [(name, hint) for (name, _), hint in SETTINGS.items()])
 def test_every_setting_takes_decimal_numbers_alone(name, hint):
+    schema = schema_of(hint)
     for read in (str, in_file):
-        if is_number(hint):
+        if is_number(schema):
             assert parse(name, read("010"), hint) == 10
             assert parse(name, read("+7"), hint) == 7
-        for item in items(hint):
+        for item in items(schema):
             if is_number(item):
                 assert parse(name, read("[010, 020]"), hint) == [10, 20]
-        if str in kinds(hint):
+        if is_text(schema):
             assert parse(name, read("0x10"), hint) == "0x10"
-        elif dict not in map(typing.get_origin, kinds(hint)) and items(hint) != [str]:
+        elif not any(one.get("type") == "object" for one in alternatives(schema)) and not any(
+            map(is_text, items(schema))
+        ):
             for text in NOT_DECIMAL:
                 with pytest.raises(ValueError, match=f"^{name} must be "):
                     parse(name, read(text), hint)
@@ -164,11 +166,11 @@ def test_any_text_is_read_or_refused(text):
     "text", ["[", "]", "{", "}", "*x", "&x", "!!x", "!x y", "%", "|", ">", "`", "@", "a: b", "- 1", "? 1", "#"]
 )
 def test_a_setting_that_is_no_yaml_is_one_line(text, capsys):
-    message = error_of(capsys, "train", "--schedule=multistep", f"--milestones={text}", "--print_config")
-    assert message.startswith("milestones must be ")
-    for name in ("pixel_mean", "checkpoint_epochs", "loggers", "width"):
+    message = error_of(capsys, "train", "--schedule=step", f"--step_at={text}", "--print_config")
+    assert message.startswith("step_at must be ")
+    for name in ("pixel_mean", "measure_at", "loggers", "width"):
         with pytest.raises(ValueError, match=f"^{name} must be "):
-            parse(name, text, type_hints(RunConfig)[name])
+            parse(name, text, RunConfig.model_fields[name].annotation)
 
 
 @pytest.mark.parametrize("number", ["0x10", "1_000"])
@@ -195,22 +197,22 @@ def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]
 def test_flags_and_files_say_the_same(tmp_path, capsys):
     lines = {
         "epochs": "030",
-        "milestones": "[010,020]",
+        "step_at": "[010,020]",
         "lr": "1e-3",
-        "flip": "off",
+        "compile": "off",
         "pixel_mean": "[.5]",
-        "schedule": "multistep",
+        "schedule": "step",
     }
     file = tmp_path / "mine.yaml"
     file.write_text("\n".join(f"{name}: {text}" for name, text in lines.items()))
     found = shown(capsys, "train", *(f"--{name}={text}" for name, text in lines.items()))
     assert found == shown(capsys, "train", "--config", str(file))
-    assert (found["epochs"], found["milestones"], found["lr"]) == (30, [10, 20], 0.001)
-    assert (found["flip"], found["pixel_mean"]) == (False, [0.5])
+    assert (found["epochs"], found["step_at"], found["lr"]) == (30, [10, 20], 0.001)
+    assert (found["compile"], found["pixel_mean"]) == (False, [0.5])
     assert shown(capsys, "compare", "--seeds=010,011,")["seeds"] == [10, 11]
     assert shown(capsys, "compare", "--seeds=04")["seeds"] == 4
-    assert shown(capsys, "train", "--config", str(file), "--flip")["flip"] is True
-    assert shown(capsys, "train", "--flip", "--no-flip")["flip"] is False
+    assert shown(capsys, "train", "--config", str(file), "--compile")["compile"] is True
+    assert shown(capsys, "train", "--compile", "--no-compile")["compile"] is False
 
 
 def test_settings_that_are_shown_are_settings_again(tmp_path, capsys):
@@ -224,7 +226,8 @@ def test_settings_that_are_shown_are_settings_again(tmp_path, capsys):
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump(config.in_force()))
     read = {
-        name: parse(name, value, type_hints(RunConfig)[name]) for name, value in load_yaml(file.read_text()).items()
+        name: parse(name, value, RunConfig.model_fields[name].annotation)
+        for name, value in load_yaml(file.read_text()).items()
     }
     assert RunConfig(**read) == config
 

@@ -33,7 +33,7 @@ OTHERS = {
     "nonl": {"method": "means", "loss": "nonl"},
 }
 OF_ONE_RANK = {f"head.{name}" for name in ("features", "class_means", "weight", "bias")}
-RUNS = {method: {"method": method, "crop_padding": 1} for method in PUBLISHED_METHODS} | OTHERS
+RUNS = {method: {"method": method, "augmentation": {"crop_padding": 1}} for method in PUBLISHED_METHODS} | OTHERS
 
 
 def train_all(rank, ranks, port, folder):
@@ -89,7 +89,10 @@ def test_several_processes_train_as_one(curves, name, ranks):
 @pytest.mark.parametrize("stratified", [False, True])
 def test_ranks_share_every_batch_and_each_has_two_samples(stratified):
     settings = RunConfig(
-        train_samples=101, batch_size=48, stratified=stratified, crop_padding=1, flip=True, rotation=5.0
+        train_samples=101,
+        batch_size=48,
+        sampling="stratified" if stratified else "random",
+        augmentation={"crop_padding": 1, "flip": True, "rotation": 5.0},
     )
     data = load_data(settings, progress=False)
     made = [standardisation(data, settings), settings, 3, 0, 0]
@@ -136,7 +139,7 @@ def test_what_ranks_cannot_do_is_refused(settings, message):
     [
         ({"precision": "16-mixed"}, r"precision must be one that device cpu has \(32, bf16-mixed\), got '16-mixed'"),
         ({"devices": 2, "sync_batchnorm": True}, "sync_batchnorm needs device cuda"),
-        ({"devices": 4, "train_samples": 7, "allow_absent_classes": True}, "devices must leave two training images"),
+        ({"devices": 4, "train_samples": 7, "leave_out": ["absent-classes"]}, "devices must leave two training images"),
     ],
 )
 def test_what_a_machine_lacks_is_said_before_anything_is_written(tmp_path, settings, message):

@@ -67,9 +67,9 @@ def test_a_recipe_takes_two_steps(name, request, tmp_path):
     else:
         folder = request.getfixturevalue("real_data") / settings["data"]
     short = {"data": str(folder), "batch_size": 4, "train_samples": 8, "test_samples": 4}
-    short["allow_absent_classes"] = True
+    short["leave_out"] = ["absent-classes"]
     if settings["optimizer"] == "lbfgs":
-        short["lbfgs_iterations"] = 2
+        short["optimizer_options"] = {"history": 10, "iterations": 2}
     config = RunConfig(**settings | short)
     data = load_data(config, progress=False)
     prepared = Run(config, data)

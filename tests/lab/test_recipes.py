@@ -7,7 +7,6 @@ import re
 import runpy
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -24,14 +23,15 @@ FIELD = re.compile(r"^(\w+): (\S.*?)  # (\S.*)$")
 MARKER = "not published: our choice"
 MARKED = re.compile(rf"^{MARKER}( \(.+\))?$")
 SOURCE = re.compile(r"^(unofficial reproduction of )?(Papyan et al\. 2020|Zhu et al\. 2021|Markou et al\. 2024)\b")
-SETTINGS = {setting.name for setting in fields(RunConfig)}
+SETTINGS = set(RunConfig.model_fields)
 FAMILIES = Path(recipes_module.__file__).parent / "recipes"
 CLASSES = {"mnist": 10, "cifar10": 10, "cifar100": 100, "stl10": 10, "imagenet": 1000}
 
 # --- the published values ------------------------------------------------------------------------------------------
 
-NOT_AUGMENTED = {"crop_padding": 0, "flip": False, "rotation": 0.0}
-CROPPED_AND_FLIPPED = {"crop_padding": 4, "flip": True, "rotation": 0.0}
+NOT_AUGMENTED = {"augmentation": {"crop_padding": 0, "flip": False, "rotation": 0.0}}
+CROPPED_AND_FLIPPED = {"augmentation": {"crop_padding": 4, "flip": True, "rotation": 0.0}}
+ROTATED = {"augmentation": {"crop_padding": 0, "flip": False, "rotation": 25.0}}
 MNIST = {"data": "mnist", "image_size": 32, "channels": 3, "pixel_mean": [0.1307], "pixel_std": [0.3081]}
 IMAGENET_PIXELS = {"pixel_mean": [0.485, 0.456, 0.406], "pixel_std": [0.229, 0.224, 0.225]}
 CIFAR10_PIXELS = {"pixel_mean": [0.4914, 0.4822, 0.4465], "pixel_std": [0.2023, 0.1994, 0.2010]}
@@ -49,7 +49,7 @@ PAPYAN = {
     **NOT_AUGMENTED,
     **PLAIN_CLASSIFIER,
     "batch_size": 128,
-    "stratified": False,
+    "sampling": "random",
     "stem": "7x7",
     "batch_norm_affine": True,
     "epochs": 350,
@@ -57,29 +57,27 @@ PAPYAN = {
     "optimizer": "sgd",
     "momentum": 0.9,
     "weight_decay": 5e-4,
-    "schedule": "multistep",
-    "milestones": [116, 233],
+    "schedule": "step",
+    "step_at": [116, 233],
     "lr_factor": 0.1,
-    "measure_every": 5,
-    "measure_from": 5,
-    "checkpoint_every": 5,
-    "checkpoint_from": 5,
+    "measure_at": 5,
+    "keep_at": 5,
     "initialisation": "he",
 }
 
-STEPS = {"schedule": "step", "step_epochs": 40, "lr_factor": 0.1}
+STEPS = {"schedule": "step", "step_at": 40, "lr_factor": 0.1}
 ZHU = {
     **NOT_AUGMENTED,
     **PLAIN_CLASSIFIER,
-    "stratified": False,
+    "sampling": "random",
     "backbone": "resnet18",
     "stem": "7x7",
     "batch_norm_affine": True,
     "epochs": 200,
     "loss": "cross-entropy",
     "weight_decay": 5e-4,
-    "measure_every": 1,
-    "checkpoint_every": 1,
+    "measure_at": 1,
+    "keep_at": 1,
     "initialisation": "he",
     "seed": 6,
 }
@@ -89,8 +87,7 @@ ZHU_LBFGS = ZHU | {
     "batch_size": 2048,
     "optimizer": "lbfgs",
     "lr": 0.1,
-    "lbfgs_history": 10,
-    "lbfgs_iterations": 20,
+    "optimizer_options": {"history": 10, "iterations": 20},
     "schedule": "constant",
 }
 ZHU_CIFAR10 = {"data": "cifar10", **CIFAR10_PIXELS}
@@ -98,7 +95,7 @@ ZHU_RANDOM = {
     **ZHU_SGD,
     "data": "cifar10",
     **IMAGENET_PIXELS,
-    "random_labels": True,
+    "label_noise": "permuted",
     "batch_size": 64,
     "lr": 0.01,
     "weight_decay": 1e-4,
@@ -128,32 +125,28 @@ ZHU_MSE = {
     for classifier in ("learned", "fixed")
 }
 
-MARKOU_STANDARD = {"method": "standard", "unit_weight": True, "unit_start": False}
+MARKOU_STANDARD = {"method": "standard", "unit_weight": "published"}
 MARKOU_FIXED = {"method": "fixed", **CANONICAL, "classifier_bias": "centring"}
 MARKOU_IMPLICIT = {"method": "implicit", "classifier_bias": "centring", "means_momentum": "published"}
 MARKOU = {
     "batch_size": 256,
     "epochs": 200,
     "loss": "cross-entropy",
-    "gain": 10.0,
-    "checkpoint_every": 1,
+    "optimizer_options": {"gain": 10.0},
+    "keep_at": 1,
 }
 MARKOU_MNIST = {
     **MARKOU,
     **MNIST,
-    "stratified": False,
-    "crop_padding": 0,
-    "flip": False,
-    "rotation": 25.0,
+    "sampling": "random",
+    **ROTATED,
     "backbone": "resnet18",
     "stem": "7x7",
     "batch_norm_affine": False,
     "feature_norm": 5.0,
     "optimizer": "agd",
     "seeds": [1, 2, 3],
-    "measure_every": 5,
-    "measure_from": 1,
-    "measure_last": False,
+    "measure_at": [1, 6, ".."],
 }
 MARKOU_CIFAR10 = {**MARKOU, **CROPPED_AND_FLIPPED, "data": "cifar10", **CIFAR10_PIXELS}
 MARKOU_CIFAR100 = {**MARKOU, **CROPPED_AND_FLIPPED, "data": "cifar100", **CIFAR100_PIXELS}
@@ -226,7 +219,12 @@ PUBLISHED = {
     },
     "markou2024-mnist-standard": {**MARKOU_MNIST, **MARKOU_STANDARD, "classifier_bias": "none"},
     "markou2024-mnist-fixed": {**MARKOU_MNIST, **MARKOU_FIXED},
-    "markou2024-mnist-implicit": {**MARKOU_MNIST, **MARKOU_IMPLICIT, "stratified": True, "proximal_weight": 0.0045},
+    "markou2024-mnist-implicit": {
+        **MARKOU_MNIST,
+        **MARKOU_IMPLICIT,
+        "sampling": "stratified",
+        "proximal_weight": 0.0045,
+    },
     "markou2024-cifar10-resnet18-standard": {**MARKOU_CIFAR10, **RESNET18, **MARKOU_STANDARD},
     "markou2024-cifar10-resnet18-fixed": {**MARKOU_CIFAR10, **RESNET18, **MARKOU_FIXED},
     "markou2024-cifar10-resnet18-implicit": {
@@ -290,9 +288,7 @@ def test_a_recipe_resolves_to_the_settings_of_its_file_of_before_the_families(na
     recipe = load_recipe(name)
     config = RunConfig(**recipe.settings)
     epochs = range(1, config.epochs + 1)
-    resolved = {
-        key: value for key, value in config.in_force().items() if not key.startswith(("measure_", "checkpoint_"))
-    }
+    resolved = config.in_force()
     resolved["seeds"] = recipe.seeds
     resolved["measured"] = first_last_and_number([epoch for epoch in epochs if config.is_measured(epoch)])
     resolved["kept"] = first_last_and_number([epoch for epoch in epochs if config.is_kept(epoch)])
@@ -371,19 +367,18 @@ def test_a_recipe_gives_every_field_that_decides_its_result(name):
 
 
 def deciding(given: dict) -> set[str]:
-    names = {"data", "batch_size", "stratified", "crop_padding", "flip", "rotation", "backbone", "batch_norm_affine"}
+    names = {"data", "batch_size", "sampling", "augmentation", "backbone", "batch_norm_affine"}
     names |= {"method", "feature_norm", "classifier_bias", "epochs", "loss", "optimizer"}
-    names |= {"seeds" if "seeds" in given else "seed", "measure_every", "checkpoint_every"}
+    names |= {"seeds" if "seeds" in given else "seed", "measure_at", "keep_at"}
     names |= {
         "sgd": {"lr", "momentum", "weight_decay", "schedule"},
         "adam": {"lr", "weight_decay", "schedule"},
-        "lbfgs": {"lr", "lbfgs_history", "lbfgs_iterations", "weight_decay", "schedule"},
-        "agd": {"gain"},
+        "lbfgs": {"lr", "optimizer_options", "weight_decay", "schedule"},
+        "agd": {"optimizer_options"},
     }[given["optimizer"]]
     names |= {
         "constant": set(),
-        "step": {"step_epochs", "lr_factor"},
-        "multistep": {"milestones", "lr_factor"},
+        "step": {"step_at", "lr_factor"},
     }[given.get("schedule", "constant")]
     names |= {"standard": {"unit_weight"}, "fixed": {"orientation"}, "implicit": {"proximal_weight"}}[given["method"]]
     if given["classifier_bias"] == "centring":
@@ -393,13 +388,7 @@ def deciding(given: dict) -> set[str]:
         names |= {"image_size", "channels"}
     if given["backbone"].startswith("resnet") and given["optimizer"] != "agd":
         names.add("initialisation")
-    if given.get("unit_weight"):
-        names.add("unit_start")
-    if given["measure_every"] > 1:
-        names.add("measure_from")
-    if "feature_decay" in given:
-        names.add("published_quirk")
-    if given.get("random_labels"):
+    if given.get("label_noise"):
         names.add("data_seed")
     return names
 

@@ -69,21 +69,21 @@ def test_the_first_samples_of_each_class_are_taken_in_order():
 
 def test_the_exponential_tail_of_cifar10_is_the_published_one():
     # Cao et al. (2019), CIFAR-10-LT with a factor of 100.
-    samples = train(source_of(*[5000] * 10), 10, imbalance="exponential", imbalance_factor=0.01)
+    samples = train(source_of(*[5000] * 10), 10, imbalance={"exponential": 0.01})
     assert counts_of(samples) == [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
 
 
 def test_in_the_step_the_second_half_of_the_classes_is_small():
-    assert counts_of(train(source_of(*[100] * 5), 5, imbalance="step", imbalance_factor=0.29)) == [100] * 2 + [29] * 3
+    assert counts_of(train(source_of(*[100] * 5), 5, imbalance={"step": 0.29})) == [100] * 2 + [29] * 3
 
 
 def test_a_tail_asks_for_no_more_than_there_is_and_leaves_one_of_each_class():
-    samples = train(source_of(20, 1000, 3, 500), 4, imbalance="exponential", imbalance_factor=0.001)
+    samples = train(source_of(20, 1000, 3, 500), 4, imbalance={"exponential": 0.001})
     assert counts_of(samples) == [20, 100, 3, 1]
 
 
 def test_which_samples_the_tail_keeps_follows_from_the_data_seed():
-    source, settings = source_of(100, 100), {"imbalance": "step", "imbalance_factor": 0.3}
+    source, settings = source_of(100, 100), {"imbalance": {"step": 0.3}}
     samples = train(source, 2, **settings)
     assert same_images(samples, train(source, 2, **settings))
     assert not same_images(samples, train(source, 2, **settings, data_seed=1))
@@ -128,13 +128,13 @@ def test_more_classes_than_fit_are_refused():
 
 def test_random_labels_are_a_permutation_of_the_labels_of_the_samples_that_are_trained_on():
     source = source_of(500, 300, 200)
-    settings = {"train_samples": 400, "imbalance": "step", "imbalance_factor": 0.5}
-    true, random = train(source, 3, **settings), train(source, 3, **settings, random_labels=True)
+    settings = {"train_samples": 400, "imbalance": {"step": 0.5}}
+    true, random = train(source, 3, **settings), train(source, 3, **settings, label_noise="permuted")
     assert same_images(true, random)
     assert counts_of(true) == counts_of(random)
     chance = sum((count / len(true)) ** 2 for count in counts_of(true))
     assert (true.labels == random.labels).double().mean() == pytest.approx(chance, abs=0.12)
-    other = train(source, 3, **settings, random_labels=True, data_seed=1)
+    other = train(source, 3, **settings, label_noise="permuted", data_seed=1)
     assert not torch.equal(random.labels, other.labels)
 
 
@@ -154,7 +154,7 @@ def test_what_is_noise_at_one_level_is_the_same_noise_at_a_higher_one():
 
 def test_the_test_split_keeps_its_labels_and_its_classes():
     source = source_of(60, 40)
-    changed = {"random_labels": True, "label_noise": 0.5, "imbalance": "step", "samples_per_class": 3}
+    changed = {"label_noise": 0.5, "imbalance": {"step": 0.01}, "samples_per_class": 3}
     samples = chosen_test(source, 2, **changed, test_samples=50)
     assert counts_of(samples) == [30, 20]
     assert torch.equal(samples.labels, source.labels[samples.rows.flatten() - 1000])

@@ -28,9 +28,7 @@ SMALL = {
     "test_samples": 40,
     "batch_size": 12,
     "epochs": 2,
-    "crop_padding": 1,
-    "flip": True,
-    "rotation": 10.0,
+    "augmentation": {"crop_padding": 1, "flip": True, "rotation": 10.0},
 }
 DOCS = Path(__file__).parents[2] / "docs" / "running.md"
 BATCHES = 9  # 100 images in batches of 12
@@ -38,11 +36,11 @@ RUNS = {
     "sgd": {"method": "implicit"},
     "adamw": {"method": "standard", "optimizer": "adamw", "lr": 0.01, "schedule": "one-cycle"},
     "cycled": {"method": "standard", "schedule": "one-cycle"},
-    "balanced": {"method": "fixed", "classes_per_batch": 6, "schedule": "step", "step_epochs": 1, "warmup_epochs": 1},
+    "balanced": {"method": "fixed", "sampling": 6, "schedule": "step", "step_at": 1, "warmup_epochs": 1},
     "agd": {"method": "fixed", "optimizer": "agd", "batch_norm_affine": False, "classifier_bias": "none"},
-    "lbfgs": {"method": "fixed", "optimizer": "lbfgs", "lbfgs_iterations": 3},
+    "lbfgs": {"method": "fixed", "optimizer": "lbfgs", "optimizer_options": {"iterations": 3}},
     "averaged": {"method": "frame", "weight_average": 0.1, "accumulate": 2},
-    "streamed": {"memory_budget": 0.0, "workers": 0, "stratified": True, "means_momentum": "cumulative"},
+    "streamed": {"workers": 0, "sampling": "stratified", "means_momentum": "cumulative"},
     "dropout": {"backbone": "a_net_with_dropout.Net", "width": None},
 }
 NET = """

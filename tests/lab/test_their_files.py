@@ -142,11 +142,12 @@ def test_absent_classes_are_named_and_every_figure_says_so(tmp_path):
     pd.DataFrame({"image": STRUCTS[:10], "label": ["rare", *NAMES[1:10]]}).to_parquet(tmp_path / "test.parquet")
     pd.DataFrame({"image": STRUCTS[10:], "label": labels[10:]}).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(
-        ValueError, match="training images of each of its 4 classes, and has none of rare; with --allow"
+        ValueError,
+        match="training images of each of its 4 classes, and has none of rare; with --leave_out absent-classes",
     ):
         load_data(DataSettings(data=str(tmp_path)), progress=False)
     settings = {"backbone": "mlp", "width": 8, "depth": 1, "batch_size": 10, "epochs": 1}
-    run = RunConfig(data=str(tmp_path), allow_absent_classes=True, **settings)
+    run = RunConfig(data=str(tmp_path), leave_out=["absent-classes"], **settings)
     folder = train_runs(run, tmp_path / "out", progress=False)
     assert folder.read_environment()["absent_classes"] == ["rare"]
     assert "4 classes, 1 of them without training images" in summarise(folder, "train").written[0].read_text()
@@ -197,8 +198,8 @@ def test_the_commit_of_a_data_set_of_the_hub_is_known():
 
 def test_a_fingerprint_is_of_labels_and_images():
     first, again = (load_data(DataSettings(train_samples=50), progress=False).fingerprint() for _ in range(2))
-    other = load_data(DataSettings(train_samples=50, random_labels=True, data_seed=3), progress=False).fingerprint()
-    streamed = load_data(DataSettings(train_samples=50, memory_budget=0.0, workers=0), progress=False).fingerprint()
+    other = load_data(DataSettings(train_samples=50, label_noise="permuted", data_seed=3), progress=False).fingerprint()
+    streamed = load_data(DataSettings(train_samples=50, workers=0), progress=False).fingerprint()
     assert first == again
     assert first["train"]["images"] == other["train"]["images"] == streamed["train"]["50_images"]
     assert first["train"]["labels"] == streamed["train"]["labels"]

@@ -123,7 +123,7 @@ def test_config_shown_is_the_one_in_force(capsys):
     ("arguments", "expected"),
     [
         ("ufm --classes 1", "classes must be at least 2, got [1]"),
-        ("ufm --classes 10,10", "classes must be different ones"),
+        ("ufm --classes 10,10", "classes must be distinct"),
         ("ufm --methods best", "methods must be a list, each item one of standard, fixed, implicit"),
         ("ufm --optimizers sgd,lion", "optimizers must be a list, each item one of sgd, agd"),
         ("ufm --seeds 0", "seeds must be at least 1, got 0"),

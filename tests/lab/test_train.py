@@ -31,7 +31,7 @@ def shown_config(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
 @pytest.mark.usefixtures("with_figures")
 def test_a_run_writes_its_folder_and_says_so(tmp_path, capsys):
     out = tmp_path / "out"
-    assert train(out, "--method", "fixed", "--epochs", "3", "--checkpoint_every", "2") == 0
+    assert train(out, "--method", "fixed", "--epochs", "3", "--keep_at", "2") == 0
     printed = capsys.readouterr().out
     assert list(read(out).columns) == ["epoch", "split", "metric", "value"]
     assert read(out)["epoch"].unique().tolist() == [1, 2, 3]
@@ -57,17 +57,17 @@ def test_a_run_writes_its_folder_and_says_so(tmp_path, capsys):
     "settings",
     [
         [],
-        ["--optimizer=adam", "--schedule=one-cycle", "--stratified", "--crop_padding=1"],
-        ["--optimizer=lbfgs", "--method=fixed", "--lbfgs_iterations=4"],
+        ["--optimizer=adam", "--schedule=one-cycle", "--sampling=stratified", "--augmentation={crop_padding: 1}"],
+        ["--optimizer=lbfgs", "--method=fixed", "--optimizer_options={iterations: 4}"],
         pytest.param(
-            ["--optimizer=agd", "--gain=1", "--no-batch_norm_affine", "--memory_budget=0", "--workers=1"],
+            ["--optimizer=agd", "--optimizer_options={gain: 1}", "--no-batch_norm_affine", "--workers=1"],
             marks=pytest.mark.slow,
         ),
     ],
 )
 def test_a_run_goes_on_where_it_stopped_and_runs_again_from_its_config(settings, tmp_path):
     out, again = tmp_path / "out", tmp_path / "again"
-    assert train(out, "--epochs", "3", "--checkpoint_every", "1", *settings) == 0
+    assert train(out, "--epochs", "3", "--keep_at", "1", *settings) == 0
     whole = {name: (out / name).read_bytes() for name in ("metrics.csv", "gradients.csv")}
     (out / "checkpoints" / "epoch0001.ckpt").replace(out / "checkpoints" / "last.ckpt")
     for name in whole:
@@ -82,7 +82,7 @@ def test_a_run_goes_on_where_it_stopped_and_runs_again_from_its_config(settings,
 def test_random_labels_are_memorised_kept_and_used_again(tmp_path):
     out = tmp_path / "out"
     plain = ["--method=standard", "--feature_norm=none", "--unit_weight=false", "--weight_decay=0"]
-    settings = [*plain, "--random_labels", "--width=256", "--epochs=20", "--measure_every=20"]
+    settings = [*plain, "--label_noise=permuted", "--width=256", "--epochs=20", "--measure_at=20"]
     assert train(out, *settings) == 0
     kept = pd.read_csv(out / "train_labels.csv")
     assert list(kept.columns) == ["image", "label"]
@@ -112,7 +112,7 @@ def test_a_recipe_gives_the_settings_and_flags_go_over_it(capsys, tmp_path):
     mine = tmp_path / "mine.yaml"
     mine.write_text("lr: 0.123\nwidth: 5\n")
     shown = shown_config(capsys, "--recipe", "zhu2021-mnist-sgd", "--config", str(mine), "--width", "6")
-    assert (shown["lr"], shown["width"], shown["step_epochs"]) == (0.123, 6, 40)
+    assert (shown["lr"], shown["width"], shown["step_at"]) == (0.123, 6, 40)
 
 
 def test_a_file_of_settings_may_name_a_recipe(capsys, tmp_path):
@@ -173,7 +173,6 @@ def test_a_recipe_trains_on_another_folder(tmp_path, monkeypatch, real_data, cap
         ),
         (["--method", "fixed", "--proximal_weight", "1"], "proximal_weight belongs to method implicit"),
         (["--learning_rat", "1"], "unrecognized arguments: --learning_rat 1; nearest: --"),
-        (["--workers", "1"], "workers belongs to data over memory_budget"),
         (["--optimizer", "lbfgs"], "optimizer lbfgs cannot train the method implicit"),
         (["--feature_dim", "8"], "must be at least num_classes - 1 = 9, got 8"),
         (["--device", "cuda"], "device must be auto or one that is there"),
@@ -198,7 +197,7 @@ def test_what_does_not_fit_together_is_one_line_and_writes_nothing(arguments, ex
         ("colour: red\n", "colour"),
         ("epochs: many\n", "epochs"),
         ("epochs: 0\n", "epochs must be at least 1, got 0"),
-        ("milestones: [a]\n", "milestones"),
+        ("step_at: [a]\n", "step_at"),
         ("a: [\n", "Problems parsing config"),
     ],
 )

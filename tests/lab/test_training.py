@@ -3,7 +3,6 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -16,11 +15,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from helpers import generator, normal, simplex_gram, slow_except
 from neuralcollapse import measure, nearest_simplex_etf
 from neuralcollapse.lab import train_runs
-from neuralcollapse.lab.conditions import WITH_ATTRIBUTES
 from neuralcollapse.lab.config import METHODS, DataSettings, ModelSettings, RunConfig
 from neuralcollapse.lab.data.batches import EpochBatches, evaluation_batches
 from neuralcollapse.lab.data.load import load_data
-from neuralcollapse.lab.models.building import build_backbone, build_model
+from neuralcollapse.lab.models.build import build_backbone, build_model
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.tables import read_table
 from neuralcollapse.lab.training.distributed import quiet_lightning, resolve_device
@@ -129,7 +127,7 @@ def test_a_vision_transformer_is_its_formula(shape, feature_dim):
 @pytest.mark.parametrize("method", ["implicit", "frame", "attribute-frame"])
 def test_class_weights_are_those_of_the_training_images(method, tmp_path):
     attributes = {"class_attributes": "digits"} if method == "attribute-frame" else {}
-    long_tail = {"imbalance": "step", "imbalance_factor": 0.5}
+    long_tail = {"imbalance": {"step": 0.5}}
     config = RunConfig(**SMALL | {"epochs": 1}, method=method, class_weights="inverse", **long_tail, **attributes)
     data = load_data(config, progress=False)
     counts = data.train.labels.bincount(minlength=10)
@@ -137,7 +135,7 @@ def test_class_weights_are_those_of_the_training_images(method, tmp_path):
     folder = train_runs(config, tmp_path / "out", progress=False)
     weights = torch.load(folder.last_checkpoint, weights_only=True)["state_dict"]["model.head.class_weights"]
     assert torch.allclose(weights * counts, torch.ones(10))
-    plain = train_runs(replace(config, class_weights="none"), tmp_path / "plain", progress=False)
+    plain = train_runs(config.replace(class_weights="none"), tmp_path / "plain", progress=False)
     states = [torch.load(one.last_checkpoint, weights_only=True)["state_dict"] for one in (folder, plain)]
     assert "model.head.class_weights" not in states[1]
     assert not torch.allclose(*(state["model.head.weight"] for state in states), atol=1e-3)
@@ -152,8 +150,8 @@ def test_patches_and_heads_that_do_not_fit_are_refused():
         build_backbone(ModelSettings(backbone="vit-tiny", width=200), (3, 32, 32))
     with pytest.raises(ValueError, match="batch_norm_affine belongs to the backbones that have a name and batch norm"):
         ModelSettings(backbone="vit-tiny", batch_norm_affine=True)
-    with pytest.raises(ValueError, match="patch_size belongs to backbone vit-tiny or vit-small; here backbone is mlp"):
-        ModelSettings(backbone="mlp", patch_size=4)
+    with pytest.raises(ValueError, match="backbone_options belongs to a backbone of your own, or backbone vit"):
+        ModelSettings(backbone="mlp", backbone_options={"patch_size": 4})
 
 
 def test_a_vision_transformer_trains(tmp_path):
@@ -194,7 +192,12 @@ def test_the_bias_of_a_fixed_head_begins_as_that_of_a_linear_layer():
 @pytest.mark.parametrize("optimizer", ["sgd", "agd"])
 @pytest.mark.parametrize("unit_start", [True, False])
 def test_unit_rows_begin_so_or_are_brought_to_it_by_the_first_step(optimizer, unit_start):
-    settings = BIAS_FREE | {"optimizer": optimizer, "unit_start": unit_start, "backbone": "mlp", "width": 64}
+    settings = BIAS_FREE | {
+        "optimizer": optimizer,
+        "unit_weight": True if unit_start else "published",
+        "backbone": "mlp",
+        "width": 64,
+    }
     config = RunConfig(method="standard", **settings)
     model = build_model(config, (1, 8, 8), 10)
     optimiser = build_optimizer(config, model)
@@ -211,9 +214,9 @@ def test_unit_rows_begin_so_or_are_brought_to_it_by_the_first_step(optimizer, un
 @pytest.mark.parametrize(
     ("settings", "epochs"),
     [
-        ({"epochs": 200, "measure_every": 5, "measure_from": 1, "measure_last": False}, list(range(1, 200, 5))),
-        ({"epochs": 200, "measure_every": 5, "measure_from": 1}, [*range(1, 200, 5), 200]),
-        ({"epochs": 350, "measure_every": 5}, [1, *range(5, 351, 5)]),
+        ({"epochs": 200, "measure_at": [1, 6, ".."]}, list(range(1, 200, 5))),
+        ({"epochs": 200, "measure_at": [1, 6, "..", "last"]}, [*range(1, 200, 5), 200]),
+        ({"epochs": 350, "measure_at": 5}, [1, *range(5, 351, 5)]),
     ],
 )
 def test_the_published_epochs_are_measured(settings, epochs):
@@ -307,7 +310,7 @@ def test_a_device_that_is_not_there_is_refused():
 
 
 def attributes_for(method):
-    return {"class_attributes": "digits"} if method in WITH_ATTRIBUTES else {}
+    return {"class_attributes": "digits"} if "class_attributes" in METHODS[method].options.values() else {}
 
 
 @pytest.mark.parametrize("method", slow_except(METHODS, ["standard", "implicit", "means"]))
@@ -349,7 +352,7 @@ def test_the_classifier_of_a_bf16_run_is_an_etf_to_five_digits(method, tmp_path)
 
 def test_checkpoints_of_epochs_are_kept_on_request(tmp_path):
     data = load_data(DataSettings(train_samples=200, test_samples=60))
-    config = RunConfig(**SMALL | {"epochs": 5}, checkpoint_every=2)
+    config = RunConfig(**SMALL | {"epochs": 5}, keep_at=2)
     folder = RunFolder(tmp_path / "run")
     folder.start(config.in_force())
     Run(config, data).train(folder)
@@ -450,7 +453,9 @@ def test_the_logged_gradients_of_the_nearest_etf_are_those_of_finite_differences
 
 
 def test_agd_logs_its_step(tmp_path):
-    run = trained(tmp_path / "run", optimizer="agd", gain=1.0, batch_norm_affine=False, batch_size=50)
+    run = trained(
+        tmp_path / "run", optimizer="agd", optimizer_options={"gain": 1.0}, batch_norm_affine=False, batch_size=50
+    )
     log = pd.read_csv(run.training_log)
     assert (log["agd_eta"] > 0).all()
     assert "lr" not in log
@@ -481,7 +486,7 @@ def test_dropout_follows_from_the_seed_and_the_epoch(tmp_path, monkeypatch):
         "    def __init__(self, image_shape):\n"
         "        super().__init__(nn.Flatten(), nn.Linear(64, 24), nn.ReLU(), nn.Dropout(0.5))\n"
     )
-    settings = {"backbone": "my_dropout_net.Net", "epochs": 3, "checkpoint_every": 1}
+    settings = {"backbone": "my_dropout_net.Net", "epochs": 3, "keep_at": 1}
     first = trained(tmp_path / "first", **settings)
     before = torch.get_rng_state()
     second = trained(tmp_path / "second", **settings)
@@ -494,7 +499,7 @@ def test_dropout_follows_from_the_seed_and_the_epoch(tmp_path, monkeypatch):
 
 
 def test_measuring_and_checkpoints_at_chosen_epochs(tmp_path):
-    run = trained(tmp_path / "run", epochs=5, measure_every=2, checkpoint_every=4, checkpoint_epochs=[1])
+    run = trained(tmp_path / "run", epochs=5, measure_at=2, keep_at=4)
     assert pd.read_csv(run.metrics)["epoch"].unique().tolist() == [1, 2, 4, 5]
     assert {path.name for path in run.checkpoints.iterdir()} == {"epoch0001.ckpt", "epoch0004.ckpt", "last.ckpt"}
 

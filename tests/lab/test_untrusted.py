@@ -43,7 +43,7 @@ def make():
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "one"
-    train_runs(RunConfig(**SMALL, epochs=2, checkpoint_every=1, schedule="constant"), folder, progress=False)
+    train_runs(RunConfig(**SMALL, epochs=2, keep_at=1, schedule="constant"), folder, progress=False)
     return folder
 
 
@@ -103,7 +103,7 @@ def test_what_is_only_read_imports_no_class(arguments, run):
 def test_a_class_that_the_command_line_names_is_imported(run, capsys):
     flags = [f"--{name}={value}" for name, value in SMALL.items() if name not in ("backbone", "width", "depth")]
     own = ["train", *flags, "--backbone=trap.Net", "--backbone_options={neurons: 14}", "--epochs=2", "--out=own"]
-    assert main([*own, "--checkpoint_every=1", "--measure_every=2", "--schedule=constant"]) == 0
+    assert main([*own, "--keep_at=1", "--measure_at=2", "--schedule=constant"]) == 0
     Path("imported").unlink()
     error_of(capsys, "measure", "own")
     assert main(["measure", "own", "--backbone", "trap.Net"]) == 0

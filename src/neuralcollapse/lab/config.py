@@ -1,23 +1,112 @@
-"""What an experiment is: typed settings, the same as flags, as a YAML file and in Python.
+"""Settings of a training run: the same as flags, in a YAML file and in Python.
 
-Which setting belongs to which others is said here, in terms of `conditions`, and nowhere else: one that has no effect
-with the others is refused.
+The sections together are `RunConfig`. A condition in a setting's annotation says with which other settings it has an
+effect; without an effect it is refused.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, get_args
 
-from neuralcollapse.lab import conditions as only
-from neuralcollapse.lab.running import Ranks, Record, check_epochs
-from neuralcollapse.lab.settings import Settings, listed, setting, where
+from pydantic import BeforeValidator, Field
+
+from neuralcollapse.lab.settings import Condition, Default, Options, Settings, listed, where
+
+# --- methods ----------------------------------------------------------------------------------------------------------
 
 PublishedMethod = Literal["standard", "fixed", "implicit"]
 PUBLISHED_METHODS: tuple[PublishedMethod, ...] = get_args(PublishedMethod)
 FurtherMethod = Literal["linear", "means", "frame", "attribute-frame", "fixed-frame", "softmax-code", "trust-region"]
 Method = Literal[PublishedMethod, FurtherMethod]
-METHODS: tuple[Method, ...] = get_args(Method)
+Bias = Literal["learned", "centring", "none"]
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """The classifier of a training method.
+
+    Attributes:
+        text: Description in one line.
+        head: Name of what `models.build` makes it with: a class of `neuralcollapse.heads`, or a function there.
+        options: For each of its arguments the setting that gives it, or the name of a value that `models.build` makes.
+        biases: The values of ``classifier_bias`` that it can have, its default first.
+        follows_means: Whether its weight changes with the class means of every batch.
+    """
+
+    text: str
+    head: str
+    options: Mapping[str, str] = field(default_factory=dict)
+    biases: tuple[Bias, ...] = ("centring", "learned", "none")
+    follows_means: bool = False
+
+
+_SCALED = {"feature_norm": "feature_norm"}
+_CENTRED = _SCALED | {"momentum": "means_momentum"}
+_NEAREST = _CENTRED | {"proximal_weight": "proximal_weight"}
+_WEIGHTED = _NEAREST | {"class_weights": "class_weights"}
+_TRAINED: Any = {"biases": ("learned", "none")}
+_MOVING: Any = {"biases": ("centring", "none"), "follows_means": True}
+METHODS: dict[Method, Classifier] = {
+    "standard": Classifier(
+        "learned, with rows of unit norm", "LearnedClassifier", _SCALED | {"unit_weight": "unit_weight"}, **_TRAINED
+    ),
+    "fixed": Classifier("a fixed simplex ETF", "FixedETFClassifier", _CENTRED | {"orientation": "orientation"}),
+    "implicit": Classifier("the simplex ETF nearest to the class means", "NearestETFClassifier", _WEIGHTED, **_MOVING),
+    "linear": Classifier("a plain linear layer", "LearnedClassifier", **_TRAINED),
+    "means": Classifier(
+        "the moving class means", "ClassMeanClassifier", _CENTRED | {"means": "class_means"}, **_MOVING
+    ),
+    "frame": Classifier(
+        "the nearest frame of the class means' leading directions",
+        "NearestFrameClassifier",
+        _WEIGHTED | {"frame": "leading_directions"},
+        **_MOVING,
+    ),
+    "attribute-frame": Classifier(
+        "the nearest frame of the attributes that classes share",
+        "NearestFrameClassifier",
+        _WEIGHTED | {"frame": "class_attributes"},
+        **_MOVING,
+    ),
+    "fixed-frame": Classifier(
+        "a fixed frame of the attributes that classes share",
+        "FixedFrameClassifier",
+        _CENTRED | {"orientation": "orientation", "code": "class_attributes"},
+    ),
+    "softmax-code": Classifier("a fixed code for any number of classes", "softmax_code_classifier", _CENTRED),
+    "trust-region": Classifier(
+        "implicit, solved as published", "NearestETFClassifier", _NEAREST | {"solver": "trust_region"}, **_MOVING
+    ),
+}
+
+
+def _of_methods(setting: str) -> Condition:
+    """Return the condition that the method has a setting."""
+    names = [name for name, method in METHODS.items() if setting in method.options.values()]
+    others = [name for name in METHODS if name not in names]
+    text = f"methods other than {listed(others)}" if len(others) == 1 else f"method {listed(names, 'or')}"
+    return Condition(text, ("method",), lambda values: values["method"] in names)
+
+
+# --- types ------------------------------------------------------------------------------------------------------------
+
+AtLeast1 = Annotated[int, Field(ge=1)]
+AtLeast2 = Annotated[int, Field(ge=2)]
+NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+PositiveShare = Annotated[float, Field(gt=0, le=1)]
+HeldOut = Annotated[float, Field(gt=0, le=0.9)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+# Infinity has one form, whether it is written as inf, .inf or math.inf.
+Margin = Annotated[
+    Literal["inf"] | NotNegative | None,
+    BeforeValidator(lambda value: "inf" if isinstance(value, float) and value == float("inf") else value),
+]
+Epochs = AtLeast1 | list[AtLeast1 | Literal["..", "last"]]
+
 Loss = Literal[
     "cross-entropy",
     "mse",
@@ -26,354 +115,561 @@ Loss = Literal[
     "normface",
     "ntce",
     "nonl",
+    "bidirectional-nonl",
     "decoupled",
     "two-way",
 ]
-LOSSES: tuple[Loss, ...] = get_args(Loss)
-MOST_SEED = 2**63 - 1
+Optimizer = Literal["sgd", "adam", "adamw", "lbfgs", "agd"]
+
+# --- conditions and defaults ------------------------------------------------------------------------------------------
+
+OF_LOGITS = ("cross-entropy", "mse", "dot-regression-published")
+OF_DIRECTIONS = ("normface", "ntce", "nonl", "bidirectional-nonl", "decoupled", "two-way")
+WITH_MARGIN = ("nonl", "bidirectional-nonl", "decoupled", "two-way")
+RESNETS = (
+    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
+    *("resnext50-32x4d", "resnext101-32x8d", "wide-resnet50-2", "wide-resnet101-2"),
+)
+VITS = ("vit-tiny", "vit-small")
+DRAWN_DATA = ("mnist-1d", "features")
+_FIRST_ORDER = ("sgd", "adam", "adamw")
+_WITH_RATE = where(optimizer=(*_FIRST_ORDER, "lbfgs"))
+
+_WITH_OPTIONS = Condition("data other than digits", ("data",), lambda values: values["data"] != "digits")
+_PICTURES = Condition(
+    f"data other than {listed(DRAWN_DATA)}", ("data",), lambda values: values["data"] not in DRAWN_DATA
+)
+_DRAWN = Condition(
+    "what is drawn from it: digits_per_image above 1, imbalance, label_noise or validation_share",
+    ("digits_per_image", "imbalance", "label_noise", "validation_share"),
+    lambda values: (
+        values["digits_per_image"] > 1
+        or values["imbalance"] is not None
+        or values["label_noise"] != 0
+        or values["validation_share"] is not None
+    ),
+)
+_WITH_BACKBONE_OPTIONS = Condition(
+    f"a backbone of your own, or backbone {listed(VITS, 'or')}",
+    ("backbone",),
+    lambda values: "." in values["backbone"] or values["backbone"] in VITS,
+)
+_BUILT_IN = Condition("the backbones that have a name", ("backbone",), lambda values: "." not in values["backbone"])
+_BATCH_NORM = Condition(
+    "the backbones that have a name and batch norm",
+    ("backbone",),
+    lambda values: "." not in values["backbone"] and values["backbone"] not in VITS,
+)
+_MOVING_MEANS = Condition(
+    f"method {listed((name for name, method in METHODS.items() if method.follows_means), 'or')}, or to classifier_bias "
+    "centring",
+    ("method", "classifier_bias"),
+    lambda values: METHODS[values["method"]].follows_means or values["classifier_bias"] == "centring",
+)
+_STEADY_MOMENTUM = Condition(
+    "optimizer sgd, where one-cycle does not move it (cycle_momentum)",
+    ("optimizer", "one_cycle"),
+    lambda values: values["optimizer"] == "sgd" and not (values["one_cycle"] or {}).get("cycle_momentum"),
+)
+_DECAYING = Condition(
+    "an optimizer other than agd; with feature_decay, to a classifier that is trained",
+    ("optimizer", "feature_decay", "method", "classifier_bias"),
+    lambda values: (
+        values["optimizer"] != "agd"
+        if values["feature_decay"] is None
+        else "learned" in (METHODS[values["method"]].biases[0], values["classifier_bias"])
+    ),
+)
+_SEVERAL_RANKS = Condition(
+    "several ranks", ("devices", "num_nodes"), lambda values: values["devices"] * values["num_nodes"] > 1
+)
+_BIAS = Default(lambda values: METHODS[values["method"]].biases[0])
+_WIDTH = Default(
+    lambda values: {"convnet": 32, "mlp": 512, "vit-tiny": 192, "vit-small": 384}.get(values["backbone"], 64)
+)
+_DEPTH = Default(lambda values: 12 if values["backbone"] in VITS else 3)
+_THIRDS = Default(lambda values: sorted({values["epochs"] // 3, 2 * values["epochs"] // 3} - {0}))
 
 
-@dataclass(frozen=True, kw_only=True)
+# --- sections ---------------------------------------------------------------------------------------------------------
+
+
 class OneRun(Settings):
     """What to train."""
 
     recipe: str | None = None
-    """Name of a published experiment, of those that `neuralcollapse recipes` lists; --config and flags go over its
+    """Name of a published experiment, one that `neuralcollapse recipes` lists; --config and flags override its
     settings."""
-    method: Method = "implicit"
-    """The classifier: learned on the sphere (standard), a fixed simplex ETF, or the simplex ETF nearest to the class
-    means (implicit); linear, a plain linear layer; means, the moving class means; frame, the nearest frame of the
-    means' own leading directions; attribute-frame, that of what classes share, and fixed-frame, one that stands still;
-    softmax-code, a fixed code for any number of classes; trust-region, implicit solved as published."""
-    seed: int = setting(0, at_least=0, at_most=MOST_SEED)
-    """From which initial weights, batches and augmentation follow."""
+    method: Annotated[
+        Method,
+        Field(description=f"Classifier: {'; '.join(f'{name}, {method.text}' for name, method in METHODS.items())}."),
+    ] = "implicit"
+    seed: Seed = 0
+    """Seed of the initial weights, batches and augmentation."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class LossSettings(Settings):
     """Loss."""
 
     loss: Loss = "cross-entropy"
     """Of logits: cross-entropy, mse (mean squared error to one-hot targets) or dot-regression-published ((logit of the
-    true class - 1)^2 / 2, as in the released code of Markou et al., whatever the feature norm). Of products without a
-    bias: dot-regression (pulls each feature to the vector of its class, for classifiers that are not trained). Of
-    directions alone: normface (cross-entropy of cosines), ntce and nonl (a class's samples against those of its batch),
-    decoupled (cross-entropy, the positive held back by a margin), two-way (half decoupled, half nonl)."""
-    label_smoothing: float | None = setting(0.0, belongs_to=where(loss="cross-entropy"), at_least=0, at_most=1)
+    true class - 1)^2 / 2, as in the released code of Markou et al., for any feature norm). Of products without a bias:
+    dot-regression (pulls each feature to the vector of its class, for classifiers that are not trained). Of directions
+    alone: normface (cross-entropy of cosines), ntce and nonl (a class's samples against those of its batch),
+    bidirectional-nonl (nonl that also compares each sample with the vectors of the other classes, in one sum, as in the
+    released code), decoupled (cross-entropy with a margin on the positive logit), two-way (half decoupled, half
+    nonl)."""
+    label_smoothing: Annotated[Share | None, where(loss="cross-entropy")] = 0.0
     """Share of the target that is spread over all classes."""
-    temperature: float | None = setting(0.1, belongs_to=where(loss=only.OF_DIRECTIONS), above=0)
-    """What cosines are divided by."""
-    margin: Literal["inf"] | float | None = setting(
-        "inf", belongs_to=where(loss=("nonl", "decoupled", "two-way")), at_least=0
-    )
-    """How far the positive is held back in the denominator, in units of logits; with inf it is left out."""
-    bidirectional: bool | None = setting(False, belongs_to=where(loss="nonl"))
-    """Compare each sample with the vectors of the other classes too, in one sum, as in the released code of nonl."""
+    temperature: Annotated[Positive | None, where(loss=OF_DIRECTIONS)] = 0.1
+    """Divisor of the cosines."""
+    margin: Annotated[Margin, where(loss=WITH_MARGIN)] = "inf"
+    """Margin on the positive logit in the denominator, in units of logits; inf leaves the positive out."""
 
 
-@dataclass(frozen=True, kw_only=True)
+class StoredData(Settings):
+    """Options of data from a folder or the hub."""
+
+    config: str | None = None
+    """Configuration of a data set on the hub that has several."""
+    train_split: str | None = None
+    """Split to train on. By default train, or the only one."""
+    test_split: str | None = None
+    """Split to test on. By default test or validation; if there is none, one image in five is held out."""
+    label_column: str | None = None
+    """Column of the labels, if a data set has several."""
+    table: str | None = None
+    """CSV, TSV or JSONL file in the data folder with paths and labels, used in place of class folders."""
+
+
+class Augmentation(Settings):
+    """Augmentation of training images."""
+
+    crop_padding: Annotated[int, Field(ge=0)] = 0
+    """Pad by this many pixels, then crop at random."""
+    flip: bool = False
+    """Mirror at random."""
+    rotation: NotNegative = 0.0
+    """Rotate at random by up to this many degrees, either way."""
+
+
 class DataSettings(Settings):
     """Data."""
 
     data: str = "digits"
-    """`digits` (embedded), mnist-1d or features (drawn as `generator` says), a known data set (mnist, fashion-mnist,
+    """`digits` (embedded), mnist-1d or features (drawn as `data_options` say), a known data set (mnist, fashion-mnist,
     svhn, emnist-balanced, cifar10, cifar100, stl10, tiny-imagenet, imagenet: fetched from the Hugging Face hub), a
-    folder (class sub-folders of images, or Parquet files), or any data set's id on the hub."""
-    generator: Literal["published"] | dict[str, Any] | None = setting(belongs_to=only.GENERATED)
-    """What mnist-1d (`published`, or all of that generator's settings) or features (num_classes, feature_dim,
-    train_per_class, test_per_class, noise, seed) are drawn with. Needed for them."""
-    data_config: str | None = setting(belongs_to=only.STORED)
-    """Configuration of a data set on the hub that has several."""
-    train_split: str | None = setting(belongs_to=only.STORED)
-    """Name of the split to train on. By default train, or the only one."""
-    test_split: str | None = setting(belongs_to=only.STORED)
-    """Name of the split to test on. By default test or validation; where there is none, one image in five is held
-    out."""
-    label_column: str | None = setting(belongs_to=only.STORED)
-    """The column of labels, where a data set has several."""
-    table: str | None = setting(belongs_to=only.STORED)
-    """CSV, TSV or JSONL file in the data folder whose paths and labels are taken in place of class sub-folders."""
-    drop_unlabelled: bool | None = setting(False, belongs_to=only.STORED)
-    """Leave out test images labelled -1, and images without a label. By default they are refused."""
-    drop_copies: bool | None = setting(False, belongs_to=only.STORED)
-    """Leave out test images that are training images too. By default they are refused in a folder."""
-    image_size: int | None = setting(belongs_to=only.PICTURES, at_least=1)
-    """Scale every image to this height and width. Needed where images differ in size."""
-    channels: Literal[1, 3] | None = setting(belongs_to=only.PICTURES)
+    folder (class folders of images, or Parquet files), or the id of any data set on the hub."""
+    data_options: Annotated[
+        Literal["published"] | dict[str, Any] | None,
+        _WITH_OPTIONS,
+        Options(lambda values: None if values["data"] in DRAWN_DATA else StoredData, (StoredData,)),
+    ] = None
+    """Of mnist-1d, `published` or all settings of that generator; of features, num_classes, feature_dim,
+    train_per_class, test_per_class, noise, seed: needed for them. Of data from a folder or the hub:"""
+    leave_out: list[Literal["unlabelled", "copies", "absent-classes"]] = Field(default_factory=list)
+    """Leave out what is refused by default: test images labelled -1 and images without a label (unlabelled), test
+    images that are also training images (copies), classes without training images (absent-classes: metrics are over
+    the others, and say so)."""
+    image_size: Annotated[AtLeast1 | None, _PICTURES] = None
+    """Scale every image to this height and width. Needed if images differ in size."""
+    channels: Annotated[Literal[1, 3] | None, _PICTURES] = None
     """Channels of every image. By default 1 if all images are grey, else 3."""
-    digits_per_image: int = setting(1, at_least=1, at_most=20)
-    """Put this many images k side by side, drawn at random, whose labels together are one of 10^k classes (of C^k,
-    for data with C)."""
-    train_samples: int | None = setting(at_least=1)
-    """Train on this many images only, of all classes in proportion; with digits_per_image, draw this many."""
-    test_samples: int | None = setting(at_least=1)
-    """Test on this many images only."""
-    samples_per_class: int | None = setting(at_least=1)
-    """Train on the first so many images of each class only."""
-    imbalance: Literal["none", "exponential", "step"] = "none"
-    """Long-tailed training data: the images of a class fall geometrically from the first class to the last, or the
-    second half of the classes has fewer."""
-    imbalance_factor: float | None = setting(
-        0.01, belongs_to=where(imbalance=("exponential", "step")), above=0, at_most=1
-    )
-    """Images of the smallest class over those of the largest."""
-    validation_share: float | None = setting(above=0, at_most=0.9)
-    """Hold out this share of the training images, every class in proportion, and measure it as a split of its own:
-    what choices are made on. Its labels are the true ones."""
-    random_labels: bool = False
-    """Permute the labels of the training images at random, once; the run keeps them."""
-    label_noise: float = setting(0.0, at_least=0, at_most=1)
-    """Share of training images whose label is replaced by one drawn among all classes; the run keeps them."""
-    allow_absent_classes: bool = False
-    """Go on where classes have no training images: figures are then over the others, and say so."""
-    data_seed: int | None = setting(0, belongs_to=only.DRAWN, at_least=0, at_most=MOST_SEED)
-    """Drawn from it: images put side by side, the long tail, the validation images, random and noisy labels. The same
-    for every seed."""
-    memory_budget: float = setting(4.0, at_least=0)
-    """GiB. Data that take more when decoded are read by worker processes while training, all others are decoded once
-    and live on the training device."""
-    workers: int | None = setting(at_least=0)
-    """Worker processes, for data over the budget alone. By default one for each CPU core, at most 16."""
+    digits_per_image: Annotated[int, Field(ge=1, le=20)] = 1
+    """Put this many images k side by side, drawn at random, whose labels together are one of 10^k classes (C^k for data
+    with C classes)."""
+    train_samples: AtLeast1 | None = None
+    """Number of images to train on, of all classes in proportion; with digits_per_image, number to draw. By default
+    all."""
+    test_samples: AtLeast1 | None = None
+    """Number of images to test on. By default all."""
+    samples_per_class: AtLeast1 | None = None
+    """Train on the first images of each class, this many. By default all."""
+    imbalance: dict[Literal["exponential", "step"], PositiveShare] | None = None
+    """Long-tailed training data: {exponential: FACTOR}, the images of a class fall geometrically from the first class
+    to the last; {step: FACTOR}, the second half of the classes has fewer. FACTOR: images of the smallest class over
+    those of the largest."""
+    validation_share: HeldOut | None = None
+    """Share of the training images, every class in proportion, that is held out and measured as a split of its own, to
+    make choices on. Its labels are the true ones."""
+    label_noise: Literal["permuted"] | Share = 0.0
+    """Share of training images whose label is replaced by one drawn among all classes; permuted permutes the labels of
+    all training images. The run keeps them."""
+    data_seed: Annotated[Seed | None, _DRAWN] = 0
+    """Seed of images put side by side, the long tail, the validation images, and noisy labels, the same for every
+    seed."""
+    workers: Literal["auto", "in-memory"] | Annotated[int, Field(ge=0)] = "auto"
+    """Worker processes that decode images during training; 0 decodes in the training process. in-memory decodes all
+    images once and keeps them on the training device. auto is in-memory up to 4 GiB, else one worker per CPU core, at
+    most 16."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.data in only.DRAWN_DATA and self.generator is None:
-            raise ValueError(f"generator must say what data {self.data} is drawn with, and it is not given")
+    @property
+    def stored(self) -> StoredData:
+        """The options of data from a folder or the hub."""
+        return StoredData.model_construct(**self.data_options if isinstance(self.data_options, dict) else {})
+
+    def check(self) -> None:
+        """Check settings together."""
+        super().check()
+        if self.data in DRAWN_DATA and self.data_options is None:
+            raise ValueError(f"data_options must say what data {self.data} is drawn with, and is not given")
+        if self.data_options == "published" and self.data != "mnist-1d":
+            raise ValueError(f"data_options must be a mapping for data {self.data}, got 'published'")
+        if len(self.imbalance or "1") != 1:
+            raise ValueError(f"imbalance must have one shape, exponential or step, got {self.imbalance}")
+        ignored = [flaw for flaw in self.leave_out if flaw != "absent-classes"]
+        if ignored and self.data in ("digits", *DRAWN_DATA):
+            raise ValueError(
+                f"leave_out {ignored[0]} belongs to data from a folder or the hub; here data is {self.data}"
+            )
+        if len(set(self.leave_out)) < len(self.leave_out):
+            raise ValueError(f"leave_out must be distinct, got {self.leave_out}")
 
 
-@dataclass(frozen=True, kw_only=True)
 class BatchSettings(Settings):
     """Batches."""
 
-    batch_size: int = setting(128, at_least=2)
-    """Images in a batch."""
-    stratified: bool = False
-    """Every batch holds the classes in proportion."""
-    classes_per_batch: int | None = setting(belongs_to=only.NOT_STRATIFIED, at_least=2)
-    """Every batch holds this many classes, drawn at random, and batch_size / classes_per_batch images of each; images
-    of small classes come more often. An epoch has as many batches as the train split has full ones."""
-    crop_padding: int | None = setting(0, belongs_to=only.PICTURES, at_least=0)
-    """Augmentation: pad by this many pixels, then crop at random."""
-    crop_size: int | None = setting(belongs_to=only.PICTURES, at_least=1)
-    """Height and width of crops, if not the images' own; images that are not augmented are cropped at the centre."""
-    flip: bool | None = setting(False, belongs_to=only.PICTURES)
-    """Augmentation: mirror at random."""
-    rotation: float | None = setting(0.0, belongs_to=only.PICTURES, at_least=0)
-    """Augmentation: rotate at random by up to this many degrees, either way."""
+    batch_size: AtLeast2 = 128
+    """Images per batch."""
+    sampling: Literal["random", "stratified"] | AtLeast2 = "random"
+    """How batches are drawn: random; stratified, every batch holds the classes in proportion; or a number, every batch
+    holds this many classes, drawn at random, and batch_size / sampling images of each; images of small classes come
+    more often. An epoch has as many batches as the train split has full ones."""
+    augmentation: Annotated[dict[str, Any] | None, _PICTURES, Options(lambda _: Augmentation, (Augmentation,))] = Field(
+        default_factory=dict
+    )
+    """Augmentation of training images:"""
+    crop_size: Annotated[AtLeast1 | None, _PICTURES] = None
+    """Height and width of crops. By default those of the images. Images that are not augmented are cropped at the
+    centre."""
     pixel_mean: list[float] | None = None
-    """Subtracted from each channel of pixels in [0, 1]; one value, or one per channel. By default the training images'
-    own mean."""
+    """Subtracted from each channel of pixels in [0, 1]; one value, or one per channel. By default the mean of the
+    training images."""
     pixel_std: list[float] | None = None
-    """What each channel is divided by then. By default the training images' own standard deviation."""
+    """Divisor of each channel after that. By default the standard deviation of the training images."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    @property
+    def augment(self) -> Augmentation:
+        """The augmentation of training images."""
+        return Augmentation.model_construct(**self.augmentation or {})
+
+    @property
+    def classes_per_batch(self) -> int | None:
+        """Number of classes in every batch, if that is how batches are drawn."""
+        return self.sampling if isinstance(self.sampling, int) else None
+
+    def check(self) -> None:
+        """Check settings together."""
+        super().check()
         if self.classes_per_batch is not None and self.batch_size % self.classes_per_batch:
             raise ValueError(
-                f"batch_size must be a multiple of classes_per_batch, which is {self.classes_per_batch}, "
+                f"batch_size must be a multiple of the classes per batch (sampling), which is {self.sampling}, "
                 f"got {self.batch_size}"
             )
 
 
-@dataclass(frozen=True, kw_only=True)
+class VitOptions(Settings):
+    """Options of a vision transformer."""
+
+    patch_size: AtLeast1 | None = None
+    """Height and width of patches, which must divide those of the images. By default 16 for images of 128 pixels or
+    more, 4 for 16 or more, else 2."""
+
+
 class ModelSettings(Settings):
     """Model."""
 
     backbone: str = "convnet"
-    """What computes the features: convnet, mlp, resnet18, resnet34, resnet50, resnet101, resnet152, resnext50-32x4d,
-    resnext101-32x8d, wide-resnet50-2, wide-resnet101-2, vgg13, vit-tiny, vit-small, or the dotted path of your own
-    class, such as package.module.Class, which gives features (N, feature_dim)."""
-    backbone_options: dict[str, Any] | None = setting(lambda _: {}, belongs_to=only.OWN_CLASS)
-    """Keyword arguments of your own class."""
-    width: int | None = setting(only.default_width, belongs_to=only.BUILT_IN, at_least=1)
+    """Network that computes the features: convnet, mlp, resnet18, resnet34, resnet50, resnet101, resnet152,
+    resnext50-32x4d, resnext101-32x8d, wide-resnet50-2, wide-resnet101-2, vgg13, vit-tiny, vit-small, or the dotted path
+    of your own class, such as package.module.Class, which gives features (N, feature_dim)."""
+    backbone_options: Annotated[
+        dict[str, Any] | None,
+        _WITH_BACKBONE_OPTIONS,
+        Options(lambda values: None if "." in values["backbone"] else VitOptions, (VitOptions,)),
+    ] = Field(default_factory=dict)
+    """Keyword arguments of your own class. Of a vision transformer:"""
+    width: Annotated[AtLeast1 | None, _BUILT_IN, _WIDTH] = None
     """Channels of the first stage, neurons of a layer, or dimension of a token. By default 32 (convnet), 512 (mlp), 64
     (resnets, vgg13), 192 (vit-tiny), 384 (vit-small)."""
-    depth: int | None = setting(only.default_depth, belongs_to=where(backbone=("mlp", *only.VITS)), at_least=1)
+    depth: Annotated[AtLeast1 | None, where(backbone=("mlp", *VITS)), _DEPTH] = None
     """Layers. By default 3 (mlp), 12 (vit-tiny, vit-small)."""
-    patch_size: int | None = setting(belongs_to=where(backbone=only.VITS), at_least=1)
-    """Height and width of a vision transformer's patches, which must divide those of the images. By default 16 for
-    images of 128 pixels or more, 4 for 16 or more, else 2."""
-    feature_dim: int | None = setting(belongs_to=only.BUILT_IN, at_least=1)
+    feature_dim: Annotated[AtLeast1 | None, _BUILT_IN] = None
     """Dimension of the features: output channels of the last block or convolution, or neurons of the last layer, which
     a vision transformer has for this alone. By default the backbone's own."""
-    stem: Literal["7x7", "3x3"] | None = setting("7x7", belongs_to=where(backbone=only.RESNETS))
+    stem: Annotated[Literal["7x7", "3x3"] | None, where(backbone=RESNETS)] = "7x7"
     """First layer: 7x7 of stride 2 and max-pooling, or 3x3 of stride 1."""
-    batch_norm_affine: bool | None = setting(True, belongs_to=only.BATCH_NORM)
+    batch_norm_affine: Annotated[bool | None, _BATCH_NORM] = True
     """Batch norm trains a scale and a shift."""
-    feature_norm: Literal["auto", "none"] | float | None = setting("auto", belongs_to=only.NORMALISING, above=0)
-    """Norm that features are given before the classifier; `auto` follows from the number of classes."""
-    unit_weight: bool | None = setting(True, belongs_to=where(method="standard"))
-    """Keep the rows of the classifier at unit norm."""
-    orientation: Literal["random", "canonical"] | None = setting(
-        "random", belongs_to=where(method=("fixed", "fixed-frame"))
-    )
+    feature_norm: Annotated[Literal["auto", "none"] | Positive | None, _of_methods("feature_norm")] = "auto"
+    """Norm to which features are scaled before the classifier; auto follows from the number of classes."""
+    unit_weight: Annotated[Literal["published"] | bool | None, _of_methods("unit_weight")] = True
+    """Keep the rows of the classifier at unit norm: true, from the start; published, from the first step on, as the
+    released code of Markou et al. does."""
+    orientation: Annotated[Literal["random", "canonical"] | None, _of_methods("orientation")] = "random"
     """Orientation of a fixed classifier: random, the same for every seed; or canonical, one axis per class, as in the
     released codes, which often does not train behind a ReLU."""
-    unit_start: bool | None = setting(True, belongs_to=only.UNIT_ROWS)
-    """The rows begin at unit norm; else they are brought to it by the first step."""
-    classifier_bias: Literal["learned", "centring", "none"] | None = setting(
-        only.default_bias, belongs_to=where(loss=only.OF_LOGITS)
-    )
-    """The classifier's bias: learned (standard, linear and those that stand still), minus weight times mean feature
-    (not standard and linear), or none. By default learned for standard and linear and centring for the others."""
-    class_attributes: str | None = setting(belongs_to=only.ATTRIBUTES)
-    """What classes share: digits, those of their number; or a CSV file whose first line names attributes, and each
-    further one has the values of a class, in the order of the classes. Needed for these methods."""
-    attribute_weight: Literal["auto"] | float | None = setting("auto", belongs_to=only.ATTRIBUTES, above=0, at_most=1)
-    """How much each attribute draws together the classes that share it. auto: 0.6 over the number of attributes, or 1
-    over it where feature_dim is below K - 1, too small for the simplex ETF that is the rest."""
-    proximal_weight: float | None = setting(0.5, belongs_to=where(method=only.NEAREST), at_least=0)
-    """How strongly the classifier stays with the last one."""
-    class_weights: Literal["none", "inverse"] | None = setting("none", belongs_to=where(method=only.WEIGHING))
-    """Weight of each class in the distance of the classifier from the class means: none, all the same; inverse, one
+    classifier_bias: Annotated[Bias | None, where(loss=OF_LOGITS), _BIAS] = None
+    """Bias of the classifier: learned (standard, linear and the fixed ones), centring: minus weight times mean feature
+    (all but standard and linear), or none. By default learned for standard and linear, else centring."""
+    class_attributes: Annotated[str | None, _of_methods("class_attributes")] = None
+    """Attributes that classes share: digits, those of their number; or a CSV file whose first line names attributes,
+    and each further line has the values of a class, in the order of the classes. Needed for these methods."""
+    attribute_weight: Annotated[Literal["auto"] | PositiveShare | None, _of_methods("class_attributes")] = "auto"
+    """Cosine that each attribute adds between the classes that share it. auto: 0.6 over the number of attributes, or 1
+    over it if feature_dim is below K - 1, too small for the simplex ETF that is the rest."""
+    proximal_weight: Annotated[NotNegative | None, _of_methods("proximal_weight")] = 0.5
+    """Weight of the proximal term towards the previous classifier."""
+    class_weights: Annotated[Literal["none", "inverse"] | None, _of_methods("class_weights")] = "none"
+    """Weight of each class in the distance of the classifier from the class means: none, the same for all; inverse, one
     over its number of training images."""
-    class_means: Literal["previous", "current", "differentiable"] | None = setting(
-        "previous", belongs_to=where(method="means")
+    class_means: Annotated[Literal["previous", "current", "differentiable"] | None, _of_methods("class_means")] = (
+        "previous"
     )
-    """Which means a training batch is decided by: those of before it, those with it, or these with their gradient."""
-    means_momentum: Literal["cumulative", "published"] | float | None = setting(
-        0.1, belongs_to=only.MOVING_MEANS, above=0, at_most=1
-    )
+    """Class means used for a training batch: before it, after it, or after it with their gradient."""
+    means_momentum: Annotated[Literal["cumulative", "published"] | PositiveShare | None, _MOVING_MEANS] = 0.1
     """Weight of a new batch in the moving means."""
 
 
-@dataclass(frozen=True, kw_only=True)
+class LbfgsOptions(Settings):
+    """Options of lbfgs."""
+
+    history: AtLeast1 = 10
+    """Steps from which the curvature is estimated."""
+    iterations: AtLeast1 = 20
+    """Largest number of iterations on each batch."""
+
+
+class AgdOptions(Settings):
+    """Options of agd."""
+
+    gain: Positive = 10.0
+    """Factor of every step."""
+
+
+class CycleOfRate(Settings):
+    """Options of one-cycle with lbfgs."""
+
+    three_phase: bool = False
+    """Fall as fast as it rose, then to 0 in a third phase."""
+    div_factor: Annotated[float, Field(ge=1)] = 25.0
+    """Begin at lr over this."""
+    final_div_factor: Annotated[float, Field(ge=1)] = 1e4
+    """End at the first learning rate over this."""
+
+
+class OneCycle(CycleOfRate):
+    """Options of one-cycle."""
+
+    cycle_momentum: bool = True
+    """Move the momentum (of adam and adamw beta1) from 0.95 to 0.85 and back, against the learning rate; not with
+    lbfgs."""
+
+
 class Optimisation(Settings):
     """Optimisation."""
 
-    epochs: int = setting(20, at_least=1)
+    epochs: AtLeast1 = 20
     """Passes over the train split."""
-    optimizer: Literal["sgd", "adam", "adamw", "lbfgs", "agd"] = "sgd"
-    """Optimiser, of all parameters alike. agd has no learning rate and needs a network without vectors."""
-    initialisation: Literal["he", "torch"] | None = setting("he", belongs_to=only.FIRST_WEIGHTS)
+    optimizer: Optimizer = "sgd"
+    """Optimiser of all parameters. agd has no learning rate and needs a network without vectors."""
+    optimizer_options: Annotated[
+        dict[str, Any] | None,
+        where(optimizer=("lbfgs", "agd")),
+        Options(
+            lambda values: {"lbfgs": LbfgsOptions}.get(values["optimizer"], AgdOptions), (LbfgsOptions, AgdOptions)
+        ),
+    ] = Field(default_factory=dict)
+    """Options of these optimisers:"""
+    initialisation: Annotated[
+        Literal["he", "torch"] | None, where(backbone=(*RESNETS, "vgg13"), optimizer=(*_FIRST_ORDER, "lbfgs"))
+    ] = "he"
     """First weights of convolutions: normal by the fan-out (He et al., ICCV 2015), or torch's own. agd has its own."""
-    lr: float | None = setting(0.05, belongs_to=only.WITH_RATE, above=0)
-    """Learning rate, at the start; the greatest, of one-cycle."""
-    feature_decay: float | None = setting(at_least=0)
+    lr: Annotated[Positive | None, _WITH_RATE] = 0.05
+    """Learning rate at the start; of one-cycle, the greatest."""
+    feature_decay: Literal["published"] | NotNegative | None = None
     """Part of the loss: this over 2 times the sum of squares of a batch's features, which feature_norm must leave as
-    they are. weight_decay is then of the classifier alone, and part of the loss too."""
-    published_quirk: bool | None = setting(False, belongs_to=only.FEATURE_DECAY)
-    """Penalise the normalised features, a constant, as the released code of Zhu et al. (2021) does."""
-    weight_decay: float | None = setting(5e-4, belongs_to=only.DECAYING, at_least=0)
+    they are. weight_decay is then of the classifier alone, and part of the loss too. published: 1e-4 of the normalised
+    features, a constant, as the released code of Zhu et al. (2021) does."""
+    weight_decay: Annotated[NotNegative | None, _DECAYING] = 5e-4
     """Weight decay; of lbfgs it is part of the loss."""
-    gain: float | None = setting(10.0, belongs_to=where(optimizer="agd"), above=0)
-    """Multiplies every step."""
-    lbfgs_history: int | None = setting(10, belongs_to=where(optimizer="lbfgs"), at_least=1)
-    """Steps that the curvature is estimated from."""
-    lbfgs_iterations: int | None = setting(20, belongs_to=where(optimizer="lbfgs"), at_least=1)
-    """Iterations on each batch, at most."""
-    schedule: Literal["constant", "cosine", "step", "multistep", "one-cycle"] | None = setting(
-        "cosine", belongs_to=only.WITH_RATE
-    )
-    """Schedule of the learning rate: cosine ends at 0; step and multistep multiply it by lr_factor; one-cycle rises,
-    then falls."""
-    warmup_epochs: int | None = setting(0, belongs_to=where(schedule=only.NOT_ONE_CYCLE), at_least=0)
-    """Epochs at the start in which the learning rate rises linearly, batch by batch, to lr. The cosine falls in the
-    epochs after them; step_epochs and milestones count them in."""
-    three_phase: bool | None = setting(False, belongs_to=where(schedule="one-cycle"))
-    """One-cycle falls as fast as it rose, then to 0 in a phase of its own."""
-    div_factor: float | None = setting(25.0, belongs_to=where(schedule="one-cycle"), at_least=1)
-    """One-cycle begins at lr over this."""
-    final_div_factor: float | None = setting(1e4, belongs_to=where(schedule="one-cycle"), at_least=1)
-    """One-cycle ends at its first learning rate over this."""
-    cycle_momentum: bool | None = setting(
-        True, belongs_to=where(schedule="one-cycle", optimizer=("sgd", "adam", "adamw"))
-    )
-    """One-cycle moves the momentum (of adam and adamw beta1) from 0.95 to 0.85 and back, against the learning rate."""
-    momentum: float | None = setting(0.9, belongs_to=only.STEADY_MOMENTUM, at_least=0)
+    momentum: Annotated[NotNegative | None, _STEADY_MOMENTUM] = 0.9
     """Momentum."""
-    step_epochs: int | None = setting(40, belongs_to=where(schedule="step"), at_least=1)
-    """Multiply after every so many epochs."""
-    milestones: list[int] | None = setting(only.thirds, belongs_to=where(schedule="multistep"))
-    """Multiply after these epochs. By default after one and two thirds of all."""
-    lr_factor: float | None = setting(0.1, belongs_to=where(schedule=("step", "multistep")), above=0)
-    """What the learning rate is multiplied by."""
-    gradient_clip: float | None = setting(belongs_to=where(optimizer=("sgd", "adam", "adamw")), above=0)
-    """Scale the gradient of all parameters down to this norm where it is longer."""
-    weight_average: float | None = setting(above=0, at_most=1)
-    """Measure an average of the weights in place of the weights of the moment: mostly of this share of the steps so
-    far. 1 is the mean of all steps; after step t, step s counts as s^(1/share - 1)."""
-    accumulate: int | None = setting(1, belongs_to=only.ACCUMULATING, at_least=1)
+    schedule: Annotated[Literal["constant", "cosine", "step", "one-cycle"] | None, _WITH_RATE] = "cosine"
+    """Schedule of the learning rate: cosine ends at 0; step multiplies it by lr_factor; one-cycle rises, then falls."""
+    warmup_epochs: Annotated[Annotated[int, Field(ge=0)] | None, where(schedule=("constant", "cosine", "step"))] = 0
+    """Epochs at the start in which the learning rate rises linearly, batch by batch, to lr. The cosine falls in the
+    epochs after them; step_at counts them in."""
+    one_cycle: Annotated[
+        dict[str, Any] | None,
+        where(schedule="one-cycle"),
+        Options(lambda values: CycleOfRate if values["optimizer"] == "lbfgs" else OneCycle, (OneCycle,)),
+    ] = Field(default_factory=dict)
+    """Options of one-cycle:"""
+    step_at: Annotated[AtLeast1 | list[AtLeast1] | None, where(schedule="step"), _THIRDS] = None
+    """Multiply the learning rate after every n epochs, or after the epochs of a list. By default after one and two
+    thirds of all."""
+    lr_factor: Annotated[Positive | None, where(schedule="step")] = 0.1
+    """Factor of the learning rate in each step."""
+    gradient_clip: Annotated[Positive | None, where(optimizer=_FIRST_ORDER)] = None
+    """Scale the gradient of all parameters down to this norm if it is longer."""
+    weight_average: PositiveShare | None = None
+    """Measure an average of the weights in place of the current weights: mostly of this share of the steps so far. 1 is
+    the mean of all steps; after step t, step s counts as s^(1/share - 1)."""
+    accumulate: Annotated[AtLeast1 | None, where(optimizer=(*_FIRST_ORDER, "agd"))] = 1
     """Batches whose gradients one step takes together, each sample with the same weight. The classifier and its class
     means still move with every batch."""
     precision: Literal["32", "bf16-mixed", "16-mixed"] = "32"
-    """Of the network's products in training, by autocast; weights, class means, classifier, losses and all that is
-    measured stay in 32 bits. 16-mixed, with scaled losses, needs cuda."""
+    """Precision of the network's products in training, by autocast; weights, class means, classifier, losses and
+    measurements stay in 32 bits. 16-mixed, with scaled losses, needs cuda."""
     compile: bool = False
-    """Train the backbone as torch.compile makes it: a wait at the start, then faster steps."""
+    """Train the backbone compiled by torch.compile: a wait at the start, then faster steps."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to train; auto takes an accelerator if there is one."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_epochs("milestones", self.milestones or [])
+    """Device to train on; auto takes an accelerator if there is one."""
 
 
-@dataclass(frozen=True, kw_only=True)
+class Ranks(Settings):
+    """Ranks."""
+
+    devices: AtLeast1 = 1
+    """Processes per machine, one per device; on a CPU, processes with a part of its cores. Every batch is split over
+    them, with the gradient of the whole one."""
+    num_nodes: AtLeast1 = 1
+    """Machines, each with as many processes."""
+    sync_batchnorm: Annotated[bool | None, _SEVERAL_RANKS] = False
+    """Batch norm takes the statistics of the whole batch, not of each process's part. Needs cuda."""
+
+    @property
+    def ranks(self) -> int:
+        """Number of processes."""
+        return self.devices * self.num_nodes
+
+
+class Record(Settings):
+    """Record."""
+
+    measure_at: Epochs = 1
+    """Epochs after which collapse is measured. A number n: the first, every n-th (n, 2n, ...) and the last. A list: the
+    epochs in it; `..` continues the two epochs before it up to the epoch after it, or to the end, and `last` is the
+    last epoch: 1,6,..,last."""
+    keep_at: Epochs | None = None
+    """Epochs whose checkpoint is kept, in the form of measure_at; a number n does not add the last epoch, whose
+    checkpoint is kept as last.ckpt in any case. By default none."""
+    checkpoint_minutes: Positive = 10.0
+    """Inside a long epoch, save the state of training after each interval of this many minutes."""
+    loggers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
+    """Loggers to write to in addition to the CSV files."""
+
+    def check(self) -> None:
+        """Check settings together."""
+        super().check()
+        for name in ("measure_at", "keep_at"):
+            _check_progressions(name, getattr(self, name))
+
+
 class RunConfig(Record, Ranks, Optimisation, ModelSettings, BatchSettings, DataSettings, LossSettings, OneRun):
     """All settings of one training run.
 
     Raises:
-        ValueError: A setting is out of range, has no effect, or does not go with another.
+        ValueError: if a setting is out of range, has no effect, or does not fit another.
     """
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        possible = only.BIASES[self.method]
-        if self.classifier_bias is not None and self.classifier_bias not in possible:
+    def check(self) -> None:
+        """Check settings together."""
+        super().check()
+        method = METHODS[self.method]
+        if self.classifier_bias is not None and self.classifier_bias not in method.biases:
             raise ValueError(
-                f"classifier_bias must be {listed(possible, 'or')} for method {self.method}, "
+                f"classifier_bias must be {listed(method.biases, 'or')} for method {self.method}, "
                 f"got {self.classifier_bias!r}"
             )
-        if self.method in only.WITH_ATTRIBUTES and self.class_attributes is None:
+        if "class_attributes" in method.options.values() and self.class_attributes is None:
             raise ValueError(f"class_attributes must say what classes share for method {self.method}, and is not given")
         if self.warmup_epochs and self.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"warmup_epochs must be less than epochs, which is {self.epochs}, got {self.warmup_epochs}"
             )
-        if self.feature_decay and not self.published_quirk and self.feature_norm not in ("none", None):
+        if self.feature_decay not in (None, 0, "published") and self.feature_norm not in ("none", None):
             raise ValueError("feature_decay needs feature_norm none: of normalised features it is a constant")
-        if self.optimizer == "lbfgs" and self.method in only.MOVING:
-            raise ValueError(
-                f"optimizer lbfgs cannot train the method {self.method}, whose weight would move under its line "
-                "search: take method fixed or standard, or another optimiser"
-            )
         if self.batch_size < 2 * self.ranks:
             raise ValueError(
                 f"batch_size must be at least {2 * self.ranks}, two for each of {self.ranks} ranks, "
                 f"got {self.batch_size}"
             )
-        if self.optimizer == "lbfgs" and self.ranks > 1:
+        if self.optimizer == "lbfgs":
+            self._check_lbfgs(method)
+
+    def _check_lbfgs(self, method: Classifier) -> None:
+        if method.follows_means:
+            raise ValueError(
+                f"optimizer lbfgs cannot train the method {self.method}, whose weight would change during its line "
+                "search: take method fixed or standard, or another optimiser"
+            )
+        if self.ranks > 1:
             raise ValueError("optimizer lbfgs needs one rank: its line search compares losses of whole batches")
-        if self.optimizer == "lbfgs" and self.precision == "16-mixed":
+        if self.precision == "16-mixed":
             raise ValueError("optimizer lbfgs needs precision 32 or bf16-mixed: its line search cannot scale the loss")
-        if self.optimizer == "lbfgs" and self.unit_weight:
+        if self.unit_weight:
             raise ValueError("optimizer lbfgs needs unit_weight false: it cannot keep the rows at unit norm")
 
     def is_measured(self, epoch: int) -> bool:
         """Return whether collapse is measured after an epoch, counted from 1.
 
         Examples:
-            >>> [epoch for epoch in range(1, 13) if RunConfig(epochs=12, measure_every=5).is_measured(epoch)]
+            >>> [epoch for epoch in range(1, 13) if RunConfig(epochs=12, measure_at=5).is_measured(epoch)]
             [1, 5, 10, 12]
+            >>> config = RunConfig(epochs=12, measure_at=[1, 4, "..", 10, "last"])
+            >>> [epoch for epoch in range(1, 13) if config.is_measured(epoch)]
+            [1, 4, 7, 10, 12]
         """
-        is_last = epoch == self.epochs and self.measure_last is not False
-        return is_last or _is_due(epoch, self.measure_every, self.measure_from)
+        if isinstance(self.measure_at, int):
+            return epoch in (1, self.epochs) or epoch % self.measure_at == 0
+        return epoch in _epochs_of(self.measure_at, self.epochs)
 
     def is_kept(self, epoch: int) -> bool:
         """Return whether the checkpoint of an epoch, counted from 1, is kept.
 
         Examples:
-            >>> config = RunConfig(checkpoint_every=5, checkpoint_epochs=[7])
-            >>> [epoch for epoch in range(1, 13) if config.is_kept(epoch)]
-            [1, 5, 7, 10]
+            >>> [epoch for epoch in range(1, 13) if RunConfig(epochs=12, keep_at=5).is_kept(epoch)]
+            [1, 5, 10]
         """
-        if epoch in self.checkpoint_epochs:
-            return True
-        return self.checkpoint_every is not None and _is_due(epoch, self.checkpoint_every, self.checkpoint_from)
+        if isinstance(self.keep_at, int):
+            return epoch == 1 or epoch % self.keep_at == 0
+        return epoch in _epochs_of(self.keep_at or [], self.epochs)
 
 
-def _is_due(epoch: int, every: int, first: int | None) -> bool:
-    """Return whether an epoch is the first, or ``first`` plus a multiple of ``every``."""
-    first = every if first is None else first
-    return epoch == 1 or (epoch >= first and (epoch - first) % every == 0)
+def _epochs_of(items: list[Any], epochs: int) -> set[int]:
+    """Return the epochs of a list such as ``[1, 6, "..", "last"]``."""
+    chosen: set[int] = set()
+    for place, item in enumerate(items):
+        if item == "last":
+            chosen.add(epochs)
+        elif item == "..":
+            first, second, *end = (*items[place - 2 : place], *items[place + 1 : place + 2])
+            chosen.update(range(first, (end[0] if end and end != ["last"] else epochs) + 1, second - first))
+        else:
+            chosen.add(item)
+    return chosen
+
+
+def _check_progressions(name: str, items: Any) -> None:
+    """Raise unless each ``..`` continues two growing epochs, up to one that they lead to."""
+    for place, item in enumerate(items if isinstance(items, list) else []):
+        if item != "..":
+            continue
+        before, after = items[max(place - 2, 0) : place], items[place + 1 : place + 2]
+        if len(before) < 2 or not all(isinstance(epoch, int) for epoch in before) or before[0] >= before[1]:
+            raise ValueError(f"{name} must have two growing epochs before .., got {items}")
+        first, second = before
+        if after == [".."] or (
+            after and after != ["last"] and (after[0] < second or (after[0] - first) % (second - first))
+        ):
+            raise ValueError(f"{name} must continue {first}, {second} after .., got {items}")
+
+
+def derived_seed(*numbers: int) -> int:
+    """Return a seed that follows from these numbers alone; other numbers give an unrelated one."""
+    import numpy as np
+
+    (state,) = np.random.SeedSequence(list(numbers)).generate_state(1)
+    return int(state)

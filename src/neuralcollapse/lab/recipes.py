@@ -8,21 +8,21 @@ at the end of a setting's line is its source, and that of a variant's line is wh
 from __future__ import annotations
 
 import textwrap
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from neuralcollapse.lab.config import PUBLISHED_METHODS, RunConfig
-from neuralcollapse.lab.settings import nearest
+from neuralcollapse.lab.settings import closest_names
 
 # Source of a setting that was not published; a reason may follow in parentheses.
 OUR_CHOICE = "not published: our choice"
 _FOLDER = Path(__file__).parent / "recipes"
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _COMMENT = "  # "
-_ORDER = [setting.name for setting in fields(RunConfig)]
+_ORDER = list(RunConfig.model_fields)
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def load_recipe(name: str) -> Recipe:
     if recipe is None:
         raise ValueError(
             f"recipe must be one of those that 'neuralcollapse recipes' lists, "
-            f"got {name!r}{nearest(text, recipe_names())}"
+            f"got {name!r}{closest_names(text, recipe_names())}"
         )
     return recipe
 
@@ -151,7 +151,7 @@ def recipe_family(name: str) -> dict[Any, Recipe]:
     if not all(recipe in family for recipe in names.values()):
         raise ValueError(
             f"recipe must name a family of recipes (NAME-standard, -fixed and -implicit) to compare, "
-            f"got {name!r}{nearest(name, recipe_families())}"
+            f"got {name!r}{closest_names(name, recipe_families())}"
         )
     return {method: family[recipe] for method, recipe in names.items()}
 

@@ -12,10 +12,9 @@ import yaml
 
 from neuralcollapse.lab.config import RunConfig
 from neuralcollapse.lab.experiments import single_run
-from neuralcollapse.lab.parsing import load_typed_yaml
 from neuralcollapse.lab.recipes import load_recipe
 from neuralcollapse.lab.results.verdicts import Claim, Kind, Relation, Value
-from neuralcollapse.lab.settings import nearest
+from neuralcollapse.lab.settings import closest_names, load_typed_yaml
 
 SCALES = ("small", "full")
 _FOLDER = Path(__file__).parent / "studies"
@@ -100,7 +99,7 @@ def load_study(name: str | Path) -> Study:
         if str(name) not in names:
             raise ValueError(
                 f"study must be one of those that 'neuralcollapse study' lists, or a file that ends in .yaml, "
-                f"got {str(name)!r}{nearest(str(name), names)}"
+                f"got {str(name)!r}{closest_names(str(name), names)}"
             )
         path = _FOLDER / f"{name}.yaml"
     try:
@@ -129,7 +128,7 @@ def _check(study: Study, path: Path) -> None:
             wrong.append(f"a claim is about {unknown[0]!r}, which is not one of its runs {', '.join(study.runs)}")
         if claim.value.kind != "fact" and claim.value.of not in METRICS and not study.is_ufm:
             wrong.append(
-                f"a claim is about {claim.value.of!r}, which is not a metric{nearest(claim.value.of, METRICS)}"
+                f"a claim is about {claim.value.of!r}, which is not a metric{closest_names(claim.value.of, METRICS)}"
             )
         if claim.value.kind not in get_args(Kind):
             wrong.append(f"kind must be one of {', '.join(get_args(Kind))}, got {claim.value.kind!r}")

@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from neuralcollapse.lab.commands import Command
 from neuralcollapse.lab.commands.common import Outcome, add_runs, new_files, option, runs_of
-from neuralcollapse.lab.parsing import parse
+from neuralcollapse.lab.settings import parse
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -1,21 +1,27 @@
-"""Settings as flags: each with its type, what it does, what it belongs to and its default."""
+"""Settings as flags: each with its description, type, default, and what it belongs to."""
 
 from __future__ import annotations
 
-import ast
-import inspect
-import textwrap
 from argparse import SUPPRESS
 from collections.abc import Sequence
-from dataclasses import Field, fields
 from itertools import pairwise
-from typing import Any, get_args
+from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
-from neuralcollapse.lab.parsing import parse
 from neuralcollapse.lab.results.folder import FORMAT, with_earlier_meanings
-from neuralcollapse.lab.settings import Settings, describe, type_hints
+from neuralcollapse.lab.settings import (
+    Condition,
+    Options,
+    Settings,
+    describe,
+    load_typed_yaml,
+    load_yaml,
+    parse,
+    schema_of,
+)
 
 _OUTPUT = {"out": str, "resume": bool, "overwrite": bool, "print_config": bool}
 
@@ -23,45 +29,37 @@ _OUTPUT = {"out": str, "resume": bool, "overwrite": bool, "print_config": bool}
 def add_sections(parser: ArgumentParser, *sections: type[Settings]) -> None:
     """Add the settings of each section as a group of flags, and `--config`.
 
-    No flag has a default, so that what is parsed is what was asked for. Of a setting that two sections have, the first
-    one's meaning counts.
+    Flags have no default, so that only what was asked for is parsed. Of a setting in two sections, the first counts.
     """
-    parser.add_argument("--config", action="config", help="YAML file of settings; flags go over it")
-    there: set[str] = set()
+    parser.add_argument("--config", action="config", help="YAML file of settings; flags override it")
+    added: set[str] = set()
     for section in sections:
         group = parser.add_argument_group(str(section.__doc__).split("\n")[0].rstrip("."))
-        described, hints = _descriptions(section), type_hints(section)
-        for one in fields(section):
-            if one.name in there:
+        for name, field in section.model_fields.items():
+            if name in added:
                 continue
-            there.add(one.name)
-            text = f"{described[one.name]} ({_meaning(hints[one.name], one)})"
-            # The text is kept, and `asked_for` gives it its type.
-            if bool in (hints[one.name], *get_args(hints[one.name])):
-                group.add_argument(f"--{one.name}", nargs="?", const="true", metavar="{true,false}", help=text)
-                group.add_argument(
-                    f"--no-{one.name}", dest=one.name, action="store_const", const="false", help=SUPPRESS
-                )
+            added.add(name)
+            # The text is kept as it is; `asked_for` converts it.
+            if _is_switch(field):
+                group.add_argument(f"--{name}", nargs="?", const="true", metavar="{true,false}", help=_help(field))
+                group.add_argument(f"--no-{name}", dest=name, action="store_const", const="false", help=SUPPRESS)
             else:
-                group.add_argument(f"--{one.name}", metavar=one.name.upper(), help=text)
-    # In the config.yaml of a run, which can be given as --config.
-    parser.add_argument("--format", default=SUPPRESS, help=SUPPRESS)
-    parser.add_argument("--environment", default=SUPPRESS, help=SUPPRESS)
+                group.add_argument(f"--{name}", metavar=name.upper(), help=_help(field))
 
 
 def add_output(parser: ArgumentParser, default: str) -> None:
-    """Add where to write, and what to do with what is there."""
+    """Add where to write, and what to do with a run that is there."""
     output = parser.add_argument_group("Output")
     output.add_argument("--out", metavar="OUT", help=f"folder to write; by default {default}")
-    output.add_argument("--resume", action="store_true", help="go on with the run that the folder holds")
+    output.add_argument("--resume", action="store_true", help="resume the run that the folder holds")
     output.add_argument("--overwrite", action="store_true", help="delete the run that the folder holds")
     output.add_argument("--print_config", action="store_true", help="print the settings in force as YAML, and exit")
 
 
 def asked_for(settings: Namespace, *sections: type[Settings]) -> dict[str, Any]:
-    """The settings of these sections that were given, in a file or as a flag; null asks for the default.
+    """Return the explicitly given settings of these sections, from a file or flags; null asks for the default.
 
-    What `add_output` added is converted in its place.
+    The arguments of `add_output` are converted in place.
 
     Raises:
         ValueError: if a value is not of its setting's type.
@@ -74,36 +72,40 @@ def asked_for(settings: Namespace, *sections: type[Settings]) -> dict[str, Any]:
     given: dict[str, Any] = settings.as_dict()
     hints: dict[str, Any] = {}
     for section in sections:
-        hints = type_hints(section) | hints  # of a setting that two sections have, the first one's type counts
-    found = {name: parse(name, given[name], hint) for name, hint in hints.items() if name in given}
-    # A config.yaml that an earlier version wrote; format 0 has no number, and the environment in the same file.
-    number = parse("format", given.get("format", 0 if "environment" in given else FORMAT), int)
-    if not number:
+        hints = {name: field.annotation for name, field in section.model_fields.items()} | hints
+    return {name: parse(name, given[name], hint) for name, hint in hints.items() if name in given}
+
+
+def load_settings(text: str) -> Any:
+    """Load a file of settings; the config.yaml of a run may be of an earlier format."""
+    loaded = load_yaml(text)
+    if not isinstance(loaded, dict) or not {"format", "environment"} & set(loaded):
+        return loaded
+    number = parse("format", loaded.pop("format", 0), int)
+    if number < 1:
         raise ValueError("config must not be the settings of a run of format 0, which was never released")
-    return with_earlier_meanings(found) if number < FORMAT else found
-
-
-def integer(text: str | int) -> int:
-    """Convert the text of a flag, in decimal digits; raises ValueError if it is not an integer."""
-    return int(parse("it", text, int))
+    if number >= FORMAT:
+        return loaded
+    typed = load_typed_yaml(text)
+    return with_earlier_meanings({name: typed[name] for name in loaded}, number)
 
 
 def check_named_classes(settings: Namespace, arguments: Sequence[str]) -> None:
-    """Check that classes are named on the command line, and not in a file of settings alone: they are imported.
+    """Check that classes, which are imported, are named on the command line, not only in a file of settings.
 
     Args:
-        settings: What was parsed.
+        settings: The parsed arguments.
         arguments: The command line.
 
     Raises:
-        ValueError: if a class is named elsewhere.
+        ValueError: if a class is named only in a file.
     """
     for name in ("backbone", "model"):
         value, flag = settings.get(name), f"--{name}"
         if not isinstance(value, str) or "." not in value:
             continue
-        given = {following for one, following in pairwise(arguments) if one == flag}
-        given |= {one.partition("=")[2] for one in arguments if one.startswith(f"{flag}=")}
+        given = {following for argument, following in pairwise(arguments) if argument == flag}
+        given |= {argument.partition("=")[2] for argument in arguments if argument.startswith(f"{flag}=")}
         if value not in given:
             raise ValueError(
                 f"{name} {str(value)!r} is a class named in a file of settings, and is not imported for that: if you "
@@ -111,21 +113,23 @@ def check_named_classes(settings: Namespace, arguments: Sequence[str]) -> None:
             )
 
 
-def _descriptions(section: type[Settings]) -> dict[str, str]:
-    """What stands below each setting in the source."""
-    (body,) = ast.parse(textwrap.dedent(inspect.getsource(section))).body
-    assert isinstance(body, ast.ClassDef)
-    found = {}
-    for line, below in zip(body.body, body.body[1:], strict=False):
-        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and isinstance(below, ast.Expr):
-            found[line.target.id] = " ".join(str(ast.literal_eval(below.value)).split())
-    return found
+def _is_switch(field: FieldInfo) -> bool:
+    schema = schema_of(field.annotation)
+    return any(one.get("type") == "boolean" for one in schema.get("anyOf", [schema]))
 
 
-def _meaning(hint: Any, one: Field[Any]) -> str:
-    """Type, default and condition of a setting, in words."""
-    condition, default = one.metadata.get("belongs_to"), one.metadata.get("default", one.default)
-    words = [describe(hint)]
-    if default is not None and not callable(default):
-        words.append(f"by default {str(default).lower() if isinstance(default, bool) else default}")
-    return "; ".join(words + ([f"belongs to {condition.text}"] if condition else []))
+def _help(field: FieldInfo) -> str:
+    """Description, options, type, default and condition of a setting."""
+    words = [describe(schema_of(field.annotation))]
+    if field.default not in (None, PydanticUndefined, []):
+        words.append(f"by default {str(field.default).lower() if isinstance(field.default, bool) else field.default}")
+    notes = {type(note): note for note in field.metadata}
+    if condition := notes.get(Condition):
+        words.append(f"belongs to {condition.text}")
+    options: Options | None = notes.get(Options)
+    within = [
+        f"{name}: {_help(option)}"
+        for kind in (options.kinds if options else ())
+        for name, option in kind.model_fields.items()
+    ]
+    return " ".join([" ".join(str(field.description).split()), *within, f"({'; '.join(words)})"])

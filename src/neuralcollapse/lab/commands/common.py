@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from neuralcollapse.lab.parsing import parse
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.locking import sole_writer
+from neuralcollapse.lab.settings import parse
 
 _Item = TypeVar("_Item")
 FAILED_IN_PART = 1

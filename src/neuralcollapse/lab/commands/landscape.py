@@ -3,36 +3,36 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from itertools import chain
+from typing import Annotated
 
 from jsonargparse import ArgumentParser, Namespace
+from pydantic import Field
 
 from neuralcollapse.lab.commands import Command
 from neuralcollapse.lab.commands.arguments import add_output, asked_for
 from neuralcollapse.lab.commands.common import output_folder, print_config, print_written
-from neuralcollapse.lab.config import MOST_SEED
-from neuralcollapse.lab.settings import Settings, setting
+from neuralcollapse.lab.config import AtLeast1, AtLeast2, Positive, Seed
+from neuralcollapse.lab.settings import Default, Settings
 
 
-@dataclass(frozen=True, kw_only=True)
 class Landscape(Settings):
     """Landscape."""
 
-    num_classes: int = setting(6, at_least=2)
+    num_classes: AtLeast2 = 6
     """K."""
-    samples_per_class: int = setting(3, at_least=1)
+    samples_per_class: AtLeast1 = 3
     """n."""
-    feature_dim: int | None = setting(lambda values: values["num_classes"], at_least=1)
+    feature_dim: Annotated[AtLeast1 | None, Default(lambda values: values["num_classes"])] = None
     """d, at least K - 1. By default K."""
-    weight_decay: float = setting(0.01, above=0)
+    weight_decay: Positive = 0.01
     """Decay of W. Times feature_decay it must be less than 1/(K²n), for there to be more than the origin."""
-    feature_decay: float = setting(0.01, above=0)
+    feature_decay: Positive = 0.01
     """Decay of H."""
-    starts: int = setting(20, at_least=0)
+    starts: Annotated[int, Field(ge=0)] = 20
     """Random starts."""
-    seed: int = setting(0, at_least=0, at_most=MOST_SEED)
-    """From which they follow, and the ways out of saddles."""
+    seed: Seed = 0
+    """Seed of the starts, and of the ways out of saddles."""
 
     @property
     def title(self) -> str:

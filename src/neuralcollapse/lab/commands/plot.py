@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 from neuralcollapse.lab.commands import Command
 from neuralcollapse.lab.commands.common import Outcome, add_runs, new_files, option, runs_of
 from neuralcollapse.lab.figures import FIGURES, FORMATS, draw
-from neuralcollapse.lab.settings import nearest
+from neuralcollapse.lab.settings import closest_names
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -24,7 +24,7 @@ def _run(settings: Namespace) -> int:
     name, out = option(settings, "figure", default=""), Path(option(settings, "out", default="figures"))
     formats = option(settings, "format", list[str], ["png"])
     if name not in FIGURES:
-        raise ValueError(f"figure must be one of {', '.join(FIGURES)}, got {name!r}{nearest(name, FIGURES)}")
+        raise ValueError(f"figure must be one of {', '.join(FIGURES)}, got {name!r}{closest_names(name, FIGURES)}")
     if wrong := [extension for extension in formats if extension not in FORMATS]:
         raise ValueError(f"format must be of {', '.join(FORMATS)}, got {wrong[0]!r}")
     folders = runs_of(settings.runs)

@@ -12,12 +12,12 @@ from jsonargparse import ArgumentParser, Namespace
 from neuralcollapse.lab.commands import Command
 from neuralcollapse.lab.commands.arguments import add_output, asked_for
 from neuralcollapse.lab.commands.common import FAILED_IN_PART, option, output_folder, print_config, print_written
-from neuralcollapse.lab.config import OneRun, RunConfig
-from neuralcollapse.lab.experiments import Comparison, common_settings, comparison_of, comparison_runs, single_run
+from neuralcollapse.lab.config import OneRun, Ranks, RunConfig
+from neuralcollapse.lab.experiments import Comparison, comparison_of, comparison_runs, single_run
 from neuralcollapse.lab.ranks import global_rank
 from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.results.labels import common_settings
 from neuralcollapse.lab.results.resuming import is_external
-from neuralcollapse.lab.running import Ranks
 from neuralcollapse.lab.untrusted import check_class_is_named
 
 _OF_RUN = tuple(reversed(RunConfig.__bases__))
@@ -47,7 +47,7 @@ def _compare(settings: Namespace) -> int:
     base = _stored_settings(settings, given, out)
     comparison = comparison_of((base or {}) | given)
     is_tuned = comparison.lr == "auto"
-    of_comparison = {*comparison.__dataclass_fields__} - (set() if is_tuned else {"lr"})
+    of_comparison = {*Comparison.model_fields} - (set() if is_tuned else {"lr"})
     shared = {name: value for name, value in given.items() if name not in of_comparison}
     runs = comparison_runs(comparison, shared, base)
     config = comparison.in_force() | common_settings(runs) | ({"lr": "auto"} if is_tuned else {})

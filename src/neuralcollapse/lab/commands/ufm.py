@@ -1,20 +1,18 @@
 """`neuralcollapse ufm`: the unconstrained features model under the methods."""
 
-# ruff: noqa: RUF009 -- `setting` makes fields
-
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from jsonargparse import ArgumentParser, Namespace
+from pydantic import Field
 
 from neuralcollapse.lab.commands import Command
 from neuralcollapse.lab.commands.arguments import add_output, asked_for
 from neuralcollapse.lab.commands.common import output_folder, print_config, print_written
-from neuralcollapse.lab.config import PUBLISHED_METHODS, PublishedMethod
+from neuralcollapse.lab.config import PUBLISHED_METHODS, AtLeast1, AtLeast2, Positive, PublishedMethod
 from neuralcollapse.lab.results.folder import RunFolder
-from neuralcollapse.lab.settings import Settings, setting
+from neuralcollapse.lab.settings import Settings
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,39 +22,42 @@ if TYPE_CHECKING:
     from neuralcollapse.lab.ufm.compare import Schedule, UFMRun
 
 
-@dataclass(frozen=True, kw_only=True)
+_Optimizer = Literal["sgd", "agd"]
+
+
 class FreeFeatures(Settings):
     """Free features."""
 
-    classes: list[int] = setting(lambda _: [10, 100, 200], at_least=2)
+    classes: list[AtLeast2] = Field(default_factory=lambda: [10, 100, 200])
     """Sizes of the model: numbers of classes K. By default 10,100,200."""
-    methods: list[PublishedMethod] = setting(lambda _: list(PUBLISHED_METHODS))
+    methods: list[PublishedMethod] = Field(default_factory=lambda: list(PUBLISHED_METHODS))
     """Which to train. By default all."""
-    optimizers: list[Literal["sgd", "agd"]] = setting(lambda _: ["sgd", "agd"])
+    optimizers: list[_Optimizer] = Field(default_factory=lambda: list(get_args(_Optimizer)))
     """Each with every method. By default both."""
-    seeds: int = setting(3, at_least=1)
+    seeds: AtLeast1 = 3
     """Number of seeds. Of a seed, methods and rates start from the same features."""
-    samples_per_class: int | None = setting(at_least=1)
+    samples_per_class: AtLeast1 | None = None
     """n. By default 1000/K, at least 2 and at most 10."""
-    feature_dim: int | None = setting(at_least=1)
+    feature_dim: AtLeast1 | None = None
     """d, at least K - 1. By default the least power of two that is at least K and 64."""
-    feature_norm: Literal["auto"] | float = setting(5.0, above=0)
+    feature_norm: Literal["auto"] | Positive = 5.0
     """Norm of the features, the published one by default; auto follows from K."""
-    iterations: int | None = setting(at_least=1)
+    iterations: AtLeast1 | None = None
     """Steps, each of all samples. By default the published 2000, and 100 for more than 200 classes."""
-    tuning_iterations: int | None = setting(at_least=1)
+    tuning_iterations: AtLeast1 | None = None
     """The rate chosen has the least loss after so many. By default 100, and 20 for more than 200 classes."""
-    sgd_rates: list[float] = setting(lambda _: [0.01, 0.03, 0.1, 0.3, 1.0], above=0)
+    sgd_rates: list[Positive] = Field(default_factory=lambda: [0.01, 0.03, 0.1, 0.3, 1.0])
     """Learning rates to choose from, in units of a sample's own gradient. By default 0.01,0.03,0.1,0.3,1."""
-    agd_gains: list[float] = setting(lambda _: [3.0, 10.0, 30.0, 100.0, 300.0], above=0)
+    agd_gains: list[Positive] = Field(default_factory=lambda: [3.0, 10.0, 30.0, 100.0, 300.0])
     """Gains to choose from. By default 3,10,30,100,300."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        """Check settings together."""
+        super().check()
         for name in ("classes", "methods", "optimizers", "sgd_rates", "agd_gains"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
-                raise ValueError(f"{name} must be different ones, at least one, got {values}")
+                raise ValueError(f"{name} must be distinct, at least one, got {values}")
         for num_classes in self.classes:
             if self.feature_dim is not None and self.feature_dim < num_classes - 1:
                 raise ValueError(f"feature_dim must be at least K - 1 = {num_classes - 1}, got {self.feature_dim}")

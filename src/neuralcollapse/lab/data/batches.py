@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from neuralcollapse.lab.config import BatchSettings
+from neuralcollapse.lab.config import BatchSettings, derived_seed
 from neuralcollapse.lab.data.images import AnySplit, ImageData, StreamedSplit
 from neuralcollapse.lab.data.selection import stratified_order, subset
-from neuralcollapse.lab.seeds import derived_seed
 
 # Largest number of images that the statistics of streamed data are estimated from.
 _STATISTICS_SAMPLES = 10_000
@@ -49,7 +48,7 @@ class EpochBatches:
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.split), self.settings.batch_size)
-        only_full = self.settings.stratified or self.settings.classes_per_batch is not None
+        only_full = self.settings.sampling != "random"
         return max(1, full + (rest >= 2 * self.ranks and not only_full))
 
     @property
@@ -76,12 +75,12 @@ class EpochBatches:
         if settings.classes_per_batch is not None:
             per_class = settings.batch_size // settings.classes_per_batch
             return balanced_order(labels, len(self), settings.classes_per_batch, per_class, generator)
-        if settings.stratified:
+        if settings.sampling == "stratified":
             return stratified_order(labels, generator)
         return torch.randperm(len(labels), generator=generator)
 
     def _divide(self, order: Tensor) -> tuple[Tensor, ...]:
-        if self.settings.stratified:
+        if self.settings.sampling == "stratified":
             return order.tensor_split(len(self))
         return order.tensor_split([self.settings.batch_size * number for number in range(1, len(self))])
 
@@ -234,9 +233,9 @@ def batch_shape(image_shape: tuple[int, int, int], settings: BatchSettings) -> t
     channels, height, width = image_shape
     if settings.crop_size is None:
         return image_shape
-    largest = min(height, width) + 2 * (settings.crop_padding or 0)
+    largest = min(height, width) + 2 * (settings.augment.crop_padding)
     if settings.crop_size > largest:
-        padded = f" padded by {settings.crop_padding}" if settings.crop_padding else ""
+        padded = f" padded by {settings.augment.crop_padding}" if settings.augment.crop_padding else ""
         raise ValueError(
             f"crop_size must be at most {largest}, for images {height}x{width}{padded}, got {settings.crop_size}"
         )
@@ -252,15 +251,15 @@ def draw_augmentation(
     """
     _, *sides = image_shape
     _, *window = batch_shape(image_shape, settings)
-    ranges = [side + 2 * (settings.crop_padding or 0) - length for side, length in zip(sides, window, strict=True)]
+    ranges = [side + 2 * (settings.augment.crop_padding) - length for side, length in zip(sides, window, strict=True)]
     drawn = {}
     if any(ranges) or window != sides:
         for name, largest in zip(("top", "left"), ranges, strict=True):
             drawn[name] = torch.randint(largest + 1, (number,), generator=generator)
-    if settings.flip:
+    if settings.augment.flip:
         drawn["mirrored"] = torch.rand(number, generator=generator) < 0.5
-    if settings.rotation:
-        drawn["degrees"] = settings.rotation * (2 * torch.rand(number, generator=generator) - 1)
+    if settings.augment.rotation:
+        drawn["degrees"] = settings.augment.rotation * (2 * torch.rand(number, generator=generator) - 1)
     return drawn
 
 
@@ -270,7 +269,7 @@ def augment(images: Tensor, settings: BatchSettings, drawn: Mapping[str, Tensor]
     if "top" in drawn:
         _, height, width = batch_shape((shape[0], shape[1], shape[2]), settings)
         top, left = (drawn[name].to(images.device) for name in ("top", "left"))
-        images = crop(images, settings.crop_padding or 0, top, left, (height, width))
+        images = crop(images, settings.augment.crop_padding, top, left, (height, width))
     if "mirrored" in drawn:
         chosen = torch.arange(number) + number * drawn["mirrored"]
         images = torch.cat([images, images.flip(-1)]).index_select(0, chosen.to(images.device))

@@ -200,7 +200,9 @@ def class_folders(
     if empty:
         notes.append(f"left out, without an image in it: {listed(empty)}")
     if tables := [path for path in strays if Path(path).suffix.lower() in (".csv", ".tsv", ".jsonl")]:
-        notes.append(f"not used, as the sub-folders are the classes: {listed(tables)}; --table FILE takes its labels")
+        notes.append(
+            f"not used, as the sub-folders are the classes: {listed(tables)}; data_options can name a table for labels"
+        )
     if others := [path for path in strays if path not in tables]:
         notes.append(f"left out, not an image of a class: {listed(others)}")
     return {name: _by_class(folder) for name, folder in splits.items()}, notes
@@ -233,15 +235,15 @@ def _usual_splits(folders: dict[str, Listing], data: str, drop_unlabelled: bool)
     if not others:
         raise ValueError(
             f"data must have a folder of images for each class in each split, and {listed(flat)} of {data!r} has none: "
-            "with --drop_unlabelled it is left out; --table FILE gives labels in place of folders"
+            "with --leave_out unlabelled it is left out; a table, named in data_options, gives labels instead"
         )
     shared = Counter(name for folder in with_classes.values() for name in folder.with_images)
     if not flat and max(shared.values()) > 1:  # the splits have classes in common
         return with_classes
     raise ValueError(
         f"data must show which sub-folders are splits and which are classes: in {data!r}, {listed(list(with_classes))} "
-        f"with folders in it may be either, beside {listed([*flat, *others])}; name the splits (train_split, "
-        "test_split), or move one of these folders away"
+        f"with folders in it may be either, beside {listed([*flat, *others])}; name the splits "
+        "(data_options: train_split, test_split), or move one of these folders away"
     )
 
 
@@ -256,7 +258,7 @@ def _like_splits(names: Sequence[str], data: str) -> list[str]:
     if len(set().union(*kinds.values())) > 1 and len(alike) == len(names):
         raise ValueError(
             f"data must show which sub-folders are splits and which are classes: {listed(names)} of {data!r} may be "
-            "either; name the splits (train_split, test_split), or put the classes into a folder called train"
+            "either; name the splits (data_options: train_split, test_split), or put the classes into a folder train"
         )
     return alike
 

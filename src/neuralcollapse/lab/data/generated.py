@@ -48,7 +48,7 @@ def generated(config: DataSettings) -> Source:
         ValueError: if a setting of the generator is missing, unknown or not a number.
     """
     if config.data == "mnist-1d":
-        settings = PUBLISHED if config.generator == "published" else _check(config, tuple(PUBLISHED))
+        settings = PUBLISHED if config.data_options == "published" else _check(config, tuple(PUBLISHED))
         return mnist_1d(settings)
     return gaussian_features(_check(config, _FEATURE_SETTINGS))
 
@@ -106,17 +106,17 @@ def _source(values: np.ndarray, labels: np.ndarray, train: int, name: str) -> So
 
 
 def _check(config: DataSettings, names: tuple[str, ...]) -> dict[str, Any]:
-    given = config.generator
+    given = config.data_options
     if not isinstance(given, dict) or set(given) != set(names):
         instead = ", or be 'published'" if config.data == "mnist-1d" else ""
-        raise ValueError(f"generator of {config.data} must have {', '.join(names)}{instead}, got {given}")
+        raise ValueError(f"data_options of {config.data} must have {', '.join(names)}{instead}, got {given}")
     for name, value in given.items():
         numbers = value if isinstance(value, list) else [value]
         if isinstance(value, bool) or not all(isinstance(number, int | float) and number >= 0 for number in numbers):
-            raise ValueError(f"generator's {name} must be a number of at least 0, got {value!r}")
+            raise ValueError(f"data_options.{name} must be a number of at least 0, got {value!r}")
     low_high = given.get("padding", [0, 0])
     if not isinstance(low_high, list) or len(low_high) != 2 or low_high[0] > low_high[1]:
-        raise ValueError(f"generator's padding must be a least and a greatest number, got {low_high!r}")
+        raise ValueError(f"data_options.padding must be a least and a greatest number, got {low_high!r}")
     if not given.get("train_split", 0.5) < 1:
-        raise ValueError(f"generator's train_split must be below 1, got {given['train_split']}")
+        raise ValueError(f"data_options.train_split must be below 1, got {given['train_split']}")
     return dict(given)

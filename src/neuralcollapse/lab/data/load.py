@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neuralcollapse.lab.conditions import DRAWN_DATA
-from neuralcollapse.lab.config import DataSettings
+from neuralcollapse.lab.config import DRAWN_DATA, DataSettings
 from neuralcollapse.lab.data.generated import generated
 from neuralcollapse.lab.data.images import (
     AnySplit,
@@ -36,6 +35,10 @@ from neuralcollapse.lab.data.sources import Source, digits, stored
 from neuralcollapse.lab.memory import check_memory
 from neuralcollapse.lab.ranks import global_rank
 
+# Bytes that decoded images take at most if they are kept in memory by default.
+MEMORY_BUDGET = 4 * 2**30
+# Bytes that decoded images take at most if they are kept in memory by default.
+MEMORY_BUDGET = 4 * 2**30
 _MOST_WORKERS = 16
 
 _Decoded = tuple[Tensor, Tensor]
@@ -81,22 +84,17 @@ def load_data(config: DataSettings, *, batch_size: int = 1, progress: bool = Tru
     _check_batch(batch_size, shape)
 
     splits: dict[str, AnySplit]
-    if required > config.memory_budget * 2**30:
+    if config.workers != "in-memory" and (config.workers != "auto" or required > MEMORY_BUDGET):
         samples["test"], copies_note = _without_copies(source.copies, samples, None, form)
         form = Format(config.image_size, channels)
-        workers = _default_workers() if config.workers is None else config.workers
+        workers = _default_workers() if config.workers == "auto" else config.workers
         splits = {}
         for name, part in samples.items():
             encoded = EncodedSamples(part.images, part.rows, form, (height, width))
             splits[name] = StreamedSplit(encoded, part.labels, shape, workers)
     else:
-        if config.workers is not None:
-            raise ValueError(
-                f"workers belongs to data over memory_budget; {config.data!r} takes {required / 2**30:.2g} GiB "
-                f"and the budget is {config.memory_budget:g} GiB"
-            )
-        images = f"memory_budget must be less than there is: the decoded images of {config.data!r}"
-        check_memory(required, images, "; over the budget they are read while training")
+        images = f"workers must be a number where memory is short: the decoded images of {config.data!r}"
+        check_memory(required, images, "; with a number of workers they are decoded during training")
         decoded = _decode(samples, form, progress)
         samples["test"], copies_note = _without_copies(source.copies, samples, decoded, form)
         splits = {name: _compose(part, *decoded[name]) for name, part in samples.items()}
@@ -107,7 +105,7 @@ def load_data(config: DataSettings, *, batch_size: int = 1, progress: bool = Tru
         splits["train"],
         splits["test"],
         num_classes,
-        config.random_labels or config.label_noise > 0,
+        config.label_noise != 0,
         splits.get("validation"),
         class_names=source.class_names if config.digits_per_image == 1 else None,
         revision=source.revision,
@@ -150,11 +148,11 @@ def _check_samples(data: str, samples: Mapping[str, Samples]) -> None:
 def _check_classes(data: ImageData, config: DataSettings) -> None:
     """Check that no class is absent, except among the many classes of images side by side."""
     absent = data.absent_classes
-    if absent and config.digits_per_image == 1 and not config.allow_absent_classes:
+    if absent and config.digits_per_image == 1 and "absent-classes" not in config.leave_out:
         names = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
         raise ValueError(
             f"data {config.data!r} must have training images of each of its {data.num_classes} classes, and has none "
-            f"of {names}; with --allow_absent_classes the others are trained and measured"
+            f"of {names}; with --leave_out absent-classes the others are trained and measured"
         )
 
 
@@ -232,10 +230,10 @@ def _without_copies(
     if treatment == "refuse":
         raise ValueError(
             f"data must have no image both to train and to test on, and {example}; {number}: remove one of each two, "
-            "or leave them out of the test split with --drop_copies"
+            "or leave them out of the test split with --leave_out copies"
         )
     if treatment == "report":
-        return test, f"{number} ({example}), as published; --drop_copies leaves them out"
+        return test, f"{number} ({example}), as published; --leave_out copies leaves them out"
     return test.take((~is_copy).nonzero().flatten()), f"{number} and left out ({example})"
 
 

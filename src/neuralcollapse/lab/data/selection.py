@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from neuralcollapse.lab.config import DataSettings
+from neuralcollapse.lab.config import DataSettings, derived_seed
 from neuralcollapse.lab.data.images import Images
-from neuralcollapse.lab.seeds import derived_seed
 
 # Parts of a data set are drawn with this seed, so that the images in them never change.
 _PART_SEED = 0
@@ -73,7 +72,7 @@ def select(
     train = _side_by_side(train, num_classes, config, config.train_samples, "train")
     if config.samples_per_class is not None:
         train = train.take((_rank_in_class(train.labels) < config.samples_per_class).nonzero().flatten())
-    if config.imbalance != "none":
+    if config.imbalance is not None:
         train = train.take(long_tail(train.labels, total, config))
     train = train.take(subset(train.labels, config.train_samples))
     splits = {"train": train}
@@ -83,9 +82,9 @@ def select(
         kept, held_out = hold_out(train.labels, config.validation_share, generator, groups)
         splits = {"train": train.take(kept), "validation": train.take(held_out)}
     labels = splits["train"].labels
-    if config.random_labels:
+    if config.label_noise == "permuted":
         labels = labels[torch.randperm(len(labels), generator=_generator(config.data_seed, "random labels"))]
-    if config.label_noise:
+    elif config.label_noise:
         labels = noisy_labels(labels, total, config.label_noise, _generator(config.data_seed, "label noise"))
     splits["train"] = replace(splits["train"], labels=labels)
     test = _side_by_side(test, num_classes, config, config.test_samples, "test")
@@ -137,10 +136,10 @@ def long_tail(labels: Tensor, num_classes: int, config: DataSettings) -> Tensor:
     """
     largest = int(labels.bincount().max())
     position = torch.arange(num_classes, dtype=torch.float64)
-    exponential = config.imbalance == "exponential"
+    ((shape, factor),) = (config.imbalance or {"exponential": 1.0}).items()
+    exponential = shape == "exponential"
     exponent = position / max(num_classes - 1, 1) if exponential else (position >= num_classes // 2).double()
     # Rounded down as in the published code, except that 100·0.29 is 29 although its floating-point product is less.
-    factor = 1.0 if config.imbalance_factor is None else config.imbalance_factor
     sizes = (largest * factor**exponent + 1e-9).long().clamp(min=1)
     shuffled = torch.randperm(len(labels), generator=_generator(config.data_seed, "long tail"))
     return shuffled[_rank_in_class(labels[shuffled]) < sizes[labels[shuffled]]].sort().values

@@ -106,7 +106,7 @@ def stored(config: DataSettings) -> Source:
     Raises:
         ValueError: if there is no such data set, or it has no images, no labels, or labels that do not fit.
     """
-    data, wanted, drop = config.data, _resolve(config), bool(config.drop_unlabelled)
+    data, wanted, drop = config.data, _resolve(config), "unlabelled" in config.leave_out
     rows = _rows(config, wanted)
     train, tests = _split_names(data, wanted, list(rows.splits))
     first, notes = rows.splits[train][0], list(rows.notes)
@@ -122,7 +122,9 @@ def stored(config: DataSettings) -> Source:
         del labels[name]
         notes.append(f"the {name} split left out: none of its images has a label")
     if test is None and wanted.test_split is not None:
-        raise ValueError(f"test_split must be a split with labels, and no image of {wanted.test_split!r} has one")
+        raise ValueError(
+            f"data_options.test_split must be a split with labels, and no image of {wanted.test_split!r} has one"
+        )
     missing = [_check_labelled(data, name, each.names, drop, name == train) for name, each in labels.items()]
     classes = _class_names(data, labels, train)
     notes += [note for note in missing if note]
@@ -147,7 +149,7 @@ def stored(config: DataSettings) -> Source:
         len(classes),
         classes,
         _revision(first),
-        "drop" if config.drop_copies or test is None else copies,
+        "drop" if "copies" in config.leave_out or test is None else copies,
         tuple(notes),
     )
 
@@ -156,10 +158,10 @@ def _resolve(config: DataSettings) -> HubDataSet:
     """Return the data set with the settings that are given; a known name is the hub's, even if a folder has it too."""
     known = KNOWN | {data_set.path: data_set for data_set in KNOWN.values()}
     given = {
-        "config": config.data_config,
-        "label_column": config.label_column,
-        "train_split": config.train_split,
-        "test_split": config.test_split,
+        "config": config.stored.config,
+        "label_column": config.stored.label_column,
+        "train_split": config.stored.train_split,
+        "test_split": config.stored.test_split,
     }
     data_set = known.get(config.data) or HubDataSet(config.data)
     return replace(data_set, **{name: value for name, value in given.items() if value is not None})
@@ -174,15 +176,17 @@ def _split_names(data: str, wanted: HubDataSet, names: list[str]) -> tuple[str, 
             each for each in names if name and split_kind(each) == split_kind(name)
         ]
         if name is not None and len(alike) != 1:
-            raise ValueError(f"{setting} must be a split of {data!r}, which has {', '.join(names)}; got {name!r}")
+            raise ValueError(
+                f"data_options.{setting} must be a split of {data!r}, which has {', '.join(names)}; got {name!r}"
+            )
         chosen[setting] = alike[0] if name is not None else None
     trains = [each for each in names if each.strip().casefold() in TRAIN_NAMES]
     train = chosen["train_split"] or (trains[0] if len(trains) == 1 else names[0])
     if chosen["train_split"] is None and len(names) > 1 and len(trains) != 1:
-        raise ValueError(f"train_split must say which split of {data!r} to train on: {', '.join(names)}")
+        raise ValueError(f"data_options.train_split must say which split of {data!r} to train on: {', '.join(names)}")
     test = chosen["test_split"]
     if train == test:
-        raise ValueError(f"test_split must be another split than train_split, got {test!r} for both")
+        raise ValueError(f"data_options.test_split must be another split than train_split, got {test!r} for both")
     by_rank = sorted(
         (TEST_NAMES.index(each.strip().casefold()), each)
         for each in names
@@ -220,8 +224,8 @@ def _rows(config: DataSettings, wanted: HubDataSet) -> _Rows:
     is_path = folder.exists() or folder.is_absolute() or data.startswith((".", "~"))
     if not is_folder and (is_path or not _HUB_ID.fullmatch(wanted.path)):
         raise ValueError(f"data must be 'digits', a folder, or a data set's id on the hub; {data!r} is not a folder")
-    if not is_folder and config.table is not None:
-        raise ValueError(f"table belongs to data from a folder; {data!r} is a data set of the hub")
+    if not is_folder and config.stored.table is not None:
+        raise ValueError(f"data_options.table belongs to data from a folder; {data!r} is a data set of the hub")
     try:
         with _quiet_hub():
             if is_folder:
@@ -257,11 +261,13 @@ def _folder_rows(folder: Path, config: DataSettings, data_config: str | None) ->
         splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
         return _Rows({str(name): [rows] for name, rows in splits.items()}, str(folder))
     listing = list_folder(folder)
-    if config.table is not None:
-        tables, unused = {"train": read_table(folder / config.table)}, list[str]()
+    if config.stored.table is not None:
+        tables, unused = {"train": read_table(folder / config.stored.table)}, list[str]()
     else:
-        drop = bool(config.drop_unlabelled)
-        classes = class_folders(listing, data, config.train_split, config.test_split, drop_unlabelled=drop)
+        drop = "unlabelled" in config.leave_out
+        classes = class_folders(
+            listing, data, config.stored.train_split, config.stored.test_split, drop_unlabelled=drop
+        )
         if classes is not None:
             _check_class_folders_alone(folder, listing, config)
             by_split, lines = classes
@@ -277,7 +283,7 @@ def _folder_rows(folder: Path, config: DataSettings, data_config: str | None) ->
             return _Rows({split: load_parquet(paths) for split, paths in files.items()}, str(folder), None, notes)
         tables, unused = find_tables(folder, listing)
     if tables:
-        parts, columns, lines = read_path_tables(folder, tables, data, config.label_column)
+        parts, columns, lines = read_path_tables(folder, tables, data, config.stored.label_column)
         notes = (*([f"not used: {listed(unused)}"] if unused else []), *lines)
         return _Rows({name: [rows] for name, rows in parts.items()}, str(folder), columns, notes)
     if listing.images or listing.with_images:
@@ -294,11 +300,11 @@ def _folder_rows(folder: Path, config: DataSettings, data_config: str | None) ->
 
 def _check_class_folders_alone(folder: Path, listing: Listing, config: DataSettings) -> None:
     """Check that labels can be taken from the class folders alone."""
-    for name, value in (("label_column", config.label_column), ("data_config", config.data_config)):
+    for name, value in (("label_column", config.stored.label_column), ("data_config", config.stored.config)):
         if value is not None:
             raise ValueError(
                 f"{name} belongs to data with a column of labels; the classes of {config.data!r} are its sub-folders, "
-                "unless --table FILE is given"
+                "unless data_options name a table"
             )
     for path in (path for each in listing.walk() for path in each.others if path.lower().endswith(".parquet")):
         if holds_images(folder / path):
@@ -456,12 +462,13 @@ def _check_labelled(
     if missing and not may_drop:
         raise ValueError(
             f"data {data!r} must have a label for each image, its {split} split has images without ({missing} of "
-            f"{len(names)}); with --drop_unlabelled they are left out"
+            f"{len(names)}); with --leave_out unlabelled they are left out"
         )
     if unlabelled and not (may_drop or is_train):
         raise ValueError(
             f"data {data!r} must have a label for each image, and {unlabelled} of {len(names)} in its {split} split "
-            "have -1, which means unlabelled: --drop_unlabelled leaves them out, --test_split names another split"
+            "have -1, which means unlabelled: --leave_out unlabelled leaves them out, and test_split in data_options "
+            "names another split"
         )
     number = missing + unlabelled
     return f"{number} of {len(names)} images of the {split} split left out: they have no label" if number else None

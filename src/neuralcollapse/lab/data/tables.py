@@ -75,7 +75,9 @@ def find_label_column(data: str, wanted: str | None, features: Mapping[str, Any]
         candidates = candidates or [name for name in features if name.strip().casefold() in _LABEL_COLUMNS]
         candidates = ["label"] if "label" in candidates else candidates
     if len(candidates) > 1:
-        raise ValueError(f"label_column must say which labels of {data!r} to take: {', '.join(candidates)}")
+        raise ValueError(
+            f"data_options.label_column must say which labels of {data!r} to take: {', '.join(candidates)}"
+        )
     kind = str(getattr(features[candidates[0]], "dtype", "")) if candidates else ""
     if not any(word in kind for word in ("int", "string", "bool")):
         called = f"of class labels called {wanted!r}" if wanted else "of class labels"
@@ -373,7 +375,9 @@ def _numbered_names(
     if not orders:
         return None
     if len(orders) > 1:
-        raise ValueError(f"label_column must say which labels to take: {', '.join([label_column, *orders.values()])}")
+        raise ValueError(
+            f"data_options.label_column must say which labels to take: {', '.join([label_column, *orders.values()])}"
+        )
     ((names, other),) = orders.items()
     number_of = {text: number for number, text in enumerate(names)}
     by_split: dict[str, Sequence[str | int | None]] = {}

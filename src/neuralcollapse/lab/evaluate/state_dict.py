@@ -20,7 +20,7 @@ from neuralcollapse.lab.data.load import load_data
 from neuralcollapse.lab.evaluate.checkpoints import is_measured, select_splits, write_measurements
 from neuralcollapse.lab.experiments import single_run
 from neuralcollapse.lab.models.backbones import evaluation_layout
-from neuralcollapse.lab.models.building import build_backbone, own_module
+from neuralcollapse.lab.models.build import build_backbone, own_module
 from neuralcollapse.lab.results.files import sha256
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.provenance import relative_path
@@ -31,7 +31,6 @@ from neuralcollapse.metrics import Measurement, Provenance
 from neuralcollapse.metrics.measure import measure_splits
 
 
-@dataclass(frozen=True, kw_only=True)
 class EvaluationSettings(BatchSettings, DataSettings):
     """Data to measure on, and their batches."""
 

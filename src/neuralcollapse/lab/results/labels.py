@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from neuralcollapse.lab.config import Ranks, RunConfig
 from neuralcollapse.lab.untrusted import without_secrets
 
 Settings = Mapping[str, Any]
@@ -55,6 +57,55 @@ def labels_of(runs: Sequence[Settings], always: Sequence[str] = ()) -> list[str]
     if len(set(labels)) < len(_groups(runs, names)):  # values that hold spaces or the names of settings
         return [" ".join(f"{name}={run.get(name)!r}" for name in names) for run in runs]
     return labels
+
+
+def tell_apart(runs: Sequence[Settings]) -> list[dict[str, Any]]:
+    """Return the settings that tell each run from the others, seeds apart.
+
+    These are its method, its loss and weight average if not all runs have the same, and the settings in which runs with
+    the same of these three differ. Of a run without a method, its name or that of its model counts. Secrets are left
+    out, and absolute paths are relative to what they have in common.
+
+    Args:
+        runs: Their settings.
+
+    Examples:
+        >>> tell_apart([{"method": "fixed", "lr": 0.1}, {"method": "fixed", "lr": 0.2}, {"method": "means", "lr": 0.1}])
+        [{'method': 'fixed', 'lr': 0.1}, {'method': 'fixed', 'lr': 0.2}, {'method': 'means', 'lr': 0.1}]
+    """
+    runs = [
+        without_secrets({**run, "method": run.get("method") or run.get("name") or run.get("model")}) for run in runs
+    ]
+    compared = ("method", "loss", "weight_average")
+    names = sorted({name for run in runs for name in run}.difference(_IGNORED, ("name", "model", *compared)))
+    kinds: dict[tuple[Any, ...], list[Settings]] = {}
+    for run in runs:
+        kinds.setdefault(tuple(run.get(name) for name in compared), []).append(run)
+    telling = [name for name in names if any(len({str(run.get(name)) for run in kind}) > 1 for kind in kinds.values())]
+    several = [name for name in compared[1:] if len({run.get(name) for run in runs}) > 1]
+    shown = {name: _short_paths([run.get(name) for run in runs]) for name in ("method", *several, *telling)}
+    return [{name: values[number] for name, values in shown.items()} for number in range(len(runs))]
+
+
+def label_of(telling: Settings) -> str:
+    """Return what tells a run from others, in words: the method, the loss, then other settings in force by name.
+
+    Examples:
+        >>> label_of({"method": "fixed", "loss": "nonl", "lr": 0.1})
+        'fixed nonl lr=0.1'
+    """
+    in_force = {name: value for name, value in telling.items() if value is not None}
+    return " ".join(str(value) if name in ("method", "loss") else f"{name}={value}" for name, value in in_force.items())
+
+
+def common_settings(runs: Sequence[RunConfig]) -> dict[str, Any]:
+    """Return the settings on which all runs with them in force agree, except recipe, method, seed and ranks."""
+    shared: dict[str, Any] = {}
+    for name in RunConfig.model_fields:
+        values = [getattr(run, name) for run in runs if getattr(run, name) is not None]
+        if name not in ("recipe", "method", "seed", *Ranks.model_fields) and values == values[:1] * len(values) != []:
+            shared[name] = values[0]
+    return shared
 
 
 def title_of(runs: Sequence[Settings], data: Sequence[str | None]) -> str:
@@ -191,3 +242,13 @@ def _end(text: str, parts: int) -> str:
     if not _PATH.match(text):
         return text
     return "/".join([part for part in re.split(r"[/\\]", text) if part][-parts:])
+
+
+def _short_paths(values: list[Any]) -> list[Any]:
+    """Absolute paths relative to their common folder; other values as they are."""
+    paths = {value for value in values if isinstance(value, str) and os.path.isabs(value)}
+    if not paths:
+        return values
+    common = os.path.commonpath(paths)
+    root = os.path.dirname(common) if common in map(os.path.normpath, paths) else common
+    return [os.path.relpath(value, root) if value in paths else value for value in values]

@@ -7,13 +7,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from neuralcollapse.lab.config import RunConfig
-from neuralcollapse.lab.settings import resolve, wrong_types
 from neuralcollapse.lab.untrusted import without_secrets
 
 # What may change between a start and the next: it has no part in what is computed.
 FREE = ("checkpoint_minutes", "devices", "num_nodes")
 # Schedules whose rate at an epoch does not depend on how many there are; of an optimiser without a rate, None.
-OPEN_ENDED = (None, "constant", "step", "multistep")
+OPEN_ENDED = (None, "constant", "step")
 
 
 def _is_number(value: Any) -> bool:
@@ -126,8 +125,7 @@ def changed_settings(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> tup
     """
     stored, asked = (dict(without_secrets(settings)) for settings in (stored, asked))
     compared = [*asked, *(name for name in stored if name not in asked)]
-    sound = {name: value for name, value in stored.items() if name not in wrong_types(RunConfig, stored)}
-    known = resolve(RunConfig, {}, sound)[0] | stored
+    known = dict(RunConfig.resolve({}, RunConfig.sound(stored))[0]) | stored
     changed = [name for name in compared if asked.get(name) != known.get(name) and name not in FREE]
     reason = ""
     if "epochs" in changed and _is_integer(known["epochs"]) and asked.get("epochs", 0) > known["epochs"]:

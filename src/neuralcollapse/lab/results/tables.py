@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from neuralcollapse.lab.experiments import label_of, tell_apart
 from neuralcollapse.lab.results.files import read_file, write_csv
 from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.results.labels import label_of, tell_apart
 from neuralcollapse.lab.results.statistics import epochs_to_reach, paired_differences, student_interval
 
 COLUMNS = ["epoch", "split", "metric", "value"]

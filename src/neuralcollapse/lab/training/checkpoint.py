@@ -98,8 +98,8 @@ class CheckpointFiles:
         """Check that a checkpoint is of this run, and of the epoch of its name if it has one."""
         stored: Mapping[str, Any] = provenance.get("config", {})
         fingerprint = provenance.get("data")
-        if not fingerprint:  # of an earlier version, in which some settings had other meanings
-            stored = with_earlier_meanings(stored)
+        # Of an earlier version, in which some settings had other meanings or names.
+        stored = with_earlier_meanings(stored, 2 if fingerprint else 1)
         compared_otherwise = ("epochs", "data") if fingerprint else ("epochs",)
         compared = {name: value for name, value in stored.items() if name not in compared_otherwise}
         asked = {name: value for name, value in self.config.in_force().items() if name in compared}

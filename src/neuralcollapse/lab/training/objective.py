@@ -21,6 +21,7 @@ _OF_FEATURES: dict[str, Callable[..., Tensor]] = {
     "normface": losses.normface,
     "ntce": losses.ntce,
     "nonl": losses.nonl,
+    "bidirectional-nonl": losses.bidirectional_nonl,
     "decoupled": losses.decoupled_cross_entropy,
     "two-way": losses.two_way,
 }
@@ -106,6 +107,10 @@ class Objective(nn.Module):
         return dict(zip(metrics, sum_over_ranks(torch.stack(list(metrics.values()))).unbind(), strict=True))
 
 
+# Of the released code of Zhu et al. (NeurIPS 2021).
+PUBLISHED_FEATURE_DECAY = 1e-4
+
+
 def batch_loss(
     config: LossSettings, logits: Tensor, targets: Tensor, features: Tensor, weight: Tensor, share: float = 1.0
 ) -> Tensor:
@@ -127,8 +132,7 @@ def batch_loss(
     if config.loss in _OF_FEATURES:
         options = {"temperature": config.temperature, "margin": config.margin}
         given: dict[str, Any] = {name: float(value) for name, value in options.items() if value is not None}
-        function = losses.bidirectional_nonl if config.bidirectional else _OF_FEATURES[config.loss]
-        return function(features, targets, weight, **given)
+        return _OF_FEATURES[config.loss](features, targets, weight, **given)
     if config.loss == "mse":
         return share * functional.mse_loss(logits, functional.one_hot(targets, logits.shape[1]).to(logits.dtype))
     if config.loss == "dot-regression-published":
@@ -150,9 +154,10 @@ def penalty(config: Optimisation, model: AttachedHead, features: Tensor, ranks: 
         ranks: Number of ranks that share the batch.
     """
     if config.feature_decay is not None:
-        if config.published_quirk:
-            features = functional.normalize(features)
-        of_features = 0.5 * config.feature_decay * ranks * features.square().sum()
+        decay = config.feature_decay
+        if decay == "published":
+            decay, features = PUBLISHED_FEATURE_DECAY, functional.normalize(features)
+        of_features = 0.5 * decay * ranks * features.square().sum()
         return of_features + _half_square(model.head, config.weight_decay or 0.0, features)
     if config.optimizer == "lbfgs":
         return _half_square(model, config.weight_decay or 0.0, features)

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from neuralcollapse.heads import AttachedHead, LearnedClassifier
-from neuralcollapse.lab.config import Optimisation, RunConfig
-from neuralcollapse.lab.seeds import derived_seed
+from neuralcollapse.lab.config import Optimisation, RunConfig, derived_seed
 from neuralcollapse.lab.training.agd import AGD, orthogonal_start
 
 _T = TypeVar("_T")
@@ -36,7 +35,7 @@ def build_optimizer(config: RunConfig, model: AttachedHead) -> torch.optim.Optim
             orthogonal_start(model)
     head = model.head
     if isinstance(head, LearnedClassifier) and config.unit_weight:
-        if config.unit_start:
+        if config.unit_weight is True:
             head.project_weight()
         else:
             optimizer.register_step_post_hook(lambda *_: setattr(head, "unit_weight", True))
@@ -46,7 +45,7 @@ def build_optimizer(config: RunConfig, model: AttachedHead) -> torch.optim.Optim
 def _optimizer(config: RunConfig, model: AttachedHead) -> torch.optim.Optimizer:
     if config.optimizer == "agd":
         try:
-            return AGD(model.named_parameters(), gain=_value(config.gain))
+            return AGD(model.named_parameters(), gain=_value(config.optimizer_options)["gain"])
         except ValueError as error:
             raise ValueError(f"{error} (batch_norm_affine false, classifier_bias centring or none)") from error
     parameters, rate = model.parameters(), _value(config.lr)
@@ -54,8 +53,8 @@ def _optimizer(config: RunConfig, model: AttachedHead) -> torch.optim.Optimizer:
         return torch.optim.LBFGS(
             parameters,
             lr=rate,
-            max_iter=_value(config.lbfgs_iterations),
-            history_size=_value(config.lbfgs_history),
+            max_iter=_value(config.optimizer_options)["iterations"],
+            history_size=_value(config.optimizer_options)["history"],
             line_search_fn="strong_wolfe",
         )
     # With a feature decay, the weight decay is part of the loss.
@@ -85,19 +84,16 @@ def build_schedule(
     if config.schedule == "cosine":
         return lr_scheduler.CosineAnnealingLR(optimizer, steps)
     if config.schedule == "step":
-        return lr_scheduler.StepLR(optimizer, _value(config.step_epochs) * batches, _value(config.lr_factor))
-    if config.schedule == "multistep":
-        milestones = [epoch * batches for epoch in _value(config.milestones)]
-        return lr_scheduler.MultiStepLR(optimizer, milestones, _value(config.lr_factor))
+        step_at, factor = config.step_at or [], _value(config.lr_factor)
+        if isinstance(step_at, int):
+            return lr_scheduler.StepLR(optimizer, step_at * batches, factor)
+        return lr_scheduler.MultiStepLR(optimizer, [epoch * batches for epoch in step_at], factor)
     if config.schedule == "one-cycle":
         return lr_scheduler.OneCycleLR(
             optimizer,
             _value(config.lr),
             total_steps=max(steps, 2),
-            three_phase=_value(config.three_phase),
-            div_factor=_value(config.div_factor),
-            final_div_factor=_value(config.final_div_factor),
-            cycle_momentum=bool(config.cycle_momentum),
+            **{"cycle_momentum": False, **_value(config.one_cycle)},
         )
     return lr_scheduler.ConstantLR(optimizer, factor=1.0)
 
@@ -112,9 +108,11 @@ def _after_warmup(config: Optimisation, batches: int) -> Callable[[int], float]:
         if config.schedule == "cosine":
             return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
         if config.schedule == "step":
-            return _value(config.lr_factor) ** (step // (_value(config.step_epochs) * batches))
-        if config.schedule == "multistep":
-            passed = sum(step >= epoch * batches for epoch in _value(config.milestones))
+            step_at = config.step_at or []
+            if isinstance(step_at, int):
+                passed = step // (step_at * batches)
+            else:
+                passed = sum(step >= epoch * batches for epoch in step_at)
             return _value(config.lr_factor) ** passed
         return 1.0
 

@@ -16,17 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from neuralcollapse._distributed import greatest_over_ranks
-from neuralcollapse.lab.conditions import WITH_ATTRIBUTES
-from neuralcollapse.lab.config import RunConfig
+from neuralcollapse.lab.config import RunConfig, derived_seed
 from neuralcollapse.lab.data.batches import EpochBatches, EvaluationBatches, batch_shape, evaluation_batches
 from neuralcollapse.lab.data.images import ImageData
 from neuralcollapse.lab.models.backbones import evaluation_layout
-from neuralcollapse.lab.models.building import build_model
+from neuralcollapse.lab.models.build import build_model
 from neuralcollapse.lab.ranks import global_rank
 from neuralcollapse.lab.results.files import write_csv
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.tables import COLUMNS, read_table
-from neuralcollapse.lab.seeds import derived_seed
 from neuralcollapse.lab.stopping import stop_requests
 from neuralcollapse.lab.training.agd import AGD
 from neuralcollapse.lab.training.checkpoint import PROVENANCE, CheckpointFiles
@@ -254,7 +252,7 @@ class Run:
         head: Any = self.trained.measured.head
         scatter = ClassMoments.required_bytes(*head.weight.shape, class_scatter=True) <= _CLASS_SCATTER_BYTES
         # The Gram of a frame does not depend on its rotation.
-        code = head.weight.detach().clone() if self.config.method in WITH_ATTRIBUTES else None
+        code = head.weight.detach().clone() if self.config.class_attributes is not None else None
         return {"classifier": head, "options": MeasureOptions(class_scatter=scatter, dtype="mixed", code=code)}
 
     @cached_property
@@ -273,7 +271,7 @@ class Run:
             raise self._diverged(epoch, *first)
 
     def _diverged(self, epoch: int, step: int, value: str) -> Diverged:
-        setting = "gain" if self.config.optimizer == "agd" else "lr"
+        setting = "optimizer_options.gain" if self.config.optimizer == "agd" else "lr"
         return Diverged(
             f"{setting} must be smaller: training diverged in epoch {epoch}, step {step}, where {value} is not finite"
         )

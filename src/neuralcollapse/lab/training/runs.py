@@ -9,7 +9,6 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,10 @@ from neuralcollapse.lab.config import BatchSettings, DataSettings, RunConfig
 from neuralcollapse.lab.data.batches import EvaluationBatches, evaluation_batches
 from neuralcollapse.lab.data.images import ImageData
 from neuralcollapse.lab.data.load import load_data
-from neuralcollapse.lab.experiments import common_settings, tell_apart
 from neuralcollapse.lab.ranks import global_rank
 from neuralcollapse.lab.results.files import write_whole
 from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.results.labels import common_settings, tell_apart
 from neuralcollapse.lab.results.provenance import forget_peak_memory, peak_memory
 from neuralcollapse.lab.results.resuming import is_folder_name
 from neuralcollapse.lab.results.tables import read_table
@@ -306,7 +305,7 @@ def _check_folder_names(names: Iterable[str]) -> None:
 
 def _kind(run: RunConfig) -> str:
     """Runs of one kind differ in their seed alone."""
-    return repr(replace(run, seed=0))
+    return repr(run.model_copy(update={"seed": 0}))
 
 
 def _keep_labels(data: ImageData, place: RunFolder) -> None:

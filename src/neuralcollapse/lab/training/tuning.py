@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -49,7 +48,7 @@ def with_chosen_rates(
     seed = next(seed for seed in count() if seed not in comparison.seed_list)
     kinds = {_kind(run): run for run in reversed(runs)}
     tried = [
-        replace(run, lr=rate, seed=seed, validation_share=run.validation_share or comparison.tuning_share)
+        run.replace(lr=rate, seed=seed, validation_share=run.validation_share or comparison.tuning_share)
         for run in reversed(kinds.values())
         for rate in rates
     ]
@@ -70,7 +69,7 @@ def with_chosen_rates(
         if not found:
             raise ValueError(f"lr_candidates must hold one at which {method} trains with {loss}, got {rates}")
     best = {kind: max(found, key=lambda rate: found[rate]) for kind, found in scores.items()}
-    return [replace(run, lr=best[_kind(run)]) for run in runs]
+    return [run.replace(lr=best[_kind(run)]) for run in runs]
 
 
 def _kind(run: RunConfig) -> tuple[str, str, float | None]:

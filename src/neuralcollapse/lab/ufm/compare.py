@@ -22,10 +22,9 @@ from neuralcollapse.heads import (
     NearestETFClassifier,
     collapse_radius,
 )
-from neuralcollapse.lab.config import PublishedMethod
+from neuralcollapse.lab.config import PublishedMethod, derived_seed
 from neuralcollapse.lab.results.files import write_csv
 from neuralcollapse.lab.results.tables import read_table
-from neuralcollapse.lab.seeds import derived_seed
 from neuralcollapse.lab.training.agd import AGD, orthogonal_start
 from neuralcollapse.ufm import UnconstrainedFeatures, train_unconstrained_features
 

@@ -1,0 +1,406 @@
+"""Models of runs: backbones by name or of your own class, with the head of a training method."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neuralcollapse.geometry import attribute_gram, code_from_gram, softmax_code
+from neuralcollapse.geometry.frames import placed
+from neuralcollapse.heads import (
+    AttachedHead,
+    ClassMeanClassifier,
+    FixedETFClassifier,
+    FixedFrameClassifier,
+    Head,
+    LeadingDirections,
+    LearnedClassifier,
+    NearestETFClassifier,
+    NearestFrameClassifier,
+    TrustRegion,
+    attach_head,
+)
+from neuralcollapse.lab.config import METHODS, VITS, ModelSettings, RunConfig
+from neuralcollapse.lab.memory import check_memory
+from neuralcollapse.lab.models.backbones import (
+    MLP,
+    VGG13,
+    Backbone,
+    ConvNet,
+    ImageShape,
+    ResNet,
+    VisionTransformer,
+)
+from neuralcollapse.lab.untrusted import without_secrets
+
+
+def build_model(
+    config: RunConfig,
+    image_shape: ImageShape,
+    num_classes: int,
+    *,
+    class_names: Sequence[str] | None = None,
+    class_counts: Tensor | None = None,
+) -> AttachedHead:
+    """Return a backbone with the head of its method. Its first weights follow from the seed, the same for all methods.
+
+    Args:
+        config: The settings.
+        image_shape: Channels, height and width.
+        num_classes: K.
+        class_names: Names of the classes, for the attributes that they share.
+        class_counts: (K,), training images of each class, for ``class_weights``; the same for all if not given.
+
+    Returns:
+        A module from images (N, C, H, W) to logits (N, K), ``forward(images, targets=None)``.
+
+    Raises:
+        ValueError: if settings do not fit the images or the number of classes.
+
+    Examples:
+        >>> model = build_model(RunConfig(backbone="mlp", width=16), (1, 8, 8), 10)
+        >>> model.eval()(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        backbone = build_backbone(config, image_shape, initialisation=config.initialisation)
+        rows = f"{num_classes} classes of {backbone.feature_dim} features: the classifier, its gradient and class means"
+        check_memory(4 * 4 * num_classes * backbone.feature_dim, rows)
+        linear = nn.Linear(backbone.feature_dim, num_classes)
+        head = build_head(
+            config,
+            linear.in_features,
+            num_classes,
+            class_names=class_names,
+            class_counts=class_counts,
+            first_bias=linear.bias,
+        )
+    return attach_head(nn.Sequential(backbone, linear), head)
+
+
+def build_head(
+    config: RunConfig,
+    feature_dim: int,
+    num_classes: int,
+    *,
+    class_names: Sequence[str] | None = None,
+    class_counts: Tensor | None = None,
+    first_bias: Tensor | None = None,
+) -> Head:
+    """Return the head of a method, as the table `METHODS` describes it.
+
+    Args:
+        config: The settings.
+        feature_dim: d.
+        num_classes: K.
+        class_names: As for `build_model`.
+        class_counts: As for `build_model`.
+        first_bias: (K,), first values of a learned bias beside a fixed ETF. As published, the bias of the linear layer
+            that the head replaces; by default 0.
+
+    Raises:
+        ValueError: if the head cannot be built with these settings.
+    """
+    method = METHODS[config.method]
+    values: dict[str, Callable[[], Any]] = {
+        "feature_norm": lambda: None if config.feature_norm == "none" else config.feature_norm,
+        "unit_weight": lambda: config.unit_weight is True,  # published: see build_optimizer
+        "class_weights": lambda: _inverse(class_counts, num_classes) if config.class_weights == "inverse" else None,
+        "class_attributes": lambda: attribute_code(config, feature_dim, num_classes, class_names=class_names),
+        "leading_directions": LeadingDirections,
+        "trust_region": TrustRegion,
+    }
+    options = {
+        argument: values[name]() if name in values else getattr(config, name)
+        for argument, name in method.options.items()
+    }
+    options = {
+        argument: value for argument, value in options.items() if value is not None or argument == "feature_norm"
+    }
+    bias: Any = config.classifier_bias or "none"
+    build = _HEADS[method.head]
+    head = build(feature_dim, num_classes, bias=bias == "learned" if build is LearnedClassifier else bias, **options)
+    if isinstance(head, FixedETFClassifier) and head.learned_bias is not None and first_bias is not None:
+        head.learned_bias = nn.Parameter(first_bias.detach().clone())
+    return head
+
+
+def softmax_code_classifier(feature_dim: int, num_classes: int, **options: Any) -> FixedFrameClassifier:
+    """Return a fixed classifier of the softmax code: the simplex ETF if there is room for it."""
+    if num_classes <= feature_dim + 1:
+        return FixedETFClassifier(feature_dim, num_classes, **options)
+    code = _softmax_code(num_classes, feature_dim)
+    return FixedFrameClassifier(feature_dim, num_classes, code, orientation="given", **options)
+
+
+_HEADS: dict[str, Callable[..., Head]] = {
+    build.__name__: build
+    for build in (
+        LearnedClassifier,
+        FixedETFClassifier,
+        FixedFrameClassifier,
+        ClassMeanClassifier,
+        NearestETFClassifier,
+        NearestFrameClassifier,
+        softmax_code_classifier,
+    )
+}
+
+
+def _inverse(class_counts: Tensor | None, num_classes: int) -> Tensor:
+    """One over the number of images of each class; 0 for a class without images, which has no mean."""
+    counts = torch.ones(num_classes) if class_counts is None else class_counts.cpu().float()
+    return torch.where(counts > 0, 1 / counts, 0.0)
+
+
+@lru_cache(maxsize=4)
+def _softmax_code(num_classes: int, feature_dim: int) -> Tensor:
+    """The softmax code of K > d + 1 classes, cached because it is the same for all seeds and can take minutes.
+
+    A code known in closed form (K ≤ 2d) has its vectors on the axes and is rotated at random, the same each time.
+    """
+    code = softmax_code(num_classes, feature_dim)
+    if num_classes > 2 * feature_dim:
+        return code
+    return placed(code, feature_dim, torch.Generator().manual_seed(0))
+
+
+class OwnBackbone(Backbone):
+    """A user's own module, whose feature dimension is determined by a call.
+
+    Args:
+        module: From images (N, C, H, W) to features (N, feature_dim).
+        image_shape: Channels, height and width.
+
+    Raises:
+        ValueError: if the module returns anything else.
+    """
+
+    def __init__(self, module: nn.Module, image_shape: ImageShape) -> None:
+        super().__init__()
+        self.layers = module
+        training = module.training
+        with torch.no_grad():
+            try:
+                features = module.eval()(torch.zeros(2, *image_shape))
+            except Exception as error:
+                raise ValueError(
+                    f"backbone must take images (N, C, H, W), of C, H, W = {image_shape}; "
+                    f"{type(module).__name__} fails: {error}"
+                ) from error
+        module.train(training)
+        if not (isinstance(features, Tensor) and features.ndim == 2 and len(features) == 2):
+            given = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise ValueError(
+                f"backbone must give features of shape (N, feature_dim), {type(module).__name__} gives {given}"
+            )
+        self.feature_dim = features.shape[1]
+
+
+_deep = partial(ResNet, bottleneck=True)
+# Class of each backbone, with the settings that it takes besides feature_dim and batch_norm_affine.
+_BACKBONES: dict[str, tuple[Callable[..., Backbone], tuple[str, ...]]] = {
+    "convnet": (ConvNet, ("width",)),
+    "mlp": (MLP, ("width", "depth")),
+    "resnet18": (partial(ResNet, blocks=(2, 2, 2, 2)), ("width", "stem")),
+    "resnet34": (partial(ResNet, blocks=(3, 4, 6, 3)), ("width", "stem")),
+    "resnet50": (partial(_deep, blocks=(3, 4, 6, 3)), ("width", "stem")),
+    "resnet101": (partial(_deep, blocks=(3, 4, 23, 3)), ("width", "stem")),
+    "resnet152": (partial(_deep, blocks=(3, 8, 36, 3)), ("width", "stem")),
+    "resnext50-32x4d": (partial(_deep, blocks=(3, 4, 6, 3), widening=2, groups=32), ("width", "stem")),
+    "resnext101-32x8d": (partial(_deep, blocks=(3, 4, 23, 3), widening=4, groups=32), ("width", "stem")),
+    "wide-resnet50-2": (partial(_deep, blocks=(3, 4, 6, 3), widening=2), ("width", "stem")),
+    "wide-resnet101-2": (partial(_deep, blocks=(3, 4, 23, 3), widening=2), ("width", "stem")),
+    "vgg13": (VGG13, ("width",)),
+    **dict.fromkeys(VITS, (VisionTransformer, ("width", "depth"))),
+}
+
+
+def build_backbone(config: ModelSettings, image_shape: ImageShape, *, initialisation: str | None = None) -> Backbone:
+    """Return a backbone, with weights from torch's global generator.
+
+    Args:
+        config: The settings.
+        image_shape: Channels, height and width.
+        initialisation: First weights of convolutions, for backbones that have the setting.
+
+    Raises:
+        ValueError: if there is no backbone of that name, or the user's own class cannot be made or used.
+    """
+    if "." in config.backbone:
+        return OwnBackbone(own_module(config.backbone, config.backbone_options or {}, image_shape), image_shape)
+    if config.backbone not in _BACKBONES:
+        raise ValueError(
+            f"backbone must be one of {', '.join(_BACKBONES)}, or the dotted path of your own class, "
+            f"got {config.backbone!r}"
+        )
+    backbone, names = _BACKBONES[config.backbone]
+    options: dict[str, Any] = {name: getattr(config, name) for name in (*names, "feature_dim")}
+    options |= {"initialisation": initialisation, "affine": config.batch_norm_affine, **(config.backbone_options or {})}
+    return backbone(image_shape, **{name: value for name, value in options.items() if value is not None})
+
+
+def own_module(path: str, options: dict[str, Any], image_shape: ImageShape, *, setting: str = "backbone") -> nn.Module:
+    """Return a module of the user's class, which is also looked up in the working directory.
+
+    The caller checks that the user named the class, not a file that another person may have written.
+
+    Args:
+        path: package.module.Class, of a class that is an `nn.Module`: nothing else is called.
+        options: Keyword arguments of the class; ``image_shape`` is among them if it has such an argument.
+        image_shape: Channels, height and width.
+        setting: Name of the setting, for messages.
+
+    Raises:
+        ValueError: if it cannot be imported or made, or is not such a class.
+    """
+    module_name, _, name = path.rpartition(".")
+    if "/" in path or not all(path.split(".")):
+        raise ValueError(f"{setting} must be a dotted path such as package.module.Class, got {path!r}")
+    working_directory = str(Path.cwd())
+    sys.path.insert(0, working_directory)
+    try:
+        own_class = getattr(importlib.import_module(module_name), name)
+    except Exception as error:  # the user's code may fail in any way, here and below
+        raise ValueError(f"{setting} {path!r} cannot be imported: {error}") from error
+    finally:
+        sys.path.remove(working_directory)
+    if not (isinstance(own_class, type) and issubclass(own_class, nn.Module)):
+        raise ValueError(
+            f"{setting} must be a class that is a torch.nn.Module, and {path!r} is "
+            f"{_article(type(own_class).__name__)}: a module is made in the __init__ of your own class"
+        )
+    try:
+        takes_shape = "image_shape" in inspect.signature(own_class).parameters
+        return own_class(**options, **({"image_shape": image_shape} if takes_shape else {}))
+    except Exception as error:
+        shown = without_secrets(options)
+        raise ValueError(f"{setting} {path!r} cannot be made with {setting}_options {shown}: {error}") from error
+
+
+def _article(name: str) -> str:
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+# --- attributes that classes share ------------------------------------------------------------------------------------
+
+# Weight of all attributes together, if the features have room for the simplex ETF that is the rest of the Gram.
+_SHARED = 0.6
+# Names of the column, in a table of attributes, that gives the class of each line.
+_NAMES_OF_CLASSES = ("class", "class name", "class_name", "name")
+
+
+def attribute_code(
+    config: ModelSettings, feature_dim: int, num_classes: int, *, class_names: Sequence[str] | None = None
+) -> Tensor:
+    """Return the code (K, r) of the Gram of what classes share, every attribute with the same weight.
+
+    Args:
+        config: The settings.
+        feature_dim: d, the greatest rank r.
+        num_classes: K.
+        class_names: The names of the classes. Without them, classes are called by their number.
+
+    Raises:
+        ValueError: if the attributes cannot be read or do not fit the classes, or the Gram does not fit.
+    """
+    source = str(config.class_attributes)
+    cosines = f"class_attributes needs fewer classes: the cosines of {num_classes} of them, and their decomposition,"
+    check_memory(4 * 8 * num_classes**2, cosines)
+    if source == "digits":
+        attributes = digits_of_classes(num_classes, class_names=class_names)
+    else:
+        attributes = read_attributes(source, num_classes, class_names=class_names)
+    count = attributes.shape[1]
+    weight = config.attribute_weight
+    if weight is None or weight == "auto":
+        weight = (_SHARED if feature_dim >= num_classes - 1 else 1) / count
+    try:
+        gram = attribute_gram(attributes, torch.full((count,), float(weight), dtype=torch.float64))
+        return code_from_gram(gram, feature_dim).float()
+    except ValueError as error:
+        raise ValueError(
+            f"attribute_weight must suit class_attributes, got {weight:g} for each of {count} attributes of "
+            f"{num_classes} classes: {error}"
+        ) from error
+
+
+def digits_of_classes(num_classes: int, *, class_names: Sequence[str] | None = None) -> Tensor:
+    """Return the decimal digits (K, places) of 0 to K−1, or of the classes' names, the greatest place first.
+
+    Raises:
+        ValueError: if a name is not a number.
+    """
+    names = [str(label) for label in range(num_classes)] if class_names is None else class_names
+    other = next((name for name in names if not re.fullmatch("[0-9]+", name)), None)
+    if other is not None:
+        raise ValueError(
+            f"class_attributes digits needs classes that are called by numbers, and one is called {other!r}"
+        )
+    places = len(str(max(map(int, names))))
+    return torch.tensor([[int(digit) for digit in f"{int(name):0{places}}"] for name in names])
+
+
+def read_attributes(path: str, num_classes: int, *, class_names: Sequence[str] | None = None) -> Tensor:
+    """Return the values of each attribute as integers (K, A), from a CSV file whose first line names the attributes.
+
+    Lines are in the order of the classes. If a column called class or name, or a column whose values are the names of
+    the classes, is there, it says which class each line is of, in any order.
+
+    Args:
+        path: The file.
+        num_classes: K.
+        class_names: The names of the classes, if they have names.
+
+    Raises:
+        ValueError: if it cannot be read, lacks a value, or its lines are not those of the classes.
+    """
+    import pandas as pd
+
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False).fillna("")
+    except (OSError, ValueError) as error:  # the errors of pandas and of decoding are ValueErrors
+        raise ValueError(f"class_attributes must be digits or a CSV file, {path!r} cannot be read: {error}") from error
+    if len(table) != num_classes or not len(table.columns):
+        raise ValueError(
+            f"class_attributes must have a line for each of the {num_classes} classes, {path!r} has {len(table)} below "
+            "the names of the attributes"
+        )
+    if bool((table == "").any(axis=None)):
+        raise ValueError(f"class_attributes must have a value of each attribute for each class, {path!r} lacks some")
+    table = _in_order_of_classes(table, path, class_names)
+    return torch.tensor(table.apply(lambda values: pd.factorize(values)[0]).to_numpy("int64"))
+
+
+def _in_order_of_classes(table: Any, path: str, class_names: Sequence[str] | None) -> Any:
+    """Return the table's lines in the order of the classes, without the column that names them."""
+    if class_names is None:
+        return table
+    names = sorted(class_names)
+    columns = [name for name in table.columns if sorted(table[name].str.strip()) == names]
+    named = [
+        name
+        for name in table.columns
+        if name.strip().casefold() in _NAMES_OF_CLASSES and not set(names).isdisjoint(table[name].str.strip())
+    ]
+    if named and not columns:
+        unknown = sorted(set(table[named[0]].str.strip()) - set(names))
+        raise ValueError(
+            f"class_attributes must name each class once in its column {named[0]!r}, and {path!r} "
+            + (f"has {unknown[0]!r}, which is not a class" if unknown else "names one twice")
+        )
+    if not columns or len(table.columns) == 1:
+        return table
+    column = next((name for name in columns if name in named), columns[0])
+    line_of = {name: line for line, name in enumerate(table[column].str.strip())}
+    return table.drop(columns=column).iloc[[line_of[name] for name in class_names]]
