@@ -47,7 +47,7 @@ FIGURES = {
 
 
 def draw(name: str, runs: RunGroups, out: Path, formats: Sequence[str]) -> list[Path]:
-    """Draw a figure of the registry: a page of all its panels, and each panel in a file of its own.
+    """Draw a figure of the registry: one page of all its panels, and one file per panel.
 
     Args:
         name: Name of the figure, a key of `FIGURES`.
@@ -63,6 +63,6 @@ def draw(name: str, runs: RunGroups, out: Path, formats: Sequence[str]) -> list[
     entry = FIGURES[name]
     title = f"{entry.description[0].upper()}{entry.description[1:]}: {runs.title}"
     make = resolve_name(f"{__name__}.{entry.panels}")
-    if name == "overview":  # one page with a layout of its own: it has too many panels for that of matplotlib
+    if name == "overview":  # a page without single panels, whose number is too large for matplotlib's layout
         return save_figures({name: make(runs, title)}, out, formats)
     return write_panels(name, title, make(runs), out, formats, columns=entry.columns)

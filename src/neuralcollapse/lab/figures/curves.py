@@ -40,7 +40,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*", "h")
 # With more lines than `_FEW`, each has a marker too; with more than `_WITH_PUBLISHED`, the colours of the published
 # methods are no longer reserved for them.
 _FEW, _WITH_PUBLISHED = 3, 8
-# Metrics with a figure of their own in the folder of a run or a comparison, by file name.
+# Metrics of the figures in the folder of a run or a comparison, by file name.
 _FIGURES = {
     "accuracy.png": "accuracy",
     "nc1.png": "nc1_quotient",

@@ -1,4 +1,4 @@
-"""Panels of a figure, drawn on one page and each in a file of its own."""
+"""Panels of a figure, on one page and in one file each."""
 
 from __future__ import annotations
 

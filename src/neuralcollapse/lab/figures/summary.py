@@ -108,7 +108,7 @@ def made_by(folder: RunFolder) -> str:
 
 
 def _report(folder: RunFolder, runs: list[RunFolder]) -> list[Path]:
-    """Write the report, or print why there is none, which is not an error: for runs without records."""
+    """Write the report; for runs without records, print why it is missing."""
     try:
         write_report(runs, folder.report)
     except ValueError as error:

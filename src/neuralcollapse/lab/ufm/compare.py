@@ -292,7 +292,7 @@ class _Progress:
         self._bar.update()
 
     def finish_run(self, seed: int, table: pd.DataFrame) -> None:
-        """Print the last loss of a run, if there is no bar."""
+        """Print the last loss of a run, unless a bar is shown."""
         if self._lines:
             last = table[table["metric"] == "excess_loss"].iloc[-1]
             print(

@@ -1,4 +1,4 @@
-"""The report: one HTML page of one run or several, with all that it shows inside, made from their folders alone."""
+"""Report: one self-contained HTML page of one run or several, made from their folders alone."""
 
 from __future__ import annotations
 
@@ -29,19 +29,20 @@ def write_report(folders: Sequence[RunFolder], path: Path, classes: Sequence[int
     """Write the page.
 
     Args:
-        folders: Of single runs, of one number of classes.
-        path: The file.
-        classes: The three or four whose collapse is shown; by default the first three that have samples.
+        folders: Folders of single runs, all of the same number of classes.
+        path: File to write.
+        classes: Three or four classes whose collapse is shown; by default the first three that have samples.
 
     Raises:
-        ValueError: A run without records or table, runs of different numbers of classes, or classes that are not there.
+        ValueError: if a run has no records or no table, the numbers of classes differ, or a class is not in the
+            records.
     """
     runs = RunGroups(folders)
     moving = numbers.motion(runs, classes)
     metrics = runs.metrics[runs.metrics["split"].isin(numbers.SPLITS)]
     text = _template("page.html").substitute(
         title=escape(runs.title),
-        told=escape(_told(runs)),
+        description=escape(_description(runs)),
         style=_template("page.css").substitute(light=_colours(COLORS), dark=_colours(COLORS_ON_DARK)),
         results=_results(runs, metrics),
         values=metric_tables(metrics, runs.num_classes),
@@ -53,15 +54,13 @@ def write_report(folders: Sequence[RunFolder], path: Path, classes: Sequence[int
     write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
-def _told(runs: RunGroups) -> str:
+def _description(runs: RunGroups) -> str:
     settings = [run.settings() for group in runs.groups.values() for run in group]
-    count = len(settings)
-    seeds = sorted({one["seed"] for one in settings if one.get("seed") is not None})
+    seeds = sorted({config["seed"] for config in settings if config.get("seed") is not None})
     over = f", seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}" if seeds else ""
     differing = differing_settings(settings)
-    groups = "; ".join(runs.groups)
     return (
-        f"{count} run{'s' if count > 1 else ''}{over}: {groups}. "
+        f"{len(settings)} run{'s' if len(settings) > 1 else ''}{over}: {'; '.join(runs.groups)}. "
         + (f"They differ in {', '.join(differing)}. " if differing else "")
         + "Everything is measured in evaluation mode, without targets, on images without augmentation."
     )
@@ -77,7 +76,7 @@ def _results(runs: RunGroups, metrics: pd.DataFrame) -> str:
 
 
 def _seconds(runs: RunGroups) -> pd.DataFrame:
-    """The training logs by the groups' labels; empty where a run has none."""
+    """Return the training logs with the labels of the groups; an empty table if a run has none."""
     tables = []
     for label, group in runs.groups.items():
         for run in group:
@@ -88,72 +87,70 @@ def _seconds(runs: RunGroups) -> pd.DataFrame:
 
 
 def _baseline(runs: RunGroups) -> str | None:
-    """The label of the one group that is of the method standard, with the loss cross-entropy and no average."""
+    """Return the label of the group of the method standard with cross-entropy and no average, if there is one such."""
     plain = {"method": "standard", "loss": "cross-entropy", "weight_average": None}
-    found = []
+    labels = []
     for label, group in runs.groups.items():
         settings = group[0].settings()
         if all(settings.get(name, value) == value for name, value in plain.items()):
-            found.append(label)
-    return found[0] if len(found) == 1 else None
+            labels.append(label)
+    return labels[0] if len(labels) == 1 else None
 
 
 def _numbers(runs: RunGroups, metrics: pd.DataFrame, moving: dict[str, Any] | None) -> dict[str, Any]:
-    """All that the page's script draws."""
+    """Return the data of all figures of the page."""
     matrices = numbers.cosine_matrices(runs)
     size = len(next(iter(matrices["matrices"].values()))["means"])
-    if moving is not None:
-        moving["words"] = _words_of_motion(runs, moving)
     return {
         "styles": style_numbers(list(runs.groups)),
         "colours": len(COLORS),
         "courses": numbers.courses(metrics),
         "metrics": numbers.described(runs.metrics, matrices["classes"]),
         "headline": [name for name in _HEADLINE if name in set(metrics["metric"])],
-        "motion": moving,
-        "cosines": matrices | {"words": _words_of_cosines(runs, size, matrices["classes"])},
+        "motion": None if moving is None else moving | {"words": _caption_of_motion(runs, moving)},
+        "cosines": matrices | {"words": _caption_of_cosines(runs, size, matrices["classes"])},
     }
 
 
-def _words_of_motion(runs: RunGroups, moving: dict[str, Any]) -> str:
+def _caption_of_motion(runs: RunGroups, moving: dict[str, Any]) -> str:
     chosen = ", ".join(map(str, moving["classes"]))
     simplex = "on the plane" if len(moving["classes"]) == 3 else "in the space (drag to turn it)"
-    words = [
+    sentences = [
         f"Classes {chosen} {simplex} of the simplex ETF nearest to their means. Small marks are up to "
-        f"{moving['samples']} training samples a class, large ones the class means, lines from the centre the "
-        "classifier's rows; the dotted simplex is where all of them stand at collapse.",
+        f"{moving['samples']} training samples per class, large ones the class means, lines from the centre the "
+        "classifier's rows; the dotted simplex is where they lie at collapse.",
         *_left_out(runs),
     ]
     if moving["thinned"]:
-        words.append(f"Of the measured epochs {len(moving['epochs'])} are shown, evenly spaced.")
-    return " ".join(words)
+        sentences.append(f"{len(moving['epochs'])} of the measured epochs are shown, evenly spaced.")
+    return " ".join(sentences)
 
 
-def _words_of_cosines(runs: RunGroups, size: int, num_classes: int) -> str:
+def _caption_of_cosines(runs: RunGroups, size: int, num_classes: int) -> str:
     of = f"the first {size} of {num_classes}" if size < num_classes else f"all {num_classes}"
-    words = [
+    sentences = [
         f"Between the centred class means, and between the classifier's rows, of {of} classes at the last epoch. At "
         f"collapse to a simplex ETF all are −1/(K − 1) = −{1 / (num_classes - 1):.3g}, the middle of the colours.",
         *_left_out(runs),
     ]
-    return " ".join(words)
+    return " ".join(sentences)
 
 
 def _left_out(runs: RunGroups) -> list[str]:
-    """Which of the runs are not among those shown."""
+    """Return a sentence about runs that are not shown, if there are some."""
     several = any(len(group) > 1 for group in runs.groups.values())
-    words = ["Of each group the first seed is shown."] if several else []
+    sentences = ["The first seed of each group is shown."] if several else []
     if len(runs.groups) > numbers.MAX_GROUPS:
-        words.append(f"The first {numbers.MAX_GROUPS} of {len(runs.groups)} groups are shown.")
-    return words
+        sentences.append(f"The first {numbers.MAX_GROUPS} of {len(runs.groups)} groups are shown.")
+    return sentences
 
 
 def _colours(colours: Sequence[str]) -> str:
-    return " ".join(f"--c{place}: {colour};" for place, colour in enumerate(colours))
+    return " ".join(f"--c{number}: {colour};" for number, colour in enumerate(colours))
 
 
 def _embedded(content: dict[str, Any]) -> str:
-    """JSON inside a script element, which no text of a folder can end."""
+    """Return JSON for a script element, escaped so that no text of a folder can end the element."""
     return json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 

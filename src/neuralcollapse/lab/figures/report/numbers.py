@@ -1,4 +1,4 @@
-"""The numbers behind the page's figures: courses of metrics, cosines of classes, classes as they collapse."""
+"""Data of the page's figures: metrics over epochs, cosines of classes, and classes as they collapse."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     from neuralcollapse.metrics import Measurement
 
 SPLITS = ("train", "validation", "test")
-# What keeps the page small. A frame is an epoch of the animation.
+# Limits of the size of the page. A frame is an epoch of the animation.
 MAX_FRAMES, MAX_SAMPLES, MAX_MATRIX, MAX_GROUPS = 60, 300, 150, 6
-_MAX_MOVING, _MAX_OF_COURSES = 250_000, 300_000  # numbers
+_MAX_MOVING, _MAX_OF_COURSES = 250_000, 300_000  # numbers of all frames, and of all courses
 _MAX_EPOCHS, _MIN_EPOCHS, _MIN_SAMPLES = 250, 20, 30
-_MAX_REACH = 3.0  # of the pictured plane, in mean norms of the class means; early features lie far beyond
+_MAX_REACH = 3.0  # half width of the plane shown, in mean norms of the class means: early features lie far outside
 
 
 def shown_groups(runs: RunGroups) -> list[str]:
-    """The groups whose records are shown."""
+    """Return the labels of the groups whose records are shown, the first ones."""
     return list(islice(runs.groups, MAX_GROUPS))
 
 
 def courses(metrics: pd.DataFrame) -> dict[str, dict[str, dict[str, Any]]]:
-    """Of each split, metric and group: epochs, and the mean, least and greatest value over seeds.
+    """Return epochs, means, least and greatest values over seeds by split, metric and group.
 
     Args:
         metrics: Columns method, seed, epoch, split, metric, value.
@@ -41,22 +41,21 @@ def courses(metrics: pd.DataFrame) -> dict[str, dict[str, dict[str, Any]]]:
     keys = ["split", "metric", "method"]
     over_seeds = known.groupby([*keys, "epoch"], sort=False)["value"].agg(["mean", "min", "max"]).reset_index()
     seeds = known.groupby("method")["seed"].nunique()
-    several = set(seeds[seeds > 1].index)
     groups = over_seeds.groupby(keys, sort=False)
     limit = min(_MAX_EPOCHS, max(_MIN_EPOCHS, _MAX_OF_COURSES // (4 * max(len(groups), 1))))
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    for (split, metric, method), course in ((map(str, key), course) for key, course in groups):
-        kept = course.iloc[thinned(range(len(course)), limit)]
-        numbers = {"epochs": kept["epoch"].tolist(), "mean": _significant(kept["mean"])}
-        if method in several:
-            numbers |= {"least": _significant(kept["min"]), "greatest": _significant(kept["max"])}
-        found.setdefault(split, {}).setdefault(metric, {})[method] = numbers
-    return {split: found[split] for split in SPLITS if split in found}
+    by_split: dict[str, dict[str, dict[str, Any]]] = {split: {} for split in SPLITS}
+    for (split, metric, method), of_group in ((map(str, key), group) for key, group in groups):
+        shown = of_group.iloc[thinned(range(len(of_group)), limit)]
+        course = {"epochs": shown["epoch"].tolist(), "mean": _significant(shown["mean"])}
+        if seeds[method] > 1:
+            course |= {"least": _significant(shown["min"]), "greatest": _significant(shown["max"])}
+        by_split[split].setdefault(metric, {})[method] = course
+    return {split: of_split for split, of_split in by_split.items() if of_split}
 
 
 def described(metrics: pd.DataFrame, num_classes: int) -> dict[str, dict[str, Any]]:
-    """The catalogue's entries of the metrics in a table, in its order; labels without their mathematics."""
-    there = set(metrics["metric"])
+    """Return the catalogue's entries of the metrics in a table, in its order; labels are without their formulas."""
+    measured = set(metrics["metric"])
     return {
         name: {
             "label": metric_label(name, metrics).partition("  $")[0],
@@ -65,70 +64,73 @@ def described(metrics: pd.DataFrame, num_classes: int) -> dict[str, dict[str, An
             "atCollapse": metric.value_at_collapse(num_classes),
         }
         for name, metric in METRICS.items()
-        if name in there
+        if name in measured
     }
 
 
 def cosine_matrices(runs: RunGroups) -> dict[str, Any]:
-    """Cosines of the first classes' means and weights, in the last record of the first run of each group shown."""
-    matrices: dict[str, Any] = {}
+    """Return the cosines of the means and of the weights of the first classes.
+
+    They are of the last record of the first run of each group shown.
+    """
+    matrices: dict[str, dict[str, list[list[float | None]]]] = {}
     for label in shown_groups(runs):
         record = runs.record(label, "train", runs.epochs(label, "train")[-1])
-        for of in ("means", "weights"):
-            found = class_cosines(record, of, MAX_MATRIX)
-            matrices.setdefault(label, {})[of] = [_significant(row, 3) for row in found]
+        matrices[label] = {
+            of: [_significant(row, 3) for row in class_cosines(record, of, MAX_MATRIX)] for of in ("means", "weights")
+        }
     num_classes = _num_classes(runs)
     ideal = -1 / (num_classes - 1)
-    values = chain.from_iterable(row for of_group in matrices.values() for one in of_group.values() for row in one)
+    values = chain.from_iterable(row for of_group in matrices.values() for rows in of_group.values() for row in rows)
     spread = max((abs(value - ideal) for value in values if value is not None), default=0.0)
     return {"classes": num_classes, "ideal": ideal, "spread": max(spread, 0.02), "matrices": matrices}
 
 
 def motion(runs: RunGroups, classes: Sequence[int] | None = None) -> dict[str, Any] | None:
-    """Class means, classifier rows and some features on the simplex of a few classes, at each measured epoch.
+    """Return class means, classifier rows and some features on the simplex of a few classes at each measured epoch.
 
     Args:
-        runs: The first run of each group is shown.
-        classes: Three or four; by default the first three that have samples.
+        runs: Runs, of which the first of each group is shown.
+        classes: Three or four classes; by default the first three that have samples.
 
     Returns:
-        None where there are only two classes, and so no plane.
+        None if there are only two classes, and so no plane.
 
     Raises:
-        ValueError: A run without records, or classes that are not there.
+        ValueError: if a run has no records, or a class is not in the records.
     """
     labels = shown_groups(runs)
-    own = {label: runs.epochs(label, "train") for label in labels}
-    chosen = _chosen(runs.record(labels[0], "train", own[labels[0]][-1]), classes)
+    recorded = {label: runs.epochs(label, "train") for label in labels}
+    chosen = _chosen(runs.record(labels[0], "train", recorded[labels[0]][-1]), classes)
     if chosen is None:
         return None
-    epochs = thinned(sorted({epoch for of_group in own.values() for epoch in of_group}), MAX_FRAMES)
-    dimensions = len(chosen) - 1
-    samples = _MAX_MOVING // (len(epochs) * len(labels) * dimensions)
+    measured = sorted({epoch for epochs in recorded.values() for epoch in epochs})
+    epochs = thinned(measured, MAX_FRAMES)
+    samples = _MAX_MOVING // (len(epochs) * len(labels) * (len(chosen) - 1))
     each = min(MAX_SAMPLES, max(_MIN_SAMPLES, samples)) // len(chosen)
     frames: dict[str, list[dict[str, Any]]] = {}
     for label in labels:
-        at: dict[int, dict[str, Any]] = {}
+        of_epoch: dict[int, dict[str, Any]] = {}
         frames[label] = []
         for epoch in epochs:
-            # One that was not measured at this epoch stands as it was, and one that ended before stays.
-            mine = max((one for one in own[label] if one <= epoch), default=own[label][0])
-            if mine not in at:
-                at[mine] = _frame(runs.record(label, "train", mine), chosen, each) | {"epoch": mine}
-            frames[label].append(at[mine])
+            # A run that was not measured at this epoch, or that ended before it, is shown at its previous record.
+            last = max((number for number in recorded[label] if number <= epoch), default=recorded[label][0])
+            if last not in of_epoch:
+                of_epoch[last] = _frame(runs.record(label, "train", last), chosen, each) | {"epoch": last}
+            frames[label].append(of_epoch[last])
     return {
         "classes": chosen,
         "epochs": epochs,
-        "thinned": len({epoch for of_group in own.values() for epoch in of_group}) > len(epochs),
+        "thinned": len(measured) > len(epochs),
         "samples": each,
-        "vertices": _places(simplex_vertices(len(chosen))),
+        "vertices": _coordinates(simplex_vertices(len(chosen))),
         "reach": _reach(chain.from_iterable(frames.values())),
         "frames": frames,
     }
 
 
 def thinned(epochs: Sequence[int], limit: int) -> list[int]:
-    """At most so many of them, evenly spaced, the first and the last among them.
+    """Return at most the given number of epochs, evenly spaced, with the first and the last.
 
     Examples:
         >>> thinned(range(1, 101), 4)
@@ -136,7 +138,7 @@ def thinned(epochs: Sequence[int], limit: int) -> list[int]:
     """
     if len(epochs) <= limit:
         return list(epochs)
-    return [epochs[round(place * (len(epochs) - 1) / (limit - 1))] for place in range(limit)]
+    return [epochs[round(index * (len(epochs) - 1) / (limit - 1))] for index in range(limit)]
 
 
 def _num_classes(runs: RunGroups) -> int:
@@ -146,40 +148,41 @@ def _num_classes(runs: RunGroups) -> int:
 
 def _chosen(record: Measurement, classes: Sequence[int] | None) -> list[int] | None:
     counts = record.moments.counts.tolist()
-    there = [one for one, samples in enumerate(counts) if samples]
+    with_samples = [number for number, samples in enumerate(counts) if samples]
     if classes is None:
-        return there[:3] if len(there) > 2 else None
-    if len(set(classes)) != len(classes) or len(classes) not in (3, 4) or not set(classes) <= set(there):
-        absent = "" if len(there) == len(counts) else " that have samples"
+        return with_samples[:3] if len(with_samples) > 2 else None
+    if len(set(classes)) != len(classes) or len(classes) not in (3, 4) or not set(classes) <= set(with_samples):
+        only = "" if len(with_samples) == len(counts) else " that have samples"
         raise ValueError(
-            f"classes must be three or four different ones of 0 to {len(counts) - 1}{absent}, got {list(classes)}"
+            f"classes must be three or four different ones of 0 to {len(counts) - 1}{only}, got {list(classes)}"
         )
     return list(classes)
 
 
 def _frame(record: Measurement, classes: Sequence[int], each: int) -> dict[str, Any]:
     try:
-        found = project(record, classes)
+        projected = project(record, classes)
     except ValueError:  # class means that are all equal: no simplex is the nearest
-        nowhere: list[list[float | None]] = [[None] * len(classes)] * (len(classes) - 1)
-        places = {"features": [nowhere] * len(classes), "means": nowhere, "weights": nowhere}
+        undefined: list[list[float | None]] = [[None] * len(classes)] * (len(classes) - 1)
+        coordinates = {"features": [undefined] * len(classes), "means": undefined, "weights": undefined}
     else:
-        features = [_places(found.features[found.targets == one][:each]) for one in classes]
-        places = {"features": features, "means": _places(found.means), "weights": _places(found.weights)}
-    return {
-        **places,
-        "accuracy": _significant([record.metrics.get("accuracy", math.nan)])[0],
-        "nc1": _significant([record.metrics.get("nc1_quotient", math.nan)])[0],
-    }
+        features = [projected.features[projected.targets == number][:each] for number in classes]
+        coordinates = {
+            "features": [*map(_coordinates, features)],
+            "means": _coordinates(projected.means),
+            "weights": _coordinates(projected.weights),
+        }
+    accuracy, nc1 = (record.metrics.get(name, math.nan) for name in ("accuracy", "nc1_quotient"))
+    return coordinates | dict(zip(("accuracy", "nc1"), _significant([accuracy, nc1]), strict=True))
 
 
-def _places(rows: Any) -> list[list[float | None]]:
-    """Coordinates (q, N), as plotly takes them, to a thousandth."""
+def _coordinates(rows: Any) -> list[list[float | None]]:
+    """Return coordinates (q, N), the layout of plotly, rounded to a thousandth."""
     return [[round(value, 3) if math.isfinite(value) else None for value in axis] for axis in rows.T.tolist()]
 
 
 def _reach(frames: Iterable[dict[str, Any]]) -> float:
-    """Half the width of the plane to show: of all but the furthest samples, and of all simplexes."""
+    """Return half the width of the plane shown: that of the simplexes and of 98% of the coordinates of samples."""
     sizes = sorted(
         abs(value)
         for frame in frames
@@ -192,5 +195,5 @@ def _reach(frames: Iterable[dict[str, Any]]) -> float:
 
 
 def _significant(values: Iterable[float], digits: int = 5) -> list[float | None]:
-    """Rounded; None, as JSON has it, where there is no number."""
+    """Return values rounded to significant digits, and None, the null of JSON, for values that are not finite."""
     return [float(f"{value:.{digits}g}") if math.isfinite(value) else None for value in values]

@@ -1,4 +1,4 @@
-"""The page's tables, as HTML in which everything from a folder is escaped."""
+"""Tables of the page, as HTML in which every text from a folder is escaped."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from neuralcollapse.lab.results.labels import labels_of
 from neuralcollapse.lab.results.provenance import shown_settings
 from neuralcollapse.lab.results.tables import TO_REFERENCE, last_epoch, reference_epochs, spread
 
-# Facts that say nothing to a reader, or stand elsewhere on the page.
+# Facts that are of no use to a reader, or are shown elsewhere on the page.
 _LEFT_OUT = {"seed", "checkpoints", "reported", "environment", "runs", "num_classes", "largest_class_share"}
 
 
 def html_table(table: pd.DataFrame, caption: str) -> str:
-    """A table whose first column names its rows; it scrolls by itself where it is wider than the page."""
+    """Return a table whose first column names its rows; if it is wider than the page, it scrolls by itself."""
     heading = "".join(f'<th scope="col">{escape(str(name))}</th>' for name in table)
     rows = "".join(
         f'<tr><th scope="row">{escape(str(first))}</th>'
@@ -36,7 +36,7 @@ def html_table(table: pd.DataFrame, caption: str) -> str:
 
 
 def metric_tables(metrics: pd.DataFrame, num_classes: int | None) -> str:
-    """The last value of every metric, a table a split: mean ± standard deviation over seeds.
+    """Return the last value of every metric in one table per split: mean ± standard deviation over seeds.
 
     Args:
         metrics: Columns method, seed, epoch, split, metric, value.
@@ -51,35 +51,33 @@ def metric_tables(metrics: pd.DataFrame, num_classes: int | None) -> str:
 
 
 def provenance_tables(runs: Sequence[RunFolder]) -> str:
-    """Settings and environment: what all runs share, and what tells them apart."""
+    """Return tables of settings and environment: those that all runs share, and those in which they differ."""
     settings = [run.settings() for run in runs]
     labels = labels_of(settings)
-    parts = []
+    tables = []
     of_all = " of all runs" if len(runs) > 1 else ""
     for name, heading, facts in (
         ("Settings", "setting", [shown_settings(run.settings(), run.path) for run in runs]),
         ("Environment", "fact", [shown_settings(run.read_environment(), run.path) for run in runs]),
     ):
-        names = [key for key in dict.fromkeys(key for one in facts for key in one) if key not in _LEFT_OUT]
-        told = {key: [_words(one.get(key)) for one in facts] for key in names}
-        shared = {key: values[0] for key, values in told.items() if len(set(values)) == 1 and values[0]}
-        own = {key: values for key, values in told.items() if len(set(values)) > 1}
-        parts.append(
-            html_table(pd.DataFrame({heading: list(shared), "value": list(shared.values())}), f"{name}{of_all}")
-        )
-        if own:
-            each = {"run": labels, "seed": [one.get("seed", "–") for one in settings], **own}
-            parts.append(html_table(pd.DataFrame(each), f"{name} of single runs"))
-    return "".join(parts)
+        names = [key for key in dict.fromkeys(key for of_run in facts for key in of_run) if key not in _LEFT_OUT]
+        cells = {key: [_text(of_run.get(key)) for of_run in facts] for key in names}
+        shared = {key: texts[0] for key, texts in cells.items() if len(set(texts)) == 1 and texts[0]}
+        differing = {key: texts for key, texts in cells.items() if len(set(texts)) > 1}
+        common = pd.DataFrame({heading: list(shared), "value": list(shared.values())})
+        tables.append(html_table(common, f"{name}{of_all}"))
+        if differing:
+            single = {"run": labels, "seed": [config.get("seed", "–") for config in settings], **differing}
+            tables.append(html_table(pd.DataFrame(single), f"{name} of single runs"))
+    return "".join(tables)
 
 
 def _last_values(last: pd.DataFrame, num_classes: int | None) -> pd.DataFrame:
-    methods = last["method"].unique()
-    there = set(last["metric"])
+    methods, measured = last["method"].unique(), set(last["metric"])
     reference = ", ".join(map(str, sorted(reference_epochs(last))))
     groups = dict(list(last.groupby(["metric", "method"])["value"]))
     rows = []
-    for name in filter(there.__contains__, METRICS):
+    for name in filter(measured.__contains__, METRICS):
         collapsed = METRICS[name].value_at_collapse(num_classes) if num_classes else None
         shown = f"{name} (epoch {reference})" if name in TO_REFERENCE and reference else name
         row = {"metric": shown, "at collapse": "–" if collapsed is None else f"{collapsed:.4g}"}
@@ -90,10 +88,10 @@ def _last_values(last: pd.DataFrame, num_classes: int | None) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _words(value: Any) -> str:
-    """A setting or a fact in a cell; empty where there is none."""
+def _text(value: Any) -> str:
+    """Return the text of a setting or a fact in a cell; empty for None."""
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_words(one)}" for name, one in value.items() if one is not None)
+        return ", ".join(f"{name} {_text(item)}" for name, item in value.items() if item is not None)
     if isinstance(value, list):
-        return ", ".join(map(_words, value))
+        return ", ".join(map(_text, value))
     return "" if value is None else str(value)
