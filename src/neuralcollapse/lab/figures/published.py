@@ -173,10 +173,10 @@ def class_cosines(record: Measurement, of: Literal["means", "weights"], most: in
         statistics = class_statistics(record.moments)
         numbers, vectors = statistics.classes, statistics.centred_means
     compared = numbers < size
-    matrix = np.full((size, size), np.nan)
-    matrix[np.ix_(numbers[compared], numbers[compared])] = PairTile.of_all(vectors[compared].double()).cosines
-    np.fill_diagonal(matrix, np.nan)
-    return matrix
+    matrix = torch.full((size, size), torch.nan, dtype=torch.float64)
+    rows = numbers[compared]
+    matrix[rows[:, None], rows] = PairTile.of_all(vectors[compared].double()).cosines
+    return np.asarray(matrix.fill_diagonal_(torch.nan))
 
 
 def _pair(name: str) -> Series:
@@ -264,6 +264,7 @@ def _values_of_classes(runs: RunGroups, label: str) -> ClassValues:
 
 def _draw_norms(axes: Axes, *, runs: RunGroups, label: str) -> None:
     values = _values_of_classes(runs, label)
+    assert values.weight_norms is not None  # records have a weight
     lines = []
     for norms, marker, color in ((values.mean_norms, "o-", COLORS[0]), (values.weight_norms, "s--", COLORS[1])):
         lines += axes.plot(values.classes, norms / norms.mean(), marker, color=color, markersize=3, linewidth=0.8)

@@ -42,8 +42,8 @@ class RunGroups:
         self.problems: dict[str, ValueError] = {}
         self._records: dict[Path, Records] = {}
         self.groups = runs if isinstance(runs, Mapping) else group_runs(runs, always=())
-        numbers = {run.read_environment().get("num_classes") for group in self.groups.values() for run in group}
-        numbers.discard(None)
+        environments = [run.read_environment() for group in self.groups.values() for run in group]
+        numbers = {known["num_classes"] for known in environments if known.get("num_classes") is not None}
         if len(numbers) > 1:
             raise ValueError(
                 f"runs that are shown together must have the same number of classes, got {sorted(numbers)}"
