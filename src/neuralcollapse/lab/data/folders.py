@@ -307,7 +307,7 @@ def find_parquet(
         config: The configuration, if a copy of a data set of the hub has several.
 
     Returns:
-        The files by split, and those that are not used.
+        The files by split, and a line on those that are not used.
 
     Raises:
         ValueError: if it is not clear which files make a split, or some of its files are missing.
@@ -319,9 +319,10 @@ def find_parquet(
     by_split = _by_card(root, files, data, config) or _by_name(files, data, config)
     for split, paths in by_split.items():
         _check_complete(split, paths, data)
-    used = {path for paths in by_split.values() for path in paths}
+    unused = sorted(set(files) - {path for paths in by_split.values() for path in paths})
     order = sorted(by_split, key=lambda split: (split != "train", split))
-    return {split: [root / path for path in by_split[split]] for split in order}, sorted(set(files) - used)
+    notes = [f"not used: {listed(unused)}"] if unused else []
+    return {split: [root / path for path in by_split[split]] for split in order}, notes
 
 
 def holds_images(path: Path) -> bool:

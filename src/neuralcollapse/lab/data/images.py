@@ -221,7 +221,8 @@ def stack(images: Iterable[np.ndarray], number: int, description: str, size: tup
         height, width, channels = image.shape
         if stacked is None:
             stacked = np.empty((number, channels, *(size or (height, width))), dtype=image.dtype)
-        one_size([stacked.shape[2:], (height, width)], description)
+        if stacked.shape[2:] != (height, width):
+            one_size([stacked.shape[2:], (height, width)], description)
         if channels > stacked.shape[1]:
             stacked = np.repeat(stacked, channels, axis=1)
         stacked[position] = image.transpose(2, 0, 1)

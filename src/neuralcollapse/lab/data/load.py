@@ -293,4 +293,4 @@ def _pixel_key(image: np.ndarray) -> bytes | None:
 
 def _same_pixels(train: Samples, row: int, test: Samples, test_row: int) -> bool:
     """Return whether two images are the same before they are scaled, which may have made them alike."""
-    return np.array_equal(*train.images.read([row]), *test.images.read([test_row]))
+    return np.array_equal(next(train.images.read([row])), next(test.images.read([test_row])))

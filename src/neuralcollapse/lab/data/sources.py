@@ -208,7 +208,7 @@ class _Rows:
     """The folder that paths of images are relative to."""
     columns: tuple[str, str] | None = None
     """The columns of images, as paths that were checked, and of labels, if they are known."""
-    notes: tuple[str, ...] = ()
+    notes: Sequence[str] = ()
     published: bool = False
     """True for a data set of the hub, whose splits stay as they were published."""
 
@@ -255,37 +255,27 @@ def _folder_rows(folder: Path, config: DataSettings, data_config: str | None) ->
     """Read class folders, a table of paths and labels, Parquet files, or a data set saved by `datasets`."""
     import datasets
 
-    data = config.data
+    data, options, drop = config.data, config.stored, "unlabelled" in config.leave_out
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         saved = datasets.load_from_disk(str(folder))
         splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
         return _Rows({str(name): [rows] for name, rows in splits.items()}, str(folder))
     listing = list_folder(folder)
-    if config.stored.table is not None:
-        tables, unused = {"train": read_table(folder / config.stored.table)}, list[str]()
+    if options.table is not None:
+        tables, notes = {"train": read_table(folder / options.table)}, list[str]()
+    elif classes := class_folders(listing, data, options.train_split, options.test_split, drop_unlabelled=drop):
+        _check_class_folders_alone(folder, listing, config)
+        by_split, notes = classes
+        splits = {name: [_rows_of_classes(by_class)] for name, by_class in by_split.items()}
+        return _Rows(splits, str(folder), ("image", "label"), notes)
     else:
-        drop = "unlabelled" in config.leave_out
-        classes = class_folders(
-            listing, data, config.stored.train_split, config.stored.test_split, drop_unlabelled=drop
-        )
-        if classes is not None:
-            _check_class_folders_alone(folder, listing, config)
-            by_split, lines = classes
-            return _Rows(
-                {name: [_rows_of_classes(by_class)] for name, by_class in by_split.items()},
-                str(folder),
-                ("image", "label"),
-                tuple(lines),
-            )
-        files, unused = find_parquet(folder, listing, data, data_config)
+        files, notes = find_parquet(folder, listing, data, data_config)
         if files:
-            notes = (f"not used: {listed(unused)}",) if unused else ()
-            return _Rows({split: load_parquet(paths) for split, paths in files.items()}, str(folder), None, notes)
-        tables, unused = find_tables(folder, listing)
+            return _Rows({name: load_parquet(paths) for name, paths in files.items()}, str(folder), notes=notes)
+        tables, notes = find_tables(folder, listing)
     if tables:
-        parts, columns, lines = read_path_tables(folder, tables, data, config.stored.label_column)
-        notes = (*([f"not used: {listed(unused)}"] if unused else []), *lines)
-        return _Rows({name: [rows] for name, rows in parts.items()}, str(folder), columns, notes)
+        parts, columns, more_notes = read_path_tables(folder, tables, data, options.label_column)
+        return _Rows({name: [rows] for name, rows in parts.items()}, str(folder), columns, [*notes, *more_notes])
     if listing.images or listing.with_images:
         kinds = f"images in {listed(list(listing.with_images))}" if listing.with_images else "images alone"
         raise ValueError(

@@ -7,10 +7,11 @@ import io
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import pandas as pd
 
 from neuralcollapse.lab.data.folders import Listing, image_extensions, is_split_name, listed, split_kind
 
@@ -92,19 +93,11 @@ def find_label_column(data: str, wanted: str | None, features: Mapping[str, Any]
 # Tables of image paths.
 
 
-@dataclass(frozen=True)
-class PathTable:
-    """The columns of a table of texts, each with one value per row."""
+class PathTable(NamedTuple):
+    """A table of texts; the index of its rows is the line of the file on which each ends."""
 
     path: Path
-    columns: dict[str, list[str]]
-    lines: list[int] = field(default_factory=list)
-    """The line of the file on which each row ends."""
-
-    def rows(self, indices: Sequence[int]) -> PathTable:
-        """Return the table of these rows."""
-        columns = {name: [values[index] for index in indices] for name, values in self.columns.items()}
-        return PathTable(self.path, columns, [self.lines[index] for index in indices])
+    rows: pd.DataFrame
 
 
 def read_table(path: Path) -> PathTable:
@@ -135,8 +128,8 @@ def read_table(path: Path) -> PathTable:
                 f"table {str(path)!r} must have {len(header)} values in each row, as it has columns; line {line} has "
                 f"{len(values)}"
             )
-    columns = zip(*(values for _, values in body), strict=True)
-    return PathTable(path, dict(zip(header, map(list, columns), strict=True)), [line for line, _ in body])
+    lines, values_of_rows = zip(*body, strict=True)
+    return PathTable(path, pd.DataFrame(list(values_of_rows), index=list(lines), columns=header, dtype=object))
 
 
 def _separated(text: str, path: Path) -> list[tuple[int, list[str]]]:
@@ -169,7 +162,7 @@ def find_tables(root: Path, listing: Listing) -> tuple[dict[str, PathTable], lis
     """Find the tables of image paths in a folder without class folders.
 
     Returns:
-        The tables by split, and the files that are not used.
+        The tables by split, and a line on those that are not used.
 
     Raises:
         ValueError: if no table can be read, or it is not clear which one to use.
@@ -182,9 +175,9 @@ def find_tables(root: Path, listing: Listing) -> tuple[dict[str, PathTable], lis
             table = read_table(root / path)
         except ValueError as error:
             failures.append(error)
-        else:
-            if any(_is_image_path(next(filter(None, values), "")) for values in table.columns.values()):
-                tables[path] = table
+            continue
+        if any(_is_image_path(next(filter(None, values), "")) for _, values in table.rows.items()):
+            tables[path] = table
     if failures and not tables:
         raise failures[0]
     by_split = {Path(path).stem: table for path, table in tables.items() if is_split_name(Path(path).stem)}
@@ -193,12 +186,14 @@ def find_tables(root: Path, listing: Listing) -> tuple[dict[str, PathTable], lis
     if tables and not by_split:
         by_split = {"train": next(iter(tables.values()))}
     if not by_split:  # a file called metadata in the folder of each split
-        inner = {name: folder.others for name, folder in listing.with_images.items() if is_split_name(name)}
-        metadata = {name: next(filter(_is_metadata, paths), None) for name, paths in inner.items()}
-        by_split = {name: read_table(root / path) for name, path in metadata.items() if path is not None}
+        for name, folder in listing.with_images.items():
+            metadata = [path for path in folder.others if Path(path).stem == "metadata"] if is_split_name(name) else []
+            for path in [path for path in metadata if Path(path).suffix.lower() in TABLES][:1]:
+                by_split[name] = read_table(root / path)
     used = [table.path for table in by_split.values()]
+    unused = [path for path in files if root / path not in used]
     by_split = dict(sorted(by_split.items(), key=lambda item: split_kind(item[0]) != "train"))
-    return by_split, [path for path in files if root / path not in used]
+    return by_split, [f"not used: {listed(unused)}"] if unused else []
 
 
 def read_path_tables(
@@ -221,109 +216,96 @@ def read_path_tables(
     """
     import datasets
 
-    rows = datasets.Dataset.from_dict(next(iter(tables.values())).columns)
-    image_column = find_image_column(data, rows)
-    label_column = find_label_column(data, label_column, rows.features)
-    values = [value for table in tables.values() for value in table.columns.get(label_column, ()) if value]
+    text, notes = datasets.Value("string"), list[str]()
+    first = next(iter(tables.values())).rows
+    columns = datasets.Dataset.from_dict(first.to_dict("list"), features=datasets.Features(dict.fromkeys(first, text)))
+    image_column = find_image_column(data, columns)
+    label_column = find_label_column(data, label_column, columns.features)
+    for _, rows in tables.values():
+        if label_column not in rows:
+            rows[label_column] = ""
+    values = [value for _, rows in tables.values() for value in rows[label_column] if value]
     if all(_FRACTION.fullmatch(value) for value in values) and any("." in value for value in values):
         raise ValueError(f"labels must be integers or names, and {label_column!r} has numbers such as {values[0]}")
     splits = _splits_of(tables, image_column, label_column)
-    for table in splits.values():
-        table.columns.setdefault(label_column, [""] * len(table.lines))
-        _check_rows(root, table, image_column, label_column)
-    numbered = _numbered_names(splits, label_column)
-    labels: dict[str, Sequence[str | int | None]] = {
-        name: table.columns[label_column] for name, table in splits.items()
-    }
-    kind, notes = datasets.Value("string"), []
-    if numbered is not None:
-        column, names, labels = numbered
-        kind = datasets.ClassLabel(names=names)
-        notes.append(f"classes are numbered and named by the columns {label_column!r} and {column!r}")
-    features = datasets.Features({image_column: datasets.Value("string"), label_column: kind})
+    paths = {name: _paths(root, table, image_column, label_column) for name, table in splits.items()}
+    labels: dict[str, list[Any]] = {name: list(rows[label_column]) for name, (_, rows) in splits.items()}
+    features = datasets.Features({image_column: text, label_column: text})
+    if (numbered := _numbered_names(splits, label_column)) is not None:
+        other, names, labels = numbered
+        features[label_column] = datasets.ClassLabel(names=names)
+        notes.append(f"classes are numbered and named by the columns {label_column!r} and {other!r}")
     parts = {
-        name: datasets.Dataset.from_dict(
-            {image_column: table.columns[image_column], label_column: labels[name]}, features=features
-        )
-        for name, table in splits.items()
+        name: datasets.Dataset.from_dict({image_column: paths[name], label_column: labels[name]}, features)
+        for name in splits
     }
     return parts, (image_column, label_column), notes
 
 
 def _splits_of(tables: Mapping[str, PathTable], image_column: str, label_column: str) -> dict[str, PathTable]:
-    """Divide each table by `_split_rows`; tables that cannot be divided are named by their files."""
+    """Divide each table by `_split_names`; tables that cannot be divided are named by their files."""
     splits: dict[str, PathTable] = {}
-    for file, table in tables.items():
-        if image_column not in table.columns:
-            columns = ", ".join(table.columns)
-            raise ValueError(f"table {table.path.name} must have a column {image_column!r}, and has {columns}")
-        parts = _split_rows(table, image_column, label_column) or {file: table}
+    for file, (path, rows) in tables.items():
+        if image_column not in rows:
+            raise ValueError(
+                f"table {path.name} must have a column {image_column!r}, and has {', '.join(map(str, rows))}"
+            )
+        names = _split_names(path, rows, image_column, label_column)
+        parts = {file: rows} if names is None else dict(list(rows.groupby(pd.Series(names, rows.index), sort=False)))
         for name, part in parts.items():
             fits = split_kind(name) == split_kind(file) or (len(parts) > 1 and split_kind(file) == "train")
             if len(tables) > 1 and not fits:
-                raise ValueError(f"table {table.path.name} must hold the split {file!r}, and has rows of {name!r}")
+                raise ValueError(f"table {path.name} must hold the split {file!r}, and has rows of {name!r}")
             if any(split_kind(name) == split_kind(other) and name not in parts for other in splits):
-                raise ValueError(f"split {name!r} must be in one table, and is in {table.path.name} and another one")
-            splits[name] = part
+                raise ValueError(f"split {name!r} must be in one table, and is in {path.name} and another one")
+            splits[name] = PathTable(path, part)
     return splits
 
 
-def _split_rows(table: PathTable, image_column: str, label_column: str) -> dict[str, PathTable]:
-    """Divide a table by its column of splits, or by the folders of splits that all its paths begin with."""
+def _split_names(path: Path, rows: pd.DataFrame, image_column: str, label_column: str) -> list[str] | None:
+    """Return the split of each row, by a column of splits or by the folders of splits that all paths begin with."""
     sources: dict[str, list[str]] = {}
-    for name, values in table.columns.items():
-        if name in (image_column, label_column):
-            continue
+    for column, values in rows.drop(columns=[image_column, label_column], errors="ignore").items():
         known = [is_split_name(value) for value in values]
-        if all(known) or (any(known) and name.strip().casefold() in _SPLIT_COLUMNS):
-            sources[f"column {name!r}"] = values
-        elif flag := _FLAG_COLUMN.fullmatch(name.strip()):
-            sources[f"column {name!r}"] = _flags(table, name, flag[1].casefold())
-    folders = [Path(path.replace("\\", "/")).parts[0] if path else "" for path in table.columns[image_column]]
+        if all(known) or (any(known) and str(column).strip().casefold() in _SPLIT_COLUMNS):
+            sources[f"column {column!r}"] = list(values)
+        elif flag := _FLAG_COLUMN.fullmatch(str(column).strip()):  # such as is_train, with true and false
+            split, flags = flag[1].casefold(), [value.casefold() for value in values]
+            if not set(flags) <= {"0", "1", "true", "false"}:
+                raise ValueError(f"column {column!r} of table {path.name} must hold 0 and 1, or true and false")
+            opposite = "test" if split_kind(split) == "train" else "train"
+            sources[f"column {column!r}"] = [split if value in ("1", "true") else opposite for value in flags]
+    folders = [Path(given.replace("\\", "/")).parts[0] if given else "" for given in rows[image_column]]
     if all(is_split_name(name) for name in folders):
         sources["the folder of the path"] = folders
     if not sources:
-        return {}
+        return None
     (first, names), *others = sources.items()
-    by_name: dict[str, list[int]] = {}
-    for index, (name, line) in enumerate(zip(names, table.lines, strict=True)):
-        for source, values in others:
-            if split_kind(name) != split_kind(values[index]):
+    for source, other_names in others:
+        for line, name, other in zip(rows.index, names, other_names, strict=True):
+            if split_kind(name) != split_kind(other):
                 raise ValueError(
-                    f"table {table.path.name} must have one split for each image, and line {line} has "
-                    f"{name!r} by {first} and {values[index]!r} by {source}"
+                    f"table {path.name} must have one split for each image, and line {line} has {name!r} by {first} "
+                    f"and {other!r} by {source}"
                 )
-        if not name:
-            raise ValueError(f"table {table.path.name} must have a split in each row, and line {line} has none")
-        by_name.setdefault(name, []).append(index)
-    return {name: table.rows(indices) for name, indices in by_name.items()}
+    if "" in names:
+        line = rows.index[names.index("")]
+        raise ValueError(f"table {path.name} must have a split in each row, and line {line} has none")
+    return names
 
 
-def _flags(table: PathTable, column: str, split: str) -> list[str]:
-    """Return the splits that a column such as ``is_train`` gives by true and false."""
-    values = [value.casefold() for value in table.columns[column]]
-    if not set(values) <= {"0", "1", "true", "false"}:
-        raise ValueError(f"column {column!r} of table {table.path.name} must hold 0 and 1, or true and false")
-    other = "test" if split_kind(split) == "train" else "train"
-    return [split if value in ("1", "true") else other for value in values]
-
-
-def _check_rows(folder: Path, table: PathTable, image_column: str, label_column: str) -> None:
-    """Check that every path of a table is one of a file in the folder, with one label; make it relative to the folder.
-
-    Raises:
-        ValueError: if one is not.
-    """
-    paths = table.columns[image_column]
-    beside_table = table.path.stem == "metadata" or not (folder / paths[0]).exists()
+def _paths(folder: Path, table: PathTable, image_column: str, label_column: str) -> list[str]:
+    """Return the paths of a table relative to the folder, each of a file in it, with one label."""
+    given_paths = table.rows[image_column]
+    beside_table = table.path.stem == "metadata" or not (folder / given_paths.iloc[0]).exists()
     base = table.path.parent if beside_table else folder
     roots = {Path(os.path.abspath(folder)), folder.resolve()}
-    labels: dict[str, str] = {}
-    for index, (given, label) in enumerate(zip(paths, table.columns[label_column], strict=True)):
+    paths, labels = [], dict[str, str]()
+    for index, given, label in zip(table.rows.index, given_paths, table.rows[label_column], strict=True):
         path = Path(os.path.abspath(base / given))
         if "\\" in given and not path.exists():  # as Windows writes them
             path = Path(os.path.abspath(base / given.replace("\\", "/")))
-        line = f"line {table.lines[index]} of {table.path.name}"
+        line = f"line {index} of {table.path.name}"
         if not given:
             raise ValueError(f"data must have a path for each image, and {line} has none")
         root = next((root for root in roots if path.is_relative_to(root)), None)
@@ -332,16 +314,17 @@ def _check_rows(folder: Path, table: PathTable, image_column: str, label_column:
         if not path.is_file():
             reason = "it is not a regular file" if path.exists() else "No such file"
             raise ValueError(f"data must have images that can be read; {given} of {line} cannot: {reason}")
-        paths[index] = relative = path.relative_to(root).as_posix()
-        if labels.setdefault(relative, label) != label:
+        paths.append(path.relative_to(root).as_posix())
+        if labels.setdefault(paths[-1], label) != label:
             raise ValueError(
-                f"data must have one label for each image, and {given} has {labels[relative]!r} and {label!r} ({line})"
+                f"data must have one label for each image, and {given} has {labels[paths[-1]]!r} and {label!r} ({line})"
             )
+    return paths
 
 
 def _numbered_names(
     tables: Mapping[str, PathTable], label_column: str
-) -> tuple[str, list[str], dict[str, Sequence[str | int | None]]] | None:
+) -> tuple[str, list[str], dict[str, list[Any]]] | None:
     """Return labels as numbers with the names of their classes, if the tables have one column of each.
 
     Of names and numbers that belong together one to one, the numbers give the order and the names the classes.
@@ -352,44 +335,33 @@ def _numbered_names(
     Raises:
         ValueError: if several columns of numbers put the classes in different orders.
     """
-
-    def column(name: str) -> list[str]:
-        return [value for table in tables.values() for value in table.columns[name]]
-
-    labels = column(label_column)
-    integers = all(_INTEGER.fullmatch(label) for label in labels if label)
+    rows = pd.concat([rows for _, rows in tables.values()], join="inner", ignore_index=True)
+    integers = all(_INTEGER.fullmatch(label) for label in rows[label_column] if label)
     orders: dict[tuple[str, ...], str] = {}
-    for name in next(iter(tables.values())).columns:
-        if name == label_column or not all(name in table.columns for table in tables.values()):
-            continue
-        pairs = {pair for pair in zip(labels, column(name), strict=True) if pair[0] and "-1" not in pair}
-        numbers, texts = (0, 1) if integers else (1, 0)
-        one_to_one = len(pairs) == len(dict(pairs)) == len({value for _, value in pairs}) < len(labels)
+    for name in rows.columns.drop(label_column):
+        pairs = rows[[label_column, name]].drop_duplicates()
+        pairs = pairs[(pairs[label_column] != "") & ~pairs.isin(["-1"]).any(axis=1)]
+        numbers, names = (pairs[column] for column in ([label_column, name] if integers else [name, label_column]))
+        one_to_one = numbers.is_unique and names.is_unique and len(pairs) < len(rows)
         fits = (_NAME_COLUMN if integers else _NUMBER_COLUMN).search(name)
-        if not one_to_one or not fits or not all(re.fullmatch("[0-9]+", pair[numbers]) for pair in pairs):
+        if not one_to_one or not fits or not numbers.str.fullmatch("[0-9]+").all():
             continue
-        if all(_INTEGER.fullmatch(pair[texts]) for pair in pairs) or not all(pair[texts] for pair in pairs):
+        if all(_INTEGER.fullmatch(text) for text in names) or "" in set(names):
             continue
-        ordered = sorted(pairs, key=lambda pair: int(pair[numbers]))
-        orders.setdefault(tuple(pair[texts] for pair in ordered), name)
+        orders.setdefault(tuple(names[numbers.map(int).sort_values().index]), name)
     if not orders:
         return None
     if len(orders) > 1:
         raise ValueError(
             f"data_options.label_column must say which labels to take: {', '.join([label_column, *orders.values()])}"
         )
-    ((names, other),) = orders.items()
-    number_of = {text: number for number, text in enumerate(names)}
-    by_split: dict[str, Sequence[str | int | None]] = {}
-    for split, table in tables.items():
-        texts_of_rows = table.columns[other if integers else label_column]
-        pairs_of_rows = zip(table.columns[label_column], texts_of_rows, strict=True)
+    ((ordered, other),) = orders.items()
+    number_of = {text: number for number, text in enumerate(ordered)}
+    by_split = {}
+    for split, (_, part) in tables.items():
+        pairs_of_rows = zip(part[label_column], part[other if integers else label_column], strict=True)
         by_split[split] = [number_of.get(text, -1) if label else None for label, text in pairs_of_rows]
-    return other, list(names), by_split
-
-
-def _is_metadata(path: str) -> bool:
-    return Path(path).stem == "metadata" and Path(path).suffix.lower() in TABLES
+    return other, list(ordered), by_split
 
 
 def _is_image_path(value: str) -> bool:
