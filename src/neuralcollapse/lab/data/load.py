@@ -8,8 +8,7 @@ import multiprocessing
 import os
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 
 import numpy as np
@@ -35,9 +34,7 @@ from neuralcollapse.lab.data.sources import Source, digits, stored
 from neuralcollapse.lab.memory import check_memory
 from neuralcollapse.lab.ranks import global_rank
 
-# Bytes that decoded images take at most if they are kept in memory by default.
-MEMORY_BUDGET = 4 * 2**30
-# Bytes that decoded images take at most if they are kept in memory by default.
+# Largest number of bytes of decoded images that are kept in memory by default.
 MEMORY_BUDGET = 4 * 2**30
 _MOST_WORKERS = 16
 
@@ -67,11 +64,11 @@ def load_data(config: DataSettings, *, batch_size: int = 1, progress: bool = Tru
     """
     if config.image_size is not None:
         _check_batch(batch_size, (config.channels or 1, config.image_size, config.image_size))
-    source = _with_test_split(_source(config))
-    assert source.test is not None
+    source = _source(config)
     num_classes = count_classes(source.num_classes, config.digits_per_image)
-    groups = None if source.copies == "ignore" else _copy_groups
-    samples = select(source.train, source.test, source.num_classes, config, groups)
+    copy_groups = None if source.copies == "ignore" else _copy_groups
+    train, test, notes = _train_and_test(source, copy_groups)
+    samples = select(train, test, source.num_classes, config, copy_groups)
     _check_samples(config.data, samples)
 
     # The first image of each split gives the shape that all are decoded to; an image of another size is refused then.
@@ -80,26 +77,24 @@ def load_data(config: DataSettings, *, batch_size: int = 1, progress: bool = Tru
     channels = shapes[0][0]
     height, width = one_size([shape[1:] for shape in shapes], config.data)
     shape = (channels, height, config.digits_per_image * width)
-    required = sum(map(len, samples.values())) * math.prod(shape)
     _check_batch(batch_size, shape)
-
-    splits: dict[str, AnySplit]
-    if config.workers != "in-memory" and (config.workers != "auto" or required > MEMORY_BUDGET):
-        samples["test"], copies_note = _without_copies(source.copies, samples, None, form)
-        form = Format(config.image_size, channels)
-        workers = _default_workers() if config.workers == "auto" else config.workers
-        splits = {}
-        for name, part in samples.items():
-            encoded = EncodedSamples(part.images, part.rows, form, (height, width))
-            splits[name] = StreamedSplit(encoded, part.labels, shape, workers)
-    else:
+    required = sum(map(len, samples.values())) * math.prod(shape)
+    decoded: dict[str, _Decoded] | None = None
+    if config.workers == "in-memory" or (config.workers == "auto" and required <= MEMORY_BUDGET):
         images = f"workers must be a number where memory is short: the decoded images of {config.data!r}"
         check_memory(required, images, "; with a number of workers they are decoded during training")
         decoded = _decode(samples, form, progress)
-        samples["test"], copies_note = _without_copies(source.copies, samples, decoded, form)
-        splits = {name: _compose(part, *decoded[name]) for name, part in samples.items()}
+    samples["test"], copies_note = _without_copies(source.copies, samples, decoded, form)
     _check_samples(config.data, samples)
 
+    splits: dict[str, AnySplit] = {}
+    for name, part in samples.items():
+        if decoded is not None:
+            splits[name] = _compose(part, *decoded.pop(name))
+        else:
+            encoded = EncodedSamples(part.images, part.rows, Format(config.image_size, channels), (height, width))
+            workers = config.workers if isinstance(config.workers, int) else _default_workers()
+            splits[name] = StreamedSplit(encoded, part.labels, shape, workers)
     data = ImageData(
         config.data,
         splits["train"],
@@ -109,7 +104,7 @@ def load_data(config: DataSettings, *, batch_size: int = 1, progress: bool = Tru
         splits.get("validation"),
         class_names=source.class_names if config.digits_per_image == 1 else None,
         revision=source.revision,
-        notes=(*source.notes, *([copies_note] if copies_note else [])),
+        notes=(*notes, *([copies_note] if copies_note else [])),
     )
     _check_classes(data, config)
     if global_rank() == 0 and multiprocessing.parent_process() is None:  # once for all ranks and processes
@@ -124,16 +119,21 @@ def _source(config: DataSettings) -> Source:
     return generated(config) if config.data in DRAWN_DATA else stored(config)
 
 
-def _with_test_split(source: Source) -> Source:
-    """Hold out one image in five, with all copies of one image on the same side."""
+def _train_and_test(
+    source: Source, copy_groups: Callable[[Samples], Tensor] | None
+) -> tuple[Samples, Samples, tuple[str, ...]]:
+    """Return the samples of both splits and the notes; if there is no test split, hold out one image in five.
+
+    All copies of one image are on the same side.
+    """
+    train, notes = source.train, source.notes
     if source.test is not None:
-        return source
-    groups = None if source.copies == "ignore" else _copy_groups(source.train)
-    notes = source.notes
-    if groups is not None and (number := int((groups != torch.arange(len(groups))).sum())):
+        return train, source.test, notes
+    groups = copy_groups(train) if copy_groups is not None else torch.arange(len(train))
+    if number := int((groups != torch.arange(len(groups))).sum()):
         notes += (f"{number} images are copies of others; copies of one image are all trained on or all held out",)
-    kept, held_out = hold_out(source.train.labels, groups=groups)
-    return replace(source, train=source.train.take(kept), test=source.train.take(held_out), notes=notes)
+    kept, held_out = hold_out(train.labels, groups=groups)
+    return train.take(kept), train.take(held_out), notes
 
 
 def _check_samples(data: str, samples: Mapping[str, Samples]) -> None:

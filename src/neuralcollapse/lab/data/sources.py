@@ -8,14 +8,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from neuralcollapse.lab.config import DataSettings
+from neuralcollapse.lab.config import DataSettings, StoredData
 from neuralcollapse.lab.data.folders import (
     TEST_NAMES,
     TRAIN_NAMES,
@@ -45,30 +45,20 @@ _INTEGER = re.compile(r"[+-]?[0-9]+")
 _UNLABELLED = -1
 
 
-@dataclass(frozen=True)
-class HubDataSet:
-    """The path of a data set of the hub, or of a folder, and the settings that its images and labels need."""
-
-    path: str
-    config: str | None = None
-    label_column: str | None = None
-    train_split: str | None = None
-    test_split: str | None = None
-
-
-KNOWN = {
-    "mnist": HubDataSet("ylecun/mnist"),
-    "fashion-mnist": HubDataSet("zalando-datasets/fashion_mnist"),
-    "svhn": HubDataSet("ufldl-stanford/svhn", config="cropped_digits"),
+# Known data sets: the path on the hub, and the options that their images and labels need.
+KNOWN: dict[str, tuple[str, dict[str, str]]] = {
+    "mnist": ("ylecun/mnist", {}),
+    "fashion-mnist": ("zalando-datasets/fashion_mnist", {}),
+    "svhn": ("ufldl-stanford/svhn", {"config": "cropped_digits"}),
     # The best-known copies hold IDX files or a loading script, which `datasets` does not read. Characters may lie on
     # their side, as in NIST's own files.
-    "emnist-balanced": HubDataSet("claudiogsc/emnist_balanced"),
-    "cifar10": HubDataSet("uoft-cs/cifar10"),
-    "cifar100": HubDataSet("uoft-cs/cifar100", label_column="fine_label"),
-    "stl10": HubDataSet("tanganke/stl10", train_split="train", test_split="test"),
-    "tiny-imagenet": HubDataSet("zh-plus/tiny-imagenet", test_split="valid"),
+    "emnist-balanced": ("claudiogsc/emnist_balanced", {}),
+    "cifar10": ("uoft-cs/cifar10", {}),
+    "cifar100": ("uoft-cs/cifar100", {"label_column": "fine_label"}),
+    "stl10": ("tanganke/stl10", {"train_split": "train", "test_split": "test"}),
+    "tiny-imagenet": ("zh-plus/tiny-imagenet", {"test_split": "valid"}),
     # The labels of its split `test` are not public.
-    "imagenet": HubDataSet("ILSVRC/imagenet-1k", test_split="validation"),
+    "imagenet": ("ILSVRC/imagenet-1k", {"test_split": "validation"}),
 }
 
 
@@ -106,11 +96,12 @@ def stored(config: DataSettings) -> Source:
     Raises:
         ValueError: if there is no such data set, or it has no images, no labels, or labels that do not fit.
     """
-    data, wanted, drop = config.data, _resolve(config), "unlabelled" in config.leave_out
-    rows = _rows(config, wanted)
-    train, tests = _split_names(data, wanted, list(rows.splits))
+    data, drop = config.data, "unlabelled" in config.leave_out
+    path, options = _resolve(config)
+    rows = _rows(config, path, options.config)
+    train, tests = _split_names(data, options, list(rows.splits))
     first, notes = rows.splits[train][0], list(rows.notes)
-    label_column = rows.columns[1] if rows.columns else find_label_column(data, wanted.label_column, first.features)
+    label_column = rows.columns[1] if rows.columns else find_label_column(data, options.label_column, first.features)
 
     labels = {train: _read_labels(data, train, rows.splits[train], label_column)}
     test = None
@@ -121,9 +112,9 @@ def stored(config: DataSettings) -> Source:
             break
         del labels[name]
         notes.append(f"the {name} split left out: none of its images has a label")
-    if test is None and wanted.test_split is not None:
+    if test is None and options.test_split is not None:
         raise ValueError(
-            f"data_options.test_split must be a split with labels, and no image of {wanted.test_split!r} has one"
+            f"data_options.test_split must be a split with labels, and no image of {options.test_split!r} has one"
         )
     missing = [_check_labelled(data, name, each.names, drop, name == train) for name, each in labels.items()]
     classes = _class_names(data, labels, train)
@@ -154,22 +145,16 @@ def stored(config: DataSettings) -> Source:
     )
 
 
-def _resolve(config: DataSettings) -> HubDataSet:
-    """Return the data set with the settings that are given; a known name is the hub's, even if a folder has it too."""
-    known = KNOWN | {data_set.path: data_set for data_set in KNOWN.values()}
-    given = {
-        "config": config.stored.config,
-        "label_column": config.stored.label_column,
-        "train_split": config.stored.train_split,
-        "test_split": config.stored.test_split,
-    }
-    data_set = known.get(config.data) or HubDataSet(config.data)
-    return replace(data_set, **{name: value for name, value in given.items() if value is not None})
+def _resolve(config: DataSettings) -> tuple[str, StoredData]:
+    """Return the path and the options of a data set; a known name is the hub's, even if a folder has it too."""
+    known = KNOWN | {path: (path, options) for path, options in KNOWN.values()}
+    path, options = known.get(config.data, (config.data, {}))
+    return path, StoredData.model_construct(**options | config.stored.model_dump(exclude_none=True))
 
 
-def _split_names(data: str, wanted: HubDataSet, names: list[str]) -> tuple[str, list[str]]:
+def _split_names(data: str, options: StoredData, names: list[str]) -> tuple[str, list[str]]:
     """Return the name of the split to train on, and those to test on, the preferred one first."""
-    settings = {"train_split": wanted.train_split, "test_split": wanted.test_split}
+    settings = {"train_split": options.train_split, "test_split": options.test_split}
     chosen: dict[str, str | None] = {}
     for setting, name in settings.items():
         alike = [each for each in names if each == name] or [
@@ -213,25 +198,25 @@ class _Rows:
     """True for a data set of the hub, whose splits stay as they were published."""
 
 
-def _rows(config: DataSettings, wanted: HubDataSet) -> _Rows:
+def _rows(config: DataSettings, path: str, data_config: str | None) -> _Rows:
     import datasets
 
     data = config.data
     if not data:
         raise ValueError("data must name a data set or a folder, got ''")
-    folder = Path(wanted.path).expanduser()
+    folder = Path(path).expanduser()
     is_folder = folder.is_dir()
     is_path = folder.exists() or folder.is_absolute() or data.startswith((".", "~"))
-    if not is_folder and (is_path or not _HUB_ID.fullmatch(wanted.path)):
+    if not is_folder and (is_path or not _HUB_ID.fullmatch(path)):
         raise ValueError(f"data must be 'digits', a folder, or a data set's id on the hub; {data!r} is not a folder")
     if not is_folder and config.stored.table is not None:
         raise ValueError(f"data_options.table belongs to data from a folder; {data!r} is a data set of the hub")
     try:
         with _quiet_hub():
             if is_folder:
-                return _folder_rows(folder, config, wanted.config)
-            with _offline_without_answer(wanted.path):
-                splits = datasets.load_dataset(wanted.path, wanted.config)
+                return _folder_rows(folder, config, data_config)
+            with _offline_without_answer(path):
+                splits = datasets.load_dataset(path, data_config)
     except (datasets.exceptions.DatasetGenerationError, RuntimeError, TypeError, ValueError) as error:
         if is_folder and isinstance(error, ValueError):
             raise
@@ -239,10 +224,10 @@ def _rows(config: DataSettings, wanted: HubDataSet) -> _Rows:
     except OSError as error:  # no connection, or a name that the hub does not have; or no space for what is prepared
         if is_folder:
             raise ValueError(f"data {data!r} cannot be read: {error}") from error
-        name = "" if data == wanted.path else f"{data!r}, "
+        name = "" if data == path else f"{data!r}, "
         reason = "it does not answer" if "OfflineMode" in str(error) else _reason(error)
         raise ValueError(
-            f"data set {name}{wanted.path!r} could not be fetched from the hub ({reason}); "
+            f"data set {name}{path!r} could not be fetched from the hub ({reason}); "
             "without a network, give data a folder that holds it: --data FOLDER"
         ) from error
     notes = (
