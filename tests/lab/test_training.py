@@ -165,7 +165,7 @@ def test_a_vision_transformer_trains(tmp_path):
 def test_a_feature_dim_or_width_that_a_backbone_cannot_give_is_refused():
     with pytest.raises(ValueError, match="feature_dim belongs to the backbones that have a name; here backbone is"):
         ModelSettings(backbone="package.module.Class", feature_dim=10)
-    with pytest.raises(ValueError, match="width must be such that 2 x width goes into 32 groups, got 8"):
+    with pytest.raises(ValueError, match="width must be such that 32 groups divide 2 x width, got 8"):
         build_backbone(ModelSettings(backbone="resnext50-32x4d", width=8), (3, 32, 32))
 
 

@@ -1,4 +1,4 @@
-"""Networks from images to features (N, feature_dim)."""
+"""Backbones: networks that compute features (N, feature_dim) from images (N, C, H, W)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ImageShape = tuple[int, int, int]
 
 
 class Backbone(nn.Module):
-    """From images (N, C, H, W) to features (N, feature_dim)."""
+    """A network from images (N, C, H, W) to features (N, feature_dim)."""
 
     feature_dim: int
     layers: nn.Module
@@ -24,34 +24,34 @@ class Backbone(nn.Module):
 
 
 class ConvolutionalBackbone(Backbone):
-    """A backbone of convolutions, which know both layouts of memory."""
+    """A backbone of convolutions, which work in both memory layouts."""
 
 
 @contextmanager
 def evaluation_layout(model: nn.Module) -> Iterator[None]:
-    """Inside, the weights of our convolutions on a CPU are in channels-last layout: evaluation is 1.7 times faster.
+    """Put the weights of convolutional backbones on a CPU into channels-last layout: evaluation is 1.7 times faster.
 
-    With gradients that layout gains little, and with few channels torch 2.13 crashes in its backward pass.
+    With gradients, that layout gains little, and with few channels torch 2.13 crashes in its backward pass.
     """
     backbones = [module for module in model.modules() if isinstance(module, ConvolutionalBackbone)]
-    backbones = [one for one in backbones if next(one.parameters()).device.type == "cpu"]
+    backbones = [backbone for backbone in backbones if next(backbone.parameters()).device.type == "cpu"]
     try:
-        for one in backbones:
-            one.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for backbone in backbones:
+            backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         yield
     finally:
-        for one in backbones:
-            one.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        for backbone in backbones:
+            backbone.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
 class ConvNet(ConvolutionalBackbone):
-    """Four 3×3 convolutions with batch norm, pooled once half-way and averaged at the end.
+    """Four 3×3 convolutions with batch norm, max-pooled half-way and averaged at the end.
 
     Args:
         image_shape: Channels, height and width.
         width: Channels of the first two convolutions; the others have twice as many.
         feature_dim: Channels of the last convolution, if not twice ``width``.
-        affine: Batch norm trains a scale and a shift.
+        affine: Train a scale and a shift in batch norm.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class MLP(Backbone):
         width: Neurons of each layer.
         depth: Number of layers.
         feature_dim: Neurons of the last layer, if not ``width``.
-        affine: Batch norm trains a scale and a shift.
+        affine: Train a scale and a shift in batch norm.
     """
 
     def __init__(
@@ -106,13 +106,13 @@ class ResNet(ConvolutionalBackbone):
         groups: Groups of their 3×3 convolutions (Xie et al., CVPR 2017).
         width: Channels k of the first stage; the others have 2k, 4k and 8k.
         stem: ``"7x7"`` of stride 2, then max-pooling, as published; or ``"3x3"`` of stride 1, for small images.
-        feature_dim: Channels that the last block of the last stage puts out, if not 8k (32k with bottlenecks) as the
-            blocks before it do.
-        affine: Batch norm trains a scale and a shift.
+        feature_dim: Output channels of the last block, if not 8k (32k with bottlenecks) as those of the other blocks
+            of its stage.
+        affine: Train a scale and a shift in batch norm.
         initialisation: ``"he"``, normal by the fan-out (He et al., ICCV 2015), or ``"torch"``, as `nn.Conv2d` does.
 
     Raises:
-        ValueError: ``width`` does not go into the groups.
+        ValueError: if the groups do not divide the inner channels.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class ResNet(ConvolutionalBackbone):
     ) -> None:
         super().__init__()
         if widening * width % groups:
-            raise ValueError(f"width must be such that {widening} x width goes into {groups} groups, got {width}")
+            raise ValueError(f"width must be such that {groups} groups divide {widening} x width, got {width}")
         if stem == "7x7":
             convolution = _convolution(image_shape[0], width, size=7, stride=2, affine=affine)
             first = nn.Sequential(convolution, nn.MaxPool2d(3, 2, padding=1))
@@ -162,7 +162,7 @@ class ResNet(ConvolutionalBackbone):
 
 
 class ResidualBlock(nn.Module):
-    """relu(x + f(x)); where the shape changes, x goes through a 1×1 convolution (option B)."""
+    """The function relu(x + f(x)); if f changes the shape, x goes through a 1×1 convolution (option B)."""
 
     def __init__(
         self, residual: nn.Module, in_channels: int, out_channels: int, stride: int = 1, affine: bool = True
@@ -180,7 +180,7 @@ class ResidualBlock(nn.Module):
 
 
 def _two_convolutions(before: int, inner: int, after: int, stride: int, affine: bool) -> nn.Sequential:
-    """Two 3×3 convolutions, the first with the stride."""
+    """Return two 3×3 convolutions, the first with the stride."""
     return nn.Sequential(
         _convolution(before, inner, stride=stride, affine=affine),
         _convolution(inner, after, affine=affine)[:2],  # without the ReLU
@@ -188,7 +188,7 @@ def _two_convolutions(before: int, inner: int, after: int, stride: int, affine: 
 
 
 def _bottleneck(before: int, inner: int, after: int, stride: int, groups: int, affine: bool) -> nn.Sequential:
-    """1×1, 3×3 with the stride, and 1×1."""
+    """Return 1×1, 3×3 (with the stride) and 1×1 convolutions."""
     return nn.Sequential(
         _convolution(before, inner, size=1, affine=affine),
         _convolution(inner, inner, stride=stride, groups=groups, affine=affine),
@@ -199,14 +199,14 @@ def _bottleneck(before: int, inner: int, after: int, stride: int, groups: int, a
 class VGG13(ConvolutionalBackbone):
     """Configuration B of Simonyan and Zisserman (ICLR 2015), with batch norm, averaged at the end.
 
-    Ten 3×3 convolutions, two before each of five max-poolings; images that are small already are pooled less often.
+    Ten 3×3 convolutions, two before each of five max-poolings; images that are small already are pooled fewer times.
 
     Args:
         image_shape: Channels, height and width.
         width: Channels k of the first stage; the others have 2k, 4k, 8k and 8k.
         feature_dim: Channels of the last convolution, if not 8k.
-        affine: Batch norm trains a scale and a shift.
-        initialisation: As for `ResNet`.
+        affine: Train a scale and a shift in batch norm.
+        initialisation: As in `ResNet`.
     """
 
     def __init__(
@@ -244,10 +244,10 @@ class VisionTransformer(Backbone):
         depth: Number of blocks.
         patch_size: Height and width of a patch; if not given, 16 for images of at least 128 pixels, 4 for at least 16,
             else 2.
-        feature_dim: Neurons of a linear layer after the class token, if there is one.
+        feature_dim: Neurons of a linear layer after the class token; by default there is no such layer.
 
     Raises:
-        ValueError: If the patches do not divide the images, or the heads the width.
+        ValueError: if the patches do not divide the images, or the heads the width.
     """
 
     def __init__(
@@ -287,7 +287,7 @@ class VisionTransformer(Backbone):
         self.layers = nn.TransformerEncoder(block, depth, norm, enable_nested_tensor=False)
         self.projection = nn.Identity() if feature_dim is None else nn.Linear(width, feature_dim)
         self.feature_dim = feature_dim or width
-        for parameter in self.parameters():  # the blocks are copies of one: each draws weights of its own here
+        for parameter in self.parameters():  # blocks are created as copies: draw separate weights for each
             if parameter.ndim > 1:
                 nn.init.trunc_normal_(parameter, std=0.02)
         for name, parameter in self.named_parameters():
@@ -315,7 +315,7 @@ def _convolution(
 
 
 def _initialise(network: nn.Module) -> None:
-    """Weights of convolutions after He et al. (ICCV 2015), by the fan-out."""
+    """Draw the weights of convolutions as in He et al. (ICCV 2015), by the fan-out."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
