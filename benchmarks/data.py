@@ -103,7 +103,7 @@ def images_per_second(batches: Iterable[Any]) -> float:
 
 
 def sources(memory: AnySplit, streamed: AnySplit, pngs: list[bytes], labels: list[int], standardise: Standardisation):
-    """What is measured, by name of the path and of the augmentation."""
+    """Yield what is measured, with the names of its path and augmentation."""
 
     def batches(split: AnySplit, augmentation: str) -> EpochBatches:
         return EpochBatches(split, standardise, BatchSettings(batch_size=BATCH, **SETTINGS[augmentation]), 0, 0)

@@ -47,7 +47,7 @@ def epoch_of(seed: int = 0, epoch: int = 0, split: Split | None = None, **settin
 
 def test_batches_follow_from_seed_and_epoch_alone():
     first = epoch_of(seed=1, epoch=2)
-    torch.manual_seed(7)  # the global generator has no say
+    torch.manual_seed(7)  # the global generator has no effect
     assert epoch_of(seed=1, epoch=2) == first
     assert epoch_of(seed=1, epoch=3) != first
     assert epoch_of(seed=2, epoch=2) != first

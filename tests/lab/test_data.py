@@ -111,12 +111,12 @@ def test_parquet_columns_are_found_by_what_they_hold(tmp_path):
     )
 
 
-def test_a_column_of_integers_called_label_will_do(tmp_path):
+def test_a_column_of_integers_called_label_holds_the_labels(tmp_path):
     save_table(tmp_path, {"label": [0, 3, 1, 2] * 5}, {"label": datasets.Value("int32")})
     assert load(tmp_path).num_classes == 4
 
 
-def test_where_there_are_several_columns_of_labels_one_must_be_named(tmp_path):
+def test_one_of_several_columns_of_labels_must_be_named(tmp_path):
     kinds = {"coarse": datasets.ClassLabel(num_classes=2), "fine": datasets.ClassLabel(num_classes=4)}
     save_table(tmp_path, {"coarse": [0, 0, 1, 1] * 5, "fine": [0, 1, 2, 3] * 5}, kinds)
     with pytest.raises(ValueError, match="label_column must say which labels of .* to take: coarse, fine"):
@@ -218,7 +218,7 @@ def test_images_side_by_side_equal_a_loop():
         assert label == int("".join(map(str, shown)))
 
 
-def test_relabelled_data_say_so():
+def test_relabelled_data_are_marked():
     assert not load("digits").relabelled
     assert load("digits", label_noise="permuted").relabelled
     assert load("digits", label_noise=0.1).relabelled
@@ -284,14 +284,14 @@ def asked_of_the_hub(monkeypatch) -> list[tuple[str | None, ...]]:
         ({"data": "someone/something", "data_options": {"config": "one"}}, "someone/something", "one"),
     ],
 )
-def test_what_is_asked_of_the_hub(asked_of_the_hub, settings, path, config):
+def test_known_names_are_fetched_from_the_hub(asked_of_the_hub, settings, path, config):
     with pytest.raises(ValueError, match=f"'{path}' could not be fetched from the hub .*--data FOLDER") as caught:
         load_data(DataSettings(**settings), progress=False)
     assert f"{settings['data']!r}" in str(caught.value)
     assert asked_of_the_hub == [(path, config)]
 
 
-def test_what_is_known_of_a_data_set_is_used(tmp_path, monkeypatch):
+def test_options_of_known_data_sets_are_used(tmp_path, monkeypatch):
     kinds = {"coarse_label": datasets.ClassLabel(num_classes=2), "fine_label": datasets.ClassLabel(num_classes=4)}
     for split, rows in (("train", 5), ("test", 1), ("validation", 2)):
         save_table(tmp_path, {"coarse_label": [0, 0, 1, 1] * rows, "fine_label": [0, 1, 2, 3] * rows}, kinds, split)
@@ -382,7 +382,7 @@ def test_streamed_splits_can_be_sent_to_a_process(tmp_path):
         assert torch.equal(labels, true)
 
 
-def test_what_is_streamed_is_decided_by_what_the_images_take(tmp_path, monkeypatch):
+def test_the_memory_of_the_images_decides_whether_they_are_streamed(tmp_path, monkeypatch):
     save_images(tmp_path, {"a": 20, "b": 20}, size=(64, 32))
     required = 40 * 64 * 32 * 3
     monkeypatch.setattr(load_module, "MEMORY_BUDGET", required)
@@ -423,7 +423,7 @@ def test_streamed_images_of_different_size_need_image_size(tmp_path):
     assert len(batches_of(data)) > 0
 
 
-def test_whether_streamed_images_are_grey_is_taken_from_the_first(tmp_path):
+def test_the_first_streamed_image_decides_whether_all_are_grey(tmp_path):
     save_images(tmp_path / "train", {"a": 2, "b": 2}, mode="L")
     save_images(tmp_path / "test", {"a": 1, "b": 1})
     data = load(tmp_path, workers=0)

@@ -133,7 +133,7 @@ def test_the_classes_of_a_split_are_its_folders(names):
         ({"train/a": 4, "train/b": 4, "train/c": 3, "test/a": 2, "test/b": 3}, {}, 11, 5, ""),
     ],
 )  # fmt: skip
-def test_splits_are_told_from_classes(folders, options, train, test, note, tmp_path, capsys):
+def test_splits_are_distinguished_from_classes(folders, options, train, test, note, tmp_path, capsys):
     data = load(make(tmp_path, folders), **options)
     if train is None:  # one image in five is held out
         number = sum(folders.values()) - (4 if "leave_out" in options else 0)
@@ -163,7 +163,7 @@ def test_splits_are_told_from_classes(folders, options, train, test, note, tmp_p
         ({}, "has none; it holds no files"),
     ],
 )
-def test_what_can_be_read_in_two_ways_is_refused(folders, message, tmp_path):
+def test_ambiguous_folders_are_refused(folders, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         load(make(tmp_path, folders))
 
@@ -228,7 +228,7 @@ def test_strays_are_listed_in_a_line_and_skipped(tmp_path, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 3
 
 
-def test_a_link_to_nothing_and_a_folder_that_may_not_be_read_are_refused(tmp_path, monkeypatch):
+def test_a_broken_link_and_an_unreadable_folder_are_refused(tmp_path, monkeypatch):
     make(tmp_path, {"a": 6, "b": 6})
     os.symlink("missing.png", tmp_path / "a" / "x.png")
     with pytest.raises(ValueError, match="links that lead to a file, and 'a/x.png'"):
@@ -255,9 +255,9 @@ def test_a_name_that_is_not_utf8_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["pets [v2]", "a*b?", "x{1,2}", "a#b%20", "c; d"])
 @pytest.mark.parametrize("kind", ["folders", "parquet", "table"])
-def test_the_name_of_a_folder_is_no_pattern_and_nothing_beside_it_is_read(name, kind, tmp_path, monkeypatch):
+def test_the_name_of_a_folder_is_not_a_pattern_and_its_siblings_are_not_read(name, kind, tmp_path, monkeypatch):
     root = tmp_path / name
-    make(tmp_path / "beside", {"a": 1})
+    make(tmp_path / "sibling", {"a": 1})
     if kind == "parquet":
         root.mkdir()
         parquet(tmp_path / "train.parquet", [0, 1] * 5)
@@ -270,7 +270,7 @@ def test_the_name_of_a_folder_is_no_pattern_and_nothing_beside_it_is_read(name, 
     monkeypatch.setattr(os, "scandir", lambda path: (read.append(Path(path)), scandir(path))[1])
     assert len(load(root).train) == 8
     assert tmp_path not in read
-    assert tmp_path / "beside" not in read
+    assert tmp_path / "sibling" not in read
 
 
 # Images.
@@ -310,7 +310,7 @@ def palette() -> Image.Image:
     [(alpha("RGBA"), {}, 3), (alpha("LA"), {}, 1), (palette(), {"transparency": 0}, 3)],
     ids=["RGBA", "LA", "P"],
 )
-def test_what_is_transparent_is_white(image, options, channels, tmp_path):
+def test_transparency_becomes_white(image, options, channels, tmp_path):
     expected = np.full((channels, 5, 5), 255, dtype=np.uint8)
     expected[:, 2, 1] = 10
     assert np.array_equal(of_x(put(tmp_path, image, **options)), expected)
@@ -323,7 +323,7 @@ def test_a_grey_level_that_means_transparent_is_white(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_images_are_turned_as_exif_says(orientation, tmp_path):
+def test_images_are_rotated_by_their_exif_orientation(orientation, tmp_path):
     upright = pixels(1)
     stored = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.T}
     stored |= {6: np.rot90(upright), 7: upright[::-1, ::-1].T, 8: np.rot90(upright, -1)}
@@ -418,7 +418,7 @@ def test_a_copy_in_another_format_or_behind_a_link_is_refused(tmp_path):
         load(tmp_path / "link")
 
 
-def test_images_that_only_look_alike_when_they_are_small_are_no_copies(tmp_path):
+def test_images_that_only_look_alike_when_they_are_small_are_not_copies(tmp_path):
     for number, split in enumerate(("train", "test")):
         make(tmp_path, {f"{split}/b": 4}, 10 * number)
         (tmp_path / split / "a").mkdir()
@@ -519,7 +519,7 @@ def test_a_table_beside_folders_is_used_only_when_asked_for(column, tmp_path):
         ([f"images/{n}.png,{-n % 3 - 4}" for n in range(12)], "path,label", "labels of at least 0, or -1"),
     ],
 )  # fmt: skip
-def test_a_table_that_is_not_right_is_refused_with_its_line(rows, header, message, tmp_path):
+def test_an_invalid_table_is_refused_with_its_line(rows, header, message, tmp_path):
     table(tmp_path, rows, header)
     os.mkfifo(tmp_path / "images" / "pipe.png")
     with pytest.raises(ValueError, match=message):
@@ -614,7 +614,7 @@ def test_labels_of_different_kinds_and_unknown_ones_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("labels", [[-1, 0, 1, 0, -1, 1], ["-1", "0", "1", "0", "-1", "1"]])
-def test_the_label_minus_one_is_no_class(labels, tmp_path):
+def test_the_label_minus_one_is_not_a_class(labels, tmp_path):
     parquet(tmp_path / "train.parquet", labels * 3)
     parquet(tmp_path / "test.parquet", labels[1:4], None, 100)
     data = load(tmp_path)
@@ -683,7 +683,7 @@ def test_folders_and_parquet_files_with_images_are_refused_together(tmp_path):
 # Memory.
 
 
-def test_what_does_not_fit_into_memory_is_refused_before_it_is_made(tmp_path, monkeypatch):
+def test_images_over_the_memory_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
     monkeypatch.setattr("neuralcollapse.lab.memory.available_memory", lambda: 500.0)
     make(tmp_path, {"a": 12, "b": 12})
     with pytest.raises(

@@ -74,7 +74,7 @@ def test_features_lie_about_their_class_means():
         ({"data": "mnist-1d", "image_size": 9}, "image_size belongs to data other than mnist-1d and features"),
     ],
 )
-def test_what_a_generator_lacks_is_said(settings, message):
+def test_invalid_options_of_generators_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         load_data(DataSettings(**settings), progress=False)
 

@@ -73,7 +73,7 @@ def test_the_exponential_tail_of_cifar10_is_the_published_one():
     assert counts_of(samples) == [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
 
 
-def test_in_the_step_the_second_half_of_the_classes_is_small():
+def test_step_imbalance_makes_the_second_half_of_the_classes_small():
     assert counts_of(train(source_of(*[100] * 5), 5, imbalance={"step": 0.29})) == [100] * 2 + [29] * 3
 
 

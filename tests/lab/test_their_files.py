@@ -69,7 +69,7 @@ WORK: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("kind", WORK)
-def test_what_works(kind, tmp_path):
+def test_files_that_can_be_read(kind, tmp_path):
     WORK[kind](tmp_path)
     data = load_data(DataSettings(data=str(tmp_path)), progress=False)
     assert data.num_classes == 3
@@ -129,14 +129,14 @@ MISSING = {
 
 
 @pytest.mark.parametrize("kind", MISSING)
-def test_what_is_missing_is_said(kind, tmp_path):
+def test_refusals_name_what_is_missing(kind, tmp_path):
     make, expected = MISSING[kind]
     make(tmp_path)
     with pytest.raises(ValueError, match=expected):
         load_data(DataSettings(data=str(tmp_path)), progress=False)
 
 
-def test_absent_classes_are_named_and_every_figure_says_so(tmp_path):
+def test_absent_classes_are_named_and_reported_in_the_summary(tmp_path):
     labels = ["rare" if number == 0 else f"class {number % 3}" for number in range(NUMBER)]
     parquet(tmp_path, image=STRUCTS, label=labels)
     pd.DataFrame({"image": STRUCTS[:10], "label": ["rare", *NAMES[1:10]]}).to_parquet(tmp_path / "test.parquet")
@@ -168,7 +168,7 @@ def test_a_panel_that_cannot_be_drawn_says_why(tmp_path, monkeypatch):
         draw_figures(measured, tmp_path, "digits")
 
 
-def test_a_run_that_ends_at_chance_says_so(tmp_path):
+def test_the_summary_reports_a_run_that_ends_at_chance(tmp_path):
     settings = {"backbone": "mlp", "width": 12, "depth": 1, "train_samples": 100, "batch_size": 20, "epochs": 1}
     folder = train_runs(RunConfig(**settings, method="standard", lr=1e-9), tmp_path / "out", progress=False)
     metrics = folder.metrics.read_text().replace("train,accuracy,", "train,accuracy,0.1#")
@@ -177,13 +177,13 @@ def test_a_run_that_ends_at_chance_says_so(tmp_path):
     assert "standard, seed 0, ends at chance: 10.0% of the training images are right" in text
 
 
-def test_batches_larger_than_the_data_are_said(tmp_path, capsys):
+def test_batches_larger_than_the_data_are_reported(tmp_path, capsys):
     settings = {"backbone": "mlp", "width": 12, "depth": 1, "train_samples": 60, "epochs": 1}
     train_runs(RunConfig(**settings), tmp_path / "out")
     assert "batch_size 128 is over the 60 training images: one batch an epoch" in capsys.readouterr().err
 
 
-def test_memory_is_counted_before_it_is_taken():
+def test_memory_is_checked_before_it_is_allocated():
     with pytest.raises(ValueError, match="128 images of 100000x100000 take 4768 GiB, and there are"):
         load_data(RunConfig(image_size=100_000), batch_size=128)
 
