@@ -34,12 +34,12 @@ from neuralcollapse.lab.data.load import load_data
 BATCH, WORKERS, IMAGES, REPEATS = 128, 2, 20_000, 5
 SETTINGS: dict[str, dict[str, Any]] = {
     "none": {},
-    "crop_flip": {"augmentation": {"augmentation": {"crop_padding": 4, "flip": True}}},
-    "rotation": {"augmentation": {"augmentation": {"rotation": 25.0}}},
+    "crop_flip": {"augmentation": {"crop_padding": 4, "flip": True}},
+    "rotation": {"augmentation": {"rotation": 25.0}},
 }
 KORNIA = {
     "crop_flip": nn.Sequential(kornia.RandomCrop((32, 32), padding=4), kornia.RandomHorizontalFlip()),
-    "augmentation": {"rotation": kornia.RandomRotation}(25.0, p=1.0),
+    "rotation": kornia.RandomRotation(25.0, p=1.0),
 }
 
 
