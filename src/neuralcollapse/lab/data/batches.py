@@ -26,10 +26,10 @@ class EpochBatches:
     """The batches of one training epoch, which depend on the data, the settings, the seed and the epoch alone.
 
     Every sample is in one batch. The last batch may be smaller; a single sample, which has no variance for batch norm,
-    joins the batch before it. With ``stratified``, there are only full batches, whose sizes differ by at most one.
+    joins the batch before it. With stratified ``sampling``, there are only full batches, whose sizes differ by at most one.
 
-    With ``classes_per_batch``, there are only full batches of one size, with equally many samples of each of their
-    classes: in an epoch, a sample of a small class may come several times, and one of a large class not at all.
+    With a number of classes per batch, there are only full batches of one size, with equally many samples of each of
+    their classes: in an epoch, a sample of a small class may come several times, and one of a large class not at all.
 
     Of several ranks, each gets its part of every batch, at least two samples. The batches are those of one rank, except
     that a last batch with fewer than two samples per rank joins the batch before it.
@@ -48,8 +48,7 @@ class EpochBatches:
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.split), self.settings.batch_size)
-        only_full = self.settings.sampling != "random"
-        return max(1, full + (rest >= 2 * self.ranks and not only_full))
+        return max(1, full + (rest >= 2 * self.ranks and self.settings.sampling == "random"))
 
     @property
     def sizes(self) -> list[int]:
@@ -233,7 +232,7 @@ def batch_shape(image_shape: tuple[int, int, int], settings: BatchSettings) -> t
     channels, height, width = image_shape
     if settings.crop_size is None:
         return image_shape
-    largest = min(height, width) + 2 * (settings.augment.crop_padding)
+    largest = min(height, width) + 2 * settings.augment.crop_padding
     if settings.crop_size > largest:
         padded = f" padded by {settings.augment.crop_padding}" if settings.augment.crop_padding else ""
         raise ValueError(
@@ -251,7 +250,7 @@ def draw_augmentation(
     """
     _, *sides = image_shape
     _, *window = batch_shape(image_shape, settings)
-    ranges = [side + 2 * (settings.augment.crop_padding) - length for side, length in zip(sides, window, strict=True)]
+    ranges = [side + 2 * settings.augment.crop_padding - length for side, length in zip(sides, window, strict=True)]
     drawn = {}
     if any(ranges) or window != sides:
         for name, largest in zip(("top", "left"), ranges, strict=True):

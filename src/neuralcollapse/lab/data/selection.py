@@ -72,8 +72,8 @@ def select(
     train = _side_by_side(train, num_classes, config, config.train_samples, "train")
     if config.samples_per_class is not None:
         train = train.take((_rank_in_class(train.labels) < config.samples_per_class).nonzero().flatten())
-    if config.imbalance is not None:
-        train = train.take(long_tail(train.labels, total, config))
+    for kind, factor in (config.imbalance or {}).items():
+        train = train.take(long_tail(train.labels, total, kind, factor, _generator(config.data_seed, "long tail")))
     train = train.take(subset(train.labels, config.train_samples))
     splits = {"train": train}
     if config.validation_share is not None:
@@ -128,20 +128,19 @@ def subset(labels: Tensor, limit: int | None) -> Tensor:
     return stratified_order(labels, torch.Generator().manual_seed(_PART_SEED))[:limit].sort().values
 
 
-def long_tail(labels: Tensor, num_classes: int, config: DataSettings) -> Tensor:
+def long_tail(labels: Tensor, num_classes: int, kind: str, factor: float, generator: torch.Generator) -> Tensor:
     """Return indices of samples whose classes differ in size as in Cao et al. (2019), at least one of each class.
 
-    With n the size of the largest class and f the factor, class k of K keeps n·f^(k/(K−1)) samples (exponential); or
-    the first K//2 classes keep n and the others n·f (step). The samples are drawn from the data seed.
+    With n the size of the largest class and f the factor, class k of K keeps n·f^(k/(K−1)) samples (``exponential``);
+    or the first K//2 classes keep n and the others n·f (``step``).
     """
     largest = int(labels.bincount().max())
     position = torch.arange(num_classes, dtype=torch.float64)
-    ((shape, factor),) = (config.imbalance or {"exponential": 1.0}).items()
-    exponential = shape == "exponential"
-    exponent = position / max(num_classes - 1, 1) if exponential else (position >= num_classes // 2).double()
+    is_step = kind == "step"
+    exponent = (position >= num_classes // 2).double() if is_step else position / max(num_classes - 1, 1)
     # Rounded down as in the published code, except that 100·0.29 is 29 although its floating-point product is less.
     sizes = (largest * factor**exponent + 1e-9).long().clamp(min=1)
-    shuffled = torch.randperm(len(labels), generator=_generator(config.data_seed, "long tail"))
+    shuffled = torch.randperm(len(labels), generator=generator)
     return shuffled[_rank_in_class(labels[shuffled]) < sizes[labels[shuffled]]].sort().values
 
 
