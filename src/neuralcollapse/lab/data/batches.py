@@ -26,7 +26,7 @@ class EpochBatches:
     """The batches of one training epoch, which depend on the data, the settings, the seed and the epoch alone.
 
     Every sample is in one batch. The last batch may be smaller; a single sample, which has no variance for batch norm,
-    joins the batch before it. With stratified ``sampling``, there are only full batches, whose sizes differ by at most one.
+    joins the batch before it. With stratified ``sampling``, all batches are full; their sizes differ by at most one.
 
     With a number of classes per batch, there are only full batches of one size, with equally many samples of each of
     their classes: in an epoch, a sample of a small class may come several times, and one of a large class not at all.
