@@ -47,7 +47,6 @@ GROUND = {
     "config",
     "settings",
     "recipes",
-    "studies",
     "experiments",
     "stopping",
     "ranks",
@@ -64,16 +63,16 @@ LAB = {  # room or module of lab -> what it may import of the others
     "memory": set(),
     "recipes": {"config", "settings"},
     "experiments": {"config", "settings", "recipes"},
-    "studies": {"config", "experiments", "recipes", "results", "settings"},
     "data": GROUND,
     "models": GROUND,
-    "results": GROUND - {"studies"},
+    "results": GROUND,
     "huggingface": {"results"},
     "training": GROUND | {"data", "models", "results"},
     "evaluate": GROUND | {"data", "models", "results", "training"},
     "figures": GROUND | {"results"},
     "ufm": GROUND | {"results", "figures", "training"},  # of training the optimiser AGD
-    "commands": GROUND | {"data", "models", "results", "training", "evaluate", "figures", "ufm"},
+    "studies": GROUND | {"results", "training", "figures", "ufm"},
+    "commands": GROUND | {"data", "models", "results", "training", "evaluate", "figures", "ufm", "studies"},
     "__init__": GROUND | {"data", "models", "results", "training"},
 }
 # Packages of the extra `lab`. Of these, `neuralcollapse.lightning` imports lightning and pandas.
@@ -138,6 +137,13 @@ def test_arrows_between_the_rooms_of_the_laboratory_point_one_way(path):
         if name.startswith("neuralcollapse.lab."):
             other = name.split(".")[2]
             assert other == room or other in LAB[room], f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "lab" / "commands").glob("*.py")), ids=lambda path: path.stem)
+def test_no_command_imports_another(path):
+    package = "neuralcollapse.lab.commands."
+    others = {name.removeprefix(package).split(".")[0] for name in imports(path) if name.startswith(package)}
+    assert others <= {"arguments", "common", "Command"}
 
 
 def loaded_by(statement: str) -> set[str]:

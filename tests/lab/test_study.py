@@ -251,7 +251,7 @@ def test_a_study_that_was_stopped_goes_on_with_more_seeds_too(tiny, capsys, monk
 
 
 def test_a_study_changed_after_its_runs_says_which(tiny, capsys):
-    assert main(["study", "tiny", "--seeds", "3,"]) == 2
+    assert main(["study", "tiny", "--seeds", "3,,"]) == 2
     assert main(["study", "tiny", "--seeds", "1"]) == 0
     tiny.write_text(yaml.safe_dump({**TINY, "runs": {"fast": {"lr": 0.2}, "slow": {"lr": 0.01}}}))
     capsys.readouterr()
@@ -292,7 +292,7 @@ def test_a_file_that_is_no_study_is_one_line(change, told, tmp_path, capsys, mon
     [
         (["markou2024-mnst"], "nearest: markou2024-mnist"),
         (["markou2024-imagenet", "--scale", "small"], "scale must be full for the study markou2024-imagenet"),
-        (["zhu2021-decay", "--seeds", "many"], "seeds must be a number of seeds"),
+        (["zhu2021-decay", "--seeds", "many"], "seeds must be an integer or a list, each item an integer"),
         (["zhu2021-decay", "--seeds", "0"], "seeds must be at least one"),
         (["markou2024-ufm", "--data", "somewhere"], "data must not be given"),
         (

@@ -1,9 +1,11 @@
-"""Studies: a published figure as runs, claims and two scales, one YAML file each."""
+"""Studies: a published figure as runs, claims and two scales, one YAML file each; their runs, figures and verdicts."""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -13,8 +15,21 @@ import yaml
 from neuralcollapse.lab.config import RunConfig
 from neuralcollapse.lab.experiments import single_run
 from neuralcollapse.lab.recipes import load_recipe
-from neuralcollapse.lab.results.verdicts import Claim, Kind, Relation, Value
+from neuralcollapse.lab.results.files import write_yaml
+from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.results.locking import sole_writer
+from neuralcollapse.lab.results.verdicts import (
+    Claim,
+    Finished,
+    Groups,
+    Kind,
+    Relation,
+    Value,
+    judge,
+    verdict_record,
+)
 from neuralcollapse.lab.settings import closest_names, load_typed_yaml
+from neuralcollapse.lab.untrusted import check_class_is_named
 
 SCALES = ("small", "full")
 _FOLDER = Path(__file__).parent / "studies"
@@ -37,6 +52,19 @@ class Scale:
     settings: dict[str, Any]
     runs: dict[str, dict[str, Any]]
     reduced: str | None
+
+    def seeds_from(self, given: int | list[int] | None) -> list[int]:
+        """Return the seeds of every run: a list as it is, or that number of seeds from the scale's first one on.
+
+        Raises:
+            ValueError: if they are not distinct, or negative.
+        """
+        if given is None:
+            return self.seeds
+        seeds = given if isinstance(given, list) else [self.seeds[0] + index for index in range(given)]
+        if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+            raise ValueError(f"seeds must be at least one, distinct and not negative, got {given}")
+        return seeds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +196,201 @@ def study_runs(
             base = {} if recipe is None else {**load_recipe(recipe).settings, "recipe": recipe}
             runs[f"{label}-seed{seed}"] = single_run(given, base | size.settings)
     return runs
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """Choices for running a study.
+
+    Attributes:
+        seeds: Number of seeds, or the seeds of every run; those of the scale by default.
+        data: Data of every run; by default those of earlier runs in the folder, then those of the recipes.
+        backbone: Class that may be imported if the study's file names it as a backbone.
+        parallel: Number of runs to train at a time.
+        overwrite: Whether to delete the runs in the folder, and train again.
+    """
+
+    seeds: int | list[int] | None = None
+    data: str | None = None
+    backbone: str | None = None
+    parallel: int = 1
+    overwrite: bool = False
+
+
+def run_study(
+    study: Study, scale: str, folder: RunFolder, options: StudyOptions = StudyOptions()
+) -> tuple[dict[str, Any], list[Path]]:
+    """Train the missing runs of a study, draw its figure, judge its claims, and write verdicts and summary.
+
+    Returns:
+        The record of the verdicts, and the files written, the most informative first.
+
+    Raises:
+        ValueError: if the folder has runs with other settings, or no run could be trained to its end.
+    """
+    from neuralcollapse.lab.figures.summary import write_summary
+
+    seeds = study.scale(scale).seeds_from(options.seeds)
+    with ExitStack() as locks:
+        if study.is_ufm:
+            groups, figures = _ufm_results(study.scale(scale), seeds, folder, options)
+            locks.enter_context(sole_writer(folder.path))
+        else:
+            groups, figures = _results(study, scale, seeds, folder, options, locks)
+        record = _record(study, scale, seeds, groups)
+        write_yaml(folder.verdict, record)
+        write_summary(folder, f"{study.name}: {study.title}", _sections(record), figures[:1])
+    return record, [folder.summary, folder.verdict, *figures]
+
+
+def _results(
+    study: Study, scale: str, seeds: Sequence[int], folder: RunFolder, options: StudyOptions, locks: ExitStack
+) -> tuple[Groups, list[Path]]:
+    """Train the missing runs and draw the figure; return the finished runs by name and seed, and the pictures."""
+    from neuralcollapse.lab.results.tables import read_table
+
+    data = options.data
+    if data is None and not options.overwrite:
+        configs = sorted(folder.runs.glob(f"*/{folder.config.name}"))
+        data = str(RunFolder(configs[0].parent).settings()["data"]) if configs else None
+    runs = study_runs(study, scale, seeds, data)
+    for config in runs.values():
+        check_class_is_named(config.in_force(), options.backbone, f"{study.name}.yaml")
+    _train_missing(runs, folder, {"study": study.name, "scale": scale}, options, locks)
+    finished: dict[str, dict[int, RunFolder]] = {label: {} for label in study.runs}
+    for name, config in runs.items():
+        if _is_finished(folder.run(name)):
+            finished[name.rpartition("-seed")[0]][config.seed] = folder.run(name)
+    groups: dict[str, dict[int, Finished]] = {label: {} for label in study.runs}
+    for label, of_label in finished.items():
+        for seed, run in of_label.items():
+            facts = run.read_environment() | {"seconds": float(read_table(run.training_log)["seconds"].sum())}
+            groups[label][seed] = Finished(read_table(run.metrics), facts)
+    return groups, _draw(study, {label: list(of_label.values()) for label, of_label in finished.items()}, folder)
+
+
+def _is_finished(run: RunFolder) -> bool:
+    return run.config.exists() and run.read_environment().get("finished") is True
+
+
+def _train_missing(
+    runs: Mapping[str, RunConfig], folder: RunFolder, settings: dict[str, Any], options: StudyOptions, locks: ExitStack
+) -> None:
+    """Train the runs that are not finished, and lock the folder from the first write on.
+
+    Raises:
+        ValueError: if existing runs have other settings; the message has each difference.
+    """
+    existing = [] if options.overwrite else [name for name in runs if folder.run(name).config.exists()]
+    differences = []
+    for name in existing:
+        try:
+            folder.run(name).check(runs[name].in_force(), resume=True)
+        except ValueError as error:
+            differences.append(f"{name}: {error}")
+    if differences:
+        raise ValueError(
+            f"{len(differences)} of the runs in {str(folder.path)!r} are not the study's: {'; '.join(differences)}; "
+            "--out names another folder, --overwrite trains all of it again"
+        )
+
+    def lock() -> None:
+        locks.enter_context(sole_writer(folder.path))
+
+    if all(name in existing and _is_finished(folder.run(name)) for name in runs):
+        lock()
+        return
+
+    from neuralcollapse.lab.training.runs import train_runs  # seconds
+
+    train_runs(
+        runs,
+        folder.path,
+        settings=settings,
+        resume=folder.config.exists() and not options.overwrite,
+        overwrite=options.overwrite,
+        leave_out_failed=True,
+        parallel=options.parallel,
+        before_writing=lock,
+    )
+
+
+def _draw(study: Study, runs: Mapping[str, list[RunFolder]], folder: RunFolder) -> list[Path]:
+    """Draw the figure of a study from its finished runs, and return the files."""
+    from neuralcollapse.lab.figures import draw
+    from neuralcollapse.lab.results.groups import RunGroups
+    from neuralcollapse.lab.results.tables import add_rows, distance_rows, read_table
+
+    finished = {label: of_label for label, of_label in runs.items() if of_label}
+    if not finished:
+        raise ValueError(f"study {study.name} has no finished run: none trained to its end")
+    if study.figure == "markou":  # it shows distances, which training does not measure
+        for run in (run for of_label in finished.values() for run in of_label):
+            with sole_writer(run.path):
+                if "etf_means" not in set(read_table(run.metrics)["metric"]):
+                    add_rows(run.metrics, [row for row in distance_rows(run) if isinstance(row, tuple)])
+    drawn = RunGroups(finished)
+    figures = draw(study.figure, drawn, folder.figures, ["png"])
+    for problem in drawn.problems.values():
+        print(f"neuralcollapse: skipped: {problem}", file=sys.stderr)
+    return figures
+
+
+def _ufm_results(
+    scale: Scale, seeds: Sequence[int], folder: RunFolder, options: StudyOptions
+) -> tuple[Groups, list[Path]]:
+    """Train the unconstrained features model as `ufm` does; its runs, with iterations in place of epochs."""
+    from neuralcollapse.lab.ufm.compare import train_ufm
+    from neuralcollapse.lab.ufm.settings import UFMSettings
+
+    if list(seeds) != list(range(len(seeds))) or options.data is not None:
+        raise ValueError(
+            "seeds of the unconstrained features model must be a number, and data must not be given: it has none"
+        )
+    config = UFMSettings(**scale.settings, seeds=len(seeds))
+    _, metrics, figures = train_ufm(config, folder, resume=folder.config.exists(), overwrite=options.overwrite)
+    groups: dict[str, dict[int, Finished]] = {}
+    keys = ["classes", "optimizer", "method", "seed"]
+    for (classes, optimizer, method, seed), table in metrics.groupby(keys, sort=False):
+        tidy = table.rename(columns={"iteration": "epoch"}).assign(split="train")
+        seconds = tidy.loc[tidy["metric"] == "seconds", "value"].max()
+        facts = folder.read_environment() | {"seconds": float(seconds)}
+        groups.setdefault(f"UFM-{classes} {optimizer} {method}", {})[int(str(seed))] = Finished(tidy, facts)
+    return groups, figures
+
+
+def _record(study: Study, scale: str, seeds: Sequence[int], groups: Groups) -> dict[str, Any]:
+    """Return the verdicts on the claims of a study, with the origin of its runs."""
+    facts = [run.facts for runs in groups.values() for run in runs.values()]
+    return {
+        "study": study.name,
+        "title": study.title,
+        "source": study.source,
+        "scale": scale,
+        "reduced": study.scale(scale).reduced,
+        "seeds": list(seeds),
+        "claims": [verdict_record(claim, judge(claim, groups)) for claim in study.claims],
+        "command": f"neuralcollapse study {study.name} --scale {scale}",
+        "training_minutes": round(sum(of_run["seconds"] for of_run in facts) / 60, 1),
+        **{name: _values_of(name, facts) for name in ("neuralcollapse", "git_commit", "machine", "accelerator")},
+        "finished": max((of_run["ended"] for of_run in facts if of_run.get("ended")), default=None),
+    }
+
+
+def _values_of(name: str, facts: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return the distinct values of a fact of several runs."""
+    values = dict.fromkeys(str(of_run[name]) for of_run in facts if of_run.get(name))
+    return ", ".join(values) or None
+
+
+def _sections(record: Mapping[str, Any]) -> list[str]:
+    """Return the paragraphs of a study's summary: its source and scale, and each claim with its verdict."""
+    reduced = f" Reduced: {record['reduced']}." if record["reduced"] else ""
+    sections = [f"{record['source']}. Scale {record['scale']}.{reduced}"]
+    for claim in record["claims"]:
+        sections.append(f"**{claim['verdict']}**: {claim['claim']} ({claim['measure']}).")
+        sections.append("\n".join(f"- {numbers}" for numbers in claim["numbers"]))
+    return [*sections, "Differences are of the same seed, intervals are Student's 95% interval over seeds (n - 1)."]
 
 
 def _scale(content: Mapping[str, Any]) -> Scale:

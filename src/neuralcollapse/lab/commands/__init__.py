@@ -34,7 +34,7 @@ COMMANDS = {
     "report": ("report:REPORT", "one self-contained HTML page of one run or several"),
     "ufm": ("ufm:UFM", "the unconstrained features model (UFM) trained with each method"),
     "landscape": (
-        "landscape:LANDSCAPE",
+        "ufm:LANDSCAPE",
         "critical points of the unconstrained features model: the global optimum, strict saddles",
     ),
 }

@@ -24,11 +24,12 @@ from neuralcollapse.heads import (
 )
 from neuralcollapse.lab.config import PublishedMethod, derived_seed
 from neuralcollapse.lab.results.files import write_csv
+from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.tables import read_table
 from neuralcollapse.lab.training.agd import AGD, orthogonal_start
+from neuralcollapse.lab.ufm.settings import OptimizerName, UFMSettings
 from neuralcollapse.ufm import UnconstrainedFeatures, train_unconstrained_features
 
-OptimizerName = Literal["sgd", "agd"]
 _MOMENTUM = 0.9
 # Published (δ = 1e-3 of formulas §1), as the proximal weight of an ETF of K classes: δ(K−1)/2. Every batch is all the
 # data, so that the class means are those of the batch.
@@ -85,6 +86,49 @@ class Schedule:
     measurements_per_decade: int
     tuning_iterations: int
     rates: dict[str, list[float]]
+
+
+def ufm_runs(settings: UFMSettings) -> list[tuple[UFMRun, Schedule]]:
+    """Return the runs of each size, optimiser and method, with seed 0, and their schedules."""
+    runs = []
+    for num_classes in settings.classes:
+        large = num_classes > 200  # measuring takes seconds
+        iterations = settings.iterations or (100 if large else 2000)
+        tuning_iterations = min(settings.tuning_iterations or (20 if large else 100), iterations)
+        rates = {"sgd": settings.sgd_rates, "agd": settings.agd_gains}
+        schedule = Schedule(iterations, 8 if large else 20, tuning_iterations, rates)
+        samples_per_class = settings.samples_per_class or min(10, max(2, 1000 // num_classes))
+        feature_dim = settings.feature_dim or max(64, 1 << (num_classes - 1).bit_length())
+        radius = feature_radius(settings.feature_norm, num_classes)
+        runs += [
+            (UFMRun(method, optimizer, num_classes, samples_per_class, feature_dim, radius, 0), schedule)
+            for optimizer in settings.optimizers
+            for method in settings.methods
+        ]
+    return runs
+
+
+def train_ufm(
+    settings: UFMSettings, folder: RunFolder, *, resume: bool = False, overwrite: bool = False
+) -> tuple[str, pd.DataFrame, list[Path]]:
+    """Train the runs of a comparison, and write its tables, figures and summary.
+
+    Returns:
+        The table as text, the measurements, and the files written, the most informative first.
+    """
+    from neuralcollapse.lab.ufm.figures import write_ufm
+
+    runs, config = ufm_runs(settings), settings.in_force()
+    sizes = dict.fromkeys(
+        f"UFM-{run.num_classes}: n = {run.samples_per_class}, d = {run.feature_dim}, "
+        f"feature norm {run.feature_norm:g}, {schedule.iterations} iterations"
+        for run, schedule in runs
+    )
+    folder.check(config, resume=resume, overwrite=overwrite)
+    with folder.writing(config, resume=resume, overwrite=overwrite, reported=True):
+        metrics, tuning = compare_on_ufm(runs, range(settings.seeds), folder.runs)
+        table, written = write_ufm(folder, metrics, tuning, list(sizes))
+    return table, metrics, written
 
 
 def compare_on_ufm(

@@ -3,25 +3,67 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from tqdm.auto import tqdm
 
+from neuralcollapse.heads import LearnedClassifier
 from neuralcollapse.lab.figures.curves import line_styles
 from neuralcollapse.lab.figures.panels import without_latex
 from neuralcollapse.lab.figures.summary import made_by, write_summary
 from neuralcollapse.lab.results.files import write_csv, write_whole
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.tables import aligned
-from neuralcollapse.ufm import Visit, hessian_extremes, loss_slice
+from neuralcollapse.lab.ufm.settings import LandscapeSettings
+from neuralcollapse.ufm import (
+    UnconstrainedFeatures,
+    Visit,
+    hessian_extremes,
+    loss_slice,
+    origin_curvature,
+    survey,
+)
 
 _EIGENVALUES, _STEPS = 60, 81
+
+
+def survey_landscape(
+    settings: LandscapeSettings, folder: RunFolder, *, overwrite: bool = False
+) -> tuple[str, list[Path]]:
+    """Find and classify critical points, and write their tables, figure and summary.
+
+    Returns:
+        The table of points as text, and the files written, the most informative first.
+    """
+    num_classes, feature_dim = settings.num_classes, settings.feature_dim or settings.num_classes
+    model = UnconstrainedFeatures(
+        num_classes,
+        settings.samples_per_class,
+        feature_dim,
+        LearnedClassifier(feature_dim, num_classes),
+        weight_decay=settings.weight_decay,
+        feature_decay=settings.feature_decay,
+    )
+    generator = torch.Generator().manual_seed(settings.seed)
+    visits = survey(model, starts=settings.starts, generator=generator)
+    first = next(visits)  # invalid sizes are refused here, before anything is deleted
+    folder.check(settings.in_force(), overwrite=overwrite)
+    groups = sum(num_classes % number == 0 for number in range(1, num_classes))
+    total, hidden = settings.starts + 2 * groups, not sys.stderr.isatty()
+    with folder.writing(settings.in_force(), overwrite=overwrite, reported=True):
+        bar = tqdm(chain([first], visits), total=total, unit="point", dynamic_ncols=True, disable=hidden)
+        tables = tabulate(bar, generator)
+        bound = origin_curvature(num_classes, settings.samples_per_class, settings.weight_decay, settings.feature_decay)
+        return write_landscape(folder, tables, settings.title, bound)
 
 
 @dataclass
