@@ -1,4 +1,4 @@
-"""Figures are drawn from tables alone."""
+"""Figures from tables alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from neuralcollapse.lab.figures.panels import Panel, add_legend, check_drawing, 
 
 
 def table(train: float, test: float) -> pd.DataFrame:
-    """Every metric, falling by this factor over three epochs on each split."""
+    """Return every metric over three epochs, multiplied by a factor per epoch on each split."""
     rows = [
         (method, seed, epoch, split, name, factor ** (epoch - 1) * (1 + 0.1 * seed))
         for method in ("standard", "frame")
@@ -51,7 +51,7 @@ NAMES = ["cost_$\\frac{$", "$", "a $5 b", "$x$", r"\$x\$", r"$\notacommand$", "$
 
 
 def words_of(svg: str) -> str:
-    """The text of a picture whose text is kept as such."""
+    """Return the text of an SVG file that stores text as text."""
     for code, character in (("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
         svg = svg.replace(code, character)
     return re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
@@ -112,7 +112,7 @@ def test_the_published_methods_always_have_the_same_styles():
 
 
 def drawn_on(rows: int, columns: int, groups: int, words: str = "standard resnet18 feature_dim") -> Figure:
-    """A figure of lines with its legend, and its layout done."""
+    """Return a figure of lines with its legend, after layout."""
     figure = Figure(figsize=(3.4 * columns, 2.7 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flat
     for axes in panels:
@@ -142,9 +142,9 @@ def test_a_legend_is_below_the_axes_and_inside_the_figure(rows, columns, groups,
     for axes in figure.axes:
         assert axes.get_legend() is None
         assert box.y1 <= axes.get_tightbbox(renderer).y0
-        assert axes.get_window_extent(renderer).height > 1.2 * figure.dpi  # no panel gives its room to the legend
+        assert axes.get_window_extent(renderer).height > 1.2 * figure.dpi  # the legend takes no space from a panel
     texts = [text.get_window_extent(renderer) for text in legend.get_texts()]
-    assert not any(one.overlaps(other) for one, other in itertools.combinations(texts, 2))
+    assert not any(first.overlaps(second) for first, second in itertools.combinations(texts, 2))
 
 
 def test_one_group_needs_no_legend():

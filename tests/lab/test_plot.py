@@ -1,4 +1,4 @@
-"""The published figures, drawn from run folders alone."""
+"""Published figures from run folders alone."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import subprocess
 import sys
 from html import unescape
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -25,9 +27,10 @@ from neuralcollapse.lab import RunConfig, RunFolder, train_runs
 from neuralcollapse.lab.figures import FIGURES
 from neuralcollapse.lab.figures.features import project
 from neuralcollapse.lab.figures.panels import Panel, thin_ticks, write_panels
-from neuralcollapse.lab.figures.published import draw_series, gradient_flow, markou
+from neuralcollapse.lab.figures.published import class_cosines, draw_series, gradient_flow, markou
 from neuralcollapse.lab.results.groups import RunGroups
 from neuralcollapse.lab.results.tables import add_rows
+from neuralcollapse.metrics import ClassMoments, pair_matrices
 
 SMALL = {"backbone": "mlp", "width": 16, "depth": 1, "train_samples": 150, "test_samples": 60, "epochs": 2}
 
@@ -60,7 +63,7 @@ def test_each_figure_is_drawn_from_the_folders(name, trained, tmp_path, capsys):
 
 
 def drawn_ticks(figure: Figure) -> bool:
-    """Whether no two tick labels of an axis overlap."""
+    """Return whether no two tick labels of an axis overlap."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     for axes in figure.axes:
@@ -73,23 +76,42 @@ def drawn_ticks(figure: Figure) -> bool:
 
 
 @pytest.mark.parametrize("classes", [(0, 2, 5), (6, 1, 3, 4)])
-def test_at_collapse_features_means_and_classifier_stand_on_the_vertices(classes):
+def test_at_collapse_features_means_and_classifier_lie_on_the_vertices(classes):
     etf = random_simplex_etf(7, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     targets = torch.arange(7).repeat_interleave(3)
     model = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(12, 7)).double()
     model[1].weight.data.copy_(3 * etf)
     record = measure(model, [(5 * etf[targets] + 1, targets)], progress=False)
-    found = project(record, classes)
-    assert torch.allclose(found.means, found.vertices, atol=1e-12)
-    assert torch.allclose(found.weights, found.vertices, atol=1e-12)
-    place = {one: place for place, one in enumerate(classes)}
-    expected = found.vertices[[place[int(one)] for one in found.targets]]
-    assert torch.allclose(found.features, expected, atol=2e-3)  # kept in fp16
-    assert (found.vertices.norm(dim=1) - 1).abs().max() < 1e-12
+    projected = project(record, classes)
+    vertices = projected.vertices
+    assert torch.allclose(projected.means, vertices, atol=1e-12)
+    assert torch.allclose(projected.weights, vertices, atol=1e-12)
+    expected = vertices[[classes.index(int(target)) for target in projected.targets]]
+    assert torch.allclose(projected.features, expected, atol=2e-3)  # stored in fp16
+    assert (vertices.norm(dim=1) - 1).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("most", [None, 4])
+def test_cosines_of_classes_are_those_of_pair_matrices(most):
+    targets = torch.tensor([0, 0, 2, 2, 3, 4, 5, 5])  # none of class 1
+    features = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(6, 5, generator=torch.Generator().manual_seed(1))
+    moments = ClassMoments(6, 5)
+    moments.update(features, targets)
+    record = SimpleNamespace(moments=moments, weight=weight, num_classes=6)
+    with_samples = [0, 2, 3, 4, 5]
+    matrices = pair_matrices(moments, weight, names=["cosines_means", "cosines_weights"])
+    for of in ("means", "weights"):
+        cosines = class_cosines(record, of, most)
+        assert cosines.shape == (most or 6, most or 6)
+        shown = [number for number in with_samples if number < len(cosines)]
+        expected = matrices[f"cosines_{of}"][: len(shown), : len(shown)].fill_diagonal_(torch.nan)
+        assert cosines[np.ix_(shown, shown)] == pytest.approx(expected.numpy(), rel=1e-12, nan_ok=True)
+        assert np.isnan(cosines[1]).all() == (of == "means")
 
 
 @pytest.mark.parametrize("classes", [(0, 1), (0, 1, 1), (0, 1, 10)])
-def test_only_classes_that_are_there_are_projected_on(classes, trained):
+def test_only_classes_of_the_record_are_projected(classes, trained):
     runs = RunGroups(RunFolder(trained).run_folders())
     with pytest.raises(ValueError, match="classes must be at least three different ones of 0 to 9"):
         project(runs.record("implicit", "train", 1), classes)
@@ -105,7 +127,7 @@ def test_ticks_do_not_overlap():
     assert drawn_ticks(figure)
 
 
-def test_a_panel_that_cannot_be_drawn_says_why(trained, tmp_path):
+def test_a_panel_without_data_has_a_message(trained, tmp_path):
     runs = RunGroups(RunFolder(trained).run_folders())
     figure = Figure()
     with pytest.raises(ValueError, match="nc5_ood was not measured on the train split: run `neuralcollapse measure`"):
@@ -161,7 +183,7 @@ def test_plotting_imports_neither_lightning_nor_datasets(trained, tmp_path):
 
 
 def untrained(folder: Path, **settings) -> str:
-    """The folder of a run with a table, as if it had been trained."""
+    """Return the folder of a run with a table, without training."""
     run = RunFolder(folder)
     run.start(RunConfig(**settings).in_force())
     run.add_facts(num_classes=10, data=f"{Path(settings.get('data', 'digits')).name}: 100 images")
@@ -233,7 +255,7 @@ def test_panels_of_distances_name_the_reference_epoch(trained, tmp_path):
     assert "ETF of means to reference, epoch 2" in titles
 
 
-def test_names_of_files_are_told_apart(trained):
+def test_names_of_files_differ(trained):
     run = RunFolder(trained).run("fixed-seed0")
     runs = RunGroups({"a/b": [run], "a b": [run], "..": [run], "a-b": [run]})
     assert len(set(runs.stems.values())) == 4

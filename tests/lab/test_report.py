@@ -86,7 +86,7 @@ def numbers_of(page: Path) -> dict[str, Any]:
 
 
 def csv_of(folder: Path) -> pd.DataFrame:
-    """What the runs' own tables hold."""
+    """Return the tables of the runs."""
     tables = []
     for run in RunFolder(folder).run_folders():
         settings = yaml.safe_load(run.config.read_text())
@@ -125,7 +125,7 @@ def test_curves_are_the_csv_over_seeds(digits, digits_page):
 
 
 @pytest.mark.parametrize("classes", [None, [5, 0, 9], [3, 1, 2, 8]])
-def test_what_moves_is_the_projection_of_each_record(classes, digits):
+def test_frames_are_the_projections_of_the_records(classes, digits):
     runs = RunGroups(RunFolder(digits).run_folders())
     found = motion(runs, classes)
     chosen = classes or [0, 1, 2]
@@ -142,7 +142,7 @@ def test_what_moves_is_the_projection_of_each_record(classes, digits):
                 assert torch.allclose(torch.tensor(places).T, mine[: len(places[0])].float(), atol=1e-3)
 
 
-def test_runs_that_ended_at_different_epochs_stand_where_they_ended(digits, tmp_path):
+def test_shorter_runs_stay_at_their_last_record(digits, tmp_path):
     short = train_runs(RunConfig(method="implicit", epochs=2, **SMALL), tmp_path / "short", progress=False)
     folders = [RunFolder(digits).run("standard-seed0"), short]
     assert main(["report", *(str(run.path) for run in folders), "--out", str(tmp_path / "page.html")]) == 0
@@ -153,7 +153,7 @@ def test_runs_that_ended_at_different_epochs_stand_where_they_ended(digits, tmp_
     assert (table["test acc"] != "nan").all()
 
 
-def test_class_means_that_are_all_equal_stand_nowhere(digits, tmp_path):
+def test_class_means_that_are_all_equal_have_no_coordinates(digits, tmp_path):
     folder = tmp_path / "dead"
     shutil.copytree(digits / "runs" / "fixed-seed0", folder)
     path = RunFolder(folder).measurement(2, "train")

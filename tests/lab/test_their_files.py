@@ -153,18 +153,18 @@ def test_absent_classes_are_named_and_reported_in_the_summary(tmp_path):
     assert "4 classes, 1 of them without training images" in summarise(folder, "train").written[0].read_text()
 
 
-def test_a_panel_that_cannot_be_drawn_says_why(tmp_path, monkeypatch):
+def test_a_panel_without_data_has_a_message_and_other_errors_are_raised(tmp_path, monkeypatch):
     row = {"method": "fixed", "seed": 0, "epoch": 1, "metric": "accuracy", "value": 0.5}
     measured = pd.DataFrame([row | {"split": "train"}, row | {"split": "test", "value": math.nan}])
-    said: list[str] = []
+    messages: list[str] = []
     monkeypatch.setattr(
-        "matplotlib.axes.Axes.text", lambda *arguments, **_: said.append(" ".join(arguments[3].split()))
+        "matplotlib.axes.Axes.text", lambda *arguments, **_: messages.append(" ".join(arguments[3].split()))
     )
     assert all(path.exists() for path in draw_figures(measured, tmp_path, "digits"))
     unmeasured = ["nc1_quotient", "nc2_etf_means", "nc3_duality", "nc4_ncc_mismatch"]
-    assert said == [f"no finite value of {name} was measured" for name in ("accuracy", *sorted(2 * unmeasured))]
+    assert messages == [f"no finite value of {name} was measured" for name in ("accuracy", *sorted(2 * unmeasured))]
     monkeypatch.setattr("neuralcollapse.lab.figures.curves.draw_band", lambda *_, **__: 1 / 0)
-    with pytest.raises(ZeroDivisionError):  # a broken figure is not a panel with a message
+    with pytest.raises(ZeroDivisionError):
         draw_figures(measured, tmp_path, "digits")
 
 

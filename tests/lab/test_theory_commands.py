@@ -19,7 +19,7 @@ def values(rows, metric):
     return [row["value"] for row in rows if row["metric"] == metric]
 
 
-def test_ufm_trains_all_there_is_to_compare_and_says_what_it_wrote(tmp_path, capsys):
+def test_ufm_trains_all_combinations_and_prints_the_files_written(tmp_path, capsys):
     out = tmp_path / "ufm"
     assert main(["ufm", *SMALL, *FEW, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
@@ -39,7 +39,7 @@ def test_ufm_trains_all_there_is_to_compare_and_says_what_it_wrote(tmp_path, cap
     assert sum(line.startswith("| UFM-5 ") for line in printed.split("\n")) == 6
 
 
-def test_ufm_goes_on_where_it_was_stopped_and_gives_the_same(tmp_path, capsys):
+def test_ufm_resumes_with_the_same_result(tmp_path, capsys):
     out, few = tmp_path / "ufm", ["ufm", *SMALL[2:], "--classes", "3", *FEW, "--methods", "fixed,implicit"]
     assert main([*few, "--out", str(out)]) == 0
     whole = pd.read_csv(out / "metrics.csv")
@@ -89,7 +89,7 @@ def test_measurements_are_evenly_spaced_in_their_logarithm():
     assert all(later / earlier <= 1.3 for earlier, later in pairwise(points) if earlier >= 10)
 
 
-def test_landscape_classifies_what_it_finds(tmp_path, capsys):
+def test_landscape_classifies_its_points(tmp_path, capsys):
     out = tmp_path / "landscape"
     arguments = ["landscape", "--num_classes", "4", "--samples_per_class", "2", "--starts", "3", "--out", str(out)]
     assert main(arguments) == 0
