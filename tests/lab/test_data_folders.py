@@ -673,6 +673,57 @@ def test_a_changed_file_of_the_same_size_and_time_is_read_again(tmp_path):
     assert not after.train.images.equal(before.train.images)
 
 
+CARD = """---
+configs:
+- config_name: small
+  data_files:
+  - split: train
+    path: small/*.parquet
+  - split: test
+    path: [other/t*.parquet]
+- config_name: large
+  data_files: "**/large-*.parquet"
+---
+A data set.
+"""
+
+
+def test_the_readme_of_a_data_set_lists_the_files_of_its_configurations(tmp_path):
+    for number, name in enumerate(["small/a", "small/b", "other/test", "deep/er/large-1"]):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        parquet(tmp_path / f"{name}.parquet", [0, 1] * 5, None, 10 * number)
+    (tmp_path / "README.md").write_text(CARD)
+    with pytest.raises(ValueError, match="config must be a configuration of .*, which has small, large; got None"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match="config must be a configuration of .*, which has small, large; got 'medium'"):
+        load(tmp_path, data_options={"config": "medium"})
+    small = load(tmp_path, data_options={"config": "small"})
+    assert (len(small.train), len(small.test)) == (20, 10)
+    assert small.notes == ("not used: deep/er/large-1.parquet",)
+    assert len(load(tmp_path, data_options={"config": "large"}).train) == 8
+    (tmp_path / "README.md").write_text(CARD.replace("name: small", "name: small\n  default: true"))
+    assert len(load(tmp_path).train) == 20
+    (tmp_path / "README.md").write_text(CARD.replace("    path: [other", "    paths: [other"))
+    with pytest.raises(
+        ValueError, match="a README.md whose data_files `datasets` can read, and that of .* does not: In"
+    ):
+        load(tmp_path, data_options={"config": "small"})
+
+
+def test_parquet_files_without_a_readme_are_those_of_one_folder(tmp_path):
+    for number, name in enumerate(["small/train", "small/test", "large/train"]):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        parquet(tmp_path / f"{name}.parquet", [0, 1] * 5, None, 10 * number)
+    with pytest.raises(
+        ValueError, match="config must say which folder of .* to take: large, small have a split 'train'"
+    ):
+        load(tmp_path)
+    with pytest.raises(ValueError, match="config must be a folder of Parquet files in .*, got 'medium'"):
+        load(tmp_path, data_options={"config": "medium"})
+    data = load(tmp_path, data_options={"config": "small"})
+    assert (len(data.train), len(data.test)) == (10, 10)
+
+
 def test_folders_and_parquet_files_with_images_are_refused_together(tmp_path):
     make(tmp_path, {"a": 5, "b": 5})
     parquet(tmp_path / "train.parquet", [0, 1] * 5)

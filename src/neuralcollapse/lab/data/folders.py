@@ -397,7 +397,7 @@ def _by_card(root: Path, files: Sequence[str], data: str, config: str | None) ->
     chosen = config or (default or list(known))[0]
     if chosen not in known or (config is None and not default and len(known) > 1):
         raise ValueError(
-            f"data_config must be a configuration of {data!r}, which has {', '.join(known)}; got {config!r}"
+            f"data_options.config must be a configuration of {data!r}, which has {', '.join(known)}; got {config!r}"
         )
     try:
         patterns: dict[str, list[str]] = sanitize_patterns(known[chosen]["data_files"])
@@ -418,7 +418,7 @@ def _by_name(files: Sequence[str], data: str, config: str | None) -> dict[str, l
     if config is not None:
         inside = [path for path in files if config in path.split("/")[:-1]]
         if not inside:
-            raise ValueError(f"data_config must be a folder of Parquet files in {data!r}, got {config!r}")
+            raise ValueError(f"data_options.config must be a folder of Parquet files in {data!r}, got {config!r}")
         files = inside
     by_split: dict[str, dict[str, str]] = {}
     for path in files:
@@ -431,7 +431,8 @@ def _by_name(files: Sequence[str], data: str, config: str | None) -> dict[str, l
         folders = sorted(set(paths.values()))
         if len(folders) > 1 and config is None:
             raise ValueError(
-                f"data_config must say which folder of {data!r} to take: {listed(folders)} have a split {split!r} each"
+                f"data_options.config must say which folder of {data!r} to take: {listed(folders)} have a split "
+                f"{split!r} each"
             )
     return {split: list(paths) for split, paths in by_split.items()}
 

@@ -42,10 +42,10 @@ _FEATURE_SETTINGS = ("num_classes", "feature_dim", "train_per_class", "test_per_
 
 
 def generated(config: DataSettings) -> Source:
-    """Return the data set that ``generator`` describes.
+    """Return the data set that ``data_options`` describe.
 
     Raises:
-        ValueError: if a setting of the generator is missing, unknown or not a number.
+        ValueError: if an option is missing, unknown or not a number.
     """
     if config.data == "mnist-1d":
         settings = PUBLISHED if config.data_options == "published" else _check(config, tuple(PUBLISHED))

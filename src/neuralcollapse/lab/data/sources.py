@@ -199,6 +199,11 @@ class _Rows:
 
 
 def _rows(config: DataSettings, path: str, data_config: str | None) -> _Rows:
+    """Read the rows of a folder, or fetch those of the hub.
+
+    Raises:
+        ValueError: if there are none, or they cannot be read.
+    """
     import datasets
 
     data = config.data
@@ -230,10 +235,9 @@ def _rows(config: DataSettings, path: str, data_config: str | None) -> _Rows:
             f"data set {name}{path!r} could not be fetched from the hub ({reason}); "
             "without a network, give data a folder that holds it: --data FOLDER"
         ) from error
-    notes = (
-        [f"the data set of the hub, and not the folder {data}/ here: --data ./{data}"] if Path(data).is_dir() else []
-    )
-    return _Rows({name: [rows] for name, rows in splits.items()}, notes=tuple(notes), published=True)
+    note = f"the data set of the hub, and not the folder {data}/ here: --data ./{data}"
+    notes = (note,) if Path(data).is_dir() else ()
+    return _Rows({name: [rows] for name, rows in splits.items()}, notes=notes, published=True)
 
 
 def _folder_rows(folder: Path, config: DataSettings, data_config: str | None) -> _Rows:
@@ -275,11 +279,11 @@ def _folder_rows(folder: Path, config: DataSettings, data_config: str | None) ->
 
 def _check_class_folders_alone(folder: Path, listing: Listing, config: DataSettings) -> None:
     """Check that labels can be taken from the class folders alone."""
-    for name, value in (("label_column", config.stored.label_column), ("data_config", config.stored.config)):
+    for name, value in (("label_column", config.stored.label_column), ("config", config.stored.config)):
         if value is not None:
             raise ValueError(
-                f"{name} belongs to data with a column of labels; the classes of {config.data!r} are its sub-folders, "
-                "unless data_options name a table"
+                f"data_options.{name} belongs to data with a column of labels; the classes of {config.data!r} are its "
+                "sub-folders, unless data_options name a table"
             )
     for path in (path for each in listing.walk() for path in each.others if path.lower().endswith(".parquet")):
         if holds_images(folder / path):
