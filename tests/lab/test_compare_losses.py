@@ -88,7 +88,8 @@ def test_rates_are_not_chosen_again_on_resuming(tuned, capsys):
     before = [path.stat().st_mtime_ns for path in kept]
     base = folder.settings()
     comparison = comparison_of(base)
-    chosen = with_chosen_rates(comparison_runs(comparison, {}, base), comparison, folder, base, resume=True)
+    with folder.writing(base, resume=True):
+        chosen = with_chosen_rates(comparison_runs(comparison, {}, base), comparison, folder, resume=True)
     assert [path.stat().st_mtime_ns for path in kept] == before
     assert [run.in_force() for run in chosen] == [place.settings() for place in folder.run_folders()]
     flags = ["compare", "--resume", "--out", str(tuned), "--lr_candidates=0.1,0.2"]

@@ -154,7 +154,7 @@ def test_a_run_that_diverges_takes_no_other_with_it(tmp_path, monkeypatch, capsy
     assert sum(seen.values()) == trained
     assert "fixed-seed0: the run in " in capsys.readouterr().err
     assert main(["aggregate", str(out), "--out", str(tmp_path / "all.csv")]) == 0
-    assert "left out: fixed-seed0, which diverged" in capsys.readouterr().err
+    assert "skipped: fixed-seed0, which diverged" in capsys.readouterr().err
 
 
 def test_a_comparison_of_runs_that_all_diverge_is_an_error(tmp_path, capsys):

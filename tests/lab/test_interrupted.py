@@ -26,11 +26,11 @@ from neuralcollapse.lab import RunFolder
 from neuralcollapse.lab.commands import plot
 from neuralcollapse.lab.data.sources import digits
 from neuralcollapse.lab.evaluate import state_dict
-from neuralcollapse.lab.figures import page, report, summary
+from neuralcollapse.lab.figures import panels, report, summary
 from neuralcollapse.lab.results.files import write_whole
 from neuralcollapse.lab.training import runs
 
-IMPORTED = digits(), runs, state_dict, report, plot, page  # before any process is forked
+IMPORTED = digits(), runs, state_dict, report, plot, panels  # before any process is forked
 SMALL = "--backbone mlp --width 12 --depth 1 --train_samples 80 --test_samples 30 --batch_size 40 --schedule constant"
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
 STOPS = ("kill", "interrupt", "full disk")

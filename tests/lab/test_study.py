@@ -221,7 +221,7 @@ def test_a_study_runs_once_and_then_answers_without_its_data(tiny, capsys, monke
     assert f"difference {mean:.3g}" in record["claims"][0]["numbers"][0]
     assert (folder.figures / "zhu.png").exists()
 
-    monkeypatch.setattr("neuralcollapse.lab.training.runs.train_runs", None)
+    monkeypatch.setattr("neuralcollapse.lab.training.runs.train_each", None)
     assert main(["study", "tiny"]) == 0
     assert capsys.readouterr().out == told
     assert main(["study"]) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
@@ -10,7 +11,10 @@ import yaml
 
 from helpers import error_of
 from neuralcollapse.cli import main
+from neuralcollapse.lab import RunFolder
 from neuralcollapse.lab.recipes import load_recipe, recipe_names
+from neuralcollapse.lab.results import files
+from neuralcollapse.lab.training import run as training
 
 SMALL = ["--backbone=mlp", "--width=24", "--depth=1", "--train_samples=200", "--test_samples=60", "--batch_size=50"]
 
@@ -77,6 +81,26 @@ def test_a_run_goes_on_where_it_stopped_and_runs_again_from_its_config(settings,
     for name, content in whole.items():
         assert (out / name).read_bytes() == content
         assert (again / name).read_bytes() == content
+
+
+def test_a_run_checks_its_folder_and_builds_its_model_once(tmp_path, monkeypatch):
+    counts: Counter[str] = Counter()
+
+    def count(owner: object, name: str) -> None:
+        function = getattr(owner, name)
+
+        def counted(*arguments: object, **options: object) -> object:
+            counts[name] += 1
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count(RunFolder, "check")
+    count(training, "build_model")
+    count(files, "load_yaml")
+    count(files, "sha256")
+    assert train(tmp_path / "out", "--epochs", "2") == 0
+    assert counts == {"check": 1, "build_model": 1}  # what it writes as YAML, it need not read again
 
 
 def test_random_labels_are_memorised_kept_and_used_again(tmp_path):

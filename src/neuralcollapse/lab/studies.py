@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -256,7 +256,12 @@ def _results(
     runs = study_runs(study, scale, seeds, data)
     for config in runs.values():
         check_class_is_named(config.in_force(), options.backbone, f"{study.name}.yaml")
-    _train_missing(runs, folder, {"study": study.name, "scale": scale}, options, locks)
+    if not options.overwrite:
+        _check_existing(runs, folder)
+    settings, resume = {"study": study.name, "scale": scale}, folder.config.exists() and not options.overwrite
+    locks.enter_context(folder.writing(settings, resume=resume, overwrite=options.overwrite))
+    if options.overwrite or not all(_is_finished(folder.run(name)) for name in runs):
+        _train_missing(runs, folder, resume=resume, parallel=options.parallel)
     finished: dict[str, dict[int, RunFolder]] = {label: {} for label in study.runs}
     for name, config in runs.items():
         if _is_finished(folder.run(name)):
@@ -273,46 +278,35 @@ def _is_finished(run: RunFolder) -> bool:
     return run.config.exists() and run.read_environment().get("finished") is True
 
 
-def _train_missing(
-    runs: Mapping[str, RunConfig], folder: RunFolder, settings: dict[str, Any], options: StudyOptions, locks: ExitStack
-) -> None:
-    """Train the runs that are not finished, and lock the folder from the first write on.
+def _check_existing(runs: Mapping[str, RunConfig], folder: RunFolder) -> None:
+    """Check that the runs that exist have the settings of the study.
 
     Raises:
-        ValueError: if existing runs have other settings; the message has each difference.
+        ValueError: if some have others; the message has each difference.
     """
-    existing = [] if options.overwrite else [name for name in runs if folder.run(name).config.exists()]
     differences = []
-    for name in existing:
-        try:
-            folder.run(name).check(runs[name].in_force(), resume=True)
-        except ValueError as error:
-            differences.append(f"{name}: {error}")
+    for name, config in runs.items():
+        if folder.run(name).config.exists():
+            try:
+                folder.run(name).check(config.in_force(), resume=True)
+            except ValueError as error:
+                differences.append(f"{name}: {error}")
     if differences:
         raise ValueError(
             f"{len(differences)} of the runs in {str(folder.path)!r} are not the study's: {'; '.join(differences)}; "
             "--out names another folder, --overwrite trains all of it again"
         )
 
-    def lock() -> None:
-        locks.enter_context(sole_writer(folder.path))
 
-    if all(name in existing and _is_finished(folder.run(name)) for name in runs):
-        lock()
-        return
+def _train_missing(runs: Mapping[str, RunConfig], folder: RunFolder, *, resume: bool, parallel: int) -> None:
+    """Train the runs that are not finished; one that fails is named and skipped."""
+    from neuralcollapse.lab.training.runs import Preparation, train_each  # seconds
 
-    from neuralcollapse.lab.training.runs import train_runs  # seconds
-
-    train_runs(
-        runs,
-        folder.path,
-        settings=settings,
-        resume=folder.config.exists() and not options.overwrite,
-        overwrite=options.overwrite,
-        leave_out_failed=True,
-        parallel=options.parallel,
-        before_writing=lock,
-    )
+    preparation = Preparation(resumed=resume, progress=True)
+    folder.begin(preparation.check(runs, folder, parallel))
+    with closing(train_each(runs, folder, preparation, parallel)) as failures:
+        for name, failure in failures:
+            print(f"neuralcollapse: skipped: {name}: {failure}", file=sys.stderr)
 
 
 def _draw(study: Study, runs: Mapping[str, list[RunFolder]], folder: RunFolder) -> list[Path]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
@@ -74,13 +73,12 @@ def _stored_settings(settings: Namespace, given: dict[str, Any], out: str) -> di
     return stored
 
 
-def _check_resumable(folder: RunFolder, config: dict[str, Any]) -> None:
-    """Check that a run can be resumed, before the seconds that importing torch takes.
+def _check_unfinished(folder: RunFolder, config: dict[str, Any]) -> None:
+    """Check that a run that is to resume has neither diverged nor finished.
 
     Raises:
-        ValueError: if its settings differ, it diverged, or it is finished.
+        ValueError: if it has.
     """
-    folder.check(config, resume=True)
     if (reason := folder.read_environment().get("diverged")) is not None:
         raise ValueError(f"the run in {str(folder.path)!r} cannot be resumed: {reason}")
     if folder.is_reported(config):
@@ -106,40 +104,46 @@ def _train_and_report(
         print_config(config)
         return 0
 
-    folder, is_first = RunFolder(out), global_rank() == 0
-    options: dict[str, Any] = {name: bool(settings.get(name)) for name in ("resume", "overwrite")}
-    options["parallel"] = option(settings, "parallel", int, 1)
-    if options["resume"] and is_first:
-        _check_resumable(folder, config)
+    folder, parallel = RunFolder(out), option(settings, "parallel", int, 1)
+    options = {name: bool(settings.get(name)) for name in ("resume", "overwrite")}
+    if isinstance(runs, RunConfig) and runs.ranks > 1 and global_rank() > 0:  # the first rank checks, and writes
+        from neuralcollapse.lab.training.runs import train_runs
 
-    from neuralcollapse.lab.figures.panels import check_drawing  # seconds: after the checks of the arguments
-    from neuralcollapse.lab.figures.summary import summarise
-    from neuralcollapse.lab.training.objective import Diverged
-    from neuralcollapse.lab.training.runs import train_runs
-    from neuralcollapse.lab.training.tuning import with_chosen_rates
+        train_runs(runs, folder, **options)
+        return 0
+    summary, failure = None, None
+    try:
+        with folder.writing(config, **options):
+            if options["resume"]:
+                _check_unfinished(folder, config)
 
-    if is_first:
-        check_drawing()
-    summaries, code = [], 0
+            from neuralcollapse.lab.figures.panels import check_drawing  # seconds: after the checks of the arguments
+            from neuralcollapse.lab.figures.summary import summarise
+            from neuralcollapse.lab.training.objective import Diverged
+            from neuralcollapse.lab.training.runs import train_runs
+            from neuralcollapse.lab.training.tuning import with_chosen_rates
 
-    def report(folder: RunFolder) -> None:
-        summaries.append(summarise(folder, "train" if comparison is None else "compare"))
-
-    with ExitStack() as locks:
-        if comparison is not None and comparison.lr == "auto" and not isinstance(runs, RunConfig):
-            runs = with_chosen_rates(runs, comparison, folder, config, locks=locks, **options)
-            options |= {"resume": True, "overwrite": False}
-        try:
-            train_runs(runs, out, settings=config, finish=report, **options)
-        except Diverged as error:
-            if not summaries:
-                raise
-            print(f"neuralcollapse: skipped in table and figures: {error}", file=sys.stderr)
-            code = FAILED_IN_PART
-    for summary in summaries:  # one, of the first rank
-        print(f"\n{summary.table}\n")
-        print_written(summary.written)
-    return code
+            check_drawing()
+            if comparison is not None and comparison.lr == "auto" and not isinstance(runs, RunConfig):
+                runs = with_chosen_rates(runs, comparison, folder, resume=options["resume"], parallel=parallel)
+            try:
+                train_runs(runs, folder, parallel=parallel, **options)
+            except Diverged as error:
+                if isinstance(runs, RunConfig) or not folder.run_folders():
+                    raise
+                failure = error
+            summary = summarise(folder, "train" if comparison is None else "compare")
+            if failure is not None:
+                raise failure
+            folder.add_facts(reported=True)
+    except ValueError as error:
+        if summary is None or error is not failure:
+            raise
+        print(f"neuralcollapse: skipped in table and figures: {error}", file=sys.stderr)
+    assert summary is not None
+    print(f"\n{summary.table}\n")
+    print_written(summary.written)
+    return 0 if failure is None else FAILED_IN_PART
 
 
 TRAIN = Command(

@@ -109,48 +109,50 @@ def measure_state_dict(
     for path in checkpoints.values():
         _check_file(path)
     config = {name: value for name, value in vars(model).items() if value is not None} | evaluation.in_force()
-    measured = _measured_checkpoints(folder, config)
     digests = {epoch: sha256(path) for epoch, path in checkpoints.items()}
-    for epoch, path in checkpoints.items():
-        earlier = measured.get(epoch)
-        if earlier is not None and earlier.get("sha256") != digests[epoch]:
-            raise ValueError(
-                f"epoch {epoch} of {str(folder.path)!r} was measured with the checkpoint {earlier.get('file')!r}, and "
-                f"{str(path)!r} is another one: --epoch sets the epoch of a checkpoint, --out names another folder"
-            )
-    data = load_data(evaluation, batch_size=evaluation.batch_size)
-    loaders = evaluation_batches(data, evaluation)
-    facts = {"data": str(data), "num_classes": data.num_classes, "data_fingerprint": data.fingerprint()}
-    facts |= {"pixels": _standardisation(loaders["train"], evaluation)}
-    if measured:
-        folder.check_data(facts)
-    splits, loaders = select_splits(loaders, splits)
-    records = Records(folder)
-    missing = [
-        epoch for epoch in checkpoints if epoch not in measured or not is_measured(records, epoch, splits, layers)
-    ]
-    if not missing and folder.read_environment().get("finished"):
-        return []
+    with folder.writing(config, resume=_is_external_folder(folder)):
+        measured = _measured_checkpoints(folder)
+        for epoch, path in checkpoints.items():
+            earlier = measured.get(epoch)
+            if earlier is not None and earlier.get("sha256") != digests[epoch]:
+                raise ValueError(
+                    f"epoch {epoch} of {str(folder.path)!r} was measured with the checkpoint {earlier.get('file')!r}, "
+                    f"and {str(path)!r} is another one: --epoch sets the epoch of a checkpoint, --out names another "
+                    "folder"
+                )
+        data = load_data(evaluation, batch_size=evaluation.batch_size)
+        loaders = evaluation_batches(data, evaluation)
+        facts = {"data": str(data), "num_classes": data.num_classes, "data_fingerprint": data.fingerprint()}
+        facts |= {"pixels": _standardisation(loaders["train"], evaluation)}
+        if measured:
+            folder.check_data(facts)
+        splits, loaders = select_splits(loaders, splits)
+        records = Records(folder)
+        missing = [
+            epoch for epoch in checkpoints if epoch not in measured or not is_measured(records, epoch, splits, layers)
+        ]
+        if not missing and folder.read_environment().get("finished"):
+            return []
 
-    def measure_missing() -> Iterator[tuple[int, dict[str, Measurement]]]:
-        for epoch in missing:
-            path = checkpoints[epoch]
-            provenance = Provenance(epoch=epoch, model=f"{model.model} ({path.stem})")
-            network = model.build(read_state_dict(path), data, evaluation)
-            options: dict[str, Any] = {"layers": list(layers), "classifier": model.classifier}
-            with evaluation_layout(network):
-                measurements = measure_splits(network, loaders, provenance, **options)
-            yield epoch, {split: measurements[split] for split in splits}
+        def measure_missing() -> Iterator[tuple[int, dict[str, Measurement]]]:
+            for epoch in missing:
+                path = checkpoints[epoch]
+                provenance = Provenance(epoch=epoch, model=f"{model.model} ({path.stem})")
+                network = model.build(read_state_dict(path), data, evaluation)
+                options: dict[str, Any] = {"layers": list(layers), "classifier": model.classifier}
+                with evaluation_layout(network):
+                    measurements = measure_splits(network, loaders, provenance, **options)
+                yield epoch, {split: measurements[split] for split in splits}
 
-    series, written = measure_missing(), []
-    first = list(islice(series, 1))  # a model that does not fit fails here, before anything is written
-    with folder.writing(config, resume=folder.config.exists(), facts=facts):
+        series, written = measure_missing(), []
+        first = list(islice(series, 1))  # a model that does not fit fails here, before anything is written
+        folder.begin(facts)
         for epoch, measurements in chain(first, series):
             written += write_measurements(folder, epoch, measurements)
             file = relative_path(str(checkpoints[epoch].absolute()), folder.path)
             measured[epoch] = {"file": file, "sha256": digests[epoch]}
             folder.add_facts(checkpoints=dict(sorted(measured.items())))
-    return [folder.metrics, *written, folder.config]
+        return [folder.metrics, *written, folder.config]
 
 
 def series_epochs(checkpoints: int, epochs: Sequence[int] | None) -> list[int]:
@@ -172,11 +174,14 @@ def series_epochs(checkpoints: int, epochs: Sequence[int] | None) -> list[int]:
     return list(epochs)
 
 
-def _measured_checkpoints(folder: RunFolder, config: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """Return the file and the digest of each checkpoint that was measured in a folder, by epoch."""
+def _is_external_folder(folder: RunFolder) -> bool:
+    """Return whether a folder holds measurements of an external model, or False if it holds no run.
+
+    Raises:
+        ValueError: if it holds a run of the laboratory, or measurements of an earlier version.
+    """
     if not folder.config.exists():
-        folder.check(config)
-        return {}
+        return False
     stored = folder.settings()
     if not is_external(stored):
         raise ValueError(
@@ -188,7 +193,11 @@ def _measured_checkpoints(folder: RunFolder, config: Mapping[str, Any]) -> dict[
             f"out must be a new folder: {str(folder.path)!r} was written by an earlier version, which kept one "
             "checkpoint per folder"
         )
-    folder.check(config, resume=True)
+    return True
+
+
+def _measured_checkpoints(folder: RunFolder) -> dict[int, dict[str, Any]]:
+    """Return the file and the digest of each checkpoint that was measured in a folder, by epoch."""
     checkpoints = folder.read_environment().get("checkpoints") or {}
     return {int(epoch): dict(checkpoint) for epoch, checkpoint in checkpoints.items()}
 

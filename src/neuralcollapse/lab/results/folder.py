@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from neuralcollapse.lab.results.files import read_yaml, write_yaml
-from neuralcollapse.lab.results.locking import check_free, sole_writer
+from neuralcollapse.lab.results.locking import sole_writer
 from neuralcollapse.lab.results.provenance import environment, now, start
 from neuralcollapse.lab.results.resuming import (
     FACTS,
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 FORMAT = 3
 # Checksums of the files beside it, which earlier versions kept.
 _MANIFEST = "checksums.yaml"
+# Content of YAML files that this process has read or written, with what tells that they have changed since.
+_PARSED: dict[Path, tuple[tuple[int, int, int], dict[str, Any] | None]] = {}
 
 
 class RunFolder:
@@ -102,6 +105,8 @@ class RunFolder:
         self.path = Path(path)
         for name, place in (self.FILES | self.FOLDERS).items():
             setattr(self, name, self.path / place)
+        self._pending: dict[str, Any] | None = None  # arguments of `start`, inside `writing`
+        self._has_begun = False
 
     @classmethod
     def create(
@@ -143,11 +148,12 @@ class RunFolder:
                 f"path must be a new or an empty folder, and {str(folder.path)!r} holds a run: RunFolder(path) is that "
                 "run's folder, overwrite=True deletes it"
             )
-        folder.check(settings, overwrite=overwrite)
+        _check_writable(folder.path)
         with sole_writer(folder.path):
+            folder.check(settings, overwrite=overwrite)
             if folder.config.exists():
                 folder._clear()
-            write_yaml(folder.environment, {**environment(folder.path), "started": now()})
+            _write(folder.environment, {**environment(folder.path), "started": now()})
             write_yaml(folder.config, {"format": FORMAT, **settings})
         return folder
 
@@ -248,7 +254,7 @@ class RunFolder:
         """
         if not self.config.exists():
             raise ValueError(f"{str(self.path)!r} must be the folder of a run, and has no {self.config.name}")
-        stored = read_yaml(self.config)
+        stored = _read(self.config)
         if stored is None or not {"format", "environment"} & set(stored):
             raise ValueError(
                 f"{str(self.config)!r} must be a run's settings, and is not; --overwrite starts that run again"
@@ -277,23 +283,31 @@ class RunFolder:
         """
         if not self.environment.exists():
             return {}
-        stored = read_yaml(self.environment)
+        stored = _read(self.environment)
         if stored is None:
             raise ValueError(f"{str(self.environment)!r} must be facts of a run by name, and is damaged")
         check_types(stored, FACTS, f"{str(self.environment)!r} is damaged")
         return stored
 
     def check(self, settings: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False) -> None:
-        """See whether a run with these settings may use the folder; change nothing.
+        """Check that a run with these settings may use the folder; change nothing.
 
         Raises:
             ValueError: if it holds a run that is neither to be resumed nor to be overwritten, a run with other settings
-                than those to resume with, or files that are no run; or another process writes there.
-            OSError: if it cannot be written to.
+                than those to resume with, or other files than those of a run.
         """
-        _check_writable(self.path)
-        check_free(self.path)
-        self._check(settings, resume=resume, overwrite=overwrite)
+        if self.config.exists() and overwrite:
+            return
+        if self.config.exists() and resume:
+            self._check_same(settings)
+            self._check_facts()
+        elif self.config.exists():
+            raise ValueError(
+                f"out must not hold a run, and {str(self.path)!r} does: resume it with --resume, "
+                "--overwrite deletes it, --out names another folder"
+            )
+        elif self.path.exists() and not (self.path.is_dir() and self._is_empty()):
+            raise ValueError(f"out must be a new folder, an empty one or a run's; {str(self.path)!r} holds other files")
 
     def check_data(self, facts: Mapping[str, Any]) -> None:
         """Check that the data are those that the run was begun with.
@@ -313,54 +327,60 @@ class RunFolder:
             )
 
     @contextlib.contextmanager
-    def writing(
-        self,
-        settings: Mapping[str, Any],
-        *,
-        resume: bool = False,
-        overwrite: bool = False,
-        facts: Mapping[str, Any] | None = None,
-        reported: bool = False,
-    ) -> Iterator[None]:
-        """Be the one process that writes a run with these settings into the folder; keep when, and whether to its end.
+    def writing(self, settings: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False) -> Iterator[None]:
+        """Lock the folder for a run with these settings, and check once that it may use it.
+
+        Nothing is written until `begin`. Afterwards the run counts as finished, unless an exception ended it. Inside,
+        ``writing`` of the same object does nothing.
 
         Args:
-            settings: To keep in it.
-            resume: Go on with the run that it holds.
+            settings: Settings to keep in it.
+            resume: Resume the run that it holds.
             overwrite: Delete the run that it holds.
-            facts: To keep beside its environment.
-            reported: Whether table, figures and page are written inside as well, so that a run that is finished has
-                those of its last epoch.
 
         Raises:
-            ValueError: As `check`; or the run that is resumed was begun with other data.
+            ValueError: as `check`; or if another process writes to the folder.
+            OSError: if it cannot be written to.
         """
+        if self._pending is not None:
+            yield
+            return
+        _check_writable(self.path)
         with sole_writer(self.path):
-            self._check(settings, resume=resume, overwrite=overwrite)
-            if self.config.exists() and not overwrite:
-                self.check_data(facts or {})
-            self.start(settings, overwrite=overwrite, facts=facts)
+            self.check(settings, resume=resume, overwrite=overwrite)
+            self._pending, self._has_begun = {"settings": settings, "overwrite": overwrite}, False
             try:
                 yield
             except BaseException:
-                with contextlib.suppress(OSError, ValueError):  # what went wrong before is to be heard of
-                    self.add_facts(ended=now())
+                with contextlib.suppress(OSError, ValueError):  # do not mask the original error
+                    if self._has_begun:
+                        self.add_facts(ended=now())
                 raise
-            self.add_facts(ended=now(), finished=True, reported=reported)
+            else:
+                if self._has_begun:
+                    self.add_facts(ended=now(), finished=True)
+            finally:
+                self._pending = None
 
-    def _check(self, settings: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
-        if self.config.exists() and overwrite:
-            return
-        if self.config.exists() and resume:
-            self._check_same(settings)
-            self._check_facts()
-        elif self.config.exists():
-            raise ValueError(
-                f"out must not hold a run, and {str(self.path)!r} does: resume it with --resume, "
-                "--overwrite deletes it, --out names another folder"
-            )
-        elif self.path.exists() and not (self.path.is_dir() and self._is_empty()):
-            raise ValueError(f"out must be a new folder, an empty one or a run's; {str(self.path)!r} holds other files")
+    def begin(self, facts: Mapping[str, Any] | None = None) -> None:
+        """Make the folder that of the run of `writing`, or note that its run resumes; a further call adds facts.
+
+        Args:
+            facts: Facts to keep in the environment, such as the fingerprint of the data.
+
+        Raises:
+            ValueError: if the run that is resumed was begun with other data.
+        """
+        assert self._pending is not None, "begin belongs inside writing"
+        resumes = self.config.exists() and (self._has_begun or not self._pending["overwrite"])
+        if resumes and facts and "data_fingerprint" in facts:
+            self.check_data(facts)
+        if self._has_begun:
+            known = self.read_environment()
+            self.add_facts(**{name: fact for name, fact in (facts or {}).items() if name not in known})
+        else:
+            self.start(**self._pending, facts=facts)
+            self._has_begun = True
 
     def _is_empty(self) -> bool:
         """Whether there is nothing but what a run killed at its start leaves."""
@@ -391,8 +411,8 @@ class RunFolder:
             self._clear()
         if not self.config.exists():
             made = environment(self.path)
-            write_yaml(self.environment, {**made, **(facts or {}), "started": now(), "finished": False})
-            write_yaml(self.config, {"format": FORMAT, **settings})  # last: this makes it a run's folder
+            _write(self.environment, {**made, **(facts or {}), "started": now(), "finished": False})
+            _write(self.config, {"format": FORMAT, **settings})  # last: this makes it a run's folder
             return
         (self.path / _MANIFEST).unlink(missing_ok=True)  # what is written from here on is not entered there
         made, again = self.read_environment(), start(self.path)
@@ -400,10 +420,13 @@ class RunFolder:
         if extended:
             again["epochs"] = settings["epochs"]
         new = {name: fact for name, fact in (facts or {}).items() if name not in made}
+        if "runs" in made:  # of a study that is given more seeds
+            runs = made["runs"]
+            new["runs"] = [*runs, *(name for name in (facts or {}).get("runs", []) if name not in runs)]
         # First: a kill between the two leaves a run that is not finished, with the epochs of before.
         self.add_facts(**new, finished=False, reported=False, resumed=[*made.get("resumed", []), again])
         if extended:
-            write_yaml(self.config, {"format": FORMAT, **settings})
+            _write(self.config, {"format": FORMAT, **settings})
 
     def is_finished(self, settings: Mapping[str, Any]) -> bool:
         """Whether it holds a run with these settings, trained to its end."""
@@ -432,7 +455,7 @@ class RunFolder:
 
     def add_facts(self, **facts: Any) -> None:
         """Keep more of what is known of the run beside its environment."""
-        write_yaml(self.environment, self.read_environment() | facts)
+        _write(self.environment, self.read_environment() | facts)
 
     def _clear(self) -> None:
         """Delete what a run wrote. Of a link to another folder the link is deleted, not what is there."""
@@ -455,13 +478,30 @@ class RunFolder:
             )
 
 
+def _read(path: Path) -> dict[str, Any] | None:
+    """Return the mapping in a YAML file, which is parsed again only if the file has changed."""
+    if path not in _PARSED or _PARSED[path][0] != _signature(path):
+        _PARSED[path] = _signature(path), read_yaml(path)
+    return copy.deepcopy(_PARSED[path][1])
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    write_yaml(path, content)
+    _PARSED[path] = _signature(path), copy.deepcopy(content)
+
+
+def _signature(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
 def _check_writable(folder: Path) -> None:
-    """See that a folder can be made, or written to, before anything that takes long."""
+    """Check that a folder can be created or written to."""
     place = folder.absolute()
     while not os.path.lexists(place) and place != place.parent:
         place = place.parent
     if place == folder.absolute() and not place.is_dir():
-        return  # refused for what it is
+        raise ValueError(f"out must be a new folder, an empty one or a run's; {str(folder)!r} is a file")
     if not place.is_dir():
         raise ValueError(f"out must be a folder in a folder, and {str(place)!r} is none")
     if not os.access(place, os.W_OK | os.X_OK):

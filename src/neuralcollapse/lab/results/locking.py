@@ -35,14 +35,17 @@ _HELD: dict[tuple[int, int], _Held] = {}
 
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Hold a folder, made if it is not there, for writing; delete the temporary files that a killed process left.
+    """Lock a folder for writing, created if it does not exist; delete temporary files that a killed process left.
 
-    The process that holds it may hold it again.
+    The process that holds the lock may take it again. If an exception leaves the folder as it was, the file of the lock
+    and the folders that were created for it are removed.
 
     Raises:
-        ValueError: if another process holds it.
-        OSError: if it cannot be made or written to.
+        ValueError: if another process holds the lock.
+        OSError: if the folder cannot be created or written to.
     """
+    created = [place for place in (folder, *folder.parents) if not place.exists()]
+    before = set() if created else set(os.listdir(folder))
     folder.mkdir(parents=True, exist_ok=True)
     file = _open(folder)
     held = _HELD.get(_inode(file))
@@ -64,21 +67,20 @@ def sole_writer(folder: Path) -> Iterator[None]:
         try:
             _delete_temporary_files(folder)
             yield
+        except BaseException:
+            _undo(folder, created, before)
+            raise
         finally:
             del _HELD[key]
 
 
-def check_free(folder: Path) -> None:
-    """Check that no other process holds a folder for writing; change nothing.
-
-    Raises:
-        ValueError: if one does.
-    """
-    if (folder / _LOCK).exists():
-        with _open(folder) as file:
-            held = _HELD.get(_inode(file))
-            if held is None or held.process != os.getpid():
-                _lock(file, folder)
+def _undo(folder: Path, created: list[Path], before: set[str]) -> None:
+    """Remove the file of a lock, and the folders created for it, if they are new and nothing else was written."""
+    with suppress(OSError):
+        if _LOCK not in before and set(os.listdir(folder)) <= before | {_LOCK}:
+            (folder / _LOCK).unlink()
+            for place in created:  # the innermost first
+                place.rmdir()
 
 
 def check_held(path: Path) -> None:

@@ -92,6 +92,19 @@ def replace_rows(path: Path, epoch: int, split: str, metrics: Mapping[str, float
     write_csv(path, table)
 
 
+def metric_rows(path: Path) -> list[tuple[int, str, str, float]]:
+    """Return the rows of a run's table of metrics; none if there is no such file."""
+    return list(read_table(path)[COLUMNS].itertuples(index=False, name=None)) if path.exists() else []
+
+
+def add_missing_rows(path: Path, rows: Sequence[tuple[int, str, str, float]]) -> None:
+    """Write those of the given rows that a run's table of metrics lacks, in order of epochs."""
+    present = metric_rows(path)
+    known = {row[:3] for row in present}
+    if missing := [row for row in rows if row[:3] not in known]:
+        write_csv(path, pd.DataFrame(sorted([*present, *missing], key=lambda row: row[0]), columns=COLUMNS))
+
+
 def reference_epochs(table: pd.DataFrame) -> set[int]:
     """Return the epochs to whose simplex ETFs a table holds distances.
 

@@ -187,3 +187,21 @@ def _check_model(stored: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> N
         raise ValueError(
             f"it is of another model than settings and data ask for: {names[0]} is {was}, not {expected}{more}"
         )
+
+
+def generator_states(ranks: int) -> list[list[Tensor]]:
+    """Return the states of the generators of each rank: that of the CPU, then those of cuda."""
+    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
+    gathered: list[Any] = [states]
+    if ranks > 1:
+        gathered = [None] * ranks
+        torch.distributed.all_gather_object(gathered, states)
+    return gathered
+
+
+def set_generator_states(states: list[list[Tensor]], rank: int) -> None:
+    """Set the states of this rank's generators, if a checkpoint has some of it."""
+    if rank < len(states):
+        of_cpu, *of_cuda = states[rank]
+        torch.set_rng_state(of_cpu)
+        torch.cuda.set_rng_state_all(of_cuda[: torch.cuda.device_count()])

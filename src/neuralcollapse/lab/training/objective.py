@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ _OF_FEATURES: dict[str, Callable[..., Tensor]] = {
     "decoupled": losses.decoupled_cross_entropy,
     "two-way": losses.two_way,
 }
+# Of the released code of Zhu et al. (NeurIPS 2021).
+PUBLISHED_FEATURE_DECAY = 1e-4
 _NEVER = 2**62
 
 
@@ -36,15 +39,16 @@ class Objective(nn.Module):
         model: A model that ends in a head.
 
     Attributes:
-        head_tensors: If a dict, the features, class means, weight and bias that the head makes of a batch are added to
-            it, and keep their gradients.
+        keeps_head_tensors: Whether the features, class means, weight and bias that a head with class means makes of a
+            batch keep their gradients, in ``head_tensors``.
     """
 
     def __init__(self, config: RunConfig, model: AttachedHead) -> None:
         super().__init__()
         self.config = config
         self.model = model
-        self.head_tensors: dict[str, Tensor] | None = None
+        self.keeps_head_tensors = False
+        self.head_tensors: dict[str, Tensor] = {}
         self._backbone = torch.compile(model.model.forward) if config.compile else model.model.forward
 
     def forward(self, images: Tensor, targets: Tensor, samples: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
@@ -63,7 +67,9 @@ class Objective(nn.Module):
             ValueError: if the features are not finite, where the head checks that.
         """
         head: Head = self.model.head  # type: ignore[assignment]
-        features, weight, bias = self._prepare(head, images, targets)
+        with self._keeping_head_tensors(head) as keep:
+            features, weight, bias = head.prepare(self._backbone(images), targets)
+            keep(features=features, weight=weight, bias=bias)
         logits, features = head.decide(features, weight, bias).float(), features.float()
         ranks = self.config.ranks
         loss = batch_loss(self.config, logits, targets, features, weight, ranks * len(targets) / samples)
@@ -71,23 +77,24 @@ class Objective(nn.Module):
         loss = loss if penalties is None else loss + penalties
         return loss, self._metrics(loss, logits, features, targets, samples), features.detach()
 
-    def _prepare(self, head: Head, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return features, weight and bias of a batch, after keeping those whose gradients are wanted."""
-        if self.head_tensors is None:
-            return head.prepare(self._backbone(images), targets)
-        class_means: nn.Module = head.class_means  # type: ignore[assignment]
-        hook = class_means.register_forward_hook(lambda _, __, means: self._keep(class_means=means[0]))
-        features, weight, bias = head.prepare(self._backbone(images), targets)
-        hook.remove()
-        self._keep(features=features, weight=weight, bias=bias)
-        return features, weight, bias
+    @contextmanager
+    def _keeping_head_tensors(self, head: Head) -> Iterator[Callable[..., None]]:
+        """Keep the class means of a head; yield a function that keeps other tensors."""
+        self.head_tensors = {}
+        class_means = getattr(head, "class_means", None) if self.keeps_head_tensors else None
+        if class_means is None:
+            yield lambda **_: None
+            return
 
-    def _keep(self, **tensors: Tensor | None) -> None:
-        """Keep tensors that have a gradient and are not parameters."""
-        for name, tensor in tensors.items():
-            if self.head_tensors is not None and tensor is not None and tensor.requires_grad and not tensor.is_leaf:
-                tensor.retain_grad()
-                self.head_tensors[name] = tensor
+        def keep(**tensors: Tensor | None) -> None:
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.requires_grad and not tensor.is_leaf:  # not a parameter
+                    tensor.retain_grad()
+                    self.head_tensors[name] = tensor
+
+        hook = class_means.register_forward_hook(lambda _, __, means: keep(class_means=means[0]))
+        yield keep
+        hook.remove()
 
     @torch.no_grad()
     def _metrics(
@@ -107,8 +114,26 @@ class Objective(nn.Module):
         return dict(zip(metrics, sum_over_ranks(torch.stack(list(metrics.values()))).unbind(), strict=True))
 
 
-# Of the released code of Zhu et al. (NeurIPS 2021).
-PUBLISHED_FEATURE_DECAY = 1e-4
+def gradient_sizes(objective: Objective, scale: float = 1.0) -> list[dict[str, Any]]:
+    """Return the size of each gradient after a backward pass: mean and largest magnitude, and norm.
+
+    They are of the parameters; and of the features, class means, weight and bias that a head makes of a batch, where
+    they are not parameters and their gradients are kept.
+
+    Args:
+        objective: The objective.
+        scale: Factor by which a gradient scaler multiplied the loss.
+    """
+    gradients = {name: parameter.grad for name, parameter in objective.model.named_parameters()}
+    for name, tensor in objective.head_tensors.items():
+        gradients[f"head.{name}"] = None if tensor.grad is None else tensor.grad.float()
+    rows = []
+    for name, gradient in gradients.items():
+        if gradient is not None:
+            size = (gradient / scale).abs()
+            sizes = torch.stack([size.mean(), size.max(), torch.linalg.vector_norm(size)]).tolist()
+            rows.append({"parameter": name, **dict(zip(("mean", "max", "norm"), sizes, strict=True))})
+    return rows
 
 
 def batch_loss(

@@ -1,4 +1,4 @@
-"""Train a list of runs: what `train`, `compare` and a notebook call."""
+"""Training of one run or of several: what `train`, `compare` and a notebook call."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -31,43 +31,34 @@ from neuralcollapse.lab.training.objective import Diverged
 from neuralcollapse.lab.training.progress import Progress, check_loggers
 from neuralcollapse.lab.training.run import Run
 
-# Bytes that are left for the suffixes of temporary files in the longest name of a folder.
+# Longest name of a folder, in bytes; the rest is left for the suffixes of temporary files.
 _LONGEST_NAME = 200
 
 
 def train_runs(
     runs: RunConfig | Sequence[RunConfig] | Mapping[str, RunConfig],
-    folder: str | Path,
+    folder: str | Path | RunFolder,
     *,
-    settings: dict[str, Any] | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
-    leave_out_failed: bool = False,
     parallel: int = 1,
-    before_writing: Callable[[], None] | None = None,
-    finish: Callable[[RunFolder], object] | None = None,
 ) -> RunFolder:
-    """Train one run, or several, one after another or so many at a time.
+    """Train one run, or several, one after another or several at a time.
 
-    Settings, data, models and folders are checked for all of them before anything is written. A run that is finished
-    is left as it is, one that was stopped goes on.
+    Settings, data, models and folders of all runs are checked before anything is written. A run that is finished is
+    left as it is, and one that was stopped resumes.
 
     Args:
-        runs: The settings of one run, whose folder it will be; or of several, each with a folder of its own in
-            ``runs/``, whose name says in what it differs, or is given: a plain name of a folder, which differs from the
-            others in more than case.
-        folder: Where to write.
-        settings: What the folder keeps as the settings of several runs; by default what they have in common.
-        resume: Go on with what the folder holds.
+        runs: The settings of one run, whose folder it will be; or of several, each with its own folder in ``runs/``,
+            whose name says in what it differs, or is given: a plain name of a folder, which differs from the others in
+            more than case.
+        folder: Folder to write; inside its ``writing``, a `RunFolder` that is locked and checked already.
+        resume: Resume what the folder holds.
         overwrite: Delete what the folder holds.
         progress: Show progress.
-        leave_out_failed: Name a run that fails on stderr, and go on with the next one.
-        parallel: Train so many of several runs at a time, each in a process of its own: on a CPU with a part of its
-            threads, on cuda on one device in turn.
-        before_writing: Called when everything is checked.
-        finish: Called with the folder when all runs are trained, to write what is made of them, while no other process
-            may write there. The folder counts as finished only after it.
+        parallel: Number of runs to train at a time, each in a process of its own: on a CPU with a part of its threads,
+            on cuda on one device in turn.
 
     Returns:
         The folder, whose `run_folders` are those of the runs.
@@ -75,7 +66,7 @@ def train_runs(
     Raises:
         ValueError: if settings, data or a folder cannot be used; or a run failed, which is named.
         Diverged: if runs diverged; the others are trained to their end first.
-        KeyboardInterrupt: The user stopped it; it can be resumed.
+        KeyboardInterrupt: if Ctrl-C stopped it; it can be resumed.
 
     Examples:
         >>> from neuralcollapse.lab import RunConfig, train_runs
@@ -84,175 +75,165 @@ def train_runs(
         >>> [run.path.name for run in folder.run_folders()]
         ['fixed-seed1', 'fixed-seed2']
     """
-    if parallel < 1 or (parallel > 1 and isinstance(runs, RunConfig)):
-        raise ValueError(f"parallel must be at least 1, and 1 for one run, got {parallel}")
-    whole = RunFolder(folder)
-    if isinstance(runs, RunConfig):
-        if runs.ranks > 1 and global_rank() > 0:  # the first rank writes the folder
-            Preparation(resumed=resume, progress=False).run(runs, whole).train(whole)
-            return whole
-        places, own = {whole: runs}, runs.in_force()
-    else:
-        named = runs if isinstance(runs, Mapping) else _named(runs)
-        _check_folder_names(named)
-        if any(run.ranks > 1 for run in named.values()):
-            raise ValueError("devices must be 1 for each of several runs: ranks are for one run")
-        places, own = {whole.run(name): run for name, run in named.items()}, common_settings([*named.values()])
-    settings = own if settings is None else settings
-    whole.check(settings, resume=resume, overwrite=overwrite)
+    whole = folder if isinstance(folder, RunFolder) else RunFolder(folder)
     preparation = Preparation(resumed=resume, progress=progress)
-    kinds = {_kind(run): (run, place) for place, run in reversed(places.items())}
-    data = [preparation.run(*kind).data for kind in kinds.values()][-1]
-    names = [] if whole in places else [place.path.name for place in places]
-    facts = _facts(data) | ({"runs": names} if names else {})
-    if before_writing is not None:
-        before_writing()
-    bar = Progress(len(places), shown=progress)
-    if progress:
-        _say_of_batches(next(iter(places.values())), len(data.train))
-    done = finish or (lambda _: None)
-    options: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "facts": facts, "reported": finish is not None}
-    with closing(bar), whole.writing(settings, **options):
-        there = whole.read_environment().get("runs", names)
-        if new := [name for name in names if name not in there]:
-            whole.add_facts(runs=there + new)
-        if isinstance(runs, RunConfig):
-            _train_one(preparation.run(runs, whole), whole, bar.next_run(runs.method, 0))
-            bar.close()
-            done(whole)
+    if isinstance(runs, RunConfig):
+        if parallel != 1:
+            raise ValueError(f"parallel must be 1 for one run, got {parallel}")
+        if runs.ranks > 1 and global_rank() > 0:  # the first rank writes the folder
+            preparation.run(runs, whole).train(whole)
             return whole
-        ended = _apart(places, bar, parallel, resume) if parallel > 1 else _in_turn(places, bar, preparation)
+        with (
+            whole.writing(runs.in_force(), resume=resume, overwrite=overwrite),
+            closing(Progress(shown=progress)) as shown_progress,
+        ):
+            _train_one(runs, whole, preparation, shown_progress.next_run(runs.method, 0))
+        return whole
+    runs = runs if isinstance(runs, Mapping) else named_runs(runs)
+    with whole.writing(common_settings([*runs.values()]), resume=resume, overwrite=overwrite):
+        whole.begin(preparation.check(runs, whole, parallel))
         diverged = []
-        for name, failure in ended:
-            if failure is None:
-                continue
-            if leave_out_failed:
-                print(f"neuralcollapse: left out: {name}: {failure}", file=sys.stderr)
-            elif "diverged" in whole.run(name).read_environment():
+        with closing(train_each(runs, whole, preparation, parallel)) as failures:
+            for name, failure in failures:
+                if "diverged" not in whole.run(name).read_environment():
+                    raise ValueError(f"{name}: {failure}") from failure
                 diverged.append(f"{name}: {failure}")
-            else:
-                raise ValueError(f"{name}: {failure}") from failure
-        bar.close()
-        if not diverged or whole.run_folders():
-            done(whole)
         if diverged:
             raise Diverged("; ".join(diverged))
     return whole
 
 
-Ended = Iterator[tuple[str, ValueError | None]]
-
-
-def _in_turn(places: Mapping[RunFolder, RunConfig], bar: Progress, preparation: Preparation) -> Ended:
-    """Train each run that is not finished; the names of those that ended, and what they failed with."""
-    for position, (place, run) in enumerate(places.items()):
-        if place.is_finished(run.in_force()):
-            continue
-        try:
-            _train_one_of_several(run, place, preparation, bar.next_run(place.path.name, position))
-        except ValueError as error:
-            yield place.path.name, error
-        else:
-            yield place.path.name, None
-
-
-def _apart(places: Mapping[RunFolder, RunConfig], bar: Progress, number: int, resumed: bool) -> Ended:
-    """The same, in processes."""
-    unfinished = {
-        place.path.name: (run, place.path, resumed)
-        for place, run in places.items()
-        if not place.is_finished(run.in_force())
-    }
-    bar.count_runs(len(places) - len(unfinished))
-    with closing(in_processes(_train_apart, unfinished, number)) as ended:
-        for name, failure in ended:
-            bar.count_runs(1, name)
-            yield name, failure
-
-
-def _train_apart(run: RunConfig, path: Path, resumed: bool) -> None:
-    _train_one_of_several(run, RunFolder(path), Preparation(resumed=resumed, progress=False))
-
-
-def _train_one_of_several(
-    run: RunConfig, place: RunFolder, preparation: Preparation, progress: Progress | None = None
-) -> None:
-    module = preparation.run(run, place)
-    with place.writing(run.in_force(), resume=True, facts=_facts(module.data)):
-        _train_one(module, place, progress)
-
-
-def _train_one(module: Run, place: RunFolder, progress: Progress | None = None) -> None:
-    check_not_diverged(place)
-    _keep_labels(module.data, place)
-    forget_peak_memory()
-    try:
-        module.train(place, progress)
-    except Diverged as error:
-        place.add_facts(diverged=str(error))
-        raise
-    parameters = sum(parameter.numel() for parameter in module.trained.model.parameters())
-    before = place.read_environment().get("peak_memory_mib") or 0  # of a run that is resumed
-    place.add_facts(parameters=parameters, peak_memory_mib=max(before, round(peak_memory())))
-
-
-def check_not_diverged(place: RunFolder) -> None:
-    """See whether a run can be resumed: from the same state it would diverge again.
-
-    Raises:
-        Diverged: if it has diverged.
-    """
-    if (reason := place.read_environment().get("diverged")) is not None:
-        raise Diverged(f"the run in {str(place.path)!r} cannot be resumed: {reason}")
-
-
-def _say_of_batches(run: RunConfig, images: int) -> None:
-    if run.batch_size > images:
-        print(f"batch_size {run.batch_size} is over the {images} training images: one batch an epoch", file=sys.stderr)
-
-
-def _facts(data: ImageData) -> dict[str, Any]:
-    """What a run's environment says of its data and where it is trained."""
-    found = {"data": str(data), "num_classes": data.num_classes, "data_fingerprint": data.fingerprint()}
-    found |= {"data_revision": data.revision, "device": str(data.train.labels.device)}
-    if data.absent_classes:
-        found["absent_classes"] = data.absent_classes
-    if data.notes:
-        found["data_notes"] = list(data.notes)
-    return found | {"largest_class_share": round(float(data.train.labels.bincount().max()) / len(data.train), 6)}
-
-
 class Preparation:
-    """Data on the training device, loaded and standardised once, however many runs share them.
+    """Data on the training device, loaded and standardised once for all runs that share them.
 
     Args:
-        resumed: Whether runs go on: the labels that their folders keep are taken.
-        progress: Show a progress bar while decoding.
+        resumed: Whether runs may resume: the labels that their folders keep are then used.
+        progress: Show progress, also while images are decoded.
     """
 
     def __init__(self, *, resumed: bool, progress: bool) -> None:
         self.resumed = resumed
         self.progress = progress
+        self._warned = False
         self._data: dict[str, ImageData] = {}
         self._evaluation: dict[str, dict[str, EvaluationBatches]] = {}
 
-    def run(self, run: RunConfig, place: RunFolder) -> Run:
-        """What trains a run, on the labels that its folder keeps if it is resumed."""
-        check_loggers(run.loggers)
-        device = training_device(run)
-        asked = f"{run.section(DataSettings)} {device}"
-        if asked not in self._data:
-            self._data[asked] = load_data(run, batch_size=run.batch_size, progress=self.progress).to(device)
-        data = self._data[asked]
-        if data.relabelled and self.resumed and place.train_labels.exists():
-            return Run(run, data.with_train_labels(_read_labels(place.train_labels)))
-        asked += str(run.section(BatchSettings))
-        if asked not in self._evaluation:
-            self._evaluation[asked] = evaluation_batches(data, run)
-        return Run(run, data, self._evaluation[asked])
+    def run(self, config: RunConfig, folder: RunFolder) -> Run:
+        """Build what trains a run, with the labels that its folder keeps if it is resumed.
+
+        Raises:
+            ValueError: if settings do not fit together, the data or this machine.
+        """
+        check_loggers(config.loggers)
+        device = training_device(config)
+        key = f"{config.section(DataSettings)} {device}"
+        if key not in self._data:
+            data = load_data(config, batch_size=config.batch_size, progress=self.progress)
+            self._data[key] = data.to(device)
+        data = self._data[key]
+        if data.relabelled and self.resumed and folder.train_labels.exists():
+            return Run(config, data.with_train_labels(_read_labels(folder.train_labels)))
+        key += str(config.section(BatchSettings))
+        if key not in self._evaluation:
+            self._evaluation[key] = evaluation_batches(data, config)
+        return Run(config, data, self._evaluation[key])
+
+    def check(self, runs: Mapping[str, RunConfig], folder: RunFolder, parallel: int = 1) -> dict[str, Any]:
+        """Check all that can be refused of several runs, and return facts of their data for the folder.
+
+        Raises:
+            ValueError: if names, settings or data cannot be used.
+        """
+        if parallel < 1:
+            raise ValueError(f"parallel must be at least 1, got {parallel}")
+        _check_folder_names(runs)
+        if any(run.ranks > 1 for run in runs.values()):
+            raise ValueError("devices must be 1 for each of several runs: ranks are for one run")
+        kinds = {repr(run.in_force() | {"seed": 0}): name for name, run in reversed([*runs.items()])}
+        data = [self.run(runs[name], folder.run(name)).data for name in kinds.values()][-1]
+        self.warn_of_one_batch(next(iter(runs.values())), data)
+        return data_facts(data) | {"runs": list(runs)}
+
+    def warn_of_one_batch(self, config: RunConfig, data: ImageData) -> None:
+        """Print once if a batch is larger than the train split."""
+        if self.progress and not self._warned and config.batch_size > len(data.train):
+            images = f"the {len(data.train)} training images"
+            print(f"batch_size {config.batch_size} is over {images}: one batch an epoch", file=sys.stderr)
+            self._warned = True
 
 
-def _named(runs: Sequence[RunConfig]) -> dict[str, RunConfig]:
+def train_each(
+    runs: Mapping[str, RunConfig], folder: RunFolder, preparation: Preparation, parallel: int = 1
+) -> Iterator[tuple[str, ValueError]]:
+    """Train each run that is not finished, into its folder in ``runs/``; yield the names of those that fail, and why.
+
+    Args:
+        runs: Settings by name, which `Preparation.check` has checked.
+        folder: Folder of all runs, begun.
+        preparation: Their data.
+        parallel: Number of runs to train at a time, each in a process of its own.
+    """
+    unfinished = [name for name, run in runs.items() if not folder.run(name).is_finished(run.in_force())]
+    with closing(Progress(len(runs), shown=preparation.progress)) as progress:
+        if parallel > 1:
+            progress.count_runs(len(runs) - len(unfinished))
+            tasks = {name: (runs[name], folder.run(name).path, preparation.resumed) for name in unfinished}
+            with closing(in_processes(_train_in_process, tasks, parallel)) as ended:
+                for name, failure in ended:
+                    progress.count_runs(1, name)
+                    if failure is not None:
+                        yield name, failure
+            return
+        for position, name in enumerate(runs):
+            if name in unfinished:
+                try:
+                    _train_into(runs[name], folder.run(name), preparation, progress.next_run(name, position))
+                except ValueError as error:
+                    yield name, error
+
+
+def _train_in_process(config: RunConfig, path: Path, resumed: bool) -> None:
+    _train_into(config, RunFolder(path), Preparation(resumed=resumed, progress=False), Progress(shown=False))
+
+
+def _train_into(config: RunConfig, folder: RunFolder, preparation: Preparation, progress: Progress) -> None:
+    """Train one of several runs."""
+    with folder.writing(config.in_force(), resume=True):
+        _train_one(config, folder, preparation, progress)
+
+
+def _train_one(config: RunConfig, folder: RunFolder, preparation: Preparation, progress: Progress) -> None:
+    """Train a run whose folder is locked."""
+    reason = folder.read_environment().get("diverged") if preparation.resumed else None
+    if reason is not None:  # from the same state it would diverge again
+        raise Diverged(f"the run in {str(folder.path)!r} cannot be resumed: {reason}")
+    run = preparation.run(config, folder)
+    preparation.warn_of_one_batch(config, run.data)
+    folder.begin(data_facts(run.data))
+    _keep_labels(run.data, folder)
+    forget_peak_memory()
+    try:
+        run.train(folder, progress)
+    except Diverged as error:
+        folder.add_facts(diverged=str(error))
+        raise
+    parameters = sum(parameter.numel() for parameter in run.trained.model.parameters())
+    earlier = folder.read_environment().get("peak_memory_mib") or 0  # of a run that resumed
+    folder.add_facts(parameters=parameters, peak_memory_mib=max(earlier, round(peak_memory())))
+
+
+def data_facts(data: ImageData) -> dict[str, Any]:
+    """Return the facts of a run's data and device that its environment keeps."""
+    facts = {"data": str(data), "num_classes": data.num_classes, "data_fingerprint": data.fingerprint()}
+    facts |= {"data_revision": data.revision, "device": str(data.train.labels.device)}
+    if data.absent_classes:
+        facts["absent_classes"] = data.absent_classes
+    if data.notes:
+        facts["data_notes"] = list(data.notes)
+    return facts | {"largest_class_share": round(float(data.train.labels.bincount().max()) / len(data.train), 6)}
+
+
+def named_runs(runs: Sequence[RunConfig]) -> dict[str, RunConfig]:
     """The runs by the names of their folders, which say in what they differ."""
     if not runs:
         raise ValueError("runs must hold at least one run")
@@ -301,11 +282,6 @@ def _check_folder_names(names: Iterable[str]) -> None:
         other = seen.setdefault(_alike(name), name)
         if other != name:
             raise ValueError(f"runs must have names that differ in more than case, got {other!r} and {name!r}")
-
-
-def _kind(run: RunConfig) -> str:
-    """Runs of one kind differ in their seed alone."""
-    return repr(run.model_copy(update={"seed": 0}))
 
 
 def _keep_labels(data: ImageData, place: RunFolder) -> None:

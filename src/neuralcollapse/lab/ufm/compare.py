@@ -124,10 +124,11 @@ def train_ufm(
         f"feature norm {run.feature_norm:g}, {schedule.iterations} iterations"
         for run, schedule in runs
     )
-    folder.check(config, resume=resume, overwrite=overwrite)
-    with folder.writing(config, resume=resume, overwrite=overwrite, reported=True):
+    with folder.writing(config, resume=resume, overwrite=overwrite):
+        folder.begin()
         metrics, tuning = compare_on_ufm(runs, range(settings.seeds), folder.runs)
         table, written = write_ufm(folder, metrics, tuning, list(sizes))
+        folder.add_facts(reported=True)
     return table, metrics, written
 
 

@@ -56,10 +56,10 @@ def survey_landscape(
     generator = torch.Generator().manual_seed(settings.seed)
     visits = survey(model, starts=settings.starts, generator=generator)
     first = next(visits)  # invalid sizes are refused here, before anything is deleted
-    folder.check(settings.in_force(), overwrite=overwrite)
     groups = sum(num_classes % number == 0 for number in range(1, num_classes))
     total, hidden = settings.starts + 2 * groups, not sys.stderr.isatty()
-    with folder.writing(settings.in_force(), overwrite=overwrite, reported=True):
+    with folder.writing(settings.in_force(), overwrite=overwrite):
+        folder.begin({"reported": True})
         bar = tqdm(chain([first], visits), total=total, unit="point", dynamic_ncols=True, disable=hidden)
         tables = tabulate(bar, generator)
         bound = origin_curvature(num_classes, settings.samples_per_class, settings.weight_decay, settings.feature_decay)
