@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from neuralcollapse.lab.results.folder import FORMAT, with_earlier_meanings
+from neuralcollapse.lab.results.formats import FORMAT, with_earlier_meanings
 from neuralcollapse.lab.settings import (
     Condition,
     Options,

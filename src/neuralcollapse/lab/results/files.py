@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import re
 from collections.abc import Callable
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 # Beginning of a cell that a spreadsheet takes for a formula; that of a number is not one.
 _FORMULA = re.compile(r"[=+@\t\r]|-(?![\d.]|inf)")
+# Content of YAML files that this process has read or written, with their signature.
+_PARSED: dict[Path, tuple[tuple[int, int, int], dict[str, Any] | None]] = {}
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
@@ -57,6 +60,7 @@ def write_yaml(path: Path, content: dict[str, Any]) -> None:
     """Write a mapping of plain values, in its order."""
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    _PARSED[path] = _signature(path), copy.deepcopy(content)
 
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:
@@ -87,13 +91,27 @@ def _without_formula(cell: Any) -> Any:
 def read_yaml(path: Path) -> dict[str, Any] | None:
     """Return the mapping from texts in a file, or None if the file holds something else.
 
+    A file that this process has read or written is parsed again only if it has changed.
+
     Raises:
         ValueError: if it is not a regular file.
         OSError: if it cannot be read.
     """
-    text = read_file(path)
+    signature = _signature(path)
+    if path not in _PARSED or _PARSED[path][0] != signature:
+        _PARSED[path] = signature, _parsed(read_file(path))
+    return copy.deepcopy(_PARSED[path][1])
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
     try:
         content = load_yaml(text.decode())
     except ValueError:
         return None
     return content if isinstance(content, dict) and all(isinstance(name, str) for name in content) else None
+
+
+def _signature(path: Path) -> tuple[int, int, int]:
+    """Inode, time of modification and size, which tell whether a file has changed."""
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns, status.st_size

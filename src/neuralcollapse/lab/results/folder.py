@@ -1,9 +1,8 @@
-"""Run folders: what is in them, and who may write there."""
+"""Run folders: their files, their settings and facts, and the start, resumption and end of a run in them."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from neuralcollapse.lab.results.files import read_yaml, write_yaml
+from neuralcollapse.lab.results.formats import FORMAT, settings_of_format
 from neuralcollapse.lab.results.locking import sole_writer
 from neuralcollapse.lab.results.provenance import environment, now, start
 from neuralcollapse.lab.results.resuming import (
@@ -28,38 +28,32 @@ from neuralcollapse.lab.results.resuming import (
 if TYPE_CHECKING:
     from neuralcollapse.metrics import Measurement
 
-# Number of the format that is written. 0, which had settings and environment in one file, was never released. Until 2 a
-# fixed classifier had the canonical orientation, one-cycle kept the momentum, and dot-regression was what is
-# dot-regression-published now. Until 3 settings that are options of one setting now were settings of their own.
-FORMAT = 3
-# Checksums of the files beside it, which earlier versions kept.
+# Checksums of the other files, which earlier versions kept.
 _MANIFEST = "checksums.yaml"
-# Content of YAML files that this process has read or written, with what tells that they have changed since.
-_PARSED: dict[Path, tuple[tuple[int, int, int], dict[str, Any] | None]] = {}
 
 
 class RunFolder:
-    """The folder of one training run, or of several, which are then in a folder of theirs.
+    """Folder of a training run, or of several runs, each of which has a folder inside ``runs``.
 
     Attributes:
-        path: The folder.
-        config: The settings that were in force, enough to run it again, and the format's number.
-        environment: What a result depends on beside them: versions, machine, data; when it was made, and whether it is
+        path: Path of the folder.
+        config: Settings in force, enough to run it again, and the number of the format.
+        environment: Facts of the run besides its settings: versions, machine, command, data, times, whether it is
             finished.
-        metrics: What was measured: epoch, split, metric, value.
-        training_log: What training itself saw in each epoch, never compared: seconds, loss, accuracy, alignment,
-            learning rate (of AGD: its step η).
-        gradients: Size of each parameter's gradient at the end of each epoch.
-        train_labels: The labels trained on, where they are not the data set's own.
-        summary: The table of results.
-        report: The page with all of it.
-        verdict: Of a study: what its claims were judged by, and how.
-        moments: One file for each measured epoch and split: a `Measurement`, from which every metric and figure can be
-            made again.
-        checkpoints: One file for each saved epoch, and the last one, from which a run is resumed.
-        figures: PNG files.
-        runs: The runs, where there are several.
-        tuning: The folder of the runs by which learning rates were chosen.
+        metrics: Table of measured values: epoch, split, metric, value.
+        training_log: Table of training itself, per epoch: seconds, learning rate (of AGD its step η), and loss,
+            accuracy and alignment of the training batches, which are never compared.
+        gradients: Table of the size of each parameter's gradient at the end of each epoch.
+        train_labels: Training labels, if they are not those of the data set.
+        summary: Table of results, in Markdown.
+        report: HTML page of the results.
+        verdict: Verdicts on the claims of a study.
+        moments: One file per measured epoch and split: a `Measurement`, from which metrics and figures can be computed
+            again.
+        checkpoints: One file per kept epoch, and the last one, from which a run resumes.
+        figures: Figures.
+        runs: Folders of several runs.
+        tuning: Folder of the runs by which learning rates were chosen.
 
     Examples:
         >>> RunFolder("runs/digits").metrics.name
@@ -103,8 +97,8 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        for name, place in (self.FILES | self.FOLDERS).items():
-            setattr(self, name, self.path / place)
+        for attribute, name in (self.FILES | self.FOLDERS).items():
+            setattr(self, attribute, self.path / name)
         self._pending: dict[str, Any] | None = None  # arguments of `start`, inside `writing`
         self._has_begun = False
 
@@ -153,46 +147,45 @@ class RunFolder:
             folder.check(settings, overwrite=overwrite)
             if folder.config.exists():
                 folder._clear()
-            _write(folder.environment, {**environment(folder.path), "started": now()})
+            write_yaml(folder.environment, {**environment(folder.path), "started": now()})
             write_yaml(folder.config, {"format": FORMAT, **settings})
         return folder
 
     @property
     def last_checkpoint(self) -> Path:
-        """The checkpoint that a run goes on from."""
+        """Checkpoint from which a run resumes."""
         return self.checkpoints / "last.ckpt"
 
     def checkpoint(self, epoch: int) -> Path:
-        """The checkpoint kept of an epoch, counted from 1 as in the tables."""
+        """Return the path of the checkpoint of an epoch, counted from 1 as in the tables."""
         return self.checkpoints / f"epoch{epoch:04d}.ckpt"
 
     def measurement(self, epoch: int, split: str) -> Path:
-        """The record of what was measured of a split after an epoch, counted from 1."""
+        """Return the path of the record of an epoch, counted from 1, and a split."""
         return self.moments / f"epoch{epoch:04d}-{split}.safetensors"
 
     def measured(self) -> dict[tuple[int, str], Path]:
-        """All such records, by epoch and split, in order of epochs."""
-        found = {}
+        """Return the paths of all records by epoch and split, in order of epochs."""
+        records = {}
         for path in sorted(self.moments.glob("epoch*-*.safetensors")):
             epoch, _, split = path.stem.removeprefix("epoch").partition("-")
             if epoch.isdecimal():
-                found[int(epoch), split] = path
-        return found
+                records[int(epoch), split] = path
+        return records
 
     def record(self, epoch: int, split: str, measurement: Measurement) -> Path:
         """Save the measurement of an epoch and a split: its record in ``moments``, its metrics in the table.
 
         Rows and record of the same epoch and split are replaced, whatever else they held; those of other epochs stay.
-        A training that resumes earlier than the table ends replaces them as it comes to them again.
+        A training that resumes from an earlier epoch replaces later rows when it reaches their epochs again.
 
         Args:
             epoch: Number of epochs trained.
             split: Name of the split, such as ``"train"``.
-            measurement: What `neuralcollapse.measure` returned; its provenance takes on epoch and split where it has
-                none.
+            measurement: Result of `neuralcollapse.measure`; epoch and split are added to its provenance if it has none.
 
         Returns:
-            The file of the record.
+            Path of the record.
 
         Raises:
             ValueError: if this is not the folder of a run, the measurement is of another epoch or split, or another
@@ -226,23 +219,22 @@ class RunFolder:
             self.add_facts(num_classes=number)
 
     def run(self, name: str) -> RunFolder:
-        """The folder of one of several runs."""
+        """Return the folder of one of several runs."""
         return RunFolder(self.runs / name)
 
     def run_folders(self, *, diverged: bool = False) -> list[RunFolder]:
-        """The folders of its runs, in the order in which they are trained; of one run, itself.
+        """Return the folders of its runs, in the order of training; a list of itself for a single run.
 
         Args:
-            diverged: Among several runs, keep those whose training diverged: they have no result.
+            diverged: Include those of several runs whose training diverged, which have no result.
 
         Raises:
-            ValueError: It is no run's folder.
+            ValueError: if this is not the folder of a run.
         """
         self.settings()
         if not self.runs.is_dir():
             return [self]
-        there = sorted(path.name for path in self.runs.glob("[!.]*"))
-        names = self.read_environment().get("runs") or there
+        names = self.read_environment().get("runs") or sorted(path.name for path in self.runs.glob("[!.]*"))
         runs = [self.run(name) for name in names]
         return [run for run in runs if diverged or "diverged" not in run.read_environment()]
 
@@ -254,26 +246,7 @@ class RunFolder:
         """
         if not self.config.exists():
             raise ValueError(f"{str(self.path)!r} must be the folder of a run, and has no {self.config.name}")
-        stored = _read(self.config)
-        if stored is None or not {"format", "environment"} & set(stored):
-            raise ValueError(
-                f"{str(self.config)!r} must be a run's settings, and is not; --overwrite starts that run again"
-            )
-        number = stored.pop("format", 0)
-        if not isinstance(number, int):
-            raise ValueError(f"{str(self.config)!r} is damaged: format must be a number, got {number!r}")
-        if number > FORMAT:
-            raise ValueError(
-                f"{str(self.path)!r} is a run of format {number}, and this version of neuralcollapse reads up to "
-                f"{FORMAT}: install a newer one"
-            )
-        if number < 1:
-            raise ValueError(
-                f"{str(self.path)!r} is a run of an unreleased format, {number}, and this version of neuralcollapse "
-                f"reads 1 to {FORMAT}; --overwrite starts that run again"
-            )
-        check_types(stored, SETTINGS, f"{str(self.config)!r} is damaged")
-        return with_earlier_meanings(stored, number)
+        return settings_of_format(read_yaml(self.config), self.config)
 
     def read_environment(self) -> dict[str, Any]:
         """Return what the result depends on besides the settings, such as data and versions; empty if it is missing.
@@ -283,7 +256,7 @@ class RunFolder:
         """
         if not self.environment.exists():
             return {}
-        stored = _read(self.environment)
+        stored = read_yaml(self.environment)
         if stored is None:
             raise ValueError(f"{str(self.environment)!r} must be facts of a run by name, and is damaged")
         check_types(stored, FACTS, f"{str(self.environment)!r} is damaged")
@@ -383,13 +356,13 @@ class RunFolder:
             self._has_begun = True
 
     def _is_empty(self) -> bool:
-        """Whether there is nothing but what a run killed at its start leaves."""
+        """Return whether it holds nothing but the files of a run that was killed at its start."""
         return {path.name for path in self.path.glob("[!.]*")} <= {_MANIFEST, self.environment.name}
 
     def _check_facts(self) -> None:
-        """See that the environment is there and whole, before a training that would end without it."""
-        made = self.read_environment()
-        missing = [name for name in NEEDED_FACTS if made.get(name) is None]
+        """Check that the environment is complete before a training whose summary needs it."""
+        facts = self.read_environment()
+        missing = [name for name in NEEDED_FACTS if facts.get(name) is None]
         if missing:
             lacking = f"lacks {', '.join(missing)}" if self.environment.exists() else "is missing"
             raise ValueError(
@@ -400,19 +373,19 @@ class RunFolder:
     def start(
         self, settings: Mapping[str, Any], *, overwrite: bool = False, facts: Mapping[str, Any] | None = None
     ) -> None:
-        """Make the folder ready for a run with these settings, after `check`; or keep that one goes on.
+        """Write the settings and the environment of a run that starts, or note that it resumes, after `check`.
 
         Args:
-            settings: To keep in it.
-            overwrite: Delete the run that it holds.
-            facts: To keep beside its environment.
+            settings: Settings of the run.
+            overwrite: Delete the run that the folder holds.
+            facts: Facts to keep in the environment.
         """
         if self.config.exists() and overwrite:
             self._clear()
         if not self.config.exists():
             made = environment(self.path)
-            _write(self.environment, {**made, **(facts or {}), "started": now(), "finished": False})
-            _write(self.config, {"format": FORMAT, **settings})  # last: this makes it a run's folder
+            write_yaml(self.environment, {**made, **(facts or {}), "started": now(), "finished": False})
+            write_yaml(self.config, {"format": FORMAT, **settings})  # last: this makes it a run's folder
             return
         (self.path / _MANIFEST).unlink(missing_ok=True)  # what is written from here on is not entered there
         made, again = self.read_environment(), start(self.path)
@@ -426,16 +399,16 @@ class RunFolder:
         # First: a kill between the two leaves a run that is not finished, with the epochs of before.
         self.add_facts(**new, finished=False, reported=False, resumed=[*made.get("resumed", []), again])
         if extended:
-            _write(self.config, {"format": FORMAT, **settings})
+            write_yaml(self.config, {"format": FORMAT, **settings})
 
     def is_finished(self, settings: Mapping[str, Any]) -> bool:
-        """Whether it holds a run with these settings, trained to its end."""
-        there = self.config.exists() and self.last_checkpoint.exists()
-        same = there and self.settings().get("epochs") == settings.get("epochs")
+        """Return whether it holds a run with these settings, trained to its end."""
+        exists = self.config.exists() and self.last_checkpoint.exists()
+        same = exists and self.settings().get("epochs") == settings.get("epochs")
         return same and self.read_environment().get("finished") is True and self._is_logged(settings)
 
     def is_reported(self, settings: Mapping[str, Any]) -> bool:
-        """Return whether table, figures and page are those of its last epoch, and it is finished."""
+        """Return whether it is finished, and its table, figures and page are those of its last epoch."""
         written = self.config.exists() and all(path.exists() for path in (self.summary, self.metrics))
         made = self.read_environment() if written else {}
         same = written and self.settings().get("epochs") == settings.get("epochs")
@@ -454,17 +427,17 @@ class RunFolder:
         return bool((last == settings["epochs"]).all())
 
     def add_facts(self, **facts: Any) -> None:
-        """Keep more of what is known of the run beside its environment."""
-        _write(self.environment, self.read_environment() | facts)
+        """Add facts to the environment."""
+        write_yaml(self.environment, self.read_environment() | facts)
 
     def _clear(self) -> None:
-        """Delete what a run wrote. Of a link to another folder the link is deleted, not what is there."""
+        """Delete the files of a run; of a link to another folder only the link."""
         for name in self.FOLDERS.values():
-            place = self.path / name
-            if place.is_symlink():
-                place.unlink()
-            elif place.exists():
-                shutil.rmtree(place)
+            path = self.path / name
+            if path.is_symlink():
+                path.unlink()
+            elif path.exists():
+                shutil.rmtree(path)
         for name in (_MANIFEST, *reversed(self.FILES.values())):  # config.yaml last: until then it is a run's folder
             (self.path / name).unlink(missing_ok=True)
 
@@ -478,23 +451,6 @@ class RunFolder:
             )
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """Return the mapping in a YAML file, which is parsed again only if the file has changed."""
-    if path not in _PARSED or _PARSED[path][0] != _signature(path):
-        _PARSED[path] = _signature(path), read_yaml(path)
-    return copy.deepcopy(_PARSED[path][1])
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    write_yaml(path, content)
-    _PARSED[path] = _signature(path), copy.deepcopy(content)
-
-
-def _signature(path: Path) -> tuple[int, int, int]:
-    status = path.stat()
-    return status.st_ino, status.st_mtime_ns, status.st_size
-
-
 def _check_writable(folder: Path) -> None:
     """Check that a folder can be created or written to."""
     place = folder.absolute()
@@ -506,94 +462,3 @@ def _check_writable(folder: Path) -> None:
         raise ValueError(f"out must be a folder in a folder, and {str(place)!r} is none")
     if not os.access(place, os.W_OK | os.X_OK):
         raise ValueError(f"out must be a folder that can be written to, and {str(place)!r} cannot")
-
-
-def with_earlier_meanings(stored: Mapping[str, Any], number: int) -> dict[str, Any]:
-    """Return settings of an earlier format with today's names and meanings.
-
-    Args:
-        stored: The settings as they were written.
-        number: Number of their format.
-    """
-    settings = dict(stored)
-    if number < 2:
-        for name in ("loss", "losses"):
-            settings = settings | {name: _renamed_loss(settings[name])} if settings.get(name) is not None else settings
-        if {"fixed", "fixed-frame"} & {stored.get("method"), *(stored.get("methods") or [])}:
-            settings.setdefault("orientation", "canonical")
-        if stored.get("schedule") == "one-cycle" and stored.get("optimizer", "sgd") != "lbfgs":
-            settings.setdefault("cycle_momentum", False)
-    return _with_todays_names(settings) if number < 3 else settings
-
-
-def _renamed_loss(value: Any) -> Any:
-    """A loss, or a list of losses, with the name of today."""
-    if isinstance(value, list):
-        return [_renamed_loss(loss) for loss in value]
-    return "dot-regression-published" if value == "dot-regression" else value
-
-
-# Settings until format 3 that are options now: the setting that holds them, and their name there.
-_OPTIONS = {
-    **{name: ("data_options", name) for name in ("train_split", "test_split", "label_column", "table")},
-    "data_config": ("data_options", "config"),
-    **{name: ("augmentation", name) for name in ("crop_padding", "flip", "rotation")},
-    **{name: ("one_cycle", name) for name in ("three_phase", "div_factor", "final_div_factor", "cycle_momentum")},
-    "patch_size": ("backbone_options", "patch_size"),
-    "gain": ("optimizer_options", "gain"),
-    "lbfgs_history": ("optimizer_options", "history"),
-    "lbfgs_iterations": ("optimizer_options", "iterations"),
-}
-# Settings until format 3 that are an item of `leave_out` now.
-_LEFT_OUT = {"drop_unlabelled": "unlabelled", "drop_copies": "copies", "allow_absent_classes": "absent-classes"}
-
-
-def _with_todays_names(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings of a format before 3 with the names of today."""
-    settings = {name: value for name, value in stored.items() if value is not None and name not in _OPTIONS}
-    for name, (holder, option) in _OPTIONS.items():
-        if stored.get(name) is not None:
-            settings[holder] = {**settings.get(holder, {}), option: stored[name]}
-    left_out = [item for name, item in _LEFT_OUT.items() if settings.pop(name, False)]
-    if left_out:
-        settings["leave_out"] = left_out
-    if "generator" in settings:
-        settings["data_options"] = settings.pop("generator")
-    if settings.pop("bidirectional", False):
-        settings["loss"] = "bidirectional-nonl"
-    if settings.pop("published_quirk", False):  # a constant: its factor is in the logged loss alone
-        settings["feature_decay"] = "published"
-    if settings.pop("unit_start", True) is False:
-        settings["unit_weight"] = "published"
-    if settings.pop("random_labels", False):
-        settings["label_noise"] = "permuted"
-    shape, factor = settings.get("imbalance"), settings.pop("imbalance_factor", 0.01)
-    if isinstance(shape, str):
-        settings["imbalance"] = None if shape == "none" else {shape: factor}
-    classes, stratified = settings.pop("classes_per_batch", None), settings.pop("stratified", None)
-    if classes is not None or stratified is not None:
-        settings["sampling"] = classes or ("stratified" if stratified else "random")
-    steps = {name: settings.pop(name) for name in ("milestones", "step_epochs") if name in settings}
-    if settings.get("schedule") == "multistep":
-        settings["schedule"] = "step"
-    if steps:
-        settings["step_at"] = next(iter(steps.values()))
-    budget = settings.pop("memory_budget", None)
-    if budget is not None and budget > 4:
-        settings.setdefault("workers", "in-memory")
-    every, last = settings.pop("measure_every", None), settings.pop("measure_last", True)
-    first = settings.pop("measure_from", every)
-    if every is not None:
-        settings["measure_at"] = every if last and first == every else _epochs(every, first) + ["last"] * last
-    every, chosen = settings.pop("checkpoint_every", None), settings.pop("checkpoint_epochs", [])
-    first = settings.pop("checkpoint_from", every)
-    if every is not None:
-        settings["keep_at"] = every if first == every and not chosen else [*chosen, *_epochs(every, first)]
-    elif chosen:
-        settings["keep_at"] = chosen
-    return settings
-
-
-def _epochs(every: int, first: int) -> list[Any]:
-    """The first epoch, and from ``first`` on every ``every``-th."""
-    return [*([1] if first > 1 else []), first, first + every, ".."]

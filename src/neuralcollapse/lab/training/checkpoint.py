@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from neuralcollapse.lab.config import RunConfig
 from neuralcollapse.lab.results.files import write_whole
-from neuralcollapse.lab.results.folder import with_earlier_meanings
+from neuralcollapse.lab.results.formats import with_earlier_meanings
 from neuralcollapse.lab.results.resuming import OPEN_ENDED, changed_data, changed_settings
 from neuralcollapse.lab.untrusted import without_secrets
 

@@ -1,0 +1,135 @@
+"""Formats of run folders: the settings of earlier ones with the names and meanings of today."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from neuralcollapse.lab.results.resuming import SETTINGS, check_types
+
+# Number of the format that is written. 0, which had settings and environment in one file, was never released. Until 2 a
+# fixed classifier had the canonical orientation, one-cycle kept the momentum, and dot-regression was what is
+# dot-regression-published now. Until 3 settings that are options of one setting now were settings of their own.
+FORMAT = 3
+
+
+def settings_of_format(stored: Mapping[str, Any] | None, config: Path) -> dict[str, Any]:
+    """Return the settings in a run's file, whatever its format, with the names and meanings of today.
+
+    Args:
+        stored: Content of the file; None if it is not a mapping.
+        config: The file.
+
+    Raises:
+        ValueError: if these are not the settings of a run, or their format is newer or unreleased.
+    """
+    if stored is None or not {"format", "environment"} & set(stored):
+        raise ValueError(f"{str(config)!r} must be a run's settings, and is not; --overwrite starts that run again")
+    number, folder = stored.get("format", 0), str(config.parent)
+    if not isinstance(number, int):
+        raise ValueError(f"{str(config)!r} is damaged: format must be a number, got {number!r}")
+    if number > FORMAT:
+        raise ValueError(
+            f"{folder!r} is a run of format {number}, and this version of neuralcollapse reads up to {FORMAT}: install "
+            "a newer one"
+        )
+    if number < 1:
+        raise ValueError(
+            f"{folder!r} is a run of an unreleased format, {number}, and this version of neuralcollapse reads 1 to "
+            f"{FORMAT}; --overwrite starts that run again"
+        )
+    settings = {name: value for name, value in stored.items() if name != "format"}
+    check_types(settings, SETTINGS, f"{str(config)!r} is damaged")
+    return with_earlier_meanings(settings, number)
+
+
+def with_earlier_meanings(stored: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """Return settings of an earlier format with today's names and meanings.
+
+    Args:
+        stored: The settings as they were written.
+        number: Number of their format.
+    """
+    settings = dict(stored)
+    if number < 2:
+        for name in ("loss", "losses"):
+            settings = settings | {name: _renamed_loss(settings[name])} if settings.get(name) is not None else settings
+        if {"fixed", "fixed-frame"} & {stored.get("method"), *(stored.get("methods") or [])}:
+            settings.setdefault("orientation", "canonical")
+        if stored.get("schedule") == "one-cycle" and stored.get("optimizer", "sgd") != "lbfgs":
+            settings.setdefault("cycle_momentum", False)
+    return _with_todays_names(settings) if number < 3 else settings
+
+
+def _renamed_loss(value: Any) -> Any:
+    """A loss, or a list of losses, with the name of today."""
+    if isinstance(value, list):
+        return [_renamed_loss(loss) for loss in value]
+    return "dot-regression-published" if value == "dot-regression" else value
+
+
+# Settings until format 3 that are options now: the setting that holds them, and their name there.
+_OPTIONS = {
+    **{name: ("data_options", name) for name in ("train_split", "test_split", "label_column", "table")},
+    "data_config": ("data_options", "config"),
+    **{name: ("augmentation", name) for name in ("crop_padding", "flip", "rotation")},
+    **{name: ("one_cycle", name) for name in ("three_phase", "div_factor", "final_div_factor", "cycle_momentum")},
+    "patch_size": ("backbone_options", "patch_size"),
+    "gain": ("optimizer_options", "gain"),
+    "lbfgs_history": ("optimizer_options", "history"),
+    "lbfgs_iterations": ("optimizer_options", "iterations"),
+}
+# Settings until format 3 that are an item of `leave_out` now.
+_LEFT_OUT = {"drop_unlabelled": "unlabelled", "drop_copies": "copies", "allow_absent_classes": "absent-classes"}
+
+
+def _with_todays_names(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings of a format before 3 with the names of today."""
+    settings = {name: value for name, value in stored.items() if value is not None and name not in _OPTIONS}
+    for name, (holder, option) in _OPTIONS.items():
+        if stored.get(name) is not None:
+            settings[holder] = {**settings.get(holder, {}), option: stored[name]}
+    left_out = [item for name, item in _LEFT_OUT.items() if settings.pop(name, False)]
+    if left_out:
+        settings["leave_out"] = left_out
+    if "generator" in settings:
+        settings["data_options"] = settings.pop("generator")
+    if settings.pop("bidirectional", False):
+        settings["loss"] = "bidirectional-nonl"
+    if settings.pop("published_quirk", False):  # a constant: its factor is in the logged loss alone
+        settings["feature_decay"] = "published"
+    if settings.pop("unit_start", True) is False:
+        settings["unit_weight"] = "published"
+    if settings.pop("random_labels", False):
+        settings["label_noise"] = "permuted"
+    shape, factor = settings.get("imbalance"), settings.pop("imbalance_factor", 0.01)
+    if isinstance(shape, str):
+        settings["imbalance"] = None if shape == "none" else {shape: factor}
+    classes, stratified = settings.pop("classes_per_batch", None), settings.pop("stratified", None)
+    if classes is not None or stratified is not None:
+        settings["sampling"] = classes or ("stratified" if stratified else "random")
+    steps = {name: settings.pop(name) for name in ("milestones", "step_epochs") if name in settings}
+    if settings.get("schedule") == "multistep":
+        settings["schedule"] = "step"
+    if steps:
+        settings["step_at"] = next(iter(steps.values()))
+    budget = settings.pop("memory_budget", None)
+    if budget is not None and budget > 4:
+        settings.setdefault("workers", "in-memory")
+    every, last = settings.pop("measure_every", None), settings.pop("measure_last", True)
+    first = settings.pop("measure_from", every)
+    if every is not None:
+        settings["measure_at"] = every if last and first == every else _epochs(every, first) + ["last"] * last
+    every, chosen = settings.pop("checkpoint_every", None), settings.pop("checkpoint_epochs", [])
+    first = settings.pop("checkpoint_from", every)
+    if every is not None:
+        settings["keep_at"] = every if first == every and not chosen else [*chosen, *_epochs(every, first)]
+    elif chosen:
+        settings["keep_at"] = chosen
+    return settings
+
+
+def _epochs(every: int, first: int) -> list[Any]:
+    """The first epoch, and from ``first`` on every ``every``-th."""
+    return [*([1] if first > 1 else []), first, first + every, ".."]
