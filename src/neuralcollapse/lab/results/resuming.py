@@ -1,4 +1,4 @@
-"""Checks that what is resumed or measured is what it says it is: the same settings, the same data, sound facts."""
+"""Checks of a run's stored settings, facts and data, against types and against those to resume with."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 from neuralcollapse.lab.config import RunConfig
 from neuralcollapse.lab.untrusted import without_secrets
 
-# What may change between a start and the next: it has no part in what is computed.
+# Settings that may change when a run resumes, since they do not affect its numbers.
 FREE = ("checkpoint_minutes", "devices", "num_nodes")
-# Schedules whose rate at an epoch does not depend on how many there are; of an optimiser without a rate, None.
+# Schedules whose rate at an epoch does not depend on the number of epochs; None for an optimiser without a rate.
 OPEN_ENDED = (None, "constant", "step")
 
 
@@ -33,7 +33,7 @@ def _is_fingerprint(value: Any) -> bool:
 
 _Check = tuple[Callable[[Any], bool], str]
 _TEXT, _INTEGER = (_is_text, "a text"), (_is_integer, "an integer")
-# Of the values that are read again, their types; a value that is None is as good as none.
+# Types of the values that are read again; None counts as missing.
 SETTINGS: dict[str, _Check] = {
     **dict.fromkeys(("method", "loss", "backbone", "model", "data", "recipe", "schedule"), _TEXT),
     **dict.fromkeys(("seed", "epochs"), _INTEGER),
@@ -56,12 +56,12 @@ FACTS: dict[str, _Check] = {
     "data_fingerprint": (_is_fingerprint, "a mapping of splits to mappings"),
     "checkpoints": (_is_fingerprint, "a mapping of epochs to mappings"),
 }
-# Without these a run is not resumed: what is made of it at its end shows them.
+# Facts without which a run is not resumed: its summary shows them.
 NEEDED_FACTS = ("neuralcollapse", "packages", "machine", "command")
 
 
 def is_folder_name(name: Any) -> bool:
-    """Return whether it is the plain name of a folder, which leads nowhere else.
+    """Return whether a value is the name of a folder without any path.
 
     Examples:
         >>> [is_folder_name(name) for name in ("fixed-seed0", "..", "a/b", "/tmp", "")]
@@ -71,7 +71,7 @@ def is_folder_name(name: Any) -> bool:
 
 
 def is_external(settings: Mapping[str, Any]) -> bool:
-    """Return whether settings are those of measurements of an external model, and of no run."""
+    """Return whether settings are of measurements of an external model, not of a run."""
     return "method" not in settings and "model" in settings
 
 
@@ -111,17 +111,17 @@ def check_plain(value: Any, name: str) -> None:
 
 
 def changed_settings(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> tuple[dict[str, tuple[Any, Any]], str]:
-    """Find the settings with which a run, or its checkpoint, would not be resumed.
+    """Return the settings that prevent a run or a checkpoint from being resumed.
 
-    A setting that is newer than what was stored was at its default. More epochs are no change where no rate depends on
-    their number.
+    A setting that was added after the stored ones were written had its default. More epochs are allowed if no rate
+    depends on their number.
 
     Args:
-        stored: Those that are kept.
-        asked: Those to resume with.
+        stored: Settings of the run.
+        asked: Settings to resume with.
 
     Returns:
-        Name to what it must stay and what it is; and why, where that is not plain.
+        Name to stored and given value; and a reason that is added to the message, if it is not obvious.
     """
     stored, asked = (dict(without_secrets(settings)) for settings in (stored, asked))
     compared = [*asked, *(name for name in stored if name not in asked)]
@@ -136,18 +136,18 @@ def changed_settings(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> tup
     return {name: (known.get(name), asked.get(name)) for name in changed}, reason
 
 
-def changed_data(kept: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
-    """Say which part of the data is not what it was, by their fingerprints; None where all is, or none is known.
+def changed_data(stored: Mapping[str, Any], present: Mapping[str, Any]) -> str | None:
+    """Describe the first part of the data whose fingerprint has changed; None if none has or none is known.
 
     Args:
-        kept: Split to the name of what was hashed to its SHA-256, as it was.
-        found: The same, as it is.
+        stored: Split to part to SHA-256, as stored.
+        present: The same for the present data.
     """
-    for split, of_split in kept.items():
+    for split, of_split in stored.items():
         for part, digest in of_split.items():
-            now = found.get(split, {}).get(part)
+            now = present.get(split, {}).get(part)
             if now != digest:
                 is_now = "there are none" if now is None else f"it is {str(now)[:12]}…"
                 return f"{part} of the {split} split had the SHA-256 {str(digest)[:12]}…, now {is_now}"
-    more = [split for split in found if split not in kept]
-    return f"there is a {more[0]} split, and there was none" if kept and more else None
+    more = [split for split in present if split not in stored]
+    return f"there is a {more[0]} split, and there was none" if stored and more else None
