@@ -384,7 +384,9 @@ class RunFolder:
             self._clear()
         if not self.config.exists():
             made = environment(self.path)
-            write_yaml(self.environment, {**made, **(facts or {}), "started": now(), "finished": False})
+            write_yaml(
+                self.environment, {**made, "reported": False, **(facts or {}), "started": now(), "finished": False}
+            )
             write_yaml(self.config, {"format": FORMAT, **settings})  # last: this makes it a run's folder
             return
         (self.path / _MANIFEST).unlink(missing_ok=True)  # what is written from here on is not entered there
