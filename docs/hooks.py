@@ -17,6 +17,7 @@ try:
 
     from neuralcollapse.catalogue import METRICS, Metric, OfClasses
     from neuralcollapse.cli import COMMANDS, main
+    from neuralcollapse.lab.config import METHODS, RunConfig
     from neuralcollapse.lab.recipes import families, load_recipe
     from neuralcollapse.lab.studies import SCALES, load_study, study_names
 except ImportError as missing:
@@ -36,6 +37,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         ("commands", _commands),
         ("studies", _studies),
         ("claims", _claims),
+        ("methods", _methods),
         ("metrics", metrics_table),
     ):
         if f"<!-- {marker} -->" in markdown:
@@ -69,6 +71,15 @@ def _written(value: float | OfClasses) -> str:
         return value.formula
     names = {-math.log(2): "−log 2", 0.5: "½"}
     return names[value] if value in names else f"{value:g}".replace("-", "−")
+
+
+def _methods() -> str:
+    """Return the methods of training as a Markdown table."""
+    lines = ["| method | classifier | bias, the default first | settings |", "|---|---|---|---|"]
+    for name, method in METHODS.items():
+        settings = ", ".join(f"`{option}`" for option in method.options.values() if option in RunConfig.model_fields)
+        lines.append(f"| `{name}` | {method.text} | {', '.join(method.biases)} | {settings or '–'} |")
+    return "\n".join(lines)
 
 
 def _commands() -> str:

@@ -276,7 +276,11 @@ def test_a_class_of_the_users_own(tmp_path, monkeypatch):
         ("./my_own_nets.py", {}, "backbone must be a dotted path"),
         (".my_own_nets.Net", {}, "backbone must be a dotted path"),
         ("vgg", None, "backbone must be one of convnet, .*vgg13, .*or the dotted path"),
-        ("mlp", {"neurons": 3}, "backbone_options belongs to a backbone of your own; here backbone is mlp"),
+        (
+            "mlp",
+            {"neurons": 3},
+            "backbone_options belongs to a backbone of your own, or backbone vit-tiny or vit-small; here",
+        ),
     ]
     for path, options, message in wrong:
         with pytest.raises(ValueError, match=message):

@@ -29,8 +29,8 @@ class Classifier:
 
     Attributes:
         text: Description in one line.
-        head: Name of what `models.build` makes it with: a class of `neuralcollapse.heads`, or a function there.
-        options: For each of its arguments the setting that gives it, or the name of a value that `models.build` makes.
+        head: Name of a class of `neuralcollapse.heads`, or of a function of `models.build` that returns one.
+        options: For each of its arguments the setting with its value, or the name of a value that `models.build` makes.
         biases: The values of ``classifier_bias`` that it can have, its default first.
         follows_means: Whether its weight changes with the class means of every batch.
     """
@@ -195,7 +195,7 @@ _THIRDS = Default(lambda values: sorted({values["epochs"] // 3, 2 * values["epoc
 
 
 class OneRun(Settings):
-    """What to train."""
+    """Run."""
 
     recipe: str | None = None
     """Name of a published experiment, one that `neuralcollapse recipes` lists; --config and flags override its
@@ -290,8 +290,8 @@ class DataSettings(Settings):
     to the last; {step: FACTOR}, the second half of the classes has fewer. FACTOR: images of the smallest class over
     those of the largest."""
     validation_share: HeldOut | None = None
-    """Share of the training images, every class in proportion, that is held out and measured as a split of its own, to
-    make choices on. Its labels are the true ones."""
+    """Share of the training images, every class in proportion, that is held out and measured as a third split, to make
+    choices on. Its labels are the true ones."""
     label_noise: Literal["permuted"] | Share = 0.0
     """Share of training images whose label is replaced by one drawn among all classes; permuted permutes the labels of
     all training images. The run keeps them."""
@@ -641,11 +641,11 @@ class RunConfig(Record, Ranks, Optimisation, ModelSettings, BatchSettings, DataS
 def _epochs_of(items: list[Any], epochs: int) -> set[int]:
     """Return the epochs of a list such as ``[1, 6, "..", "last"]``."""
     chosen: set[int] = set()
-    for place, item in enumerate(items):
+    for position, item in enumerate(items):
         if item == "last":
             chosen.add(epochs)
         elif item == "..":
-            first, second, *end = (*items[place - 2 : place], *items[place + 1 : place + 2])
+            first, second, *end = (*items[position - 2 : position], *items[position + 1 : position + 2])
             chosen.update(range(first, (end[0] if end and end != ["last"] else epochs) + 1, second - first))
         else:
             chosen.add(item)
@@ -654,10 +654,10 @@ def _epochs_of(items: list[Any], epochs: int) -> set[int]:
 
 def _check_progressions(name: str, items: Any) -> None:
     """Raise unless each ``..`` continues two growing epochs, up to one that they lead to."""
-    for place, item in enumerate(items if isinstance(items, list) else []):
+    for position, item in enumerate(items if isinstance(items, list) else []):
         if item != "..":
             continue
-        before, after = items[max(place - 2, 0) : place], items[place + 1 : place + 2]
+        before, after = items[max(position - 2, 0) : position], items[position + 1 : position + 2]
         if len(before) < 2 or not all(isinstance(epoch, int) for epoch in before) or before[0] >= before[1]:
             raise ValueError(f"{name} must have two growing epochs before .., got {items}")
         first, second = before

@@ -27,7 +27,7 @@ _AXES = {"loss": "losses", "weight_average": "weight_averages"}
 
 
 class Comparison(Settings):
-    """What to compare.
+    """Comparison.
 
     Raises:
         ValueError: if a setting is out of range, has no effect, or repeats a value.

@@ -190,7 +190,7 @@ class _Resolution(dict[str, Any]):
         if kind is None:
             return value
         base, given = self.base.get(name), self.given.get(name)
-        options = {option: one for option, one in (base or {}).items() if option in kind.model_fields}
+        options = {option: default for option, default in (base or {}).items() if option in kind.model_fields}
         try:
             return kind(**options | (given or {})).in_force() or None
         except ValueError as error:
@@ -242,7 +242,7 @@ def _cached_schema(hint: Any) -> dict[str, Any]:
 def describe(schema: Mapping[str, Any]) -> str:
     """Return the type that a JSON schema describes, in words."""
     if "anyOf" in schema:
-        return listed((describe(one) for one in schema["anyOf"] if one.get("type") != "null"), "or")
+        return listed((describe(part) for part in schema["anyOf"] if part.get("type") != "null"), "or")
     if "const" in schema:
         return str(schema["const"])
     if "enum" in schema:
@@ -312,7 +312,7 @@ class _Loader(yaml.SafeLoader):  # in Python: the C loader crashes on deep nesti
         raise yaml.constructor.ConstructorError(None, None, f"tag {node.tag!r} has no meaning here", node.start_mark)
 
 
-_Loader.yaml_implicit_resolvers = {}  # no scalar has a type of its own
+_Loader.yaml_implicit_resolvers = {}  # scalars have no type until they are given to a setting
 _Loader.yaml_constructors.update(
     {
         "tag:yaml.org,2002:map": _Loader.mapping,
@@ -370,8 +370,9 @@ def parse(name: str, value: Any, hint: Any) -> Any:
 
 def _converted(value: Any, schema: Mapping[str, Any]) -> Any:
     """Convert a value to the first alternative of a schema that takes it; raise ValueError if none does."""
-    alternatives = {one.get("type"): one for one in schema.get("anyOf", [schema])}
-    choices = [choice for one in schema.get("anyOf", [schema]) for choice in _choices(one)]
+    parts = schema.get("anyOf", [schema])
+    alternatives = {part.get("type"): part for part in parts}
+    choices = [choice for part in parts for choice in _choices(part)]
     if isinstance(value, dict) or (isinstance(value, str) and "object" in alternatives and value not in choices):
         return _mapping(value, alternatives)
     if isinstance(value, list):

@@ -48,7 +48,7 @@ def add_sections(parser: ArgumentParser, *sections: type[Settings]) -> None:
 
 
 def add_output(parser: ArgumentParser, default: str) -> None:
-    """Add where to write, and what to do with a run that is there."""
+    """Add the flags of the folder to write, and of the run that it may hold."""
     output = parser.add_argument_group("Output")
     output.add_argument("--out", metavar="OUT", help=f"folder to write; by default {default}")
     output.add_argument("--resume", action="store_true", help="resume the run that the folder holds")
@@ -115,7 +115,7 @@ def check_named_classes(settings: Namespace, arguments: Sequence[str]) -> None:
 
 def _is_switch(field: FieldInfo) -> bool:
     schema = schema_of(field.annotation)
-    return any(one.get("type") == "boolean" for one in schema.get("anyOf", [schema]))
+    return any(part.get("type") == "boolean" for part in schema.get("anyOf", [schema]))
 
 
 def _help(field: FieldInfo) -> str:

@@ -105,8 +105,8 @@ def build_head(
         num_classes: K.
         class_names: As for `build_model`.
         class_counts: As for `build_model`.
-        first_bias: (K,), first values of a learned bias beside a fixed ETF. As published, the bias of the linear layer
-            that the head replaces; by default 0.
+        first_bias: (K,), first values of the learned bias of a fixed ETF: as published, the bias of the linear layer
+            that the head replaces. By default 0.
 
     Raises:
         ValueError: if the head cannot be built with these settings.
@@ -355,7 +355,7 @@ def read_attributes(path: str, num_classes: int, *, class_names: Sequence[str] |
     """Return the values of each attribute as integers (K, A), from a CSV file whose first line names the attributes.
 
     Lines are in the order of the classes. If a column called class or name, or a column whose values are the names of
-    the classes, is there, it says which class each line is of, in any order.
+    the classes, is there, it gives the class of each line, in any order.
 
     Args:
         path: The file.
