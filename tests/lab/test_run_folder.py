@@ -178,7 +178,9 @@ def test_a_measurement_is_recorded_under_its_epoch_and_split(tmp_path):
     assert (record.provenance.epoch, record.provenance.split) == (2, "train")
     with pytest.raises(ValueError, match="must be of epoch 3, train split, and its provenance is epoch 2, train split"):
         folder.record(3, "train", record)
-    for split in ("", "..", "a/b"):
+    with pytest.raises(ValueError, match="measurement must be the result of measure, got dict"):
+        folder.record(2, "train", measurement.metrics)
+    for split in ("", "..", "a/b", "=1+1"):
         with pytest.raises(ValueError, match="split must be a name without any path"):
             folder.record(2, split, measurement)
     with pytest.raises(ValueError, match="epoch must be"):

@@ -194,10 +194,13 @@ class RunFolder:
         """
         from neuralcollapse._checks import check_at_least
         from neuralcollapse.lab.results.tables import replace_rows
+        from neuralcollapse.metrics import Measurement
 
         check_at_least("epoch", epoch, 0)
-        if not is_folder_name(split):
+        if not is_folder_name(split) or not split[0].isalnum():
             raise ValueError(f"split must be a name without any path, such as 'train', got {split!r}")
+        if not isinstance(measurement, Measurement):
+            raise ValueError(f"measurement must be the result of measure, got {type(measurement).__name__}")
         if not self.config.exists():
             raise ValueError(f"{str(self.path)!r} must be the folder of a run, and has no {self.config.name}")
         origin = measurement.provenance
