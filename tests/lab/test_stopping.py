@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -160,7 +161,7 @@ def test_the_slurm_script_of_the_docs_requeues_a_job_whose_time_is_over_and_resu
     documented = re.search(r"```\n(#!/bin/bash\n.*?)```", DOCS.read_text(), re.DOTALL)[1]
     assert "--signal=TERM@120" in documented
     assert "--requeue" in documented
-    flags = " ".join(f"--{name}={value}" for name, value in (SMALL | RUNS["sgd"]).items())
+    flags = shlex.join(f"--{name}={value}" for name, value in (SMALL | RUNS["sgd"]).items())
     job = tmp_path / "job"
     job.write_text(documented.replace("--recipe papyan2020-cifar10", f"{flags} --device=cpu"))
     commands = {
