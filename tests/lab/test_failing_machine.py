@@ -213,7 +213,10 @@ def test_a_run_is_extended_as_if_it_had_been_longer_from_the_start(run, tmp_path
 
 def test_a_comparison_is_extended(tmp_path):
     def runs(epochs: int) -> list[RunConfig]:
-        return [RunConfig(**SMALL, epochs=epochs, schedule="step", method=one) for one in ("standard", "implicit")]
+        return [
+            RunConfig(**SMALL, epochs=epochs, schedule="step", step_at=40, method=one)
+            for one in ("standard", "implicit")
+        ]
 
     out = train_runs(runs(1), tmp_path / "out", progress=False)
     whole = train_runs(runs(2), tmp_path / "whole", progress=False)
