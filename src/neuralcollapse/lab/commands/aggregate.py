@@ -46,8 +46,8 @@ def _run(settings: Namespace) -> int:
             outcome.written.append(reach)
     print("\n".join(f"{label}: {len(of_group)} runs" for label, of_group in groups.items()), end="\n\n")
     if levels:
-        statistics = ["mean", "std", "min", "max", "count"]
-        table = epochs.groupby(["group", "metric", "level"], sort=False)["epoch"].agg(statistics)
+        by_level = epochs.groupby(["group", "metric", "level"], sort=False)["epoch"]
+        table = by_level.agg(["mean", "std", "min", "max", "count"])
         print("Epochs to a level, interpolated between measured epochs; count: seeds that reached it")
         print(table.to_string(float_format="{:.2f}".format), end="\n\n")
     return outcome.report()

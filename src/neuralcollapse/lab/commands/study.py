@@ -69,8 +69,8 @@ def _listing() -> str:
         lines += [name, f"  {study.title}", f"  {study.source}; {len(study.claims)} claims"]
         for scale in (scale for scale in SCALES if scale in study.scales):
             verdict = RunFolder(_FOLDER / f"{name}-{scale}").verdict
-            claims = read_yaml(verdict)["claims"] if verdict.exists() else []
-            verdicts = ", ".join(claim["verdict"] for claim in claims) or "not run"
+            record = read_yaml(verdict) if verdict.exists() else None
+            verdicts = "not run" if record is None else ", ".join(claim["verdict"] for claim in record["claims"])
             lines.append(f"  {scale}: {study.scale(scale).cost}; {verdicts}")
     return "\n".join(lines)
 
