@@ -93,7 +93,7 @@ def replace_rows(path: Path, epoch: int, split: str, metrics: Mapping[str, float
 
 
 def metric_rows(path: Path) -> list[tuple[int, str, str, float]]:
-    """Return the rows of a run's table of metrics; none if there is no such file."""
+    """Return the rows of a run's table of metrics; an empty list if the file does not exist."""
     return list(read_table(path)[COLUMNS].itertuples(index=False, name=None)) if path.exists() else []
 
 
@@ -102,7 +102,8 @@ def add_missing_rows(path: Path, rows: Sequence[tuple[int, str, str, float]]) ->
     present = metric_rows(path)
     known = {row[:3] for row in present}
     if missing := [row for row in rows if row[:3] not in known]:
-        write_csv(path, pd.DataFrame(sorted([*present, *missing], key=lambda row: row[0]), columns=COLUMNS))
+        table = pd.DataFrame([*present, *missing], columns=COLUMNS)
+        write_csv(path, table.sort_values("epoch", kind="stable"))
 
 
 def reference_epochs(table: pd.DataFrame) -> set[int]:
