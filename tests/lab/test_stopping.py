@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+import yaml
 
 from neuralcollapse.cli import main
 from neuralcollapse.lab import RunConfig, RunFolder, train_runs
@@ -161,9 +161,9 @@ def test_the_slurm_script_of_the_docs_requeues_a_job_whose_time_is_over_and_resu
     documented = re.search(r"```\n(#!/bin/bash\n.*?)```", DOCS.read_text(), re.DOTALL)[1]
     assert "--signal=TERM@120" in documented
     assert "--requeue" in documented
-    flags = shlex.join(f"--{name}={value}" for name, value in (SMALL | RUNS["sgd"]).items())
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(SMALL | RUNS["sgd"] | {"device": "cpu"}))
     job = tmp_path / "job"
-    job.write_text(documented.replace("--recipe papyan2020-cifar10", f"{flags} --device=cpu"))
+    job.write_text(documented.replace("--recipe papyan2020-cifar10", "--config settings.yaml"))
     commands = {
         "srun": 'exec "$@"',
         "scontrol": f'echo "$@" >> {tmp_path}/asked',

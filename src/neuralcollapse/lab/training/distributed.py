@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
-from lightning.fabric.loggers import Logger
-from lightning.fabric.strategies import DDPStrategy
+from lightning.fabric.loggers.logger import Logger
+from lightning.fabric.strategies.ddp import DDPStrategy
 
 from neuralcollapse.lab.config import RunConfig
 from neuralcollapse.lab.ranks import launched_ranks, local_rank

@@ -114,28 +114,6 @@ class Objective(nn.Module):
         return dict(zip(metrics, sum_over_ranks(torch.stack(list(metrics.values()))).unbind(), strict=True))
 
 
-def gradient_sizes(objective: Objective, scale: float = 1.0) -> list[dict[str, Any]]:
-    """Return the size of each gradient after a backward pass: mean and largest magnitude, and norm.
-
-    They are of the parameters; and of the features, class means, weight and bias that a head makes of a batch, where
-    they are not parameters and their gradients are kept.
-
-    Args:
-        objective: The objective.
-        scale: Factor by which a gradient scaler multiplied the loss.
-    """
-    gradients = {name: parameter.grad for name, parameter in objective.model.named_parameters()}
-    for name, tensor in objective.head_tensors.items():
-        gradients[f"head.{name}"] = None if tensor.grad is None else tensor.grad.float()
-    rows = []
-    for name, gradient in gradients.items():
-        if gradient is not None:
-            size = (gradient / scale).abs()
-            sizes = torch.stack([size.mean(), size.max(), torch.linalg.vector_norm(size)]).tolist()
-            rows.append({"parameter": name, **dict(zip(("mean", "max", "norm"), sizes, strict=True))})
-    return rows
-
-
 def batch_loss(
     config: LossSettings, logits: Tensor, targets: Tensor, features: Tensor, weight: Tensor, share: float = 1.0
 ) -> Tensor:

@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
-from lightning.fabric.loggers import Logger, TensorBoardLogger
+from lightning.fabric.loggers.logger import Logger
+from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 from tqdm.auto import tqdm
 
 from neuralcollapse.lab.config import RunConfig
+from neuralcollapse.lab.ranks import global_rank
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.provenance import shown_settings
 
@@ -104,11 +106,15 @@ def check_loggers(names: list[Any]) -> None:
 
 @contextmanager
 def open_loggers(config: RunConfig, folder: RunFolder) -> Iterator[list[Logger]]:
-    """Open a run's loggers, which write into its folder; W&B's also to its service, unless WANDB_MODE is offline."""
-    loggers: list[Logger] = []
-    if "tensorboard" in config.loggers:
+    """Open a run's loggers, on its first rank, which write into its folder.
+
+    W&B's also sends to its service, unless WANDB_MODE is offline.
+    """
+    loggers: list[Any] = []
+    names = config.loggers if global_rank() == 0 else []
+    if "tensorboard" in names:
         loggers.append(TensorBoardLogger(folder.path, name="tensorboard", version=""))
-    if "wandb" in config.loggers:
+    if "wandb" in names:
         from lightning.pytorch.loggers import WandbLogger
 
         loggers.append(WandbLogger(project="neuralcollapse", name=folder.path.name, save_dir=folder.path))

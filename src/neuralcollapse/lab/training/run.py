@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from neuralcollapse._distributed import greatest_over_ranks
 from neuralcollapse.lab.config import RunConfig, derived_seed
@@ -22,17 +19,16 @@ from neuralcollapse.lab.data.batches import EpochBatches, EvaluationBatches, bat
 from neuralcollapse.lab.data.images import ImageData
 from neuralcollapse.lab.models.backbones import evaluation_layout
 from neuralcollapse.lab.models.build import build_model
-from neuralcollapse.lab.ranks import global_rank
 from neuralcollapse.lab.results.files import write_csv
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.tables import add_missing_rows, metric_rows
 from neuralcollapse.lab.stopping import stop_requests
-from neuralcollapse.lab.training.agd import AGD
 from neuralcollapse.lab.training.checkpoint import PROVENANCE, CheckpointFiles, generator_states, set_generator_states
 from neuralcollapse.lab.training.distributed import launched_fabric
-from neuralcollapse.lab.training.objective import Diverged, FirstNonFinite, Objective, gradient_sizes
+from neuralcollapse.lab.training.objective import Diverged, FirstNonFinite, Objective
 from neuralcollapse.lab.training.optimizers import TrainedModel, build_optimizer, build_schedule
 from neuralcollapse.lab.training.progress import Progress, open_loggers
+from neuralcollapse.lab.training.training_log import EpochLog, gradient_sizes
 from neuralcollapse.metrics import ClassMoments, MeasureOptions, Provenance
 from neuralcollapse.metrics.measure import measure_splits
 
@@ -105,7 +101,7 @@ class Run:
         self.folder, self.progress = folder, progress or Progress(shown=False)
         self.files = CheckpointFiles(config, self.fingerprint)
         with (
-            open_loggers(config, folder) if global_rank() == 0 else nullcontext([]) as loggers,
+            open_loggers(config, folder) as loggers,
             stop_requests() as self.stop,
             launched_fabric(config, device, loggers) as self.fabric,
             torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
@@ -195,8 +191,9 @@ class Run:
     def _step(self, epoch: int, number: int) -> None:
         """Clip the gradients, and take the step of optimiser, average and schedule that follows a batch."""
         if self.config.gradient_clip is not None:
-            options = {"max_norm": self.config.gradient_clip, "error_if_nonfinite": False}
-            self.fabric.clip_gradients(self.compute_loss, self.fabric_optimizer, **options)
+            self.fabric.clip_gradients(
+                self.compute_loss, self.fabric_optimizer, max_norm=self.config.gradient_clip, error_if_nonfinite=False
+            )
         if self.config.optimizer != "lbfgs":
             self.fabric_optimizer.step()
         self.first_non_finite.see_parameters(number)
@@ -314,50 +311,3 @@ class Run:
         self.log = EpochLog(**checkpoint["log"])
         set_generator_states(checkpoint["generators"], self.rank)
         return epoch, batches
-
-
-@dataclass
-class EpochLog:
-    """Training metrics of an epoch so far, weighted by samples, and the time that it took without measuring.
-
-    Attributes:
-        lr: Learning rate at its beginning; NaN for AGD, which has none.
-        samples: Number of samples; those of a batch that overflowed and was skipped do not count.
-        sums: Sum of each metric.
-        eta: Sum of the steps η of AGD.
-        steps: Number of these.
-        seconds: Time before training resumed inside the epoch.
-    """
-
-    lr: float
-    samples: int | Tensor = 0
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    eta: float | Tensor = 0.0
-    steps: int = 0
-    seconds: float = 0.0
-
-    def __post_init__(self) -> None:
-        self._started = time.perf_counter() - self.seconds
-
-    def add(self, metrics: dict[str, Tensor], samples: int | Tensor, optimizer: Optimizer, *, skips: bool) -> None:
-        """Add a batch; if steps that overflow are skipped, only where its loss is finite."""
-        if skips:
-            samples = samples * metrics["batch_loss"].isfinite()
-            metrics = {name: torch.where(samples > 0, value, 0.0) for name, value in metrics.items()}
-        self.samples += samples
-        for name, value in metrics.items():
-            self.sums[name] = self.sums.get(name, 0) + samples * value
-        if isinstance(optimizer, AGD) and optimizer.eta is not None:
-            self.eta += optimizer.eta
-            self.steps += 1
-
-    def end(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Return the metrics, and the row of the training log; this waits for the device."""
-        metrics = {name: float(total / self.samples) for name, total in self.sums.items()}
-        row = {"seconds": time.perf_counter() - self._started, **metrics}
-        return metrics, row | ({"agd_eta": float(self.eta / self.steps)} if self.steps else {"lr": self.lr})
-
-    def state(self) -> dict[str, Any]:
-        """Return the fields, to save."""
-        state = {name: value for name, value in vars(self).items() if name != "_started"}
-        return state | {"seconds": time.perf_counter() - self._started}

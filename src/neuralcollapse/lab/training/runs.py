@@ -7,7 +7,7 @@ import re
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -164,7 +164,7 @@ class Preparation:
 
 def train_each(
     runs: Mapping[str, RunConfig], folder: RunFolder, preparation: Preparation, parallel: int = 1
-) -> Iterator[tuple[str, ValueError]]:
+) -> Generator[tuple[str, ValueError], None, None]:
     """Train each run that is not finished, into its folder in ``runs/``; yield the names of those that fail, and why.
 
     Args:
