@@ -80,7 +80,7 @@ def test_a_recipe_takes_two_steps(name, request, tmp_path):
         patch.setattr(Run, "_end_epoch", end_training)
         with pytest.raises(EpochEnded):
             prepared.train(folder)
-    metrics, _ = prepared.log.end(1)
+    metrics, _ = prepared.log.end()
     assert math.isfinite(metrics["batch_loss"])
     after = model.state_dict()
     assert all(torch.isfinite(value).all() for value in after.values())
