@@ -198,7 +198,10 @@ def state(case: Case, folder: Path) -> dict[str, object]:
             found[name] = pd.read_csv(path).drop(columns="seconds").to_csv()
         elif path.suffix == ".ckpt":
             kept = torch.load(path, weights_only=True)
-            found[name] = {key: tensor.tolist() for key, tensor in kept["state_dict"].items()}, kept["neuralcollapse"]["epoch"]
+            found[name] = (
+                {key: tensor.tolist() for key, tensor in kept["state_dict"].items()},
+                kept["neuralcollapse"]["epoch"],
+            )
         elif path.name == "environment.yaml":
             made = RunFolder(path.parent).read_environment()
             found[name] = {key: made.get(key) for key in ("finished", "reported", "data", "runs", "checkpoints")}
