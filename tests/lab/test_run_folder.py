@@ -50,6 +50,38 @@ def test_settings_whose_default_has_changed_keep_their_meaning_in_older_folders(
         assert {name: found.get(name) for name in meant} == expected
 
 
+@pytest.mark.parametrize(
+    ("former", "today"),
+    [
+        ({"measure_every": 5, "measure_from": 1, "measure_last": False}, {"measure_at": [1, 6, ".."]}),
+        ({"measure_every": 2, "measure_from": 4, "measure_last": True}, {"measure_at": [1, 4, 6, "..", "last"]}),
+        ({"measure_every": 5, "measure_from": 5, "measure_last": True}, {"measure_at": 5}),
+        ({"checkpoint_every": 3, "checkpoint_from": 3, "checkpoint_epochs": []}, {"keep_at": 3}),
+        ({"checkpoint_every": 3, "checkpoint_from": 2, "checkpoint_epochs": [7]}, {"keep_at": [7, 1, 2, 5, ".."]}),
+        ({"checkpoint_epochs": [2, 4]}, {"keep_at": [2, 4]}),
+        ({"drop_copies": True, "allow_absent_classes": True}, {"leave_out": ["copies", "absent-classes"]}),
+        ({"train_split": "a", "data_config": "b"}, {"data_options": {"train_split": "a", "config": "b"}}),
+        ({"generator": "published"}, {"data_options": "published"}),
+        ({"crop_padding": 4, "flip": True}, {"augmentation": {"crop_padding": 4, "flip": True}}),
+        ({"stratified": True}, {"sampling": "stratified"}),
+        ({"stratified": False, "classes_per_batch": 4}, {"sampling": 4}),
+        ({"random_labels": True, "label_noise": 0.0}, {"label_noise": "permuted"}),
+        ({"imbalance": "step", "imbalance_factor": 0.2}, {"imbalance": {"step": 0.2}}),
+        ({"imbalance": "none", "memory_budget": 9.0}, {"imbalance": None, "workers": "in-memory"}),
+        ({"unit_weight": True, "unit_start": False}, {"unit_weight": "published"}),
+        ({"loss": "nonl", "bidirectional": True}, {"loss": "bidirectional-nonl"}),
+        ({"feature_decay": 1e-4, "published_quirk": True}, {"feature_decay": "published"}),
+        ({"schedule": "multistep", "milestones": [3]}, {"schedule": "step", "step_at": [3]}),
+        ({"schedule": "step", "step_epochs": 3}, {"schedule": "step", "step_at": 3}),
+        ({"lbfgs_history": 5, "lbfgs_iterations": 6}, {"optimizer_options": {"history": 5, "iterations": 6}}),
+        ({"patch_size": 4}, {"backbone_options": {"patch_size": 4}}),
+    ],
+)
+def test_former_names_of_settings_are_read_in_folders_of_format_2(former, today, tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"format": 2, **former}))
+    assert RunFolder(tmp_path).settings() == today
+
+
 def test_a_config_of_an_older_folder_keeps_its_meaning_as_a_file_of_settings(tmp_path, capsys):
     file = tmp_path / "config.yaml"
     for head, orientation in (({"format": 1}, "canonical"), ({}, "random")):
