@@ -15,8 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from neuralcollapse._version import __version__
 from neuralcollapse.lab.commands import COMMANDS, Command, load_command
-from neuralcollapse.lab.stopping import INTERRUPTED, TERMINATED, Terminated, answering_signals, caused_by
-from neuralcollapse.lab.streams import lasting_streams
+from neuralcollapse.lab.process import (
+    INTERRUPTED,
+    TERMINATED,
+    Terminated,
+    answering_signals,
+    caused_by,
+    lasting_streams,
+)
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -80,7 +86,7 @@ def _run(arguments: list[str]) -> int:
 
 def _end(line: str, code: int) -> int:
     """Print the reason of the end, below a progress bar if there is one, on the first rank only; return the code."""
-    from neuralcollapse.lab.ranks import global_rank
+    from neuralcollapse.lab.process import global_rank
 
     if global_rank() == 0:
         print("\n" * (code != _USER_ERROR and sys.stderr.isatty()) + line, file=sys.stderr)

@@ -18,7 +18,7 @@ import yaml
 
 from neuralcollapse.cli import main
 from neuralcollapse.lab import RunConfig, RunFolder, train_runs
-from neuralcollapse.lab.stopping import Terminated
+from neuralcollapse.lab.process import Terminated
 from neuralcollapse.lab.training import objective
 from neuralcollapse.lab.training import run as training
 

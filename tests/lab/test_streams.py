@@ -51,7 +51,7 @@ def test_no_stream_that_is_lost_ends_a_training(streams, tmp_path):
 def test_a_closed_stream_is_not_replaced_by_a_file_of_the_run(tmp_path):
     """A file that took the number of stderr would hold what libraries write there."""
     assert shell(f"{COMMAND} train --epochs few 2>&-", tmp_path).returncode == 2
-    code = "import sys, os; from neuralcollapse.lab.streams import lasting_streams\n"
+    code = "import sys, os; from neuralcollapse.lab.process import lasting_streams\n"
     code += "with lasting_streams(alone=True): print(os.open('file', os.O_CREAT | os.O_WRONLY) > 2)"
     done = shell(f'{sys.executable} -c "{code}" 2>&- <&-', tmp_path)
     assert done.stdout == "True\n"
@@ -64,7 +64,7 @@ def test_a_full_disk_behind_stdout_is_one_line(tmp_path):
 
 
 def test_stdout_into_a_file_is_written_line_by_line(tmp_path):
-    code = "import sys; from neuralcollapse.lab.streams import lasting_streams\n"
+    code = "import sys; from neuralcollapse.lab.process import lasting_streams\n"
     code += "with lasting_streams(alone=True): print('a line'); print(open('file').read(), file=sys.stderr)"
     assert shell(f'{sys.executable} -c "{code}" > file', tmp_path).stderr == "a line\n\n"
 

@@ -13,7 +13,7 @@ from neuralcollapse.lab.commands.arguments import add_output, asked_for
 from neuralcollapse.lab.commands.common import FAILED_IN_PART, option, output_folder, print_config, print_written
 from neuralcollapse.lab.config import OneRun, Ranks, RunConfig
 from neuralcollapse.lab.experiments import Comparison, comparison_of, comparison_runs, single_run
-from neuralcollapse.lab.ranks import global_rank
+from neuralcollapse.lab.process import global_rank
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.labels import common_settings
 from neuralcollapse.lab.results.resuming import is_external

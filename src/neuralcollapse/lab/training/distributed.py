@@ -23,8 +23,7 @@ from lightning.fabric.loggers.logger import Logger
 from lightning.fabric.strategies.ddp import DDPStrategy
 
 from neuralcollapse.lab.config import RunConfig
-from neuralcollapse.lab.ranks import launched_ranks, local_rank
-from neuralcollapse.lab.stopping import TERMINATED, on_sigterm, terminate
+from neuralcollapse.lab.process import TERMINATED, launched_ranks, local_rank, on_sigterm, terminate
 
 _SECONDS_TO_END = 10.0
 

@@ -15,7 +15,7 @@ from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 from tqdm.auto import tqdm
 
 from neuralcollapse.lab.config import RunConfig
-from neuralcollapse.lab.ranks import global_rank
+from neuralcollapse.lab.process import global_rank
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.provenance import shown_settings
 

@@ -19,10 +19,10 @@ from neuralcollapse.lab.data.batches import EpochBatches, EvaluationBatches, bat
 from neuralcollapse.lab.data.images import ImageData
 from neuralcollapse.lab.models.backbones import evaluation_layout
 from neuralcollapse.lab.models.build import build_model
+from neuralcollapse.lab.process import stop_requests
 from neuralcollapse.lab.results.files import write_csv
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.tables import add_missing_rows, metric_rows
-from neuralcollapse.lab.stopping import stop_requests
 from neuralcollapse.lab.training.checkpoint import PROVENANCE, CheckpointFiles, generator_states, set_generator_states
 from neuralcollapse.lab.training.distributed import launched_fabric
 from neuralcollapse.lab.training.objective import Diverged, FirstNonFinite, Objective

@@ -19,7 +19,7 @@ from neuralcollapse.lab.config import BatchSettings, DataSettings, RunConfig
 from neuralcollapse.lab.data.batches import EvaluationBatches, evaluation_batches
 from neuralcollapse.lab.data.images import ImageData
 from neuralcollapse.lab.data.load import load_data
-from neuralcollapse.lab.ranks import global_rank
+from neuralcollapse.lab.process import global_rank
 from neuralcollapse.lab.results.files import write_whole
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.labels import common_settings, tell_apart

@@ -1,9 +1,10 @@
-"""Signals that end a process: Ctrl-C, and SIGTERM, which schedulers of clusters send before they kill."""
+"""The process of a command: signals that end it, its standard streams, and its rank among the processes of a run."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -178,3 +179,93 @@ def caused_by(error: BaseException | None, kind: type[BaseException]) -> bool:
         seen.add(id(one))
         waiting += [one.__cause__, one.__context__]
     return False
+
+
+class _Lasting:
+    """A stream that drops what cannot be written.
+
+    Args:
+        stream: The stream.
+        lost: Kinds of errors by which it is known to be lost.
+    """
+
+    def __init__(self, stream: Any, lost: type[OSError]) -> None:
+        self._stream = stream
+        self._lost = lost
+
+    def write(self, text: str) -> int:
+        """Write, or drop the text."""
+        with contextlib.suppress(self._lost):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, or do nothing."""
+        with contextlib.suppress(self._lost):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def lasting_streams(*, alone: bool) -> Iterator[None]:
+    """Keep what is inside from failing when stdout or stderr is closed.
+
+    Of stdout, other errors are raised, such as those of a full disk.
+
+    Args:
+        alone: Whether the process ends afterwards. Then a stream that is closed is opened on the null device, so that
+            no file takes its number; stdout is written line by line, also into a file, in any encoding; and what could
+            not be written is dropped in the end.
+    """
+    if alone:
+        _open_closed()
+    stdout, stderr = sys.stdout, sys.stderr
+    if alone and isinstance(stdout, io.TextIOWrapper):
+        stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    sys.stdout, sys.stderr = _Lasting(stdout, BrokenPipeError), _Lasting(stderr, OSError)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = stdout, stderr
+        if alone:
+            _drop_unwritten(stdout)
+
+
+def _open_closed() -> None:
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w" if number else "r", encoding="utf-8"))  # noqa: SIM115
+
+
+def _drop_unwritten(stream: Any) -> None:
+    try:
+        stream.flush()
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())  # the interpreter flushes once more
+
+
+def global_rank() -> int:
+    """Return the rank among all processes of a run; 0 if no launcher has set it."""
+    for name in ("RANK", "SLURM_PROCID"):
+        if name in os.environ:
+            return int(os.environ[name])
+    return int(os.environ.get("LOCAL_RANK", 0)) + int(os.environ.get("NODE_RANK", 0))
+
+
+def local_rank() -> int:
+    """Return the rank among the processes of this machine."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+
+
+def launched_ranks() -> int | None:
+    """Return the number of processes that torchrun has started; None without it."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    return None
