@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -181,3 +182,10 @@ def test_public_names_of_a_lazy_package_exist_and_have_docstrings(package):
 @pytest.mark.parametrize("package", LAZY)
 def test_a_name_that_does_not_exist_is_an_attribute_error(package):
     assert not hasattr(import_module(package), "simplex_etff")
+
+
+def test_files_named_in_the_guide_for_contributors_exist():
+    guide = (ROOT.parents[1] / "CONTRIBUTING.md").read_text()
+    named = set(re.findall(r"`((?:lab|metrics|heads|geometry|ufm)/[\w/]+\.py)`", guide))
+    assert len(named) > 20
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
