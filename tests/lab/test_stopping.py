@@ -206,8 +206,12 @@ def test_ctrl_c_waits_for_the_step_and_a_second_one_does_not(times, tmp_path):
         for _ in range(times):
             os.kill(os.getpid(), signal.SIGINT)
 
-    with at_batch(BATCHES + 3, interrupt), pytest.raises(KeyboardInterrupt):
-        train_runs(run, out, progress=False)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background process of a shell
+    try:
+        with at_batch(BATCHES + 3, interrupt), pytest.raises(KeyboardInterrupt):
+            train_runs(run, out, progress=False)
+    finally:
+        signal.signal(signal.SIGINT, before)
     kept = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["neuralcollapse"]
     assert (kept["epoch"], kept.get("batches")) == ((2, 3) if times == 1 else (1, None))
     assert_same(train_runs(run, out, resume=True, progress=False), whole)
