@@ -352,10 +352,15 @@ def training_settings() -> Iterator[tuple[str, dict[str, Any]]]:
     for case, further in {
         "average": {"weight_average": 0.5},
         "accumulate": {"accumulate": 3, "gradient_clip": 0.5},
-        "convnet": {"backbone": "convnet", "width": 8, "depth": None, "crop_padding": 1, "flip": True},
+        "convnet": {
+            "backbone": "convnet",
+            "width": 8,
+            "depth": None,
+            "augmentation": {"crop_padding": 1, "flip": True},
+        },
         "bf16": {"precision": "bf16-mixed"},
         "one-cycle": {"schedule": "one-cycle", "loss": "nonl"},
-        "label-noise": {"label_noise": 0.2, "validation_share": 0.2, "stratified": True},
+        "label-noise": {"label_noise": 0.2, "validation_share": 0.2, "sampling": "stratified"},
         "decay": {"method": "linear", "feature_decay": 1e-4, "loss": "mse"},
     }.items():
         yield case, common | further
