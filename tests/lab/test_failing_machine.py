@@ -68,10 +68,10 @@ def changed(change: Callable[[dict], object]) -> Callable[[Path], None]:
 
 SPOILT = {
     "overwritten": (overwrite_tensor, "it is damaged: its record"),
-    "truncated": (truncate, "it is truncated, or no checkpoint"),
-    "empty": (lambda path: path.write_bytes(b""), "it is truncated, or no checkpoint"),
-    "text": (lambda path: path.write_text("notes"), "it is truncated, or no checkpoint"),
-    "zip": (lambda path: zipfile.ZipFile(path, "w").writestr("a/b", "c"), "it is no checkpoint"),
+    "truncated": (truncate, "it is truncated, or not a checkpoint"),
+    "empty": (lambda path: path.write_bytes(b""), "it is truncated, or not a checkpoint"),
+    "text": (lambda path: path.write_text("notes"), "it is truncated, or not a checkpoint"),
+    "zip": (lambda path: zipfile.ZipFile(path, "w").writestr("a/b", "c"), "it is not a checkpoint"),
     "foreign": (lambda path: torch.save({"weight": torch.ones(3)}, path), "it is foreign: no run of the laboratory"),
     "list": (lambda path: torch.save([1, 2], path), "it is foreign"),
     "payload": (lambda path: torch.save(Payload(), path), "which are not executed"),

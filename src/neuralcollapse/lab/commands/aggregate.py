@@ -44,7 +44,9 @@ def _run(settings: Namespace) -> int:
         if levels:
             _write(epochs, reach)
             outcome.written.append(reach)
-    print("\n".join(f"{label}: {len(of_group)} runs" for label, of_group in groups.items()), end="\n\n")
+    for label, of_group in groups.items():
+        print(f"{label}: {len(of_group)} {'run' if len(of_group) == 1 else 'runs'}")
+    print()
     if levels:
         by_level = epochs.groupby(["group", "metric", "level"], sort=False)["epoch"]
         table = by_level.agg(["mean", "std", "min", "max", "count"])

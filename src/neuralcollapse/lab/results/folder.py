@@ -464,6 +464,6 @@ def _check_writable(folder: Path) -> None:
     if place == folder.absolute() and not place.is_dir():
         raise ValueError(f"out must be a new folder, an empty one or a run's; {str(folder)!r} is a file")
     if not place.is_dir():
-        raise ValueError(f"out must be a folder in a folder, and {str(place)!r} is none")
+        raise ValueError(f"out must be a folder, and {str(place)!r} in its path is a file")
     if not os.access(place, os.W_OK | os.X_OK):
         raise ValueError(f"out must be a folder that can be written to, and {str(place)!r} cannot")

@@ -123,7 +123,7 @@ def _read(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise ValueError("it holds other things than tensors and plain values, which are not executed") from error
     except Exception as error:  # a file that torch did not write fails in many ways
-        raise ValueError(f"it is no checkpoint ({_first_line(error)})") from error
+        raise ValueError(f"it is not a checkpoint ({_first_line(error)})") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError("it is foreign: no run of the laboratory wrote it")
     provenance = checkpoint.get(PROVENANCE)
@@ -161,7 +161,7 @@ def check_zip(path: Path) -> None:
             compressed = next((record.filename for record in records.infolist() if record.compress_type), None)
             damaged = None if compressed is not None else records.testzip()
     except (zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"it is truncated, or no checkpoint ({error})") from error
+        raise ValueError(f"it is truncated, or not a checkpoint ({error})") from error
     except OSError as error:
         if error.errno != errno.EINVAL:  # its directory names a place outside the file
             raise
@@ -169,7 +169,7 @@ def check_zip(path: Path) -> None:
     except Exception as error:  # a damaged directory fails in many ways
         raise ValueError(f"it is damaged ({_first_line(error)})") from error
     if compressed is not None:
-        raise ValueError(f"it is damaged, or no checkpoint: its record {compressed} is compressed")
+        raise ValueError(f"it is damaged, or not a checkpoint: its record {compressed} is compressed")
     if damaged is not None:
         raise ValueError(f"it is damaged: its record {damaged} does not have the checksum that it was written with")
 

@@ -1,4 +1,4 @@
-"""How far training is: a bar in a terminal, plain lines elsewhere, and loggers beside the CSV files of a run."""
+"""Progress of training, as a bar in a terminal and as lines elsewhere, and the loggers of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run logs of its training: the metrics of each epoch, and the sizes of its gradients."""
+"""The log of a run: training metrics of each epoch, and the sizes of its gradients."""
 
 from __future__ import annotations
 
