@@ -1,6 +1,7 @@
 """Time of an epoch of a run against a bare loop of the same operations, in turns, one thread.
 
-The bare loop has the same batches, loss, optimiser and schedule, and neither logs nor checks nor saves. Cases: the
+The bare loop has the same batches, model, loss, optimiser and schedule; it computes no training metrics, and neither
+logs nor checks nor saves. Cases: the
 convolutional network on the embedded digits, and a ResNet-18 on 4,000 images of MNIST, which is read from
 NEURALCOLLAPSE_DATA, else ../shared/data. What an epoch of the run adds at its end (tables, measuring, checkpoint) is
 not part of the time.
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from _common import data_root, medians, write
+from torch.nn.functional import cross_entropy
 
 from neuralcollapse.lab import RunConfig, RunFolder, load_data
 from neuralcollapse.lab.training.run import Run
@@ -36,9 +38,11 @@ class Timed(Run):
         self.log.end()
 
     def bare_epoch(self) -> None:
-        """Train an epoch by forward, backward and step alone."""
+        """Train an epoch by forward, loss, backward and step alone."""
+        backbone, head = self.trained.model.model, self.trained.model.head
         for images, targets in self.batches(1):
-            loss, *_ = self.objective(images, targets, len(targets))
+            features, weight, bias = head.prepare(backbone(images), targets)
+            loss = cross_entropy(head.decide(features, weight, bias), targets)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()

@@ -40,6 +40,7 @@ _LAB = (
     "PIL",
     "plotly",
     "pyarrow",
+    "pydantic",
     "scipy",
     "sklearn",
     "yaml",
