@@ -6,7 +6,10 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from importlib import import_module
+from importlib.metadata import packages_distributions
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -189,3 +192,27 @@ def test_files_named_in_the_guide_for_contributors_exist():
     named = set(re.findall(r"`((?:lab|metrics|heads|geometry|ufm)/[\w/]+\.py)`", guide))
     assert len(named) > 20
     assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
+
+
+def test_every_package_that_is_imported_is_a_dependency():
+    project = tomllib.loads((ROOT.parents[1] / "pyproject.toml").read_text())["project"]
+    extras = (project["optional-dependencies"][name] for name in ("theory", "lab", "huggingface"))
+    declared = {_normalised(re.match(r"[\w-]+", text)[0]) for text in chain(project["dependencies"], *extras)}
+    imported = {name.partition(".")[0] for path in ROOT.rglob("*.py") for name in _imported_names(path)}
+    others = {"tensorboard", "wandb", "huggingface_hub", "pydantic_core"}  # optional; of datasets; of pydantic
+    distributions = packages_distributions()
+    for name in sorted(imported - set(sys.stdlib_module_names) - others - {"neuralcollapse"}):
+        assert declared & set(map(_normalised, distributions[name])), name
+
+
+def _normalised(distribution: str) -> str:
+    return distribution.lower().replace("_", "-")
+
+
+def _imported_names(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level
+            yield node.module
