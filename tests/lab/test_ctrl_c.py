@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,11 +20,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from neuralcollapse import _files
 from neuralcollapse.cli import main
 from neuralcollapse.lab import RunFolder
 from neuralcollapse.lab.data.sources import digits
 from neuralcollapse.lab.figures import summary
-from neuralcollapse.lab.results import files
 from neuralcollapse.lab.training import checkpoint, runs
 
 SETTINGS = [
@@ -47,13 +48,13 @@ def interrupt() -> None:
 
 
 def at_event(name: str, ending: str, number: int) -> Callable[[], None]:
-    """Interrupt at an audit event about a file, the given time that it comes."""
+    """Interrupt at an audit event about a file whose name ends as a pattern does, the given time that it comes."""
 
     def prepare() -> None:
         seen = []
 
         def hook(event: str, arguments: tuple[object, ...]) -> None:
-            if event == name and len(seen) < number and any(str(one).endswith(ending) for one in arguments):
+            if event == name and len(seen) < number and any(fnmatch(str(one), f"*{ending}") for one in arguments):
                 seen.append(event)
                 if len(seen) == number:
                     interrupt()
@@ -102,7 +103,7 @@ def while_syncing() -> None:
             interrupt()
         sync(number)
 
-    files.os.fsync = fsync
+    _files.os.fsync = fsync
 
 
 def while_nobody_can_raise() -> None:
@@ -118,8 +119,8 @@ def while_nobody_can_raise() -> None:
 
 MOMENTS: dict[str, Callable[[], None] | float] = {
     **{f"at {number + 1} of 10 parts": (number + random.Random(number).random()) / 10 for number in range(10)},
-    "opening the first checkpoint": at_event("open", ".last.ckpt.partial", 1),
-    "opening the ninth checkpoint": at_event("open", ".last.ckpt.partial", 9),
+    "opening the first checkpoint": at_event("open", ".last.ckpt.*.partial", 1),
+    "opening the ninth checkpoint": at_event("open", ".last.ckpt.*.partial", 9),
     "before the second checkpoint is in its place": at_event("os.rename", "last.ckpt", 2),
     "before a kept checkpoint is in its place": at_event("os.rename", "epoch0002.ckpt", 1),
     "inside the first checkpoint": inside_checkpoint(3),

@@ -141,7 +141,7 @@ def stop_and_go_on(number: signal.Signals, moment: int, unbroken: Unbroken, out:
     assert "Traceback" not in message
     assert process.returncode in ((-9, 0) if number == signal.SIGKILL else (143, 0))
     if process.returncode == 143:
-        assert message.strip().split("\n")[-1].startswith("neuralcollapse: terminated; with --resume")
+        assert message.strip().split("\n")[-1].startswith("neuralcollapse: terminated; resume it with --resume")
     assert_same(to_its_end(name, out), expected)
 
 

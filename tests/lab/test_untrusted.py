@@ -141,7 +141,8 @@ def test_names_of_runs_are_plain_and_differ(tmp_path):
 def test_links_are_not_written_through(run):
     mine = Path("thesis.tex")
     mine.write_text("mine")
-    links = [run.path / ".lock", run.path / ".metrics.csv.partial", run.path / ".environment.yaml.partial", run.summary]
+    temporary = [run.path / f".{name}.{os.getpid()}.partial" for name in ("metrics.csv", "environment.yaml")]
+    links = [run.path / ".lock", *temporary, run.summary]
     for link in links:
         link.unlink(missing_ok=True)
         link.symlink_to(mine.absolute())
