@@ -219,8 +219,11 @@ class FirstNonFinite:
     @torch.no_grad()
     def see_parameters(self, step: int) -> None:
         """Check the parameters after a step."""
-        largest = torch.stack(torch._foreach_norm(self._parameters, math.inf))
-        finite = largest.isfinite()
+        if self._parameters[0].device.type == "cpu":  # ten times as fast there as the norms
+            bounds = torch.stack([torch.stack(parameter.aminmax()) for parameter in self._parameters])
+            finite = bounds.isfinite().all(1)
+        else:
+            finite = torch.stack(torch._foreach_norm(self._parameters, math.inf)).isfinite()
         code = torch.where(finite.all(), _NEVER, step * self._kinds + 2 + (~finite).long().argmax())
         self._of_parameters = code if self._of_parameters is None else torch.minimum(self._of_parameters, code)
 
