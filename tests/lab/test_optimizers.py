@@ -235,7 +235,7 @@ def test_the_published_quirk_penalises_a_constant():
     found = penalty(config, model, features)
     assert found.item() == pytest.approx(0.5e-4 * 5, rel=1e-6)
     found.backward()
-    assert features.grad.abs().max() < 1e-6
+    assert features.grad.abs().max() < 3e-10  # as small, relative to the penalty, as 1e-6 is to 0.15
 
 
 @pytest.mark.parametrize(("method", "bias"), [("standard", "centring"), ("implicit", "learned")])
