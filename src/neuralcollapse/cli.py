@@ -18,9 +18,11 @@ from neuralcollapse.lab.commands import COMMANDS, Command, load_command
 from neuralcollapse.lab.process import (
     INTERRUPTED,
     TERMINATED,
+    LostRank,
     Terminated,
     answering_signals,
     caused_by,
+    global_rank,
     lasting_streams,
 )
 
@@ -76,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             message = _message(error)
             if message is None:
                 raise
-            return _end(f"neuralcollapse: error: {message}{_location(message, arguments)}", _USER_ERROR)
+            line = f"neuralcollapse: error: {message}{_location(message, arguments)}"
+            return _end(line, _USER_ERROR, all_ranks=isinstance(error, LostRank))
         return _end(interrupted, INTERRUPTED) if signals.interrupted else code
 
 
@@ -85,11 +88,9 @@ def _run(arguments: list[str]) -> int:
     return command.run(settings) or 0
 
 
-def _end(line: str, code: int) -> int:
-    """Print the reason of the end, below a progress bar if there is one, on the first rank only; return the code."""
-    from neuralcollapse.lab.process import global_rank
-
-    if global_rank() == 0:
+def _end(line: str, code: int, *, all_ranks: bool = False) -> int:
+    """Print the reason of the end on the first rank or on all, below a progress bar if there is one; return the code."""
+    if all_ranks or global_rank() == 0:
         print("\n" * (code != _USER_ERROR and sys.stderr.isatty()) + line, file=sys.stderr)
     return code
 

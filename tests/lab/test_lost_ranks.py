@@ -16,9 +16,11 @@ import pytest
 import torch
 from torch import multiprocessing
 
+from neuralcollapse import cli
 from neuralcollapse.cli import main
 from neuralcollapse.lab import RunConfig, RunFolder, train_runs
 from neuralcollapse.lab.figures import summary
+from neuralcollapse.lab.process import LostRank
 from neuralcollapse.lab.results.tables import read_table
 
 # No batch norm: its statistics are those of a rank's part.
@@ -168,6 +170,20 @@ def test_a_port_that_is_taken_is_said(place):
         assert end(start(place, place / "taken", port, ranks=1)) == [2]
     message = (place / "taken-0.log").read_text().strip()
     assert message == f"neuralcollapse: error: MASTER_PORT must be a port that is free, and {port} is taken"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("error", "ranks"), [(ValueError("lr must be positive"), {0}), (LostRank("ranks: lost"), {0, 1})]
+)
+def test_an_error_of_all_ranks_is_printed_once_and_a_lost_rank_by_each_other(error, ranks, rank, monkeypatch, capsys):
+    def fail(_: list[str]) -> int:
+        raise error
+
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setattr(cli, "_run", fail)
+    assert main(["train"]) == 2
+    assert capsys.readouterr().err == (f"neuralcollapse: error: {error}\n" if rank in ranks else "")
 
 
 # The command itself, as a user starts it. Each start imports everything anew.

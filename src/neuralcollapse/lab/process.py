@@ -23,6 +23,10 @@ class Terminated(SystemExit):
     """SIGTERM came; left alone, it ends the process with exit code 143."""
 
 
+class LostRank(ValueError):
+    """Another rank of the run is lost: the first rank may be that one, so each rank that is left prints the error."""
+
+
 def terminate(*_: Any) -> NoReturn:
     """End by raising `Terminated`; also as a handler of signals."""
     raise Terminated(TERMINATED)

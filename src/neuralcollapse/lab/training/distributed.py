@@ -23,7 +23,7 @@ from lightning.fabric.loggers.logger import Logger
 from lightning.fabric.strategies.ddp import DDPStrategy
 
 from neuralcollapse.lab.config import RunConfig
-from neuralcollapse.lab.process import TERMINATED, launched_ranks, local_rank, on_sigterm, terminate
+from neuralcollapse.lab.process import TERMINATED, LostRank, launched_ranks, local_rank, on_sigterm, terminate
 
 _SECONDS_TO_END = 10.0
 
@@ -73,7 +73,8 @@ def launched_fabric(config: RunConfig, device: torch.device, loggers: Sequence[L
     """Start the ranks of a run, unless torchrun or SLURM has started them, and end those that were started here.
 
     Raises:
-        ValueError: if another rank cannot be reached or is lost, or ``torch.compile`` fails.
+        LostRank: if another rank cannot be reached or is lost.
+        ValueError: if ``torch.compile`` fails, or the port of the first rank is taken.
     """
     with quiet_lightning():
         fabric = Fabric(
@@ -90,24 +91,24 @@ def launched_fabric(config: RunConfig, device: torch.device, loggers: Sequence[L
         except torch._dynamo.exc.BackendCompilerFailed as error:
             raise ValueError(f"compile must be off where torch.compile fails: {error}") from error
         except RuntimeError as error:
-            message = _lost_ranks(error) if config.ranks > 1 else None
-            if message is None:
+            failure = _failure_of_ranks(error) if config.ranks > 1 else None
+            if failure is None:
                 raise
-            raise ValueError(message) from error
+            raise failure from error
         finally:
             _end_launched(fabric)
 
 
-def _lost_ranks(error: RuntimeError) -> str | None:
-    """Return what an error says of other ranks that are missing; None if it is of something else."""
+def _failure_of_ranks(error: RuntimeError) -> ValueError | None:
+    """Return the error of ranks that cannot be reached, in one line; None if an error is of something else."""
     message = str(error)
     if "EADDRINUSE" in message:
-        return f"MASTER_PORT must be a port that is free, and {os.environ.get('MASTER_PORT')} is taken"
+        return ValueError(f"MASTER_PORT must be a port that is free, and {os.environ.get('MASTER_PORT')} is taken")
     words = ("Connection", "connect", "timed out", "Timed out", "peer")
     if not isinstance(error, torch.distributed.DistError) and not any(word in message for word in words):
         return None
     reason = re.sub(r"^\[\S+\] ", "", message.partition(". ")[0])  # without the line of the C++ source
-    return f"ranks: one of them is lost, or cannot be reached: {reason}"
+    return LostRank(f"ranks: one of them is lost, or cannot be reached: {reason}")
 
 
 def _end_launched(fabric: Fabric) -> None:
