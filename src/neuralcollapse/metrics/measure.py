@@ -21,6 +21,7 @@ from neuralcollapse.classifier import ClassifierObserver
 from neuralcollapse.metrics.collapse import measure_moments
 from neuralcollapse.metrics.measurement import LabelFingerprint, Measurement, Provenance
 from neuralcollapse.metrics.moments import ClassMoments
+from neuralcollapse.metrics.principal import mean_residual_norms
 from neuralcollapse.metrics.samples import FeatureCache, SampleValues, measure_samples
 from neuralcollapse.metrics.statistics import MeasureOptions, Pooling
 from neuralcollapse.metrics.undefined import NO_SAMPLE, warn_of_undefined, without_undefined
@@ -112,9 +113,10 @@ def measure(
         moments = gathered.moments
         metrics, undefined = measure_moments(moments, weight, bias, ood_means.get(""), options)
         accuracies = without_undefined(gathered.accuracies(), [] if moments.counts.any() else [NO_SAMPLE])
-        samples = SampleValues.without_samples(len(weight))
+        samples, residual_norms = SampleValues.without_samples(len(weight)), torch.empty(0)
         if options.per_sample:
             samples = measure_samples(cache, weight, moments, train_moments or moments, options)
+            residual_norms = mean_residual_norms(cache, moments, weight, bias)
         sample_features, sample_targets = cache.sample(SAMPLE_SIZE)
     of_layers = {
         layer: measure_moments(gathered.layers[layer], None, None, ood_means.get(layer), options) for layer in layers
@@ -131,6 +133,8 @@ def measure(
         bias=None if bias is None else bias.cpu().clone(),
         cos_margins=samples.cos_margins,
         ncc_mismatch=samples.ncc_mismatch,
+        mean_max_logit=gathered.mean_max_logit(),
+        residual_norms=residual_norms,
         sample_features=sample_features,
         sample_targets=sample_targets,
         layers={layer: values for layer, (values, _) in of_layers.items()},
@@ -204,6 +208,7 @@ class _Gathered:
         self.layers: dict[str, ClassMoments] = {}
         self.labels = LabelFingerprint()
         self.hits = torch.zeros(min(5, num_classes), dtype=torch.int64, device=weight.device)
+        self.max_logits = torch.zeros_like(self.moments.means[0, 0])
         self.cache = cache
         self.per_sample = options.per_sample
         self.ignore_index = options.ignore_index
@@ -218,11 +223,16 @@ class _Gathered:
         targets = outputs.targets.flatten().long()  # a uint8 index is a mask
         counted = slice(None) if self.ignore_index is None else targets != self.ignore_index
         targets = targets[counted]
-        ranked = outputs.logits.flatten(0, -2)[counted].topk(len(self.hits)).indices
+        logits, ranked = outputs.logits.flatten(0, -2)[counted].topk(len(self.hits))
+        self.max_logits += logits[:, 0].to(self.max_logits.dtype).sum()
         self.hits += (ranked == targets[:, None]).sum(dim=0)
         self.labels.update(targets)
         if self.per_sample:
             self.cache.append(outputs.features.flatten(0, -2)[counted], targets, ranked[:, 0])
+
+    def mean_max_logit(self) -> float:
+        """Return the mean of the greatest logit of each sample; NaN without samples."""
+        return float(self.max_logits / self.moments.counts.sum())
 
     def accuracies(self) -> dict[str, float]:
         """Return the accuracies of the classifier itself."""

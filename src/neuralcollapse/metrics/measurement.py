@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -68,6 +69,9 @@ class Measurement:
         cos_margins: (N,) cosine margins of all samples, ascending.
         ncc_mismatch: (K,) share of the samples of each class whose nearest class mean is not the predicted class; NaN
             for a class without samples.
+        mean_max_logit: Mean over samples of the greatest logit.
+        residual_norms: (d,) mean norm of the components of the features outside the j leading principal directions
+            about −W⁺b, for j = 0, …, d − 1, for the out-of-distribution score ViM; empty without ``per_sample``.
         undefined: Name to reason, for each metric that is NaN.
         layers: For each named layer, its metrics.
         layers_undefined: For each layer with undefined metrics, their reasons.
@@ -90,6 +94,8 @@ class Measurement:
     bias: Tensor | None
     cos_margins: Tensor
     ncc_mismatch: Tensor
+    mean_max_logit: float = math.nan
+    residual_norms: Tensor = field(default_factory=lambda: torch.empty(0))
     undefined: dict[str, str] = field(default_factory=dict)
     layers: dict[str, dict[str, float]] = field(default_factory=dict)
     layers_undefined: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -193,6 +199,8 @@ class Measurement:
             "weight": self.weight.double(),
             "cos_margins": self.cos_margins.double(),
             "ncc_mismatch": self.ncc_mismatch.double(),
+            "mean_max_logit": torch.tensor(self.mean_max_logit, dtype=torch.float64),
+            "residual_norms": self.residual_norms.double(),
             "sample_features": self.sample_features,
             "sample_targets": self.sample_targets,
             "values": torch.tensor(list(self.metrics.values()), dtype=torch.float64),
@@ -241,6 +249,7 @@ class Measurement:
             bias=tensors.get("bias"),
             cos_margins=tensors["cos_margins"],
             ncc_mismatch=tensors["ncc_mismatch"],
+            **_optional(tensors),
             undefined=json.loads(header.get("undefined", "{}")),
             layers_undefined=json.loads(header.get("layers_undefined", "{}")),
             layers={
@@ -268,6 +277,13 @@ class LabelFingerprint:
 
     def __str__(self) -> str:
         return self._digest.hexdigest()
+
+
+def _optional(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Return the fields that earlier versions did not write."""
+    if "mean_max_logit" not in tensors:
+        return {}
+    return {"mean_max_logit": tensors["mean_max_logit"].item(), "residual_norms": tensors["residual_norms"]}
 
 
 def _packed(prefix: str, moments: ClassMoments) -> dict[str, Tensor]:
