@@ -29,6 +29,7 @@ ALLOWED = {  # folder or module -> what it may import of the package
     "heads": {"_checks", "_distributed", "_running", "geometry", "classifier"},
     "losses": {"_checks", "_distributed"},
     "metrics": {"_checks", "_files", "_running", "_version", "catalogue", "geometry", "classifier"},
+    "ood": {"_checks", "_running", "classifier", "heads", "metrics"},
     "ufm": {"_checks", "catalogue", "geometry", "classifier", "heads", "metrics"},
     "lightning": {"_checks", "classifier", "metrics", "lab"},  # of lab, `results` only
     "lab": {
@@ -45,7 +46,7 @@ ALLOWED = {  # folder or module -> what it may import of the package
         "ufm",
     },
     "cli": {"lab", "_version"},
-    "__init__": {"_version", "geometry", "classifier", "heads", "losses", "metrics", "ufm", "lightning", "lab"},
+    "__init__": {"_version", "geometry", "classifier", "heads", "losses", "metrics", "ood", "ufm", "lightning", "lab"},
 }
 GROUND = {
     "config",

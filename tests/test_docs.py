@@ -25,7 +25,7 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 RUN = [ROOT / "docs" / "index.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
 LONGEST = ("language-model", "reproduce", "trainer")
 DISTRIBUTIONS = packages_distributions()
-PACKAGES = ["geometry", "heads", "losses", "metrics", "ufm", "lightning", "lab"]
+PACKAGES = ["geometry", "heads", "losses", "metrics", "ood", "ufm", "lightning", "lab"]
 
 
 def code_of(page: Path) -> tuple[str, dict[str, str]]:

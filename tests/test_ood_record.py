@@ -11,21 +11,11 @@ import torch
 from torch import nn
 
 from helpers import normal
-from neuralcollapse import Measurement, MeasureOptions, measure
+from neuralcollapse import Measurement
 from neuralcollapse.metrics.principal import logit_origin
+from ood_reference import measured
 
 N, D = 90, 8
-
-
-def measured(features, weight, bias, targets, batch=17, **options) -> Measurement:
-    """Measure a linear model whose features are its inputs."""
-    model = nn.Linear(weight.shape[1], len(weight), bias=bias is not None).to(weight.dtype)
-    with torch.no_grad():
-        model.weight.copy_(weight)
-        if bias is not None:
-            model.bias.copy_(bias)
-    batches = list(zip(features.split(batch), targets.split(batch), strict=True))
-    return measure(model, batches, progress=False, options=MeasureOptions(**options))
 
 
 def residual_norms(features, weight, bias) -> np.ndarray:

@@ -4,6 +4,7 @@ from . import lab as lab
 from . import lightning as lightning
 from . import losses as losses
 from . import metrics as metrics
+from . import ood as ood
 from . import ufm as ufm
 from .classifier import find_classifier as find_classifier
 from .geometry import nearest_frame as nearest_frame

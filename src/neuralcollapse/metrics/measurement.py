@@ -69,7 +69,7 @@ class Measurement:
         cos_margins: (N,) cosine margins of all samples, ascending.
         ncc_mismatch: (K,) share of the samples of each class whose nearest class mean is not the predicted class; NaN
             for a class without samples.
-        mean_max_logit: Mean over samples of the greatest logit.
+        mean_max_logit: Mean over samples of the greatest logit that the model returned.
         residual_norms: (d,) mean norm of the components of the features outside the j leading principal directions
             about −W⁺b, for j = 0, …, d − 1, for the out-of-distribution score ViM; empty without ``per_sample``.
         undefined: Name to reason, for each metric that is NaN.
