@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from neuralcollapse._files import write_whole
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -43,14 +45,22 @@ def environment(*packages: str) -> dict[str, Any]:
     }
 
 
-def write(name: str, rows: list[dict[str, Any]], *packages: str) -> Path:
-    """Write the rows with their environment to results/NAME.json, figures to four digits."""
-    rounded = [{key: float(f"{v:.4g}") if isinstance(v, float) else v for key, v in row.items()} for row in rows]
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"environment": environment(*packages), "rows": rounded}, indent=1) + "\n")
+def write(name: str, rows: list[dict[str, Any]], *packages: str, folder: Path = RESULTS) -> Path:
+    """Write the rows with their environment to NAME.json in results, or in a folder; numbers to four digits."""
+    path = folder / f"{name}.json"
+    text = json.dumps({"environment": environment(*packages), "rows": _rounded(rows)}, indent=1) + "\n"
+    write_whole(path, lambda temporary: temporary.write_text(text))
     print(f"wrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path.name}")
     return path
+
+
+def _rounded(value: Any) -> Any:
+    """Return a value with every float inside it rounded to four digits."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: _rounded(inner) for key, inner in value.items()}
+    return [_rounded(inner) for inner in value] if isinstance(value, list) else value
 
 
 def data_root() -> Path:
