@@ -115,6 +115,71 @@ def expected_classifier(model: nn.Module, classifier: str | nn.Module | None = N
     return repr(candidates[0][0]) if len(candidates) == 1 else "(the first batch decides)"
 
 
+def classifier_with(
+    model: nn.Module, weight: Tensor, bias: Tensor | None, classifier: str | nn.Module | None = None
+) -> nn.Module:
+    """Return the module of a model that has a given weight and bias, within the rounding of its dtype.
+
+    Args:
+        model: The model.
+        weight: W (K, d).
+        bias: b (K,), or None for 0.
+        classifier: The classifier or its dotted name, if several modules have the same weight.
+
+    Raises:
+        ValueError: if no module has this weight and bias, or several do.
+    """
+    check_module("model", model)
+    given = None if classifier is None else _named(model, classifier)
+    modules = [given] if given is not None else [entry for entry in model.named_modules() if _has_weight(entry[1])]
+    with evaluation_mode(model):  # reading a parametrised weight in training mode may change it
+        matching = [(name, module) for name, module in modules if _has_parameters(module, weight, bias)]
+    if not matching:
+        candidates = ", ".join(f"{name!r} {_shape_of_weight(module)}" for name, module in modules) or "none"
+        raise ValueError(
+            f"no module of {type(unwrapped(model)).__name__} has the measured weight {tuple(weight.shape)} and bias, "
+            f"those with a weight are {candidates}: measure the model in its present state"
+        )
+    if len(matching) > 1:
+        names = ", ".join(repr(name) for name, _ in matching)
+        raise ValueError(f"several modules have the measured weight: {names}. Name one with classifier='dotted.name'")
+    return matching[0][1]
+
+
+def _has_parameters(module: nn.Module, weight: Tensor, bias: Tensor | None) -> bool:
+    """Return whether the module has a weight and bias, within the rounding of its dtype."""
+    own_weight, own_bias = _parameters(module)
+    if own_weight is None or own_weight.shape != weight.shape or not own_weight.is_floating_point():
+        return False
+    bias = weight.new_zeros(len(weight)) if bias is None else bias
+    own_bias = own_weight.new_zeros(len(weight)) if own_bias is None else own_bias
+    return _is_rounded(own_weight, weight) and _is_rounded(own_bias, bias)
+
+
+def _is_rounded(values: Tensor, exact: Tensor) -> bool:
+    """Return whether values are equal to others, up to two units of rounding of their dtype."""
+    eps = torch.finfo(values.dtype).eps
+    exact = exact.to("cpu", torch.float64)
+    return torch.allclose(values.detach().to("cpu", torch.float64), exact, rtol=2 * eps, atol=0)
+
+
+def _shape_of_weight(module: nn.Module) -> tuple[int, ...] | None:
+    weight = _parameters(module)[0]
+    return None if weight is None else tuple(weight.shape)
+
+
+def classifier_features(module: nn.Module, inputs: Tensor) -> Tensor:
+    """Return what the weight of a classifier multiplies, given its input.
+
+    That is the input itself for an ``nn.Linear``, its mean over positions for a 1 × 1 convolution, and what the method
+    ``features`` returns for a head that normalises.
+    """
+    if isinstance(module, _CONVOLUTIONS) and inputs.ndim > 2:
+        inputs = inputs.flatten(2).mean(dim=2)
+    function = getattr(module, "features", None)
+    return function(inputs) if callable(function) else inputs
+
+
 def check_named(classifier: object) -> None:
     """Raise a ValueError unless the argument is a module or a string."""
     if not isinstance(classifier, str | nn.Module):
@@ -397,9 +462,7 @@ def _compare(
     if weight is None or weight.ndim != 2 or not weight.is_floating_point() or weight.device.type == "meta":
         return _Mismatch(name, f"({type(module).__name__}) has no floating-point weight of shape (K, d)")
     try:
-        # For an nn.Linear the weight multiplies the input itself, for a head that normalises what `features` returns.
-        function = getattr(module, "features", None)
-        inputs = function(call.inputs) if callable(function) else call.inputs
+        inputs = classifier_features(module, call.inputs)
     except Exception as error:  # a method called features with another purpose
         return _Mismatch(name, f"({type(module).__name__}) has a method features that fails: {error}")
     failed = _Mismatch(name, "is compared with nothing")

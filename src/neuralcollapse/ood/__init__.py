@@ -3,6 +3,7 @@
 The functions of `neuralcollapse.ood.scores` are formulas; `fit_score` fits them to the record that `measure` returns.
 """
 
+from neuralcollapse.ood.detector import Detector
 from neuralcollapse.ood.fit import SCORES, FittedScore, fit_score
 from neuralcollapse.ood.scores import (
     energy,
@@ -21,6 +22,7 @@ from neuralcollapse.ood.scores import (
 
 __all__ = [
     "SCORES",
+    "Detector",
     "FittedScore",
     "energy",
     "fdbd",

@@ -15,6 +15,7 @@ from neuralcollapse._checks import (
     check_at_least,
     check_bool,
     check_exponent,
+    check_features,
     check_finite,
     check_floating,
     check_not_negative,
@@ -37,6 +38,7 @@ class FittedScore:
     Attributes:
         name: Name of the score.
         function: Function of `neuralcollapse.ood.scores`.
+        feature_dim: d.
         tensors: Its fitted arguments, in fp64 on the CPU.
         numbers: Its other arguments.
         reason: Reason of the choice with ``"auto"``, otherwise empty.
@@ -44,13 +46,18 @@ class FittedScore:
 
     name: str
     function: Callable[..., Tensor]
+    feature_dim: int
     tensors: dict[str, Tensor]
     numbers: dict[str, int] = field(default_factory=dict)
     reason: str = ""
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Return the scores (N,) of features (N, d), computed in at least fp32 and in the dtype of the features."""
-        check_floating("features", features)
+        """Return the scores (N,) of features (N, d), computed in at least fp32 and in the dtype of the features.
+
+        Raises:
+            ValueError: if the features have another shape or are not floating point.
+        """
+        check_features(features, self.feature_dim)
         features = features.to(compute_dtype(features.dtype))
         return self.function(features, **{name: t.to(features) for name, t in self.tensors.items()}, **self.numbers)
 
@@ -104,7 +111,7 @@ def fit_score(measurement: Measurement, score: str = "auto", **options: Any) -> 
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{score} is not defined: {name}, computed from the measurement, is not finite")
-    return FittedScore(score, getattr(scores, score), tensors, numbers, reason)
+    return FittedScore(score, getattr(scores, score), measurement.moments.feature_dim, tensors, numbers, reason)
 
 
 def _choose(measurement: Measurement) -> tuple[str, str]:
