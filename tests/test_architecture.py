@@ -77,8 +77,9 @@ LAB = {  # room or module of lab -> what it may import of the others
     "commands": GROUND | {"data", "models", "results", "training", "evaluate", "figures", "ufm", "studies"},
     "__init__": GROUND | {"data", "models", "results", "training"},
 }
-# Packages of the extra `lab`. Of these, `neuralcollapse.lightning` imports lightning and pandas.
+# Packages of the extra `lab`. Two rooms import some of these: `ood` for the figure and the data frame of a table.
 LAB_ONLY = {"lightning", "datasets", "matplotlib", "pandas", "kornia", "plotly", "sklearn", "jsonargparse", "yaml"}
+OPTIONAL = {"lightning": {"lightning", "pandas"}, "ood": {"matplotlib", "pandas"}}
 HEAVY = (LAB_ONLY | {"torchmetrics", "scipy"}) - {"yaml"}  # torch itself may import yaml
 
 
@@ -114,8 +115,7 @@ def test_arrows_point_one_way(path):
             other = inner[0]
             assert other == room or other in ALLOWED[room], f"{path} imports {name}"
         if room not in ("lab", "cli"):
-            allowed = {"lightning", "pandas"} if room == "lightning" else set()
-            assert package not in LAB_ONLY - allowed, f"{path} imports {name}"
+            assert package not in LAB_ONLY - OPTIONAL.get(room, set()), f"{path} imports {name}"
 
 
 def test_the_callback_uses_run_folders_and_nothing_else_of_the_laboratory():
@@ -167,6 +167,10 @@ def test_using_a_name_imports_torch_and_nothing_else_that_is_heavy():
     loaded = loaded_by("import neuralcollapse; neuralcollapse.nearest_simplex_etf")
     assert "torch" in loaded
     assert not HEAVY & loaded
+
+
+def test_out_of_distribution_scores_import_torch_and_nothing_else_that_is_heavy():
+    assert not HEAVY & loaded_by("import neuralcollapse; neuralcollapse.ood.evaluate")
 
 
 def test_opening_a_run_folder_imports_neither_lightning_nor_datasets():

@@ -95,7 +95,7 @@ def measure(
     observer = ClassifierObserver(model, classifier)
     if device is not None:
         model.to(device)
-    run = _ModelRun(model, observer, layers, options.layer_pooling, unpack or unpack_pair, device_of(model), progress)
+    run = ModelRun(model, observer, layers, options.layer_pooling, unpack or unpack_pair, device_of(model), progress)
     with (
         FeatureCache(options.cache_bytes) as cache,
         unchanged_on_error(model),
@@ -241,7 +241,7 @@ class _Gathered:
 
 
 def _moments_of_train_split(
-    train: Iterable[Any] | ClassMoments | None, run: _ModelRun, gathered: _Gathered
+    train: Iterable[Any] | ClassMoments | None, run: ModelRun, gathered: _Gathered
 ) -> ClassMoments | None:
     if train is None or isinstance(train, ClassMoments):
         return train
@@ -281,7 +281,7 @@ class _Outputs:
 
 
 @dataclass(frozen=True)
-class _ModelRun:
+class ModelRun:
     """Runs of a model over loaders, with its classifier and some layers observed.
 
     The first batch decides which module is the classifier; later batches are compared with that decision.
@@ -297,7 +297,7 @@ class _ModelRun:
 
     def over(self, loader: Iterable[Any], argument: str) -> Generator[_Outputs]:
         """Yield the outputs of each batch."""
-        for targets, features, logits, layers in self._calls(loader, argument):
+        for targets, features, logits, layers in self.calls(loader, argument):
             if targets is None:
                 raise ValueError(f"{argument} must yield (input, target) pairs, got no target; see unpack=")
             if not isinstance(targets, Tensor):
@@ -311,14 +311,14 @@ class _ModelRun:
         """Return the mean feature (d,) over a loader, under the empty name, and that of each layer."""
         sums: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
-        for _, features, _, layers in self._calls(loader, "ood"):
+        for _, features, _, layers in self.calls(loader, "ood"):
             for name, values in {"": features, **self._pooled(layers, features.shape[:-1])}.items():
                 rows = values.flatten(0, -2).double()
                 sums[name] = sums.get(name, torch.zeros_like(rows[0])) + rows.sum(dim=0)
                 counts[name] = counts.get(name, 0) + len(rows)
         return {name: total / counts[name] for name, total in sums.items()}
 
-    def _calls(
+    def calls(
         self, loader: Iterable[Any], argument: str
     ) -> Iterator[tuple[Tensor | None, Tensor, Tensor, dict[str, Tensor]]]:
         """Yield targets, features, logits and layer outputs of each batch."""

@@ -4,6 +4,7 @@ The functions of `neuralcollapse.ood.scores` are formulas; `fit_score` fits them
 """
 
 from neuralcollapse.ood.detector import Detector
+from neuralcollapse.ood.evaluation import Evaluation, Row, aupr, auroc, evaluate, fpr_at_tpr
 from neuralcollapse.ood.fit import SCORES, FittedScore, fit_score
 from neuralcollapse.ood.scores import (
     energy,
@@ -23,10 +24,16 @@ from neuralcollapse.ood.scores import (
 __all__ = [
     "SCORES",
     "Detector",
+    "Evaluation",
     "FittedScore",
+    "Row",
+    "aupr",
+    "auroc",
     "energy",
+    "evaluate",
     "fdbd",
     "fit_score",
+    "fpr_at_tpr",
     "knn",
     "mahalanobis",
     "maxlogit",

@@ -51,6 +51,10 @@ class FittedScore:
     numbers: dict[str, int] = field(default_factory=dict)
     reason: str = ""
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> FittedScore:
+        """Return the score with its tensors on a device and in a dtype."""
+        return replace(self, tensors={name: tensor.to(device, dtype) for name, tensor in self.tensors.items()})
+
     def __call__(self, features: Tensor) -> Tensor:
         """Return the scores (N,) of features (N, d), computed in at least fp32 and in the dtype of the features.
 
