@@ -13,8 +13,10 @@ from neuralcollapse.lab.data.batches import (
     batch_shape,
     centre_crop,
     crop,
+    cut_out,
     draw_augmentation,
     evaluation_batches,
+    reflected,
     rotate,
     standardisation,
 )
@@ -205,6 +207,51 @@ def test_flips_mirror_about_half_of_the_images_and_leave_the_others():
     assert 150 < int(mirrored.sum()) < 250  # five standard deviations
 
 
+def test_alternating_flips_mirror_a_random_half_and_the_others_in_the_next_epoch():
+    split = Split(torch.arange(81 * 3).to(torch.uint8).view(81, 1, 1, 3), torch.zeros(81, dtype=torch.int64))
+    identity = Standardisation(torch.zeros(1, 1, 1), torch.ones(1, 1, 1))
+    settings = BatchSettings(batch_size=10, augmentation={"flip": "alternating"})
+    mirrored = []
+    for epoch in range(4):
+        images = torch.cat([images for images, _ in EpochBatches(split, identity, settings, 5, epoch)]).view(81, 3)
+        sample = ((images[:, 1] - 1) / 3).long()
+        mirrored.append(torch.zeros(81).index_put((sample,), (images[:, 0] > images[:, 2]).float()))
+    assert 25 <= mirrored[0].sum() <= 56
+    assert torch.equal(mirrored[1], 1 - mirrored[0])
+    assert torch.equal(mirrored[2], mirrored[0])
+    assert torch.equal(mirrored[3], mirrored[1])
+
+
+def test_padding_by_reflection_is_torchs():
+    images = images_of()
+    expected = torch.nn.functional.pad(images.float(), (3, 3, 3, 3), mode="reflect")
+    assert torch.equal(reflected(images, 3).float(), expected)
+
+
+def test_crops_of_reflected_images_are_windows_of_them():
+    images = images_of(4)
+    settings = BatchSettings(augmentation={"crop_padding": 2, "padding": "reflect"})
+    drawn = draw_augmentation(4, (3, 7, 5), settings, generator())
+    padded = reflected(images, 2)
+    for image, whole, top, left in zip(
+        augment(images, settings, drawn), padded, drawn["top"], drawn["left"], strict=True
+    ):
+        assert torch.equal(image, whole[:, top : top + 7, left : left + 5])
+
+
+def test_a_square_inside_each_image_is_cut_out():
+    settings = BatchSettings(augmentation={"cutout": 3})
+    drawn = draw_augmentation(400, (2, 7, 5), settings, generator())
+    cut = cut_out(torch.ones(400, 2, 7, 5), settings, drawn) == 0
+    assert (cut.flatten(1).sum(1) == 2 * 9).all()
+    rows, columns = cut.any(1).any(2), cut.any(1).any(1)
+    for sides, offsets in ((rows, drawn["cut_top"]), (columns, drawn["cut_left"])):
+        assert (sides.sum(1) == 3).all()
+        assert torch.equal(sides.long().argmax(1), offsets)
+    assert set(drawn["cut_top"].tolist()) == set(range(5))
+    assert set(drawn["cut_left"].tolist()) == set(range(3))
+
+
 def test_random_crops_reach_every_offset():
     image = torch.zeros(500, 1, 5, 5, dtype=torch.uint8)
     image[..., 2, 2] = 1
@@ -254,6 +301,11 @@ def test_only_what_is_not_set_is_taken_from_the_images():
             {"crop_size": 8, "augmentation": {"crop_padding": 1}},
             "crop_size must be at most 7, for images 7x5 padded by 1, got 8",
         ),
+        (
+            {"augmentation": {"crop_padding": 5, "padding": "reflect"}},
+            "augmentation.crop_padding must be less than 5 to reflect images of 7x5, got 5",
+        ),
+        ({"augmentation": {"cutout": 6}}, "augmentation.cutout must be at most 5 for images of 7x5, got 6"),
     ],
 )
 def test_settings_that_do_not_fit_the_images_are_refused(settings, message):

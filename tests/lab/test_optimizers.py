@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -111,6 +112,40 @@ def test_one_cycle_of_three_phases_falls_as_fast_as_it_rose():
     assert found[: top + 1] == pytest.approx(found[top : 2 * top + 1][::-1], rel=0.05)
     assert found[2 * top + 2] < found[0]
     assert found[-1] < 1e-3
+
+
+def test_a_linear_one_cycle_is_the_triangular_schedule():
+    triangle = {"pct_start": 0.2, "anneal_strategy": "linear", "div_factor": 5, "final_div_factor": 4}
+    config = small(
+        method="standard", lr=0.4, epochs=10, schedule="one-cycle", one_cycle={**triangle, "cycle_momentum": False}
+    )
+    found = rates(config, batches=10)
+    steps = [0, 0.2 * 100 - 1, 99]
+    assert found == pytest.approx(np.interp(range(100), steps, [0.08, 0.4, 0.02]).tolist())
+
+
+def test_shifts_of_batch_norm_have_their_own_rate_and_the_same_decay():
+    options = {"optimizer_options": {"shift_lr_factor": 8.0, "nesterov": True}}
+    model = build_model(small(**options), SHAPE, 10)
+    optimizer = build_optimizer(small(lr=0.5, weight_decay=0.01, **options), model)
+    others, shifts = optimizer.param_groups
+    expected = [module.bias for module in model.modules() if isinstance(module, nn.BatchNorm1d)]
+    assert all(one is other for one, other in zip(shifts["params"], expected, strict=True))
+    assert len(others["params"]) + len(expected) == len(list(model.parameters()))
+    assert (others["lr"], shifts["lr"]) == (0.5, 4.0)
+    assert shifts["lr"] * shifts["weight_decay"] == others["lr"] * others["weight_decay"] == 0.005
+    assert (others["nesterov"], shifts["nesterov"]) == (True, True)
+
+
+def test_a_factor_for_shifts_that_are_not_there_is_refused():
+    config = small(optimizer_options={"shift_lr_factor": 8.0}, batch_norm_affine=False)
+    with pytest.raises(ValueError, match="shift_lr_factor needs batch norm with a shift, and the model has none"):
+        build_optimizer(config, build_model(config, SHAPE, 10))
+
+
+def test_nesterov_without_momentum_is_refused():
+    with pytest.raises(ValueError, match="optimizer_options.nesterov needs momentum above 0, got 0"):
+        small(optimizer_options={"nesterov": True}, momentum=0.0)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])

@@ -22,7 +22,8 @@ from neuralcollapse.lab.recipes import families, load_recipe, recipe_names, reci
 FIELD = re.compile(r"^(\w+): (\S.*?)  # (\S.*)$")
 MARKER = "not published: our choice"
 MARKED = re.compile(rf"^{MARKER}( \(.+\))?$")
-SOURCE = re.compile(r"^(unofficial reproduction of )?(Papyan et al\. 2020|Zhu et al\. 2021|Markou et al\. 2024)\b")
+PAPERS = r"Papyan et al\. 2020|Zhu et al\. 2021|Markou et al\. 2024|Jordan 2024"
+SOURCE = re.compile(rf"^(unofficial reproduction of )?({PAPERS})\b")
 SETTINGS = set(RunConfig.model_fields)
 FAMILIES = Path(recipes_module.__file__).parent / "recipes"
 CLASSES = {"mnist": 10, "cifar10": 10, "cifar100": 100, "stl10": 10, "imagenet": 1000}
@@ -263,6 +264,54 @@ PUBLISHED = {
     },
 }
 
+# Jordan (arXiv 2404.00498): rates per 1024 images of a summed loss, with the factor of Nesterov momentum 0.85.
+FAST = {
+    "sampling": "random",
+    "backbone": "fast-convnet",
+    "method": "linear",
+    "classifier_bias": "none",
+    "loss": "cross-entropy",
+    "label_smoothing": 0.2,
+    "optimizer": "sgd",
+    "optimizer_options": {"nesterov": True, "shift_lr_factor": 64.0},
+    "momentum": 0.85,
+    "schedule": "one-cycle",
+    "one_cycle": {
+        "three_phase": False,
+        "div_factor": 5.0,
+        "final_div_factor": 2.857,
+        "pct_start": 0.23,
+        "anneal_strategy": "linear",
+        "cycle_momentum": False,
+    },
+}
+MIRRORED = {"crop_padding": 2, "padding": "reflect", "flip": "alternating", "rotation": 0.0}
+FAST_94 = {**FAST, "epochs": 10, "augmentation": MIRRORED, "weight_decay": 0.00133}
+FAST_SMALL = {**FAST_94, "lr": 0.375}
+FAST_MEDIUM = {
+    **FAST_94,
+    "lr": 1.5,
+    "batch_size": 1024,
+    "backbone_options": {"widths": [64, 256, 256], "convolutions": 2},
+}
+PUBLISHED |= {
+    "fast-cifar10-small": {**FAST_SMALL, "data": "cifar10"},
+    "fast-cifar10-medium": {**FAST_MEDIUM, "data": "cifar10"},
+    "fast-cifar10-large": {
+        **FAST,
+        "data": "cifar10",
+        "backbone_options": {"widths": [128, 512, 512], "convolutions": 3},
+        "augmentation": {**MIRRORED, "crop_padding": 4, "cutout": 12},
+        "batch_size": 1024,
+        "epochs": 40,
+        "lr": 1.174,
+        "weight_decay": 0.0017,
+    },
+    "fast-cifar100-small": {**FAST_SMALL, "data": "cifar100"},
+    "fast-cifar100-medium": {**FAST_MEDIUM, "data": "cifar100"},
+    "fast-mnist-small": {**FAST_SMALL, "augmentation": {**MIRRORED, "flip": False}},
+}
+
 every_recipe = pytest.mark.parametrize("name", sorted(PUBLISHED))
 
 
@@ -272,7 +321,7 @@ def values(name: str) -> dict:
 
 def test_the_recipes_are_those_of_the_published_experiments():
     assert recipe_names() == sorted(PUBLISHED)
-    assert len(PUBLISHED) == 65
+    assert len(PUBLISHED) == 71
 
 
 @every_recipe
@@ -282,7 +331,7 @@ def test_a_recipe_resolves_to_the_published_values(name):
     assert {field: resolved[field] for field in PUBLISHED[name]} == PUBLISHED[name]
 
 
-@every_recipe
+@pytest.mark.parametrize("name", [name for name in sorted(PUBLISHED) if not name.startswith("fast-")])
 def test_a_recipe_resolves_to_the_settings_of_its_file_of_before_the_families(name):
     stored = json.loads((Path(__file__).parents[1] / "fixtures" / "recipes.json").read_text())
     recipe = load_recipe(name)
@@ -293,7 +342,7 @@ def test_a_recipe_resolves_to_the_settings_of_its_file_of_before_the_families(na
     resolved["measured"] = first_last_and_number([epoch for epoch in epochs if config.is_measured(epoch)])
     resolved["kept"] = first_last_and_number([epoch for epoch in epochs if config.is_kept(epoch)])
     assert resolved == stored["of every recipe"] | stored[name]
-    assert set(stored) == {"of every recipe", *PUBLISHED}
+    assert set(stored) == {"of every recipe", *(name for name in PUBLISHED if not name.startswith("fast-"))}
 
 
 def first_last_and_number(epochs: list[int]) -> list[int]:
@@ -367,9 +416,13 @@ def test_a_recipe_gives_every_field_that_decides_its_result(name):
 
 
 def deciding(given: dict) -> set[str]:
-    names = {"data", "batch_size", "sampling", "augmentation", "backbone", "batch_norm_affine"}
-    names |= {"method", "feature_norm", "classifier_bias", "epochs", "loss", "optimizer"}
-    names |= {"seeds" if "seeds" in given else "seed", "measure_at", "keep_at"}
+    names = {"data", "batch_size", "sampling", "augmentation", "backbone"}
+    names |= {"method", "classifier_bias", "epochs", "loss", "optimizer"}
+    names |= {"seeds" if "seeds" in given else "seed", "measure_at"}
+    if given["backbone"] == "fast-convnet":
+        names.add("backbone_options")
+    else:
+        names |= {"batch_norm_affine", "feature_norm", "keep_at"}
     names |= {
         "sgd": {"lr", "momentum", "weight_decay", "schedule"},
         "adam": {"lr", "weight_decay", "schedule"},
@@ -379,12 +432,18 @@ def deciding(given: dict) -> set[str]:
     names |= {
         "constant": set(),
         "step": {"step_at", "lr_factor"},
+        "one-cycle": {"one_cycle"},
     }[given.get("schedule", "constant")]
-    names |= {"standard": {"unit_weight"}, "fixed": {"orientation"}, "implicit": {"proximal_weight"}}[given["method"]]
+    names |= {
+        "standard": {"unit_weight"},
+        "fixed": {"orientation"},
+        "implicit": {"proximal_weight"},
+        "linear": set(),
+    }[given["method"]]
     if given["classifier_bias"] == "centring":
         names.add("means_momentum")
-    names |= {"mlp": {"width", "depth"}, "vgg13": set()}.get(given["backbone"], {"stem"})
-    if given["data"] in ("mnist", "imagenet"):
+    names |= {"mlp": {"width", "depth"}, "vgg13": set(), "fast-convnet": set()}.get(given["backbone"], {"stem"})
+    if given["data"] in ("mnist", "imagenet") and given["backbone"] != "fast-convnet":
         names |= {"image_size", "channels"}
     if given["backbone"].startswith("resnet") and given["optimizer"] != "agd":
         names.add("initialisation")
@@ -401,7 +460,7 @@ def test_the_proximal_weight_is_the_published_delta_converted(name):
 
 def test_pixels_are_standardised_as_published_or_by_the_training_images():
     left_out = {name for name in PUBLISHED if not {"pixel_mean", "pixel_std"} & set(values(name))}
-    assert left_out == {"papyan2020-cifar10", "papyan2020-cifar100"}
+    assert left_out == {name for name in PUBLISHED if name.startswith(("papyan2020-", "fast-"))}
 
 
 @pytest.mark.parametrize(

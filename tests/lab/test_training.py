@@ -18,6 +18,7 @@ from neuralcollapse.lab import train_runs
 from neuralcollapse.lab.config import METHODS, DataSettings, ModelSettings, RunConfig
 from neuralcollapse.lab.data.batches import EpochBatches, evaluation_batches
 from neuralcollapse.lab.data.load import load_data
+from neuralcollapse.lab.models.backbones import FastConvNet
 from neuralcollapse.lab.models.build import build_backbone, build_model
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.tables import read_table
@@ -150,7 +151,9 @@ def test_patches_and_heads_that_do_not_fit_are_refused():
         build_backbone(ModelSettings(backbone="vit-tiny", width=200), (3, 32, 32))
     with pytest.raises(ValueError, match="batch_norm_affine belongs to the backbones that have a name and batch norm"):
         ModelSettings(backbone="vit-tiny", batch_norm_affine=True)
-    with pytest.raises(ValueError, match="backbone_options belongs to a backbone of your own, or backbone vit"):
+    with pytest.raises(
+        ValueError, match="backbone_options belongs to a backbone of your own, or backbone fast-convnet, vit"
+    ):
         ModelSettings(backbone="mlp", backbone_options={"patch_size": 4})
 
 
@@ -232,6 +235,72 @@ def test_vgg13_is_the_published_one():
     assert sum(kernel.numel() for kernel in kernels) == 133_047_848 - 123_642_856 - 2944
 
 
+@pytest.mark.parametrize(
+    ("options", "widths", "number"),
+    [({}, [64, 256, 256], 2), ({"widths": [128, 512, 512], "convolutions": 3}, [128, 512, 512], 3)],
+)
+def test_the_fast_network_is_the_published_one(options, widths, number):
+    network = build_backbone(ModelSettings(backbone="fast-convnet", backbone_options=options), (3, 32, 32))
+    trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    shifts = number * sum(widths)
+    kernels = sum(
+        9 * width * (before + (number - 1) * width) for before, width in zip([24, *widths], widths, strict=False)
+    )
+    assert trained == 24 + kernels + shifts  # neither the whitening nor scales of batch norm
+    if not options:
+        assert trained + 256 * 10 == pytest.approx(1.97e6, rel=2e-3)  # as Jordan (2024) says
+
+
+def test_stages_of_the_fast_network_begin_as_the_identity_of_their_channels():
+    network = FastConvNet((3, 12, 12), widths=(30, 40, 50))
+    images = normal(2, 24, 6, 6).float()
+    assert torch.equal(network.layers[2].first[0](images)[:, :24], images)  # a sum of the value and of zeros
+
+
+def test_whitened_patches_have_variance_1_in_every_direction_and_each_filter_its_negative():
+    mixed = torch.einsum("nchw,dc->ndhw", normal(300, 3, 10, 10), normal(3, 3)).float()
+    network = FastConvNet((3, 10, 10))
+    network.whiten([mixed[:100], mixed[100:]])
+    responses = network.whitening(mixed)
+    assert torch.allclose(responses[:, :12], -responses[:, 12:], atol=1e-5)
+    moments = responses[:, :12].transpose(0, 1).flatten(1)
+    assert torch.allclose(moments @ moments.T / moments.shape[1], torch.eye(12), atol=0.02)
+
+
+@pytest.mark.parametrize("pixel", [0.0, 1.0])
+def test_whitening_of_constant_images_is_finite(pixel):
+    network = FastConvNet((3, 10, 10), widths=(8, 8, 8))
+    network.whiten([torch.full((5, 3, 10, 10), pixel)])
+    assert network(torch.full((5, 3, 10, 10), pixel)).isfinite().all()
+
+
+def test_a_run_whitens_the_patches_of_its_own_training_images():
+    small = {"backbone": "fast-convnet", "backbone_options": {"widths": [9, 9, 9]}, "image_size": 10}
+    config = RunConfig(**small, train_samples=50, test_samples=20, epochs=1)
+    run = Run(config, load_data(config, progress=False))
+    backbone = next(module for module in run.trained.model.modules() if isinstance(module, FastConvNet))
+    images = torch.cat([images for images, _ in run.evaluation["train"]])
+    responses = backbone.whitening(images)[:, 1:4].transpose(0, 1).flatten(1)  # the last of 4 is along constant patches
+    assert torch.allclose(responses.square().mean(1), torch.ones(3), atol=0.1)
+
+
+def test_the_fast_network_refuses_images_of_which_its_stages_leave_nothing():
+    with pytest.raises(ValueError, match="images must be at least 9x9 for backbone fast-convnet, got 8x12"):
+        FastConvNet((1, 8, 12))
+    assert FastConvNet((1, 9, 9))(torch.randn(2, 1, 9, 9)).shape == (2, 256)
+
+
+@pytest.mark.parametrize("method", ["standard", "fixed", "implicit", "means"])
+def test_every_head_trains_on_the_fast_network(method, tmp_path):
+    small = {"backbone": "fast-convnet", "backbone_options": {"widths": [4, 4, 12]}, "image_size": 10}
+    config = RunConfig(**small, method=method, train_samples=60, test_samples=20, epochs=2, batch_size=30)
+    folder = RunFolder(tmp_path)
+    folder.start(config.in_force())
+    Run(config, load_data(config, progress=False)).train(folder)
+    metrics = read_table(folder.metrics).query("split == 'train' and epoch == 2").set_index("metric")["value"]
+    assert metrics[["nc1_pinv", "nc2_etf_means", "accuracy"]].notna().all()
+
+
 @pytest.mark.parametrize(("stem", "smallest"), [("7x7", 1), ("3x3", 4)])
 def test_the_stem_of_a_resnet(stem, smallest):
     network = build_backbone(ModelSettings(backbone="resnet18", stem=stem), (3, 32, 32))
@@ -279,7 +348,7 @@ def test_a_class_of_the_users_own(tmp_path, monkeypatch):
         (
             "mlp",
             {"neurons": 3},
-            "backbone_options belongs to a backbone of your own, or backbone vit-tiny or vit-small; here",
+            "backbone_options belongs to a backbone of your own, or backbone fast-convnet, vit-tiny or vit-small; here",
         ),
     ]
     for path, options, message in wrong:

@@ -131,6 +131,7 @@ RESNETS = (
     *("resnext50-32x4d", "resnext101-32x8d", "wide-resnet50-2", "wide-resnet101-2"),
 )
 VITS = ("vit-tiny", "vit-small")
+FAST_CONVNET = "fast-convnet"
 DRAWN_DATA = ("mnist-1d", "features")
 _FIRST_ORDER = ("sgd", "adam", "adamw")
 _WITH_RATE = where(optimizer=(*_FIRST_ORDER, "lbfgs"))
@@ -150,15 +151,20 @@ _DRAWN = Condition(
     ),
 )
 _WITH_BACKBONE_OPTIONS = Condition(
-    f"a backbone of your own, or backbone {listed(VITS, 'or')}",
+    f"a backbone of your own, or backbone {listed((FAST_CONVNET, *VITS), 'or')}",
     ("backbone",),
-    lambda values: "." in values["backbone"] or values["backbone"] in VITS,
+    lambda values: "." in values["backbone"] or values["backbone"] in (FAST_CONVNET, *VITS),
 )
 _BUILT_IN = Condition("the backbones that have a name", ("backbone",), lambda values: "." not in values["backbone"])
-_BATCH_NORM = Condition(
-    "the backbones that have a name and batch norm",
+_OF_ONE_WIDTH = Condition(
+    f"the backbones that have a name, other than {FAST_CONVNET}",
     ("backbone",),
-    lambda values: "." not in values["backbone"] and values["backbone"] not in VITS,
+    lambda values: "." not in values["backbone"] and values["backbone"] != FAST_CONVNET,
+)
+_BATCH_NORM = Condition(
+    f"the backbones that have a name and batch norm, other than {FAST_CONVNET}, whose batch norm trains a shift alone",
+    ("backbone",),
+    lambda values: "." not in values["backbone"] and values["backbone"] not in (FAST_CONVNET, *VITS),
 )
 _MOVING_MEANS = Condition(
     f"method {listed((name for name, method in METHODS.items() if method.follows_means), 'or')}, or to classifier_bias "
@@ -247,10 +253,21 @@ class Augmentation(Settings):
 
     crop_padding: Annotated[int, Field(ge=0)] = 0
     """Pad by this many pixels, then crop at random."""
-    flip: bool = False
-    """Mirror at random."""
+    padding: Literal["reflect"] | None = None
+    """reflect: pad with the image itself, mirrored at its border. By default with 0."""
+    flip: Literal["alternating"] | bool = False
+    """Mirror images: true, each at random in every epoch; alternating, a random half of them in the first epoch, the
+    others in the second, and so on in turns (Jordan, 2024)."""
     rotation: NotNegative = 0.0
     """Rotate at random by up to this many degrees, either way."""
+    cutout: AtLeast1 | None = None
+    """Height and width of a square at random inside the image whose pixels are replaced by the mean."""
+
+    def check(self) -> None:
+        """Check settings together."""
+        super().check()
+        if self.padding and not self.crop_padding:
+            raise ValueError("padding belongs to crop_padding above 0; here crop_padding is 0")
 
 
 class DataSettings(Settings):
@@ -376,20 +393,38 @@ class VitOptions(Settings):
     more, 4 for 16 or more, else 2."""
 
 
+class FastConvNetOptions(Settings):
+    """Options of fast-convnet."""
+
+    widths: Annotated[list[AtLeast1], Field(min_length=3, max_length=3)] = Field(default_factory=lambda: [64, 256, 256])
+    """Channels of each of the three stages."""
+    convolutions: Literal[2, 3] = 2
+    """Convolutions of each stage; with 3, the output of the first is added to that of the last."""
+
+
 class ModelSettings(Settings):
     """Model."""
 
     backbone: str = "convnet"
     """Network that computes the features: convnet, mlp, resnet18, resnet34, resnet50, resnet101, resnet152,
-    resnext50-32x4d, resnext101-32x8d, wide-resnet50-2, wide-resnet101-2, vgg13, vit-tiny, vit-small, or the dotted path
-    of your own class, such as package.module.Class, which gives features (N, feature_dim)."""
+    resnext50-32x4d, resnext101-32x8d, wide-resnet50-2, wide-resnet101-2, vgg13, fast-convnet, vit-tiny, vit-small, or
+    the dotted path of your own class, such as package.module.Class, which gives features (N, feature_dim)."""
     backbone_options: Annotated[
         dict[str, Any] | None,
         _WITH_BACKBONE_OPTIONS,
-        Options(lambda values: None if "." in values["backbone"] else VitOptions, (VitOptions,)),
+        Options(
+            lambda values: (
+                None
+                if "." in values["backbone"]
+                else FastConvNetOptions
+                if values["backbone"] == FAST_CONVNET
+                else VitOptions
+            ),
+            (FastConvNetOptions, VitOptions),
+        ),
     ] = Field(default_factory=dict)
-    """Keyword arguments of your own class. Of a vision transformer:"""
-    width: Annotated[AtLeast1 | None, _BUILT_IN, _WIDTH] = None
+    """Keyword arguments of your own class. Of the others:"""
+    width: Annotated[AtLeast1 | None, _OF_ONE_WIDTH, _WIDTH] = None
     """Channels of the first stage, neurons of a layer, or dimension of a token. By default 32 (convnet), 512 (mlp), 64
     (resnets, vgg13), 192 (vit-tiny), 384 (vit-small)."""
     depth: Annotated[AtLeast1 | None, where(backbone=("mlp", *VITS)), _DEPTH] = None
@@ -431,6 +466,16 @@ class ModelSettings(Settings):
     """Weight of a new batch in the moving means."""
 
 
+class SgdOptions(Settings):
+    """Options of sgd."""
+
+    nesterov: bool | None = None
+    """Nesterov momentum. By default not."""
+    shift_lr_factor: Positive | None = None
+    """Factor of the learning rate of batch norm's shifts; their weight decay is divided by it, so that each step
+    decays them as much as other parameters. By default 1."""
+
+
 class LbfgsOptions(Settings):
     """Options of lbfgs."""
 
@@ -456,6 +501,10 @@ class CycleOfRate(Settings):
     """Begin at lr over this."""
     final_div_factor: Annotated[float, Field(ge=1)] = 1e4
     """End at the first learning rate over this."""
+    pct_start: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """Share of the steps in which it rises."""
+    anneal_strategy: Literal["cos", "linear"] = "cos"
+    """Shape of rise and fall: half a cosine, or linear, which is the triangular schedule."""
 
 
 class OneCycle(CycleOfRate):
@@ -475,9 +524,10 @@ class Optimisation(Settings):
     """Optimiser of all parameters. agd has no learning rate and needs a network without vectors."""
     optimizer_options: Annotated[
         dict[str, Any] | None,
-        where(optimizer=("lbfgs", "agd")),
+        where(optimizer=("sgd", "lbfgs", "agd")),
         Options(
-            lambda values: {"lbfgs": LbfgsOptions}.get(values["optimizer"], AgdOptions), (LbfgsOptions, AgdOptions)
+            lambda values: {"sgd": SgdOptions, "lbfgs": LbfgsOptions}.get(values["optimizer"], AgdOptions),
+            (SgdOptions, LbfgsOptions, AgdOptions),
         ),
     ] = Field(default_factory=dict)
     """Options of these optimisers:"""
@@ -596,6 +646,8 @@ class RunConfig(Record, Ranks, Optimisation, ModelSettings, BatchSettings, DataS
                 f"batch_size must be at least {2 * self.ranks}, two for each of {self.ranks} ranks, "
                 f"got {self.batch_size}"
             )
+        if self.momentum == 0 and (self.optimizer_options or {}).get("nesterov"):
+            raise ValueError("optimizer_options.nesterov needs momentum above 0, got 0")
         if self.optimizer == "lbfgs":
             self._check_lbfgs(method)
 

@@ -17,6 +17,8 @@ from neuralcollapse.lab.data.selection import stratified_order, subset
 
 # Largest number of images that the statistics of streamed data are estimated from.
 _STATISTICS_SAMPLES = 10_000
+# Combined with a run's seed, it gives the seed of the images that are mirrored in its first epoch.
+_ALTERNATING = 3
 # Images per batch, and bytes of them, where no setting asks for a batch size.
 _BATCH_SIZE, _BATCH_BYTES = 512, 2**25
 
@@ -62,12 +64,22 @@ class EpochBatches:
         generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
         batches = self._divide(self._order(generator))
         shape = self.split.image_shape
-        drawn = [draw_augmentation(len(batch), shape, self.settings, generator) for batch in batches][self.done :]
+        drawn = [draw_augmentation(len(batch), shape, self.settings, generator) for batch in batches]
+        if self.settings.augment.flip == "alternating":
+            mirrored = self._mirrored()
+            drawn = [values | {"mirrored": mirrored[batch]} for values, batch in zip(drawn, batches, strict=True)]
+        drawn = drawn[self.done :]
         parts = [torch.arange(len(batch)).tensor_split(self.ranks)[self.rank] for batch in batches[self.done :]]
         indices = (batch[part] for batch, part in zip(batches[self.done :], parts, strict=True))
         for part, values, (images, labels) in zip(parts, drawn, self.split.batches(indices), strict=True):
             values = {name: value[part] for name, value in values.items()}
-            yield self.standardise(augment(images, self.settings, values)), labels
+            images = self.standardise(augment(images, self.settings, values))
+            yield cut_out(images, self.settings, values), labels
+
+    def _mirrored(self) -> Tensor:
+        """Which samples are mirrored: a random half in the first epoch, the others in the next, and so on in turns."""
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, 0, _ALTERNATING))
+        return (torch.rand(len(self.split), generator=generator) < 0.5) ^ bool(self.epoch % 2)
 
     def _order(self, generator: torch.Generator) -> Tensor:
         labels, settings = self.split.labels.cpu(), self.settings
@@ -113,6 +125,12 @@ def evaluation_batches(data: ImageData, settings: BatchSettings) -> dict[str, Ev
         name: EvaluationBatches(split, standardise, batch_size, settings.crop_size)
         for name, split in data.splits.items()
     }
+
+
+def some_images(batches: EvaluationBatches, limit: int) -> Iterator[Tensor]:
+    """Yield at most ``limit`` standardised images of a split, with the classes in proportion, batch by batch."""
+    indices = subset(batches.split.labels.cpu(), limit).split(batches.batch_size)
+    return (batches.standardise(images) for images, _ in batches.split.batches(indices))
 
 
 def _default_batch_size(image_shape: tuple[int, int, int]) -> int:
@@ -227,9 +245,20 @@ def batch_shape(image_shape: tuple[int, int, int], settings: BatchSettings) -> t
     """Return channels, height and width of the images in a batch, after cropping.
 
     Raises:
-        ValueError: if ``crop_size`` exceeds the padded images.
+        ValueError: if ``crop_size`` exceeds the padded images, or ``augmentation`` does not fit the images.
     """
     channels, height, width = image_shape
+    augmentation = settings.augment
+    if augmentation.padding == "reflect" and augmentation.crop_padding >= min(height, width):
+        raise ValueError(
+            f"augmentation.crop_padding must be less than {min(height, width)} to reflect images of {height}x{width}, "
+            f"got {augmentation.crop_padding}"
+        )
+    smallest = min(height, width, settings.crop_size or height)
+    if augmentation.cutout is not None and augmentation.cutout > smallest:
+        raise ValueError(
+            f"augmentation.cutout must be at most {smallest} for images of {height}x{width}, got {augmentation.cutout}"
+        )
     if settings.crop_size is None:
         return image_shape
     largest = min(height, width) + 2 * settings.augment.crop_padding
@@ -246,7 +275,8 @@ def draw_augmentation(
 ) -> dict[str, Tensor]:
     """Draw the augmentation of a number of images: values (N,) by name, those that the settings ask for.
 
-    ``top`` and ``left`` are the offsets of the crop in the padded image, ``degrees`` the angle of the rotation.
+    ``top`` and ``left`` are the offsets of the crop in the padded image, ``degrees`` the angle of the rotation, and
+    ``cut_top`` and ``cut_left`` the offsets of the square that is cut out. Flips in turns are not drawn here.
     """
     _, *sides = image_shape
     _, *window = batch_shape(image_shape, settings)
@@ -255,20 +285,29 @@ def draw_augmentation(
     if any(ranges) or window != sides:
         for name, largest in zip(("top", "left"), ranges, strict=True):
             drawn[name] = torch.randint(largest + 1, (number,), generator=generator)
-    if settings.augment.flip:
+    if settings.augment.flip is True:
         drawn["mirrored"] = torch.rand(number, generator=generator) < 0.5
     if settings.augment.rotation:
         drawn["degrees"] = settings.augment.rotation * (2 * torch.rand(number, generator=generator) - 1)
+    if settings.augment.cutout is not None:
+        for name, length in zip(("cut_top", "cut_left"), window, strict=True):
+            drawn[name] = torch.randint(length - settings.augment.cutout + 1, (number,), generator=generator)
     return drawn
 
 
 def augment(images: Tensor, settings: BatchSettings, drawn: Mapping[str, Tensor]) -> Tensor:
-    """Crop, mirror and rotate images (N, C, H, W) of bytes as drawn by `draw_augmentation`; new pixels are 0."""
+    """Crop, mirror and rotate images (N, C, H, W) of bytes as drawn by `draw_augmentation`.
+
+    New pixels are 0; those around a crop are the image's own, mirrored at its border, if ``padding`` is ``"reflect"``.
+    """
     number, *shape = images.shape
     if "top" in drawn:
         _, height, width = batch_shape((shape[0], shape[1], shape[2]), settings)
         top, left = (drawn[name].to(images.device) for name in ("top", "left"))
-        images = crop(images, settings.augment.crop_padding, top, left, (height, width))
+        padding = settings.augment.crop_padding
+        if settings.augment.padding == "reflect":
+            images, padding = reflected(images, padding), 0
+        images = crop(images, padding, top, left, (height, width))
     if "mirrored" in drawn:
         chosen = torch.arange(number) + number * drawn["mirrored"]
         images = torch.cat([images, images.flip(-1)]).index_select(0, chosen.to(images.device))
@@ -288,6 +327,28 @@ def crop(images: Tensor, padding: int, top: Tensor, left: Tensor, size: tuple[in
     row = row + top[:, None, None] + arange(height)
     start = padded.shape[3] * row + left[:, None, None]
     return padded.flatten().unfold(0, width, 1).index_select(0, start.flatten()).view(number, channels, height, width)
+
+
+def reflected(images: Tensor, padding: int) -> Tensor:
+    """Return images padded on every side by their own pixels, mirrored at the border pixel, which is not repeated."""
+    for dimension in (2, 3):
+        last = images.shape[dimension] - 1
+        position = torch.arange(-padding, last + padding + 1, device=images.device).abs()
+        images = images.index_select(dimension, last - (last - position).abs())
+    return images
+
+
+def cut_out(images: Tensor, settings: BatchSettings, drawn: Mapping[str, Tensor]) -> Tensor:
+    """Set a square of each standardised image (N, C, H, W) to 0, which is the mean, as drawn by `draw_augmentation`."""
+    if "cut_top" not in drawn:
+        return images
+    rows, columns = (
+        torch.arange(length, device=images.device) - drawn[name].to(images.device)[:, None]
+        for name, length in zip(("cut_top", "cut_left"), images.shape[2:], strict=True)
+    )
+    size = settings.augment.cutout or 0
+    rows, columns = (rows >= 0) & (rows < size), (columns >= 0) & (columns < size)
+    return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
 
 
 def centre_crop(images: Tensor, size: int) -> Tensor:

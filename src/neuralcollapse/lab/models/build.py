@@ -29,13 +29,14 @@ from neuralcollapse.heads import (
     TrustRegion,
     attach_head,
 )
-from neuralcollapse.lab.config import METHODS, VITS, ModelSettings, RunConfig
+from neuralcollapse.lab.config import FAST_CONVNET, METHODS, VITS, ModelSettings, RunConfig
 from neuralcollapse.lab.memory import check_memory
 from neuralcollapse.lab.models.backbones import (
     MLP,
     VGG13,
     Backbone,
     ConvNet,
+    FastConvNet,
     ImageShape,
     ResNet,
     VisionTransformer,
@@ -222,6 +223,7 @@ _BACKBONES: dict[str, tuple[Callable[..., Backbone], tuple[str, ...]]] = {
     "wide-resnet50-2": (partial(_deep, blocks=(3, 4, 6, 3), widening=2), ("width", "stem")),
     "wide-resnet101-2": (partial(_deep, blocks=(3, 4, 23, 3), widening=2), ("width", "stem")),
     "vgg13": (VGG13, ("width",)),
+    FAST_CONVNET: (FastConvNet, ()),
     **dict.fromkeys(VITS, (VisionTransformer, ("width", "depth"))),
 }
 

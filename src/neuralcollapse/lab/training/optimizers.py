@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from neuralcollapse.lab.config import Optimisation, RunConfig, derived_seed
 from neuralcollapse.lab.training.agd import AGD, orthogonal_start
 
 _T = TypeVar("_T")
+_BATCH_NORM = nn.modules.batchnorm._BatchNorm
 # Combined with a run's seed, it gives the seed of initial weights that the optimiser asks for.
 _START = 2
 
@@ -60,10 +61,26 @@ def _optimizer(config: RunConfig, model: AttachedHead) -> torch.optim.Optimizer:
     # With a feature decay, the weight decay is part of the loss.
     weight_decay = _value(config.weight_decay) if config.feature_decay is None else 0.0
     if config.optimizer == "sgd":
-        momentum = 0.0 if config.momentum is None else config.momentum  # None: the schedule gives it
-        return torch.optim.SGD(parameters, lr=rate, momentum=momentum, weight_decay=weight_decay)
+        momentum = 0.9 if config.momentum is None else config.momentum  # None: one-cycle sets it
+        options = config.optimizer_options or {}
+        groups = _groups(model, rate, weight_decay, options.get("shift_lr_factor", 1.0))
+        return torch.optim.SGD(groups, momentum=momentum, nesterov=options.get("nesterov", False))
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
     return kind(parameters, lr=rate, weight_decay=weight_decay)
+
+
+def _groups(model: AttachedHead, rate: float, weight_decay: float, factor: float) -> list[dict[str, Any]]:
+    """Return the parameters in groups: all but batch norm's shifts; and these, if their learning rate differs."""
+    if factor == 1:
+        return [{"params": list(model.parameters()), "lr": rate, "weight_decay": weight_decay}]
+    shifts = [module.bias for module in model.modules() if isinstance(module, _BATCH_NORM) and module.bias is not None]
+    if not shifts:
+        raise ValueError("optimizer_options.shift_lr_factor needs batch norm with a shift, and the model has none")
+    others = [parameter for parameter in model.parameters() if all(parameter is not shift for shift in shifts)]
+    return [
+        {"params": others, "lr": rate, "weight_decay": weight_decay},
+        {"params": shifts, "lr": factor * rate, "weight_decay": weight_decay / factor},
+    ]
 
 
 def build_schedule(
@@ -91,7 +108,7 @@ def build_schedule(
     if config.schedule == "one-cycle":
         return lr_scheduler.OneCycleLR(
             optimizer,
-            _value(config.lr),
+            [group["lr"] for group in optimizer.param_groups],
             total_steps=max(steps, 2),
             **{"cycle_momentum": False, **_value(config.one_cycle)},
         )

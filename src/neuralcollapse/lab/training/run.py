@@ -15,9 +15,15 @@ from torch import Tensor, nn
 
 from neuralcollapse._distributed import greatest_over_ranks
 from neuralcollapse.lab.config import RunConfig, derived_seed
-from neuralcollapse.lab.data.batches import EpochBatches, EvaluationBatches, batch_shape, evaluation_batches
+from neuralcollapse.lab.data.batches import (
+    EpochBatches,
+    EvaluationBatches,
+    batch_shape,
+    evaluation_batches,
+    some_images,
+)
 from neuralcollapse.lab.data.images import ImageData
-from neuralcollapse.lab.models.backbones import evaluation_layout
+from neuralcollapse.lab.models.backbones import FastConvNet, evaluation_layout
 from neuralcollapse.lab.models.build import build_model
 from neuralcollapse.lab.process import stop_requests
 from neuralcollapse.lab.results.files import write_csv
@@ -34,6 +40,8 @@ from neuralcollapse.metrics.measure import measure_splits
 
 # The scatter of each class, from which layers have a numerical rank, takes K d² numbers: kept up to this many bytes.
 _CLASS_SCATTER_BYTES = 2**28
+# Training images whose patches are whitened, as many as Jordan (2024) takes.
+_WHITENED_IMAGES = 5000
 
 
 class Run:
@@ -67,6 +75,9 @@ class Run:
         self.evaluation = evaluation_batches(data, config) if evaluation is None else evaluation
         shape = batch_shape(data.image_shape, config)
         model = build_model(config, shape, data.num_classes, class_names=data.class_names, class_counts=class_counts)
+        for backbone in model.modules():
+            if isinstance(backbone, FastConvNet):
+                backbone.whiten(some_images(self.evaluation["train"], _WHITENED_IMAGES))
         self.trained = TrainedModel(model, config.weight_average)
         self.optimizer = build_optimizer(config, model)
         self.accumulate = config.accumulate or 1
