@@ -89,7 +89,13 @@ def _run(arguments: list[str]) -> int:
 
 
 def _end(line: str, code: int, *, all_ranks: bool = False) -> int:
-    """Print the reason of the end on the first rank or on all, below a progress bar if there is one; return the code."""
+    """Print the reason of the end, below a progress bar if there is one, on the first rank or on all; return the code.
+
+    Args:
+        line: The reason.
+        code: The exit code.
+        all_ranks: Whether each rank prints it.
+    """
     if all_ranks or global_rank() == 0:
         print("\n" * (code != _USER_ERROR and sys.stderr.isatty()) + line, file=sys.stderr)
     return code

@@ -189,18 +189,17 @@ class CollapseCallback(Callback):
         """Measure, write the table and the records, and return the metrics by SPLIT/METRIC."""
         measurements = self.measure(pl_module, epoch)
         self._measured = epoch
-        values: dict[str, float] = {}
-        for split, measurement in measurements.items():
-            if self.folder is not None:
-                self.folder.record(epoch, split, measurement)
-            elif self.moments is not None:
+        rows = [(epoch, split, *item) for split, one in measurements.items() for item in one.metrics.items()]
+        self.rows += rows
+        if self.folder is not None:
+            self.folder.record_splits(epoch, measurements)
+        elif self.moments is not None:
+            for split, measurement in measurements.items():
                 measurement.save(self.moments / f"epoch{epoch:04d}-{split}.safetensors")
-            self.rows += [(epoch, split, name, value) for name, value in measurement.metrics.items()]
-            values |= {f"{split}/{name}": value for name, value in measurement.metrics.items()}
         if self.path is not None and self.folder is None:
             write_csv(self.path, pd.DataFrame(self.rows, columns=COLUMNS))
         self._has_written = True
-        return values
+        return {f"{split}/{name}": value for _, split, name, value in rows}
 
     def _set_files(self, files: Sequence[Path | None]) -> None:
         folder, self.path, self.moments = files

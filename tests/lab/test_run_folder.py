@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -219,6 +221,41 @@ def test_a_measurement_is_recorded_under_its_epoch_and_split(tmp_path):
         folder.record(-1, "train", measurement)
     folder.record(1, "train", measurement)
     assert read_table(folder.metrics)["epoch"].is_monotonic_increasing
+
+
+@pytest.fixture
+def opened() -> Iterator[list[str]]:
+    """Whether the table of metrics is read or put in its place: each time, in order."""
+    events: list[str] = []
+    names = {"open": "read", "os.rename": "written"}
+
+    def hook(event: str, arguments: tuple[object, ...]) -> None:
+        if active and event in names and str(arguments[event == "os.rename"]).endswith("metrics.csv"):
+            events.append(names[event])
+
+    active = True
+    sys.addaudithook(hook)  # it cannot be removed
+    yield events
+    active = False
+
+
+def test_a_training_writes_its_table_once_an_epoch_and_reads_it_only_to_resume(opened, tmp_path):
+    settings = SMALL | {"checkpoint_minutes": 1e-9, "schedule": "constant", "measure_at": 1, "keep_at": 1}
+    train_runs(RunConfig(**settings | {"epochs": 3}), tmp_path, progress=False)
+    assert opened == ["written"] * 3
+    train_runs(RunConfig(**settings | {"epochs": 5}), tmp_path, resume=True, progress=False)
+    assert opened == ["written"] * 3 + ["read"] + ["written"] * 2
+
+
+def test_rows_that_another_process_adds_stay(tmp_path):
+    folder, other = RunFolder.create(tmp_path, name="mine"), RunFolder(tmp_path)
+    batches = [(torch.randn(8, 6), torch.arange(8) % 4)]
+    measurement = measure(torch.nn.Linear(6, 4), batches, progress=False)
+    folder.record(1, "train", measurement)
+    other.record(1, "test", measurement)
+    folder.record_splits(2, {"train": measurement, "test": measurement})
+    assert {row[:2] for row in folder.metric_rows.load()} == {(1, "train"), (1, "test"), (2, "train"), (2, "test")}
+    assert folder.metric_rows.load() == list(read_table(folder.metrics).itertuples(index=False, name=None))
 
 
 def test_a_folder_with_the_checksums_of_an_earlier_version_is_read_and_resumed(tmp_path):

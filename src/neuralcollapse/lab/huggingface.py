@@ -109,8 +109,7 @@ class CollapseCallback(TrainerCallback):
         self._measured = epoch
         if model is not None and state.is_world_process_zero:
             measurements = measure_splits(model, self.loaders, Provenance(epoch=epoch), **self.options)
-            for split, measurement in measurements.items():
-                self.folder.record(epoch, split, measurement)
+            self.folder.record_splits(epoch, measurements)
 
 
 def _epoch(state: TrainerState) -> int:

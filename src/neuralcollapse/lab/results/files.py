@@ -60,7 +60,7 @@ def write_yaml(path: Path, content: dict[str, Any]) -> None:
     """Write a mapping of plain values, in its order."""
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
-    _PARSED[path] = _signature(path), copy.deepcopy(content)
+    _PARSED[path] = signature(path), copy.deepcopy(content)
 
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:
@@ -97,9 +97,9 @@ def read_yaml(path: Path) -> dict[str, Any] | None:
         ValueError: if it is not a regular file.
         OSError: if it cannot be read.
     """
-    signature = _signature(path)
-    if path not in _PARSED or _PARSED[path][0] != signature:
-        _PARSED[path] = signature, _parsed(read_file(path))
+    current = signature(path)
+    if path not in _PARSED or _PARSED[path][0] != current:
+        _PARSED[path] = current, _parsed(read_file(path))
     return copy.deepcopy(_PARSED[path][1])
 
 
@@ -111,7 +111,7 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
     return content if isinstance(content, dict) and all(isinstance(name, str) for name in content) else None
 
 
-def _signature(path: Path) -> tuple[int, int, int]:
-    """Inode, time of modification and size, which tell whether a file has changed."""
+def signature(path: Path) -> tuple[int, int, int]:
+    """Return inode, time of modification and size of a file, which tell whether it has changed."""
     status = path.stat()
     return status.st_ino, status.st_mtime_ns, status.st_size

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -26,6 +27,7 @@ from neuralcollapse.lab.results.resuming import (
 )
 
 if TYPE_CHECKING:
+    from neuralcollapse.lab.results.tables import MetricRows
     from neuralcollapse.metrics import Measurement
 
 # Checksums of the other files, which earlier versions kept.
@@ -192,8 +194,33 @@ class RunFolder:
                 process writes to the folder.
             OSError: if a file cannot be written.
         """
+        self.record_splits(epoch, {split: measurement})
+        return self.measurement(epoch, split)
+
+    def record_splits(self, epoch: int, measurements: Mapping[str, Measurement]) -> None:
+        """Save the measurements of an epoch by split, as `record` does; the table is written once.
+
+        Args:
+            epoch: Number of epochs trained.
+            measurements: Name of the split to its measurement.
+
+        Raises:
+            ValueError: as `record`; nothing is then written.
+            OSError: if a file cannot be written.
+        """
+        for split, measurement in measurements.items():
+            self._check_measurement(epoch, split, measurement)
+        with sole_writer(self.path):
+            if not self.metrics.exists():
+                self._keep_num_classes(next(iter(measurements.values())).num_classes)
+            for split, measurement in measurements.items():
+                origin = replace(measurement.provenance, epoch=epoch, split=split)
+                replace(measurement, provenance=origin).save(self.measurement(epoch, split))
+            self.metric_rows.replace(epoch, {split: one.metrics for split, one in measurements.items()})
+
+    def _check_measurement(self, epoch: int, split: str, measurement: Measurement) -> None:
+        """Check that a measurement can be recorded as that of an epoch and a split."""
         from neuralcollapse._checks import check_at_least
-        from neuralcollapse.lab.results.tables import replace_rows
         from neuralcollapse.metrics import Measurement
 
         check_at_least("epoch", epoch, 0)
@@ -209,13 +236,13 @@ class RunFolder:
                 f"measurement must be of epoch {epoch}, {split} split, and its provenance is epoch {origin.epoch}, "
                 f"{origin.split} split"
             )
-        path = self.measurement(epoch, split)
-        with sole_writer(self.path):
-            if not self.metrics.exists():
-                self._keep_num_classes(measurement.num_classes)
-            replace(measurement, provenance=replace(origin, epoch=epoch, split=split)).save(path)
-            replace_rows(self.metrics, epoch, split, measurement.metrics)
-        return path
+
+    @cached_property
+    def metric_rows(self) -> MetricRows:
+        """Rows of the table of metrics."""
+        from neuralcollapse.lab.results.tables import MetricRows
+
+        return MetricRows(self.metrics)
 
     def _keep_num_classes(self, number: int) -> None:
         if self.read_environment().get("num_classes") is None:

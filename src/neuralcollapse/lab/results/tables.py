@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from neuralcollapse.lab.results.files import read_file, write_csv
+from neuralcollapse.lab.results.files import read_file, signature, write_csv
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.labels import label_of, tell_apart
 from neuralcollapse.lab.results.statistics import epochs_to_reach, paired_differences, student_interval
 
+Row = tuple[int, str, str, float]
 COLUMNS = ["epoch", "split", "metric", "value"]
 # Metric of a run's table whose value is the epoch to whose ETFs the reference distances of the same row are.
 REFERENCE_EPOCH = "etf_reference_epoch"
@@ -58,7 +59,7 @@ def read_table(path: Path) -> pd.DataFrame:
     return table
 
 
-def add_rows(path: Path, rows: Sequence[tuple[int, str, str, float]], *, in_place_of: Collection[str] = ()) -> None:
+def add_rows(path: Path, rows: Sequence[Row], *, in_place_of: Collection[str] = ()) -> None:
     """Add measured values to a run's table, in order of epochs; they replace those of the same name.
 
     Args:
@@ -74,36 +75,57 @@ def add_rows(path: Path, rows: Sequence[tuple[int, str, str, float]], *, in_plac
     write_csv(path, table)
 
 
-def replace_rows(path: Path, epoch: int, split: str, metrics: Mapping[str, float]) -> None:
-    """Write the metrics of an epoch and a split to a run's table, in order of epochs, in place of their earlier rows.
+class MetricRows:
+    """Rows (epoch, split, metric, value) of a run's table of metrics, in order of epochs.
+
+    They stay in memory, and the file is read again only if something else has changed it.
 
     Args:
-        path: The table; created if it does not exist.
-        epoch: Epoch of the metrics.
-        split: Split of the metrics.
-        metrics: Name to value.
+        path: The table, which need not exist.
     """
-    table = pd.DataFrame([(epoch, split, name, value) for name, value in metrics.items()], columns=COLUMNS)
-    if path.exists():
-        earlier = read_table(path)
-        others = earlier[(earlier["epoch"] != epoch) | (earlier["split"] != split)]
-        if len(others):  # columns of an empty table have no type
-            table = pd.concat([others, table]).sort_values("epoch", kind="stable")
-    write_csv(path, table)
 
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._known: tuple[tuple[int, int, int], list[Row]] | None = None  # signature of the file, rows
 
-def metric_rows(path: Path) -> list[tuple[int, str, str, float]]:
-    """Return the rows of a run's table of metrics; an empty list if the file does not exist."""
-    return list(read_table(path)[COLUMNS].itertuples(index=False, name=None)) if path.exists() else []
+    def load(self) -> list[Row]:
+        """Return the rows; an empty list if the file does not exist.
 
+        Raises:
+            ValueError: if the table is damaged.
+            OSError: if it cannot be read.
+        """
+        if not self.path.exists():
+            return []
+        now = signature(self.path)
+        if self._known is None or self._known[0] != now:
+            self._known = now, list(read_table(self.path)[COLUMNS].itertuples(index=False, name=None))
+        return self._known[1]
 
-def add_missing_rows(path: Path, rows: Sequence[tuple[int, str, str, float]]) -> None:
-    """Write those of the given rows that a run's table of metrics lacks, in order of epochs."""
-    present = metric_rows(path)
-    known = {row[:3] for row in present}
-    if missing := [row for row in rows if row[:3] not in known]:
-        table = pd.DataFrame([*present, *missing], columns=COLUMNS)
-        write_csv(path, table.sort_values("epoch", kind="stable"))
+    def replace(self, epoch: int, metrics: Mapping[str, Mapping[str, float]]) -> None:
+        """Write the metrics of an epoch in place of the earlier rows of the same epoch and splits.
+
+        Args:
+            epoch: Epoch of the metrics.
+            metrics: Split to name to value.
+        """
+        others = [row for row in self.load() if row[0] != epoch or row[1] not in metrics]
+        new = [
+            (epoch, split, name, float(value)) for split, values in metrics.items() for name, value in values.items()
+        ]
+        self._write(others + new)
+
+    def add_missing(self, rows: Sequence[Row]) -> None:
+        """Write those of the given rows that the table lacks."""
+        present = self.load()
+        known = {row[:3] for row in present}
+        if missing := [row for row in rows if row[:3] not in known]:
+            self._write([*present, *missing])
+
+    def _write(self, rows: list[Row]) -> None:
+        rows = sorted(rows, key=lambda row: row[0])
+        write_csv(self.path, pd.DataFrame(rows, columns=COLUMNS))
+        self._known = signature(self.path), rows
 
 
 def reference_epochs(table: pd.DataFrame) -> set[int]:
@@ -125,7 +147,7 @@ def reference_epochs(table: pd.DataFrame) -> set[int]:
     return {int(epoch) for epoch in named}
 
 
-def distance_rows(run: RunFolder, reference: int = 1) -> Iterator[tuple[int, str, str, float] | ValueError]:
+def distance_rows(run: RunFolder, reference: int = 1) -> Iterator[Row | ValueError]:
     """Yield the distances of classifier and class means to their nearest simplex ETFs, from the run's records alone.
 
     Args:

@@ -28,7 +28,6 @@ from neuralcollapse.lab.models.build import build_model
 from neuralcollapse.lab.process import stop_requests
 from neuralcollapse.lab.results.files import write_csv
 from neuralcollapse.lab.results.folder import RunFolder
-from neuralcollapse.lab.results.tables import add_missing_rows, metric_rows
 from neuralcollapse.lab.training.checkpoint import PROVENANCE, CheckpointFiles, generator_states, set_generator_states
 from neuralcollapse.lab.training.distributed import launched_fabric
 from neuralcollapse.lab.training.objective import Diverged, FirstNonFinite, Objective
@@ -254,8 +253,7 @@ class Run:
             raise Diverged(
                 f"training diverged in epoch {epoch}, after its last step: {error}; take a smaller learning rate"
             ) from error
-        for split, measurement in measurements.items():
-            self.folder.record(epoch, split, measurement)
+        self.folder.record_splits(epoch, measurements)
         return {f"{split}/{name}": value for split, one in measurements.items() for name, value in one.metrics.items()}
 
     @property
@@ -298,7 +296,7 @@ class Run:
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": None if self.schedule is None else self.schedule.state_dict(),
                 "scaler": None if self.scaler is None else self.scaler.state_dict(),
-                "tables": self.rows | {"metrics": metric_rows(self.folder.metrics)},
+                "tables": self.rows | {"metrics": self.folder.metric_rows.load()},
             }
             self.files.save(path, epoch=epoch, batches=batches, state=state)
         self.saved = time.monotonic()
@@ -315,7 +313,7 @@ class Run:
         metrics = checkpoint["tables"].pop("metrics")
         self.rows = checkpoint["tables"]
         if self.fabric.is_global_zero:
-            add_missing_rows(self.folder.metrics, metrics)
+            self.folder.metric_rows.add_missing(metrics)
         epoch, batches = checkpoint[PROVENANCE]["epoch"], checkpoint[PROVENANCE].get("batches")
         if batches is None:
             return epoch + 1, 0
