@@ -31,7 +31,7 @@ from neuralcollapse.cli import main
         ("--epochs few", "epochs must be an integer, got 'few'"),
         ("--seeds 0", "seeds must be at least 1, got 0"),
         ("--seeds 3,3", "seeds must be distinct, got [3, 3]"),
-        ("--recipe markou2024-mnits", "recipe must name a family of recipes"),
+        ("--recipe markou2024-mnits", "recipe must name a published comparison"),
         ("--recipe markou2024-mnits", "nearest: markou2024-mnist"),
         ("--methods standard,fixed --proximal_weight 1", "proximal_weight belongs to method implicit"),
         ("--lr -0.1", "lr must be above 0, got -0.1"),

@@ -392,19 +392,19 @@ def test_a_rate_that_is_to_be_chosen_needs_an_optimizer_that_has_one():
         comparison_runs(Comparison(lr="auto"), {"optimizer": "agd"})
 
 
-def test_a_family_of_recipes_gives_each_method_its_own():
+def test_a_published_comparison_gives_each_method_its_own():
     runs = comparison_runs(Comparison(recipe="markou2024-mnist", seeds=[1]), {"epochs": 2})
     assert [run.recipe for run in runs] == [f"markou2024-mnist-{method}" for method in METHODS]
     assert [run.sampling == "stratified" for run in runs] == [False, False, True]
     assert {(run.epochs, run.optimizer, run.feature_norm) for run in runs} == {(2, "agd", 5.0)}
 
 
-def test_a_family_whose_recipes_differ_in_data_is_refused(monkeypatch):
+def test_a_published_comparison_whose_recipes_differ_in_data_is_refused(monkeypatch):
     from neuralcollapse.lab import experiments
 
-    family = experiments.recipe_family("markou2024-mnist")
-    family["fixed"].settings["image_size"] = 28
-    monkeypatch.setattr(experiments, "recipe_family", lambda name: family)
+    recipes = experiments.recipe_comparison("markou2024-mnist")
+    recipes["fixed"].settings["image_size"] = 28
+    monkeypatch.setattr(experiments, "recipe_comparison", lambda name: recipes)
     with pytest.raises(ValueError, match="of the same data, and those of 'markou2024-mnist' differ in image_size"):
         comparison_runs(Comparison(recipe="markou2024-mnist"), {})
 

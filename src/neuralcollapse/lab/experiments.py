@@ -19,7 +19,7 @@ from neuralcollapse.lab.config import (
     Seed,
     Share,
 )
-from neuralcollapse.lab.recipes import Recipe, load_recipe, recipe_family
+from neuralcollapse.lab.recipes import Recipe, load_recipe, recipe_comparison
 from neuralcollapse.lab.settings import Settings, closest_names, where
 
 _PUBLISHED: list[Method] = [*PUBLISHED_METHODS]
@@ -120,7 +120,7 @@ def comparison_runs(
 ) -> list[RunConfig]:
     """Return a run for every method with every loss, weight average and seed.
 
-    Each method has the settings of its recipe, if the comparison names a family of recipes.
+    Each method has the settings of its recipe, if the comparison names a published one.
 
     Args:
         comparison: Methods, losses, weight averages and seeds. If its ``lr`` is ``"auto"`` the rates are still to be
@@ -148,7 +148,7 @@ def comparison_runs(
         base.pop("lr", None)
     bases: dict[str, dict[str, Any]] = {kind["method"]: base for kind in kinds}
     if comparison.recipe is not None:
-        for method, recipe in _family(comparison.recipe, list(bases)).items():
+        for method, recipe in _recipes_by_method(comparison.recipe, list(bases)).items():
             bases[method] = recipe.settings | base | {"recipe": recipe.name}
     else:
         base.pop("recipe", None)
@@ -170,21 +170,22 @@ def comparison_of(settings: Mapping[str, Any]) -> Comparison:
     """Return what to compare; the seeds are by default those of the recipes, if some are named."""
     given = {name: settings[name] for name in Comparison.model_fields if settings.get(name) is not None}
     if "seeds" not in given and "recipe" in given:
-        given["seeds"] = next(iter(recipe_family(str(given["recipe"])).values())).seeds
+        given["seeds"] = next(iter(recipe_comparison(str(given["recipe"])).values())).seeds
     return Comparison(**given)
 
 
-def _family(name: str, methods: Sequence[str]) -> dict[str, Recipe]:
-    family: Mapping[str, Recipe] = recipe_family(name)
+def _recipes_by_method(name: str, methods: Sequence[str]) -> dict[str, Recipe]:
+    """Return the recipes of a published comparison, after checking that they are of the same data."""
+    recipes: Mapping[str, Recipe] = recipe_comparison(name)
     first, *others = (
-        {setting: recipe.settings.get(setting) for setting in DataSettings.model_fields} for recipe in family.values()
+        {setting: recipe.settings.get(setting) for setting in DataSettings.model_fields} for recipe in recipes.values()
     )
     differing = [setting for setting in first if any(other[setting] != first[setting] for other in others)]
     if differing:
         raise ValueError(
             f"recipe must name recipes of the same data, and those of {name!r} differ in {', '.join(differing)}"
         )
-    return {method: family[method] for method in methods}
+    return {method: recipes[method] for method in methods}
 
 
 def _check_epochs(settings: Mapping[str, Any], config: RunConfig) -> None:

@@ -129,29 +129,29 @@ def load_recipe(name: str) -> Recipe:
     return recipe
 
 
-def recipe_families() -> list[str]:
+def recipe_comparisons() -> list[str]:
     """Return every NAME of which NAME-standard, NAME-fixed and NAME-implicit are recipes, sorted."""
     names = set(recipe_names())
     stems = {name.removesuffix(f"-{PUBLISHED_METHODS[0]}") for name in names}
     return sorted(stem for stem in stems if all(f"{stem}-{method}" in names for method in PUBLISHED_METHODS))
 
 
-def recipe_family(name: str) -> dict[Any, Recipe]:
+def recipe_comparison(name: str) -> dict[Any, Recipe]:
     """Return the recipes of a published comparison by method.
 
     Raises:
         ValueError: if NAME-standard, NAME-fixed and NAME-implicit are not recipes; the message has the nearest names.
 
     Examples:
-        >>> [recipe.name for recipe in recipe_family("markou2024-mnist").values()]
+        >>> [recipe.name for recipe in recipe_comparison("markou2024-mnist").values()]
         ['markou2024-mnist-standard', 'markou2024-mnist-fixed', 'markou2024-mnist-implicit']
     """
     names = {method: f"{name}-{method}" for method in PUBLISHED_METHODS}
     family = _family_of(names["standard"])
     if not all(recipe in family for recipe in names.values()):
         raise ValueError(
-            f"recipe must name a family of recipes (NAME-standard, -fixed and -implicit) to compare, "
-            f"got {name!r}{closest_names(name, recipe_families())}"
+            f"recipe must name a published comparison (NAME-standard, -fixed and -implicit are recipes), "
+            f"got {name!r}{closest_names(name, recipe_comparisons())}"
         )
     return {method: family[recipe] for method, recipe in names.items()}
 

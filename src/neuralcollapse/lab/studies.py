@@ -312,17 +312,17 @@ def _train_missing(runs: Mapping[str, RunConfig], folder: RunFolder, *, resume: 
 def _draw(study: Study, runs: Mapping[str, list[RunFolder]], folder: RunFolder) -> list[Path]:
     """Draw the figure of a study from its finished runs, and return the files."""
     from neuralcollapse.lab.figures import draw
+    from neuralcollapse.lab.results.distances import add_distances
     from neuralcollapse.lab.results.groups import RunGroups
-    from neuralcollapse.lab.results.tables import add_rows, distance_rows, read_table
+    from neuralcollapse.lab.results.tables import read_table
 
     finished = {label: of_label for label, of_label in runs.items() if of_label}
     if not finished:
         raise ValueError(f"study {study.name} has no finished run: none trained to its end")
     if study.figure == "markou":  # it shows distances, which training does not measure
         for run in (run for of_label in finished.values() for run in of_label):
-            with sole_writer(run.path):
-                if "etf_means" not in set(read_table(run.metrics)["metric"]):
-                    add_rows(run.metrics, [row for row in distance_rows(run) if isinstance(row, tuple)])
+            if "etf_means" not in set(read_table(run.metrics)["metric"]):
+                add_distances(run)
     drawn = RunGroups(finished)
     figures = draw(study.figure, drawn, folder.figures, ["png"])
     for problem in drawn.problems.values():

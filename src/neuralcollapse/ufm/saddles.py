@@ -13,6 +13,29 @@ from neuralcollapse.ufm.model import UnconstrainedFeatures, check_decay
 from neuralcollapse.ufm.optimum import check_nontrivial_optimum, decay_strength
 
 
+def cross_entropy_model(
+    num_classes: int,
+    samples_per_class: int,
+    feature_dim: int,
+    weight_decay: float,
+    feature_decay: float,
+    generator: torch.Generator | None = None,
+) -> UnconstrainedFeatures:
+    """Return the model whose critical points are known: fp64, balanced classes, a `LearnedClassifier` with a bias.
+
+    Arguments are those of `UnconstrainedFeatures`.
+    """
+    return UnconstrainedFeatures(
+        num_classes,
+        samples_per_class,
+        feature_dim,
+        LearnedClassifier(feature_dim, num_classes),
+        weight_decay=weight_decay,
+        feature_decay=feature_decay,
+        generator=generator,
+    ).double()
+
+
 def origin_curvature(num_classes: int, samples_per_class: int, weight_decay: float, feature_decay: float) -> float:
     """Least eigenvalue of the Hessian at the origin.
 
@@ -99,14 +122,7 @@ def symmetric_saddle(
         length = math.sqrt(margin * (groups - 1) / groups * ratio)
         directions = simplex_etf(groups, feature_dim, dtype=torch.float64)
         weight = length * directions.repeat_interleave(num_classes // groups, 0)
-    model = UnconstrainedFeatures(
-        num_classes,
-        samples_per_class,
-        feature_dim,
-        LearnedClassifier(feature_dim, num_classes),
-        weight_decay=weight_decay,
-        feature_decay=feature_decay,
-    ).double()
+    model = cross_entropy_model(num_classes, samples_per_class, feature_dim, weight_decay, feature_decay)
     scale = math.sqrt(weight_decay / (samples_per_class * feature_decay))
     model.place(weight, scale * weight.repeat_interleave(samples_per_class, 0))
     return model

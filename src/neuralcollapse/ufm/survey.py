@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from neuralcollapse._checks import check_at_least, check_etf_sizes
-from neuralcollapse.heads import LearnedClassifier
 from neuralcollapse.ufm.critical_points import (
     CriticalPoint,
     classify_critical_point,
@@ -19,7 +18,7 @@ from neuralcollapse.ufm.critical_points import (
 )
 from neuralcollapse.ufm.model import UnconstrainedFeatures, check_decay
 from neuralcollapse.ufm.optimum import check_nontrivial_optimum
-from neuralcollapse.ufm.saddles import symmetric_saddle
+from neuralcollapse.ufm.saddles import cross_entropy_model, symmetric_saddle
 from neuralcollapse.ufm.spectrum import FlatObjective
 
 
@@ -74,7 +73,7 @@ def survey(
         from 2 groups: global optimum
     """
     FlatObjective(model)  # raises unless it is an UnconstrainedFeatures
-    num_classes, samples_per_class, feature_dim = model.num_classes, model.samples_per_class, model.feature_dim
+    sizes = num_classes, samples_per_class, feature_dim = model.num_classes, model.samples_per_class, model.feature_dim
     check_etf_sizes(num_classes, feature_dim)
     check_at_least("starts", starts, 0)
     weight_decay = check_decay("weight_decay", model.weight_decay, positive=True)
@@ -87,15 +86,7 @@ def survey(
             f"LearnedClassifier with a bias that normalises nothing, got {model!r}"
         )
     for start in range(starts):
-        model = UnconstrainedFeatures(
-            num_classes,
-            samples_per_class,
-            feature_dim,
-            LearnedClassifier(feature_dim, num_classes),
-            weight_decay=weight_decay,
-            feature_decay=feature_decay,
-            generator=generator,
-        ).double()
+        model = cross_entropy_model(*sizes, weight_decay, feature_decay, generator)
         weight = torch.randn(num_classes, feature_dim, generator=generator, dtype=torch.float64)
         model.place(weight / feature_dim**0.5, model.features.detach())
         yield _descend(f"start {start}", model, generator)

@@ -22,8 +22,8 @@ from matplotlib.ticker import (
 from neuralcollapse.catalogue import METRICS
 from neuralcollapse.lab.config import PUBLISHED_METHODS
 from neuralcollapse.lab.figures.panels import add_legend, draw_or_write_reason, literal, without_latex, wrapped
+from neuralcollapse.lab.results.distances import TO_REFERENCE, reference_epochs
 from neuralcollapse.lab.results.files import write_whole
-from neuralcollapse.lab.results.tables import TO_REFERENCE, reference_epochs
 
 if TYPE_CHECKING:
     import pandas as pd

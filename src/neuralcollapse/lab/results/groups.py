@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from neuralcollapse.lab.results.distances import reference_epochs
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.labels import labels_of, title_of
 from neuralcollapse.lab.results.records import Records
-from neuralcollapse.lab.results.tables import COLUMNS, read_table, reference_epochs, seed_of
+from neuralcollapse.lab.results.tables import COLUMNS, read_table, seed_of
 
 if TYPE_CHECKING:
     from neuralcollapse.metrics import Measurement

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -16,10 +16,6 @@ from neuralcollapse.lab.results.statistics import epochs_to_reach, paired_differ
 
 Row = tuple[int, str, str, float]
 COLUMNS = ["epoch", "split", "metric", "value"]
-# Metric of a run's table whose value is the epoch to whose ETFs the reference distances of the same row are.
-REFERENCE_EPOCH = "etf_reference_epoch"
-# Metrics that depend on the reference epoch.
-TO_REFERENCE = ("etf_weights_reference", "etf_means_reference", REFERENCE_EPOCH)
 GOAL = 0.99
 # Columns that a table of this name always has.
 _NEEDED = {"metrics.csv": COLUMNS, "training.csv": ["epoch"], "gradients.csv": ["epoch", "parameter"]}
@@ -36,7 +32,6 @@ _COLUMNS = {
 # Heading and metric, on the test split, of the epochs to the baseline's last values.
 _GOALS = {"acc": "accuracy", "nc1": "nc1_quotient", "nc2": "nc2_etf_means", "nc3": "nc3_duality"}
 _BASELINES = ("standard", "standard cross-entropy")
-_SAME = 1e-20  # squared distances below are of an ETF to itself
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -126,71 +121,6 @@ class MetricRows:
         rows = sorted(rows, key=lambda row: row[0])
         write_csv(self.path, pd.DataFrame(rows, columns=COLUMNS))
         self._known = signature(self.path), rows
-
-
-def reference_epochs(table: pd.DataFrame) -> set[int]:
-    """Return the epochs to whose simplex ETFs a table holds distances.
-
-    Args:
-        table: Columns epoch, metric, value; without rows of `REFERENCE_EPOCH`, as earlier versions wrote it, the epoch
-            at which the distance is 0.
-
-    Examples:
-        >>> import pandas as pd
-        >>> table = pd.DataFrame({"epoch": [1, 2], "metric": "etf_means_reference", "value": [0.3, 0.0]})
-        >>> reference_epochs(table)
-        {2}
-    """
-    named = table[table["metric"] == REFERENCE_EPOCH]["value"]
-    if named.empty:
-        named = table[(table["metric"] == "etf_means_reference") & (table["value"] < _SAME)]["epoch"]
-    return {int(epoch) for epoch in named}
-
-
-def distance_rows(run: RunFolder, reference: int = 1) -> Iterator[Row | ValueError]:
-    """Yield the distances of classifier and class means to their nearest simplex ETFs, from the run's records alone.
-
-    Args:
-        run: Folder of the run.
-        reference: Epoch to whose ETFs, of the weights and of the means, those of each epoch are compared.
-
-    Yields:
-        (epoch, split, metric, value), with the reference epoch as the value of `REFERENCE_EPOCH`; or the error of a
-        record that cannot be read, which is skipped.
-
-    Raises:
-        ValueError: if the run has no records, or none of the reference epoch.
-    """
-    from neuralcollapse.lab.results.records import Records
-    from neuralcollapse.metrics import etf_distances
-
-    measured, records = run.measured(), Records(run)
-    if not measured:
-        raise ValueError(f"run {str(run.path)!r} must have records in {run.moments.name}/, and has none: measure it")
-    splits_of_reference = {split for epoch, split in measured if epoch == reference}
-    for split in dict.fromkeys(split for _, split in measured):
-        epochs = [epoch for epoch, other in measured if other == split]
-        if split not in splits_of_reference:
-            raise ValueError(
-                f"reference must be a measured epoch of {str(run.path)!r}, whose {split} split has "
-                f"{', '.join(map(str, epochs))}; got {reference}"
-            )
-        first = records.load(reference, split)
-        for epoch in epochs:
-            try:
-                record = records.load(epoch, split)
-            except (ValueError, OSError) as error:
-                yield ValueError(str(error))
-                continue
-            distances = etf_distances(
-                record.weight.double(),
-                record.moments.means,
-                class_counts=record.moments.counts,
-                reference_weight=first.weight.double(),
-                reference_means=first.moments.means,
-            )
-            yield from ((epoch, split, name, value) for name, value in distances.items())
-            yield epoch, split, REFERENCE_EPOCH, float(reference)
 
 
 def gather(runs: Sequence[RunFolder], table: str) -> pd.DataFrame:

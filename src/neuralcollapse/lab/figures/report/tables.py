@@ -10,10 +10,11 @@ import pandas as pd
 
 from neuralcollapse.catalogue import METRICS
 from neuralcollapse.lab.figures.report.numbers import SPLITS
+from neuralcollapse.lab.results.distances import TO_REFERENCE, reference_epochs
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.labels import labels_of
 from neuralcollapse.lab.results.provenance import shown_settings
-from neuralcollapse.lab.results.tables import TO_REFERENCE, last_epoch, reference_epochs, spread
+from neuralcollapse.lab.results.tables import last_epoch, spread
 
 # Facts that are of no use to a reader, or are shown elsewhere on the page.
 _LEFT_OUT = {"seed", "checkpoints", "reported", "environment", "runs", "num_classes", "largest_class_share"}

@@ -1,0 +1,135 @@
+"""Distances of classifier and class means to their nearest simplex ETFs, from the records of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pandas as pd
+
+from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.results.locking import sole_writer
+from neuralcollapse.lab.results.records import Records
+from neuralcollapse.lab.results.tables import COLUMNS, Row, add_rows, read_table
+from neuralcollapse.metrics import etf_distances
+
+# Metric of a run's table whose value is the epoch to whose ETFs the reference distances of the same row are.
+REFERENCE_EPOCH = "etf_reference_epoch"
+# Metrics that depend on the reference epoch.
+TO_REFERENCE = ("etf_weights_reference", "etf_means_reference", REFERENCE_EPOCH)
+_SAME = 1e-20  # squared distances below are of an ETF to itself
+
+
+@dataclass(frozen=True)
+class Distances:
+    """Distances of a run that were computed.
+
+    Attributes:
+        table: Columns epoch, split, metric, value; without rows if no record could be read.
+        reference: Reference epoch.
+        replaced: Other reference epochs, whose distances in the run's table were replaced.
+        problems: Errors of the records that were skipped.
+    """
+
+    table: pd.DataFrame
+    reference: int
+    replaced: list[int]
+    problems: list[ValueError]
+
+
+def add_distances(run: RunFolder, reference: int | None = None, *, overwrite: bool = False) -> Distances | None:
+    """Compute the distances of a run and add them to its table; return None if the table has them.
+
+    Args:
+        run: Folder of the run.
+        reference: Reference epoch; by default that of existing distances, if they have one, or the first epoch.
+        overwrite: Compute existing distances again.
+
+    Raises:
+        ValueError: if the run has no records, or none of the reference epoch; or another process writes to the folder.
+        OSError: if the table cannot be written.
+    """
+    with sole_writer(run.path):
+        table = read_table(run.metrics) if run.metrics.exists() else pd.DataFrame(columns=COLUMNS)
+        existing = sorted(reference_epochs(table))
+        if reference is None:
+            first = min((epoch for epoch, _ in run.measured()), default=1)
+            reference = existing[0] if len(existing) == 1 else first
+        replaced = [epoch for epoch in existing if epoch != reference]
+        if not replaced and not overwrite and _is_complete(table, run):
+            return None
+        found = list(distance_rows(run, reference))
+        rows = [row for row in found if not isinstance(row, ValueError)]
+        if rows:
+            add_rows(run.metrics, rows, in_place_of=TO_REFERENCE if replaced else ())
+    problems = [error for error in found if isinstance(error, ValueError)]
+    return Distances(pd.DataFrame(rows, columns=COLUMNS), reference, replaced, problems)
+
+
+def _is_complete(table: pd.DataFrame, run: RunFolder) -> bool:
+    """Return whether a table has the reference epoch of each record's distances."""
+    rows = table[table["metric"] == REFERENCE_EPOCH]
+    records = set(run.measured())
+    return bool(records) and records <= set(zip(rows["epoch"], rows["split"], strict=True))
+
+
+def reference_epochs(table: pd.DataFrame) -> set[int]:
+    """Return the epochs to whose simplex ETFs a table holds distances.
+
+    Args:
+        table: Columns epoch, metric, value; without rows of `REFERENCE_EPOCH`, as earlier versions wrote it, the epoch
+            at which the distance is 0.
+
+    Examples:
+        >>> import pandas as pd
+        >>> table = pd.DataFrame({"epoch": [1, 2], "metric": "etf_means_reference", "value": [0.3, 0.0]})
+        >>> reference_epochs(table)
+        {2}
+    """
+    named = table[table["metric"] == REFERENCE_EPOCH]["value"]
+    if named.empty:
+        named = table[(table["metric"] == "etf_means_reference") & (table["value"] < _SAME)]["epoch"]
+    return {int(epoch) for epoch in named}
+
+
+def distance_rows(run: RunFolder, reference: int = 1) -> Iterator[Row | ValueError]:
+    """Yield the distances of classifier and class means to their nearest simplex ETFs, from the run's records alone.
+
+    Args:
+        run: Folder of the run.
+        reference: Epoch to whose ETFs, of the weights and of the means, those of each epoch are compared.
+
+    Yields:
+        (epoch, split, metric, value), with the reference epoch as the value of `REFERENCE_EPOCH`; or the error of a
+        record that cannot be read, which is skipped.
+
+    Raises:
+        ValueError: if the run has no records, or none of the reference epoch.
+    """
+    measured, records = run.measured(), Records(run)
+    if not measured:
+        raise ValueError(f"run {str(run.path)!r} must have records in {run.moments.name}/, and has none: measure it")
+    splits_of_reference = {split for epoch, split in measured if epoch == reference}
+    for split in dict.fromkeys(split for _, split in measured):
+        epochs = [epoch for epoch, other in measured if other == split]
+        if split not in splits_of_reference:
+            raise ValueError(
+                f"reference must be a measured epoch of {str(run.path)!r}, whose {split} split has "
+                f"{', '.join(map(str, epochs))}; got {reference}"
+            )
+        first = records.load(reference, split)
+        for epoch in epochs:
+            try:
+                record = records.load(epoch, split)
+            except (ValueError, OSError) as error:
+                yield ValueError(str(error))
+                continue
+            distances = etf_distances(
+                record.weight.double(),
+                record.moments.means,
+                class_counts=record.moments.counts,
+                reference_weight=first.weight.double(),
+                reference_means=first.moments.means,
+            )
+            yield from ((epoch, split, name, value) for name, value in distances.items())
+            yield epoch, split, REFERENCE_EPOCH, float(reference)
