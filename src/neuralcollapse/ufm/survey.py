@@ -62,6 +62,7 @@ def survey(
         ImportError: if scipy is not installed.
 
     Examples:
+        >>> from neuralcollapse.heads import LearnedClassifier
         >>> model = UnconstrainedFeatures(4, 2, 4, LearnedClassifier(4, 4), weight_decay=0.01, feature_decay=0.01)
         >>> for visit in survey(model, starts=2):
         ...     print(f"{visit.name}: {visit.point.kind}")
