@@ -55,14 +55,12 @@ GROUND = {
     "experiments",
     "process",
     "untrusted",
-    "memory",
 }
 LAB = {  # room or module of lab -> what it may import of the others
     "config": {"settings"},
     "settings": {"untrusted"},
     "process": set(),
     "untrusted": set(),
-    "memory": set(),
     "recipes": {"config", "settings"},
     "experiments": {"config", "settings", "recipes"},
     "data": GROUND,

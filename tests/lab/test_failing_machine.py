@@ -18,8 +18,7 @@ import torch
 
 from helpers import error_of
 from neuralcollapse.lab import RunConfig, RunFolder, train_runs
-from neuralcollapse.lab.results.files import write_whole
-from neuralcollapse.lab.results.locking import sole_writer
+from neuralcollapse.lab.results.files import sole_writer, write_whole
 from neuralcollapse.lab.results.tables import read_table
 
 SMALL = {"backbone": "mlp", "width": 12, "depth": 1, "train_samples": 60, "test_samples": 30, "batch_size": 20}
@@ -183,7 +182,7 @@ def test_a_figure_that_cannot_be_written_is_one_line(run, capsys):
 
 def test_a_folder_has_one_writer(run, capsys):
     code = (
-        "import sys; from pathlib import Path; from neuralcollapse.lab.results.locking import sole_writer\n"
+        "import sys; from pathlib import Path; from neuralcollapse.lab.results.files import sole_writer\n"
         "with sole_writer(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen(

@@ -14,7 +14,7 @@ import torch
 from helpers import error_of
 from neuralcollapse.cli import main
 from neuralcollapse.lab import RunFolder
-from neuralcollapse.lab.results.locking import sole_writer
+from neuralcollapse.lab.results.files import sole_writer
 from neuralcollapse.lab.training.distributed import in_processes
 
 SMALL = ["--backbone=mlp", "--width=24", "--depth=1", "--train_samples=200", "--test_samples=60", "--batch_size=20"]

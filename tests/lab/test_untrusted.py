@@ -16,8 +16,7 @@ import yaml
 from helpers import error_of
 from neuralcollapse.cli import main
 from neuralcollapse.lab import RunConfig, RunFolder, train_runs
-from neuralcollapse.lab.results.files import without_formulas, write_csv, write_whole
-from neuralcollapse.lab.results.locking import sole_writer
+from neuralcollapse.lab.results.files import sole_writer, without_formulas, write_csv, write_whole
 from neuralcollapse.lab.results.provenance import command
 from neuralcollapse.lab.untrusted import REDACTED, load_yaml, without_secrets
 

@@ -15,9 +15,8 @@ import yaml
 from neuralcollapse.lab.config import RunConfig
 from neuralcollapse.lab.experiments import single_run
 from neuralcollapse.lab.recipes import load_recipe
-from neuralcollapse.lab.results.files import write_yaml
+from neuralcollapse.lab.results.files import sole_writer, write_yaml
 from neuralcollapse.lab.results.folder import RunFolder
-from neuralcollapse.lab.results.locking import sole_writer
 from neuralcollapse.lab.results.verdicts import (
     Claim,
     Finished,

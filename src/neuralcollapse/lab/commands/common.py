@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
+from neuralcollapse.lab.results.files import sole_writer
 from neuralcollapse.lab.results.folder import RunFolder
-from neuralcollapse.lab.results.locking import sole_writer
 from neuralcollapse.lab.settings import parse
 
 _Item = TypeVar("_Item")

@@ -31,8 +31,7 @@ from neuralcollapse.lab.data.images import (
 )
 from neuralcollapse.lab.data.selection import Samples, count_classes, hold_out, select
 from neuralcollapse.lab.data.sources import Source, digits, stored
-from neuralcollapse.lab.memory import check_memory
-from neuralcollapse.lab.process import global_rank
+from neuralcollapse.lab.process import check_memory, global_rank
 
 # Largest number of bytes of decoded images that are kept in memory by default.
 MEMORY_BUDGET = 4 * 2**30

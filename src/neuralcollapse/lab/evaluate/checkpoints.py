@@ -11,8 +11,8 @@ from tqdm.auto import tqdm
 from neuralcollapse.lab.data.batches import EvaluationBatches
 from neuralcollapse.lab.experiments import single_run
 from neuralcollapse.lab.models.backbones import evaluation_layout
+from neuralcollapse.lab.results.files import sole_writer
 from neuralcollapse.lab.results.folder import RunFolder
-from neuralcollapse.lab.results.locking import sole_writer
 from neuralcollapse.lab.results.records import Records
 from neuralcollapse.lab.results.tables import add_rows
 from neuralcollapse.lab.training.checkpoint import PROVENANCE, CheckpointFiles

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from neuralcollapse.catalogue import METRICS
 from neuralcollapse.lab.figures.curves import COLORS, draw_band, draw_range, finish_axes, line_styles, metric_label
 from neuralcollapse.lab.figures.panels import Panel, legend_above, literal, wrapped
-from neuralcollapse.lab.memory import check_memory
+from neuralcollapse.lab.process import check_memory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

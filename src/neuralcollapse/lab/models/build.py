@@ -30,7 +30,6 @@ from neuralcollapse.heads import (
     attach_head,
 )
 from neuralcollapse.lab.config import FAST_CONVNET, METHODS, VITS, ModelSettings, RunConfig
-from neuralcollapse.lab.memory import check_memory
 from neuralcollapse.lab.models.backbones import (
     MLP,
     VGG13,
@@ -41,6 +40,7 @@ from neuralcollapse.lab.models.backbones import (
     ResNet,
     VisionTransformer,
 )
+from neuralcollapse.lab.process import check_memory
 from neuralcollapse.lab.untrusted import without_secrets
 
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from neuralcollapse.lab.results.files import sole_writer
 from neuralcollapse.lab.results.folder import RunFolder
-from neuralcollapse.lab.results.locking import sole_writer
 from neuralcollapse.lab.results.records import Records
 from neuralcollapse.lab.results.tables import COLUMNS, Row, add_rows, read_table
-from neuralcollapse.metrics import etf_distances
 
 # Metric of a run's table whose value is the epoch to whose ETFs the reference distances of the same row are.
 REFERENCE_EPOCH = "etf_reference_epoch"
@@ -106,6 +105,8 @@ def distance_rows(run: RunFolder, reference: int = 1) -> Iterator[Row | ValueErr
     Raises:
         ValueError: if the run has no records, or none of the reference epoch.
     """
+    from neuralcollapse.metrics import etf_distances  # loads torch, which readers of tables need not
+
     measured, records = run.measured(), Records(run)
     if not measured:
         raise ValueError(f"run {str(run.path)!r} must have records in {run.moments.name}/, and has none: measure it")

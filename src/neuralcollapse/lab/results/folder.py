@@ -11,9 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from neuralcollapse.lab.results.files import read_yaml, write_yaml
+from neuralcollapse.lab.results.files import read_yaml, sole_writer, write_yaml
 from neuralcollapse.lab.results.formats import FORMAT, settings_of_format
-from neuralcollapse.lab.results.locking import sole_writer
 from neuralcollapse.lab.results.provenance import environment, now, start
 from neuralcollapse.lab.results.resuming import (
     FACTS,

@@ -30,10 +30,9 @@ from neuralcollapse.lab.results.files import write_csv
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.training.checkpoint import PROVENANCE, CheckpointFiles, generator_states, set_generator_states
 from neuralcollapse.lab.training.distributed import launched_fabric
-from neuralcollapse.lab.training.objective import Diverged, FirstNonFinite, Objective
+from neuralcollapse.lab.training.objective import Diverged, EpochLog, FirstNonFinite, Objective, gradient_sizes
 from neuralcollapse.lab.training.optimizers import TrainedModel, build_optimizer, build_schedule
 from neuralcollapse.lab.training.progress import Progress, open_loggers
-from neuralcollapse.lab.training.training_log import EpochLog, gradient_sizes
 from neuralcollapse.metrics import ClassMoments, MeasureOptions, Provenance
 from neuralcollapse.metrics.measure import measure_splits
 
