@@ -7,7 +7,25 @@ import torch
 from numpy.linalg import eigh, norm, pinv
 from torch import Tensor, nn
 
+from helpers import normal
 from neuralcollapse import Measurement, MeasureOptions, measure
+
+N, D = 120, 12
+
+
+def data(num_classes=4, dtype=torch.float64, absent=False):
+    """Training features, their targets, weight, bias, and other features; if asked, without the last class."""
+    targets = torch.arange(N) % (num_classes - absent)
+    features = (normal(N, D, seed=1) + 2 * normal(num_classes, D, seed=2)[targets] + 0.5).to(dtype)
+    weight, bias = 0.3 * normal(num_classes, D, seed=3).to(dtype), 0.3 * normal(num_classes, seed=4).to(dtype)
+    others = torch.cat([features[:20], 3 * normal(30, D, seed=5).to(dtype)])
+    return features, targets, weight, bias, others
+
+
+def close(scores, expected, tolerance):
+    """Assert that scores are equal to expected ones, relative to the greatest of these."""
+    assert scores.shape == expected.shape
+    np.testing.assert_allclose(scores.double().numpy(), expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
 def linear_model(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -11,9 +11,8 @@ import torch
 
 from helpers import normal
 from neuralcollapse import Measurement, ood, simplex_etf
-from ood_reference import Reference, linear_model, measured
+from ood_reference import D, N, Reference, close, data, linear_model, measured
 
-N, D = 120, 12
 VARIANTS = [
     *((name, {}) for name in ood.SCORES if name != "knn"),
     ("energy", {"temperature": 0.3}),
@@ -28,21 +27,8 @@ VARIANTS = [
 ]
 
 
-def data(num_classes=4, dtype=torch.float64, absent=False):
-    targets = torch.arange(N) % (num_classes - absent)
-    features = (normal(N, D, seed=1) + 2 * normal(num_classes, D, seed=2)[targets] + 0.5).to(dtype)
-    weight, bias = 0.3 * normal(num_classes, D, seed=3).to(dtype), 0.3 * normal(num_classes, seed=4).to(dtype)
-    others = torch.cat([features[:20], 3 * normal(30, D, seed=5).to(dtype)])
-    return features, targets, weight, bias, others
-
-
 def options_for(name, options, features):
     return options | {"bank": features} if name == "knn" else options
-
-
-def close(scores, expected, tolerance):
-    assert scores.shape == expected.shape
-    np.testing.assert_allclose(scores.double().numpy(), expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
 @pytest.mark.parametrize(("name", "options"), VARIANTS, ids=str)

@@ -6,6 +6,7 @@ The functions of `neuralcollapse.ood.scores` are formulas; `fit_score` fits them
 from neuralcollapse.ood.detector import Detector
 from neuralcollapse.ood.evaluation import Evaluation, Row, aupr, auroc, evaluate, fpr_at_tpr
 from neuralcollapse.ood.fit import SCORES, FittedScore, fit_score
+from neuralcollapse.ood.pytorch_ood import to_pytorch_ood
 from neuralcollapse.ood.scores import (
     energy,
     fdbd,
@@ -43,5 +44,6 @@ __all__ = [
     "neco",
     "relative_mahalanobis",
     "residual",
+    "to_pytorch_ood",
     "vim",
 ]

@@ -67,7 +67,11 @@ class Evaluation:
         return pandas.DataFrame(self.rows, columns=Row._fields)
 
     def plot(self) -> Figure:
-        """Draw the distributions of each score on the test data and on each set, one panel per score."""
+        """Draw the distributions of each score on the test data and on each set, one panel per score.
+
+        Raises:
+            ValueError: if no score is defined.
+        """
         from matplotlib.figure import Figure
 
         names = [name for name, sets in self.scores.items() if not any(map(_is_undefined, sets.values()))]

@@ -109,7 +109,7 @@ def fit_score(measurement: Measurement, score: str = "auto", **options: Any) -> 
     if unknown := [name for name in options if name not in known]:
         of_score = f"of {', '.join(known)}" if known else "and there are none"
         raise ValueError(f"options of the score {score!r} must be {of_score}, got {', '.join(unknown)}")
-    arguments = fit(_Record.of(measurement), **options)
+    arguments = fit(Record.of(measurement), **options)
     tensors = {name: value.detach().cpu() for name, value in arguments.items() if isinstance(value, Tensor)}
     numbers = {name: value for name, value in arguments.items() if isinstance(value, int)}
     for name, tensor in tensors.items():
@@ -129,7 +129,7 @@ def _choose(measurement: Measurement) -> tuple[str, str]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Record:
+class Record:
     """What a measurement gives to the fits, in fp64 on the CPU.
 
     Attributes:
@@ -143,7 +143,7 @@ class _Record:
     eps: float
 
     @classmethod
-    def of(cls, measurement: Measurement) -> _Record:
+    def of(cls, measurement: Measurement) -> Record:
         moments = measurement.moments
         if moments.device.type != "cpu":
             moments = moments.to("cpu")
@@ -204,25 +204,25 @@ class _Record:
         return int((eigenvalues > len(eigenvalues) * self.eps * eigenvalues.max()).sum())
 
 
-def _fit_logits(record: _Record) -> Mapping[str, Any]:
+def _fit_logits(record: Record) -> Mapping[str, Any]:
     return record.classifier
 
 
-def _fit_energy(record: _Record, *, temperature: float = 1.0) -> Mapping[str, Any]:
+def _fit_energy(record: Record, *, temperature: float = 1.0) -> Mapping[str, Any]:
     check_exponent("temperature", temperature)
     return {**record.classifier, "temperature": torch.tensor(temperature, dtype=torch.float64)}
 
 
-def _fit_mahalanobis(record: _Record) -> Mapping[str, Any]:
+def _fit_mahalanobis(record: Record) -> Mapping[str, Any]:
     return {"class_means": record.classes.class_means, "whitening": record.whitening(record.within)}
 
 
-def _fit_relative_mahalanobis(record: _Record) -> Mapping[str, Any]:
+def _fit_relative_mahalanobis(record: Record) -> Mapping[str, Any]:
     background = {"center": record.classes.center, "total_whitening": record.whitening(record.total)}
     return {**_fit_mahalanobis(record), **background}
 
 
-def _fit_residual(record: _Record, *, dimension: int | None = None) -> Mapping[str, Any]:
+def _fit_residual(record: Record, *, dimension: int | None = None) -> Mapping[str, Any]:
     feature_dim = record.measurement.moments.feature_dim
     if dimension is None:
         dimension = 1000 if feature_dim >= 2048 else 512 if feature_dim >= 768 else feature_dim // 2
@@ -236,7 +236,7 @@ def _fit_residual(record: _Record, *, dimension: int | None = None) -> Mapping[s
     return {"origin": origin, "basis": directions[:, dimension:]}
 
 
-def _fit_vim(record: _Record, *, dimension: int | None = None, alpha: float | None = None) -> Mapping[str, Any]:
+def _fit_vim(record: Record, *, dimension: int | None = None, alpha: float | None = None) -> Mapping[str, Any]:
     arguments = {**record.classifier, **_fit_residual(record, dimension=dimension)}
     if alpha is not None:
         check_not_negative("alpha", alpha)
@@ -258,7 +258,7 @@ def _fit_vim(record: _Record, *, dimension: int | None = None, alpha: float | No
 
 
 def _fit_neco(
-    record: _Record,
+    record: Record,
     *,
     standardise: bool = True,
     times_max_logit: bool = False,
@@ -301,7 +301,7 @@ def _neco_dimension(dimension: float | None, eigenvalues: Tensor, num_classes: i
     return int(dimension)
 
 
-def _fit_nci(record: _Record, *, alpha: float = 1e-4) -> Mapping[str, Any]:
+def _fit_nci(record: Record, *, alpha: float = 1e-4) -> Mapping[str, Any]:
     check_not_negative("alpha", alpha)
     return {
         **record.classifier,
@@ -310,7 +310,7 @@ def _fit_nci(record: _Record, *, alpha: float = 1e-4) -> Mapping[str, Any]:
     }
 
 
-def _fit_fdbd(record: _Record) -> Mapping[str, Any]:
+def _fit_fdbd(record: Record) -> Mapping[str, Any]:
     classifier = record.classifier
     weight = classifier["weight"]
     if len(torch.unique(weight, dim=0)) < len(weight):
@@ -318,11 +318,11 @@ def _fit_fdbd(record: _Record) -> Mapping[str, Any]:
     return {**classifier, "center": record.classes.center}
 
 
-def _fit_ncm(record: _Record) -> Mapping[str, Any]:
+def _fit_ncm(record: Record) -> Mapping[str, Any]:
     return {"class_means": record.classes.class_means}
 
 
-def _fit_knn(record: _Record, *, bank: Any = None, k: int = 50) -> Mapping[str, Any]:
+def _fit_knn(record: Record, *, bank: Any = None, k: int = 50) -> Mapping[str, Any]:
     if isinstance(bank, FeatureCache):
         rows = [batch.features.cpu() for batch in bank]
         bank = torch.cat(rows) if rows else None
