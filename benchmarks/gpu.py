@@ -50,7 +50,6 @@ from neuralcollapse.lab import RunConfig, RunFolder, load_data, single_run, trai
 from neuralcollapse.lab.data.images import ImageData
 from neuralcollapse.lab.models.backbones import evaluation_layout
 from neuralcollapse.lab.models.build import build_model
-from neuralcollapse.lab.recipes import recipe_names
 from neuralcollapse.lab.results.tables import read_table
 from neuralcollapse.lab.training.run import Run
 from neuralcollapse.metrics import MeasureOptions
@@ -155,8 +154,6 @@ class Section:
         devices = torch.cuda.device_count() if bench.on_cuda else 0
         if self.devices > max(1, devices):
             return f"needs cuda: {self.devices} devices, and this machine has {devices}"
-        if self.recipe is not None and self.recipe not in recipe_names():
-            return f"recipe {self.recipe} does not exist"
         if self.recipe is not None and not bench.tiny and not bench.cifar10.is_dir():
             return f"CIFAR-10 must be in {bench.cifar10}: set NEURALCOLLAPSE_DATA to the folder that has cifar10"
         free = torch.cuda.mem_get_info()[0] / 1e9 if bench.on_cuda and not bench.tiny else math.inf
@@ -516,7 +513,7 @@ def waits(bench: Bench) -> Iterator[Row]:
     few_steps = {"train_samples": 15 * batch, "test_samples": 5 * batch, "batch_size": batch}
     settings: dict[str, dict[str, Any]] = {"convnet on the digits": few_steps}
     fast = next(iter(FAST))
-    if fast in recipe_names() and (bench.tiny or bench.cifar10.is_dir()):
+    if bench.tiny or bench.cifar10.is_dir():
         settings[fast] = {"recipe": fast, **bench.images(), **few_steps}
     for name, given in settings.items():
         for method in METHODS:
