@@ -192,7 +192,7 @@ def test_a_name_that_does_not_exist_is_an_attribute_error(package):
 
 def test_files_named_in_the_guide_for_contributors_exist():
     guide = (ROOT.parents[1] / "CONTRIBUTING.md").read_text()
-    named = set(re.findall(r"`((?:lab|metrics|heads|geometry|ufm)/[\w/]+\.py)`", guide))
+    named = set(re.findall(r"`((?:lab|metrics|heads|geometry|ood|ufm)/[\w/]+\.py)`", guide))
     assert len(named) > 20
     assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
 

@@ -227,7 +227,7 @@ def test_auto_follows_nc1_and_says_so():
     near = ood.fit_score(
         measured(features.mean(0) + 2 * normal(4, D)[targets] + 0.01 * features, weight, bias, targets)
     )
-    assert near.name == "neco"
+    assert near.name == "nci"
     assert "near collapse" in near.reason
     unknown = replace(measured(features, weight, bias, targets), metrics={})
     assert "nothing is known" in ood.fit_score(unknown).reason
