@@ -243,8 +243,8 @@ def record(**changes):
     [
         ((torch.eye(2),), {}, "measurement must be a Measurement, got Tensor"),
         ((record(), "odin"), {}, "score must be 'auto' or one of msp, .* got 'odin'"),
-        ((record(), "msp"), {"alpha": 1}, "options of the score 'msp' must be and there are none, got alpha"),
-        ((record(), "nci"), {"beta": 1}, "options of the score 'nci' must be of alpha, got beta"),
+        ((record(), "msp"), {"alpha": 1}, "score 'msp' has no options, got alpha"),
+        ((record(), "nci"), {"beta": 1}, "score 'nci' accepts the options alpha, got beta"),
         ((record(), "nci"), {"alpha": -1}, "alpha must be finite and at least 0"),
         ((record(weight=None), "energy"), {}, r"need the weight of the classifier; measure\(model, loader\) keeps it"),
         ((record(), "energy"), {"temperature": 0}, "temperature must be greater than 0"),

@@ -26,7 +26,7 @@ TEST = "test"  # name of the in-distribution set
 
 
 class Row(NamedTuple):
-    """How one score separates the test data from one out-of-distribution set.
+    """Detection rates of one score on one out-of-distribution set.
 
     Attributes:
         set: Name of the set.

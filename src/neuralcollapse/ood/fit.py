@@ -80,7 +80,7 @@ def fit_score(measurement: Measurement, score: str = "auto", **options: Any) -> 
         measurement: Measurement of the training data.
         score: One of `SCORES`, or ``"auto"``: ``"nci"`` if ``nc1_quotient`` of the record is at most 0.15, otherwise
             ``"energy"``, which does not need collapsed features. The rule comes from one experiment, on digits;
-            `neuralcollapse.ood.evaluate` compares all scores on data of your own.
+            `neuralcollapse.ood.evaluate` compares all scores on your data.
         **options: Options of the score: ``temperature`` (1) of ``energy``; ``dimension`` of the principal space of
             ``vim`` and ``residual`` (1000 from d = 2048, 512 from d = 768, otherwise d // 2) and ``alpha`` of ``vim``;
             ``alpha`` (1e-4) of ``nci``; ``standardise`` (True), ``times_max_logit`` (False) and ``dimension`` of
@@ -110,8 +110,8 @@ def fit_score(measurement: Measurement, score: str = "auto", **options: Any) -> 
     fit = _FITS[score]
     known = list(inspect.signature(fit).parameters)[1:]
     if unknown := [name for name in options if name not in known]:
-        of_score = f"of {', '.join(known)}" if known else "and there are none"
-        raise ValueError(f"options of the score {score!r} must be {of_score}, got {', '.join(unknown)}")
+        accepted = f"accepts the options {', '.join(known)}" if known else "has no options"
+        raise ValueError(f"score {score!r} {accepted}, got {', '.join(unknown)}")
     arguments = fit(Record.of(measurement), **options)
     tensors = {name: value.detach().cpu() for name, value in arguments.items() if isinstance(value, Tensor)}
     numbers = {name: value for name, value in arguments.items() if isinstance(value, int)}
@@ -133,7 +133,7 @@ def _choose(measurement: Measurement) -> tuple[str, str]:
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """What a measurement gives to the fits, in fp64 on the CPU.
+    """Statistics of a measurement for the fits, in fp64 on the CPU.
 
     Attributes:
         measurement: The measurement.
