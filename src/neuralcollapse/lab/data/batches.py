@@ -68,11 +68,14 @@ class EpochBatches:
         if self.settings.augment.flip == "alternating":
             mirrored = self._mirrored()
             drawn = [values | {"mirrored": mirrored[batch]} for values, batch in zip(drawn, batches, strict=True)]
-        drawn = drawn[self.done :]
-        parts = [torch.arange(len(batch)).tensor_split(self.ranks)[self.rank] for batch in batches[self.done :]]
-        indices = (batch[part] for batch, part in zip(batches[self.done :], parts, strict=True))
-        for part, values, (images, labels) in zip(parts, drawn, self.split.batches(indices), strict=True):
-            values = {name: value[part] for name, value in values.items()}
+        parts = [batch.tensor_split(self.ranks)[self.rank] for batch in batches[self.done :]]
+        # On the device before the first batch: a copy to it would wait for all that it has yet to compute.
+        device = self.split.labels.device
+        values_of_parts = [
+            {name: value.tensor_split(self.ranks)[self.rank].to(device) for name, value in values.items()}
+            for values in drawn[self.done :]
+        ]
+        for values, (images, labels) in zip(values_of_parts, self.split.batches(parts), strict=True):
             images = self.standardise(augment(images, self.settings, values))
             yield cut_out(images, self.settings, values), labels
 
@@ -309,8 +312,9 @@ def augment(images: Tensor, settings: BatchSettings, drawn: Mapping[str, Tensor]
             images, padding = reflected(images, padding), 0
         images = crop(images, padding, top, left, (height, width))
     if "mirrored" in drawn:
-        chosen = torch.arange(number) + number * drawn["mirrored"]
-        images = torch.cat([images, images.flip(-1)]).index_select(0, chosen.to(images.device))
+        mirrored = drawn["mirrored"].to(images.device)
+        chosen = torch.arange(number, device=images.device) + number * mirrored
+        images = torch.cat([images, images.flip(-1)]).index_select(0, chosen)
     if "degrees" in drawn:
         images = rotate(images, drawn["degrees"].to(images.device))
     return images

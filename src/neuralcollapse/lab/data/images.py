@@ -278,8 +278,7 @@ class Split:
 
     def batches(self, index_batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images of bytes and labels at these indices, batch by batch."""
-        for indices in index_batches:
-            chosen = indices.to(self.labels.device)
+        for chosen in [indices.to(self.labels.device) for indices in index_batches]:
             yield self.images.index_select(0, chosen), self.labels.index_select(0, chosen)
 
 
