@@ -134,7 +134,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     recipe = load_recipe("fast-cifar10-small").settings
-    small = {"train_samples": options.images, "test_samples": options.images // 5}
+    small = {"train_samples": options.images, "test_samples": options.images // 5, "epochs": 1000}
     config = RunConfig(**recipe | small | {"data": str(data_root() / "cifar10"), "device": "cpu"})
     data = load_data(config, progress=False)
     run, bare = Timed(config, data), BareScript(data, config)
