@@ -57,6 +57,68 @@ def test_no_digit_is_in_both_splits():
     assert len(both.unique(dim=0)) == 1797
 
 
+@pytest.mark.parametrize("workers", ["in-memory", 0])
+def test_held_out_classes_are_in_no_split_and_the_other_images_stay(workers):
+    every = load("digits")
+    data = load("digits", hold_out_classes=[3, 7], workers=workers)
+    assert (data.num_classes, data.class_names) == (8, ("0", "1", "2", "4", "5", "6", "8", "9"))
+    new_label = torch.tensor([0, 1, 2, -1, 3, 4, 5, -1, 6, 7])
+    for name, split in every.splits.items():
+        is_known = new_label[split.labels] >= 0
+        images, labels = next(data.splits[name].batches([torch.arange(int(is_known.sum()))]))
+        assert len(data.splits[name]) == is_known.sum()
+        assert torch.equal(images, split.images[is_known])
+        assert torch.equal(labels, new_label[split.labels[is_known]])
+    is_unknown = new_label[every.test.labels] < 0
+    (unknown,) = data.held_out.batches([torch.arange(len(data.held_out))])
+    assert torch.equal(unknown[0], every.test.images[is_unknown])
+    assert torch.equal(unknown[1], every.test.labels[is_unknown])
+    numbers = (int((new_label[split.labels] < 0).sum()) for split in (every.train, every.test))
+    note = "held out: classes 3, 7; {} training images left out, {} test images are unknown inputs"
+    assert data.notes == (note.format(*numbers),)
+    assert data.fingerprint().keys() == {"train", "test", "held_out"}
+    assert every.held_out is None
+    assert every.fingerprint().keys() == {"train", "test"}
+
+
+def test_classes_of_a_folder_are_held_out_by_name_or_number(tmp_path):
+    for split in ("train", "test"):
+        save_images(tmp_path / split, {"bird": 4, "cat": 6, "dog": 5, "frog": 6}, mode="L")
+    data = load(tmp_path, hold_out_classes=["dog", "0"], validation_share=0.4, test_samples=4)
+    assert data.class_names == ("cat", "frog")
+    assert {name: len(split) for name, split in data.splits.items()} == {"train": 7, "validation": 5, "test": 4}
+    assert len(data.held_out) == 4  # at most test_samples
+    for split in data.splits.values():
+        assert torch.equal(split.images[:, 0, 0, 0] >= 100, split.labels == 1)
+
+
+def test_a_class_is_held_out_by_its_name_where_names_are_numbers(tmp_path):
+    save_images(tmp_path, {"1": 6, "2": 6, "3": 6}, mode="L")
+    assert load(tmp_path, hold_out_classes=[2]).class_names == ("1", "3")
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (["10"], "must be among the 10 classes of the data, got '10'; nearest"),
+        (["nine"], "must be among the 10 classes of the data, got 'nine'"),
+        ([-1], "must be among the 10 classes of the data, got '-1'"),
+        ([3, "3"], "must be distinct, got 3, 3"),
+        (list(range(9)), "must leave at least 2 of the 10 classes, got 0, 1"),
+        ([], "must name at least one class"),
+        ("8", "must be a list"),
+    ],
+)
+def test_classes_that_cannot_be_held_out_are_refused(classes, message):
+    with pytest.raises(ValueError, match=f"hold_out_classes {message}"):
+        load("digits", hold_out_classes=classes)
+
+
+def test_classes_are_held_out_of_single_images_only():
+    with pytest.raises(ValueError, match="hold_out_classes belongs to digits_per_image 1; here digits_per_image is 2"):
+        DataSettings(hold_out_classes=[3], digits_per_image=2)
+
+
 def test_a_folder_of_class_folders_with_train_and_test(tmp_path):
     save_images(tmp_path / "train", {"cat": 3, "dog": 4})
     save_images(tmp_path / "test", {"cat": 2, "dog": 1})

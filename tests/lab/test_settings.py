@@ -33,6 +33,7 @@ OTHER = {
     "seed": 5,
     "data_options": {"train_split": "training"},
     "leave_out": ["absent-classes"],
+    "hold_out_classes": ["3", "4"],
     "image_size": 9,
     "channels": 3,
     "digits_per_image": 2,

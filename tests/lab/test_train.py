@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from helpers import error_of
+from neuralcollapse import Measurement
 from neuralcollapse.cli import main
 from neuralcollapse.lab import RunFolder
 from neuralcollapse.lab.recipes import load_recipe, recipe_names
@@ -126,6 +127,23 @@ def test_random_labels_are_memorised_kept_and_used_again(tmp_path):
     assert main(["train", "--out", str(out), "--resume"]) == 0
     assert pd.read_csv(out / "train_labels.csv").equals(kept)
     assert not read(out).query("epoch == 20 and metric == 'nc1_quotient'")["value"].empty
+
+
+def test_a_run_without_some_classes_says_so_and_resumes(tmp_path, capsys):
+    out = RunFolder(tmp_path / "out")
+    arguments = ["--hold_out_classes", "8,9", "--schedule", "constant"]
+    assert train(out.path, *arguments, "--epochs", "1") == 0
+    made = out.read_environment()
+    assert made["num_classes"] == 8
+    assert made["data"] == "digits: 200 train and 60 test images 1×8×8, 8 classes"
+    assert "classes 8, 9" in made["data_notes"][0]
+    assert made["data_fingerprint"].keys() == {"train", "test", "held_out"}
+    record = Measurement.load(out.measurement(1, "test"))
+    assert (record.num_classes, int(record.moments.counts.sum())) == (8, 60)
+    assert main(["train", "--config", str(out.config), "--resume", "--epochs", "2", "--out", str(out.path)]) == 0
+    assert "hold_out_classes must stay ['8', '9'] to resume the run" in error_of(
+        capsys, "train", "--config", str(out.config), "--resume", "--hold_out_classes", "8", "--out", str(out.path)
+    )
 
 
 def test_a_recipe_gives_the_settings_and_flags_go_over_it(capsys, tmp_path):

@@ -100,6 +100,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
 HeldOut = Annotated[float, Field(gt=0, le=0.9)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+# A class has one form, whether it is written as a number or as a text.
+ClassName = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 # Infinity has one form, whether it is written as inf, .inf or math.inf.
 Margin = Annotated[
     Literal["inf"] | NotNegative | None,
@@ -150,6 +152,7 @@ _DRAWN = Condition(
         or values["validation_share"] is not None
     ),
 )
+_ONE_IMAGE = Condition("digits_per_image 1", ("digits_per_image",), lambda values: values["digits_per_image"] == 1)
 _WITH_BACKBONE_OPTIONS = Condition(
     f"a backbone of your own, or backbone {listed((FAST_CONVNET, *VITS), 'or')}",
     ("backbone",),
@@ -288,6 +291,9 @@ class DataSettings(Settings):
     """Leave out what is refused by default: test images labelled -1 and images without a label (unlabelled), test
     images that are also training images (copies), classes without training images (absent-classes: metrics are over
     the others, and say so)."""
+    hold_out_classes: Annotated[list[ClassName] | None, _ONE_IMAGE] = None
+    """Leave the images of these classes, given by name or by number from 0, out of all splits, and train on the other
+    classes. `neuralcollapse detect` takes the test images of these classes as unknown inputs."""
     image_size: Annotated[AtLeast1 | None, _PICTURES] = None
     """Scale every image to this height and width. Needed if images differ in size."""
     channels: Annotated[Literal[1, 3] | None, _PICTURES] = None
@@ -341,6 +347,8 @@ class DataSettings(Settings):
             )
         if len(set(self.leave_out)) < len(self.leave_out):
             raise ValueError(f"leave_out must be distinct, got {self.leave_out}")
+        if self.hold_out_classes is not None and not self.hold_out_classes:
+            raise ValueError("hold_out_classes must name at least one class, got []")
 
 
 class BatchSettings(Settings):

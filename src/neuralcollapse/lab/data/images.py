@@ -367,6 +367,9 @@ class ImageData:
     relabelled: bool = False
     """True if all or some labels of the train split are random."""
     validation: AnySplit | None = None
+    held_out: AnySplit | None = None
+    """Test images of the classes that are held out, with their labels among all classes of the data; not one of the
+    splits."""
     class_names: tuple[str, ...] | None = None
     revision: str | None = None
     """The commit, of a data set of the hub."""
@@ -380,13 +383,18 @@ class ImageData:
         return {name: split for name, split in splits.items() if split is not None}
 
     @property
+    def _parts(self) -> dict[str, AnySplit]:
+        """All splits, and the images of classes that are held out."""
+        return self.splits | ({} if self.held_out is None else {"held_out": self.held_out})
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width."""
         return self.train.image_shape
 
     def to(self, device: torch.device) -> ImageData:
         """Return the same data on another device."""
-        return replace(self, **{name: split.to(device) for name, split in self.splits.items()})  # type: ignore[arg-type]
+        return replace(self, **{name: split.to(device) for name, split in self._parts.items()})  # type: ignore[arg-type]
 
     @property
     def absent_classes(self) -> list[str]:
@@ -396,8 +404,11 @@ class ImageData:
         return [names[label] for label in (counts == 0).nonzero().flatten().tolist()]
 
     def fingerprint(self) -> dict[str, dict[str, str]]:
-        """Return SHA-256 of the labels and of the decoded images of each split; of many streamed images, of a part."""
-        return {name: {"labels": _sha256(split.labels)} | split.fingerprint for name, split in self.splits.items()}
+        """Return SHA-256 of the labels and of the decoded images of each split; of many streamed images, of a part.
+
+        ``"held_out"`` are the images of classes that are held out.
+        """
+        return {name: {"labels": _sha256(split.labels)} | split.fingerprint for name, split in self._parts.items()}
 
     def with_train_labels(self, labels: Tensor) -> ImageData:
         """Return the same data with these labels (N,) of the training images, such as those that a run kept.

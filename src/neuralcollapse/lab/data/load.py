@@ -9,6 +9,7 @@ import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -29,13 +30,23 @@ from neuralcollapse.lab.data.images import (
     side_by_side,
     stack,
 )
-from neuralcollapse.lab.data.selection import Samples, count_classes, hold_out, select
+from neuralcollapse.lab.data.selection import (
+    Samples,
+    class_numbers,
+    count_classes,
+    divide_classes,
+    hold_out,
+    select,
+    subset,
+)
 from neuralcollapse.lab.data.sources import Source, digits, stored
 from neuralcollapse.lab.process import check_memory, global_rank
 
 # Largest number of bytes of decoded images that are kept in memory by default.
 MEMORY_BUDGET = 4 * 2**30
 _MOST_WORKERS = 16
+# Name of the samples of classes that are held out, next to the names of splits.
+_HELD_OUT = "held_out"
 
 _Decoded = tuple[Tensor, Tensor]
 """Images (N, C, H, W), and their rows (N,)."""
@@ -64,11 +75,14 @@ def load_data(config: DataSettings, *, batch_size: int = 1, progress: bool = Tru
     if config.image_size is not None:
         _check_batch(batch_size, (config.channels or 1, config.image_size, config.image_size))
     source = _source(config)
-    num_classes = count_classes(source.num_classes, config.digits_per_image)
     copy_groups = None if source.copies == "ignore" else _copy_groups
-    train, test, notes = _train_and_test(source, copy_groups)
-    samples = select(train, test, source.num_classes, config, copy_groups)
+    source, held_out = _without_classes(config, _with_test_split(source, copy_groups))
+    assert source.test is not None
+    num_classes = count_classes(source.num_classes, config.digits_per_image)
+    samples = select(source.train, source.test, source.num_classes, config, copy_groups)
     _check_samples(config.data, samples)
+    if held_out is not None:
+        samples[_HELD_OUT] = held_out
 
     # The first image of each split gives the shape that all are decoded to; an image of another size is refused then.
     form = Format(config.image_size, config.channels)
@@ -83,8 +97,9 @@ def load_data(config: DataSettings, *, batch_size: int = 1, progress: bool = Tru
         images = f"workers must be a number where memory is short: the decoded images of {config.data!r}"
         check_memory(required, images, "; with a number of workers they are decoded during training")
         decoded = _decode(samples, form, progress)
-    samples["test"], copies_note = _without_copies(source.copies, samples, decoded, form)
-    _check_samples(config.data, samples)
+    known = {name: part for name, part in samples.items() if name != _HELD_OUT}
+    samples["test"], copies_note = _without_copies(source.copies, known, decoded, form)
+    _check_samples(config.data, known | {"test": samples["test"]})
 
     splits: dict[str, AnySplit] = {}
     for name, part in samples.items():
@@ -101,9 +116,10 @@ def load_data(config: DataSettings, *, batch_size: int = 1, progress: bool = Tru
         num_classes,
         config.label_noise != 0,
         splits.get("validation"),
+        splits.get(_HELD_OUT),
         class_names=source.class_names if config.digits_per_image == 1 else None,
         revision=source.revision,
-        notes=(*notes, *([copies_note] if copies_note else [])),
+        notes=(*source.notes, *([copies_note] if copies_note else [])),
     )
     _check_classes(data, config)
     if global_rank() == 0 and multiprocessing.parent_process() is None:  # once for all ranks and processes
@@ -118,21 +134,44 @@ def _source(config: DataSettings) -> Source:
     return generated(config) if config.data in DRAWN_DATA else stored(config)
 
 
-def _train_and_test(
-    source: Source, copy_groups: Callable[[Samples], Tensor] | None
-) -> tuple[Samples, Samples, tuple[str, ...]]:
-    """Return the samples of both splits and the notes; if there is no test split, hold out one image in five.
+def _with_test_split(source: Source, copy_groups: Callable[[Samples], Tensor] | None) -> Source:
+    """Return the source with a test split; if it has none, one image in five is held out.
 
     All copies of one image are on the same side.
     """
     train, notes = source.train, source.notes
     if source.test is not None:
-        return train, source.test, notes
+        return source
     groups = copy_groups(train) if copy_groups is not None else torch.arange(len(train))
     if number := int((groups != torch.arange(len(groups))).sum()):
         notes += (f"{number} images are copies of others; copies of one image are all trained on or all held out",)
     kept, held_out = hold_out(train.labels, groups=groups)
-    return train.take(kept), train.take(held_out), notes
+    return replace(source, train=train.take(kept), test=train.take(held_out), notes=notes)
+
+
+def _without_classes(config: DataSettings, source: Source) -> tuple[Source, Samples | None]:
+    """Return the source without the classes that are held out, and the test samples of these, if there are some."""
+    if config.hold_out_classes is None:
+        return source, None
+    assert source.test is not None
+    names = source.class_names or tuple(map(str, range(source.num_classes)))
+    classes = class_numbers(config.hold_out_classes, names)
+    train, left_out = divide_classes(source.train, classes, source.num_classes)
+    test, held_out = divide_classes(source.test, classes, source.num_classes)
+    held_out = held_out.take(subset(held_out.labels, config.test_samples))
+    note = (
+        f"held out: classes {', '.join(names[number] for number in classes)}; {len(left_out)} training images left "
+        f"out, {len(held_out)} test images are unknown inputs"
+    )
+    known = replace(
+        source,
+        train=train,
+        test=test,
+        num_classes=source.num_classes - len(classes),
+        class_names=tuple(name for number, name in enumerate(names) if number not in classes),
+        notes=(*source.notes, note),
+    )
+    return known, held_out if len(held_out) else None
 
 
 def _check_samples(data: str, samples: Mapping[str, Samples]) -> None:

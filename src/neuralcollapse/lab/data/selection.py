@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from neuralcollapse.lab.config import DataSettings, derived_seed
 from neuralcollapse.lab.data.images import Images
+from neuralcollapse.lab.settings import closest_names
 
 # Parts of a data set are drawn with this seed, so that the images in them never change.
 _PART_SEED = 0
@@ -46,6 +47,52 @@ def count_classes(num_classes: int, digits_per_image: int) -> int:
             f"got {digits_per_image}: {num_classes}^{digits_per_image} = {total}"
         )
     return total
+
+
+def class_numbers(classes: Sequence[str], class_names: Sequence[str]) -> list[int]:
+    """Return the numbers of the classes to hold out, in ascending order.
+
+    Args:
+        classes: Names of classes; or their numbers from 0, unless a class of the data has a number for its name.
+        class_names: Names of all classes, in order.
+
+    Raises:
+        ValueError: if there is no such class, one is given twice, or fewer than two others are left.
+
+    Examples:
+        >>> class_numbers(["2", "cat"], ["bird", "cat", "dog", "frog"])
+        [1, 2]
+    """
+    number_of = {name: number for number, name in enumerate(class_names)}
+    if not any(name.isdecimal() for name in class_names):
+        number_of |= {str(number): number for number in range(len(class_names))}
+    if unknown := [name for name in classes if name not in number_of]:
+        raise ValueError(
+            f"hold_out_classes must be among the {len(class_names)} classes of the data, got {unknown[0]!r}"
+            f"{closest_names(unknown[0], class_names)}"
+        )
+    numbers = sorted({number_of[name] for name in classes})
+    if len(numbers) < len(classes):
+        raise ValueError(f"hold_out_classes must be distinct, got {', '.join(classes)}")
+    if len(numbers) > len(class_names) - 2:
+        raise ValueError(
+            f"hold_out_classes must leave at least 2 of the {len(class_names)} classes, got {', '.join(classes)}"
+        )
+    return numbers
+
+
+def divide_classes(samples: Samples, classes: Sequence[int], num_classes: int) -> tuple[Samples, Samples]:
+    """Return the samples of the other classes, whose labels are their positions among these, and those of the classes.
+
+    Args:
+        samples: Samples of one image each.
+        classes: Numbers of some classes, ascending.
+        num_classes: Number of all classes.
+    """
+    is_other = ~torch.isin(samples.labels, torch.tensor(classes))
+    others = torch.tensor([number for number in range(num_classes) if number not in classes])
+    known, unknown = (samples.take(mask.nonzero().flatten()) for mask in (is_other, ~is_other))
+    return replace(known, labels=torch.searchsorted(others, known.labels)), unknown
 
 
 def select(
