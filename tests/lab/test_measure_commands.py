@@ -21,6 +21,7 @@ from neuralcollapse.lab import RunConfig, RunFolder, train_runs
 from neuralcollapse.lab.data.batches import evaluation_batches
 from neuralcollapse.lab.data.load import load_data
 from neuralcollapse.lab.evaluate.state_dict import EvaluationSettings
+from neuralcollapse.lab.models.build import build_model
 from neuralcollapse.lab.results.files import write_csv
 from neuralcollapse.lab.results.groups import group_runs
 from neuralcollapse.lab.results.statistics import epochs_to_levels, statistics_over_seeds
@@ -80,6 +81,34 @@ def test_what_was_added_to_a_table_stays_when_the_run_goes_on(tmp_path):
         before.sort_values(["epoch", "split", "metric"], ignore_index=True),
     )
     assert after["epoch"].max() == 4
+
+
+def test_flips_give_the_accuracy_of_the_mean_logits_of_images_and_their_mirror_images(runs, capsys):
+    run = RunFolder(runs / "runs" / "implicit-seed0")
+    table = run.metrics.read_bytes()
+    assert main(["measure", str(run.path), "--flips"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    config = RunConfig(**run.settings())
+    data = load_data(config, progress=False)
+    model = build_model(config, data.image_shape, data.num_classes).eval()
+    state = torch.load(run.last_checkpoint, weights_only=True)["state_dict"]
+    model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})
+    images, targets = next(iter(evaluation_batches(data, config)["test"]))
+    with torch.no_grad():
+        plain, mirrored = model(images), model(torch.flip(images, dims=[3]))
+    accuracies = [
+        (logits.argmax(1) == targets).double().mean() for logits in (plain, torch.stack([plain, mirrored]).mean(0))
+    ]
+    assert line == f"{run.path}: test accuracy {accuracies[0]:.2%}, with flips {accuracies[1]:.2%}"
+    assert accuracies[0] != accuracies[1]
+    assert run.metrics.read_bytes() == table
+
+
+def test_flips_refuse_what_has_no_effect_on_them(runs, capsys):
+    run = str(runs / "runs" / "implicit-seed0")
+    assert "every has no effect with flips" in error_of(capsys, "measure", run, "--flips", "--every", "2")
+    shutil.rmtree(RunFolder(run).checkpoints)
+    assert "must have its last checkpoint, and has none" in error_of(capsys, "measure", run, "--flips")
 
 
 def test_every_split_and_layers_say_what_is_measured(runs):

@@ -37,6 +37,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--layers", metavar="A,B", help="modules whose outputs are measured as well")
     parser.add_argument("--backbone", metavar="CLASS", help="class of yours that a run was trained with: it is not "
                         "imported because config.yaml names it")  # fmt: skip
+    parser.add_argument("--flips", action="store_true", help="instead, print the accuracy of the last checkpoint with "
+                        "test-time flips: of logits averaged over each image and its mirror image")  # fmt: skip
     external = parser.add_argument_group("An external model")
     external.add_argument("--checkpoint", action=_Append, metavar="FILE", help="state_dict; may be given several times")
     external.add_argument("--model", metavar="CLASS", help="package.module.Class, or the name of a ResNet")
@@ -55,7 +57,7 @@ def _run(settings: Namespace) -> int:
     splits, layers = option(settings, "split", list[str]), option(settings, "layers", list[str], [])
     given = asked_for(settings, *SECTIONS)
     if settings.get("checkpoint") is not None:
-        for name in ("runs", "backbone"):
+        for name in ("runs", "backbone", "flips"):
             if settings.get(name):
                 raise ValueError(f"{name.removesuffix('s')} belongs to a run, and checkpoint to an external model")
         for name in ("model", "out"):
@@ -69,10 +71,19 @@ def _run(settings: Namespace) -> int:
         raise ValueError("RUN must be the folder of a run or of several; or give --checkpoint")
     runs = runs_of(option(settings, "runs", list[str]))
 
-    from neuralcollapse.lab.evaluate.checkpoints import measure_run
+    from neuralcollapse.lab.evaluate.checkpoints import accuracy_with_flips, measure_run
     from neuralcollapse.lab.training.runs import Preparation
 
     outcome, preparation = Outcome(), Preparation(resumed=True, progress=True)
+    if settings.get("flips"):
+        for name in ("every", "split", "layers"):
+            if settings.get(name):
+                raise ValueError(f"{name} has no effect with flips, which are of the last checkpoint")
+        for run in runs:
+            accuracies = accuracy_with_flips(run, preparation, backbone=settings.get("backbone"))
+            for split, (plain, flipped) in accuracies.items():
+                print(f"{run.path}: {split} accuracy {plain:.2%}, with flips {flipped:.2%}")
+        return 0
     options = {"every": every, "splits": splits, "layers": layers, "backbone": settings.get("backbone")}
     for run in runs:
         records = outcome.valid(measure_run(run, preparation, **options))

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from tqdm.auto import tqdm
 
 from neuralcollapse.lab.data.batches import EvaluationBatches
@@ -16,6 +17,7 @@ from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.records import Records
 from neuralcollapse.lab.results.tables import add_rows
 from neuralcollapse.lab.training.checkpoint import PROVENANCE, CheckpointFiles
+from neuralcollapse.lab.training.run import Run
 from neuralcollapse.lab.training.runs import Preparation
 from neuralcollapse.lab.untrusted import check_class_is_named
 from neuralcollapse.metrics import Measurement, Provenance
@@ -56,10 +58,7 @@ def measure_run(
         paths = sorted(run.checkpoints.glob("*.ckpt"), key=lambda path: (path == run.last_checkpoint, path.name))
         if not paths:
             raise ValueError(f"run {str(run.path)!r} must have checkpoints to measure, and has none")
-        settings = run.settings()
-        check_class_is_named(settings, backbone, run.config)
-        prepared = preparation.run(single_run({}, settings), run)
-        run.check_data({"data_fingerprint": prepared.fingerprint})
+        prepared = _prepare(run, preparation, backbone)
         splits, loaders = select_splits(prepared.evaluation, splits)
         measured = "model" if prepared.trained.average is None else "average"
         layers = [f"{measured}.{name}" for name in layers]
@@ -85,6 +84,51 @@ def measure_run(
                 measurements = measure_splits(prepared.trained, loaders, Provenance(epoch=epoch), **options)
             yield from write_measurements(run, epoch, {split: measurements[split] for split in splits})
             records = Records(run)
+
+
+def _prepare(run: RunFolder, preparation: Preparation, backbone: str | None) -> Run:
+    """Return a run as it was before training, with its data; raise ValueError if they have changed."""
+    settings = run.settings()
+    check_class_is_named(settings, backbone, run.config)
+    prepared = preparation.run(single_run({}, settings), run)
+    run.check_data({"data_fingerprint": prepared.fingerprint})
+    return prepared
+
+
+@torch.no_grad()
+def accuracy_with_flips(
+    run: RunFolder, preparation: Preparation, *, backbone: str | None = None
+) -> dict[str, tuple[float, float]]:
+    """Return the accuracy of the last checkpoint without and with test-time flips, by split; not of the train split.
+
+    With flips, the logits are averaged over each image and its mirror image (level 1 of Jordan, arXiv 2404.00498).
+
+    Args:
+        run: As for `measure_run`.
+        preparation: As for `measure_run`.
+        backbone: As for `measure_run`.
+
+    Raises:
+        ValueError: if there is no last checkpoint, or as for `measure_run`.
+    """
+    if not run.last_checkpoint.exists():
+        raise ValueError(f"run {str(run.path)!r} must have its last checkpoint, and has none")
+    prepared = _prepare(run, preparation, backbone)
+    checkpoint = CheckpointFiles(prepared.config, prepared.fingerprint).load(run.last_checkpoint)
+    prepared.trained.load_state_dict(checkpoint["state_dict"])
+    found = {}
+    with evaluation_layout(prepared.trained.eval()):
+        for split, batches in prepared.evaluation.items():
+            if split == "train":
+                continue
+            correct, samples = torch.zeros(2, dtype=torch.int64), 0
+            for images, targets in tqdm(batches, desc=split, disable=None if preparation.progress else True):
+                plain = prepared.trained(images)
+                for index, logits in enumerate((plain, plain + prepared.trained(images.flip(-1)))):
+                    correct[index] += (logits.argmax(1) == targets).sum().cpu()
+                samples += len(targets)
+            found[split] = (float(correct[0]) / samples, float(correct[1]) / samples)
+    return found
 
 
 def is_measured(records: Records, epoch: int, splits: Sequence[str], layers: Sequence[str]) -> bool:
