@@ -43,6 +43,7 @@ ALLOWED = {  # folder or module -> what it may import of the package
         "lightning",
         "losses",
         "metrics",
+        "ood",
         "ufm",
     },
     "cli": {"lab", "_version"},

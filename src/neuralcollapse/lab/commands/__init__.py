@@ -26,6 +26,10 @@ COMMANDS = {
     ),
     "measure": ("measure:MEASURE", "NC metrics of every checkpoint of a run, or of an external model"),
     "distance": ("distance:DISTANCE", "distances to the nearest simplex ETF over the measured epochs of a run"),
+    "detect": (
+        "detect:DETECT",
+        "how well scores of a trained run detect inputs of unknown classes",
+    ),
     "aggregate": (
         "aggregate:AGGREGATE",
         "mean, std, median, min and max over seeds, of runs that differ in nothing else",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from argparse import Action
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -17,6 +18,14 @@ from neuralcollapse.lab.settings import parse
 
 _Item = TypeVar("_Item")
 FAILED_IN_PART = 1
+
+
+class Append(Action):
+    """A flag that may be given several times, as a list of its values; a file may hold one value or a list."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        earlier = namespace.get(self.dest) or []
+        setattr(namespace, self.dest, [*(earlier if isinstance(earlier, list) else [earlier]), values])
 
 
 def option(settings: Namespace, name: str, hint: Any = str, default: Any = None) -> Any:

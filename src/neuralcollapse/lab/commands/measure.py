@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import Action
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from neuralcollapse.lab.commands import Command
 from neuralcollapse.lab.commands.arguments import asked_for
-from neuralcollapse.lab.commands.common import Outcome, add_runs, option, runs_of
+from neuralcollapse.lab.commands.common import Append, Outcome, add_runs, option, runs_of
 from neuralcollapse.lab.config import BatchSettings, DataSettings
 from neuralcollapse.lab.results.folder import RunFolder
 
@@ -20,14 +19,6 @@ if TYPE_CHECKING:
 SECTIONS = (DataSettings, BatchSettings)
 _OF_EXTERNAL = ("model", "model_options", "classifier", "epoch", "seed", "out")
 _NOTHING = "nothing to do: every checkpoint is measured"
-
-
-class _Append(Action):
-    """A flag that may be given several times, as a list of its values; a file may hold one value or a list."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        earlier = namespace.get(self.dest) or []
-        setattr(namespace, self.dest, [*(earlier if isinstance(earlier, list) else [earlier]), values])
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -40,11 +31,11 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--flips", action="store_true", help="instead, print the accuracy of the last checkpoint with "
                         "test-time flips: of logits averaged over each image and its mirror image")  # fmt: skip
     external = parser.add_argument_group("An external model")
-    external.add_argument("--checkpoint", action=_Append, metavar="FILE", help="state_dict; may be given several times")
+    external.add_argument("--checkpoint", action=Append, metavar="FILE", help="state_dict; may be given several times")
     external.add_argument("--model", metavar="CLASS", help="package.module.Class, or the name of a ResNet")
     external.add_argument("--model_options", metavar="OPTIONS", help="keyword arguments of the class")
     external.add_argument("--classifier", metavar="NAME", help="name of the classifier, if it cannot be found")
-    external.add_argument("--epoch", action=_Append, metavar="N", help="epochs it was trained, for the record, once "
+    external.add_argument("--epoch", action=Append, metavar="N", help="epochs it was trained, for the record, once "
                           "per checkpoint; by default 0, of several 1, 2, ...")  # fmt: skip
     external.add_argument("--seed", metavar="N", help="seed it was trained with, for the record")
     external.add_argument("--out", metavar="FOLDER", help="folder to write")

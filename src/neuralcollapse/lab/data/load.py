@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ from neuralcollapse.lab.data.selection import (
     select,
     subset,
 )
-from neuralcollapse.lab.data.sources import Source, digits, stored
+from neuralcollapse.lab.data.sources import Source, digits, stored, unlabelled_images
 from neuralcollapse.lab.process import check_memory, global_rank
 
 # Largest number of bytes of decoded images that are kept in memory by default.
@@ -93,9 +94,7 @@ def load_data(config: DataSettings, *, batch_size: int = 1, progress: bool = Tru
     _check_batch(batch_size, shape)
     required = sum(map(len, samples.values())) * math.prod(shape)
     decoded: dict[str, _Decoded] | None = None
-    if config.workers == "in-memory" or (config.workers == "auto" and required <= MEMORY_BUDGET):
-        images = f"workers must be a number where memory is short: the decoded images of {config.data!r}"
-        check_memory(required, images, "; with a number of workers they are decoded during training")
+    if _fits_into_memory(required, config, config.data):
         decoded = _decode(samples, form, progress)
     known = {name: part for name, part in samples.items() if name != _HELD_OUT}
     samples["test"], copies_note = _without_copies(source.copies, known, decoded, form)
@@ -107,8 +106,7 @@ def load_data(config: DataSettings, *, batch_size: int = 1, progress: bool = Tru
             splits[name] = _compose(part, *decoded.pop(name))
         else:
             encoded = EncodedSamples(part.images, part.rows, Format(config.image_size, channels), (height, width))
-            workers = config.workers if isinstance(config.workers, int) else _default_workers()
-            splits[name] = StreamedSplit(encoded, part.labels, shape, workers)
+            splits[name] = StreamedSplit(encoded, part.labels, shape, _workers(config))
     data = ImageData(
         config.data,
         splits["train"],
@@ -126,6 +124,38 @@ def load_data(config: DataSettings, *, batch_size: int = 1, progress: bool = Tru
         for note in data.notes:
             print(f"data {data.name}: {note}", file=sys.stderr)
     return data
+
+
+def load_unlabelled(
+    folder: Path, config: DataSettings, image_shape: tuple[int, int, int], *, progress: bool = True
+) -> AnySplit:
+    """Load the images of a folder, whatever their labels, in the form of those of a data set; the labels are 0.
+
+    Args:
+        folder: The folder: images in it and in its sub-folders, Parquet files, or a data set saved by `datasets`; of a
+            folder with splits, the test split.
+        config: Settings of the data set, with the size that its images are scaled to.
+        image_shape: Channels, height and width of its images.
+        progress: Show a progress bar while decoding.
+
+    Raises:
+        ValueError: if there are no images, or they cannot be read or are of another height or width.
+    """
+    images = unlabelled_images(folder)
+    channels, *size = image_shape
+    rows = torch.arange(len(images.rows))
+    samples, form = Samples(images, rows[:, None], torch.zeros_like(rows)), Format(config.image_size, channels)
+    _, *found = _first_image_shape(samples, form)
+    if found != size:
+        raise ValueError(
+            f"ood must have images of the run's size, {size[0]}x{size[1]}, and those of {str(folder)!r} are "
+            f"{found[0]}x{found[1]}; with image_size in training all are scaled"
+        )
+    if _fits_into_memory(len(rows) * math.prod(image_shape), config, str(folder)):
+        return _compose(samples, *_decode({"": samples}, form, progress)[""])
+    return StreamedSplit(
+        EncodedSamples(images, samples.rows, form, (size[0], size[1])), samples.labels, image_shape, _workers(config)
+    )
 
 
 def _source(config: DataSettings) -> Source:
@@ -200,7 +230,22 @@ def _check_batch(number: int, shape: tuple[int, int, int]) -> None:
     check_memory(4 * number * channels * height * width, images)
 
 
-def _default_workers() -> int:
+def _fits_into_memory(required: int, config: DataSettings, data: str) -> bool:
+    """Return whether images are decoded once and kept in memory.
+
+    Raises:
+        ValueError: if they are to be, and memory is short.
+    """
+    if not (config.workers == "in-memory" or (config.workers == "auto" and required <= MEMORY_BUDGET)):
+        return False
+    images = f"workers must be a number where memory is short: the decoded images of {data!r}"
+    check_memory(required, images, "; with a number of workers they are decoded during training")
+    return True
+
+
+def _workers(config: DataSettings) -> int:
+    if isinstance(config.workers, int):
+        return config.workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, _MOST_WORKERS)
 

@@ -23,6 +23,7 @@ from neuralcollapse.lab.data.folders import (
     class_folders,
     find_parquet,
     holds_images,
+    is_split_name,
     list_folder,
     listed,
     load_parquet,
@@ -143,6 +144,24 @@ def stored(config: DataSettings) -> Source:
         "drop" if "copies" in config.leave_out or test is None else copies,
         tuple(notes),
     )
+
+
+def unlabelled_images(folder: Path) -> EncodedImages:
+    """Return the images of a folder, without their labels; those of its test split, if it has splits.
+
+    Raises:
+        ValueError: if it has none, or they cannot be read.
+    """
+    listing = list_folder(folder)
+    splits = {name: inner for name, inner in listing.with_images.items() if is_split_name(name)}
+    tests = [name for kind in TEST_NAMES for name in splits if name.strip().casefold() == kind]
+    paths = [path for each in (splits[tests[0]] if tests else listing).walk() for path in each.images]
+    if paths:
+        return EncodedImages([_rows_of_classes({"": paths})], "image", folder.name, str(folder))
+    rows = _rows(DataSettings(data=str(folder)), str(folder), None)
+    _, names = _split_names(str(folder), StoredData.model_construct(), list(rows.splits))
+    split = names[0] if names else next(iter(rows.splits))
+    return _images(str(folder), split, rows, find_image_column(str(folder), rows.splits[split][0]))
 
 
 def _resolve(config: DataSettings) -> tuple[str, StoredData]:

@@ -55,10 +55,8 @@ def measure_run(
             settings name a class other than ``backbone``.
     """
     with sole_writer(run.path):
-        paths = sorted(run.checkpoints.glob("*.ckpt"), key=lambda path: (path == run.last_checkpoint, path.name))
-        if not paths:
-            raise ValueError(f"run {str(run.path)!r} must have checkpoints to measure, and has none")
-        prepared = _prepare(run, preparation, backbone)
+        paths = checkpoint_files(run)
+        prepared = saved_run(run, preparation, backbone)
         splits, loaders = select_splits(prepared.evaluation, splits)
         measured = "model" if prepared.trained.average is None else "average"
         layers = [f"{measured}.{name}" for name in layers]
@@ -86,8 +84,29 @@ def measure_run(
             records = Records(run)
 
 
-def _prepare(run: RunFolder, preparation: Preparation, backbone: str | None) -> Run:
-    """Return a run as it was before training, with its data; raise ValueError if they have changed."""
+def checkpoint_files(run: RunFolder) -> list[Path]:
+    """Return the files of the checkpoints of a run, the last one at the end.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    paths = sorted(run.checkpoints.glob("*.ckpt"), key=lambda path: (path == run.last_checkpoint, path.name))
+    if not paths:
+        raise ValueError(f"run {str(run.path)!r} must have checkpoints to measure, and has none")
+    return paths
+
+
+def saved_run(run: RunFolder, preparation: Preparation, backbone: str | None) -> Run:
+    """Return a run as it was before training, with its data.
+
+    Args:
+        run: Folder of the run.
+        preparation: Data, loaded once for several runs.
+        backbone: Class that may be imported if the settings of the run name it as their backbone.
+
+    Raises:
+        ValueError: if its data cannot be loaded or have changed, or its settings name a class other than ``backbone``.
+    """
     settings = run.settings()
     check_class_is_named(settings, backbone, run.config)
     prepared = preparation.run(single_run({}, settings), run)
@@ -113,7 +132,7 @@ def accuracy_with_flips(
     """
     if not run.last_checkpoint.exists():
         raise ValueError(f"run {str(run.path)!r} must have its last checkpoint, and has none")
-    prepared = _prepare(run, preparation, backbone)
+    prepared = saved_run(run, preparation, backbone)
     checkpoint = CheckpointFiles(prepared.config, prepared.fingerprint).load(run.last_checkpoint)
     prepared.trained.load_state_dict(checkpoint["state_dict"])
     found = {}

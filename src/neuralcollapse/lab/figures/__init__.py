@@ -42,6 +42,7 @@ FIGURES = {
     "layers": FigureEntry("collapse of every measured layer against its depth", "published:layers", 2),
     "classes": FigureEntry("norms, variances and cosines of every class", "published:classes", 4),
     "features": FigureEntry("features of three classes on their plane, from epoch to epoch", "features:feature_panels"),
+    "detection": FigureEntry("detection of unknown inputs against NC1", "detection:detection"),
     "overview": FigureEntry("every metric", "curves:overview"),
 }
 

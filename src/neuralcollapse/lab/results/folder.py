@@ -49,6 +49,7 @@ class RunFolder:
         summary: Table of results, in Markdown.
         report: HTML page of the results.
         verdict: Verdicts on the claims of a study.
+        detection: Table of rates at which scores detect unknown inputs: epoch, set, score, metric, value.
         moments: One file per measured epoch and split: a `Measurement`, from which metrics and figures can be computed
             again.
         checkpoints: One file per kept epoch, and the last one, from which a run resumes.
@@ -71,6 +72,7 @@ class RunFolder:
         "summary": "summary.md",
         "report": "report.html",
         "verdict": "verdict.yaml",
+        "detection": "detection.csv",
     }
     FOLDERS: ClassVar[dict[str, str]] = {
         "moments": "moments",
@@ -90,6 +92,7 @@ class RunFolder:
     summary: Path
     report: Path
     verdict: Path
+    detection: Path
     moments: Path
     checkpoints: Path
     figures: Path

@@ -15,7 +15,7 @@ from neuralcollapse.lab.results.distances import reference_epochs
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.labels import labels_of, title_of
 from neuralcollapse.lab.results.records import Records
-from neuralcollapse.lab.results.tables import COLUMNS, read_table, seed_of
+from neuralcollapse.lab.results.tables import COLUMNS, DETECTION_COLUMNS, read_table, seed_of
 
 if TYPE_CHECKING:
     from neuralcollapse.metrics import Measurement
@@ -71,6 +71,20 @@ class RunGroups:
         """Measured values: columns method (the label of the group), seed, epoch, split, metric, value."""
         with self._noting_problems():
             return gather_groups(self.groups).rename(columns={"group": "method"})
+
+    @cached_property
+    def detection(self) -> pd.DataFrame:
+        """Detection rates: columns method (the label of the group), seed, epoch, set, score, metric, value."""
+        tables = []
+        with self._noting_problems():
+            for label, runs in self.groups.items():
+                tables += [
+                    read_table(run.detection).assign(method=label, seed=seed_of(run))
+                    for run in runs
+                    if run.detection.exists()
+                ]
+        columns = ["method", "seed", *DETECTION_COLUMNS]
+        return pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
 
     def gradients(self, label: str) -> list[pd.DataFrame]:
         """Return the table of gradients of each run of a group that has one.

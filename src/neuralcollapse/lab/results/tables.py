@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -16,9 +17,15 @@ from neuralcollapse.lab.results.statistics import epochs_to_reach, paired_differ
 
 Row = tuple[int, str, str, float]
 COLUMNS = ["epoch", "split", "metric", "value"]
+DETECTION_COLUMNS = ["epoch", "set", "score", "metric", "value"]
 GOAL = 0.99
 # Columns that a table of this name always has.
-_NEEDED = {"metrics.csv": COLUMNS, "training.csv": ["epoch"], "gradients.csv": ["epoch", "parameter"]}
+_NEEDED = {
+    "metrics.csv": COLUMNS,
+    "training.csv": ["epoch"],
+    "gradients.csv": ["epoch", "parameter"],
+    "detection.csv": DETECTION_COLUMNS,
+}
 # Heading of a column of the results: split, metric and format of its value at the last epoch.
 _COLUMNS = {
     "train acc": ("train", "accuracy", "{:.2%}"),
@@ -54,19 +61,26 @@ def read_table(path: Path) -> pd.DataFrame:
     return table
 
 
-def add_rows(path: Path, rows: Sequence[Row], *, in_place_of: Collection[str] = ()) -> None:
+def add_rows(
+    path: Path,
+    rows: Sequence[tuple[Any, ...]],
+    *,
+    in_place_of: Collection[str] = (),
+    columns: Sequence[str] = tuple(COLUMNS),
+) -> None:
     """Add measured values to a run's table, in order of epochs; they replace those of the same name.
 
     Args:
         path: The table.
-        rows: Epoch, split, metric, value.
+        rows: Values of the columns.
         in_place_of: Metrics whose other rows are removed.
+        columns: Columns of the table, among them epoch and metric; the last one is the value.
     """
-    table = pd.DataFrame(rows, columns=COLUMNS)
+    table = pd.DataFrame(rows, columns=[*columns])
     if path.exists():
         earlier = read_table(path)
         table = pd.concat([earlier[~earlier["metric"].isin(in_place_of)], table])
-    table = table.drop_duplicates(COLUMNS[:3], keep="last").sort_values("epoch", kind="stable")
+    table = table.drop_duplicates([*columns[:-1]], keep="last").sort_values("epoch", kind="stable")
     write_csv(path, table)
 
 

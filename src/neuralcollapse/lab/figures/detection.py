@@ -1,0 +1,104 @@
+"""Detection of unknown inputs: AUROC against NC1 over the epochs of runs, and distributions of scores."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from neuralcollapse.catalogue import METRICS
+from neuralcollapse.lab.figures import draw
+from neuralcollapse.lab.figures.curves import line_styles
+from neuralcollapse.lab.figures.panels import Panel, literal, save_figures, without_latex, wrapped
+from neuralcollapse.lab.results.groups import RunGroups
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from neuralcollapse.lab.results.folder import RunFolder
+    from neuralcollapse.ood import Evaluation
+
+_NC1 = "nc1_quotient"
+
+
+def detection(runs: RunGroups) -> list[Panel]:
+    """Return a panel per group and set: AUROC of each score against NC1 of the train split, epoch by epoch."""
+    rates = runs.detection
+    panels = []
+    for label in runs.groups:
+        sets = rates[rates["method"] == label]["set"].unique()
+        for name in sets if len(sets) else [""]:
+            title = ": ".join([*([label] if len(runs.groups) > 1 else []), *([name] if name else [])])
+            draw_panel = partial(_draw_against_nc1, runs=runs, label=label, name=name)
+            stem = "-".join(part for part in (runs.stems[label], name) if part)
+            panels.append(Panel(stem, literal(wrapped(title)), draw_panel))
+    return panels
+
+
+def write_detection(run: RunFolder, evaluation: Evaluation, epoch: int, out: Path) -> list[Path]:
+    """Draw the distributions of the scores, one page per set, and AUROC against NC1; return the files.
+
+    Args:
+        run: Folder of the run.
+        evaluation: Rates and scores at the epoch.
+        epoch: Number of epochs trained.
+        out: Folder to write to.
+    """
+    sets = dict.fromkeys(row.set for row in evaluation.rows)
+    written = [path for name in sets for path in _write_distributions(run, evaluation, name, epoch, out)]
+    return [*written, *draw("detection", RunGroups([run]), out, ["png"])]
+
+
+@without_latex()
+def _write_distributions(run: RunFolder, evaluation: Evaluation, name: str, epoch: int, out: Path) -> list[Path]:
+    scores = {
+        score: {"test": values["test"], name: values[name]}
+        for score, values in evaluation.scores.items()
+        if not any(values[of].isnan().any() for of in ("test", name))
+    }
+    if not scores:
+        return []
+    figure = replace(evaluation, scores=scores).plot()
+    figure.suptitle(literal(f"{run.path.name}, epoch {epoch}: distributions of scores"), fontsize=10)
+    return save_figures({f"scores-{name}": figure}, out, ["png"])
+
+
+def _draw_against_nc1(axes: Axes, *, runs: RunGroups, label: str, name: str) -> None:
+    table = runs.detection
+    rates = table[(table["method"] == label) & (table["set"] == name) & (table["metric"] == "auroc")]
+    if rates.empty:
+        raise ValueError("no detection rates: run `neuralcollapse detect`")
+    metrics = runs.metrics
+    collapse = metrics[(metrics["method"] == label) & (metrics["split"] == "train") & (metrics["metric"] == _NC1)]
+    points = rates.merge(collapse[["seed", "epoch", "value"]], on=["seed", "epoch"], suffixes=("", "_nc1"))
+    points = points[np.isfinite(points["value"]) & np.isfinite(points["value_nc1"])]
+    if points.empty:
+        raise ValueError(f"no finite AUROC at an epoch with a finite {_NC1}")
+    styles = line_styles(list(rates["score"].unique()), markers=True)
+    for score, of_score in points.groupby("score", sort=False):
+        means = _means(of_score)
+        axes.plot(
+            means["value_nc1"], means["value"], label=str(score), linewidth=1.2, markersize=4, **styles[str(score)]
+        )
+    least, greatest = points["value_nc1"].min(), points["value_nc1"].max()
+    if least > 0 and greatest > 3 * least:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.invert_xaxis()  # collapse to the right
+    axes.set_xlabel(METRICS[_NC1].label.replace("  $", "\n$"), fontsize=8, linespacing=1.5)
+    axes.set_ylabel("AUROC", fontsize=8)
+    axes.grid(alpha=0.3, linewidth=0.5)
+
+
+def _means(points: pd.DataFrame) -> pd.DataFrame:
+    """Return the means over seeds, one row per epoch."""
+    return points.groupby("epoch")[["value", "value_nc1"]].mean()
