@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import math
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from xml.etree import ElementTree
 
 import datasets
 import numpy as np
@@ -26,6 +29,7 @@ from neuralcollapse.lab.data.unknown import unknown_sets
 from neuralcollapse.lab.evaluate.detection import detect_run
 from neuralcollapse.lab.figures.detection import detection
 from neuralcollapse.lab.models.build import build_model
+from neuralcollapse.lab.results.files import write_csv
 from neuralcollapse.lab.results.groups import RunGroups
 from neuralcollapse.lab.results.tables import read_table
 from neuralcollapse.lab.training.runs import Preparation
@@ -278,3 +282,57 @@ def test_several_runs_have_their_own_figures(run, tmp_path, capsys):
     assert "out belongs to one run, got 2 runs" in error_of(capsys, *command, "--out", str(tmp_path / "out"))
     assert main(command) == 0
     assert all((folder / "figures" / "detection.png").exists() for folder in (run.path, other))
+
+
+def tables_of(page: Path) -> dict[str, list[list[str]]]:
+    """Cells of each table of a page, by caption."""
+    tables = {}
+    for text in re.findall(r"<table>.*?</table>", page.read_text(), re.S):
+        table = ElementTree.fromstring(text)
+        tables[table.findtext("caption")] = [[cell.text or "" for cell in row] for row in table.iter("tr")]
+    return tables
+
+
+def test_the_report_shows_the_last_rates_over_seeds(run, tmp_path):
+    folder = tmp_path / "seeds"
+    runs = [RunConfig(**{**SETTINGS, "seed": seed, "epochs": 2, "keep_at": None}) for seed in (0, 1)]
+    train_runs(runs, folder, progress=False)
+    page = tmp_path / "page.html"
+    assert main(["report", str(folder), "--out", str(page)]) == 0
+    assert "Detection" not in page.read_text()
+    (tmp_path / "null").mkdir()
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / "null" / "a.png")
+    sets = ["--ood", "held-out", "--ood", f"null={tmp_path / 'null'}"]
+    assert main(["detect", str(folder), *sets, "--scores", "ncm,knn"]) == 0
+    assert main(["report", str(folder), "--out", str(page), "--overwrite"]) == 0
+    heading, *rows = tables_of(page)["Test images against unknown inputs, at the last evaluated epoch"]
+    assert heading == ["set", "score", "epoch", "AUROC", "FPR at 95% TPR", "AUPR in", "AUPR out"]
+    shown = {(row[0], row[1]): row[2:] for row in rows}
+    assert shown.keys() == {(name, score) for name in ("held-out", "null") for score in ("ncm", "knn")}
+    seeds = [rates(each, 2, "held-out", "ncm") for each in RunFolder(folder).run_folders()]
+    expected = [
+        f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}" for values in zip(*map(dict.values, seeds), strict=True)
+    ]
+    assert shown["held-out", "ncm"] == ["2", *expected]
+    assert shown["held-out", "knn"] == ["2", "–", "–", "–", "–"]
+    pictures = re.findall(r'<img src="data:image/png;base64,([^"]+)" alt="([^"]+)">', page.read_text())
+    assert [words for _, words in pictures] == [
+        "AUROC of each score against NC1, one panel per set of unknown inputs",
+        "Distributions of the scores, standard: test images and held-out",
+        "Distributions of the scores, standard: test images and null",
+    ]
+    first = RunFolder(folder).run_folders()[0]
+    assert base64.b64decode(pictures[1][0]) == (first.figures / "scores-held-out.png").read_bytes()
+
+
+def test_no_text_or_file_of_a_folder_is_taken_for_part_of_the_page(run, tmp_path):
+    assert main(["detect", str(run.path), "--ood", "noise", "--scores", "msp"]) == 0
+    (run.figures / "scores-noise.png").write_text("<script>alert(1)</script>")
+    table = read_table(run.detection).replace({"score": {"msp": "<b>msp"}})
+    write_csv(run.detection, pd.concat([table, table.assign(set="../../secret")]))
+    page = tmp_path / "page.html"
+    assert main(["report", str(run.path), "--out", str(page)]) == 0
+    text = page.read_text()
+    assert "<b>" not in text
+    assert "&lt;b&gt;msp" in text
+    assert text.count('<img src="data:image/png') == 1  # AUROC against NC1

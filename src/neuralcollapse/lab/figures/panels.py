@@ -90,6 +90,24 @@ def write_panels(
     Returns:
         The files written.
     """
+    figures = {name: draw_page(title, panels, columns)}
+    if len(panels) > 1:
+        for panel in panels:
+            figures[f"{name}-{panel.name}"] = figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
+            _draw(panel, figure.subplots())
+            add_legend(figure, figure.axes)
+    return save_figures(figures, out, formats)
+
+
+@without_latex()
+def draw_page(title: str, panels: Sequence[Panel], columns: int) -> Figure:
+    """Draw a page of all panels.
+
+    Args:
+        title: Title of the page.
+        panels: Panels to draw.
+        columns: Maximum number of columns.
+    """
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     width = _WIDTH * columns
@@ -103,13 +121,7 @@ def write_panels(
         if axes.get_label() != "<colorbar>" and not axes.has_data():
             axes.remove()
     page.suptitle(literal(title), fontsize=10)
-    figures = {name: page}
-    if len(panels) > 1:
-        for panel in panels:
-            figures[f"{name}-{panel.name}"] = figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
-            _draw(panel, figure.subplots())
-            add_legend(figure, figure.axes)
-    return save_figures(figures, out, formats)
+    return page
 
 
 def add_legend(figure: Figure, panels: Iterable[Axes], *, outside: bool = True) -> float:

@@ -50,7 +50,12 @@ def read_table(path: Path) -> pd.DataFrame:
     """
     content = read_file(path)
     try:
-        table = pd.read_csv(io.BytesIO(content), converters={"value": float})  # the default parser is not exact
+        table = pd.read_csv(
+            io.BytesIO(content),
+            converters={"value": float},  # the default parser is not exact
+            dtype={"set": str, "score": str},
+            na_filter=path.name != "detection.csv",  # a set may be called null or NA
+        )
     except ValueError as error:  # pandas' own errors are of this type
         raise ValueError(f"{str(path)!r} must be a table, and is damaged: {' '.join(str(error).split())}") from error
     needed = _NEEDED.get(path.name, ())

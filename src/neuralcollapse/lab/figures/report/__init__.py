@@ -15,6 +15,7 @@ import pandas as pd
 from neuralcollapse.lab.config import METHODS
 from neuralcollapse.lab.figures.curves import COLORS, COLORS_ON_DARK, style_numbers
 from neuralcollapse.lab.figures.report import numbers
+from neuralcollapse.lab.figures.report.detection import detection_section
 from neuralcollapse.lab.figures.report.tables import html_table, metric_tables, provenance_tables
 from neuralcollapse.lab.results.files import write_whole
 from neuralcollapse.lab.results.folder import RunFolder
@@ -40,11 +41,14 @@ def write_report(folders: Sequence[RunFolder], path: Path, classes: Sequence[int
     runs = RunGroups(folders)
     moving = numbers.motion(runs, classes)
     metrics = runs.metrics[runs.metrics["split"].isin(numbers.SPLITS)]
+    detection = detection_section(runs)
     text = _template("page.html").substitute(
         title=escape(runs.title),
         description=escape(_description(runs)),
         style=_template("page.css").substitute(light=_colours(COLORS), dark=_colours(COLORS_ON_DARK)),
         results=_results(runs, metrics),
+        detection=detection,
+        detection_link=' <a href="#detection">Detection</a>' if detection else "",
         values=metric_tables(metrics, runs.num_classes),
         runs=provenance_tables(folders),
         numbers=_embedded(_numbers(runs, metrics, moving)),
