@@ -47,12 +47,14 @@ SMALL: dict[str, Any] = {
 def stored_batches(
     num_classes: int, feature_dim: int, dtype: torch.dtype, steps: int = 3
 ) -> list[tuple[Tensor, Tensor]]:
-    """Batches of features around random class means; the first one lacks the last class."""
+    """Batches of features around random class means, every class in each.
+
+    Without a class, the nearest ETF to the batch's means is not unique, and the processor would choose it.
+    """
     means = 2 * normal(num_classes, feature_dim, seed=1)
     batches = []
     for step in range(steps):
-        present = num_classes - 1 if step == 0 else num_classes
-        targets = torch.arange(4 * num_classes) % present
+        targets = torch.arange(4 * num_classes) % num_classes
         features = means[targets] + normal(len(targets), feature_dim, seed=10 + step)
         batches.append((features.to(dtype), targets))
     return batches
@@ -169,7 +171,6 @@ def solved() -> Values:
         values[f"frame-{precision}/embedding"] = geometry.embedding_gram(normal(5, 3, seed=28, dtype=dtype))
         values[f"frame-{precision}/distance"] = geometry.distance_gram(gram.max() - gram, 2.0)
         values[f"frame-{precision}/seli"] = _gram(geometry.seli_code(torch.tensor([8, 4, 2, 1]), dtype=dtype))
-    values["codes/softmax"] = _gram(nc.softmax_code(7, 3, generator=generator(29)))
     return values
 
 
@@ -192,7 +193,9 @@ def heads(num_classes: int, feature_dim: int) -> dict[str, Callable[[], Any]]:
     """Each head, in each of its configurations."""
     sizes = (feature_dim, num_classes)
     gram = geometry.tree_gram(torch.tensor([6, 6, 7, 7, 8, 8, 9, 9, 9, -1])[: num_classes + 4], 3.0)
-    code = geometry.code_from_gram(gram, feature_dim=feature_dim)
+    # A triangular factor is unique, unlike the eigenvectors of equal eigenvalues that code_from_gram would take.
+    factor = torch.linalg.cholesky(gram.double() + 0.1 * torch.eye(num_classes, dtype=torch.float64))
+    code = torch.nn.functional.pad(factor, (0, feature_dim - num_classes)).to(gram.dtype)
     class_weights = torch.arange(1.0, num_classes + 1)
     return {
         "learned": lambda: nc.LearnedClassifier(*sizes),

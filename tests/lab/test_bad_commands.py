@@ -61,7 +61,7 @@ BAD = [
     ("train --backbone package.Missing", "cannot be imported"),
     (
         "train --backbone_options {}",
-        "backbone_options belongs to a backbone of your own, or backbone vit-tiny or vit-small",
+        "backbone_options belongs to a backbone of your own, or backbone fast-convnet, vit-tiny or vit-small",
     ),
     ("train --device tpu", "device must be one of auto, cpu, cuda, mps, got 'tpu'"),
     ("train --optimizer lbfgs", "optimizer lbfgs cannot train the method implicit"),
