@@ -1,4 +1,4 @@
-"""Sums and maxima over the ranks of the default process group."""
+"""Sums, maxima and rows over the ranks of the default process group."""
 
 from __future__ import annotations
 
@@ -23,6 +23,23 @@ def greatest_over_ranks(tensor: Tensor) -> Tensor:
         tensor = tensor.clone(memory_format=torch.contiguous_format)
         distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
     return tensor
+
+
+def gather_over_ranks(tensor: Tensor) -> Tensor:
+    """Return the rows (N, ...) of all ranks, in the order of the ranks, which may hold different numbers of rows.
+
+    The gradient of a rank's rows is the sum over ranks. With several ranks this waits for the device.
+    """
+    ranks = number_of_ranks()
+    if ranks == 1:
+        return tensor
+    sizes = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(ranks)]
+    distributed.all_gather(sizes, torch.tensor([len(tensor)], device=tensor.device))
+    lengths = [int(size) for size in sizes]
+    before = sum(lengths[: distributed.get_rank()])
+    padding = (before, sum(lengths) - before - len(tensor))
+    rows = [tensor.new_zeros(length, *tensor.shape[1:]) for length in padding]
+    return sum_over_ranks(torch.cat([rows[0], tensor, rows[1]]))
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -1,32 +1,4 @@
-"""Losses of features and class vectors: on the unit sphere at a temperature, and dot regression.
-
-With unit features u_i = h_i/‖h_i‖, unit class vectors ŵ_k = w_k/‖w_k‖ and scores s_ik = u_i·ŵ_k/t, the row of a sample
-compares it with the classes, and the column of a class compares its vector with the samples. `normface` and
-`decoupled_cross_entropy` use rows, `ntce` and `nonl` columns, `bidirectional_nonl` and `two_way` both; none of them has
-a bias.
-`dot_regression` compares each feature with the vector of its own class only, and keeps the norms.
-
-Common arguments, which are the outputs of `Head.prepare` without its bias, or those of an ``nn.Linear``:
-
-- ``features``: h, floating, of shape (..., d).
-- ``targets``: y, integers in [0, K) or ``ignore_index``, of shape (...).
-- ``weight``: class vectors, floating, of shape (K, d) with K ≥ 2.
-- ``temperature``: t > 0 (0.1 by default).
-- ``margin``: m ≥ 0, subtracted from the positive score in the denominator, in units of s (1/t times a margin of
-  cosines). By default ``math.inf``, which leaves the positive out of the denominator.
-- ``ignore_index``: samples with this target are left out of every sum and mean.
-
-Every loss returns a scalar, which is 0 if no sample counts. It raises ``ValueError`` if a setting is out of range or a
-tensor has another shape or kind; on a CPU also if labels are out of range, or features or weight are not finite. On
-accelerators values are not read, because that would wait for the device at every step. Losses are computed in at least
-fp32, also under autocast and for low-precision input, and returned in the dtype of the computation.
-``functools.partial(two_way, margin=3.0)`` holds settings for later calls.
-
-Under ``torch.distributed`` the batch is that of all ranks of the default process group, however it is split: columns
-are summed over the ranks, with gradient. Each rank returns its share of the loss times the number of ranks, so that
-the mean over ranks is the loss of the whole batch, and the mean of the gradients, which DistributedDataParallel takes,
-is its gradient.
-"""
+"""Losses of features and class vectors: cross-entropy, on the unit sphere at a temperature, and to the own class."""
 
 from __future__ import annotations
 
@@ -35,23 +7,68 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from neuralcollapse._checks import (
-    check_finite,
-    check_floating,
-    check_ignore_index,
-    check_targets,
-    compute_dtype,
-    is_number,
-    values_readable,
-)
-from neuralcollapse._distributed import greatest_over_ranks, number_of_ranks, sum_over_ranks
+from neuralcollapse._checks import check_shapes, is_number, values_readable
+from neuralcollapse._distributed import greatest_over_ranks, sum_over_ranks
+from neuralcollapse.losses.batch import Batch, check_class_values, log_prior, row_norms, unit_rows
 
-__all__ = ["bidirectional_nonl", "decoupled_cross_entropy", "dot_regression", "nonl", "normface", "ntce", "two_way"]
+
+def cross_entropy(
+    features: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    class_weights: Tensor | None = None,
+    prior: Tensor | None = None,
+    prior_scale: float = 1.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int | None = None,
+) -> Tensor:
+    r"""Cross-entropy of the logits z_ik = w_kᵀh_i + b_k: mean_i [ log Σ_k e^{z_ik} − z_{i,y_i} ].
+
+    With ``bias`` b (K,), the third output of `Head.prepare`; None is 0.
+    With a prior, z_ik is w_kᵀh_i + b_k + τ log π_k.
+
+    With ``label_smoothing`` ε in [0, 1], z_{i,y_i} becomes (1−ε) z_{i,y_i} + ε/K Σ_k z_ik.
+
+    Arguments, result and errors: see `neuralcollapse.losses`.
+
+    Source: Menon et al., "Long-tail learning via logit adjustment" (ICLR 2021), equation 10; Ren et al., "Balanced
+    meta-softmax for long-tailed visual recognition" (NeurIPS 2020).
+
+    Examples:
+        >>> import torch
+        >>> from neuralcollapse import simplex_etf
+        >>> etf, counts = simplex_etf(4), torch.tensor([500, 50, 50, 5])
+        >>> targets = torch.arange(4)
+        >>> float(cross_entropy(etf, targets, etf, prior=counts)) > float(cross_entropy(etf, targets, etf))
+        True
+    """
+    batch = Batch(features, targets, weight, ignore_index, class_weights)
+    if not (is_number(label_smoothing) and 0 <= label_smoothing <= 1):
+        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing!r}")
+    if bias is not None:
+        check_shapes(weight=(weight, "K d"), bias=(bias, "K"))
+    with torch.autocast(features.device.type, enabled=False):
+        logits = functional.linear(batch.features, batch.weight, None if bias is None else bias.to(batch.features))
+        shift = log_prior(prior, prior_scale, logits, len(weight))
+        logits = logits if shift is None else logits + shift
+        terms = functional.cross_entropy(logits, batch.targets, reduction="none", label_smoothing=label_smoothing)
+        return batch.mean(terms)
 
 
 def normface(
-    features: Tensor, targets: Tensor, weight: Tensor, *, temperature: float = 0.1, ignore_index: int | None = None
+    features: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    *,
+    temperature: float = 0.1,
+    class_weights: Tensor | None = None,
+    prior: Tensor | None = None,
+    prior_scale: float = 1.0,
+    ignore_index: int | None = None,
 ) -> Tensor:
     r"""Cross-entropy of cosines (NormFace): mean_i [ log Σ_k e^{s_ik} − s_{i,y_i} ].
 
@@ -66,7 +83,7 @@ def normface(
         >>> round(float(normface(etf, torch.arange(4), etf)), 6)
         5e-06
     """
-    scores = _Scores(features, targets, weight, temperature, ignore_index)
+    scores = _Scores(features, targets, weight, temperature, ignore_index, class_weights, prior, prior_scale)
     return scores.mean(scores.among_classes(margin=0.0))
 
 
@@ -77,6 +94,9 @@ def decoupled_cross_entropy(
     *,
     temperature: float = 0.1,
     margin: float = math.inf,
+    class_weights: Tensor | None = None,
+    prior: Tensor | None = None,
+    prior_scale: float = 1.0,
     ignore_index: int | None = None,
 ) -> Tensor:
     r"""Cross-entropy of cosines with a margin on the positive score.
@@ -96,13 +116,19 @@ def decoupled_cross_entropy(
         >>> round(float(loss), 3)
         -12.235
     """
-    scores = _Scores(features, targets, weight, temperature, ignore_index)
+    scores = _Scores(features, targets, weight, temperature, ignore_index, class_weights, prior, prior_scale)
     _check_margin(margin)
     return scores.mean(scores.among_classes(margin))
 
 
 def ntce(
-    features: Tensor, targets: Tensor, weight: Tensor, *, temperature: float = 0.1, ignore_index: int | None = None
+    features: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    *,
+    temperature: float = 0.1,
+    class_weights: Tensor | None = None,
+    ignore_index: int | None = None,
 ) -> Tensor:
     r"""Cross-entropy over the samples of the batch (NTCE): mean_i [ log Σ_j e^{s_{j,y_i}} − s_{i,y_i} ].
 
@@ -120,7 +146,7 @@ def ntce(
         >>> float(ntce(*batch, etf)) - math.log(8) < 1e-4
         True
     """
-    scores = _Scores(features, targets, weight, temperature, ignore_index)
+    scores = _Scores(features, targets, weight, temperature, ignore_index, class_weights)
     return scores.mean(scores.among_all_samples())
 
 
@@ -131,6 +157,7 @@ def nonl(
     *,
     temperature: float = 0.1,
     margin: float = math.inf,
+    class_weights: Tensor | None = None,
     ignore_index: int | None = None,
 ) -> Tensor:
     r"""Cross-entropy of each sample against the samples of other classes, by the vector of its class (NONL).
@@ -149,7 +176,7 @@ def nonl(
         >>> round(float(nonl(etf, torch.arange(4), etf)), 3)
         -12.235
     """
-    scores = _Scores(features, targets, weight, temperature, ignore_index)
+    scores = _Scores(features, targets, weight, temperature, ignore_index, class_weights)
     _check_margin(margin)
     return scores.mean(scores.among_samples_of_other_classes(margin))
 
@@ -161,6 +188,9 @@ def bidirectional_nonl(
     *,
     temperature: float = 0.1,
     margin: float = math.inf,
+    class_weights: Tensor | None = None,
+    prior: Tensor | None = None,
+    prior_scale: float = 1.0,
     ignore_index: int | None = None,
 ) -> Tensor:
     r"""Cross-entropy of each sample against the samples of other classes and the vectors of other classes.
@@ -180,7 +210,7 @@ def bidirectional_nonl(
         >>> round(float(bidirectional_nonl(etf, torch.arange(4), etf)), 3)  # twice the terms of `nonl`: log 2 more
         -11.542
     """
-    scores = _Scores(features, targets, weight, temperature, ignore_index)
+    scores = _Scores(features, targets, weight, temperature, ignore_index, class_weights, prior, prior_scale)
     _check_margin(margin)
     return scores.mean(scores.among_samples_of_other_classes(margin, and_classes=True))
 
@@ -192,6 +222,9 @@ def two_way(
     *,
     temperature: float = 0.1,
     margin: float = math.inf,
+    class_weights: Tensor | None = None,
+    prior: Tensor | None = None,
+    prior_scale: float = 1.0,
     ignore_index: int | None = None,
 ) -> Tensor:
     r"""Mean of `decoupled_cross_entropy` and `nonl` with the same margin, which treats rows and columns alike.
@@ -206,7 +239,7 @@ def two_way(
         >>> prepared, weight, _ = head.prepare(features, targets)
         >>> two_way(prepared, targets, weight, margin=3.0).backward()
     """
-    scores = _Scores(features, targets, weight, temperature, ignore_index)
+    scores = _Scores(features, targets, weight, temperature, ignore_index, class_weights, prior, prior_scale)
     _check_margin(margin)
     rows, columns = scores.among_classes(margin), scores.among_samples_of_other_classes(margin)
     return scores.mean(0.5 * (rows + columns))
@@ -218,6 +251,7 @@ def dot_regression(
     weight: Tensor,
     class_lengths: Tensor | None = None,
     *,
+    class_weights: Tensor | None = None,
     ignore_index: int | None = None,
 ) -> Tensor:
     r"""Squared difference between each feature's product with the vector of its class and the product at cosine 1.
@@ -244,53 +278,76 @@ def dot_regression(
         >>> bool(dot_regression(5 * etf, torch.arange(4), etf) < 1e-12)
         True
     """
-    batch = _Batch(features, targets, weight, ignore_index)
+    batch = Batch(features, targets, weight, ignore_index, class_weights)
     with torch.autocast(features.device.type, enabled=False):
         class_vectors = batch.weight
         if class_lengths is not None:
-            _check_class_lengths(class_lengths, len(weight))
-            class_vectors = _unit_rows(class_vectors) * class_lengths.detach().to(class_vectors)[:, None]
+            check_class_values("class_lengths", class_lengths, len(weight), positive=True)
+            class_vectors = unit_rows(class_vectors) * class_lengths.detach().to(class_vectors)[:, None]
         positives = class_vectors[batch.targets]
         smallest = torch.finfo(positives.dtype).tiny  # a zero feature is pulled to its class vector as well
-        radii, lengths = (_row_norms(rows.detach()).clamp_min(smallest) for rows in (batch.features, positives))
+        radii, lengths = (row_norms(rows.detach()).clamp_min(smallest) for rows in (batch.features, positives))
         cosines = (batch.features / radii * (positives / lengths)).sum(-1)
         return batch.mean(0.5 * (radii * lengths)[:, 0] * (cosines - 1).square())
 
 
-class _Batch:
-    """Checked features (N, d) and weight (K, d) in at least fp32, targets (N,), and which samples count."""
+def center_loss(
+    features: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    *,
+    radius: float | None = None,
+    class_weights: Tensor | None = None,
+    ignore_index: int | None = None,
+) -> Tensor:
+    r"""Squared distance of each feature from the vector of its class: mean_i ½‖h_i − w_{y_i}‖².
 
-    def __init__(self, features: Tensor, targets: Tensor, weight: Tensor, ignore_index: int | None) -> None:
-        check_ignore_index(ignore_index)
-        features, targets = _flatten(features, targets, weight, ignore_index)
-        self._inputs = {"features": features, "weight": weight}
-        self.counted = torch.ones_like(targets, dtype=torch.bool) if ignore_index is None else targets != ignore_index
-        self.targets = targets.long().where(self.counted, 0)
-        dtype = compute_dtype(features.dtype)
-        self.features, self.weight = features.to(dtype), weight.to(dtype)
+    With the rows of a head as centres, it pulls the features to where the head would have them, and the rows to their
+    features if they are trained. Like `dot_regression` it does not push classes apart.
 
-    def mean(self, terms: Tensor) -> Tensor:
-        """Return the mean of terms (N,) over the counted samples; of several ranks, a share times their number."""
-        total, ranks = terms.where(self.counted, 0).sum(), number_of_ranks()
-        count = sum_over_ranks(self.counted.sum().to(terms.dtype)).clamp_min(1)
-        loss = total * (ranks / count)
-        if loss.device.type == "cpu" and values_readable(loss) and not math.isfinite(loss.detach()):
-            for name, tensor in self._inputs.items():
-                check_finite(name, tensor)
-        return loss
+    With ``radius`` ρ > 0, the centres are ρ w_k/‖w_k‖: for unit rows and features of norm τ, take τ. By default w_k.
+
+    Arguments, result and errors: see `neuralcollapse.losses`.
+
+    Source: Wen et al., "A discriminative feature learning approach for deep face recognition" (ECCV 2016), equation 2,
+    divided by the number of samples; there the centres are moving class means.
+
+    Examples:
+        >>> import torch
+        >>> from neuralcollapse import simplex_etf
+        >>> etf = simplex_etf(4)
+        >>> bool(center_loss(5 * etf, torch.arange(4), etf, radius=5.0) < 1e-9)
+        True
+    """
+    batch = Batch(features, targets, weight, ignore_index, class_weights)
+    if radius is not None and not (is_number(radius) and radius > 0):
+        raise ValueError(f"radius must be a positive number or None, got {radius!r}")
+    with torch.autocast(features.device.type, enabled=False):
+        centers = batch.weight if radius is None else radius * unit_rows(batch.weight)
+        return batch.mean(0.5 * (batch.features - centers[batch.targets]).square().sum(-1))
 
 
-class _Scores(_Batch):
+class _Scores(Batch):
     """Scores s (N, K) of a batch, and the per-sample terms (N,) of the losses."""
 
     def __init__(
-        self, features: Tensor, targets: Tensor, weight: Tensor, temperature: float, ignore_index: int | None
+        self,
+        features: Tensor,
+        targets: Tensor,
+        weight: Tensor,
+        temperature: float,
+        ignore_index: int | None,
+        class_weights: Tensor | None = None,
+        prior: Tensor | None = None,
+        prior_scale: float = 1.0,
     ) -> None:
         if not (is_number(temperature) and temperature > 0):
             raise ValueError(f"temperature must be a positive number, got {temperature!r}")
-        super().__init__(features, targets, weight, ignore_index)
+        super().__init__(features, targets, weight, ignore_index, class_weights)
         with torch.autocast(features.device.type, enabled=False):
-            self.values = _unit_rows(self.features) @ _unit_rows(self.weight).T / temperature
+            self.values = unit_rows(self.features) @ unit_rows(self.weight).T / temperature
+            shift = log_prior(prior, prior_scale, self.values, len(weight))
+            self.values = self.values if shift is None else self.values + shift
             self.positives = self.values.gather(1, self.targets[:, None])[:, 0]  # s_{i,y_i}
 
     def among_classes(self, margin: float) -> Tensor:
@@ -338,48 +395,6 @@ def _log_sum_of_columns(scores: Tensor) -> tuple[Tensor, Tensor]:
     return (greatest + sums.where(nonempty, 1).log()).where(nonempty, -math.inf), nonempty
 
 
-def _row_norms(rows: Tensor) -> Tensor:
-    """Return the norms of rows, (..., 1), exact also where squares overflow or vanish."""
-    peaks = rows.detach().abs().amax(-1, keepdim=True)
-    peaks = peaks.where(peaks > 0, 1)
-    return peaks * torch.linalg.vector_norm(rows / peaks, dim=-1, keepdim=True)
-
-
-def _unit_rows(rows: Tensor) -> Tensor:
-    """Return rows scaled to norm 1; zero rows stay zero."""
-    norms = _row_norms(rows)
-    return rows / norms.where(norms > 0, 1)
-
-
-def _flatten(features: Tensor, targets: Tensor, weight: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor]:
-    """Return features as (N, d) and targets as (N,), checked together with the weight."""
-    check_floating("weight", weight)
-    if weight.ndim != 2 or weight.shape[0] < 2:
-        raise ValueError(f"weight must be of shape (K, d) with K at least 2, got {tuple(weight.shape)}")
-    check_floating("features", features)
-    if features.ndim < 2 or features.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"features must be of shape (..., {weight.shape[1]}), as weight {tuple(weight.shape)} is, "
-            f"got {tuple(features.shape)}"
-        )
-    if isinstance(targets, Tensor) and targets.shape != features.shape[:-1]:
-        raise ValueError(f"targets must be of shape {tuple(features.shape[:-1])}, got {tuple(targets.shape)}")
-    features, targets = features.flatten(0, -2), targets.flatten() if isinstance(targets, Tensor) else targets
-    readable = features.device.type == "cpu"
-    check_targets(targets, len(features), len(weight), values=readable, ignore_index=ignore_index)
-    return features, targets
-
-
 def _check_margin(margin: float) -> None:
     if not ((is_number(margin) and margin >= 0) or margin == math.inf):
         raise ValueError(f"margin must be at least 0 (math.inf included), got {margin!r}")
-
-
-def _check_class_lengths(class_lengths: Tensor, num_classes: int) -> None:
-    check_floating("class_lengths", class_lengths)
-    if class_lengths.shape != (num_classes,):
-        raise ValueError(f"class_lengths must be of shape ({num_classes},), got {tuple(class_lengths.shape)}")
-    if class_lengths.device.type == "cpu" and values_readable(class_lengths):
-        check_finite("class_lengths", class_lengths)
-        if not bool((class_lengths > 0).all()):
-            raise ValueError(f"class_lengths must be positive, got {float(class_lengths.min())}")
