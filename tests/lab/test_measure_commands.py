@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from helpers import error_of, generator
-from neuralcollapse import Measurement, etf_distances, measure
+from neuralcollapse import Measurement, etf_distances, measure, measure_features
 from neuralcollapse.cli import main
 from neuralcollapse.lab import RunConfig, RunFolder, train_runs
 from neuralcollapse.lab.data.batches import evaluation_batches
@@ -421,3 +422,46 @@ def test_distances_of_a_table_that_names_no_reference_epoch_are_known_by_their_z
     write_csv(run.metrics, table[table["metric"] != "etf_reference_epoch"])
     assert main(["distance", str(run.path)]) == 0
     pd.testing.assert_frame_equal(read_table(run.metrics), table)
+
+
+@pytest.fixture
+def files_of_features(tmp_path) -> dict[str, torch.Tensor]:
+    targets = torch.arange(60) % 3
+    weight = torch.randn(3, 5, generator=generator(1))
+    arrays = {"x": weight[targets] + torch.randn(60, 5, generator=generator(2)), "y": targets, "w": weight}
+    for name, array in arrays.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    return arrays
+
+
+def test_features_in_files_are_measured_and_recorded(files_of_features, tmp_path, capsys):
+    x, y, w = files_of_features.values()
+    expected = measure_features(x, y, w, progress=False)
+    flags = ["--features", f"{tmp_path}/x.npy", "--labels", f"{tmp_path}/y.npy"]
+    assert main(["measure", *flags]) == 0
+    assert f"nc1_quotient {expected.metrics['nc1_quotient']:.4g}" in " ".join(capsys.readouterr().out.split())
+    flags += ["--weight", f"{tmp_path}/w.npy", "--out", f"{tmp_path}/run", "--epoch", "7", "--split", "test"]
+    assert main(["measure", *flags]) == 0
+    record = Measurement.load(RunFolder(tmp_path / "run").measurement(7, "test"))
+    assert record.metrics == expected.metrics
+    table = read_table(RunFolder(tmp_path / "run").metrics).set_index("metric")["value"]
+    assert table["nc3_duality"] == pytest.approx(expected.metrics["nc3_duality"])
+    assert main(["distance", f"{tmp_path}/run", "--reference", "7"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--labels", "y.npy"], "labels belongs to --features"),
+        (["--features", "x.npy"], "labels must be given with features"),
+        (["--features", "x.npy", "--labels", "y.npy", "--flips"], "flips has no effect with features"),
+        (["--features", "x.npy", "--labels", "y.npy", "--data", "digits"], "data has no effect with features"),
+        (["--features", "x.npy", "--labels", "y.npy", "--epoch", "1"], "epoch is for the record, and needs --out"),
+        (["--features", "x.npy", "--labels", "y.npy", "--out", "f"], "weight must be given with out"),
+        (["--features", "absent.npy", "--labels", "y.npy"], "absent.npy"),
+    ],
+)
+def test_flags_of_features_that_do_not_fit(files_of_features, tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in error_of(capsys, "measure", *flags)
+    assert not (tmp_path / "f").exists()

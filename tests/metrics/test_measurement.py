@@ -204,7 +204,7 @@ def test_out_of_distribution_features_of_a_layer(measurement):
 
 
 def test_the_sample_is_the_same_whenever_the_same_data_are_measured(monkeypatch):
-    monkeypatch.setattr(import_module("neuralcollapse.metrics.measure"), "SAMPLE_SIZE", 30)
+    monkeypatch.setattr(import_module("neuralcollapse.metrics.gathering"), "SAMPLE_SIZE", 30)
     first, again = make_measurement(), make_measurement(cache_bytes=300)
     assert first.sample_features.shape == (30, D)
     assert first.sample_features.dtype == torch.float16

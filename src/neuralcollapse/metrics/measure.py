@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -15,18 +14,12 @@ from torch import Tensor, nn
 
 from neuralcollapse._checks import check_device, check_module
 from neuralcollapse._running import call_model, device_of, evaluation_mode, unchanged_on_error, unwrapped
-from neuralcollapse._version import __version__
-from neuralcollapse.catalogue import in_order
 from neuralcollapse.classifier import ClassifierObserver
-from neuralcollapse.metrics.collapse import measure_moments
-from neuralcollapse.metrics.measurement import LabelFingerprint, Measurement, Provenance
+from neuralcollapse.metrics.gathering import Gathered, check_train_moments
+from neuralcollapse.metrics.measurement import Measurement, Provenance
 from neuralcollapse.metrics.moments import ClassMoments
-from neuralcollapse.metrics.principal import mean_residual_norms
-from neuralcollapse.metrics.samples import FeatureCache, SampleValues, measure_samples
+from neuralcollapse.metrics.samples import FeatureCache
 from neuralcollapse.metrics.statistics import MeasureOptions, Pooling
-from neuralcollapse.metrics.undefined import NO_SAMPLE, warn_of_undefined, without_undefined
-
-SAMPLE_SIZE = 1000  # features kept for figures
 
 Unpack = Callable[[Any], tuple[Any, Tensor | None]]
 
@@ -91,7 +84,7 @@ def measure(
         >>> measurement.cos_margins.shape
         torch.Size([48])
     """
-    _check_arguments(model, loader, layers, unpack, device)
+    _check_arguments(model, loader, train, layers, unpack, device)
     observer = ClassifierObserver(model, classifier)
     if device is not None:
         model.to(device)
@@ -104,52 +97,15 @@ def measure(
         with closing(run.over(loader, "loader")) as batches:
             first = next(batches)
             weight, bias = observer.classifier.weight, observer.classifier.bias
-            _check_train_moments(train, weight)
-            gathered = _Gathered(weight, cache, options)
+            if isinstance(train, ClassMoments):
+                check_train_moments(train, *weight.shape)
+            gathered = Gathered(len(weight), weight.shape[1], weight.device, cache, options)
             for outputs in chain((first,), batches):
-                gathered.add(outputs)
+                gathered.add(outputs.features, outputs.targets, outputs.logits, outputs.layers)
         train_moments = _moments_of_train_split(train, run, gathered)
         ood_means = {} if ood is None else run.mean_features(ood)
-        moments = gathered.moments
-        metrics, undefined = measure_moments(moments, weight, bias, ood_means.get(""), options)
-        accuracies = without_undefined(gathered.accuracies(), [] if moments.counts.any() else [NO_SAMPLE])
-        samples, residual_norms = SampleValues.without_samples(len(weight)), torch.empty(0)
-        if options.per_sample:
-            samples = measure_samples(cache, weight, moments, train_moments or moments, options)
-            residual_norms = mean_residual_norms(cache, moments, weight, bias)
-        sample_features, sample_targets = cache.sample(SAMPLE_SIZE)
-    of_layers = {
-        layer: measure_moments(gathered.layers[layer], None, None, ood_means.get(layer), options) for layer in layers
-    }
-    undefined |= accuracies[1] | samples.undefined
-    layers_undefined = {layer: reasons for layer, (_, reasons) in of_layers.items() if reasons}
-    warn_of_undefined(undefined, layers_undefined, depth=4)
-    code = None if options.code is None else options.code.detach().cpu().clone()
-    return Measurement(
-        metrics=in_order(metrics | accuracies[0] | samples.metrics),
-        undefined=in_order(undefined),
-        moments=moments,
-        weight=weight.cpu().clone(),
-        bias=None if bias is None else bias.cpu().clone(),
-        cos_margins=samples.cos_margins,
-        ncc_mismatch=samples.ncc_mismatch,
-        mean_max_logit=gathered.mean_max_logit(),
-        residual_norms=residual_norms,
-        sample_features=sample_features,
-        sample_targets=sample_targets,
-        layers={layer: values for layer, (values, _) in of_layers.items()},
-        layers_undefined=layers_undefined,
-        layer_moments={layer: gathered.layers[layer] for layer in layers},
-        ood_means=ood_means,
-        train_moments=train_moments,
-        provenance=replace(
-            provenance,
-            model=provenance.model or type(unwrapped(model)).__name__,
-            labels=str(gathered.labels),
-            package_version=__version__,
-        ),
-        options=replace(options, code=code),
-    )
+        origin = replace(provenance, model=provenance.model or type(unwrapped(model)).__name__)
+        return gathered.measurement(weight, bias, train_moments, ood_means, origin)
 
 
 def measure_splits(
@@ -190,84 +146,30 @@ def check_split_options(loaders: Any, options: Mapping[str, Any]) -> None:
         raise ValueError(f"options must be arguments of measure, got {', '.join(sorted(unknown))}")
 
 
-class _Gathered:
-    """Results of one run over a loader: moments of features and layers, hits, labels, and cached samples.
-
-    Args:
-        weight: W (K, d).
-        cache: Cache of the samples, to which they are added if the options include metrics of single samples.
-        options: Options of the measurement.
-    """
-
-    def __init__(self, weight: Tensor, cache: FeatureCache, options: MeasureOptions) -> None:
-        num_classes, feature_dim = weight.shape
-        self.new_moments = partial(
-            ClassMoments, dtype=options.dtype, class_scatter=options.class_scatter, device=weight.device
-        )
-        self.moments = self.new_moments(num_classes, feature_dim)
-        self.layers: dict[str, ClassMoments] = {}
-        self.labels = LabelFingerprint()
-        self.hits = torch.zeros(min(5, num_classes), dtype=torch.int64, device=weight.device)
-        self.max_logits = torch.zeros_like(self.moments.means[0, 0])
-        self.cache = cache
-        self.per_sample = options.per_sample
-        self.ignore_index = options.ignore_index
-
-    def add(self, outputs: _Outputs) -> None:
-        """Add a batch."""
-        self.moments.update(outputs.features, outputs.targets, ignore_index=self.ignore_index)
-        for layer, values in outputs.layers.items():
-            if layer not in self.layers:
-                self.layers[layer] = self.new_moments(self.moments.num_classes, values.shape[-1])
-            self.layers[layer].update(values, outputs.targets, ignore_index=self.ignore_index)
-        targets = outputs.targets.flatten().long()  # a uint8 index is a mask
-        counted = slice(None) if self.ignore_index is None else targets != self.ignore_index
-        targets = targets[counted]
-        logits, ranked = outputs.logits.flatten(0, -2)[counted].topk(len(self.hits))
-        self.max_logits += logits[:, 0].to(self.max_logits.dtype).sum()
-        self.hits += (ranked == targets[:, None]).sum(dim=0)
-        self.labels.update(targets)
-        if self.per_sample:
-            self.cache.append(outputs.features.flatten(0, -2)[counted], targets, ranked[:, 0])
-
-    def mean_max_logit(self) -> float:
-        """Return the mean of the greatest logit of each sample; NaN without samples."""
-        return float(self.max_logits / self.moments.counts.sum())
-
-    def accuracies(self) -> dict[str, float]:
-        """Return the accuracies of the classifier itself."""
-        shares = (self.hits.cumsum(0).double() / self.moments.counts.sum()).tolist()
-        return {"accuracy": shares[0]} | ({"accuracy_top5": shares[4]} if self.moments.num_classes > 5 else {})
-
-
 def _moments_of_train_split(
-    train: Iterable[Any] | ClassMoments | None, run: ModelRun, gathered: _Gathered
+    train: Iterable[Any] | ClassMoments | None, run: ModelRun, gathered: Gathered
 ) -> ClassMoments | None:
     if train is None or isinstance(train, ClassMoments):
         return train
     moments = gathered.new_moments(*gathered.moments.means.shape)
     for outputs in run.over(train, "train"):
-        moments.update(outputs.features, outputs.targets, ignore_index=gathered.ignore_index)
+        moments.update(outputs.features, outputs.targets, ignore_index=gathered.options.ignore_index)
     return moments
 
 
-def _check_arguments(model: object, loader: object, layers: object, unpack: object, device: object) -> None:
+def _check_arguments(
+    model: object, loader: object, train: object, layers: object, unpack: object, device: object
+) -> None:
     check_module("model", model)  # type: ignore[arg-type]
     if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
         raise ValueError(f"loader must be an iterable of batches, got {type(loader).__name__}")
+    if train is not None and (isinstance(train, Tensor | str) or not isinstance(train, ClassMoments | Iterable)):
+        raise ValueError(f"train must be ClassMoments or an iterable of batches, got {type(train).__name__}")
     if isinstance(layers, str) or not isinstance(layers, Sequence):
         raise ValueError(f"layers must be a list of names, got {layers!r}")
     if unpack is not None and not callable(unpack):
         raise ValueError(f"unpack must be a function of a batch, got {type(unpack).__name__}")
     check_device(device)
-
-
-def _check_train_moments(train: object, weight: Tensor) -> None:
-    if isinstance(train, ClassMoments):
-        if train.means.shape != weight.shape:
-            raise ValueError(f"train must be of K, d = {tuple(weight.shape)}, got {tuple(train.means.shape)}")
-    elif train is not None and (isinstance(train, Tensor | str) or not isinstance(train, Iterable)):
-        raise ValueError(f"train must be ClassMoments or an iterable of batches, got {type(train).__name__}")
 
 
 @dataclass(frozen=True)

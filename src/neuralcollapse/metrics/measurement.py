@@ -64,7 +64,7 @@ class Measurement:
             ``accuracy_top5`` of the classifier itself; and the metrics of single samples. `neuralcollapse.catalogue`
             defines them all.
         moments: Class moments of the features.
-        weight: W (K, d) of the classifier.
+        weight: W (K, d) of the classifier; (0, d) if features were measured without one.
         bias: b (K,), or None.
         cos_margins: (N,) cosine margins of all samples, ascending.
         ncc_mismatch: (K,) share of the samples of each class whose nearest class mean is not the predicted class; NaN
@@ -109,12 +109,12 @@ class Measurement:
 
     @property
     def num_classes(self) -> int:
-        """Number of classes K of the weight."""
-        return len(self.weight)
+        """Number of classes K."""
+        return self.moments.num_classes
 
     @property
     def absent_classes(self) -> list[int]:
-        """Classes of the weight without a measured sample."""
+        """Classes without a measured sample."""
         return (self.moments.counts == 0).nonzero().flatten().tolist()
 
     def __repr__(self) -> str:
@@ -156,7 +156,9 @@ class Measurement:
 
         metrics, undefined = updated(
             MetricValues(self.metrics, self.undefined),
-            measure_moments(self.moments, self.weight, self.bias, self.ood_means.get(""), options),
+            measure_moments(
+                self.moments, self.weight if len(self.weight) else None, self.bias, self.ood_means.get(""), options
+            ),
         )
         layers = {
             layer: updated(

@@ -50,7 +50,8 @@ class FeatureCache:
     It is a context manager that removes the file at its end.
 
     Args:
-        max_bytes: Maximum size of the features kept in memory.
+        max_bytes: Maximum size of the features kept in memory; None if they are views of memory of the caller, or of a
+            file, and are only referred to.
         folder: Folder of the temporary file; by default that of the system.
 
     Examples:
@@ -60,7 +61,7 @@ class FeatureCache:
         [tensor(2.)]
     """
 
-    def __init__(self, max_bytes: int = 2**31, folder: str | None = None) -> None:
+    def __init__(self, max_bytes: int | None = 2**31, folder: str | None = None) -> None:
         self.max_bytes = max_bytes
         self._folder = folder
         self._batches: list[CachedBatch] = []
@@ -82,7 +83,7 @@ class FeatureCache:
         """Add a batch."""
         features = features.detach()
         size = features.numel() * features.element_size()
-        if size and self._bytes + size > self.max_bytes:
+        if size and self.max_bytes is not None and self._bytes + size > self.max_bytes:
             features = self._to_disk(features.cpu().contiguous())
         else:
             self._bytes += size
@@ -174,13 +175,13 @@ class SampleValues(NamedTuple):
 
 
 def measure_samples(
-    cache: FeatureCache, weight: Tensor, moments: ClassMoments, train: ClassMoments, options: MeasureOptions
+    cache: FeatureCache, weight: Tensor | None, moments: ClassMoments, train: ClassMoments, options: MeasureOptions
 ) -> SampleValues:
     """Return the metrics of single samples.
 
     Args:
         cache: The samples.
-        weight: W (K, d).
+        weight: W (K, d); None without a classifier, and then only the numerical rank is measured.
         moments: Moments of the samples.
         train: Moments that give the class means and the centre.
         options: Classes that are left out, centre, and whether to include MIR and HDR.
@@ -191,7 +192,9 @@ def measure_samples(
         for entry in METRICS.values()
         if entry.of_samples and "class_scatter" not in entry.inputs and (options.information or not entry.optional)
     ]
-    if len(reference.classes) < 2:
+    if weight is None:
+        values = SampleValues.without_samples(moments.num_classes)
+    elif len(reference.classes) < 2:
         nothing = dict.fromkeys([entry.name for entry in entries], math.nan)
         values = SampleValues.without_samples(len(weight), *without_undefined(nothing, [one_class(reference.classes)]))
     else:
@@ -365,5 +368,5 @@ def _warn_of_classes_without_mean(measured: ClassStatistics, reference: ClassSta
         warnings.warn(
             f"{samples:,} samples of classes that the train split lacks ({classes}) are left out of the metrics of "
             "single samples",
-            stacklevel=5,
+            stacklevel=6,
         )

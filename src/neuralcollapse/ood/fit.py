@@ -163,7 +163,7 @@ class Record:
     def classifier(self) -> dict[str, Tensor]:
         """The weight and the bias, zero if the classifier has none."""
         weight, bias = self.measurement.weight, self.measurement.bias
-        if weight is None:
+        if not len(weight):
             raise ValueError("scores of logits need the weight of the classifier; measure(model, loader) keeps it")
         check_finite("weight", weight)
         bias = torch.zeros_like(weight[:, 0]) if bias is None else bias

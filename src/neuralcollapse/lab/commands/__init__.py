@@ -24,7 +24,10 @@ COMMANDS = {
         "study:STUDY",
         "a published figure from its runs to its picture and a verdict on each claim; without a name, list the studies",
     ),
-    "measure": ("measure:MEASURE", "NC metrics of every checkpoint of a run, or of an external model"),
+    "measure": (
+        "measure:MEASURE",
+        "NC metrics of every checkpoint of a run, of an external model, or of features in files",
+    ),
     "distance": ("distance:DISTANCE", "distances to the nearest simplex ETF over the measured epochs of a run"),
     "detect": (
         "detect:DETECT",

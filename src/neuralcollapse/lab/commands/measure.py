@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 SECTIONS = (DataSettings, BatchSettings)
 _OF_EXTERNAL = ("model", "model_options", "classifier", "epoch", "seed", "out")
+_OF_FEATURES = ("labels", "weight", "bias")
 _NOTHING = "nothing to do: every checkpoint is measured"
 
 
@@ -39,6 +40,12 @@ def _add_arguments(parser: ArgumentParser) -> None:
                           "per checkpoint; by default 0, of several 1, 2, ...")  # fmt: skip
     external.add_argument("--seed", metavar="N", help="seed it was trained with, for the record")
     external.add_argument("--out", metavar="FOLDER", help="folder to write")
+    features = parser.add_argument_group("Features in files")
+    features.add_argument("--features", metavar="FILE", help="features (N, d): .npy, .npz, .safetensors or .parquet, "
+                          "with :NAME after it for one of several arrays, a column or columns such as f*")  # fmt: skip
+    features.add_argument("--labels", metavar="FILE", help="their classes (N,)")
+    features.add_argument("--weight", metavar="FILE", help="weight (K, d) of the classifier, if there is one")
+    features.add_argument("--bias", metavar="FILE", help="its bias (K,)")
 
 
 def _run(settings: Namespace) -> int:
@@ -47,6 +54,12 @@ def _run(settings: Namespace) -> int:
         raise ValueError(f"every must be at least 1, got {every}")
     splits, layers = option(settings, "split", list[str]), option(settings, "layers", list[str], [])
     given = asked_for(settings, *SECTIONS)
+    if settings.get("features") is not None:
+        _check_features(settings, given)
+        return _measure_features(settings, splits)
+    for name in _OF_FEATURES:
+        if settings.get(name) is not None:
+            raise ValueError(f"{name} belongs to --features")
     if settings.get("checkpoint") is not None:
         for name in ("runs", "backbone", "flips"):
             if settings.get(name):
@@ -106,6 +119,57 @@ def _measure_external(settings: Namespace, given: dict[str, Any], splits: list[s
     return outcome.report(_NOTHING)
 
 
+def _check_features(settings: Namespace, given: dict[str, Any]) -> None:
+    """Raise if a flag that has no effect on features in files is given, or a flag is missing."""
+    others = [
+        *given,
+        "runs",
+        "every",
+        "layers",
+        "backbone",
+        "flips",
+        "checkpoint",
+        "model",
+        "model_options",
+        "classifier",
+    ]
+    for name in others:
+        if name in given or settings.get(name):
+            raise ValueError(f"{name.removesuffix('s') if name == 'runs' else name} has no effect with features")
+    if settings.get("labels") is None:
+        raise ValueError("labels must be given with features")
+    if settings.get("out") is None:
+        for name in ("split", "epoch", "seed"):
+            if settings.get(name) is not None:
+                raise ValueError(f"{name} is for the record, and needs --out")
+    elif settings.get("weight") is None:
+        raise ValueError("weight must be given with out: the tables and figures of a folder compare it with the means")
+
+
+def _measure_features(settings: Namespace, splits: list[str] | None) -> int:
+    """Measure features in files, print the metrics, and record them in the folder of a run if there is one to write."""
+    from neuralcollapse.metrics import measure_features
+
+    epochs = option(settings, "epoch", list[int], [0])
+    if len(epochs) != 1 or (splits is not None and len(splits) != 1):
+        raise ValueError("features are of one epoch and one split, got several")
+    paths = {name: option(settings, name) for name in ("features", "labels", "weight", "bias")}
+    seed = option(settings, "seed", int)
+    folder = None
+    if settings.get("out") is not None:
+        origin = {name: path for name, path in paths.items() if path is not None}
+        name = Path(paths["features"]).stem
+        folder = RunFolder.create(settings.out, name=name, settings=origin | ({} if seed is None else {"seed": seed}))
+    measurement = measure_features(**paths)
+    print(measurement)
+    outcome = Outcome()
+    if folder is not None:
+        print()
+        outcome.written = [folder.record(epochs[0], (splits or ["train"])[0], measurement), folder.metrics]
+        return outcome.report()
+    return 0
+
+
 def _standardisation(pixels: dict[str, Any]) -> str:
     """Return a sentence on the constants that pixels were standardised by."""
     parts = [
@@ -133,7 +197,8 @@ MEASURE = Command(
     "measure an external model: a state_dict (safetensors, or a torch file that holds only tensors) of a class of "
     "yours, or of a ResNet with torchvision's names, on the data that the settings below name. Several checkpoints of "
     "one training, given together or one after another, become one folder that plot, report, distance and aggregate "
-    "read.",
+    "read. With --features, measure features in files, without a model, and print the metrics; --out FOLDER records "
+    "them in the folder of a run.",
     _add_arguments,
     _run,
     SECTIONS,

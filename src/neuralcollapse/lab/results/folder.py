@@ -232,6 +232,11 @@ class RunFolder:
             raise ValueError(f"measurement must be the result of measure, got {type(measurement).__name__}")
         if not self.config.exists():
             raise ValueError(f"{str(self.path)!r} must be the folder of a run, and has no {self.config.name}")
+        if not len(measurement.weight):
+            raise ValueError(
+                "measurement must have the weight of the classifier, with which tables and figures compare the class "
+                "means, and has none: save it with measurement.save(path)"
+            )
         origin = measurement.provenance
         if origin.epoch not in (None, epoch) or origin.split not in (None, split):
             raise ValueError(
