@@ -72,7 +72,7 @@ LAB = {  # room or module of lab -> what it may import of the others
     "evaluate": GROUND | {"data", "models", "results", "training"},
     "figures": GROUND | {"results"},
     "ufm": GROUND | {"results", "figures", "training"},  # of training the optimiser AGD
-    "studies": GROUND | {"results", "training", "figures", "ufm"},
+    "studies": GROUND | {"data", "results", "training", "evaluate", "figures", "ufm"},
     "commands": GROUND | {"data", "models", "results", "training", "evaluate", "figures", "ufm", "studies"},
     "__init__": GROUND | {"data", "models", "results", "training"},
 }

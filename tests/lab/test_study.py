@@ -1,11 +1,13 @@
 """Studies: their files, the verdicts on their claims, and the command."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from PIL import Image
 from scipy import stats
 
 from helpers import slow_except
@@ -14,7 +16,8 @@ from neuralcollapse.cli import main
 from neuralcollapse.lab import studies
 from neuralcollapse.lab.figures import FIGURES
 from neuralcollapse.lab.results.folder import RunFolder
-from neuralcollapse.lab.results.verdicts import Finished, judge
+from neuralcollapse.lab.results.tables import read_table
+from neuralcollapse.lab.results.verdicts import Finished, judge, verdict_record
 from neuralcollapse.lab.studies import Claim, Value, load_study, study_names, study_runs
 
 TINY = {
@@ -73,7 +76,9 @@ def test_a_study_is_of_runs_that_can_be_made_and_of_metrics_that_there_are(name)
         assert len({run.data for run in runs.values()}) <= 1  # --data is of all
         assert set(scale.runs) <= set(study.runs)
     for one in study.claims:
-        assert one.value.of in METRICS or one.value.of in ("parameters", "peak_memory_mib", "excess_loss")
+        rates = {f"{score} auroc" for score in study.scores}
+        assert one.value.of in {*METRICS, *rates, "parameters", "peak_memory_mib", "excess_loss"}
+        assert one.than_value is None or one.than_value.of in {*METRICS, *rates}
         assert one.of
         assert one.than or one.bound is not None
         if not study.is_ufm:
@@ -84,7 +89,8 @@ def test_a_study_is_of_runs_that_can_be_made_and_of_metrics_that_there_are(name)
 def test_the_full_scale_is_what_is_published():
     for name in study_names():
         study = load_study(name)
-        if "full" in study.scales and not study.is_ufm:
+        of_a_paper = not study.source.startswith("this project")
+        if "full" in study.scales and of_a_paper and not study.is_ufm:
             assert not study.scales["full"].settings
             assert not study.scales["full"].runs
 
@@ -178,6 +184,54 @@ def test_deviations_are_from_the_mean_over_seeds_of_the_same_epoch():
     assert "a 0.000333 against b 0.133" in judgement.numbers[0]
 
 
+def test_a_correlation_with_nc1_is_that_of_scipy_over_the_epochs_that_have_both():
+    draw = np.random.default_rng(1)
+    runs, expected = {}, []
+    for seed in range(4):
+        rate, nc1 = draw.random(6), draw.random(6)
+        rate[2] = math.nan
+        finite = np.isfinite(rate)
+        expected.append(stats.spearmanr(rate[finite], nc1[finite]).statistic)
+        runs[seed] = Finished(pd.concat([course(rate, "neco auroc", "held-out"), course(nc1, "nc1_quotient")]), {})
+    found = judge(claim("at most", bound=0.0, kind="correlation", of="neco auroc", split="held-out"), {"a": runs})
+    test = stats.ttest_1samp(expected, 0)
+    assert test.pvalue > 0.05
+    assert found.verdict == "undecided"
+    assert found.numbers[0].startswith(f"a {np.mean(expected):.3g} [")
+    falling = {
+        seed: Finished(
+            pd.concat([course([0.5, 0.6, 0.8], "neco auroc", "held-out"), course([3, 2, last], "nc1_quotient")]), {}
+        )
+        for seed, last in enumerate([0.1, 0.2])
+    }
+    assert (
+        judge(
+            claim("at most", bound=0.0, kind="correlation", of="neco auroc", split="held-out"), {"a": falling}
+        ).verdict
+        == "holds"
+    )
+
+
+def test_the_other_runs_may_be_compared_by_another_number():
+    def of(neco, energy):
+        return pd.concat([course([neco], "neco auroc", "held-out"), course([energy], "energy auroc", "held-out")])
+
+    draw = np.random.default_rng(2)
+    neco, energy = draw.normal(0.9, 0.01, 5), draw.normal(0.85, 0.01, 5)
+    groups = {
+        "a": {seed: Finished(of(value, 0.0), {}) for seed, value in enumerate(neco)},
+        "b": {seed: Finished(of(1.0, value), {}) for seed, value in enumerate(energy)},
+    }
+    value = {"kind": "last", "of": "neco auroc", "split": "held-out"}
+    one = replace(
+        claim("above", than=["b"], **value), than_value=Value(kind="last", of="energy auroc", split="held-out")
+    )
+    assert stats.ttest_rel(neco, energy).pvalue < 0.05
+    assert judge(one, groups).verdict == "holds"
+    assert judge(replace(one, than_value=None), groups).verdict == "does not hold"
+    assert verdict_record(one, judge(one, groups))["measure"].endswith("against last held-out energy auroc")
+
+
 def test_one_seed_and_runs_that_are_not_there_are_undecided():
     one = claim("above", than=["b"], **LAST)
     assert "one seed" in judge(one, of_seeds(a=[0.9], b=[0.8])).numbers[0]
@@ -250,6 +304,68 @@ def test_a_study_that_was_stopped_goes_on_with_more_seeds_too(tiny, capsys, monk
     capsys.readouterr()
 
 
+DETECTION = TINY | {
+    "figure": "detection-scores",
+    "ood": ["held-out", "others"],
+    "scores": ["energy", "ncm"],
+    "claims": [
+        {
+            "text": "class means detect better with the greater rate",
+            "of": "fast",
+            "value": {"kind": "last", "of": "ncm auroc", "split": "others"},
+            "above": ["slow"],
+            "than_value": {"kind": "last", "of": "energy auroc", "split": "others"},
+        }
+    ],
+    "small": TINY["small"]
+    | {"settings": {**TINY["small"]["settings"], "hold_out_classes": [8, 9], "image_size": 8, "keep_at": [1, 2]}},
+}
+
+
+def test_a_study_of_detection_evaluates_each_kept_checkpoint_once(tiny, tmp_path, capsys, monkeypatch):
+    tiny.write_text(yaml.safe_dump(DETECTION))
+    assert main(["study", "tiny"]) == 2
+    assert "needs the folder of the unknown inputs others: --ood others=FOLDER" in capsys.readouterr().err
+    (tmp_path / "images").mkdir()
+    for index in range(20):
+        pixels = np.random.default_rng(index).integers(0, 256, (8, 8), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{index}.png")
+    folder = RunFolder("runs/studies/tiny-small")
+    trained = folder.run("fast-seed3").metrics.stat().st_mtime_ns
+    assert main(["study", "tiny", "--ood", f"others={tmp_path / 'images'}"]) == 0
+    told = capsys.readouterr().out
+    assert folder.run("fast-seed3").metrics.stat().st_mtime_ns == trained
+    record = yaml.safe_load(folder.verdict.read_text())
+    assert record["command"].endswith("--ood others=FOLDER")
+    auroc = {}
+    for run in ("fast", "slow"):
+        tables = [read_table(folder.run(f"{run}-seed{seed}").detection) for seed in (3, 4)]
+        assert all(set(zip(table["epoch"], table["set"], table["score"], strict=True)) == {
+            (epoch, name, score) for epoch in (1, 2) for name in DETECTION["ood"] for score in DETECTION["scores"]
+        } for table in tables)  # fmt: skip
+        auroc[run] = [
+            {
+                (row.set, row.score): row.value
+                for row in table[table["metric"] == "auroc"].itertuples()
+                if row.epoch == 2
+            }
+            for table in tables
+        ]
+    (row,) = [row for row in record["detection"] if row["run"] == "slow"]
+    values = [of_seed["others", "energy"] for of_seed in auroc["slow"]]
+    half = stats.t.ppf(0.975, 1) * np.std(values, ddof=1) / math.sqrt(2)
+    assert row["others energy"] == pytest.approx([np.mean(values), half], rel=1e-3)
+    ncm = np.mean([of_seed["others", "ncm"] for of_seed in auroc["fast"]])
+    assert f"fast {ncm:.3g} against slow {np.mean(values):.3g}" in record["claims"][0]["numbers"][0]
+    assert (folder.figures / "detection-scores.png").exists()
+
+    monkeypatch.setattr("neuralcollapse.lab.evaluate.detection.detect_run", None)  # it is not called again
+    assert main(["study", "tiny"]) == 0
+    assert capsys.readouterr().out == told
+    assert main(["study", "tiny", "--ood", f"photographs={tmp_path / 'images'}"]) == 2
+    assert "among the sets of the study tiny, held-out, others, got 'photographs'" in capsys.readouterr().err
+
+
 def test_a_study_changed_after_its_runs_says_which(tiny, capsys):
     assert main(["study", "tiny", "--seeds", "3,,"]) == 2
     assert main(["study", "tiny", "--seeds", "1"]) == 0
@@ -274,6 +390,16 @@ def test_a_study_changed_after_its_runs_says_which(tiny, capsys):
         ({"claims": [TINY["claims"][0] | {"below": ["slow"]}]}, "a claim needs one of below, above"),
         ({"claims": [TINY["claims"][0] | {"publshed": "2"}]}, "publshed"),
         ({"small": {"seeds": [1]}}, "cost"),
+        ({"ood": ["held-out"]}, "ood and scores belong together"),
+        ({"ood": ["held-out"], "scores": ["nco"]}, "scores must be among msp"),
+        (
+            {
+                "ood": ["held-out"],
+                "scores": ["neco"],
+                "claims": [TINY["claims"][0] | {"value": {"kind": "last", "of": "neco auroc", "split": "test"}}],
+            },
+            "must have the split held-out, got 'test'",
+        ),
         ({"runs": {"fast": {"rate": 0.1}, "slow": {}}}, "rate"),
     ],
 )

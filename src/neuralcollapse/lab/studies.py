@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import yaml
 
@@ -17,6 +17,7 @@ from neuralcollapse.lab.experiments import single_run
 from neuralcollapse.lab.recipes import load_recipe
 from neuralcollapse.lab.results.files import sole_writer, write_yaml
 from neuralcollapse.lab.results.folder import RunFolder
+from neuralcollapse.lab.results.statistics import student_interval
 from neuralcollapse.lab.results.verdicts import (
     Claim,
     Finished,
@@ -29,6 +30,9 @@ from neuralcollapse.lab.results.verdicts import (
 )
 from neuralcollapse.lab.settings import closest_names, load_typed_yaml
 from neuralcollapse.lab.untrusted import check_class_is_named
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SCALES = ("small", "full")
 _FOLDER = Path(__file__).parent / "studies"
@@ -78,6 +82,9 @@ class Study:
         runs: Settings of each run by its name, with the ``recipe`` that it starts from. Empty for the unconstrained
             features model.
         is_ufm: If True, the runs are all methods and optimisers of the unconstrained features model.
+        ood: Sets of unknown inputs on which the scores of every kept checkpoint are evaluated: built-in sets of
+            `detect`, or names whose folders are given (`StudyOptions`).
+        scores: Names of these scores.
         claims: Claims to judge.
         scales: Scales by name.
     """
@@ -90,6 +97,8 @@ class Study:
     is_ufm: bool
     claims: list[Claim]
     scales: dict[str, Scale]
+    ood: list[str] = field(default_factory=list)
+    scores: list[str] = field(default_factory=list)
 
     def scale(self, name: str) -> Scale:
         """Return a scale by name.
@@ -149,22 +158,48 @@ def _check(study: Study, path: Path) -> None:
     wrong = []
     if not study.scales:
         wrong.append(f"it has no scale, {' or '.join(SCALES)}")
+    if bool(study.ood) != bool(study.scores):
+        wrong.append("ood and scores belong together: which sets, and which scores are evaluated on them")
+    if study.scores:
+        from neuralcollapse.ood import SCORES
+
+        wrong += [
+            f"scores must be among {', '.join(SCORES)}, got {score!r}" for score in study.scores if score not in SCORES
+        ]
+    rates = _detection_metrics(study)
     for claim in study.claims:
         unknown = [run for run in (*claim.of, *claim.than) if run not in study.runs]
         if unknown and not study.is_ufm:
             wrong.append(f"a claim is about {unknown[0]!r}, which is not one of its runs {', '.join(study.runs)}")
-        if claim.value.kind != "fact" and claim.value.of not in METRICS and not study.is_ufm:
-            wrong.append(
-                f"a claim is about {claim.value.of!r}, which is not a metric{closest_names(claim.value.of, METRICS)}"
-            )
-        if claim.value.kind not in get_args(Kind):
-            wrong.append(f"kind must be one of {', '.join(get_args(Kind))}, got {claim.value.kind!r}")
-        if claim.value.kind in ("epochs", "fall") and math.isnan(claim.value.level):
-            wrong.append(f"a claim about {claim.value.kind} of {claim.value.of} has no level")
+        for value in [claim.value] + ([] if claim.than_value is None else [claim.than_value]):
+            wrong += _wrong_with(value, study, [*METRICS, *rates], rates)
+        if claim.than_value is not None and not claim.than:
+            wrong.append("than_value belongs to a claim that compares runs")
         if claim.bound is None and (claim.relation == "like" or not claim.than):
             wrong.append(f"a claim {claim.relation!r} needs a bound")
     if wrong:
         raise ValueError(f"{str(path)!r} must be a study, and is not: {wrong[0]}")
+
+
+def _wrong_with(value: Value, study: Study, metrics: Sequence[str], rates: Sequence[str]) -> Iterator[str]:
+    """Yield what is wrong with the value of a claim, given the metrics, and those of them that are detection rates."""
+    if value.kind != "fact" and value.of not in metrics and not study.is_ufm:
+        yield f"a claim is about {value.of!r}, which is not a metric{closest_names(value.of, metrics)}"
+    if value.of in rates and value.split not in study.ood:
+        yield f"a claim about {value.of} must have the split {' or '.join(study.ood)}, got {value.split!r}"
+    if value.kind not in get_args(Kind):
+        yield f"kind must be one of {', '.join(get_args(Kind))}, got {value.kind!r}"
+    if value.kind in ("epochs", "fall") and math.isnan(value.level):
+        yield f"a claim about {value.kind} of {value.of} has no level"
+
+
+def _detection_metrics(study: Study) -> list[str]:
+    """Return the names under which claims refer to detection rates, such as ``"neco auroc"``."""
+    if not study.scores:
+        return []
+    from neuralcollapse.lab.evaluate.detection import RATES
+
+    return [f"{score} {rate}" for score in study.scores for rate in RATES]
 
 
 def study_runs(
@@ -206,6 +241,7 @@ class StudyOptions:
         data: Data of every run; by default those of earlier runs in the folder, then those of the recipes.
         backbone: Class that may be imported if the study's file names it as a backbone.
         parallel: Number of runs to train at a time.
+        ood: Folder of each set of unknown inputs of the study that is not built in, by its name.
         overwrite: Whether to delete the runs in the folder, and train again.
     """
 
@@ -213,6 +249,7 @@ class StudyOptions:
     data: str | None = None
     backbone: str | None = None
     parallel: int = 1
+    ood: Mapping[str, Path | None] = field(default_factory=dict)
     overwrite: bool = False
 
 
@@ -248,6 +285,7 @@ def _results(
     """Train the missing runs and draw the figure; return the finished runs by name and seed, and the pictures."""
     from neuralcollapse.lab.results.tables import read_table
 
+    _check_sets(study, options)
     data = options.data
     if data is None and not options.overwrite:
         configs = sorted(folder.runs.glob(f"*/{folder.config.name}"))
@@ -265,11 +303,13 @@ def _results(
     for name, config in runs.items():
         if _is_finished(folder.run(name)):
             finished[name.rpartition("-seed")[0]][config.seed] = folder.run(name)
+    if study.ood:
+        _detect(study, [run for of_label in finished.values() for run in of_label.values()], options)
     groups: dict[str, dict[int, Finished]] = {label: {} for label in study.runs}
     for label, of_label in finished.items():
         for seed, run in of_label.items():
             facts = run.read_environment() | {"seconds": float(read_table(run.training_log)["seconds"].sum())}
-            groups[label][seed] = Finished(read_table(run.metrics), facts)
+            groups[label][seed] = Finished(_measured(run, study), facts)
     return groups, _draw(study, {label: list(of_label.values()) for label, of_label in finished.items()}, folder)
 
 
@@ -306,6 +346,66 @@ def _train_missing(runs: Mapping[str, RunConfig], folder: RunFolder, *, resume: 
     with closing(train_each(runs, folder, preparation, parallel)) as failures:
         for name, failure in failures:
             print(f"neuralcollapse: skipped: {name}: {failure}", file=sys.stderr)
+
+
+def _check_sets(study: Study, options: StudyOptions) -> None:
+    """Check that the folders given are those of sets of the study.
+
+    Raises:
+        ValueError: if one is not.
+    """
+    if unknown := [name for name in options.ood if name not in study.ood]:
+        sets = ", ".join(study.ood) or "no such sets"
+        raise ValueError(f"ood must be among the sets of the study {study.name}, {sets}, got {unknown[0]!r}")
+
+
+def _detect(study: Study, runs: Sequence[RunFolder], options: StudyOptions) -> None:
+    """Evaluate the scores on every kept checkpoint of the runs whose last one has not been evaluated.
+
+    Raises:
+        ValueError: if a set needs a folder that is not given, or as `detect_run`.
+    """
+    from neuralcollapse.lab.data.unknown import BUILT_IN
+    from neuralcollapse.lab.evaluate.detection import detect_run
+    from neuralcollapse.lab.training.runs import Preparation
+
+    missing = [run for run in runs if not _is_detected(run, study)]
+    sets = {name: options.ood.get(name) for name in study.ood}
+    if without := [name for name, path in sets.items() if path is None and name not in BUILT_IN and missing]:
+        raise ValueError(
+            f"study {study.name} needs the folder of the unknown inputs {without[0]}: --ood {without[0]}=FOLDER"
+        )
+    preparation = Preparation(resumed=True, progress=True)
+    for run in missing:
+        for _ in detect_run(run, preparation, sets, scores=study.scores, epochs="all", backbone=options.backbone):
+            pass
+
+
+def _is_detected(run: RunFolder, study: Study) -> bool:
+    """Whether the last epoch of a run has the rates of each set and score: epochs are evaluated in their order."""
+    from neuralcollapse.lab.results.tables import read_table
+
+    if not run.detection.exists():
+        return False
+    table = read_table(run.detection)
+    last = table[table["epoch"] == run.settings()["epochs"]]
+    return {(name, score) for name in study.ood for score in study.scores} <= {
+        *zip(last["set"], last["score"], strict=True)
+    }
+
+
+def _measured(run: RunFolder, study: Study) -> pd.DataFrame:
+    """Return the metrics of a run; detection rates have the set as their split, and names as ``"neco auroc"``."""
+    import pandas as pd
+
+    from neuralcollapse.lab.results.tables import COLUMNS, read_table
+
+    metrics = read_table(run.metrics)
+    if not study.ood:
+        return metrics
+    rates = read_table(run.detection)
+    rates = rates.assign(split=rates["set"], metric=rates["score"] + " " + rates["metric"])
+    return pd.concat([metrics, rates[COLUMNS]], ignore_index=True)
 
 
 def _draw(study: Study, runs: Mapping[str, list[RunFolder]], folder: RunFolder) -> list[Path]:
@@ -354,7 +454,10 @@ def _ufm_results(
 
 def _record(study: Study, scale: str, seeds: Sequence[int], groups: Groups) -> dict[str, Any]:
     """Return the verdicts on the claims of a study, with the origin of its runs."""
+    from neuralcollapse.lab.data.unknown import BUILT_IN
+
     facts = [run.facts for runs in groups.values() for run in runs.values()]
+    folders = [f"--ood {name}=FOLDER" for name in study.ood if name not in BUILT_IN]
     return {
         "study": study.name,
         "title": study.title,
@@ -363,11 +466,36 @@ def _record(study: Study, scale: str, seeds: Sequence[int], groups: Groups) -> d
         "reduced": study.scale(scale).reduced,
         "seeds": list(seeds),
         "claims": [verdict_record(claim, judge(claim, groups)) for claim in study.claims],
-        "command": f"neuralcollapse study {study.name} --scale {scale}",
+        **({"detection": _last_rates(study, groups)} if study.ood else {}),
+        "command": " ".join([f"neuralcollapse study {study.name} --scale {scale}", *folders]),
         "training_minutes": round(sum(of_run["seconds"] for of_run in facts) / 60, 1),
         **{name: _values_of(name, facts) for name in ("neuralcollapse", "git_commit", "machine", "accelerator")},
         "finished": max((of_run["ended"] for of_run in facts if of_run.get("ended")), default=None),
     }
+
+
+def _last_rates(study: Study, groups: Groups) -> list[dict[str, Any]]:
+    """Return for each run the last accuracy and NC1, and the AUROC of each score on each set.
+
+    Each is the mean over seeds with half of Student's 95% interval.
+    """
+    import pandas as pd
+
+    quantities = {"accuracy": ("accuracy", "test"), "nc1_quotient": ("nc1_quotient", "train")}
+    quantities |= {f"{name} {score}": (f"{score} auroc", name) for name in study.ood for score in study.scores}
+    rows: list[dict[str, Any]] = []
+    for label, runs in groups.items():
+        row: dict[str, Any] = {"run": label}
+        for quantity, (metric, split) in quantities.items():
+            last = {seed: _last(run.metrics, metric, split) for seed, run in runs.items()}
+            row[quantity] = [float(f"{number:.4g}") for number in student_interval(pd.Series(last, dtype=float))]
+        rows.append(row)
+    return rows
+
+
+def _last(table: pd.DataFrame, metric: str, split: str) -> float:
+    chosen = table[(table["metric"] == metric) & (table["split"] == split)]
+    return float(chosen.sort_values("epoch")["value"].iloc[-1])
 
 
 def _values_of(name: str, facts: Sequence[Mapping[str, Any]]) -> str | None:
@@ -399,7 +527,16 @@ def _claim(content: Mapping[str, Any]) -> Claim:
     relation = given.pop(relations[0])
     than, bound = ([], relation) if isinstance(relation, int | float) else (_list(relation), given.pop("bound", None))
     value, of = Value(**given.pop("value")), _list(given.pop("of"))
-    return Claim(**given, value=value, of=of, relation=relations[0], than=than, bound=bound)  # type: ignore[arg-type]
+    than_value = Value(**given.pop("than value")) if "than value" in given else None
+    return Claim(
+        **given,
+        value=value,
+        of=of,
+        relation=relations[0],  # type: ignore[arg-type]
+        than=than,
+        bound=bound,
+        than_value=than_value,
+    )
 
 
 def _list(value: str | list[str]) -> list[str]:

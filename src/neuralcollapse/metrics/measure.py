@@ -221,9 +221,12 @@ class ModelRun:
         return {name: total / counts[name] for name, total in sums.items()}
 
     def calls(
-        self, loader: Iterable[Any], argument: str
+        self, loader: Iterable[Any], argument: str, description: str = ""
     ) -> Iterator[tuple[Tensor | None, Tensor, Tensor, dict[str, Tensor]]]:
-        """Yield targets, features, logits and layer outputs of each batch."""
+        """Yield targets, features, logits and layer outputs of each batch.
+
+        Errors name the argument; the progress bar has the description, by default the name of the argument.
+        """
         from tqdm.auto import tqdm
 
         layers: dict[str, Tensor] = {}
@@ -232,7 +235,7 @@ class ModelRun:
             stack.enter_context(self.observer)
             for name in dict.fromkeys(self.layers):
                 stack.enter_context(_recorded_output(self.model, name, layers))
-            for batch in tqdm(loader, desc=argument, disable=not self.progress, leave=False):
+            for batch in tqdm(loader, desc=description or argument, disable=not self.progress, leave=False):
                 unpacked = self.unpack(batch)
                 if not (isinstance(unpacked, tuple | list) and len(unpacked) == 2):
                     raise ValueError(f"unpack must return (inputs, targets), got {type(unpacked).__name__}")

@@ -156,7 +156,8 @@ def evaluate(
     values: dict[str, dict[str, Tensor]] = {name: {} for name in fitted}
     with unchanged_on_error(model), evaluation_mode(model):
         for label, loader in loaders.items():
-            parts = _scores_of(run, loader, "test_loader" if label == TEST else f"ood[{label!r}]", fitted)
+            argument = "test_loader" if label == TEST else f"ood[{label!r}]"
+            parts = _scores_of(run, loader, argument, label, fitted)
             for name in fitted:
                 values[name][label] = torch.cat(parts[name])
     rows = [
@@ -202,13 +203,13 @@ def _requested(measurement: Measurement, scores: object) -> dict[str, FittedScor
 
 
 def _scores_of(
-    run: ModelRun, loader: Iterable[Any], argument: str, fitted: Mapping[str, FittedScore]
+    run: ModelRun, loader: Iterable[Any], argument: str, description: str, fitted: Mapping[str, FittedScore]
 ) -> dict[str, list[Tensor]]:
-    """Return the scores of each batch of a loader."""
+    """Return the scores of each batch of a loader; errors name the argument, the progress bar has the description."""
     parts: dict[str, list[Tensor]] = {name: [] for name in fitted}
     moved: dict[str, FittedScore] = {}
     count = 0
-    for _, features, _, _ in run.calls(loader, argument):
+    for _, features, _, _ in run.calls(loader, argument, description):
         rows = features.flatten(0, -2)
         count += len(rows)
         moved = moved or {name: score.to(rows.device, compute_dtype(rows.dtype)) for name, score in fitted.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from argparse import Action
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,10 +15,11 @@ from jsonargparse import ArgumentParser, Namespace
 
 from neuralcollapse.lab.results.files import sole_writer
 from neuralcollapse.lab.results.folder import RunFolder
-from neuralcollapse.lab.settings import parse
+from neuralcollapse.lab.settings import closest_names, parse
 
 _Item = TypeVar("_Item")
 FAILED_IN_PART = 1
+_NAME_OF_SET = re.compile(r"[A-Za-z0-9][\w.+-]*")
 
 
 class Append(Action):
@@ -58,6 +60,35 @@ def runs_of(paths: Sequence[str]) -> list[RunFolder]:
                 print(f"neuralcollapse: skipped: {run.path.name}, which diverged", file=sys.stderr)
         runs |= finite
     return list(runs.values())
+
+
+def unknown_sets_of(texts: list[str]) -> dict[str, Path | None]:
+    """Return the folder of each set of unknown inputs by its name, None for sets that need no folder.
+
+    Raises:
+        ValueError: if a set is unknown or repeated, a name cannot be one, or a folder does not exist.
+    """
+    from neuralcollapse.lab.data.unknown import BUILT_IN
+
+    forms = f"{', '.join(BUILT_IN)} or NAME=FOLDER"
+    if not texts:
+        raise ValueError(f"ood must name at least one set: {forms}")
+    sets: dict[str, Path | None] = {}
+    for text in texts:
+        name, has_folder, folder = text.partition("=")
+        if not has_folder and name not in BUILT_IN:
+            raise ValueError(f"ood must be {forms}, got {text!r}{closest_names(name, BUILT_IN)}")
+        if has_folder and (name in (*BUILT_IN, "test") or not _NAME_OF_SET.fullmatch(name)):
+            raise ValueError(
+                f"ood must be NAME=FOLDER with a name of letters, digits, dots, plus and minus signs and underscores, "
+                f"other than test, {', '.join(BUILT_IN)}, got {text!r}"
+            )
+        if has_folder and not Path(folder).expanduser().is_dir():
+            raise ValueError(f"ood must be NAME=FOLDER with an existing folder, got {text!r}")
+        if name in sets:
+            raise ValueError(f"ood must name different sets, got {name!r} twice")
+        sets[name] = Path(folder).expanduser() if has_folder else None
+    return sets
 
 
 def output_folder(settings: Namespace, default: str) -> str:

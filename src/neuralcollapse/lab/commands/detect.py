@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
 from neuralcollapse.lab.commands import Command
-from neuralcollapse.lab.commands.common import Append, Outcome, add_runs, option, runs_of
+from neuralcollapse.lab.commands.common import Append, Outcome, add_runs, option, runs_of, unknown_sets_of
 from neuralcollapse.lab.settings import closest_names
-
-_NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -28,7 +25,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 
 def _run(settings: Namespace) -> int:
-    sets = _sets(option(settings, "ood", list[str], []))
+    sets = unknown_sets_of(option(settings, "ood", list[str], []))
     epochs = option(settings, "epochs", Literal["last", "all"] | list[int], "last")
     runs = runs_of(option(settings, "runs", list[str]))
     out = option(settings, "out")
@@ -55,35 +52,6 @@ def _run(settings: Namespace) -> int:
         outcome.written += write_detection(run, last.evaluation, last.epoch, Path(out or run.figures))
     outcome.written = [*dict.fromkeys(outcome.written)]
     return outcome.report()
-
-
-def _sets(texts: list[str]) -> dict[str, Path | None]:
-    """Return the folder of each set by its name, None for sets that need no folder.
-
-    Raises:
-        ValueError: if a set is unknown or repeated, a name cannot be one, or a folder does not exist.
-    """
-    from neuralcollapse.lab.data.unknown import BUILT_IN
-
-    forms = f"{', '.join(BUILT_IN)} or NAME=FOLDER"
-    if not texts:
-        raise ValueError(f"ood must name at least one set: {forms}")
-    sets: dict[str, Path | None] = {}
-    for text in texts:
-        name, has_folder, folder = text.partition("=")
-        if not has_folder and name not in BUILT_IN:
-            raise ValueError(f"ood must be {forms}, got {text!r}{closest_names(name, BUILT_IN)}")
-        if has_folder and (name in (*BUILT_IN, "test") or not _NAME.fullmatch(name)):
-            raise ValueError(
-                f"ood must be NAME=FOLDER with a name of letters, digits, dots, plus and minus signs and underscores, "
-                f"other than test, {', '.join(BUILT_IN)}, got {text!r}"
-            )
-        if has_folder and not Path(folder).expanduser().is_dir():
-            raise ValueError(f"ood must be NAME=FOLDER with an existing folder, got {text!r}")
-        if name in sets:
-            raise ValueError(f"ood must name different sets, got {name!r} twice")
-        sets[name] = Path(folder).expanduser() if has_folder else None
-    return sets
 
 
 def _scores(names: list[str] | None) -> list[str] | Literal["all"]:

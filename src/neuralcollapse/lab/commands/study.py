@@ -9,7 +9,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from neuralcollapse.lab.commands import Command
-from neuralcollapse.lab.commands.common import option, print_written
+from neuralcollapse.lab.commands.common import Append, option, print_written, unknown_sets_of
 from neuralcollapse.lab.results.files import read_yaml
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.studies import SCALES, StudyOptions, load_study, run_study, study_names
@@ -27,6 +27,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FOLDER", help="folder to write; by default runs/studies/NAME-SCALE")
     parser.add_argument("--backbone", metavar="CLASS", help="class of yours that the study's file names: it is not "
                         "imported because the file names it")  # fmt: skip
+    parser.add_argument("--ood", action=Append, metavar="NAME=FOLDER", help="folder of a set of unknown inputs of a "
+                        "study of detection; may be given several times")  # fmt: skip
     parser.add_argument("--parallel", metavar="N", help="train N runs at a time; by default 1")
     parser.add_argument("--overwrite", action="store_true", help="delete what the folder holds, and train again")
 
@@ -38,12 +40,14 @@ def _run(settings: Namespace) -> None:
         return
     study = load_study(name)
     scale = option(settings, "scale", default=next(iter(study.scales)))
+    sets = option(settings, "ood", list[str])
     options = StudyOptions(
-        option(settings, "seeds", int | list[int]),
-        option(settings, "data"),
-        option(settings, "backbone"),
-        option(settings, "parallel", int, 1),
-        bool(settings.get("overwrite")),
+        seeds=option(settings, "seeds", int | list[int]),
+        data=option(settings, "data"),
+        backbone=option(settings, "backbone"),
+        parallel=option(settings, "parallel", int, 1),
+        ood={} if sets is None else unknown_sets_of(sets),
+        overwrite=bool(settings.get("overwrite")),
     )
     folder = RunFolder(option(settings, "out", default=_FOLDER / f"{study.name}-{scale}"))
     record, written = run_study(study, scale, folder, options)

@@ -43,6 +43,9 @@ FIGURES = {
     "classes": FigureEntry("norms, variances and cosines of every class", "published:classes", 4),
     "features": FigureEntry("features of three classes on their plane, from epoch to epoch", "features:feature_panels"),
     "detection": FigureEntry("detection of unknown inputs against NC1", "detection:detection"),
+    "detection-scores": FigureEntry(
+        "detection of unknown inputs against NC1, one panel per score", "detection:detection_of_scores", 4
+    ),
     "overview": FigureEntry("every metric", "curves:overview"),
 }
 

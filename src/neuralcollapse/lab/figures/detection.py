@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -40,6 +40,22 @@ def detection(runs: RunGroups) -> list[Panel]:
     return panels
 
 
+def detection_of_scores(runs: RunGroups) -> list[Panel]:
+    """Return a panel per set and score: AUROC of each group against NC1 of the train split, epoch by epoch."""
+    rates = runs.detection
+    pairs = [*dict.fromkeys(zip(rates["set"], rates["score"], strict=True))] or [("", "")]
+    pairs.sort(key=lambda pair: [*rates["set"].unique()].index(pair[0]) if len(rates) else 0)
+    several = rates["set"].nunique() > 1
+    return [
+        Panel(
+            "-".join(part for part in (name, score) if part),
+            literal(f"{name}: {score}" if several else score),
+            partial(_draw_score, runs=runs, name=name, score=score),
+        )
+        for name, score in pairs
+    ]
+
+
 def write_detection(run: RunFolder, evaluation: Evaluation, epoch: int, out: Path) -> list[Path]:
     """Draw the distributions of the scores, one page per set, and AUROC against NC1; return the files.
 
@@ -69,22 +85,47 @@ def _write_distributions(run: RunFolder, evaluation: Evaluation, name: str, epoc
 
 
 def _draw_against_nc1(axes: Axes, *, runs: RunGroups, label: str, name: str) -> None:
-    table = runs.detection
-    rates = table[(table["method"] == label) & (table["set"] == name) & (table["metric"] == "auroc")]
+    """Draw AUROC of each score on a set, for one group."""
+    points = _points(runs, (runs.detection["method"] == label) & (runs.detection["set"] == name))
+    styles = line_styles(list(points["score"].unique()), markers=True)
+    for score, of_score in points.groupby("score", sort=False):
+        _draw_course(axes, of_score, label=str(score), **styles[str(score)])
+    _finish(axes, points)
+
+
+def _draw_score(axes: Axes, *, runs: RunGroups, name: str, score: str) -> None:
+    """Draw AUROC of one score on a set, for each group."""
+    points = _points(runs, (runs.detection["score"] == score) & (runs.detection["set"] == name))
+    styles = line_styles(list(runs.groups), markers=True)
+    for label, of_label in points.groupby("method", sort=False):
+        _draw_course(axes, of_label, label=literal(str(label)), **styles[str(label)])
+    _finish(axes, points)
+
+
+def _points(runs: RunGroups, chosen: pd.Series) -> pd.DataFrame:
+    """Return the AUROC (value) and the NC1 (value_nc1) at each epoch of chosen rows of the detection rates.
+
+    Raises:
+        ValueError: if there are none that are finite.
+    """
+    rates, metrics = runs.detection[chosen & (runs.detection["metric"] == "auroc")], runs.metrics
     if rates.empty:
         raise ValueError("no detection rates: run `neuralcollapse detect`")
-    metrics = runs.metrics
-    collapse = metrics[(metrics["method"] == label) & (metrics["split"] == "train") & (metrics["metric"] == _NC1)]
-    points = rates.merge(collapse[["seed", "epoch", "value"]], on=["seed", "epoch"], suffixes=("", "_nc1"))
+    collapse = metrics[(metrics["split"] == "train") & (metrics["metric"] == _NC1)]
+    keys = ["method", "seed", "epoch"]
+    points = rates.merge(collapse[[*keys, "value"]], on=keys, suffixes=("", "_nc1"))
     points = points[np.isfinite(points["value"]) & np.isfinite(points["value_nc1"])]
     if points.empty:
         raise ValueError(f"no finite AUROC at an epoch with a finite {_NC1}")
-    styles = line_styles(list(rates["score"].unique()), markers=True)
-    for score, of_score in points.groupby("score", sort=False):
-        means = _means(of_score)
-        axes.plot(
-            means["value_nc1"], means["value"], label=str(score), linewidth=1.2, markersize=4, **styles[str(score)]
-        )
+    return points
+
+
+def _draw_course(axes: Axes, points: pd.DataFrame, **style: Any) -> None:
+    means = _means(points)
+    axes.plot(means["value_nc1"], means["value"], linewidth=1.2, markersize=4, **style)
+
+
+def _finish(axes: Axes, points: pd.DataFrame) -> None:
     least, greatest = points["value_nc1"].min(), points["value_nc1"].max()
     if least > 0 and greatest > 3 * least:
         axes.set_xscale("log")

@@ -13,7 +13,7 @@ from neuralcollapse.lab.results.statistics import epochs_to_reach, half_width, p
 if TYPE_CHECKING:
     import pandas as pd
 
-Kind = Literal["last", "mean", "epochs", "fall", "deviation", "fact"]
+Kind = Literal["last", "mean", "epochs", "fall", "deviation", "correlation", "fact"]
 Relation = Literal["below", "above", "like", "at least", "at most"]
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 _MOST_SEEDS = 1000
@@ -27,7 +27,8 @@ class Value:
         kind: ``"last"``, the last measured value of a metric; ``"mean"``, its mean over the measured epochs;
             ``"epochs"``, the number until it reaches ``level``; ``"fall"``, its value at the first measured epoch with
             the train accuracy ``level`` over its last value; ``"deviation"``, its absolute deviation from the mean over
-            seeds at the same epoch, mean over epochs; or ``"fact"``, a value of the run's environment, such as its
+            seeds at the same epoch, mean over epochs; ``"correlation"``, Spearman's rank correlation over the measured
+            epochs with the train ``nc1_quotient``; or ``"fact"``, a value of the run's environment, such as its
             parameters.
         of: Name of the metric or the fact.
         split: Split of the data.
@@ -51,6 +52,7 @@ class Claim:
         relation: ``"below"`` or ``"above"`` each of ``than``, by more than ``bound`` if it is given; ``"like"`` each
             of them, within ``bound``; or ``"at least"`` or ``"at most"`` ``bound``.
         than: Runs of the same seed to compare with.
+        than_value: Number of these runs, in the same units; by default ``value``.
         bound: Bound in the units of the value; a factor for falls, facts and metrics that the catalogue draws on a
             logarithmic scale.
         published: Number in the paper, if it has one.
@@ -63,6 +65,7 @@ class Claim:
     than: list[str]
     bound: float | None = None
     published: str | None = None
+    than_value: Value | None = None
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,13 @@ def judge(claim: Claim, groups: Groups) -> Judgement:
     Raises:
         ValueError: if a metric that the claim is about was not measured.
     """
-    values = {name: _values(claim.value, groups.get(name, {})) for name in (*claim.of, *claim.than)}
-    comparisons = [_compare(claim, name, other, values) for name in claim.of for other in (*claim.than,) or (None,)]
+    values = {name: _values(claim.value, groups.get(name, {})) for name in claim.of}
+    others = {name: _values(claim.than_value or claim.value, groups.get(name, {})) for name in claim.than}
+    comparisons = [
+        _compare(claim, name, of_name, other, of_other)
+        for name, of_name in values.items()
+        for other, of_other in (others or {None: None}).items()
+    ]
     verdicts = {verdict for verdict, _ in comparisons}
     overall = FAILS if FAILS in verdicts else UNDECIDED if UNDECIDED in verdicts else HOLDS
     return Judgement(overall, [f"{words}: {verdict}" for verdict, words in comparisons])
@@ -128,6 +136,7 @@ def describe(value: Value) -> str:
         "mean": f"{metric}, mean over measured epochs",
         "epochs": f"epochs until {metric} is {value.level}",
         "fall": f"{metric} when train accuracy first is {value.level}, over its last value",
+        "correlation": f"rank correlation of {metric} with train nc1_quotient over measured epochs",
         "deviation": f"{metric}, deviation from the mean over seeds at equal epoch, mean over epochs",
         "fact": metric,
     }[value.kind]
@@ -155,6 +164,7 @@ def _values(value: Value, runs: Mapping[int, Finished]) -> _Values:
         "mean": lambda seed: courses[seed].mean(),
         "epochs": lambda seed: epochs_to_reach(courses[seed], value.level, interpolate=True),
         "fall": lambda seed: _fall(courses[seed], _course(runs[seed].metrics, "accuracy", "train"), value.level),
+        "correlation": lambda seed: _correlation(courses[seed], _course(runs[seed].metrics, "nc1_quotient", "train")),
     }[value.kind]
     of_seed = pd.Series({seed: number(seed) for seed in courses}, dtype=float)
     more = set()
@@ -180,21 +190,28 @@ def _fall(course: pd.Series, accuracy: pd.Series, level: float) -> float:
     return math.nan if math.isnan(epoch) else float(course[int(epoch)] / course.iloc[-1])
 
 
+def _correlation(course: pd.Series, collapse: pd.Series) -> float:
+    """Spearman's rank correlation over the epochs at which both are finite; NaN if one of them is constant."""
+    both = course.to_frame("value").join(collapse.rename("collapse"), how="inner").dropna()
+    ranks = both.rank()
+    return float(ranks["value"].corr(ranks["collapse"]))
+
+
 def _is_ratio(value: Value) -> bool:
     return value.kind in ("fall", "fact") or (
         value.kind in ("last", "mean") and value.of in METRICS and METRICS[value.of].scale == "log"
     )
 
 
-def _compare(claim: Claim, name: str, other: str | None, values: Mapping[str, _Values]) -> tuple[str, str]:
+def _compare(claim: Claim, name: str, of_name: _Values, other: str | None, of_other: _Values | None) -> tuple[str, str]:
     """The verdict on one comparison, and its numbers in words."""
-    ratio, of_name = _is_ratio(claim.value), values[name]
+    ratio = _is_ratio(claim.value)
     words = f"{name} {_over_seeds(of_name, ratio)}"
     compared, more = of_name.of_seed, set()
-    if other is not None:
-        compared = paired_differences(of_name.of_seed, values[other].of_seed)
-        more = of_name.more & values[other].more
-        words += f" against {other} {_over_seeds(values[other], ratio)}"
+    if of_other is not None:
+        compared = paired_differences(of_name.of_seed, of_other.of_seed)
+        more = of_name.more & of_other.more
+        words += f" against {other} {_over_seeds(of_other, ratio)}"
     if compared.empty:
         return UNDECIDED, f"{words}, with no run of the same seed that is finished"
     if not compared.map(math.isfinite).all():
@@ -254,6 +271,9 @@ def _shown(number: float, ratio: bool) -> str:
 
 def verdict_record(claim: Claim, judgement: Judgement) -> dict[str, Any]:
     """Return a claim and its verdict as plain values."""
-    record: dict[str, Any] = {"claim": claim.text, "measure": describe(claim.value), "verdict": judgement.verdict}
+    measure = describe(claim.value)
+    if claim.than_value is not None:
+        measure += f", against {describe(claim.than_value)}"
+    record: dict[str, Any] = {"claim": claim.text, "measure": measure, "verdict": judgement.verdict}
     record |= {"numbers": judgement.numbers}
     return record if claim.published is None else record | {"published": claim.published}
