@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -100,6 +101,26 @@ def test_the_model_runs_once_on_each_batch_and_keeps_its_modes():
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert not model[4]._forward_hooks
     assert not model[4]._forward_pre_hooks
+
+
+@pytest.mark.parametrize("progress", [False, True])
+def test_each_loader_is_iterated_once_under_its_own_name(progress, capsys):
+    class Loader:
+        def __init__(self, content):
+            self.content, self.passes = content, 0
+
+        def __len__(self):
+            return len(self.content)
+
+        def __iter__(self):
+            self.passes += 1
+            return iter(self.content)
+
+    model, test, far, near = net(), Loader(batches(TEST, TARGETS)), Loader(batches(FAR)), Loader(batches(FAR / 4))
+    ood.evaluate(model, record(model), test, {"far": far, "near": near}, ["msp"], progress=progress)
+    assert [loader.passes for loader in (test, far, near)] == [1, 1, 1]
+    bars = {line.partition(":")[0].strip() for line in re.split(r"[\r\n]", capsys.readouterr().err)} - {""}
+    assert bars == ({"test", "far", "near"} if progress else set())
 
 
 def test_named_and_fitted_scores():

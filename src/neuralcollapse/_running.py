@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from operator import length_hint
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+
+
+def with_progress(batches: Iterable[Any], description: str, *, progress: bool) -> Iterable[Any]:
+    """Return batches with a progress bar that disappears at their end.
+
+    `tqdm.auto` starts an iterable twice, which would start the workers of a data loader twice and draw from the random
+    state; it is given the iterator instead.
+
+    Args:
+        batches: The batches; their number is shown if they have a length.
+        description: Words in front of the bar.
+        progress: Show the bar.
+    """
+    from tqdm.auto import tqdm
+
+    total = length_hint(batches, 0) or None
+    return tqdm(iter(batches), total=total, desc=description, disable=not progress, leave=False)
 
 
 def call_model(model: nn.Module, inputs: Any, device: torch.device) -> Any:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from neuralcollapse._checks import check_device, check_module
-from neuralcollapse._running import call_model, device_of, evaluation_mode, unchanged_on_error, unwrapped
+from neuralcollapse._running import call_model, device_of, evaluation_mode, unchanged_on_error, unwrapped, with_progress
 from neuralcollapse.classifier import ClassifierObserver
 from neuralcollapse.metrics.gathering import Gathered, check_train_moments
 from neuralcollapse.metrics.measurement import Measurement, Provenance
@@ -227,15 +227,13 @@ class ModelRun:
 
         Errors name the argument; the progress bar has the description, by default the name of the argument.
         """
-        from tqdm.auto import tqdm
-
         layers: dict[str, Tensor] = {}
         empty = True
         with ExitStack() as stack:
             stack.enter_context(self.observer)
             for name in dict.fromkeys(self.layers):
                 stack.enter_context(_recorded_output(self.model, name, layers))
-            for batch in tqdm(loader, desc=description or argument, disable=not self.progress, leave=False):
+            for batch in with_progress(loader, description or argument, progress=self.progress):
                 unpacked = self.unpack(batch)
                 if not (isinstance(unpacked, tuple | list) and len(unpacked) == 2):
                     raise ValueError(f"unpack must return (inputs, targets), got {type(unpacked).__name__}")

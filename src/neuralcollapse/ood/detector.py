@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from neuralcollapse._checks import check_floating, check_module, compute_dtype, is_number
-from neuralcollapse._running import call_model, device_of, evaluation_mode, unwrapped
+from neuralcollapse._running import call_model, device_of, evaluation_mode, unwrapped, with_progress
 from neuralcollapse.classifier import classifier_features, classifier_with
 from neuralcollapse.heads.moving_means import KeepsFullPrecision, full_precision
 from neuralcollapse.metrics.measure import Unpack, unpack_pair
@@ -155,12 +155,10 @@ class Detector(KeepsFullPrecision):
         Raises:
             ValueError: if ``tpr`` is out of range, the loader is empty or a score is NaN.
         """
-        from tqdm.auto import tqdm
-
         check_rate(tpr)
         unpack, device = unpack or unpack_inputs, device_of(self)
         with evaluation_mode(self):
-            batches = tqdm(loader, desc="threshold", disable=not progress, leave=False)
+            batches = with_progress(loader, "threshold", progress=progress)
             scores = [call_model(self, unpack(batch)[0], device).flatten().cpu() for batch in batches]
         if not sum(map(len, scores)):
             raise ValueError("loader must yield at least one sample, got none")

@@ -141,7 +141,9 @@ def accuracy_with_flips(
             if split == "train":
                 continue
             correct, samples = torch.zeros(2, dtype=torch.int64), 0
-            for images, targets in tqdm(batches, desc=split, disable=None if preparation.progress else True):
+            # An iterator, because tqdm.auto starts an iterable twice.
+            shown = None if preparation.progress else True
+            for images, targets in tqdm(iter(batches), total=len(batches), desc=split, disable=shown):
                 plain = prepared.trained(images)
                 for index, logits in enumerate((plain, plain + prepared.trained(images.flip(-1)))):
                     correct[index] += (logits.argmax(1) == targets).sum().cpu()
