@@ -112,11 +112,13 @@ def judge(claim: Claim, groups: Groups) -> Judgement:
         ValueError: if a metric that the claim is about was not measured.
     """
     values = {name: _values(claim.value, groups.get(name, {})) for name in claim.of}
-    others = {name: _values(claim.than_value or claim.value, groups.get(name, {})) for name in claim.than}
+    others: dict[str | None, _Values | None] = {None: None}
+    if claim.than:
+        others = {name: _values(claim.than_value or claim.value, groups.get(name, {})) for name in claim.than}
     comparisons = [
         _compare(claim, name, of_name, other, of_other)
         for name, of_name in values.items()
-        for other, of_other in (others or {None: None}).items()
+        for other, of_other in others.items()
     ]
     verdicts = {verdict for verdict, _ in comparisons}
     overall = FAILS if FAILS in verdicts else UNDECIDED if UNDECIDED in verdicts else HOLDS
