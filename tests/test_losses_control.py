@@ -231,3 +231,76 @@ def test_ranks_agree_with_one_process(tmp_path):
             assert (rank[name][0] - value).abs() < 1e-10, name
         # DistributedDataParallel takes the mean over ranks of a parameter's gradients.
         assert (torch.cat([rank[name][1] for rank in ranks]) / 2 - of_features).abs().max() < 1e-10, name
+
+
+# --- at a named layer ----------------------------------------------------------------------------------------------
+
+
+def network():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(1, 6, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(6 * 36, 7), torch.nn.Linear(7, 3)
+    )
+
+
+@pytest.mark.parametrize("layer", ["1", "3"])
+def test_a_regulariser_is_the_weighted_loss_of_the_layer(layer):
+    model, inputs, targets = network(), normal(12, 1, 8, 8, dtype=torch.float32), torch.arange(12) % 3
+    regulariser = losses.regularise(model, layer, losses.variability, -0.3)
+    model(inputs)
+    gradients = torch.autograd.grad(regulariser(targets), model[0].weight)
+    output = model[:2](inputs).mean((2, 3)) if layer == "1" else model[:4](inputs)
+    expected = torch.autograd.grad(-0.3 * losses.variability(output, targets), model[0].weight)
+    assert torch.allclose(gradients[0], expected[0], rtol=1e-5)
+    assert gradients[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_regulariser_moves_nc1_of_a_trained_network(sign):
+    model, targets = network(), torch.arange(60) % 3
+    inputs = normal(60, 1, 8, 8, dtype=torch.float32) + normal(3, 1, 8, 8, dtype=torch.float32, seed=1)[targets]
+    with torch.no_grad():
+        before = float(losses.variability(model[:4](inputs), targets))
+    regulariser = losses.regularise(model, "3", losses.variability, sign)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)  # larger steps overshoot with sign -1
+    for _ in range(20):
+        optimizer.zero_grad()
+        model(inputs)
+        regulariser(targets).backward()
+        optimizer.step()
+    with torch.no_grad():
+        assert sign * (float(losses.variability(model[:4](inputs), targets)) - before) < -0.1
+
+
+def test_a_regulariser_uses_each_output_once_and_can_be_removed():
+    model, inputs, targets = network(), normal(6, 1, 8, 8, dtype=torch.float32), torch.arange(6) % 3
+    regulariser = losses.regularise(model, "3", losses.koleo)
+    with torch.no_grad():
+        model(inputs)
+    with pytest.raises(ValueError, match="^layer '3' must have run with gradients before its regulariser is called"):
+        regulariser(targets)
+    model(inputs)
+    with pytest.raises(ValueError, match=r"^layer '3' must return one feature vector per target, of shape \(4,\) and"):
+        regulariser(targets[:4])
+    model(inputs)
+    regulariser(targets)
+    regulariser.remove()
+    model(inputs)
+    with pytest.raises(ValueError, match="^layer '3' must have run"):
+        regulariser(targets)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layer": "9"}, "layer must be the name of a module of the model, such as 0, 1, 2, got '9'"),
+        ({"layer": ""}, "layer must be the name of a module of the model"),
+        ({"loss": "koleo"}, "loss must be a function of features and targets, got str"),
+        ({"weight": 0.0}, "weight must be a finite number other than 0, got 0.0"),
+        ({"weight": math.nan}, "weight must be a finite number other than 0, got nan"),
+        ({"model": 3}, "model must be an nn.Module"),
+    ],
+)
+def test_a_regulariser_that_cannot_be_is_refused(options, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        losses.regularise(**{"model": network(), "layer": "3", "loss": losses.koleo, "weight": 1.0} | options)

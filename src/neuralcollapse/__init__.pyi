@@ -21,6 +21,7 @@ from .heads import LearnedClassifier as LearnedClassifier
 from .heads import NearestETFClassifier as NearestETFClassifier
 from .heads import NearestFrameClassifier as NearestFrameClassifier
 from .heads import attach_head as attach_head
+from .losses import regularise as regularise
 from .metrics import ClassMoments as ClassMoments
 from .metrics import Measurement as Measurement
 from .metrics import MeasureOptions as MeasureOptions

@@ -60,10 +60,18 @@ class AttachedHead(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, head: nn.Module, name: str, output: Output | None, classifier: nn.Module
+        self,
+        model: nn.Module,
+        head: nn.Module,
+        name: str,
+        output: Output | None,
+        classifier: nn.Module,
+        neck: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.model = model
+        if neck is not None:
+            self.neck = neck
         self.head = head
         with evaluation_mode(classifier):  # reading a parametrised weight in training mode may change it
             self.replaced_num_classes = len(classifier.weight)  # type: ignore[arg-type]
@@ -138,6 +146,8 @@ class AttachedHead(nn.Module):
             check_integers("labels", labels)
             targets = labels
         returned, features = self._run(*args, **kwargs)
+        if "neck" in self._modules:
+            features = self.neck(features)
         if targets is None and num_items_in_batch is not None:
             self._check_targets_from_trainer(features)
         logits = self.head(features) if targets is None else self.head(features, targets)
@@ -162,6 +172,8 @@ class AttachedHead(nn.Module):
     def to_inference(self, **kwargs: Any) -> nn.Module:
         """Return the model itself (changed), with the head's ``to_inference(**kwargs)`` as its classifier.
 
+        A neck stays in front of it, in an ``nn.Sequential``.
+
         The attached model can no longer be called. An ``nn.Linear`` that replaces one with a bias has a bias (0 if the
         head has none), so that it fits the model's class. In a Hugging Face model, the configuration is set to the
         head's number of classes.
@@ -174,10 +186,12 @@ class AttachedHead(nn.Module):
         if not isinstance(self.head, Head):
             raise ValueError(f"head must have to_inference(), got {type(self.head).__name__}")
         plain = self.head.to_inference(**kwargs).train(self.training)
+        if self._name and isinstance(plain, nn.Linear) and plain.bias is None and self._had_bias:
+            plain.bias = nn.Parameter(plain.weight.new_zeros(plain.out_features))
+        if "neck" in self._modules:
+            plain = nn.Sequential(self.neck, plain)
         if not self._name:
             return plain
-        if isinstance(plain, nn.Linear) and plain.bias is None and self._had_bias:
-            plain.bias = nn.Parameter(plain.weight.new_zeros(plain.out_features))
         self.model.set_submodule(self._name, plain)
         set_number_of_classes(self.model, self._name, self.head.num_classes)
         self._unusable = (
@@ -340,7 +354,12 @@ class _Undo(Exception):
 
 
 def attach_head(
-    model: nn.Module, head: nn.Module, *, classifier: str | nn.Module | None = None, output: Output | None = None
+    model: nn.Module,
+    head: nn.Module,
+    *,
+    classifier: str | nn.Module | None = None,
+    output: Output | None = None,
+    neck: str | nn.Module | None = None,
 ) -> AttachedHead:
     """Replace a model's classifier by a head, for the same number of classes or another (fine-tuning).
 
@@ -357,6 +376,10 @@ def attach_head(
             for `find_classifier`; among several, the one that takes as many features as the head.
         output: Attribute, key or index of the logits in the model's output, or a function of the output; not needed if
             the model returns a tensor.
+        neck: Module between the features of the model and the head, which is trained with the head and stays in
+            ``to_inference()``: ``"linear"``, a linear layer to the head's number of features; ``"mlp"``, a hidden layer
+            of the model's number of features, ReLU and a linear layer; or a module. With a neck, the head may have any
+            number of features, also one below K − 1 if it allows that.
 
     Returns:
         A module with ``forward(*args, targets=None, **kwargs)`` that returns the logits; with ``labels=`` in place of
@@ -365,7 +388,8 @@ def attach_head(
 
     Raises:
         ValueError: if an argument has the wrong type, there is no classifier or several modules could be it, it is
-            lazy, or the head takes another number of features; at the first call, if the model does something after
+            lazy, the head (or the neck) takes another number of features, or the neck gives another number than the
+            head takes; at the first call, if the model does something after
             its classifier, or ``output`` does not exist.
 
     Examples:
@@ -378,18 +402,57 @@ def attach_head(
     check_module("head", head)
     if output is not None and (isinstance(output, bool) or not (isinstance(output, str | int) or callable(output))):
         raise ValueError(f"output must be a name, an index or a function, got {output!r}")
-    name, replaced = resolve_classifier(model, classifier, getattr(head, "in_features", None))
+    in_features = getattr(head, "in_features", None)
+    name, replaced = resolve_classifier(model, classifier, in_features if neck is None else None)
     with evaluation_mode(replaced):
         expected = replaced.weight.shape[1]  # type: ignore[index]
-    given = getattr(head, "in_features", expected)
-    if given != expected:
+    built = None
+    if neck is not None:
+        built = _built_neck(neck, replaced, expected, in_features)
+    elif in_features not in (None, expected):
         raise ValueError(
-            f"head must take the {expected} features that classifier {name!r} takes, got in_features = {given}"
+            f"head must take the {expected} features that classifier {name!r} takes, got in_features = {in_features}; "
+            "a neck maps one to the other: attach_head(..., neck='linear')"
         )
     if name:
         model.set_submodule(name, _Placeholder())
     else:
         model = _Placeholder()
-    attached = AttachedHead(model, head, name, output, replaced)
+    attached = AttachedHead(model, head, name, output, replaced, built)
     logger.info("%s replaces %r in %s: %s", type(head).__name__, name, type(model).__name__, attached.extra_repr())
     return attached
+
+
+def _built_neck(neck: object, replaced: nn.Module, given: int, wanted: int | None) -> nn.Module:
+    """Return the neck from the given number of features to those that the head takes.
+
+    Raises:
+        ValueError: if the neck is not a choice or a module, or its output has another number of features.
+    """
+    like: Tensor = replaced.weight  # type: ignore[assignment]
+    like = like if like.is_floating_point() else torch.empty(0, device=like.device)
+    if neck in ("linear", "mlp"):
+        if wanted is None:
+            raise ValueError(f"neck {neck!r} needs a head with in_features: give a module as the neck")
+        last = nn.Linear(given, wanted, dtype=like.dtype, device=like.device)
+        if neck == "linear":
+            return last
+        return nn.Sequential(nn.Linear(given, given, dtype=like.dtype, device=like.device), nn.ReLU(), last)
+    if not isinstance(neck, nn.Module):
+        raise ValueError(f"neck must be 'linear', 'mlp', a module or None, got {neck!r}")
+    if like.is_meta:
+        return neck
+    with evaluation_mode(neck), torch.no_grad():
+        try:
+            output = neck(torch.zeros(2, given, dtype=like.dtype, device=like.device))
+        except Exception as error:
+            raise ValueError(
+                f"neck must take the {given} features that the classifier takes; {type(neck).__name__} fails: {error}"
+            ) from error
+    if not isinstance(output, Tensor) or output.shape != (2, output.shape[-1] if wanted is None else wanted):
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            f"neck must give features of shape (N, {'d' if wanted is None else wanted}), those that the head takes; "
+            f"{type(neck).__name__} gives {shape} for N = 2"
+        )
+    return neck

@@ -50,8 +50,10 @@ from neuralcollapse.losses.classification import (
     two_way,
 )
 from neuralcollapse.losses.control import koleo, supcon, variability
+from neuralcollapse.losses.regulariser import Regulariser, regularise
 
 __all__ = [
+    "Regulariser",
     "bidirectional_nonl",
     "center_loss",
     "cross_entropy",
@@ -61,6 +63,7 @@ __all__ = [
     "nonl",
     "normface",
     "ntce",
+    "regularise",
     "supcon",
     "two_way",
     "variability",

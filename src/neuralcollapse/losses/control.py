@@ -44,7 +44,8 @@ def variability(
     prevents that. It does not change if all features are scaled or shifted.
 
     The logarithm has no lower bound: near collapse its gradient grows as 1/‖h_i − μ_k‖. The ratio's vanishes there.
-    With sign −1 both are unbounded, so that the weight has to be small.
+    With sign −1 both are unbounded: the gradient grows as the class means meet, and large steps overshoot. A small
+    weight or ``detach_between=True``, which leaves the class means to the other losses, prevents that.
 
     If no class has two samples, or there is one class only, the loss is 0 without gradient; on a CPU a warning is
     given. Memory grows with N².
