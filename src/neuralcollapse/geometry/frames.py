@@ -17,8 +17,9 @@ from neuralcollapse._checks import (
 )
 from neuralcollapse.geometry import stiefel
 from neuralcollapse.geometry.codes import Code, SimplexCode, check_constant_code, principal_code
-from neuralcollapse.geometry.polar import METHODS, Method
+from neuralcollapse.geometry.polar import METHODS, Method, polar_factor
 from neuralcollapse.geometry.polar_iteration import IMMEDIATE, ConvergenceCheck
+from neuralcollapse.geometry.simplex import simplex_basis
 
 Proximal = tuple[Tensor, float | Tensor]  # the anchor and its weight γ
 
@@ -280,6 +281,43 @@ def placed(code: Tensor, feature_dim: int, generator: torch.Generator | None = N
         return torch.nn.functional.pad(code, (0, feature_dim - rank))
     rotation = stiefel.random_point(rank, feature_dim, generator=generator, dtype=code.dtype, device=generator.device)
     return code @ rotation.to(code.device)
+
+
+@torch.no_grad()
+def extended_frame(rows: Tensor, code: Tensor | SimplexCode, generator: torch.Generator | None = None) -> Tensor:
+    """Return the frame L Q of a code of M classes whose first K rows are nearest to the given rows (K, d).
+
+    ‖L_K Q‖_F does not depend on Q, so Σ_k ‖(LQ)_k − w_k‖² is least where ⟨L_Kᵀ W, Q⟩ is greatest: Q is the polar factor
+    of L_Kᵀ W (r, d). That matrix has the rank of the old frame at most. The remaining directions of Q change the
+    distance by nothing: they are random, orthogonal to the others. For simplex ETFs the least squared distance is
+    2K (1 − √(M (K−1)/((M−1) K))), with n = M − K directions left over, in which the old rows share one component.
+
+    Args:
+        rows: W, (K, d), fp32 or fp64, K ≤ M.
+        code: L (M, r) in principal coordinates, or the simplex code of M classes; r ≤ d.
+        generator: Source of the remaining directions; by default a generator with seed 0.
+
+    Returns:
+        (M, d), in the dtype and on the device of ``rows``.
+    """
+    if isinstance(code, SimplexCode):
+        vectors = simplex_basis(code.num_classes, dtype=torch.float64) * math.sqrt(code.num_classes / code.rank)
+    else:
+        vectors = code.double()
+    vectors = vectors.to(rows.device)
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    target = vectors[: len(rows)].mT @ rows.double()
+    left, singular, right = torch.linalg.svd(target, full_matrices=False)
+    known = singular > max(target.shape) * torch.finfo(rows.dtype).eps * singular[0]
+    coordinates = left[:, known] @ right[known]
+    if not bool(known.all()):
+        random = torch.randn(target.shape, generator=generator, dtype=torch.float64, device=generator.device)
+        # Without the known rows and directions. The polar factor does not depend on the basis of the null space.
+        open_rows = left[:, ~known]
+        free = open_rows.mT @ random.to(target)
+        free = free - free @ right[known].mT @ right[known]
+        coordinates = coordinates + open_rows @ polar_factor(free)
+    return (vectors @ coordinates).to(rows.dtype)
 
 
 def _check_means(class_means: Tensor) -> None:

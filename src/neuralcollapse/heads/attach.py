@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from neuralcollapse._checks import check_integers, check_module
 from neuralcollapse._running import evaluation_mode, unchanged_on_error, uncompiled
@@ -92,6 +93,24 @@ class AttachedHead(nn.Module):
     def extra_repr(self) -> str:
         now = "" if self.num_classes is None else f", {self.num_classes} now"
         return f"classifier={self._name!r}, {self.replaced_num_classes} classes before{now}"
+
+    def grow(
+        self,
+        num_new: int,
+        *,
+        optimizer: Optimizer | None = None,
+        generator: torch.Generator | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add classes to the head; see its ``grow``, which also takes the other arguments.
+
+        Raises:
+            ValueError: if the head has no ``grow``, or refuses.
+        """
+        if not isinstance(self.head, Head):
+            raise ValueError(f"head must have grow(), got {type(self.head).__name__}")
+        self.head.grow(num_new, optimizer=optimizer, generator=generator, **kwargs)
+        self.num_classes = self.head.num_classes
 
     def get_classifier(self) -> nn.Module:
         """Return the head."""

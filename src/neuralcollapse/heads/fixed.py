@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from neuralcollapse._checks import (
     check_at_least,
@@ -14,12 +15,14 @@ from neuralcollapse._checks import (
     check_factory,
     check_finite,
     check_floating,
+    check_targets,
     compute_dtype,
 )
 from neuralcollapse.geometry import random_simplex_etf, simplex_etf
-from neuralcollapse.geometry.codes import check_constant_code, principal_code
-from neuralcollapse.geometry.frames import placed
+from neuralcollapse.geometry.codes import SimplexCode, check_constant_code, principal_code
+from neuralcollapse.geometry.frames import extended_frame, placed
 from neuralcollapse.geometry.simplex import check_simplex_etf
+from neuralcollapse.heads.growth import ParameterGrowth, check_growth, check_room
 from neuralcollapse.heads.head import Head, check_layout, readable, skips_nonfinite
 from neuralcollapse.heads.moving_means import (
     DEFAULT_MOMENTUM,
@@ -107,6 +110,48 @@ class FixedFrameClassifier(Head):
             return -(self.weight @ self.global_mean.mean[0].to(self.weight))
         return self.learned_bias
 
+    @torch.no_grad()
+    def grow(
+        self,
+        num_new: int,
+        *,
+        optimizer: Optimizer | None = None,
+        generator: torch.Generator | None = None,
+        code: Tensor | None = None,
+    ) -> None:
+        """Add classes as `Head.grow`: the weight is the frame of a code of K + n classes nearest to the old rows.
+
+        The directions that the old rows leave open are random. New learned biases are the mean of the old ones.
+
+        Args:
+            num_new: n ≥ 1.
+            optimizer: As for `Head.grow`, for the learned bias.
+            generator: Source of the open directions.
+            code: (K + n, r') floating, one row per class, old and new, as for the constructor.
+
+        Raises:
+            ValueError: as for `Head.grow`; also if the code is missing or refused by `nearest_frame`.
+        """
+        check_growth(num_new, optimizer, generator)
+        num_classes = self.num_classes + num_new
+        if code is None:
+            raise ValueError(
+                f"code must be a code of all {num_classes} classes for {type(self).__name__}, got None: "
+                "its present code says nothing about new classes"
+            )
+        check_constant_code(code, num_classes)
+        self._replace_rows(extended_frame(self.weight, principal_code(code, self.in_features), generator), optimizer)
+
+    def _replace_rows(self, weight: Tensor, optimizer: Optimizer | None) -> None:
+        """Set a weight with more rows, and as many biases."""
+        num_new = len(weight) - self.num_classes
+        if self.learned_bias is not None:
+            growth = ParameterGrowth(optimizer)
+            growth.plan(self, "learned_bias", torch.cat([self.learned_bias, self.learned_bias.mean().expand(num_new)]))
+            growth.apply()
+        self.weight = weight
+        self._set_num_classes(len(weight))
+
     def prepare(self, features: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return features, weight and bias as `Head.prepare`; with centring, the bias of a training batch is its own.
 
@@ -114,6 +159,7 @@ class FixedFrameClassifier(Head):
         """
         features = self.features(features)
         check_layout(targets, features)
+        self._check_seen(targets)
         if not (self.training and self.global_mean is not None):
             return features, self.weight, self.bias
         skip_nonfinite = skips_nonfinite(features)
@@ -131,6 +177,9 @@ class FixedFrameClassifier(Head):
             bias = -(self.weight.to(batch_mean) @ batch_mean[0])
         return features, self.weight, bias
 
+    def _check_seen(self, targets: Tensor | None) -> None:
+        """Raise if targets are of classes that have no logits, on heads that know such classes."""
+
 
 class FixedETFClassifier(FixedFrameClassifier):
     """A classifier whose weight is a simplex ETF and is not trained.
@@ -138,6 +187,10 @@ class FixedETFClassifier(FixedFrameClassifier):
     Args:
         in_features: d ≥ K−1.
         num_classes: K ≥ 2.
+        seen: Number of classes that have logits, at least 2; the rows of the others are assigned beforehand, and `grow`
+            gives them logits (Yang et al., ICLR 2023). By default all. The feature norm is that of all K classes.
+            After construction, the attribute ``num_classes`` is the number of logits, ``weight`` has their rows, and
+            the other rows are in ``preassigned``.
         orientation: ``"random"``, Haar-uniform, and the same each time unless a ``generator`` is given;
             ``"canonical"``, one coordinate per class, as in the released codes of both sources: behind a ReLU it often
             does not train, because each class depends on one unit, and the other units have no gradient; or the (K, d)
@@ -151,22 +204,31 @@ class FixedETFClassifier(FixedFrameClassifier):
     Shape: features (..., d) to logits (..., K).
 
     Raises:
-        ValueError: if sizes are out of range, or an argument has the wrong type.
+        ValueError: if sizes are out of range, or an argument has the wrong type; on a CPU also if targets are given of
+            classes whose rows are assigned and that have no logits.
 
     Source: Zhu et al. (NeurIPS 2021), section 4 (with ``feature_norm=None, bias="learned"``); Markou, Ajanthan,
-    Gould (NeurIPS 2024), the method ``fixed`` (with ``bias="centring"``).
+    Gould (NeurIPS 2024), the method ``fixed`` (with ``bias="centring"``); Yang et al., "Neural Collapse Inspired
+    Feature-Classifier Alignment for Few-Shot Class Incremental Learning" (ICLR 2023), for rows assigned beforehand.
 
     Examples:
+        >>> incremental = FixedETFClassifier(128, 100, seen=60)
+        >>> incremental.grow(10)
+        >>> incremental.weight.shape, incremental.preassigned.shape
+        (torch.Size([70, 128]), torch.Size([30, 128]))
         >>> head = FixedETFClassifier(64, 10).eval()
         >>> head(torch.randn(32, 64)).shape
         torch.Size([32, 10])
     """
+
+    preassigned: Tensor | None
 
     def __init__(
         self,
         in_features: int,
         num_classes: int,
         *,
+        seen: int | None = None,
         orientation: Literal["random", "canonical"] | Tensor = "random",
         generator: torch.Generator | None = None,
         feature_norm: float | Literal["auto"] | None = "auto",
@@ -186,6 +248,70 @@ class FixedETFClassifier(FixedFrameClassifier):
             ignore_index=ignore_index,
             orientation="given",
         )
+        self.register_buffer("preassigned", None)
+        if seen is None:
+            return
+        check_at_least("seen", seen, 2)
+        if seen > num_classes:
+            raise ValueError(f"seen must be at most num_classes = {num_classes}, got {seen}")
+        rows = self.weight
+        self.weight, self.preassigned = rows[:seen].clone(), rows[seen:].clone()
+        self._norm_follows_classes = False
+        self.num_classes = seen
+        if self.learned_bias is not None:
+            self.learned_bias = nn.Parameter(torch.zeros(seen))
+
+    @torch.no_grad()
+    def grow(
+        self,
+        num_new: int,
+        *,
+        optimizer: Optimizer | None = None,
+        generator: torch.Generator | None = None,
+        code: Tensor | None = None,
+    ) -> None:
+        """Add classes as `Head.grow`.
+
+        With ``seen``, the next rows that were assigned beforehand get logits, and no other row changes. Without, the
+        weight is the simplex ETF of K + n classes nearest to the old rows (see `FixedFrameClassifier.grow`), for
+        K + n ≤ d + 1. New learned biases are the mean of the old ones.
+
+        Args:
+            num_new: n ≥ 1.
+            optimizer: As for `Head.grow`, for the learned bias.
+            generator: Source of the open directions; must be None with ``seen``.
+            code: Must be None: the code is the simplex.
+
+        Raises:
+            ValueError: as for `Head.grow`; also if more classes are added than have rows.
+        """
+        check_growth(num_new, optimizer, generator)
+        if code is not None:
+            raise ValueError("code must be None for FixedETFClassifier: FixedFrameClassifier takes other codes")
+        num_classes = self.num_classes + num_new
+        if self.preassigned is None:
+            check_room(
+                num_classes, self.in_features, "FixedFrameClassifier.grow takes a code, as softmax_code gives it"
+            )
+            self._replace_rows(extended_frame(self.weight, SimplexCode(num_classes), generator), optimizer)
+            return
+        if generator is not None:
+            raise ValueError("generator must be None for rows that were assigned beforehand (seen)")
+        if num_new > len(self.preassigned):
+            raise ValueError(
+                f"num_new must be at most {len(self.preassigned)}, the number of rows that were assigned beforehand "
+                f"and have no logits, got {num_new}"
+            )
+        self._replace_rows(torch.cat([self.weight, self.preassigned[:num_new]]), optimizer)
+        self.preassigned = self.preassigned[num_new:].clone()
+
+    def _check_seen(self, targets: Tensor | None) -> None:
+        if targets is None or self.preassigned is None or targets.device.type != "cpu":
+            return
+        if torch.compiler.is_compiling() or not readable(targets):
+            return
+        targets = targets.reshape(-1)
+        check_targets(targets, len(targets), self.num_classes, ignore_index=self.ignore_index)
 
 
 def _oriented_etf(

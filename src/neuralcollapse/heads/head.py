@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim import Optimizer
 
 from neuralcollapse._checks import (
     check_at_least,
@@ -169,6 +170,7 @@ class Head(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
+    _norm_follows_classes = False  # whether the feature norm is that of `collapse_radius`
 
     def __init__(
         self,
@@ -184,6 +186,7 @@ class Head(nn.Module):
         check_at_least("num_classes", num_classes, 2)
         self.in_features = in_features
         self.num_classes = num_classes
+        self._norm_follows_classes = isinstance(feature_norm, str)
         if isinstance(feature_norm, str) and feature_norm == "auto":
             feature_norm = collapse_radius(num_classes)
         elif feature_norm is not None and not (is_number(feature_norm) and feature_norm > 0):
@@ -195,6 +198,55 @@ class Head(nn.Module):
     def __getattr__(self, name: str) -> Any:
         value: Any = super().__getattr__(name)
         return self._valid_weight(value) if name == "weight" else value
+
+    def grow(
+        self, num_new: int, *, optimizer: Optimizer | None = None, generator: torch.Generator | None = None
+    ) -> None:
+        """Add classes behind the present ones, in place: K becomes K + n.
+
+        What the head knows of the old classes stays, and so do its dtype and device. With ``feature_norm="auto"`` the
+        norm follows the number of classes. A state of the grown head loads into a head constructed with K + n classes,
+        or grown to them. Learned parameters are new objects: pass the optimiser, or make a new one.
+
+        Args:
+            num_new: n ≥ 1.
+            optimizer: Optimiser of the head's parameters, in which they are replaced. Its state (momentum, second
+                moments) keeps the rows of the old classes; those of the new ones are zero. Not needed by a head
+                without parameters.
+            generator: Source of what is random in the new rows; by default one with seed 0.
+
+        Raises:
+            ValueError: if n < 1, an argument has the wrong type, the head cannot hold as many classes, the optimiser
+                does not hold the head's parameters, or its state cannot grow. Then nothing has changed.
+        """
+        raise ValueError(f"{type(self).__name__} cannot grow: construct one with more classes")
+
+    def _set_num_classes(self, num_classes: int) -> None:
+        """Set K, and the feature norm if it follows K."""
+        self.num_classes = num_classes
+        if self._norm_follows_classes:
+            self.feature_norm = collapse_radius(num_classes)
+            self._norm = FeatureNorm(self.feature_norm)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        weight = state_dict.get(f"{prefix}weight")
+        if isinstance(weight, Tensor) and weight.ndim == 2 and len(weight) != self.num_classes:
+            error_msgs.append(
+                f"the state is of {len(weight)} classes and {type(self).__name__} has {self.num_classes}: construct "
+                "the head with as many classes, or grow() it before loading"
+            )
 
     def _valid_weight(self, weight: Tensor) -> Tensor:
         """Return the stored weight, after restoring its constraint if that is broken."""

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from neuralcollapse._checks import check_bool, compute_dtype
+from neuralcollapse.heads.growth import ParameterGrowth, check_growth
 from neuralcollapse.heads.head import Head, check_layout, readable
 
 
@@ -81,6 +82,29 @@ class LearnedClassifier(Head):
         in_training = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         weight = self._training_weight() if self.unit_weight and in_training else self.weight
         return features, weight, self.bias
+
+    @torch.no_grad()
+    def grow(
+        self, num_new: int, *, optimizer: Optimizer | None = None, generator: torch.Generator | None = None
+    ) -> None:
+        """Add classes as `Head.grow`: old rows and biases stay.
+
+        New rows are drawn as those of ``nn.Linear``, uniform in ±1/√d, with ``unit_weight`` at unit norm. New biases
+        are the mean of the old ones, which prefers no class.
+        """
+        check_growth(num_new, optimizer, generator)
+        weight = self.weight
+        generator = torch.Generator().manual_seed(0) if generator is None else generator
+        rows = torch.rand(num_new, self.in_features, generator=generator, device=generator.device)
+        rows = (2 * rows - 1) / math.sqrt(self.in_features)
+        if self.unit_weight:
+            rows = nn.functional.normalize(rows, dim=1)
+        growth = ParameterGrowth(optimizer)
+        growth.plan(self, "weight", torch.cat([weight, rows.to(weight)]))
+        if self.bias is not None:
+            growth.plan(self, "bias", torch.cat([self.bias, self.bias.mean().expand(num_new)]))
+        growth.apply()
+        self._set_num_classes(self.num_classes + num_new)
 
     @torch.no_grad()
     def project_weight(self) -> None:

@@ -18,6 +18,7 @@ from neuralcollapse._checks import (
     values_readable,
 )
 from neuralcollapse._distributed import number_of_ranks, sum_over_ranks
+from neuralcollapse.heads.growth import padded
 from neuralcollapse.heads.head import skips_nonfinite
 
 Momentum = float | Literal["cumulative", "published"]
@@ -73,6 +74,10 @@ class MovingMean(KeepsFullPrecision):
         self.register_buffer("mean", torch.zeros(rows, feature_dim, dtype=full_precision()))
         self.register_buffer("seen", torch.zeros(rows, dtype=torch.int64))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+
+    def grow(self, num_new: int) -> None:
+        """Add vectors without samples."""
+        self.mean, self.seen = padded(self.mean, num_new), padded(self.seen, num_new)
 
     def forward(self, batch_mean: Tensor, batch_count: Tensor, finite: Tensor | None = None) -> Tensor:
         """Update from the means and counts of a batch, and return the moving means, differentiable in the batch's.
@@ -158,6 +163,19 @@ class ClassMeans(nn.Module):
         self.feature_dim = feature_dim
         self.centred = MovingMean(num_classes, feature_dim, momentum)
         self.overall = MovingMean(1, feature_dim, momentum)
+
+    def grow(self, num_new: int) -> None:
+        """Add classes without samples; the means and counts of the others stay.
+
+        Args:
+            num_new: n ≥ 1.
+
+        Raises:
+            ValueError: if n < 1.
+        """
+        check_at_least("num_new", num_new, 1)
+        self.centred.grow(num_new)
+        self.num_classes += num_new
 
     @property
     def centred_means(self) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+from torch.optim import Optimizer
 
 from neuralcollapse._checks import (
     check_at_least,
@@ -22,10 +23,14 @@ from neuralcollapse._checks import (
     check_choice,
     check_etf_sizes,
     check_factory,
+    check_features,
+    check_finite,
     check_floating,
     check_generator,
+    check_integers,
     check_not_negative,
     compute_dtype,
+    listed,
 )
 from neuralcollapse.geometry import nearest_etf_diagnostics, polar_factor, random_simplex_etf, simplex_etf
 from neuralcollapse.geometry.codes import (
@@ -36,10 +41,11 @@ from neuralcollapse.geometry.codes import (
     leading_code,
     principal_code,
 )
-from neuralcollapse.geometry.frames import check_weight_values, placed, solve_frame
+from neuralcollapse.geometry.frames import check_weight_values, extended_frame, placed, solve_frame
 from neuralcollapse.geometry.polar import METHODS, Method
 from neuralcollapse.geometry.polar_iteration import ConvergenceCheck
 from neuralcollapse.geometry.published import frame_to_etf, published_nearest_frame
+from neuralcollapse.heads.growth import check_growth, check_room, padded
 from neuralcollapse.heads.head import LearnsFromTargets, readable, skips_nonfinite
 from neuralcollapse.heads.moving_means import (
     DEFAULT_MOMENTUM,
@@ -137,6 +143,111 @@ class FollowsClassMeans(KeepsFullPrecision, LearnsFromTargets):
             weight, centre = self._step(update)
             bias = -(weight @ centre) if self.centring else None
         return features, weight, bias
+
+    @torch.no_grad()
+    def grow(
+        self, num_new: int, *, optimizer: Optimizer | None = None, generator: torch.Generator | None = None
+    ) -> None:
+        """Add classes as `Head.grow`: moving means and counts of the old classes stay, new classes have no samples.
+
+        Args:
+            num_new: n ≥ 1.
+            optimizer: Not needed: the head has no parameters.
+            generator: Source of what is random in the new rows; by default one with seed 0.
+
+        Raises:
+            ValueError: as for `Head.grow`; also with class weights, which the new classes do not have.
+        """
+        check_growth(num_new, optimizer, generator)
+        self._grow(num_new, self._grown_weight(num_new, generator))
+
+    def _grow(self, num_new: int, weight: Tensor) -> None:
+        self._store_weight(weight)
+        self.class_means.grow(num_new)
+        self._set_num_classes(self.num_classes + num_new)
+
+    def _grown_weight(self, num_new: int, generator: torch.Generator | None) -> Tensor:
+        """Return the weight (K + n, d); raise if the head cannot grow, and change nothing."""
+        raise NotImplementedError
+
+    def _check_no_class_weights(self) -> None:
+        if self.class_weights is not None:
+            raise ValueError(
+                "class_weights must be None in a head that grows: they say nothing about new classes. Construct a head "
+                "of all classes"
+            )
+
+    @torch.no_grad()
+    def admit(self, features: Tensor, targets: Tensor) -> None:
+        """Add classes from a few of their samples, without training: their means become moving means.
+
+        A class k without samples so far gets the centred mean M_k − m̄, with the mean M_k of its features (scaled to
+        the feature norm) and the moving global mean m̄. A head without any sample takes the mean of these features as
+        m̄. The other means do not change. The weight follows: rows of `ClassMeanClassifier` are the new unit means, so
+        that it decides for the nearest class mean on the sphere; a frame is the one nearest to all means, with the
+        last frame as anchor. The head grows by the classes that the targets have beyond [0, K).
+
+        Args:
+            features: (N, d) floating, without the feature norm applied. The same samples on every rank.
+            targets: (N,) integers, of classes without samples so far; every class from K on up to the greatest target
+                must have one. ``ignore_index`` is left out.
+
+        Raises:
+            ValueError: if shapes or types are wrong, there are no samples, values are not finite, targets are negative,
+                a class has been seen before or has no sample here, or the head cannot grow. Then nothing has changed.
+
+        Examples:
+            >>> from neuralcollapse import ClassMeanClassifier
+            >>> head = ClassMeanClassifier(2, 2)
+            >>> points = torch.tensor([[1.0, 0.1], [-1.0, 0.0], [0.0, 1.0]])
+            >>> head.admit(points[:2], torch.tensor([0, 1]))
+            >>> head.admit(points[2:], torch.tensor([2]))
+            >>> head.eval()(points).argmax(1)
+            tensor([0, 1, 2])
+        """
+        features = self.features(features).detach()
+        check_features(features, self.in_features)
+        check_integers("targets", targets, len(features))
+        check_finite("features", features)
+        features, targets = features.to(compute_dtype(features.dtype)), targets.long()
+        if self.ignore_index is not None:
+            kept = targets != self.ignore_index
+            features, targets = features[kept], targets[kept]
+        if len(targets) == 0 or int(targets.min()) < 0:
+            raise ValueError("targets must be at least 0, for at least one sample")
+        num_classes = max(self.num_classes, int(targets.max()) + 1)
+        present = targets.unique()
+        sums, counts = torch.zeros(num_classes, self.in_features).to(features), torch.bincount(targets)
+        counts = padded(counts, num_classes - len(counts)) if len(counts) < num_classes else counts
+        if missing := [k for k in range(self.num_classes, num_classes) if not counts[k]]:
+            raise ValueError(f"targets must have a sample of every class that is added, got none of {listed(missing)}")
+        self._check_admits()
+        seen = self.class_means.centred.seen
+        known = present[present < self.num_classes]
+        if bool((seen[known] > 0).any()):
+            raise ValueError(
+                f"targets must be of classes without samples so far, got classes seen before: "
+                f"{listed(known[seen[known] > 0].tolist())}"
+            )
+        if num_classes > self.num_classes:
+            self.grow(num_classes - self.num_classes)
+        moving = self.class_means
+        if not bool(moving.overall.seen.any()):
+            total = counts.sum().reshape(1)
+            moving.overall(features.mean(0, keepdim=True), total)
+        sums.index_add_(0, targets, features)
+        means = sums / counts.clamp_min(1).unsqueeze(-1) - moving.global_mean.to(sums)
+        given = counts > 0
+        moving.centred.mean = torch.where(given.unsqueeze(-1), means.to(moving.centred.mean), moving.centred.mean)
+        moving.centred.seen = moving.centred.seen + counts
+        self._store_weight(self._weight_of_means().to(self._stored_weight()))
+
+    def _check_admits(self) -> None:
+        """Raise if the weight cannot follow means that are not those of a training step."""
+
+    def _weight_of_means(self) -> Tensor:
+        """Return the weight that the moving means of all classes give."""
+        raise NotImplementedError
 
     def _step(self, update: _Update) -> tuple[Tensor, Tensor]:
         """Update the stored weight; return the weight and the centre (d,) of the features that decide the batch."""
@@ -474,6 +585,87 @@ class NearestFrameClassifier(FollowsClassMeans):
         self._keep("weight", frame.first_weight(self, generator))
         solver.set_up(self)
 
+    @torch.no_grad()
+    def grow(
+        self,
+        num_new: int,
+        *,
+        optimizer: Optimizer | None = None,
+        generator: torch.Generator | None = None,
+        code: Tensor | None = None,
+    ) -> None:
+        """Add classes as `Head.grow`: the weight is the frame of K + n classes nearest to the old rows.
+
+        It is the anchor of the next step. Moving means and counts of the old classes stay, new classes have no samples.
+        The directions that the old rows leave open are random.
+
+        Args:
+            num_new: n ≥ 1.
+            optimizer: Not needed: the head has no parameters.
+            generator: Source of the open directions; by default one with seed 0.
+            code: (K + n, r') floating, a code of old and new classes. A head with a given code needs one. A head with
+                ``frame=Simplex()`` continues with the code's frame if one is given, for example with `softmax_code`
+                where K + n > d + 1.
+
+        Raises:
+            ValueError: as for `Head.grow`; also with class weights, `TrustRegion` or `LeadingDirections`, whose weight
+                does not exist before the new classes have samples; if a code is needed and missing, or refused by
+                `nearest_frame`.
+        """
+        check_growth(num_new, optimizer, generator)
+        self._check_no_class_weights()
+        if code is None:
+            self._grow(num_new, self._grown_weight(num_new, generator))
+            return
+        if isinstance(self.frame, LeadingDirections) or not issubclass(_GivenCode, self._kind_of_frame):
+            raise ValueError(f"code must be None for {type(self).__name__} with frame={self.frame!r}")
+        check_constant_code(code, self.num_classes + num_new)
+        principal = principal_code(code, self.in_features).to(self._stored_weight())
+        weight = extended_frame(self.weight, principal, generator)
+        if isinstance(self.frame, _GivenCode):
+            self.code = principal
+        else:
+            self.frame = _GivenCode(code)
+            self._keep("code", principal)
+        self._grow(num_new, weight)
+
+    def _grown_weight(self, num_new: int, generator: torch.Generator | None) -> Tensor:
+        num_classes = self.num_classes + num_new
+        if not isinstance(self.frame, Simplex):
+            if isinstance(self.frame, _GivenCode):
+                raise ValueError(
+                    f"code must be a code of all {num_classes} classes, got None: the present one says nothing about "
+                    "new classes"
+                )
+            raise ValueError(
+                "a head with LeadingDirections() cannot grow: its frame is made of class means, which new classes do "
+                "not have. Construct a head of all classes"
+            )
+        if isinstance(self.solver, TrustRegion):
+            raise ValueError(
+                "solver must be ClosedForm() in a head that grows: TrustRegion() has a problem of K classes"
+            )
+        otherwise = (
+            "NearestFrameClassifier.grow takes a code, as softmax_code gives it"
+            if isinstance(self, NearestETFClassifier)
+            else f"give code=softmax_code({num_classes}, {self.in_features})"
+        )
+        check_room(num_classes, self.in_features, otherwise)
+        return extended_frame(self.weight, SimplexCode(num_classes), generator)
+
+    def _check_admits(self) -> None:
+        if isinstance(self.solver, TrustRegion):
+            raise ValueError(
+                "solver must be ClosedForm() to admit classes: TrustRegion() solves in training steps only"
+            )
+
+    def _weight_of_means(self) -> Tensor:
+        means, weight = self.class_means.centred_means, self._stored_weight()
+        proximal = (weight, max(self.proximal_weight, FIRST_ANCHOR_WEIGHT))
+        return solve_frame(
+            means, self.frame.code(self, means), proximal, class_weights=self.class_weights, method="spectral"
+        )
+
     @property
     def svd_fallbacks(self) -> int:
         """Number of solves by matrix products that were repeated by an SVD; see `polar_factor`."""
@@ -595,6 +787,16 @@ class ClassMeanClassifier(FollowsClassMeans):
         check_factory(None, None, generator)
         self.means = means
         self._keep("weight", _random_unit_rows(in_features, num_classes, generator))
+
+    def _grown_weight(self, num_new: int, generator: torch.Generator | None) -> Tensor:
+        self._check_no_class_weights()
+        weight = self.weight
+        return torch.cat([weight, _random_unit_rows(self.in_features, num_new, generator).to(weight)])
+
+    def _weight_of_means(self) -> Tensor:
+        means, seen = self.class_means.centred_means, self.class_means.centred.seen
+        offset = self._offset(means, seen)
+        return self._unit_rows(means if offset is None else means - offset, self._stored_weight())
 
     def _step(self, update: _Update) -> tuple[Tensor, Tensor]:
         class_means, batch_mean = update.class_means, update.batch_mean
