@@ -28,6 +28,7 @@ CLAIMS = Path(__file__).parent / "claims"  # what `study` wrote of runs that wer
 # Material asks this host for a script when pages are opened as files; without it, there is no search there.
 _ELSEWHERE = re.compile(r"https://unpkg\.com/[\w./@-]+")
 _RECIPES = re.compile(r"<!-- recipes (\w+) -->")
+_DETECTION = re.compile(r"<!-- detection ([\w-]+) -->")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -42,6 +43,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     ):
         if f"<!-- {marker} -->" in markdown:
             markdown = markdown.replace(f"<!-- {marker} -->", made())
+    markdown = _DETECTION.sub(lambda marker: detection_table(marker[1]), markdown)
     return _RECIPES.sub(lambda marker: _recipes(marker[1]), markdown)
 
 
@@ -133,6 +135,25 @@ def _claims() -> str:
                   f"{record['training_minutes']} minutes of training, {str(record['finished'])[:10]}.", ""]  # fmt: skip
         if (picture := CLAIMS.parent / "figures" / f"study-{record['study']}.png").exists():
             lines.append(f"![{record['title']}](figures/{picture.name})")
+    return "\n".join(lines)
+
+
+def detection_table(study: str) -> str:
+    """Return the last AUROC of each score with each head of a study of detection as a Markdown table."""
+    rows = yaml.safe_load((CLAIMS / f"{study}.yaml").read_text())["detection"]
+    lines = ["| AUROC | " + " | ".join(row["run"] for row in rows) + " |", "|---" * (len(rows) + 1) + "|"]
+    for quantity in (name for name in rows[0] if name not in ("run", "accuracy", "nc1_quotient")):
+        greatest = max(row[quantity][0] for row in rows)
+        cells = [f"{mean:.3f} ± {half:.3f}" for mean, half in (row[quantity] for row in rows)]
+        marked = [
+            f"**{cell}**" if row[quantity][0] == greatest else cell for cell, row in zip(cells, rows, strict=True)
+        ]
+        lines.append(f"| {quantity.replace(' ', ': ', 1)} | {' | '.join(marked)} |")
+    for quantity, words, form in (
+        ("nc1_quotient", "train NC1 (`nc1_quotient`)", "{:.2g}"),
+        ("accuracy", "test accuracy", "{:.3f}"),
+    ):
+        lines.append(f"| {words} | {' | '.join(form.format(row[quantity][0]) for row in rows)} |")
     return "\n".join(lines)
 
 
