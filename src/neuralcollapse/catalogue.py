@@ -334,6 +334,22 @@ _ALL = [
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
 """Every metric by name, in the order in which metrics are returned and shown."""
 
+CORE = (
+    "nc1_pinv",
+    "nc1_quotient",
+    "nc1_cdnv",
+    "nc2_etf_means",
+    "nc2_equinorm_means",
+    "nc2_max_angle_means",
+    "nc3_duality",
+    "nc3_distance",
+    "alignment",
+    "nc4_ncc_mismatch",
+    "nc5_ood",
+    "accuracy",
+)
+"""Metrics that are printed, some of each group."""
+
 
 def in_order(values: Mapping[str, Value]) -> dict[str, Value]:
     """Return values in the order of `METRICS`; names that are not in it come last, in their own order.

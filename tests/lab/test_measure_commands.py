@@ -439,7 +439,11 @@ def test_features_in_files_are_measured_and_recorded(files_of_features, tmp_path
     expected = measure_features(x, y, w, progress=False)
     flags = ["--features", f"{tmp_path}/x.npy", "--labels", f"{tmp_path}/y.npy"]
     assert main(["measure", *flags]) == 0
-    assert f"nc1_quotient {expected.metrics['nc1_quotient']:.4g}" in " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"nc1_quotient {expected.metrics['nc1_quotient']:.4g}" in printed
+    assert "nc1_vci" not in printed
+    assert main(["measure", *flags, "--metrics", "all"]) == 0
+    assert f"nc1_vci {expected.metrics['nc1_vci']:.4g}" in " ".join(capsys.readouterr().out.split())
     flags += ["--weight", f"{tmp_path}/w.npy", "--out", f"{tmp_path}/run", "--epoch", "7", "--split", "test"]
     assert main(["measure", *flags]) == 0
     record = Measurement.load(RunFolder(tmp_path / "run").measurement(7, "test"))
@@ -447,6 +451,11 @@ def test_features_in_files_are_measured_and_recorded(files_of_features, tmp_path
     table = read_table(RunFolder(tmp_path / "run").metrics).set_index("metric")["value"]
     assert table["nc3_duality"] == pytest.approx(expected.metrics["nc3_duality"])
     assert main(["distance", f"{tmp_path}/run", "--reference", "7"]) == 0
+    page = RunFolder(tmp_path / "run")._repr_html_()
+    assert "epoch 7, test" in page
+    assert f"{expected.metrics['nc3_duality']:.4g}" in page
+    assert "<td>features</td>" in page.replace(' style="text-align:left"', "")
+    assert "resnet18" in RunConfig(backbone="resnet18")._repr_html_()
 
 
 @pytest.mark.parametrize(
@@ -458,6 +467,8 @@ def test_features_in_files_are_measured_and_recorded(files_of_features, tmp_path
         (["--features", "x.npy", "--labels", "y.npy", "--data", "digits"], "data has no effect with features"),
         (["--features", "x.npy", "--labels", "y.npy", "--epoch", "1"], "epoch is for the record, and needs --out"),
         (["--features", "x.npy", "--labels", "y.npy", "--out", "f"], "weight must be given with out"),
+        (["--features", "x.npy", "--labels", "y.npy", "--metrics", "some"], "metrics must be core or all"),
+        (["--metrics", "all", "runs/a"], "metrics belongs to --checkpoint"),
         (["--features", "absent.npy", "--labels", "y.npy"], "absent.npy"),
     ],
 )

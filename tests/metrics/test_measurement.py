@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from safetensors.torch import load, save, save_file
 from torch import nn
 
 from helpers import generator
+from neuralcollapse.catalogue import CORE, METRICS
 from neuralcollapse.metrics import (
     ClassMoments,
     Measurement,
@@ -145,11 +147,40 @@ def test_the_code_is_saved_and_its_metrics_are_recomputed(tmp_path):
     assert not without.metrics.keys() & RELATIVE
 
 
-def test_a_measurement_prints_one_metric_per_line(measurement):
-    first, *lines = repr(measurement).splitlines()
-    assert first == f"Measurement of Sequential, {N} samples"
-    assert [line.split()[0] for line in lines] == list(measurement.metrics)
-    assert [float(line.split()[1]) for line in lines] == pytest.approx([*measurement.metrics.values()], rel=1e-3)
+def printed_values(text: str) -> dict[str, float]:
+    """Name to value of the rows of a table of metrics."""
+    rows = [line.split() for line in text.splitlines()[2:] if line.startswith("  ")]
+    return {row[0]: float(row[1]) for row in rows}
+
+
+def test_a_measurement_prints_its_core_metrics_and_all_of_them_if_asked(measurement):
+    for text, names in (
+        (repr(measurement), [name for name in METRICS if name in CORE and name in measurement.metrics]),
+        (measurement.summary("all"), list(measurement.metrics)),
+    ):
+        assert text.splitlines()[0] == f"Measurement of Sequential, {N} samples, {measurement.num_classes} classes"
+        assert list(printed_values(text)) == names
+        expected = {name: measurement.metrics[name] for name in names}
+        assert printed_values(text) == pytest.approx(expected, rel=1e-3)
+    groups = [line for line in repr(measurement).splitlines()[2:] if not line.startswith(" ")]
+    hidden = len(measurement.metrics) - len(printed_values(repr(measurement)))
+    assert groups[:4] == ["NC1", "NC2", "NC3", "NC4"]
+    assert f"{hidden} more: " in groups[-1]
+    row = next(line for line in measurement.summary("all").splitlines() if "nc2_cos_margin" in line)
+    k = measurement.num_classes
+    assert float(row.split()[2]) == pytest.approx(k / (k - 1), rel=1e-3)
+    with pytest.raises(ValueError, match="metrics must be"):
+        measurement.summary("some")
+
+
+def test_in_a_notebook_a_measurement_and_its_moments_are_tables(measurement):
+    named = replace(measurement, provenance=Provenance(model="<b>mine</b>"))
+    page = named._repr_html_()
+    ElementTree.fromstring(f"<div>{page}</div>")  # well-formed
+    assert "&lt;b&gt;mine&lt;/b&gt;" in page
+    assert f"{measurement.metrics['nc1_pinv']:.4g}" in page
+    texts = list(ElementTree.fromstring(measurement.moments._repr_html_()).itertext())
+    assert texts[texts.index("samples") + 1] == str(N)
 
 
 def test_recomputing_keeps_only_the_values_of_samples_that_are_still_true(measurement):

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Self, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from neuralcollapse._html import html_table
 from neuralcollapse.lab.untrusted import check_limits
 
 Values = Mapping[str, Any]
@@ -89,6 +90,12 @@ class Settings(BaseModel):
         if refused:
             raise ValueError(next(iter(refused.values())))
         self.check()
+
+    def _repr_html_(self) -> str:
+        """The settings that have an effect."""
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        rows = [[name, value] for name, value in values.items() if value is not None]
+        return html_table(type(self).__name__, ["", ""], rows)
 
     @classmethod
     def resolve(cls, given: Values, base: Values | None = None) -> tuple[Self, dict[str, str]]:

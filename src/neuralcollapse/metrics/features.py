@@ -88,7 +88,7 @@ def measure_features(
     is_view = rows.is_view and len(rows.shape) == 2 and options.ignore_index is None
     is_view &= device == _device(None, features)
     with FeatureCache(None if is_view else options.cache_bytes) as cache:
-        gathered = Gathered(num_classes, feature_dim, device, cache, options)
+        gathered = Gathered(num_classes, feature_dim, device, cache, options, offset)
         start, size = 0, max(1, _BLOCK_ELEMENTS // max(_row_elements(rows), num_classes))
         for block in _blocks(rows, size, progress, "features"):
             of_block, start = targets[start : start + len(block)], start + len(block)

@@ -32,10 +32,17 @@ class Gathered:
         device: Device of the moments.
         cache: Cache of the samples, to which they are added if the options include metrics of single samples.
         options: Options of the measurement.
+        bias: b (K,) that the logits contain, or None.
     """
 
     def __init__(
-        self, num_classes: int, feature_dim: int, device: torch.device, cache: FeatureCache, options: MeasureOptions
+        self,
+        num_classes: int,
+        feature_dim: int,
+        device: torch.device,
+        cache: FeatureCache,
+        options: MeasureOptions,
+        bias: Tensor | None,
     ) -> None:
         self.new_moments = partial(
             ClassMoments, dtype=options.dtype, class_scatter=options.class_scatter, device=device
@@ -47,6 +54,7 @@ class Gathered:
         self._hits = torch.zeros(min(5, num_classes), dtype=torch.int64, device=device)
         self._max_logits = torch.zeros_like(self.moments.means[0, 0])
         self._cache = cache
+        self._bias = None if bias is None or not bool(bias.any()) else bias
 
     def add(
         self,
@@ -72,15 +80,18 @@ class Gathered:
         targets = targets.flatten().long()  # a uint8 index is a mask
         counted = slice(None) if ignore_index is None else targets != ignore_index
         targets = targets[counted]
-        predictions = torch.full_like(targets, -1)
+        predictions, without_bias = torch.full_like(targets, -1), None
         if logits is not None:
-            greatest, ranked = logits.flatten(0, -2)[counted].topk(len(self._hits))
+            rows = logits.flatten(0, -2)[counted]
+            greatest, ranked = rows.topk(len(self._hits))
             self._max_logits += greatest[:, 0].to(self._max_logits.dtype).sum()
             self._hits += (ranked == targets[:, None]).sum(dim=0)
             predictions = ranked[:, 0]
+            if self._bias is not None and self.options.per_sample:
+                without_bias = (rows - self._bias).argmax(dim=1)
         self._labels.update(targets)
         if self.options.per_sample:
-            self._cache.append(features.flatten(0, -2)[counted], targets, predictions)
+            self._cache.append(features.flatten(0, -2)[counted], targets, predictions, without_bias)
 
     def measurement(
         self,
@@ -127,6 +138,7 @@ class Gathered:
             ncc_mismatch=samples.ncc_mismatch,
             mean_max_logit=math.nan if weight is None else float(self._max_logits / moments.counts.sum()),
             residual_norms=residual_norms,
+            agreement_without_bias=samples.agreement_without_bias,
             sample_features=sample_features,
             sample_targets=sample_targets,
             layers={layer: values for layer, (values, _) in of_layers.items()},

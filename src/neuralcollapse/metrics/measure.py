@@ -99,7 +99,7 @@ def measure(
             weight, bias = observer.classifier.weight, observer.classifier.bias
             if isinstance(train, ClassMoments):
                 check_train_moments(train, *weight.shape)
-            gathered = Gathered(len(weight), weight.shape[1], weight.device, cache, options)
+            gathered = Gathered(len(weight), weight.shape[1], weight.device, cache, options, bias)
             for outputs in chain((first,), batches):
                 gathered.add(outputs.features, outputs.targets, outputs.logits, outputs.layers)
         train_moments = _moments_of_train_split(train, run, gathered)

@@ -15,10 +15,12 @@ from safetensors.torch import load as parse
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from neuralcollapse._checks import check_at_least, listed
+from neuralcollapse._checks import check_at_least, check_choice, listed
 from neuralcollapse._files import write_whole
-from neuralcollapse.catalogue import METRICS, in_order
+from neuralcollapse._html import html_table
+from neuralcollapse.catalogue import CORE, METRICS, in_order
 from neuralcollapse.metrics.collapse import measure_moments
+from neuralcollapse.metrics.conventions import wu2024
 from neuralcollapse.metrics.moments import ClassMoments
 from neuralcollapse.metrics.statistics import MeasureOptions
 from neuralcollapse.metrics.undefined import MetricValues, grouped, warn_of_undefined
@@ -72,6 +74,8 @@ class Measurement:
         mean_max_logit: Mean over samples of the greatest logit that the model returned.
         residual_norms: (d,) mean norm of the components of the features outside the j leading principal directions
             about −W⁺b, for j = 0, …, d − 1, for the out-of-distribution score ViM; empty without ``per_sample``.
+        agreement_without_bias: Share of the samples whose nearest class mean is the class of the greatest entry of Wh,
+            as the library of Wu & Papyan measures NC4; NaN without such samples.
         undefined: Name to reason, for each metric that is NaN.
         layers: For each named layer, its metrics.
         layers_undefined: For each layer with undefined metrics, their reasons.
@@ -96,6 +100,7 @@ class Measurement:
     ncc_mismatch: Tensor
     mean_max_logit: float = math.nan
     residual_norms: Tensor = field(default_factory=lambda: torch.empty(0))
+    agreement_without_bias: float = math.nan
     undefined: dict[str, str] = field(default_factory=dict)
     layers: dict[str, dict[str, float]] = field(default_factory=dict)
     layers_undefined: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -118,14 +123,50 @@ class Measurement:
         return (self.moments.counts == 0).nonzero().flatten().tolist()
 
     def __repr__(self) -> str:
-        """The metrics, the reasons of undefined ones and the absent classes, without tensors."""
-        of = f"Measurement of {self.provenance.model or 'a model'}, {self.moments.counts.sum():,} samples"
-        lines = [of, *(f"  {name:32} {value:.4g}" for name, value in self.metrics.items())]
+        """The core metrics by group, the reasons of undefined ones and the absent classes, without tensors."""
+        return self.summary()
+
+    def summary(self, metrics: str = "core") -> str:
+        """Return metrics by group with their values at collapse, the reasons of undefined ones and the absent classes.
+
+        Args:
+            metrics: ``"core"``: about twelve, which `print` shows; ``"all"``.
+
+        Raises:
+            ValueError: if ``metrics`` is neither.
+        """
+        caption, head, rows, notes = self._summary(metrics)
+        lines = [caption, f"  {head[0]:34} {head[1]:>10} {head[2]:>12}"]
+        lines += [row[0] if len(row) == 1 else f"  {row[0]:34} {row[1]:>10} {row[2]:>12}".rstrip() for row in rows]
+        return "\n".join([*lines, *notes])
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._summary("core"))
+
+    def _summary(self, metrics: str) -> tuple[str, list[str], list[list[str]], list[str]]:
+        """Return caption, head, rows and notes of a table of metrics; the row of a group has one cell."""
+        check_choice("metrics", metrics, ("core", "all"))
+        shown = {name: self.metrics[name] for name in self.metrics if metrics == "all" or name in CORE}
+        rows: list[list[str]] = []
+        group = ""
+        for name, value in shown.items():
+            entry = METRICS.get(name)
+            of_metric = "other" if entry is None else entry.group
+            if of_metric != group:
+                rows.append([group := of_metric])
+            at_collapse = None if entry is None else entry.value_at_collapse(self.num_classes)
+            rows.append([name, f"{value:.4g}", "" if at_collapse is None else f"{at_collapse:.4g}"])
+        notes = []
+        if hidden := len(self.metrics) - len(shown):
+            notes.append(f"{hidden} more: measurement.metrics, measurement.summary('all')")
         if absent := self.absent_classes:
             present = self.num_classes - len(absent)
-            lines.append(f"of {self.num_classes:,} classes {present:,} have samples; absent: {listed(absent)}")
-        reasons = grouped(self.undefined, self.layers_undefined)
-        return "\n".join([*lines, *(["not defined:"] if reasons else []), *(f"  {line}" for line in reasons)])
+            notes.append(f"of {self.num_classes:,} classes {present:,} have samples; absent: {listed(absent)}")
+        if reasons := grouped(self.undefined, self.layers_undefined):
+            notes += ["not defined:", *(f"  {line}" for line in reasons)]
+        subject = f"Measurement of {self.provenance.model or 'a model'}"
+        caption = f"{subject}, {self.moments.counts.sum():,} samples, {self.num_classes:,} classes"
+        return caption, ["", "value", "at collapse"], rows, notes
 
     def recompute(self, **changes: Any) -> Measurement:
         """Compute every metric of moments again, with changed options and the formulas of this version.
@@ -169,14 +210,46 @@ class Measurement:
         }
         layers_undefined = {layer: reasons for layer, (_, reasons) in layers.items() if reasons}
         warn_of_undefined(undefined, layers_undefined)
+        same_classes = self._is_unaffected("nc4_ncc_mismatch", options)
         return replace(
             self,
+            agreement_without_bias=self.agreement_without_bias if same_classes else math.nan,
             metrics=metrics,
             undefined=undefined,
             layers={layer: values for layer, (values, _) in layers.items()},
             layers_undefined=layers_undefined,
             options=options,
         )
+
+    def named(self, convention: str) -> dict[str, float]:
+        """Return the metrics under the names and with the conventions of another library.
+
+        ``"wu2024"``: rhubarbwu/neural-collapse, the library of Wu & Papyan (NeurIPS 2024), and the eleven names of its
+        example: ``nc1_pinv``, ``nc1_svd``, ``nc1_quot``, ``nc1_cdnv``, ``nc2_etf_err``, ``nc2g_dist``, ``nc2g_log``,
+        ``nc3_dual_err``, ``nc3u_uni_dual``, ``nc4_agree``, ``nc5_ood_dev``. As there, the centre is the mean of the
+        class means, a class without samples counts as one with mean 0, all classes are measured whatever the options
+        are, the kernels of ``nc2g`` are given by their variance, and the classifier of ``nc4_agree`` has no bias.
+
+        Metrics whose inputs were not measured (a weight, single samples, out-of-distribution data) are left out. One
+        warning gives the reasons of undefined metrics, which are NaN.
+
+        Args:
+            convention: ``"wu2024"``.
+
+        Raises:
+            ValueError: if the convention is unknown.
+
+        Examples:
+            >>> from neuralcollapse.metrics import measure_features
+            >>> features = torch.tensor([[1.0, 0.1], [1, -0.1], [-1, 0.1], [-1, -0.1]])
+            >>> measurement = measure_features(features, torch.tensor([0, 0, 1, 1]), progress=False)
+            >>> round(measurement.named("wu2024")["nc1_quot"], 4)
+            0.01
+        """
+        check_choice("convention", convention, ("wu2024",))
+        values, undefined = wu2024(self)
+        warn_of_undefined(undefined)
+        return values
 
     def _is_unaffected(self, name: str, options: MeasureOptions) -> bool:
         """Return whether a value that moments do not give is the same with other options."""
@@ -203,6 +276,7 @@ class Measurement:
             "ncc_mismatch": self.ncc_mismatch.double(),
             "mean_max_logit": torch.tensor(self.mean_max_logit, dtype=torch.float64),
             "residual_norms": self.residual_norms.double(),
+            "agreement_without_bias": torch.tensor(self.agreement_without_bias, dtype=torch.float64),
             "sample_features": self.sample_features,
             "sample_targets": self.sample_targets,
             "values": torch.tensor(list(self.metrics.values()), dtype=torch.float64),
@@ -283,9 +357,10 @@ class LabelFingerprint:
 
 def _optional(tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Return the fields that earlier versions did not write."""
-    if "mean_max_logit" not in tensors:
-        return {}
-    return {"mean_max_logit": tensors["mean_max_logit"].item(), "residual_norms": tensors["residual_norms"]}
+    values: dict[str, Any] = {
+        name: tensors[name].item() for name in ("mean_max_logit", "agreement_without_bias") if name in tensors
+    }
+    return values | ({"residual_norms": tensors["residual_norms"]} if "residual_norms" in tensors else {})
 
 
 def _packed(prefix: str, moments: ClassMoments) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from neuralcollapse._checks import (
     check_targets,
     compute_dtype,
 )
+from neuralcollapse._html import html_table
 from neuralcollapse.metrics.scaling import power_of_two
 
 logger = logging.getLogger(__name__)
@@ -159,6 +160,19 @@ class ClassMoments:
         item = 4 if dtype == torch.float32 else 8
         scatters = 1 + num_classes if class_scatter else 1
         return item * (num_classes * (feature_dim + 1) + scatters * feature_dim**2 + 1) + 8 * num_classes
+
+    def _repr_html_(self) -> str:
+        samples, with_samples = int(self.counts.sum()), self.counts[self.counts > 0]
+        sizes = f"{int(with_samples.min()):,} to {int(with_samples.max()):,}" if samples else "0"
+        rows = [
+            ["classes K, of these with samples", f"{self.num_classes:,}, {len(with_samples):,}"],
+            ["dimensions d", f"{self.feature_dim:,}"],
+            ["samples", f"{samples:,}"],
+            ["samples per class", sizes],
+            ["batches", f"{self.num_batches:,}"],
+            ["dtype, device", f"{self.dtype}, {self.device}".replace("torch.", "")],
+        ]
+        return html_table("ClassMoments", ["", ""], rows)
 
     @property
     def num_classes(self) -> int:

@@ -21,6 +21,7 @@ from neuralcollapse.metrics.alignment import kernel_entropies, unit_class_sums
 from neuralcollapse.metrics.collapse import find_function
 from neuralcollapse.metrics.moments import ClassMoments
 from neuralcollapse.metrics.nc1 import rank_of_features, rank_of_gram
+from neuralcollapse.metrics.nc4 import nearest_class_mean
 from neuralcollapse.metrics.scaling import power_of_two
 from neuralcollapse.metrics.statistics import ClassStatistics, MeasureOptions, class_statistics
 from neuralcollapse.metrics.undefined import (
@@ -37,11 +38,12 @@ _GATHERED_ELEMENTS = 2**25  # maximum number of features of single classes that 
 
 
 class CachedBatch(NamedTuple):
-    """Features (N, d), their targets (N,) and the predicted classes (N,)."""
+    """Features (N, d), targets (N,), predicted classes (N,), and those that the logits without the bias predict."""
 
     features: Tensor
     targets: Tensor
     predictions: Tensor
+    without_bias: Tensor
 
 
 class FeatureCache:
@@ -79,15 +81,18 @@ class FeatureCache:
             self._path.unlink()
             self._path = None
 
-    def append(self, features: Tensor, targets: Tensor, predictions: Tensor) -> None:
-        """Add a batch."""
+    def append(
+        self, features: Tensor, targets: Tensor, predictions: Tensor, without_bias: Tensor | None = None
+    ) -> None:
+        """Add a batch; ``without_bias`` is None if there is no bias."""
         features = features.detach()
         size = features.numel() * features.element_size()
         if size and self.max_bytes is not None and self._bytes + size > self.max_bytes:
             features = self._to_disk(features.cpu().contiguous())
         else:
             self._bytes += size
-        self._batches.append(CachedBatch(features, targets, predictions))
+        without_bias = predictions if without_bias is None else without_bias
+        self._batches.append(CachedBatch(features, targets, predictions, without_bias))
 
     def __iter__(self) -> Iterator[CachedBatch]:
         return iter(self._batches)
@@ -159,12 +164,14 @@ class SampleValues(NamedTuple):
         undefined: Name to reason.
         cos_margins: (N,) cosine margins, ascending.
         ncc_mismatch: (K,) share of samples of each class whose nearest class mean is not the predicted class.
+        agreement_without_bias: Share of samples whose nearest class mean is the class of the greatest entry of Wh.
     """
 
     metrics: dict[str, float]
     undefined: dict[str, str]
     cos_margins: Tensor
     ncc_mismatch: Tensor
+    agreement_without_bias: float = math.nan
 
     @classmethod
     def without_samples(
@@ -218,12 +225,14 @@ class _Pass:
         targets: (N,) classes, as indices into those of the reference.
         unit_sums: (K, d) sums of the unit features of each class.
         zero_features: Number of features that are zero.
+        agreements: Number of samples whose nearest class mean is the class that Wh predicts.
     """
 
     values: dict[str, Tensor]
     targets: Tensor
     unit_sums: Tensor
     zero_features: int
+    agreements: int
 
     def mean(self, entry: Metric) -> Tensor:
         """Return the mean over samples, or over classes."""
@@ -261,10 +270,11 @@ def _measure_against(
     metrics, undefined = without_undefined(metrics, _conditions(reference, rows, samples, int(margins.isnan().sum())))
     if reference.constant:
         margins = torch.full_like(margins, torch.nan)
-    mismatch = torch.full((len(weight),), torch.nan, dtype=torch.float64)
+    mismatch, agreement = torch.full((len(weight),), torch.nan, dtype=torch.float64), math.nan
     if "nc4_ncc_mismatch" not in undefined:
         mismatch[reference.classes.cpu()] = samples.class_means("nc4.mismatches").cpu()
-    return SampleValues(metrics, undefined, margins.cpu(), mismatch)
+        agreement = samples.agreements / len(samples.targets)
+    return SampleValues(metrics, undefined, margins.cpu(), mismatch, agreement)
 
 
 def _pass_over(
@@ -273,22 +283,32 @@ def _pass_over(
     """Return the values of each function over samples."""
     functions = {entry.function: entry.inputs for entry in entries}
     values = {name: [rows.new_empty(0)] for name in functions}
-    targets, unit_sums, zero_features = [index[:0]], torch.zeros_like(rows), 0
+    targets, unit_sums, zero_features, agreements = [index[:0]], torch.zeros_like(rows), 0, 0
     shared = {"weight": rows, "center": reference.center, "class_means": reference.class_means}
     for batch in cache:
-        features, labels, predictions = (tensor.to(index.device) for tensor in batch)
+        features, labels, predictions, without_bias = (tensor.to(index.device) for tensor in batch)
         measured = index[labels] >= 0
         features, labels, predictions = features[measured].double(), labels[measured], predictions[measured]
+        without_bias = without_bias[measured]
         if not len(features):
             continue
         inputs = shared | {"features": features, "targets": index[labels], "predictions": index[predictions]}
         for name, arguments in functions.items():
             values[name].append(find_function(name)(*(inputs[argument] for argument in arguments)))
+        agreeing = values["nc4.mismatches"][-1] == 0
+        if bool((changed := without_bias != predictions).any()):
+            nearest = nearest_class_mean(features[changed], reference.class_means)
+            agreeing[changed] = nearest == index[without_bias[changed]]
+        agreements += int(agreeing.sum())
         targets.append(inputs["targets"])
         unit_sums += unit_class_sums(features, inputs["targets"], rows)
         zero_features += int((~features.any(dim=1)).sum())
     return _Pass(
-        {name: torch.cat(parts) for name, parts in values.items()}, torch.cat(targets), unit_sums, zero_features
+        {name: torch.cat(parts) for name, parts in values.items()},
+        torch.cat(targets),
+        unit_sums,
+        zero_features,
+        agreements,
     )
 
 

@@ -29,6 +29,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--layers", metavar="A,B", help="modules whose outputs are measured as well")
     parser.add_argument("--backbone", metavar="CLASS", help="class of yours that a run was trained with: it is not "
                         "imported because config.yaml names it")  # fmt: skip
+    parser.add_argument("--metrics", metavar="core|all", help="metrics that are printed of an external model or of "
+                        "features; by default core, about twelve")  # fmt: skip
     parser.add_argument("--flips", action="store_true", help="instead, print the accuracy of the last checkpoint with "
                         "test-time flips: of logits averaged over each image and its mirror image")  # fmt: skip
     external = parser.add_argument_group("An external model")
@@ -54,9 +56,12 @@ def _run(settings: Namespace) -> int:
         raise ValueError(f"every must be at least 1, got {every}")
     splits, layers = option(settings, "split", list[str]), option(settings, "layers", list[str], [])
     given = asked_for(settings, *SECTIONS)
+    metrics = option(settings, "metrics", default="core")
+    if metrics not in ("core", "all"):
+        raise ValueError(f"metrics must be core or all, got {metrics!r}")
     if settings.get("features") is not None:
         _check_features(settings, given)
-        return _measure_features(settings, splits)
+        return _measure_features(settings, splits, metrics)
     for name in _OF_FEATURES:
         if settings.get(name) is not None:
             raise ValueError(f"{name} belongs to --features")
@@ -67,8 +72,8 @@ def _run(settings: Namespace) -> int:
         for name in ("model", "out"):
             if not settings.get(name):
                 raise ValueError(f"{name} must be given with checkpoint")
-        return _measure_external(settings, given, splits, layers)
-    external = [name for name in _OF_EXTERNAL if settings.get(name) is not None]
+        return _measure_external(settings, given, splits, layers, metrics)
+    external = [name for name in (*_OF_EXTERNAL, "metrics") if settings.get(name) is not None]
     if given or external:
         raise ValueError(f"{[*given, *external][0]} belongs to --checkpoint: a run has its own")
     if not settings.get("runs"):
@@ -95,7 +100,9 @@ def _run(settings: Namespace) -> int:
     return outcome.report(_NOTHING)
 
 
-def _measure_external(settings: Namespace, given: dict[str, Any], splits: list[str] | None, layers: list[str]) -> int:
+def _measure_external(
+    settings: Namespace, given: dict[str, Any], splits: list[str] | None, layers: list[str], metrics: str
+) -> int:
     from neuralcollapse.lab.evaluate.state_dict import ExternalModel, measure_state_dict, series_epochs
     from neuralcollapse.lab.results.tables import read_table
 
@@ -114,7 +121,7 @@ def _measure_external(settings: Namespace, given: dict[str, Any], splits: list[s
     if asked is None and len(epochs) > 1:
         print(f"epochs: 1 to {len(epochs)}, in the order given; --epoch names others")
     for epoch in epochs:
-        print(f"\n{_values(read_table(folder.metrics), epoch, splits)}")
+        print(f"\n{_values(read_table(folder.metrics), epoch, splits, metrics)}")
     print()
     return outcome.report(_NOTHING)
 
@@ -146,7 +153,7 @@ def _check_features(settings: Namespace, given: dict[str, Any]) -> None:
         raise ValueError("weight must be given with out: the tables and figures of a folder compare it with the means")
 
 
-def _measure_features(settings: Namespace, splits: list[str] | None) -> int:
+def _measure_features(settings: Namespace, splits: list[str] | None, metrics: str) -> int:
     """Measure features in files, print the metrics, and record them in the folder of a run if there is one to write."""
     from neuralcollapse.metrics import measure_features
 
@@ -161,7 +168,7 @@ def _measure_features(settings: Namespace, splits: list[str] | None) -> int:
         name = Path(paths["features"]).stem
         folder = RunFolder.create(settings.out, name=name, settings=origin | ({} if seed is None else {"seed": seed}))
     measurement = measure_features(**paths)
-    print(measurement)
+    print(measurement.summary(metrics))
     outcome = Outcome()
     if folder is not None:
         print()
@@ -182,9 +189,11 @@ def _standardisation(pixels: dict[str, Any]) -> str:
     )
 
 
-def _values(table: pd.DataFrame, epoch: int, splits: list[str] | None) -> str:
+def _values(table: pd.DataFrame, epoch: int, splits: list[str] | None, metrics: str) -> str:
     """Return the values of an epoch as a table: one row per metric, one column per split."""
-    of_epoch = table[table["epoch"] == epoch]
+    from neuralcollapse.catalogue import CORE
+
+    of_epoch = table[(table["epoch"] == epoch) & (table["metric"].isin(CORE) | (metrics == "all"))]
     names = [name for name in of_epoch["split"].unique() if splits is None or name in splits]
     values = of_epoch.pivot(index="metric", columns="split", values="value")
     shown = values.loc[of_epoch["metric"].unique(), names].rename_axis(index=None, columns=f"epoch {epoch}")

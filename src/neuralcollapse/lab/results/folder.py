@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from neuralcollapse._html import html_table
 from neuralcollapse.lab.results.files import read_yaml, sole_writer, write_yaml
 from neuralcollapse.lab.results.formats import FORMAT, settings_of_format
 from neuralcollapse.lab.results.provenance import environment, now, start
@@ -154,6 +155,22 @@ class RunFolder:
             write_yaml(folder.environment, {**environment(folder.path), "started": now()})
             write_yaml(folder.config, {"format": FORMAT, **settings})
         return folder
+
+    def _repr_html_(self) -> str:
+        settings = self.settings() if self.config.exists() else {}
+        rows: list[list[object]] = [["settings"]]
+        rows += [[name, value] for name, value in settings.items() if value is not None]
+        if self.metrics.exists():
+            from neuralcollapse.catalogue import CORE
+            from neuralcollapse.lab.results.tables import read_table
+
+            table = read_table(self.metrics)
+            last = table[(table["epoch"] == table["epoch"].max()) & table["metric"].isin(CORE)]
+            for split, of_split in last.groupby("split", sort=False):
+                rows.append([f"epoch {table['epoch'].max()}, {split}"])
+                values = dict(zip(of_split["metric"], of_split["value"], strict=True))
+                rows += [[name, f"{value:.4g}"] for name, value in values.items()]
+        return html_table(f"RunFolder {self.path}", ["", ""], rows)
 
     @property
     def last_checkpoint(self) -> Path:
