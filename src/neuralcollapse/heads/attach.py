@@ -427,7 +427,7 @@ def attach_head(
         expected = replaced.weight.shape[1]  # type: ignore[index]
     built = None
     if neck is not None:
-        built = _built_neck(neck, replaced, expected, in_features)
+        built = _built_neck(neck, replaced, int(expected), in_features)
     elif in_features not in (None, expected):
         raise ValueError(
             f"head must take the {expected} features that classifier {name!r} takes, got in_features = {in_features}; "

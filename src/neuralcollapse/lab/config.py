@@ -6,6 +6,7 @@ effect; without an effect it is refused.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
@@ -200,6 +201,9 @@ _DEPTH = Default(lambda values: 12 if values["backbone"] in VITS else 3)
 _THIRDS = Default(lambda values: sorted({values["epochs"] // 3, 2 * values["epochs"] // 3} - {0}))
 
 
+OF_CLASSES = ("cross-entropy", "normface", "bidirectional-nonl", "decoupled", "two-way")
+OF_SAMPLES = ("ntce", "nonl", "dot-regression")
+
 # --- sections ---------------------------------------------------------------------------------------------------------
 
 
@@ -215,6 +219,53 @@ class OneRun(Settings):
     ] = "implicit"
     seed: Seed = 0
     """Seed of the initial weights, batches and augmentation."""
+
+
+class WeightedLoss(Settings):
+    """Options of ntce and nonl."""
+
+    class_weights: Literal["none", "inverse"] = "none"
+    """Weight of each sample: none, the same for all; inverse, one over the number of training images of its class."""
+
+
+class AdjustedLoss(WeightedLoss):
+    """Options of losses that compare classes."""
+
+    prior: NotNegative = 0.0
+    """Logit adjustment in training: the factor of the logarithm of the classes' shares of the training images, which
+    is added to the logits. 1 is the balanced softmax. Classes without images count as one image."""
+
+
+class DotRegressionLoss(WeightedLoss):
+    """Options of dot-regression."""
+
+    class_lengths: Literal["given", "inverse-root"] = "given"
+    """Lengths of the class vectors: as the classifier has them; or inverse-root, the root of the mean number of
+    training images of a class over that of the class (Yang et al., 2022, who take the numbers of each batch)."""
+
+
+class Regularisation(Settings):
+    """Options of regulariser."""
+
+    loss: Literal["variability", "koleo", "supcon", "center"] = "variability"
+    """variability, the logarithm of within-class over between-class variability; koleo, which spreads features;
+    supcon, the supervised contrastive loss; center, half the squared distance to the row of the classifier, scaled to
+    feature_norm if there is one."""
+    weight: float | None = None
+    """Factor of the loss, needed: of variability, above 0 for more collapse and below 0 for less."""
+    layer: str | None = None
+    """Module of the model whose output is taken, averaged over positions, as for `measure --layers`. By default the
+    features that the classifier multiplies."""
+    detach_between: Annotated[bool | None, where(loss="variability")] = False
+    """Keep between-class variability out of the gradient."""
+
+    def check(self) -> None:
+        """Check settings together."""
+        super().check()
+        if not self.weight or not math.isfinite(self.weight):
+            raise ValueError(f"weight must be finite and other than 0, got {self.weight}")
+        if self.loss == "center" and self.layer is not None:
+            raise ValueError(f"layer belongs to a loss other than center, got {self.layer!r}")
 
 
 class LossSettings(Settings):
@@ -234,6 +285,23 @@ class LossSettings(Settings):
     """Divisor of the cosines."""
     margin: Annotated[Margin, where(loss=WITH_MARGIN)] = "inf"
     """Margin on the positive logit in the denominator, in units of logits; inf leaves the positive out."""
+    loss_options: Annotated[
+        dict[str, Any] | None,
+        where(loss=OF_CLASSES + OF_SAMPLES),
+        Options(
+            lambda values: (
+                AdjustedLoss
+                if values["loss"] in OF_CLASSES
+                else DotRegressionLoss
+                if values["loss"] == "dot-regression"
+                else WeightedLoss
+            ),
+            (WeightedLoss, AdjustedLoss, DotRegressionLoss),
+        ),
+    ] = Field(default_factory=dict)
+    """Options for long tails:"""
+    regulariser: Annotated[dict[str, Any] | None, Options(lambda _: Regularisation, (Regularisation,))] = None
+    """A loss of features that is added, for more collapse or less:"""
 
 
 class StoredData(Settings):
@@ -656,6 +724,8 @@ class RunConfig(Record, Ranks, Optimisation, ModelSettings, BatchSettings, DataS
             )
         if self.momentum == 0 and (self.optimizer_options or {}).get("nesterov"):
             raise ValueError("optimizer_options.nesterov needs momentum above 0, got 0")
+        if self.regulariser and self.regulariser.get("layer") and self.compile:
+            raise ValueError("compile must be false with regulariser.layer, whose hook a compiled backbone may not run")
         if self.optimizer == "lbfgs":
             self._check_lbfgs(method)
 

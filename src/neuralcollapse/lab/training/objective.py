@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,14 +42,17 @@ class Objective(nn.Module):
     Args:
         config: All settings.
         model: A model that ends in a head.
+        class_counts: (K,), training images of each class.
 
     Attributes:
         keeps_head_tensors: Whether the features, class means, weight and bias that a head with class means makes of a
             batch keep their gradients, in ``head_tensors``.
     """
 
-    def __init__(self, config: RunConfig, model: AttachedHead) -> None:
+    def __init__(self, config: RunConfig, model: AttachedHead, class_counts: Tensor) -> None:
         super().__init__()
+        self._of_classes = class_options(config, class_counts)
+        self._regulariser = Penalty(config, model)
         self.config = config
         self.model = model
         self.keeps_head_tensors = False
@@ -76,7 +80,18 @@ class Objective(nn.Module):
             keep(features=features, weight=weight, bias=bias)
         logits, features = head.decide(features, weight, bias).float(), features.float()
         ranks = self.config.ranks
-        loss = batch_loss(self.config, logits, targets, features, weight, ranks * len(targets) / samples)
+        adjustment = {"bias": bias, **self._of_classes} if self._of_classes else None
+        loss = batch_loss(
+            self.config,
+            logits,
+            targets,
+            features,
+            weight,
+            ranks * len(targets) / samples,
+            *([adjustment] if adjustment else []),
+        )
+        if self._regulariser.is_set:
+            loss = loss + self._regulariser(features, targets, weight)
         penalties = penalty(self.config, self.model, features, ranks)
         loss = loss if penalties is None else loss + penalties
         return loss, self._metrics(loss, logits, features, targets, samples), features.detach()
@@ -118,8 +133,72 @@ class Objective(nn.Module):
         return dict(zip(metrics, sum_over_ranks(torch.stack(list(metrics.values()))).unbind(), strict=True))
 
 
+def class_options(config: LossSettings, class_counts: Tensor) -> dict[str, Any]:
+    """Return the arguments of a loss that follow from its options and the numbers of training images (K,).
+
+    Args:
+        config: The settings.
+        class_counts: (K,).
+    """
+    asked, counts = config.loss_options or {}, class_counts.double()
+    present, options = counts.clamp_min(1), {}
+    if asked.get("class_weights") == "inverse":
+        options["class_weights"] = (counts > 0) / present
+    if asked.get("prior"):
+        options |= {"prior": present, "prior_scale": asked["prior"]}
+    if asked.get("class_lengths") == "inverse-root":
+        options["class_lengths"] = (counts.mean() / present).sqrt()
+    return options
+
+
+class Penalty:
+    """The regulariser of a run: a weighted loss of features, at the classifier or at a named layer.
+
+    Args:
+        config: All settings.
+        model: The model.
+
+    Raises:
+        ValueError: if the model has no such layer.
+    """
+
+    def __init__(self, config: RunConfig, model: AttachedHead) -> None:
+        options = config.regulariser or {}
+        self.is_set = bool(options)
+        if not options:
+            return
+        self.loss, self.weight = options["loss"], options["weight"]
+        self.radius = getattr(model.head, "feature_norm", None)
+        of_features: Any = {
+            "variability": partial(losses.variability, detach_between=bool(options.get("detach_between"))),
+            "koleo": losses.koleo,
+            "supcon": losses.supcon,
+        }.get(self.loss)
+        self._of_features = of_features
+        self._of_layer = None
+        if options.get("layer"):
+            try:
+                self._of_layer = losses.regularise(model, options["layer"], of_features, self.weight)
+            except ValueError as error:
+                raise ValueError(f"regulariser.{error}") from None
+
+    def __call__(self, features: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+        """Return the weighted loss of a batch, whose mean over ranks is that of the whole batch."""
+        if self._of_layer is not None:
+            return self._of_layer(targets)
+        if self.loss == "center":
+            return self.weight * losses.center_loss(features, targets, weight, radius=self.radius)
+        return self.weight * self._of_features(features, targets)
+
+
 def batch_loss(
-    config: LossSettings, logits: Tensor, targets: Tensor, features: Tensor, weight: Tensor, share: float = 1.0
+    config: LossSettings,
+    logits: Tensor,
+    targets: Tensor,
+    features: Tensor,
+    weight: Tensor,
+    share: float = 1.0,
+    of_classes: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Return the loss of a batch, a mean over its samples; with several ranks, the mean of their values is.
 
@@ -135,11 +214,19 @@ def batch_loss(
         features: (N, d), which the weight multiplies.
         weight: (K, d), with its graph.
         share: This rank's fraction of the samples of the whole batch, times the number of ranks.
+        of_classes: `class_options`, with the ``bias`` of the logits.
     """
+    bias, classes = None, dict(of_classes or {})
+    if classes:
+        bias = classes.pop("bias")
+        classes = {name: value.to(features) if isinstance(value, Tensor) else value for name, value in classes.items()}
+        if config.loss == "cross-entropy":
+            smoothing = config.label_smoothing or 0.0
+            return losses.cross_entropy(features, targets, weight, bias, label_smoothing=smoothing, **classes)
     if config.loss in _OF_FEATURES:
         options = {"temperature": config.temperature, "margin": config.margin}
         given: dict[str, Any] = {name: float(value) for name, value in options.items() if value is not None}
-        return _OF_FEATURES[config.loss](features, targets, weight, **given)
+        return _OF_FEATURES[config.loss](features, targets, weight, **given, **classes)
     if config.loss == "mse":
         return share * functional.mse_loss(logits, functional.one_hot(targets, logits.shape[1]).to(logits.dtype))
     if config.loss == "dot-regression-published":

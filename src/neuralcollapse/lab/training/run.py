@@ -61,6 +61,7 @@ class Run:
         self, config: RunConfig, data: ImageData, evaluation: Mapping[str, EvaluationBatches] | None = None
     ) -> None:
         class_counts = data.train.labels.bincount(minlength=data.num_classes)
+        self.class_counts = class_counts
         present = int((class_counts > 0).sum())
         if len(data.train) < 2 * config.ranks:
             raise ValueError(f"devices must leave two training images to a rank, got {config.ranks} ranks for {data}")
@@ -129,7 +130,7 @@ class Run:
         if self.config.sync_batchnorm:
             self.trained.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.trained.model)
         self.trained.to(self.fabric.device).train()
-        self.objective = Objective(self.config, self.trained.model)
+        self.objective = Objective(self.config, self.trained.model, self.class_counts)
         self.compute_loss, self.fabric_optimizer = self.fabric.setup(self.objective, self.optimizer)
         self.scaler = getattr(self.fabric.strategy.precision, "scaler", None)
         self.stop.waits = self.config.ranks > 1  # with several ranks, none stops alone
