@@ -246,7 +246,7 @@ def record(**changes):
         ((record(), "msp"), {"alpha": 1}, "score 'msp' has no options, got alpha"),
         ((record(), "nci"), {"beta": 1}, "score 'nci' accepts the options alpha, got beta"),
         ((record(), "nci"), {"alpha": -1}, "alpha must be finite and at least 0"),
-        ((record(weight=None), "energy"), {}, r"need the weight of the classifier; measure\(model, loader\) keeps it"),
+        ((record(weight=torch.empty(0, D)), "energy"), {}, r"need the weight .*; measure\(model, loader\) keeps it"),
         ((record(), "energy"), {"temperature": 0}, "temperature must be greater than 0"),
         ((record(), "vim"), {"dimension": D}, "dimension must be less than d = 12, got 12"),
         ((record(residual_norms=torch.empty(0)), "vim"), {}, r"MeasureOptions\(per_sample=True\)"),

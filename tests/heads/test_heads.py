@@ -347,13 +347,13 @@ def test_features_of_all_sizes_in_one_batch_are_projected_row_by_row():
 
 
 @pytest.mark.parametrize(
-    ("head", "general", "hidden"),
+    ("head", "general", "hidden", "own"),
     [
-        (NearestETFClassifier, NearestFrameClassifier, set()),
-        (FixedETFClassifier, FixedFrameClassifier, {"code"}),
+        (NearestETFClassifier, NearestFrameClassifier, set(), set()),
+        (FixedETFClassifier, FixedFrameClassifier, {"code"}, {"seen"}),
     ],
 )
-def test_the_signature_of_an_etf_head_names_the_options_of_the_general_head(head, general, hidden):
+def test_the_signature_of_an_etf_head_names_the_options_of_the_general_head(head, general, hidden, own):
     shown, of_general = inspect.signature(head).parameters, inspect.signature(general).parameters
-    assert set(shown) == set(of_general) - hidden
-    assert all(shown[name].default == of_general[name].default for name in shown)
+    assert set(shown) - own == set(of_general) - hidden
+    assert all(shown[name].default == of_general[name].default for name in set(shown) - own)

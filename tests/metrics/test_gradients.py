@@ -25,6 +25,7 @@ WITHOUT_GRADIENT = {
     "class_values": "of moments, which keep no graph",
     "pair_matrices": "of moments, which keep no graph",
     "measure": "runs the model without gradients",
+    "measure_features": "numbers, of stored features",
     "ClassMoments": "a class",
     "ClassStatistics": "a class",
     "ClassValues": "a class",
