@@ -21,7 +21,7 @@ from neuralcollapse.metrics.measure import measure_splits
 
 
 def measure(run: Run, folder: Path, repeats: int) -> dict[str, float]:
-    objective, trained = Objective(run.config, run.trained.model), run.trained
+    objective, trained = Objective(run.config, run.trained.model, run.class_counts), run.trained
 
     def epoch() -> None:
         trained.train()

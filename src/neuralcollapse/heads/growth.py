@@ -31,9 +31,9 @@ def check_room(num_classes: int, in_features: int, otherwise: str) -> None:
         ) from None
 
 
-def padded(tensor: Tensor, num_new: int, value: float = 0) -> Tensor:
-    """Return the tensor with ``num_new`` rows of a value behind its own; a new tensor."""
-    return torch.cat([tensor, tensor.new_full((num_new, *tensor.shape[1:]), value)])
+def padded(tensor: Tensor, num_new: int) -> Tensor:
+    """Return the tensor with ``num_new`` rows of zeros behind its own; a new tensor."""
+    return torch.cat([tensor, tensor.new_zeros(num_new, *tensor.shape[1:])])
 
 
 class ParameterGrowth:

@@ -45,13 +45,14 @@ from neuralcollapse.geometry.frames import check_weight_values, extended_frame, 
 from neuralcollapse.geometry.polar import METHODS, Method
 from neuralcollapse.geometry.polar_iteration import ConvergenceCheck
 from neuralcollapse.geometry.published import frame_to_etf, published_nearest_frame
-from neuralcollapse.heads.growth import check_growth, check_room, padded
+from neuralcollapse.heads.growth import check_growth, check_room
 from neuralcollapse.heads.head import LearnsFromTargets, readable, skips_nonfinite
 from neuralcollapse.heads.moving_means import (
     DEFAULT_MOMENTUM,
     ClassMeans,
     KeepsFullPrecision,
     Momentum,
+    class_sums,
     full_precision,
 )
 
@@ -217,8 +218,8 @@ class FollowsClassMeans(KeepsFullPrecision, LearnsFromTargets):
             raise ValueError("targets must be at least 0, for at least one sample")
         num_classes = max(self.num_classes, int(targets.max()) + 1)
         present = targets.unique()
-        sums, counts = torch.zeros(num_classes, self.in_features).to(features), torch.bincount(targets)
-        counts = padded(counts, num_classes - len(counts)) if len(counts) < num_classes else counts
+        sums, counts = class_sums(features, targets, num_classes, None)
+        counts = counts.long()
         if missing := [k for k in range(self.num_classes, num_classes) if not counts[k]]:
             raise ValueError(f"targets must have a sample of every class that is added, got none of {listed(missing)}")
         self._check_admits()
@@ -235,7 +236,6 @@ class FollowsClassMeans(KeepsFullPrecision, LearnsFromTargets):
         if not bool(moving.overall.seen.any()):
             total = counts.sum().reshape(1)
             moving.overall(features.mean(0, keepdim=True), total)
-        sums.index_add_(0, targets, features)
         means = sums / counts.clamp_min(1).unsqueeze(-1) - moving.global_mean.to(sums)
         given = counts > 0
         moving.centred.mean = torch.where(given.unsqueeze(-1), means.to(moving.centred.mean), moving.centred.mean)

@@ -51,8 +51,12 @@ class Objective(nn.Module):
 
     def __init__(self, config: RunConfig, model: AttachedHead, class_counts: Tensor) -> None:
         super().__init__()
-        self._of_classes = class_options(config, class_counts)
-        self._regulariser = Penalty(config, model)
+        device = next(model.parameters()).device
+        self._of_classes = {  # in the dtype and on the device of the loss, not moved at each step
+            name: value.to(device, torch.float32) if isinstance(value, Tensor) else value
+            for name, value in class_options(config, class_counts).items()
+        }
+        self._regulariser = Penalty(model, config.regulariser) if config.regulariser else None
         self.config = config
         self.model = model
         self.keeps_head_tensors = False
@@ -81,16 +85,9 @@ class Objective(nn.Module):
         logits, features = head.decide(features, weight, bias).float(), features.float()
         ranks = self.config.ranks
         adjustment = {"bias": bias, **self._of_classes} if self._of_classes else None
-        loss = batch_loss(
-            self.config,
-            logits,
-            targets,
-            features,
-            weight,
-            ranks * len(targets) / samples,
-            *([adjustment] if adjustment else []),
-        )
-        if self._regulariser.is_set:
+        share = ranks * len(targets) / samples
+        loss = batch_loss(self.config, logits, targets, features, weight, share, adjustment)
+        if self._regulariser is not None:
             loss = loss + self._regulariser(features, targets, weight)
         penalties = penalty(self.config, self.model, features, ranks)
         loss = loss if penalties is None else loss + penalties
@@ -155,18 +152,14 @@ class Penalty:
     """The regulariser of a run: a weighted loss of features, at the classifier or at a named layer.
 
     Args:
-        config: All settings.
         model: The model.
+        options: The setting ``regulariser``.
 
     Raises:
         ValueError: if the model has no such layer.
     """
 
-    def __init__(self, config: RunConfig, model: AttachedHead) -> None:
-        options = config.regulariser or {}
-        self.is_set = bool(options)
-        if not options:
-            return
+    def __init__(self, model: AttachedHead, options: Mapping[str, Any]) -> None:
         self.loss, self.weight = options["loss"], options["weight"]
         self.radius = getattr(model.head, "feature_norm", None)
         of_features: Any = {
