@@ -38,6 +38,8 @@ from .nc4 import nearest_class_mean as nearest_class_mean
 from .per_class import ClassValues as ClassValues
 from .per_class import class_values as class_values
 from .per_class import pair_matrices as pair_matrices
+from .probes import LinearProbe as LinearProbe
+from .probes import linear_probe as linear_probe
 from .rank import effective_rank as effective_rank
 from .rank import feature_norm as feature_norm
 from .rank import rank_me as rank_me

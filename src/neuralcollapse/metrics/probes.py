@@ -1,0 +1,91 @@
+"""Linear probe in closed form, from class moments."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from neuralcollapse._checks import check_finite, check_not_negative, check_shapes
+from neuralcollapse.metrics.moments import ClassMoments
+
+
+class LinearProbe(NamedTuple):
+    """Linear classifier of features: the predicted class has the greatest entry of Wh + b.
+
+    Attributes:
+        weight: W (K, d) in fp64.
+        bias: b (K,) in fp64.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def predict(self, features: Tensor) -> Tensor:
+        """Return the predicted classes (N,).
+
+        Args:
+            features: h (N, d).
+
+        Raises:
+            ValueError: if the features have another shape or type.
+        """
+        check_shapes(features=(features, "N d"), weight=(self.weight, "K d"))
+        return torch.addmm(self.bias, features.to(self.weight), self.weight.T).argmax(dim=1)
+
+
+@torch.no_grad()
+def linear_probe(moments: ClassMoments, *, ridge: float = 0.0) -> LinearProbe:
+    """Linear probe: least squares on one-hot targets, with an intercept, in closed form.
+
+    With π_k = n_k/N, the mean m of all samples, C = M − m and the total covariance Σ_T = S/N + Σ_k π_k C_kC_kᵀ,
+
+        W = diag(π) C (Σ_T + λI)†,   b = π − Wm
+
+    minimises (1/N) Σ‖Wh + b − e_y‖² + λ‖W‖_F², λ = ``ridge`` · tr(Σ_T)/d. The moments suffice, and nothing is iterated.
+    Without a ridge, the pseudo-inverse gives the solution of least norm: eigenvalues of Σ_T below d·eps·λ₁ count as 0,
+    with the eps of the arithmetic of the moments. Directions whose standard deviation is less than about 1e-7 of the
+    greatest one are therefore not used in fp64, where least squares on the features themselves would use them.
+
+    The row of a class without samples is 0; it is never predicted, because the entries of Wh + b sum to 1.
+
+    Args:
+        moments: Moments of the features.
+        ridge: Penalty of ‖W‖_F², in units of the mean variance of a feature, at least 0.
+
+    Raises:
+        ValueError: if ``moments`` is not `ClassMoments`, has no samples or is not finite, or ``ridge`` is negative.
+
+    Source: the linear probe of Alain & Bengio (ICLR workshop 2017), fitted as ridge regression.
+
+    Examples:
+        >>> moments = ClassMoments(num_classes=2, feature_dim=1)
+        >>> moments.update(torch.tensor([[-1.0], [-3], [1], [3]]), torch.tensor([0, 0, 1, 1]))
+        >>> linear_probe(moments).weight
+        tensor([[-0.2000],
+                [ 0.2000]], dtype=torch.float64)
+        >>> linear_probe(moments).predict(torch.tensor([[0.5], [-0.5]]))
+        tensor([1, 0])
+    """
+    if not isinstance(moments, ClassMoments):
+        raise ValueError(f"moments must be ClassMoments, got {type(moments).__name__}")
+    check_not_negative("ridge", ridge)
+    if not moments.counts.any():
+        raise ValueError("moments must hold at least one sample, got none")
+    if moments.device.type == "mps":  # without fp64
+        moments = moments.to("cpu")
+    shares = moments.counts.double() / moments.counts.sum()
+    means, within = moments.means.double(), moments.within_class_scatter.double() / moments.counts.sum()
+    check_finite("the class means of moments", means)
+    check_finite("the scatter of moments", within)
+    center = shares @ means
+    centred = means - center
+    weighted = shares[:, None] * centred
+    total = within + centred.T @ weighted
+    size = len(total)
+    # The scatter of "mixed" moments is summed in fp32.
+    eps = torch.finfo(torch.float64 if moments.dtype == torch.float64 else torch.float32).eps
+    total.diagonal().add_(ridge * total.trace() / size)
+    weight = weighted @ torch.linalg.pinv(total, hermitian=True, rtol=size * eps)
+    return LinearProbe(weight, shares - weight @ center)
