@@ -6,6 +6,7 @@ from . import losses as losses
 from . import metrics as metrics
 from . import ood as ood
 from . import ufm as ufm
+from .classifier import features_of as features_of
 from .classifier import find_classifier as find_classifier
 from .geometry import nearest_frame as nearest_frame
 from .geometry import nearest_simplex_etf as nearest_simplex_etf

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from neuralcollapse._checks import check_module, listed
-from neuralcollapse._running import call_model, device_of, evaluation_mode, unchanged_on_error, unwrapped
+from neuralcollapse._running import call_model, device_of, evaluation_mode, unchanged_on_error, uncompiled, unwrapped
 
 _CONVENTIONAL_NAMES = ("classifier", "fc", "head", "heads", "linear", "output", "lm_head", "score")
 _KEPT_BYTES = 2**28  # maximum size of the recorded inputs of a forward; those of the earliest calls are dropped
@@ -379,6 +379,110 @@ class ClassifierObserver:
             "features(x) that returns what its weight multiplies; merge adapters into their layer; or name another "
             "module with classifier='dotted.name'"
         )
+
+
+class FeaturesAndLogits(NamedTuple):
+    """Features and logits of one forward.
+
+    Attributes:
+        features: h (N, d), or (N, T, d) of tokens: what the weight of the classifier multiplies.
+        logits: (N, K), or (N, T, K).
+    """
+
+    features: Tensor
+    logits: Tensor
+
+
+class FeaturesOf:
+    """Function from inputs of a model to features and logits, which `features_of` returns."""
+
+    def __init__(self, model: nn.Module, classifier: str | nn.Module | None = None) -> None:
+        self._model = model
+        self._observer = ClassifierObserver(model, classifier)
+        self._classifier: OutputClassifier | None = None
+
+    def __call__(self, *inputs: Any, **named_inputs: Any) -> FeaturesAndLogits:
+        """Run the model once, in its current mode; the first call runs it before that to find the classifier.
+
+        Args:
+            *inputs: Positional arguments of the model.
+            **named_inputs: Keyword arguments of the model.
+
+        Raises:
+            ValueError: if no module computes the output of the model, or several do; or if the classifier is not called
+                exactly once.
+        """
+        model = unwrapped(self._model)
+        if self._classifier is None:
+            with torch.no_grad(), unchanged_on_error(model), evaluation_mode(model), self._observer, uncompiled():
+                self._observer.read(model(*inputs, **named_inputs))
+            self._classifier = self._observer.classifier
+        name, recorder = self._classifier.name, FeatureRecorder()
+        recorder.start()
+        with self._classifier.module.register_forward_pre_hook(recorder, with_kwargs=True), uncompiled():
+            returned = model(*inputs, **named_inputs)
+        features, calls = recorder.stop()
+        if features is None or calls != 1:
+            raise ValueError(f"classifier {name!r} must be called once per forward, but was called {calls} times")
+        logits = dict(_leaves((), returned)).get(self._classifier.output)
+        in_layout = None if logits is None else _in_layout(features, logits)
+        if logits is None or in_layout is None:
+            raise ValueError(
+                f"model must return logits at {list(self._classifier.output)} as in the first call, got a "
+                f"{type(returned).__name__} without them"
+            )
+        return FeaturesAndLogits(in_layout, logits)
+
+
+def features_of(model: nn.Module, classifier: str | nn.Module | None = None) -> FeaturesOf:
+    """Return a function of inputs that gives the features and the logits of one forward of a model.
+
+    The classifier is found at the first call, as by `measure`: the module for which features · Wᵀ + b equals what the
+    model returns. That call runs the model twice, first in evaluation mode and without gradients. Features and logits
+    keep their gradients, and the model its mode, hooks and output. A compiled model runs uncompiled.
+
+    Args:
+        model: Any module that ends in a classifier.
+        classifier: The classifier, or its dotted name, if several modules compute an output.
+
+    Returns:
+        A function of the arguments of the model, which returns ``(features, logits)``.
+
+    Raises:
+        ValueError: if ``model`` is not a module or has no classifier, or the given one is not in it.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> features, logits = features_of(model)(torch.randn(5, 4))
+        >>> features.shape, logits.shape
+        (torch.Size([5, 8]), torch.Size([5, 3]))
+    """
+    return FeaturesOf(model, classifier)
+
+
+class FeatureRecorder:
+    """Forward pre-hook of a classifier that records its input, with its gradient, between `start` and `stop`."""
+
+    def __init__(self) -> None:
+        self.active = False
+        self.calls = 0
+        self.features: Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.active:
+            return
+        inputs = args[0] if args else next(iter(kwargs.values()))
+        self.calls += 1
+        self.features = classifier_features(module, inputs.clone())  # the model may change its input in place
+
+    def start(self) -> None:
+        """Begin to record."""
+        self.active, self.calls, self.features = True, 0, None
+
+    def stop(self) -> tuple[Tensor | None, int]:
+        """Return the recorded features, which are released, and the number of calls."""
+        features, self.active, self.features = self.features, False, None
+        return features, self.calls
 
 
 Path = tuple[str | int, ...]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from neuralcollapse._checks import check_floating, check_module, compute_dtype, is_number
 from neuralcollapse._running import call_model, device_of, evaluation_mode, unwrapped, with_progress
-from neuralcollapse.classifier import classifier_features, classifier_with
+from neuralcollapse.classifier import FeatureRecorder, classifier_with
 from neuralcollapse.heads.moving_means import KeepsFullPrecision, full_precision
 from neuralcollapse.metrics.measure import Unpack, unpack_pair
 from neuralcollapse.metrics.measurement import Measurement
@@ -69,7 +69,7 @@ class Detector(KeepsFullPrecision):
         self.feature_dim = fitted.feature_dim
         self.model = unwrapped(model)
         module = classifier_with(self.model, measurement.weight, measurement.bias, classifier)
-        self._recorder = _Recorder()
+        self._recorder = FeatureRecorder()
         hook = module.register_forward_pre_hook(self._recorder, with_kwargs=True)
         weakref.finalize(self, hook.remove)
         self._function, self._numbers = fitted.function, fitted.numbers
@@ -166,30 +166,6 @@ class Detector(KeepsFullPrecision):
 
     def extra_repr(self) -> str:
         return f"score={self.score!r}"
-
-
-class _Recorder:
-    """Forward pre-hook of a classifier that records its input during one call of the detector."""
-
-    def __init__(self) -> None:
-        self.active = False
-        self.calls = 0
-        self.features: Tensor | None = None
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.active:
-            return
-        inputs = args[0] if args else next(iter(kwargs.values()))
-        self.calls += 1
-        self.features = classifier_features(module, inputs.clone())  # the model may change its input in place
-
-    def start(self) -> None:
-        self.active, self.calls, self.features = True, 0, None
-
-    def stop(self) -> tuple[Tensor | None, int]:
-        """Return the recorded features, which are released, and the number of calls."""
-        features, self.active, self.features = self.features, False, None
-        return features, self.calls
 
 
 def unpack_inputs(batch: Any) -> tuple[Any, Any]:
