@@ -423,6 +423,34 @@ def test_the_classifier_of_a_bf16_run_is_an_etf_to_five_digits(method, tmp_path)
         assert float((gram - simplex_gram(10)).abs().max()) < 1e-5
 
 
+@pytest.mark.parametrize(("has_amx", "precision"), [(True, "bf16-mixed"), (False, "32")])
+def test_precision_auto_is_bfloat16_where_the_cpu_has_instructions_for_it(has_amx, precision, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    losses = {}
+    for name in ("auto", precision):
+        run = train_runs(
+            RunConfig(**SMALL | {"epochs": 1}, precision=name, device="cpu"), tmp_path / name, progress=False
+        )
+        losses[name] = read_table(run.path / "training.csv")["batch_loss"].tolist()
+        assert run.read_environment()["precision"] == precision
+    assert losses["auto"] == losses[precision]
+
+
+def test_a_run_does_not_resume_in_another_precision(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    config = RunConfig(**SMALL, precision="auto", device="cpu")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "_end_epoch", stop)
+        train_runs(config, tmp_path / "run", progress=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    with pytest.raises(ValueError, match="precision auto is 32 on this machine, and the run began with bf16-mixed"):
+        train_runs(config, tmp_path / "run", resume=True, progress=False)
+
+
 def test_checkpoints_of_epochs_are_kept_on_request(tmp_path):
     data = load_data(DataSettings(train_samples=200, test_samples=60))
     config = RunConfig(**SMALL | {"epochs": 5}, keep_at=2)

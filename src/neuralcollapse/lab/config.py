@@ -645,9 +645,10 @@ class Optimisation(Settings):
     accumulate: Annotated[AtLeast1 | None, where(optimizer=(*_FIRST_ORDER, "agd"))] = 1
     """Batches whose gradients one step takes together, each sample with the same weight. The classifier and its class
     means still move with every batch."""
-    precision: Literal["32", "bf16-mixed", "16-mixed"] = "32"
+    precision: Literal["32", "bf16-mixed", "16-mixed", "auto"] = "32"
     """Precision of the network's products in training, by autocast; weights, class means, classifier, losses and
-    measurements stay in 32 bits. 16-mixed, with scaled losses, needs cuda."""
+    measurements stay in 32 bits. 16-mixed, with scaled losses, needs cuda. auto is bf16-mixed on an accelerator that
+    computes in bfloat16 and on a CPU with AMX instructions for it, else 32."""
     compile: bool = False
     """Train the backbone compiled by torch.compile: a wait at the start, then faster steps."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -738,7 +739,9 @@ class RunConfig(Record, Ranks, Optimisation, ModelSettings, BatchSettings, DataS
         if self.ranks > 1:
             raise ValueError("optimizer lbfgs needs one rank: its line search compares losses of whole batches")
         if self.precision == "16-mixed":
-            raise ValueError("optimizer lbfgs needs precision 32 or bf16-mixed: its line search cannot scale the loss")
+            raise ValueError(
+                "optimizer lbfgs needs another precision than 16-mixed: its line search cannot scale the loss"
+            )
         if self.unit_weight:
             raise ValueError("optimizer lbfgs needs unit_weight false: it cannot keep the rows at unit norm")
 

@@ -44,13 +44,27 @@ def training_device(config: RunConfig) -> torch.device:
     if config.sync_batchnorm and device.type != "cuda":
         raise ValueError(f"sync_batchnorm needs device cuda, of which torch synchronises batch norm, got {device.type}")
     precisions = {"cpu": ("32", "bf16-mixed"), "cuda": ("32", "16-mixed"), "mps": ("32",)}[device.type]
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+    if _computes_in_bfloat16(device) and device.type == "cuda":
         precisions += ("bf16-mixed",)
-    if config.precision not in precisions:
+    if config.precision not in (*precisions, "auto"):
         raise ValueError(
             f"precision must be one that device {device.type} has ({', '.join(precisions)}), got {config.precision!r}"
         )
     return device
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """Return the precision of a name; ``auto`` is ``bf16-mixed`` where a device has instructions for it, else ``32``."""
+    if name == "auto":
+        return "bf16-mixed" if _computes_in_bfloat16(device) else "32"
+    return name
+
+
+def _computes_in_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies matrices of bfloat16 by instructions of its own; CPUs without AMX are slow at it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
 
 
 def resolve_device(name: str, ranks: int = 1) -> torch.device:
@@ -76,13 +90,14 @@ def launched_fabric(config: RunConfig, device: torch.device, loggers: Sequence[L
         LostRank: if another rank cannot be reached or is lost.
         ValueError: if ``torch.compile`` fails, or the port of the first rank is taken.
     """
+    precision = resolve_precision(config.precision, device)
     with quiet_lightning():
         fabric = Fabric(
             accelerator=device.type,
             devices=config.devices,
             num_nodes=config.num_nodes,
             strategy=DDPStrategy(broadcast_buffers=False) if config.ranks > 1 else "auto",
-            precision="32-true" if config.precision == "32" else config.precision,
+            precision="32-true" if precision == "32" else precision,
             loggers=list(loggers),
         )
         try:

@@ -26,7 +26,7 @@ from neuralcollapse.lab.results.labels import common_settings, tell_apart
 from neuralcollapse.lab.results.provenance import forget_peak_memory, peak_memory
 from neuralcollapse.lab.results.resuming import is_folder_name
 from neuralcollapse.lab.results.tables import read_table
-from neuralcollapse.lab.training.distributed import in_processes, training_device
+from neuralcollapse.lab.training.distributed import in_processes, resolve_precision, training_device
 from neuralcollapse.lab.training.objective import Diverged
 from neuralcollapse.lab.training.progress import Progress, check_loggers
 from neuralcollapse.lab.training.run import Run
@@ -209,7 +209,11 @@ def _train_one(config: RunConfig, folder: RunFolder, preparation: Preparation, p
         raise Diverged(f"the run in {str(folder.path)!r} cannot be resumed: {reason}")
     run = preparation.run(config, folder)
     preparation.warn_of_one_batch(config, run.data)
-    folder.begin(data_facts(run.data))
+    precision = resolve_precision(config.precision, run.data.train.labels.device)
+    began_with = folder.read_environment().get("precision", precision) if preparation.resumed else precision
+    if precision != began_with:
+        raise ValueError(f"precision auto is {precision} on this machine, and the run began with {began_with}")
+    folder.begin(data_facts(run.data) | {"precision": precision})
     _keep_labels(run.data, folder)
     forget_peak_memory()
     try:
