@@ -4,7 +4,8 @@ The bare script is written as fast training codes are: all images standardised, 
 crops and permutes all of them at once; forward, loss, backward and step in one loop, without metrics or checks. Both
 train on the first images of CIFAR-10, which is read from NEURALCOLLAPSE_DATA, else ../shared/data. "with measuring"
 adds to the epoch of the run the measurement of both splits, and to that of the script the forward passes of both.
-The share of convolutions is of the run's processor time, by torch's profiler.
+Both compute in the precision of the recipe on this machine, which the row names. The share of convolutions is of the
+run's processor time, by torch's profiler.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from neuralcollapse.lab import RunConfig, RunFolder, load_data
 from neuralcollapse.lab.data.images import ImageData
 from neuralcollapse.lab.models.backbones import FastConvNet
 from neuralcollapse.lab.recipes import load_recipe
+from neuralcollapse.lab.training.distributed import resolve_precision
 
 _CONVOLUTIONS = ("aten::mkldnn_convolution", "aten::convolution_backward", "aten::cudnn_convolution")
 
@@ -37,9 +39,11 @@ class BareScript:
     Args:
         data: Data to train on.
         config: Settings of the run that it is compared with.
+        precision: Precision of that run, resolved.
     """
 
-    def __init__(self, data: ImageData, config: RunConfig) -> None:
+    def __init__(self, data: ImageData, config: RunConfig, precision: str) -> None:
+        self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed")
         self.batch_size, widths = config.batch_size, (config.backbone_options or {})["widths"]
         images = [split.images.float() for split in (data.train, data.test)]
         mean, std = images[0].mean((0, 2, 3), keepdim=True), images[0].std((0, 2, 3), keepdim=True)
@@ -88,7 +92,9 @@ class BareScript:
         """Train an epoch."""
         self.net.train()
         for images, labels in self.batches():
-            loss = cross_entropy(self.net(images) / 9, labels, label_smoothing=0.2)
+            with self.autocast:
+                logits = self.net(images)
+            loss = cross_entropy(logits.float() / 9, labels, label_smoothing=0.2)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
@@ -137,7 +143,8 @@ def main() -> None:
     small = {"train_samples": options.images, "test_samples": options.images // 5, "epochs": 1000}
     config = RunConfig(**recipe | small | {"data": str(data_root() / "cifar10"), "device": "cpu"})
     data = load_data(config, progress=False)
-    run, bare = Timed(config, data), BareScript(data, config)
+    precision = resolve_precision(config.precision, torch.device("cpu"))
+    run, bare = Timed(config, data), BareScript(data, config, precision)
     kernels = [one for one in run.trained.modules() if isinstance(one, FastConvNet)]
     assert sum(p.numel() for p in kernels[0].parameters()) + 1280 == sum(p.numel() for p in bare.net.parameters())
     with tempfile.TemporaryDirectory() as path:
@@ -157,7 +164,11 @@ def main() -> None:
         functions |= {"run_with_measuring": run_and_measure, "script_with_forward_passes": script_and_evaluate}
         seconds = medians(functions, repeats=options.repeats)
         share = convolution_share(run)
-    row: dict[str, Any] = {"images": options.images, **{f"{name}_s": value for name, value in seconds.items()}}
+    row: dict[str, Any] = {
+        "images": options.images,
+        "precision": precision,
+        **{f"{name}_s": value for name, value in seconds.items()},
+    }
     row |= {
         "run_over_script": seconds["run"] / seconds["script"],
         "measured_run_over_script": seconds["run_with_measuring"] / seconds["script"],

@@ -443,9 +443,10 @@ def test_a_run_does_not_resume_in_another_precision(monkeypatch, tmp_path):
     def stop(*_):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Run, "_end_epoch", stop)
-        train_runs(config, tmp_path / "run", progress=False)
+        with pytest.raises(KeyboardInterrupt):
+            train_runs(config, tmp_path / "run", progress=False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     with pytest.raises(ValueError, match="precision auto is 32 on this machine, and the run began with bf16-mixed"):
         train_runs(config, tmp_path / "run", resume=True, progress=False)

@@ -232,3 +232,24 @@ def test_bad_files(data, tmp_path):
     np.save(tmp_path / "x.npy", np.array([{}]), allow_pickle=True)
     with pytest.raises(ValueError, match="x.npy is not a file of numbers"):
         measured(tmp_path / "x.npy", targets)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="shows mapped files on Linux only")
+def test_features_in_a_file_are_mapped_only_while_they_are_used(tmp_path):
+    def mapped():
+        return Path("/proc/self/maps").read_text().count(str(tmp_path))
+
+    features = normal(3, 2000, 8)
+    targets = torch.arange(2000) % 4
+    with FeatureCache(max_bytes=0, folder=str(tmp_path)) as cache:
+        for batch in features:
+            cache.append(batch, targets, targets)
+        assert mapped() == 0
+        for batch, original in zip(cache, features, strict=True):
+            assert mapped() <= 2  # this batch, and the one before until it is replaced
+            assert torch.equal(batch.features, original)
+        del batch
+        assert mapped() == 0
+        rows = torch.tensor([0, 1999, 2000, 5999])
+        assert torch.equal(cache.take(rows, features.device), features.flatten(0, 1)[rows])
+        assert mapped() == 0

@@ -37,6 +37,21 @@ INFORMATION_SIZE = 512  # samples of MIR and HDR, which need the eigenvalues of 
 _GATHERED_ELEMENTS = 2**25  # maximum number of features of single classes that are gathered at a time, in fp64
 
 
+class _InFile(NamedTuple):
+    """Where the features of a batch are in a file, which is mapped only while they are used."""
+
+    path: Path
+    offset: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+    def read(self) -> Tensor:
+        """Return the features, mapped into memory until the tensor is freed."""
+        size = math.prod(self.shape) * self.dtype.itemsize
+        mapped = np.memmap(self.path, mode="r+", offset=self.offset, shape=(size,))
+        return torch.from_numpy(mapped).view(self.dtype).view(self.shape)
+
+
 class CachedBatch(NamedTuple):
     """Features (N, d), targets (N,), predicted classes (N,), and those that the logits without the bias predict."""
 
@@ -67,6 +82,7 @@ class FeatureCache:
         self.max_bytes = max_bytes
         self._folder = folder
         self._batches: list[CachedBatch] = []
+        self._in_file: dict[int, _InFile] = {}  # by number of the batch, whose own features are then empty
         self._bytes = 0
         self._path: Path | None = None
 
@@ -77,6 +93,7 @@ class FeatureCache:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._batches.clear()
+        self._in_file.clear()
         if self._path is not None:
             self._path.unlink()
             self._path = None
@@ -88,14 +105,15 @@ class FeatureCache:
         features = features.detach()
         size = features.numel() * features.element_size()
         if size and self.max_bytes is not None and self._bytes + size > self.max_bytes:
-            features = self._to_disk(features.cpu().contiguous())
+            self._in_file[len(self._batches)] = self._to_disk(features.cpu().contiguous())
+            features = features.new_empty(0, features.shape[1])
         else:
             self._bytes += size
         without_bias = predictions if without_bias is None else without_bias
         self._batches.append(CachedBatch(features, targets, predictions, without_bias))
 
     def __iter__(self) -> Iterator[CachedBatch]:
-        return iter(self._batches)
+        return map(self._read, range(len(self._batches)))
 
     @property
     def targets(self) -> Tensor:
@@ -113,8 +131,8 @@ class FeatureCache:
         starts = torch.tensor([0, *(len(batch.targets) for batch in self._batches)]).cumsum(0)
         bounds = torch.searchsorted(indices.contiguous(), starts).tolist()
         rows = [
-            batch.features[(indices[first:end] - start).to(batch.features.device)].to(device)
-            for batch, start, first, end in zip(self._batches, starts.tolist(), bounds, bounds[1:], strict=False)
+            _rows(self._read(number).features, indices[first:end] - start).to(device)
+            for number, (start, first, end) in enumerate(zip(starts.tolist(), bounds, bounds[1:], strict=False))
             if first < end
         ]
         return torch.cat(rows) if rows else torch.empty(0, self._batches[0].features.shape[1], device=device)
@@ -144,16 +162,24 @@ class FeatureCache:
                 return rows.to(dtype), targets
         return rows, targets
 
-    def _to_disk(self, features: Tensor) -> Tensor:
-        """Write a tensor to the file, and return it memory-mapped."""
+    def _read(self, number: int) -> CachedBatch:
+        """Return a batch with its features."""
+        batch, place = self._batches[number], self._in_file.get(number)
+        return batch if place is None else batch._replace(features=place.read())
+
+    def _to_disk(self, features: Tensor) -> _InFile:
+        """Write a tensor to the file, and return where it is."""
         if self._path is None:
             with tempfile.NamedTemporaryFile(suffix=".features", dir=self._folder, delete=False) as file:
                 self._path = Path(file.name)
         with self._path.open("ab") as file:
             offset = file.tell()
             features.view(torch.uint8).numpy().tofile(file)
-        mapped = np.memmap(self._path, mode="r+", offset=offset, shape=(features.numel() * features.element_size(),))
-        return torch.from_numpy(mapped).view(features.dtype).view(features.shape)
+        return _InFile(self._path, offset, features.dtype, features.shape)
+
+
+def _rows(features: Tensor, indices: Tensor) -> Tensor:
+    return features[indices.to(features.device)]
 
 
 class SampleValues(NamedTuple):
