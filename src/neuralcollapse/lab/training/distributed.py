@@ -54,7 +54,7 @@ def training_device(config: RunConfig) -> torch.device:
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """Return the precision of a name; ``auto`` is ``bf16-mixed`` where a device has instructions for it, else ``32``."""
+    """Return the precision of a name; ``auto`` is ``bf16-mixed`` if the device has instructions for it, else ``32``."""
     if name == "auto":
         return "bf16-mixed" if _computes_in_bfloat16(device) else "32"
     return name
