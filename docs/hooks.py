@@ -25,10 +25,14 @@ except ImportError as missing:
 
 CLAIMS = Path(__file__).parent / "claims"  # what `study` wrote of runs that were made
 
+MOST_COLUMNS = 5  # of a table that is not folded
+MOVED = {"sooner": "convergence-speed", "choosing": "head-and-loss"}  # former names of pages
+
 # Material asks this host for a script when pages are opened as files; without it, there is no search there.
 _ELSEWHERE = re.compile(r"https://unpkg\.com/[\w./@-]+")
 _RECIPES = re.compile(r"<!-- recipes (\w+) -->")
 _DETECTION = re.compile(r"<!-- detection ([\w-]+) -->")
+_TABLE = re.compile(r"<table>.*?</table>", re.DOTALL)
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -141,7 +145,8 @@ def _claims() -> str:
 def detection_table(study: str) -> str:
     """Return the last AUROC of each score with each head of a study of detection as a Markdown table."""
     rows = yaml.safe_load((CLAIMS / f"{study}.yaml").read_text())["detection"]
-    lines = ["| AUROC | " + " | ".join(row["run"] for row in rows) + " |", "|---" * (len(rows) + 1) + "|"]
+    lines = ['<details class="table" markdown="1" open>', f"<summary>AUROC with each head: {study}</summary>", ""]
+    lines += ["| AUROC | " + " | ".join(row["run"] for row in rows) + " |", "|---" * (len(rows) + 1) + "|"]
     for quantity in (name for name in rows[0] if name not in ("run", "accuracy", "nc1_quotient")):
         greatest = max(row[quantity][0] for row in rows)
         cells = [f"{mean:.3f} ± {half:.3f}" for mean, half in (row[quantity] for row in rows)]
@@ -154,11 +159,12 @@ def detection_table(study: str) -> str:
         ("accuracy", "test accuracy", "{:.3f}"),
     ):
         lines.append(f"| {words} | {' | '.join(form.format(row[quantity][0]) for row in rows)} |")
+    lines += ["", "</details>"]
     return "\n".join(lines)
 
 
 def _help(command: str) -> str:
-    os.environ["COLUMNS"] = "100"
+    os.environ["COLUMNS"] = "88"
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
         main([command, "--help"])
@@ -166,8 +172,23 @@ def _help(command: str) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Replace each formula that the Markdown extension marked."""
-    return _FORMULA.sub(_mathml, content)
+    """Replace each formula that the Markdown extension marked, and label the cells of tables for narrow screens."""
+    return _TABLE.sub(_stacked, _FORMULA.sub(_mathml, content))
+
+
+def _stacked(table: re.Match[str]) -> str:
+    """Return a table of three to five columns whose cells have the name of their column; others as they are."""
+    names = [re.sub(r"<[^>]+>", "", cell).strip() for cell in re.findall(r"<th\b[^>]*>(.*?)</th>", table[0], re.DOTALL)]
+    if not 3 <= len(names) <= MOST_COLUMNS:
+        return table[0]
+
+    def labelled(row: re.Match[str]) -> str:
+        labels = iter(names)
+        return re.sub(r"<td\b", lambda _: f'<td data-label="{next(labels, "")}"'.replace(' data-label=""', ""), row[0])
+
+    return re.sub(
+        r"<tr\b.*?</tr>", labelled, table[0].replace("<table>", '<table class="stacked">', 1), flags=re.DOTALL
+    )
 
 
 def _mathml(match: re.Match[str]) -> str:
@@ -176,6 +197,11 @@ def _mathml(match: re.Match[str]) -> str:
 
 
 def on_post_build(config: Any, **_: Any) -> None:
-    """Leave no address of another host in the scripts."""
+    """Leave no address of another host in the scripts; send former addresses of pages to their new ones."""
     for script in Path(config.site_dir).glob("assets/javascripts/bundle.*.js"):
         script.write_text(_ELSEWHERE.sub("data:text/javascript,", script.read_text()))
+    for former, name in MOVED.items():
+        page = (
+            f'<!doctype html><meta http-equiv="refresh" content="0; url={name}.html"><a href="{name}.html">{name}</a>'
+        )
+        (Path(config.site_dir) / f"{former}.html").write_text(page + "\n")

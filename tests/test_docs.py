@@ -22,7 +22,7 @@ from neuralcollapse.cli import _name, _parse
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
-RUN = [ROOT / "docs" / "index.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
+RUN = [ROOT / "README.md", ROOT / "docs" / "index.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
 LONGEST = ("language-model", "reproduce", "trainer")
 DISTRIBUTIONS = packages_distributions()
 PACKAGES = ["geometry", "heads", "losses", "metrics", "ood", "ufm", "lightning", "lab"]
@@ -95,7 +95,8 @@ def test_some_guides_need_more_than_the_library():
 def commands_of(page: Path) -> list[str]:
     """Return the commands in blocks without a language and in running text, without usage lines (with brackets)."""
     text = page.read_text()
-    blocks = "\n".join(re.findall(r"^```(?:bash|sh)?\n(.*?)^```", text, re.M | re.S)).replace("\\\n", " ")
+    blocks = "\n".join(re.findall(r"^```(?:bash|sh)?\n(.*?)^```", text, re.M | re.S))
+    blocks = re.sub(r" *\\\n *", " ", blocks)
     lines = [line.split("  #")[0] for line in blocks.splitlines()] + re.findall(r"`(neuralcollapse [^`]+)`", text)
     launcher = r"^.*\b(?:srun|torchrun)\b.*? neuralcollapse(?:\.cli)? "
     lines = [re.sub(launcher, "neuralcollapse ", line).replace(" $resume", "") for line in lines]
@@ -128,6 +129,19 @@ def test_every_table_has_its_head(page):
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
     tables = re.findall(r"(?:^\|.*\n?)+", text, re.M)
     assert [table for table in tables if not re.match(r".*\n\|[ :-]+\|", table)] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_code_has_at_most_88_columns(page):
+    blocks = re.findall(r"^```.*?\n(.*?)^```", page.read_text(), re.M | re.S)
+    assert [line for block in blocks for line in block.splitlines() if len(line) > 88] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_table_of_more_than_five_columns_is_folded(page):
+    text = re.sub(r"^```.*?^```|^<details class=\"table\".*?^</details>", "", page.read_text(), flags=re.M | re.S)
+    heads = re.findall(r"^(\|.*)\n\|[ :|-]+\|$", text, re.M)
+    assert [head for head in heads if len(re.findall(r"(?<!\\)\|", head)) > 6] == []
 
 
 def test_readme_links_to_what_is_there():
