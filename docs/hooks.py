@@ -21,19 +21,26 @@ try:
     from neuralcollapse.lab.recipes import families, load_recipe
     from neuralcollapse.lab.studies import SCALES, load_study, study_names
 except ImportError as missing:
-    raise SystemExit(f"the site needs the extra docs: pip install 'neuralcollapse[docs]' ({missing})") from None
+    raise SystemExit(
+        f"the site needs the extra docs: pip install 'neuralcollapse[docs]' ({missing})"
+    ) from None
 
 CLAIMS = Path(__file__).parent / "claims"  # what `study` wrote of runs that were made
 
 MOST_COLUMNS = 5  # of a table that is not folded
-MOVED = {"sooner": "convergence-speed", "choosing": "head-and-loss"}  # former names of pages
+MOVED = {
+    "sooner": "convergence-speed",
+    "choosing": "head-and-loss",
+}  # former names of pages
 
 # Material asks this host for a script when pages are opened as files; without it, there is no search there.
 _ELSEWHERE = re.compile(r"https://unpkg\.com/[\w./@-]+")
 _RECIPES = re.compile(r"<!-- recipes (\w+) -->")
 _DETECTION = re.compile(r"<!-- detection ([\w-]+) -->")
 _TABLE = re.compile(r"<table>.*?</table>", re.DOTALL)
-_FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+_FORMULA = re.compile(
+    r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL
+)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -58,14 +65,22 @@ def metrics_table() -> str:
         for metric in METRICS.values()
     ]
     return "\n".join(
-        ["| name | formula | range, value at collapse | centre; cost | source |", "|---|---|---|---|---|", *rows]
+        [
+            "| name | formula | range, value at collapse | centre; cost | source |",
+            "|---|---|---|---|---|",
+            *rows,
+        ]
     )
 
 
 def _values(metric: Metric) -> str:
     """Return the range of a metric, its value at collapse, and the better direction."""
     low, high = metric.range
-    interval = f"[{_written(low)}, ∞)" if high == math.inf else f"[{_written(low)}, {_written(high)}]"
+    interval = (
+        f"[{_written(low)}, ∞)"
+        if high == math.inf
+        else f"[{_written(low)}, {_written(high)}]"
+    )
     if metric.at_collapse is None:
         return interval
     better = "" if metric.better is None else f" ({metric.better} is better)"
@@ -81,10 +96,19 @@ def _written(value: float | OfClasses) -> str:
 
 def _methods() -> str:
     """Return the methods of training as a Markdown table."""
-    lines = ["| method | classifier | bias, the default first | settings |", "|---|---|---|---|"]
+    lines = [
+        "| method | classifier | bias, the default first | settings |",
+        "|---|---|---|---|",
+    ]
     for name, method in METHODS.items():
-        settings = ", ".join(f"`{option}`" for option in method.options.values() if option in RunConfig.model_fields)
-        lines.append(f"| `{name}` | {method.text} | {', '.join(method.biases)} | {settings or '–'} |")
+        settings = ", ".join(
+            f"`{option}`"
+            for option in method.options.values()
+            if option in RunConfig.model_fields
+        )
+        lines.append(
+            f"| `{name}` | {method.text} | {', '.join(method.biases)} | {settings or '–'} |"
+        )
     return "\n".join(lines)
 
 
@@ -98,11 +122,17 @@ def _recipes(paper: str) -> str:
     for family in families():
         if family.name.startswith(paper):
             lines += [f"### {family.name}", "", f"{family.title}. {family.source}.", ""]
-            lines += [f"- **Published**: {family.published}", f"- **Cost**: {family.cost}"]
+            lines += [
+                f"- **Published**: {family.published}",
+                f"- **Cost**: {family.cost}",
+            ]
             lines += [f"- {note}" for note in family.notes]
             lines += ["", "| recipe | reproduces | our choices |", "|---|---|---|"]
             recipes = map(load_recipe, family.recipes)
-            lines += [f"| `{recipe.name}` | {recipe.reproduces} | {recipe.choices} |" for recipe in recipes]
+            lines += [
+                f"| `{recipe.name}` | {recipe.reproduces} | {recipe.choices} |"
+                for recipe in recipes
+            ]
             lines.append("")
     return "\n".join(lines)
 
@@ -110,13 +140,20 @@ def _recipes(paper: str) -> str:
 def _studies() -> str:
     lines = ["| study | shows | small scale | full scale |", "|---|---|---|---|"]
     for study in map(load_study, study_names()):
-        small, full = ((study.scales[scale].cost if scale in study.scales else "–") for scale in SCALES)
-        lines.append(f"| `{study.name}` | {study.title} ({study.source}) | {small} | {full} |")
+        small, full = (
+            (study.scales[scale].cost if scale in study.scales else "–")
+            for scale in SCALES
+        )
+        lines.append(
+            f"| `{study.name}` | {study.title} ({study.source}) | {small} | {full} |"
+        )
     return "\n".join(lines)
 
 
 def _claims() -> str:
-    records = [yaml.safe_load(path.read_text()) for path in sorted(CLAIMS.glob("*.yaml"))]
+    records = [
+        yaml.safe_load(path.read_text()) for path in sorted(CLAIMS.glob("*.yaml"))
+    ]
     lines = ["| study | claim | verdict |", "|---|---|---|"]
     for record in records:
         lines += [f"| [{record['study']}](#{record['study']}) | {one['claim']} | **{one['verdict']}** |"
@@ -131,13 +168,21 @@ def _claims() -> str:
         lines += [f"Reduced: {record['reduced']}." if record["reduced"] else "", ""]
         for one in record["claims"]:
             published = f" Published: {one['published']}." if "published" in one else ""
-            lines += [f"**{one['verdict']}**: {one['claim']} ({one['measure']}).{published}", ""]
+            lines += [
+                f"**{one['verdict']}**: {one['claim']} ({one['measure']}).{published}",
+                "",
+            ]
             lines += [f"- {numbers}" for numbers in one["numbers"]] + [""]
-        commits = ", ".join(re.sub(r"^(\w{10})\w*", r"\1", one) for one in str(record["git_commit"]).split(", "))
+        commits = ", ".join(
+            re.sub(r"^(\w{10})\w*", r"\1", one)
+            for one in str(record["git_commit"]).split(", ")
+        )
         lines += [f"`{record['command']}`, seeds {', '.join(map(str, record['seeds']))}, commit "
                   f"{commits}, {record['accelerator'] or record['machine']}, "
                   f"{record['training_minutes']} minutes of training, {str(record['finished'])[:10]}.", ""]  # fmt: skip
-        if (picture := CLAIMS.parent / "figures" / f"study-{record['study']}.png").exists():
+        if (
+            picture := CLAIMS.parent / "figures" / f"study-{record['study']}.png"
+        ).exists():
             lines.append(f"![{record['title']}](figures/{picture.name})")
     return "\n".join(lines)
 
@@ -145,20 +190,34 @@ def _claims() -> str:
 def detection_table(study: str) -> str:
     """Return the last AUROC of each score with each head of a study of detection as a Markdown table."""
     rows = yaml.safe_load((CLAIMS / f"{study}.yaml").read_text())["detection"]
-    lines = ['<details class="table" markdown="1" open>', f"<summary>AUROC with each head: {study}</summary>", ""]
-    lines += ["| AUROC | " + " | ".join(row["run"] for row in rows) + " |", "|---" * (len(rows) + 1) + "|"]
-    for quantity in (name for name in rows[0] if name not in ("run", "accuracy", "nc1_quotient")):
+    lines = [
+        '<details class="table" markdown="1" open>',
+        f"<summary>AUROC with each head: {study}</summary>",
+        "",
+    ]
+    lines += [
+        "| AUROC | " + " | ".join(row["run"] for row in rows) + " |",
+        "|---" * (len(rows) + 1) + "|",
+    ]
+    for quantity in (
+        name for name in rows[0] if name not in ("run", "accuracy", "nc1_quotient")
+    ):
         greatest = max(row[quantity][0] for row in rows)
-        cells = [f"{mean:.3f} ± {half:.3f}" for mean, half in (row[quantity] for row in rows)]
+        cells = [
+            f"{mean:.3f} ± {half:.3f}" for mean, half in (row[quantity] for row in rows)
+        ]
         marked = [
-            f"**{cell}**" if row[quantity][0] == greatest else cell for cell, row in zip(cells, rows, strict=True)
+            f"**{cell}**" if row[quantity][0] == greatest else cell
+            for cell, row in zip(cells, rows, strict=True)
         ]
         lines.append(f"| {quantity.replace(' ', ': ', 1)} | {' | '.join(marked)} |")
     for quantity, words, form in (
         ("nc1_quotient", "train NC1 (`nc1_quotient`)", "{:.2g}"),
         ("accuracy", "test accuracy", "{:.3f}"),
     ):
-        lines.append(f"| {words} | {' | '.join(form.format(row[quantity][0]) for row in rows)} |")
+        lines.append(
+            f"| {words} | {' | '.join(form.format(row[quantity][0]) for row in rows)} |"
+        )
     lines += ["", "</details>"]
     return "\n".join(lines)
 
@@ -178,22 +237,38 @@ def on_page_content(content: str, **_: Any) -> str:
 
 def _stacked(table: re.Match[str]) -> str:
     """Return a table of three to five columns whose cells have the name of their column; others as they are."""
-    names = [re.sub(r"<[^>]+>", "", cell).strip() for cell in re.findall(r"<th\b[^>]*>(.*?)</th>", table[0], re.DOTALL)]
+    names = [
+        re.sub(r"<[^>]+>", "", cell).strip()
+        for cell in re.findall(r"<th\b[^>]*>(.*?)</th>", table[0], re.DOTALL)
+    ]
     if not 3 <= len(names) <= MOST_COLUMNS:
         return table[0]
 
     def labelled(row: re.Match[str]) -> str:
         labels = iter(names)
-        return re.sub(r"<td\b", lambda _: f'<td data-label="{next(labels, "")}"'.replace(' data-label=""', ""), row[0])
+        return re.sub(
+            r"<td\b",
+            lambda _: f'<td data-label="{next(labels, "")}"'.replace(
+                ' data-label=""', ""
+            ),
+            row[0],
+        )
 
     return re.sub(
-        r"<tr\b.*?</tr>", labelled, table[0].replace("<table>", '<table class="stacked">', 1), flags=re.DOTALL
+        r"<tr\b.*?</tr>",
+        labelled,
+        table[0].replace("<table>", '<table class="stacked">', 1),
+        flags=re.DOTALL,
     )
 
 
 def _mathml(match: re.Match[str]) -> str:
-    formula = convert(html.unescape(match[3]), display="block" if match[2] == "[" else "inline")
-    return formula.replace("<mo>&#x02016;</mo>", '<mo stretchy="false">&#x02016;</mo>')  # ‖ as high at both ends
+    formula = convert(
+        html.unescape(match[3]), display="block" if match[2] == "[" else "inline"
+    )
+    return formula.replace(
+        "<mo>&#x02016;</mo>", '<mo stretchy="false">&#x02016;</mo>'
+    )  # ‖ as high at both ends
 
 
 def on_post_build(config: Any, **_: Any) -> None:
@@ -201,7 +276,6 @@ def on_post_build(config: Any, **_: Any) -> None:
     for script in Path(config.site_dir).glob("assets/javascripts/bundle.*.js"):
         script.write_text(_ELSEWHERE.sub("data:text/javascript,", script.read_text()))
     for former, name in MOVED.items():
-        page = (
-            f'<!doctype html><meta http-equiv="refresh" content="0; url={name}.html"><a href="{name}.html">{name}</a>'
-        )
+        refresh = f'<meta http-equiv="refresh" content="0; url={name}.html">'
+        page = f'<!doctype html>{refresh}<a href="{name}.html">{name}</a>'
         (Path(config.site_dir) / f"{former}.html").write_text(page + "\n")
