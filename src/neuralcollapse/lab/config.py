@@ -60,9 +60,9 @@ METHODS: dict[Method, Classifier] = {
         "the moving class means", "ClassMeanClassifier", _CENTRED | {"means": "class_means"}, **_MOVING
     ),
     "frame": Classifier(
-        "the nearest frame of the class means' leading directions",
+        "the nearest frame of the class means' leading directions, or of a code",
         "NearestFrameClassifier",
-        _WEIGHTED | {"frame": "leading_directions"},
+        _WEIGHTED | {"frame": "code"},
         **_MOVING,
     ),
     "attribute-frame": Classifier(
@@ -72,9 +72,9 @@ METHODS: dict[Method, Classifier] = {
         **_MOVING,
     ),
     "fixed-frame": Classifier(
-        "a fixed frame of the attributes that classes share",
+        "a fixed frame of the attributes that classes share, or of another code",
         "FixedFrameClassifier",
-        _CENTRED | {"orientation": "orientation", "code": "class_attributes"},
+        _CENTRED | {"orientation": "orientation", "code": "code"},
     ),
     "softmax-code": Classifier("a fixed code for any number of classes", "softmax_code_classifier", _CENTRED),
     "trust-region": Classifier(
@@ -175,6 +175,11 @@ _MOVING_MEANS = Condition(
     "centring",
     ("method", "classifier_bias"),
     lambda values: METHODS[values["method"]].follows_means or values["classifier_bias"] == "centring",
+)
+_WITH_ATTRIBUTES = Condition(
+    "method attribute-frame, or fixed-frame with code attributes",
+    ("method", "code"),
+    lambda values: values["method"] == "attribute-frame" or values["code"] == "attributes",
 )
 _STEADY_MOMENTUM = Condition(
     "optimizer sgd, where one-cycle does not move it (cycle_momentum)",
@@ -523,10 +528,19 @@ class ModelSettings(Settings):
     classifier_bias: Annotated[Bias | None, where(loss=OF_LOGITS), _BIAS] = None
     """Bias of the classifier: learned (standard, linear and the fixed ones), centring: minus weight times mean feature
     (all but standard and linear), or none. By default learned for standard and linear, else centring."""
-    class_attributes: Annotated[str | None, _of_methods("class_attributes")] = None
+    code: Annotated[
+        Literal["means", "attributes", "seli"] | None,
+        _of_methods("code"),
+        Default(lambda values: "means" if values["method"] == "frame" else "attributes"),
+    ] = None
+    """Lengths and angles of the class vectors: seli, those of simplex-encoded-labels interpolation for the classes'
+    numbers of training images (Thrampoulidis et al., 2022; for equal numbers, the simplex ETF); of frame, means: equal
+    lengths in the class means' leading directions, the default; of fixed-frame, attributes (class_attributes), the
+    default. Classes without images count as one image."""
+    class_attributes: Annotated[str | None, _WITH_ATTRIBUTES] = None
     """Attributes that classes share: digits, those of their number; or a CSV file whose first line names attributes,
     and each further line has the values of a class, in the order of the classes. Needed for these methods."""
-    attribute_weight: Annotated[Literal["auto"] | PositiveShare | None, _of_methods("class_attributes")] = "auto"
+    attribute_weight: Annotated[Literal["auto"] | PositiveShare | None, _WITH_ATTRIBUTES] = "auto"
     """Cosine that each attribute adds between the classes that share it. auto: 0.6 over the number of attributes, or 1
     over it if feature_dim is below K - 1, too small for the simplex ETF that is the rest."""
     proximal_weight: Annotated[NotNegative | None, _of_methods("proximal_weight")] = 0.5
@@ -710,7 +724,12 @@ class RunConfig(Record, Ranks, Optimisation, ModelSettings, BatchSettings, DataS
                 f"classifier_bias must be {listed(method.biases, 'or')} for method {self.method}, "
                 f"got {self.classifier_bias!r}"
             )
-        if "class_attributes" in method.options.values() and self.class_attributes is None:
+        if self.code in {"frame": ("attributes",), "fixed-frame": ("means",)}.get(self.method, ()):
+            other, default = ("attribute-frame", "means") if self.method == "frame" else ("frame", "attributes")
+            raise ValueError(
+                f"code must be {default} or seli for method {self.method}, got {self.code!r}: that is method {other}"
+            )
+        if (self.method == "attribute-frame" or self.code == "attributes") and self.class_attributes is None:
             raise ValueError(f"class_attributes must say what classes share for method {self.method}, and is not given")
         if self.warmup_epochs and self.warmup_epochs >= self.epochs:
             raise ValueError(

@@ -36,7 +36,9 @@ from .nc4 import nc4_ncc_mismatch as nc4_ncc_mismatch
 from .nc4 import nc5_ood as nc5_ood
 from .nc4 import nearest_class_mean as nearest_class_mean
 from .per_class import ClassValues as ClassValues
+from .per_class import class_groups as class_groups
 from .per_class import class_values as class_values
+from .per_class import group_metrics as group_metrics
 from .per_class import pair_matrices as pair_matrices
 from .probes import LinearProbe as LinearProbe
 from .probes import linear_probe as linear_probe

@@ -51,6 +51,7 @@ class Gathered:
         self.layers: dict[str, ClassMoments] = {}
         self.options = options
         self._labels = LabelFingerprint()
+        self._class_hits = torch.zeros(num_classes, dtype=torch.int64, device=device)
         self._hits = torch.zeros(min(5, num_classes), dtype=torch.int64, device=device)
         self._max_logits = torch.zeros_like(self.moments.means[0, 0])
         self._cache = cache
@@ -87,6 +88,7 @@ class Gathered:
             self._max_logits += greatest[:, 0].to(self._max_logits.dtype).sum()
             self._hits += (ranked == targets[:, None]).sum(dim=0)
             predictions = ranked[:, 0]
+            self._class_hits += targets[predictions == targets].bincount(minlength=len(self._class_hits))
             if self._bias is not None and self.options.per_sample:
                 without_bias = (rows - self._bias).argmax(dim=1)
         self._labels.update(targets)
@@ -136,6 +138,7 @@ class Gathered:
             bias=None if bias is None else bias.cpu().clone(),
             cos_margins=samples.cos_margins,
             ncc_mismatch=samples.ncc_mismatch,
+            class_accuracy=self._class_hits.cpu() / (moments.counts.cpu().double() if weight is not None else math.nan),
             mean_max_logit=math.nan if weight is None else float(self._max_logits / moments.counts.sum()),
             residual_norms=residual_norms,
             agreement_without_bias=samples.agreement_without_bias,

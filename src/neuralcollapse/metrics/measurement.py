@@ -71,6 +71,8 @@ class Measurement:
         cos_margins: (N,) cosine margins of all samples, ascending.
         ncc_mismatch: (K,) share of the samples of each class whose nearest class mean is not the predicted class; NaN
             for a class without samples.
+        class_accuracy: (K,) share of the samples of each class that the classifier assigns to it; NaN for a class
+            without samples, and without a classifier.
         mean_max_logit: Mean over samples of the greatest logit that the model returned.
         residual_norms: (d,) mean norm of the components of the features outside the j leading principal directions
             about −W⁺b, for j = 0, …, d − 1, for the out-of-distribution score ViM; empty without ``per_sample``.
@@ -98,6 +100,7 @@ class Measurement:
     bias: Tensor | None
     cos_margins: Tensor
     ncc_mismatch: Tensor
+    class_accuracy: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
     mean_max_logit: float = math.nan
     residual_norms: Tensor = field(default_factory=lambda: torch.empty(0))
     agreement_without_bias: float = math.nan
@@ -274,6 +277,7 @@ class Measurement:
             "weight": self.weight.double(),
             "cos_margins": self.cos_margins.double(),
             "ncc_mismatch": self.ncc_mismatch.double(),
+            "class_accuracy": self.class_accuracy.double(),
             "mean_max_logit": torch.tensor(self.mean_max_logit, dtype=torch.float64),
             "residual_norms": self.residual_norms.double(),
             "agreement_without_bias": torch.tensor(self.agreement_without_bias, dtype=torch.float64),
@@ -360,7 +364,7 @@ def _optional(tensors: dict[str, Tensor]) -> dict[str, Any]:
     values: dict[str, Any] = {
         name: tensors[name].item() for name in ("mean_max_logit", "agreement_without_bias") if name in tensors
     }
-    return values | ({"residual_norms": tensors["residual_norms"]} if "residual_norms" in tensors else {})
+    return values | {name: tensors[name] for name in ("residual_norms", "class_accuracy") if name in tensors}
 
 
 def _packed(prefix: str, moments: ClassMoments) -> dict[str, Tensor]:

@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from neuralcollapse._checks import check_at_least, check_exponent, check_shapes
+from neuralcollapse._checks import check_at_least, check_exponent, check_integers, check_shapes
 from neuralcollapse.metrics.moments import ClassMoments
 from neuralcollapse.metrics.nc1 import cdnv
 from neuralcollapse.metrics.nc2 import KERNELS, cosines
 from neuralcollapse.metrics.pairs import PairTile
 from neuralcollapse.metrics.scaling import unit_rows
 from neuralcollapse.metrics.statistics import MeasureOptions, class_statistics
+
+if TYPE_CHECKING:
+    from neuralcollapse.metrics.measurement import Measurement
 
 MATRICES = ("cosines_means", "cosines_weights", "cdnv", *KERNELS)
 
@@ -138,6 +142,102 @@ def pair_matrices(
         else:
             matrices[name] = functions[name](PairTile.of_all(rows)).clone()
     return matrices
+
+
+GROUPS = ("many", "medium", "few")
+# Least number of training images of a class with many, and of one with a medium number (Liu et al., CVPR 2019).
+_MANY, _MEDIUM = 101, 20
+
+
+def class_groups(counts: Tensor) -> dict[str, Tensor]:
+    """Return the classes with many, a medium number of and few training samples.
+
+    Many is more than 100, medium 20 to 100, few fewer than 20, if each of these groups then has a class. Otherwise they
+    are thirds of the classes by their number of samples: group ⌊3 (r_k + ½)/K⌋ with r_k the rank of class k, from 0 for
+    the largest number; classes of equal numbers share their mean rank. So all classes of a balanced set are medium.
+
+    Args:
+        counts: (K,) integers, numbers of training samples.
+
+    Returns:
+        Indices of the classes of each group, by its name. A group of thirds may be empty.
+
+    Raises:
+        ValueError: if the counts have another type or shape, there are fewer than two, or one is negative.
+
+    Source: Liu et al., "Large-scale long-tailed recognition in an open world" (CVPR 2019) for the numbers; thirds: this
+    project, for sets such as CIFAR-10-LT, of which no class has fewer than 20 images.
+
+    Examples:
+        >>> {name: classes.tolist() for name, classes in class_groups(torch.tensor([500, 70, 5, 120])).items()}
+        {'many': [0, 3], 'medium': [1], 'few': [2]}
+        >>> {name: classes.tolist() for name, classes in class_groups(torch.tensor([5000, 900, 200])).items()}
+        {'many': [0], 'medium': [1], 'few': [2]}
+    """
+    check_integers("counts", counts)
+    if counts.ndim != 1:
+        raise ValueError(f"counts must be of shape (K,), got {tuple(counts.shape)}")
+    check_at_least("num_classes", len(counts), 2)
+    if bool((counts < 0).any()):
+        raise ValueError(f"counts must be at least 0, got {int(counts.min())}")
+    group = (counts < _MANY).long() + (counts < _MEDIUM).long()
+    if len(group.unique()) < len(GROUPS):
+        larger = (counts[:, None] < counts).sum(dim=1)
+        equal = (counts[:, None] == counts).sum(dim=1)
+        group = 3 * (2 * larger + equal) // (2 * len(counts))
+    return {name: (group == number).nonzero().flatten() for number, name in enumerate(GROUPS)}
+
+
+@torch.no_grad()
+def group_metrics(measurement: Measurement, counts: Tensor | None = None) -> dict[str, float]:
+    """Return the accuracy and NC1 of the classes with many, a medium number of and few training samples.
+
+    With g a group of `class_groups`, v_k the within-class variances and c_k the centred means of the K measured
+    classes, ``accuracy_g`` is the mean over the group's classes of the accuracy of each, and ``nc1_quotient_g`` is
+    (1/|g|) Σ_{k∈g} v_k / ((1/K) Σ_k ‖c_k‖²): variability within the group's classes relative to that between all
+    classes. If all classes have the same number of measured samples, the mean of the latter over all classes is
+    ``nc1_quotient``.
+
+    Args:
+        measurement: The measurement.
+        counts: (K,) integers, numbers of training samples of each class; by default those of the measurement's train
+            split, or its own if it has none.
+
+    Returns:
+        Name to value, for groups that have a class; NaN for a group without a measured sample. Measurements without a
+        classifier, and records of versions that did not save ``class_accuracy``, have no accuracies.
+
+    Raises:
+        ValueError: if the counts are not (K,), or as for `class_groups` and `class_statistics`.
+
+    Examples:
+        >>> from neuralcollapse.metrics import measure_features
+        >>> features, targets = torch.tensor([[1.0, 0], [2.0, 0], [0, 1.0], [2, 0.5]]), torch.tensor([0, 0, 1, 2])
+        >>> weight = torch.tensor([[1.0, 0], [0, 1.0], [-1.0, -1.0]])
+        >>> measurement = measure_features(features, targets, weight, progress=False)
+        >>> values = group_metrics(measurement, torch.tensor([200, 50, 5]))
+        >>> values["accuracy_many"], values["accuracy_few"], values["nc1_quotient_few"]
+        (1.0, 0.0, 0.0)
+    """
+    if counts is None:
+        counts = (measurement.train_moments or measurement.moments).counts
+    num_classes = measurement.num_classes
+    if not isinstance(counts, Tensor) or counts.shape != (num_classes,):
+        raise ValueError(f"counts must be of shape ({num_classes},), got {getattr(counts, 'shape', counts)}")
+    statistics = class_statistics(measurement.moments, measurement.options)
+    classes = statistics.classes.cpu()
+    between = statistics.centred_means.square().sum(dim=1).mean().cpu()
+    within = torch.full((num_classes,), torch.nan, dtype=torch.float64)
+    within[classes] = statistics.within_class_variances.cpu() / torch.where(between > 0, between, torch.nan)
+    values = {"nc1_quotient": within}
+    if len(measurement.weight) and len(measurement.class_accuracy):
+        values = {"accuracy": measurement.class_accuracy.double()} | values
+    groups = {name: members for name, members in class_groups(counts.cpu()).items() if len(members)}
+    return {
+        f"{metric}_{name}": float(of_class[members].nanmean())
+        for metric, of_class in values.items()
+        for name, members in groups.items()
+    }
 
 
 def _rows(weight: Tensor | None, moments: ClassMoments, classes: Tensor) -> Tensor | None:

@@ -193,8 +193,8 @@ def write_measurements(folder: RunFolder, epoch: int, measurements: Mapping[str,
         measurement.save(path)
     rows = [
         (epoch, split, name, value)
-        for split, measurement in measurements.items()
-        for name, value in measurement.metrics.items()
+        for split, values in folder.metric_values(measurements).items()
+        for name, value in values.items()
     ]
     add_rows(folder.metrics, rows)
     return paths

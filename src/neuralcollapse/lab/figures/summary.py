@@ -14,12 +14,23 @@ from neuralcollapse.lab.figures.curves import draw_figures
 from neuralcollapse.lab.figures.report import write_report
 from neuralcollapse.lab.results.files import write_csv, write_whole
 from neuralcollapse.lab.results.folder import RunFolder
-from neuralcollapse.lab.results.tables import aligned, baseline_table, gather, methods_of, results_table
+from neuralcollapse.lab.results.tables import (
+    aligned,
+    baseline_table,
+    gather,
+    group_table,
+    methods_of,
+    results_table,
+)
 
 _TO_BASELINE = (
     "Epochs until a method is at least as good on the test split as standard of the same seed is at its end (measured\n"
     "after epochs {epochs}): test accuracy, nc1_quotient, nc2_etf_means, nc3_duality. Test accuracy: mean over these\n"
     "epochs, the last, and points more than standard, paired by seed, with Student's 95% interval."
+)
+_GROUPS = (
+    "Classes with many, a medium number of and few training images: more than 100, 20 to 100, fewer than 20; thirds\n"
+    "of the classes if one of these groups would have no class. NC1 is relative to the variability between all classes."
 )
 _EXPLANATION = (
     "Accuracies and collapse metrics are those of the last epoch, on the train split\n"
@@ -33,8 +44,8 @@ class Summary:
     """Results of a run or a comparison.
 
     Attributes:
-        table: One row per method, as text; below it, the epochs in which each method reaches the final values of
-            standard.
+        table: One row per method, as text; below it, the groups of classes of imbalanced data, and the epochs in which
+            each method reaches the final values of standard.
         metrics: Columns method, seed, epoch, split, metric, value.
         written: The files written, the most informative first.
     """
@@ -64,6 +75,9 @@ def summarise(folder: RunFolder, command: str) -> Summary:
         if config.get("recipe"):
             further[method]["recipe"] = config["recipe"]
     table = aligned(results_table(metrics, log, further))
+    of_groups = group_table(metrics)
+    if of_groups is not None:
+        table += f"\n\n{_GROUPS}\n\n{aligned(of_groups)}"
     to_baseline = baseline_table(metrics)
     if to_baseline is not None:
         table += f"\n\n{_TO_BASELINE.format(epochs=_listed_epochs(metrics))}\n\n{aligned(to_baseline)}"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neuralcollapse.geometry import attribute_gram, code_from_gram, softmax_code
+from neuralcollapse.geometry import attribute_gram, code_from_gram, seli_code, softmax_code
 from neuralcollapse.geometry.frames import placed
 from neuralcollapse.heads import (
     AttachedHead,
@@ -59,7 +59,8 @@ def build_model(
         image_shape: Channels, height and width.
         num_classes: K.
         class_names: Names of the classes, for the attributes that they share.
-        class_counts: (K,), training images of each class, for ``class_weights``; the same for all if not given.
+        class_counts: (K,), training images of each class, for ``class_weights`` and ``code``; the same for all if not
+            given.
 
     Returns:
         A module from images (N, C, H, W) to logits (N, K), ``forward(images, targets=None)``.
@@ -118,7 +119,13 @@ def build_head(
         "unit_weight": lambda: config.unit_weight is True,  # published: see build_optimizer
         "class_weights": lambda: _inverse(class_counts, num_classes) if config.class_weights == "inverse" else None,
         "class_attributes": lambda: attribute_code(config, feature_dim, num_classes, class_names=class_names),
-        "leading_directions": LeadingDirections,
+        "code": lambda: (
+            LeadingDirections()
+            if config.code == "means"
+            else seli_code(_counts(class_counts, num_classes).clamp_min(1))
+            if config.code == "seli"
+            else attribute_code(config, feature_dim, num_classes, class_names=class_names)
+        ),
         "trust_region": TrustRegion,
     }
     options = {
@@ -160,8 +167,13 @@ _HEADS: dict[str, Callable[..., Head]] = {
 
 def _inverse(class_counts: Tensor | None, num_classes: int) -> Tensor:
     """One over the number of images of each class; 0 for a class without images, which has no mean."""
-    counts = torch.ones(num_classes) if class_counts is None else class_counts.cpu().float()
+    counts = _counts(class_counts, num_classes).float()
     return torch.where(counts > 0, 1 / counts, 0.0)
+
+
+def _counts(class_counts: Tensor | None, num_classes: int) -> Tensor:
+    """The number of images of each class, equal if they are not known."""
+    return torch.ones(num_classes, dtype=torch.int64) if class_counts is None else class_counts.cpu()
 
 
 @lru_cache(maxsize=4)

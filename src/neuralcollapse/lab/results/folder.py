@@ -235,7 +235,28 @@ class RunFolder:
             for split, measurement in measurements.items():
                 origin = replace(measurement.provenance, epoch=epoch, split=split)
                 replace(measurement, provenance=origin).save(self.measurement(epoch, split))
-            self.metric_rows.replace(epoch, {split: one.metrics for split, one in measurements.items()})
+            self.metric_rows.replace(epoch, self.metric_values(measurements))
+
+    def metric_values(self, measurements: Mapping[str, Measurement]) -> dict[str, dict[str, float]]:
+        """Return the values that the table has of measurements of an epoch, by split and name.
+
+        They are the metrics, and for a run with the setting ``imbalance`` those of `group_metrics`.
+
+        Args:
+            measurements: Name of the split to its measurement.
+        """
+        values = {split: dict(one.metrics) for split, one in measurements.items()}
+        if not self.settings().get("imbalance"):
+            return values
+        from neuralcollapse.metrics import group_metrics
+
+        trains = [one.train_moments for one in measurements.values()]
+        trains += [one.moments for split, one in measurements.items() if split == "train"]
+        counts = next((moments.counts for moments in trains if moments is not None), None)
+        if counts is not None:
+            for split, one in measurements.items():
+                values[split] |= group_metrics(one, counts)
+        return values
 
     def _check_measurement(self, epoch: int, split: str, measurement: Measurement) -> None:
         """Check that a measurement can be recorded as that of an epoch and a split."""

@@ -38,6 +38,12 @@ _COLUMNS = {
 }
 # Heading and metric, on the test split, of the epochs to the baseline's last values.
 _GOALS = {"acc": "accuracy", "nc1": "nc1_quotient", "nc2": "nc2_etf_means", "nc3": "nc3_duality"}
+# Heading of a column of the groups of classes, before the name of the group: metric, split and format.
+_OF_GROUPS = {
+    "test acc": ("accuracy", "test", "{:.2%}"),
+    "train nc1": ("nc1_quotient", "train", "{:.2g}"),
+}
+_GROUPS = ("many", "medium", "few")
 _BASELINES = ("standard", "standard cross-entropy")
 
 
@@ -236,6 +242,35 @@ def baseline_table(metrics: pd.DataFrame, baseline: str | None = None) -> pd.Dat
         row["- standard"] = "" if method == baseline else _interval(100 * paired_differences(last, goals["acc"]))
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def group_table(metrics: pd.DataFrame) -> pd.DataFrame | None:
+    """Return the last test accuracy and train NC1 of the classes with many, a medium number of and few training images.
+
+    Args:
+        metrics: Measured values, gathered.
+
+    Returns:
+        One row per method, with mean ± standard deviation over seeds; None if no run has the setting ``imbalance``.
+    """
+    last = last_epoch(metrics)
+    values = dict(list(last.groupby(["method", "metric", "split"])["value"]))
+    columns = {
+        f"{heading}, {group}": (f"{metric}_{group}", split, form)
+        for heading, (metric, split, form) in _OF_GROUPS.items()
+        for group in _GROUPS
+        if ((last["metric"] == f"{metric}_{group}") & (last["split"] == split)).any()
+    }
+    rows = []
+    for method in metrics["method"].unique():
+        cells = {heading: (method, metric, split) for heading, (metric, split, _) in columns.items()}
+        if any(key in values for key in cells.values()):
+            row = {
+                heading: spread(values[key], columns[heading][2]) if key in values else "–"
+                for heading, key in cells.items()
+            }
+            rows.append({"method": method, **row})
+    return pd.DataFrame(rows) if rows else None
 
 
 def aligned(table: pd.DataFrame) -> str:

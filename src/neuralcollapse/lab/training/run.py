@@ -266,7 +266,8 @@ class Run:
         head: Any = self.trained.measured.head
         scatter = ClassMoments.required_bytes(*head.weight.shape, class_scatter=True) <= _CLASS_SCATTER_BYTES
         # The Gram of a frame does not depend on its rotation.
-        code = head.weight.detach().clone() if self.config.class_attributes is not None else None
+        is_code = self.config.class_attributes is not None or self.config.code == "seli"
+        code = head.weight.detach().clone() if is_code else None
         return {"classifier": head, "options": MeasureOptions(class_scatter=scatter, dtype="mixed", code=code)}
 
     def _check_finite(self, epoch: int) -> None:

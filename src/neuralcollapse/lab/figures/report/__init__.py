@@ -21,7 +21,7 @@ from neuralcollapse.lab.results.files import write_whole
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.groups import RunGroups
 from neuralcollapse.lab.results.labels import differing_settings
-from neuralcollapse.lab.results.tables import baseline_table, read_table, results_table, seed_of
+from neuralcollapse.lab.results.tables import baseline_table, group_table, read_table, results_table, seed_of
 
 _HEADLINE = ("accuracy", "nc1_quotient", "nc2_etf_means", "nc2_etf_weights", "nc3_duality", "nc4_ncc_mismatch")
 
@@ -72,6 +72,9 @@ def _description(runs: RunGroups) -> str:
 
 def _results(runs: RunGroups, metrics: pd.DataFrame) -> str:
     tables = {"At the last measured epoch; collapse metrics of the train split": results_table(metrics, _seconds(runs))}
+    of_groups = group_table(metrics)
+    if of_groups is not None:
+        tables["Classes with many, a medium number of and few training images, at the last measured epoch"] = of_groups
     to_baseline = baseline_table(metrics, _baseline(runs))
     if to_baseline is not None:
         tables["Epochs until as good on the test split as standard of the same seed at its end"] = to_baseline
