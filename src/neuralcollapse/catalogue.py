@@ -124,6 +124,7 @@ ZHU = "Zhu et al. 2021"
 MARKOU = "Markou, Ajanthan & Gould 2024"
 UNIFORMITY = "Liu et al. 2023; Wu & Papyan 2024"
 WU = "Wu & Papyan 2024"
+GALANTI = "Galanti, Galanti & Ben-Shaul 2022"
 ZHOU = "Zhou et al. 2022"
 KOROMILAS = "Koromilas et al. 2026"
 SONG = "Song et al. 2024"
@@ -299,6 +300,17 @@ _ALL = [
     Metric("accuracy", "accuracy", "accuracy", "of the classifier itself", (0, 1), 1, "percent", "higher", "–", "–"),
     Metric("accuracy_top5", "top-5 accuracy", "accuracy", "target among the five greatest logits", (0, 1), 1, "percent",
            "higher", "–", "–"),
+    Metric("ncc_error", "error of the nearest class mean", "accuracy",
+           "share of samples whose nearest class mean, of the train split, is not that of their class", (0, 1), 0,
+           "percent", "lower", GALANTI, "NKd (probes=True)",
+           undefined_if=("one class", "range", *_MISMATCH, "no sample of a measured class")),
+    Metric("probe_error", "error of the linear probe", "accuracy",
+           "share of samples that least squares on one-hot targets, of the train split, misclassifies", (0, 1), 0,
+           "percent", "lower", "Alain & Bengio 2017", "d³ + NKd (probes=True)",
+           undefined_if=("one class", "range", "range of squares", "no sample of a measured class")),
+    Metric("effective_depth", "effective depth", "accuracy",
+           "number of the first layer whose ncc_error is at most 0.01, else of the last; the features are the last",
+           (1, _INF), None, "linear", "lower", GALANTI, "– (layers, probes=True)"),
     Metric("feature_norm", r"feature norm  $\sqrt{\langle\|h\|^2\rangle}$", "other", "√(Σ‖h‖²/N)", (0, _INF), None,
            "linear", None, "–",
            function="rank.feature_norm", inputs=("class_means", "within_class_variances", "counts")),

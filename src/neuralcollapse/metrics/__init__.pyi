@@ -26,6 +26,7 @@ from .nc2 import nc2_etf as nc2_etf
 from .nc2 import nc2_gram as nc2_gram
 from .nc2 import nc2_hyperspherical as nc2_hyperspherical
 from .nc2 import nc2_max_angle as nc2_max_angle
+from .nc2 import nc2_one_vs_rest as nc2_one_vs_rest
 from .nc3 import nc3_distance as nc3_distance
 from .nc3 import nc3_duality as nc3_duality
 from .nc3 import nc3_gram_duality as nc3_gram_duality
@@ -41,7 +42,9 @@ from .per_class import class_values as class_values
 from .per_class import group_metrics as group_metrics
 from .per_class import pair_matrices as pair_matrices
 from .probes import LinearProbe as LinearProbe
+from .probes import effective_depth as effective_depth
 from .probes import linear_probe as linear_probe
+from .profile import LayerProfile as LayerProfile
 from .rank import effective_rank as effective_rank
 from .rank import feature_norm as feature_norm
 from .rank import rank_me as rank_me

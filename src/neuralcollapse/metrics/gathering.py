@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
@@ -16,9 +17,10 @@ from neuralcollapse.metrics.collapse import measure_moments
 from neuralcollapse.metrics.measurement import LabelFingerprint, Measurement, Provenance
 from neuralcollapse.metrics.moments import ClassMoments
 from neuralcollapse.metrics.principal import mean_residual_norms
+from neuralcollapse.metrics.probes import effective_depth, probe_errors
 from neuralcollapse.metrics.samples import FeatureCache, SampleValues, measure_samples
 from neuralcollapse.metrics.statistics import MeasureOptions
-from neuralcollapse.metrics.undefined import NO_SAMPLE, warn_of_undefined, without_undefined
+from neuralcollapse.metrics.undefined import NO_SAMPLE, MetricValues, warn_of_undefined, without_undefined
 
 SAMPLE_SIZE = 1000  # features kept for figures
 
@@ -33,6 +35,7 @@ class Gathered:
         cache: Cache of the samples, to which they are added if the options include metrics of single samples.
         options: Options of the measurement.
         bias: b (K,) that the logits contain, or None.
+        caches: Context that ends the caches of layers, which are kept for probes; None without probes.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class Gathered:
         cache: FeatureCache,
         options: MeasureOptions,
         bias: Tensor | None,
+        caches: ExitStack | None = None,
     ) -> None:
         self.new_moments = partial(
             ClassMoments, dtype=options.dtype, class_scatter=options.class_scatter, device=device
@@ -55,6 +59,8 @@ class Gathered:
         self._hits = torch.zeros(min(5, num_classes), dtype=torch.int64, device=device)
         self._max_logits = torch.zeros_like(self.moments.means[0, 0])
         self._cache = cache
+        self._caches = caches
+        self._layer_caches: dict[str, FeatureCache] = {}
         self._bias = None if bias is None or not bool(bias.any()) else bias
 
     def add(
@@ -74,13 +80,20 @@ class Gathered:
         """
         ignore_index = self.options.ignore_index
         self.moments.update(features, targets, ignore_index=ignore_index)
-        for layer, values in (layers or {}).items():
+        layers = layers or {}
+        for layer, values in layers.items():
             if layer not in self.layers:
                 self.layers[layer] = self.new_moments(self.moments.num_classes, values.shape[-1])
             self.layers[layer].update(values, targets, ignore_index=ignore_index)
         targets = targets.flatten().long()  # a uint8 index is a mask
         counted = slice(None) if ignore_index is None else targets != ignore_index
         targets = targets[counted]
+        if self._caches is not None:
+            for layer, values in layers.items():
+                if layer not in self._layer_caches:
+                    cache = FeatureCache(self.options.cache_bytes // len(layers))
+                    self._layer_caches[layer] = self._caches.enter_context(cache)
+                self._layer_caches[layer].append(values.flatten(0, -2)[counted], targets, targets)
         predictions, without_bias = torch.full_like(targets, -1), None
         if logits is not None:
             rows = logits.flatten(0, -2)[counted]
@@ -92,7 +105,7 @@ class Gathered:
             if self._bias is not None and self.options.per_sample:
                 without_bias = (rows - self._bias).argmax(dim=1)
         self._labels.update(targets)
-        if self.options.per_sample:
+        if self.options.per_sample or self._caches is not None:
             self._cache.append(features.flatten(0, -2)[counted], targets, predictions, without_bias)
 
     def measurement(
@@ -102,6 +115,7 @@ class Gathered:
         train_moments: ClassMoments | None,
         ood_means: dict[str, Tensor],
         provenance: Provenance,
+        train_layers: Mapping[str, ClassMoments] | None = None,
     ) -> Measurement:
         """Return the measurement, with one warning that gives the reasons of undefined metrics.
 
@@ -111,6 +125,7 @@ class Gathered:
             train_moments: Moments of the train split, if it is another one.
             ood_means: Mean out-of-distribution feature, under ``""``, and of each layer.
             provenance: Origin of the data.
+            train_layers: Moments of each layer on the train split, if it is another one.
         """
         moments, options = self.moments, self.options
         metrics, undefined = measure_moments(moments, weight, bias, ood_means.get(""), options)
@@ -127,11 +142,21 @@ class Gathered:
             layer: measure_moments(of_layer, None, None, ood_means.get(layer), options)
             for layer, of_layer in self.layers.items()
         }
-        undefined |= accuracies.undefined | samples.undefined
+        probes, train_layers = MetricValues({}, {}), train_layers or {}
+        if self._caches is not None:
+            probes = probe_errors(self._cache, train_moments or moments, options)
+            for layer, cache in self._layer_caches.items():
+                errors = probe_errors(cache, train_layers.get(layer, self.layers[layer]), options)
+                values, reasons = of_layers[layer]
+                of_layers[layer] = MetricValues(in_order(values | errors.metrics), in_order(reasons | errors.undefined))
+        if self._layer_caches:
+            of_blocks = [values["ncc_error"] for values, _ in of_layers.values()]
+            probes.metrics["effective_depth"] = effective_depth([*of_blocks, probes.metrics["ncc_error"]])
+        undefined |= accuracies.undefined | samples.undefined | probes.undefined
         layers_undefined = {layer: reasons for layer, (_, reasons) in of_layers.items() if reasons}
         warn_of_undefined(undefined, layers_undefined, depth=5)
         return Measurement(
-            metrics=in_order(metrics | accuracies.metrics | samples.metrics),
+            metrics=in_order(metrics | accuracies.metrics | samples.metrics | probes.metrics),
             undefined=in_order(undefined),
             moments=moments,
             weight=moments.means.new_empty(0, moments.feature_dim).cpu() if weight is None else weight.cpu().clone(),

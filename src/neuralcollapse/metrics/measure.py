@@ -7,21 +7,23 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from neuralcollapse._checks import check_device, check_module
+from neuralcollapse._checks import check_bool, check_device, check_module
 from neuralcollapse._running import call_model, device_of, evaluation_mode, unchanged_on_error, unwrapped, with_progress
 from neuralcollapse.classifier import ClassifierObserver
 from neuralcollapse.metrics.gathering import Gathered, check_train_moments
+from neuralcollapse.metrics.layers import block_names, first_tensor, recorded_calls
 from neuralcollapse.metrics.measurement import Measurement, Provenance
 from neuralcollapse.metrics.moments import ClassMoments
 from neuralcollapse.metrics.samples import FeatureCache
 from neuralcollapse.metrics.statistics import MeasureOptions, Pooling
 
 Unpack = Callable[[Any], tuple[Any, Tensor | None]]
+Layers = Sequence[str] | Literal["blocks"]
 
 
 @torch.no_grad()  # not inference_mode: tensors that a model caches must stay usable in training
@@ -30,9 +32,10 @@ def measure(
     loader: Iterable[Any],
     *,
     classifier: str | nn.Module | None = None,
-    train: Iterable[Any] | ClassMoments | None = None,
+    train: Iterable[Any] | Measurement | ClassMoments | None = None,
     ood: Iterable[Any] | None = None,
-    layers: Sequence[str] = (),
+    layers: Layers = (),
+    probes: bool = False,
     unpack: Unpack | None = None,
     device: torch.device | str | None = None,
     options: MeasureOptions = MeasureOptions(),
@@ -54,12 +57,17 @@ def measure(
         loader: Batches; ``(input, target)`` pairs, unless ``unpack`` is given. Targets are (B,), or (B, T) for features
             (B, T, d) of tokens.
         classifier: The classifier, or its dotted name, if several modules compute an output. It is verified too.
-        train: The train split, if ``loader`` is another one: a loader, or the ``moments`` of its own measurement. Its
-            class means and centre are used for the nearest class mean, the cosine margin and the alignment; samples of
-            classes without a sample in it are left out of these.
+        train: The train split, if ``loader`` is another one: a loader, its own measurement, or the ``moments`` of that.
+            Its class means and centre are used for the nearest class mean, the cosine margin, the alignment and the
+            probes; samples of classes without a sample in it are left out of these.
         ood: Out-of-distribution data for ``nc5_ood``; targets are ignored.
         layers: Dotted names of modules whose outputs are measured as well; the last output of a module that is called
-            several times.
+            several times. ``"blocks"``: the outputs of the blocks of the model, such as residual blocks, encoder layers
+            or a linear layer with its activation; for this the first batch runs twice.
+        probes: Include the errors of the nearest class mean and of the linear probe (`linear_probe`), ``ncc_error`` and
+            ``probe_error``, of the features and of each layer, and ``effective_depth`` if there are layers. Class means
+            and probe are those of the train split. The features of all layers are kept until the end, once more up to
+            ``options.cache_bytes`` in memory.
         unpack: Function of a batch that returns ``(inputs, targets)``, where inputs are a tensor, a tuple of positional
             or a mapping of keyword arguments.
         device: Device to which the model is moved; by default it stays where it is.
@@ -85,27 +93,33 @@ def measure(
         torch.Size([48])
     """
     _check_arguments(model, loader, train, layers, unpack, device)
+    check_bool("probes", probes)
+    if probes and layers and isinstance(train, ClassMoments):
+        raise ValueError("train must be a loader or a measurement for probes of layers, got ClassMoments")
     observer = ClassifierObserver(model, classifier)
     if device is not None:
         model.to(device)
     run = ModelRun(model, observer, layers, options.layer_pooling, unpack or unpack_pair, device_of(model), progress)
     with (
         FeatureCache(options.cache_bytes) as cache,
+        ExitStack() as caches,
         unchanged_on_error(model),
         evaluation_mode(model),
     ):
         with closing(run.over(loader, "loader")) as batches:
             first = next(batches)
             weight, bias = observer.classifier.weight, observer.classifier.bias
-            if isinstance(train, ClassMoments):
-                check_train_moments(train, *weight.shape)
-            gathered = Gathered(len(weight), weight.shape[1], weight.device, cache, options, bias)
+            if isinstance(train, ClassMoments | Measurement):
+                _check_train(train, weight, run.layers if probes else ())
+            gathered = Gathered(
+                len(weight), weight.shape[1], weight.device, cache, options, bias, caches if probes else None
+            )
             for outputs in chain((first,), batches):
                 gathered.add(outputs.features, outputs.targets, outputs.logits, outputs.layers)
-        train_moments = _moments_of_train_split(train, run, gathered)
+        train_moments, train_layers = _moments_of_train_split(train, run, gathered, probes=probes)
         ood_means = {} if ood is None else run.mean_features(ood)
         origin = replace(provenance, model=provenance.model or type(unwrapped(model)).__name__)
-        return gathered.measurement(weight, bias, train_moments, ood_means, origin)
+        return gathered.measurement(weight, bias, train_moments, ood_means, origin, train_layers)
 
 
 def measure_splits(
@@ -122,11 +136,10 @@ def measure_splits(
     Returns:
         Split to measurement.
     """
-    train_moments, measurements = None, {}
+    measurements: dict[str, Measurement] = {}
     for split in sorted(loaders, key=lambda split: split != "train"):
-        origin = replace(provenance, split=split)
-        measurements[split] = measure(model, loaders[split], train=train_moments, provenance=origin, **options)
-        train_moments = measurements[split].moments if split == "train" else train_moments
+        train, origin = measurements.get("train"), replace(provenance, split=split)
+        measurements[split] = measure(model, loaders[split], train=train, provenance=origin, **options)
     return measurements
 
 
@@ -147,14 +160,29 @@ def check_split_options(loaders: Any, options: Mapping[str, Any]) -> None:
 
 
 def _moments_of_train_split(
-    train: Iterable[Any] | ClassMoments | None, run: ModelRun, gathered: Gathered
-) -> ClassMoments | None:
+    train: Iterable[Any] | Measurement | ClassMoments | None, run: ModelRun, gathered: Gathered, *, probes: bool
+) -> tuple[ClassMoments | None, dict[str, ClassMoments]]:
+    """Return the moments of the features of the train split, and for probes those of each layer."""
+    if isinstance(train, Measurement):
+        return train.moments, train.layer_moments
     if train is None or isinstance(train, ClassMoments):
-        return train
-    moments = gathered.new_moments(*gathered.moments.means.shape)
+        return train, {}
+    moments, ignore_index = gathered.new_moments(*gathered.moments.means.shape), gathered.options.ignore_index
+    layers = {name: gathered.new_moments(*of_layer.means.shape) for name, of_layer in gathered.layers.items()}
     for outputs in run.over(train, "train"):
-        moments.update(outputs.features, outputs.targets, ignore_index=gathered.options.ignore_index)
-    return moments
+        moments.update(outputs.features, outputs.targets, ignore_index=ignore_index)
+        for name in layers if probes else ():
+            layers[name].update(outputs.layers[name], outputs.targets, ignore_index=ignore_index)
+    return moments, layers if probes else {}
+
+
+def _check_train(train: ClassMoments | Measurement, weight: Tensor, layers: Sequence[str]) -> None:
+    """Raise unless the train split has moments of the features, and of each of these layers."""
+    if isinstance(train, Measurement):
+        if missing := [name for name in layers if name not in train.layer_moments]:
+            raise ValueError(f"train must be measured with the same layers for probes, got none of {missing[0]!r}")
+        train = train.moments
+    check_train_moments(train, *weight.shape)
 
 
 def _check_arguments(
@@ -163,13 +191,21 @@ def _check_arguments(
     check_module("model", model)  # type: ignore[arg-type]
     if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
         raise ValueError(f"loader must be an iterable of batches, got {type(loader).__name__}")
-    if train is not None and (isinstance(train, Tensor | str) or not isinstance(train, ClassMoments | Iterable)):
-        raise ValueError(f"train must be ClassMoments or an iterable of batches, got {type(train).__name__}")
-    if isinstance(layers, str) or not isinstance(layers, Sequence):
-        raise ValueError(f"layers must be a list of names, got {layers!r}")
+    is_loader = isinstance(train, Iterable) and not isinstance(train, Tensor | str)
+    if not (train is None or is_loader or isinstance(train, ClassMoments | Measurement)):
+        raise ValueError(
+            f"train must be an iterable of batches, a Measurement or ClassMoments, got {type(train).__name__}"
+        )
+    check_layers(layers)
     if unpack is not None and not callable(unpack):
         raise ValueError(f"unpack must be a function of a batch, got {type(unpack).__name__}")
     check_device(device)
+
+
+def check_layers(layers: object) -> None:
+    """Raise unless the argument is a list of names, or ``"blocks"``."""
+    if layers != "blocks" and (isinstance(layers, str) or not isinstance(layers, Sequence)):
+        raise ValueError(f"layers must be a list of names, or 'blocks', got {layers!r}")
 
 
 @dataclass(frozen=True)
@@ -182,16 +218,17 @@ class _Outputs:
     layers: dict[str, Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass
 class ModelRun:
     """Runs of a model over loaders, with its classifier and some layers observed.
 
-    The first batch decides which module is the classifier; later batches are compared with that decision.
+    The first batch decides which module is the classifier, and which are the blocks; later batches are compared with
+    the decision about the classifier.
     """
 
     model: nn.Module
     observer: ClassifierObserver
-    layers: Sequence[str]
+    layers: Layers
     layer_pooling: Pooling
     unpack: Unpack
     device: torch.device
@@ -231,20 +268,43 @@ class ModelRun:
         empty = True
         with ExitStack() as stack:
             stack.enter_context(self.observer)
-            for name in dict.fromkeys(self.layers):
+            for name in dict.fromkeys(self.layers if self.layers != "blocks" else ()):
                 stack.enter_context(_recorded_output(self.model, name, layers))
             for batch in with_progress(loader, description or argument, progress=self.progress):
                 unpacked = self.unpack(batch)
                 if not (isinstance(unpacked, tuple | list) and len(unpacked) == 2):
                     raise ValueError(f"unpack must return (inputs, targets), got {type(unpacked).__name__}")
+                is_first = self.layers == "blocks"
+                if is_first:
+                    self.layers = self._find_blocks(unpacked[0])
+                    for name in self.layers:
+                        stack.enter_context(_recorded_output(self.model, name, layers))
                 layers.clear()
                 features, logits = self.observer.read(call_model(self.model, unpacked[0], self.device))
+                if is_first:
+                    self._drop_features(layers, features)
                 if missing := [name for name in self.layers if name not in layers]:
                     raise ValueError(f"{missing[0]!r} must be called by the model's forward, but was not")
                 empty = False
                 yield unpacked[1], features, logits, layers
         if empty:
             raise ValueError(f"{argument} must yield at least one batch, got none")
+
+    def _find_blocks(self, inputs: Any) -> list[str]:
+        with recorded_calls(self.model) as calls:
+            self.observer.read(call_model(self.model, inputs, self.device))
+        return block_names(self.model, calls, self.observer.classifier.module)
+
+    def _drop_features(self, layers: dict[str, Tensor], features: Tensor) -> None:
+        """Leave out the last block if its output is the features, which are measured anyway."""
+        assert not isinstance(self.layers, str)
+        if not self.layers:
+            raise ValueError("layers='blocks' found no block besides the classifier; name the layers")
+        last = self._pool(layers[self.layers[-1]], features.shape[:-1])
+        if last.shape == features.shape:
+            last, scale = last.to(features.dtype), float(features.abs().max())
+            if torch.allclose(last, features, rtol=1e-2, atol=1e-3 * scale):  # a mean in another order
+                self.layers = self.layers[:-1]
 
     def _pooled(self, layers: dict[str, Tensor], shape: torch.Size) -> dict[str, Tensor]:
         return {layer: self._pool(layers[layer], shape) for layer in self.layers}
@@ -277,7 +337,10 @@ def _recorded_output(model: nn.Module, name: str, outputs: dict[str, Tensor]) ->
     """Record a copy of each output of a module under its name; the model may change the output in place."""
 
     def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        outputs[name] = _first_tensor(output).detach().clone()
+        tensor = first_tensor(output)
+        if tensor is None:
+            raise ValueError(f"layer {name!r} must return a tensor, got {type(output).__name__}")
+        outputs[name] = tensor.detach().clone()
 
     for root in (model, unwrapped(model)):
         try:
@@ -288,11 +351,3 @@ def _recorded_output(model: nn.Module, name: str, outputs: dict[str, Tensor]) ->
             yield
         return
     raise ValueError(f"layers must name modules of the model, got {name!r}")
-
-
-def _first_tensor(output: Any) -> Tensor:
-    """Return the output itself, or the first tensor in a tuple, mapping or dataclass of model outputs."""
-    if isinstance(output, Tensor):
-        return output
-    values = output.values() if isinstance(output, Mapping) else output
-    return next(value for value in values if isinstance(value, Tensor))

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load as parse
@@ -24,6 +24,9 @@ from neuralcollapse.metrics.conventions import wu2024
 from neuralcollapse.metrics.moments import ClassMoments
 from neuralcollapse.metrics.statistics import MeasureOptions
 from neuralcollapse.metrics.undefined import MetricValues, grouped, warn_of_undefined
+
+if TYPE_CHECKING:
+    from neuralcollapse.metrics.profile import LayerProfile
 
 KIND, FORMAT = "neuralcollapse.measurement", 2
 _LARGEST_HEADER = 100_000_000  # bytes, of the safetensors format
@@ -253,6 +256,29 @@ class Measurement:
         values, undefined = wu2024(self)
         warn_of_undefined(undefined)
         return values
+
+    def profile(self, test: Measurement | None = None) -> LayerProfile:
+        """Return the profile of the layers, the features last: collapse, errors of the probes, and rank, by depth.
+
+        Args:
+            test: Measurement of another split with the same layers, relative to this one (``train=``), whose errors the
+                profile shows as well.
+
+        Raises:
+            ValueError: if no layers were measured, or the other split has other layers.
+
+        Examples:
+            >>> import neuralcollapse as nc
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8),
+            ...                             torch.nn.ReLU(), torch.nn.Linear(8, 2))
+            >>> batches = [(torch.randn(16, 4), torch.arange(16) % 2) for _ in range(3)]
+            >>> measurement = nc.measure(model, batches, layers="blocks", probes=True, progress=False)
+            >>> measurement.profile().layers
+            ('1', 'features')
+        """
+        from neuralcollapse.metrics.profile import LayerProfile
+
+        return LayerProfile.of(self, test)
 
     def _is_unaffected(self, name: str, options: MeasureOptions) -> bool:
         """Return whether a value that moments do not give is the same with other options."""

@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from neuralcollapse._checks import check_exponent, check_samples, check_shapes
+from neuralcollapse.geometry.softmax_code import one_vs_rest_margins, softmax_code
 from neuralcollapse.metrics.pairs import PairTile, kernel_of_distances, pair_statistics
-from neuralcollapse.metrics.scaling import rescaled, square_root, unit_deviations
+from neuralcollapse.metrics.scaling import rescaled, square_root, unit_deviations, unit_rows
 
 _CANCELLATION = 1e-3  # below this the closed form has lost more than half of its digits
 _TILE_ELEMENTS = 2**22
@@ -331,3 +332,29 @@ def kernel_riesz(tile: PairTile, exponent: float = 1.0) -> Tensor:
 
 
 KERNELS = {"dist": kernel_dist, "log": kernel_log, "riesz": kernel_riesz}
+
+
+@torch.no_grad()
+def nc2_one_vs_rest(vectors: Tensor) -> Tensor:
+    """Least distance of a unit row from the convex hull of the others, over that of the softmax code; 1 at collapse.
+
+    Generalised neural collapse, for K > d + 1 classes, where there is no simplex ETF: the least one-vs-rest distance
+    min_k dist(x̂_k, conv{x̂_l : l ≠ k}), x̂ = x/‖x‖, grows to the greatest one, that of `softmax_code`. The value may
+    exceed 1 slightly where the softmax code is a numerical one (K > 2d > 4). NaN if a row is zero. There is no
+    gradient, and both problems take O(K²d) work per iteration.
+
+    Source: Jiang et al., ICML 2024 (GNC2, of the classifier), here as a share of the greatest value.
+
+    Arguments, result and errors: see `neuralcollapse.metrics.nc2`.
+
+    Examples:
+        >>> square = torch.tensor([[2.0, 0], [0, 1], [-1, 0], [0, -3]])
+        >>> round(float(nc2_one_vs_rest(square)), 4)
+        1.0
+    """
+    check_shapes(vectors=(vectors, "K d"))
+    if not (vectors.isfinite().all() and vectors.any(dim=1).all()):
+        return vectors.new_full((), torch.nan)
+    code = softmax_code(*vectors.shape, dtype=torch.float64)
+    least = [one_vs_rest_margins(rows).min() for rows in (unit_rows(vectors.double().cpu()), code)]
+    return (least[0] / least[1]).to(vectors)

@@ -1,7 +1,9 @@
-"""Linear probe in closed form, from class moments."""
+"""Linear probe in closed form, from class moments; errors of probes of layers, and the effective depth they give."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,6 +11,12 @@ from torch import Tensor
 
 from neuralcollapse._checks import check_finite, check_not_negative, check_shapes
 from neuralcollapse.metrics.moments import ClassMoments
+from neuralcollapse.metrics.nc4 import nearest_class_mean
+from neuralcollapse.metrics.samples import FeatureCache
+from neuralcollapse.metrics.statistics import MeasureOptions, class_statistics
+from neuralcollapse.metrics.undefined import Condition, MetricValues, conditions_of_moments, without_undefined
+
+EPSILON = 0.01  # error of a separated layer, for the effective depth
 
 
 class LinearProbe(NamedTuple):
@@ -89,3 +97,67 @@ def linear_probe(moments: ClassMoments, *, ridge: float = 0.0) -> LinearProbe:
     total.diagonal().add_(ridge * total.trace() / size)
     weight = weighted @ torch.linalg.pinv(total, hermitian=True, rtol=size * eps)
     return LinearProbe(weight, shares - weight @ center)
+
+
+@torch.no_grad()
+def probe_errors(cache: FeatureCache, reference: ClassMoments, options: MeasureOptions) -> MetricValues:
+    """Return the errors of the nearest class mean (``ncc_error``) and of the linear probe (``probe_error``).
+
+    Samples of classes that are not measured in the train split are left out, as for `nc4_ncc_mismatch`.
+
+    Args:
+        cache: Features of the samples, with their targets.
+        reference: Moments of the train split, of which means and probe are.
+        options: Options of the measurement.
+    """
+    measured = class_statistics(reference, options)
+    classes, names = measured.classes, ("ncc_error", "probe_error")
+    conditions = list(conditions_of_moments(reference, measured))
+    finite = all(bool(torch.isfinite(part).all()) for part in (reference.means, reference.within_class_scatter))
+    if len(classes) < 2 or not finite:
+        return without_undefined(dict.fromkeys(names, math.nan), conditions)
+    probe, samples, misses = linear_probe(reference), 0, torch.zeros(2, dtype=torch.int64, device=classes.device)
+    is_measured = torch.zeros(reference.num_classes, dtype=torch.bool, device=classes.device)
+    is_measured[classes] = True
+    for batch in cache:
+        targets = batch.targets.to(classes.device)
+        kept = is_measured[targets]
+        features, targets = batch.features.to(classes.device)[kept], targets[kept]
+        samples += len(targets)
+        if len(targets):
+            answers = (classes[nearest_class_mean(features, measured.class_means)], probe.predict(features))
+            misses += torch.stack([(answer != targets).sum() for answer in answers])
+    if not samples:
+        reason = "no sample of a class that has a mean was measured"
+        conditions.append(Condition("no sample of a measured class", reason, False))
+        return without_undefined(dict.fromkeys(names, math.nan), conditions)
+    return without_undefined(dict(zip(names, (misses.double() / samples).tolist(), strict=True)), conditions)
+
+
+def effective_depth(errors: Sequence[float], epsilon: float = EPSILON) -> int:
+    """Effective depth: the number, from 1, of the first layer whose nearest class mean has an error of at most ε.
+
+    It is the number of layers if none has. The errors are those of the train split.
+
+    Args:
+        errors: Error of the nearest class mean in each layer, in [0, 1]; NaN counts as an error above ε.
+        epsilon: ε, in [0, 1].
+
+    Raises:
+        ValueError: if there are no errors, or ``epsilon`` is out of range.
+
+    Source: Galanti, Galanti & Ben-Shaul 2022 (arXiv 2202.09028).
+
+    Examples:
+        >>> effective_depth([0.4, 0.03, 0.008, 0.009])
+        3
+        >>> effective_depth([0.4, 0.03, 0.008, 0.009], epsilon=0.05)
+        2
+    """
+    if not len(errors):
+        raise ValueError("errors must be those of at least one layer, got none")
+    check_not_negative("epsilon", epsilon)
+    if epsilon > 1:
+        raise ValueError(f"epsilon must be in [0, 1], got {epsilon}")
+    separated = (number for number, error in enumerate(errors, start=1) if error <= epsilon)
+    return next(separated, len(errors))
