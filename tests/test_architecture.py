@@ -78,10 +78,13 @@ LAB = {  # room or module of lab -> what it may import of the others
     "commands": GROUND | {"data", "models", "results", "training", "evaluate", "figures", "ufm", "studies"},
     "__init__": GROUND | {"data", "models", "results", "training"},
 }
-# Packages of the extra `lab`. Three rooms import some of these: `ood` for the figure and the data frame of a table,
-# `metrics` for the figure of a profile.
+# Packages of the extra `lab`. Some rooms import some of these: `metrics` and `ood` for figures and data frames.
 LAB_ONLY = {"lightning", "datasets", "matplotlib", "pandas", "kornia", "plotly", "sklearn", "jsonargparse", "yaml"}
-OPTIONAL = {"lightning": {"lightning", "pandas"}, "metrics": {"matplotlib"}, "ood": {"matplotlib", "pandas"}}
+OPTIONAL = {
+    "lightning": {"lightning", "pandas"},
+    "metrics": {"matplotlib", "pandas"},
+    "ood": {"matplotlib", "pandas"},
+}
 HEAVY = (LAB_ONLY | {"torchmetrics", "scipy"}) - {"yaml"}  # torch itself may import yaml
 
 

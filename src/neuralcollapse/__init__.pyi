@@ -31,5 +31,6 @@ from .metrics import collapse_metrics as collapse_metrics
 from .metrics import etf_distances as etf_distances
 from .metrics import measure as measure
 from .metrics import measure_features as measure_features
+from .metrics import plot as plot
 
 __version__: str

@@ -362,6 +362,14 @@ CORE = (
 )
 """Metrics that are printed, some of each group."""
 
+REFERENCE_EPOCH = "etf_reference_epoch"
+"""Metric of a table whose value is the epoch to whose ETFs the reference distances of the same row are."""
+
+TO_REFERENCE = ("etf_weights_reference", "etf_means_reference", REFERENCE_EPOCH)
+"""Metrics that depend on the reference epoch."""
+
+_SAME = 1e-20  # squared distances below are of an ETF to itself
+
 
 def in_order(values: Mapping[str, Value]) -> dict[str, Value]:
     """Return values in the order of `METRICS`; names that are not in it come last, in their own order.
@@ -372,3 +380,22 @@ def in_order(values: Mapping[str, Value]) -> dict[str, Value]:
     """
     position = {name: index for index, name in enumerate(METRICS)}
     return dict(sorted(values.items(), key=lambda item: position.get(item[0], len(position))))
+
+
+def reference_epochs(table: Any) -> set[int]:
+    """Return the epochs to whose simplex ETFs a table holds distances.
+
+    Args:
+        table: Data frame with columns epoch, metric, value; without rows of `REFERENCE_EPOCH`, as earlier versions
+            wrote it, the epoch at which the distance is 0.
+
+    Examples:
+        >>> import pandas as pd
+        >>> table = pd.DataFrame({"epoch": [1, 2], "metric": "etf_means_reference", "value": [0.3, 0.0]})
+        >>> reference_epochs(table)
+        {2}
+    """
+    named = table[table["metric"] == REFERENCE_EPOCH]["value"]
+    if named.empty:
+        named = table[(table["metric"] == "etf_means_reference") & (table["value"] < _SAME)]["epoch"]
+    return {int(epoch) for epoch in named}

@@ -735,7 +735,7 @@ def test_folders_and_parquet_files_with_images_are_refused_together(tmp_path):
 
 
 def test_images_over_the_memory_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
-    monkeypatch.setattr("neuralcollapse.lab.process.available_memory", lambda: 500.0)
+    monkeypatch.setattr("neuralcollapse._checks.available_memory", lambda: 500.0)
     make(tmp_path, {"a": 12, "b": 12})
     with pytest.raises(
         ValueError, match="workers must be a number where memory is short: .* GiB of memory; with a number"

@@ -14,8 +14,11 @@ from PIL import Image
 
 from helpers import slow_except
 from neuralcollapse.catalogue import METRICS
-from neuralcollapse.lab.figures.curves import draw_all, draw_figures, draw_metric, line_styles, metric_label
-from neuralcollapse.lab.figures.panels import Panel, add_legend, check_drawing, literal, save_figures, write_panels
+from neuralcollapse.lab.config import PUBLISHED_METHODS
+from neuralcollapse.lab.figures.curves import draw_figures
+from neuralcollapse.lab.figures.panels import check_drawing, save_figures, write_panels
+from neuralcollapse.metrics.figures.curves import RESERVED, draw_all, draw_metric, line_styles, metric_label
+from neuralcollapse.metrics.figures.panels import Panel, add_legend, literal
 
 
 def table(train: float, test: float) -> pd.DataFrame:
@@ -102,7 +105,8 @@ def test_lines_of_up_to_twelve_groups_differ_without_colour(number):
 
 
 def test_the_published_methods_always_have_the_same_styles():
-    published = line_styles(["standard", "fixed", "implicit"])
+    published = line_styles(list(PUBLISHED_METHODS))
+    assert RESERVED == PUBLISHED_METHODS
     for labels in (["implicit", "standard"], ["frame", "fixed", "means"], ["a", "b", "standard", "c"]):
         styles = line_styles(labels, markers=False)
         assert len({style["color"] for style in styles.values()}) == len(labels)

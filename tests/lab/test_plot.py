@@ -25,12 +25,14 @@ from neuralcollapse import measure, random_simplex_etf
 from neuralcollapse.cli import main
 from neuralcollapse.lab import RunConfig, RunFolder, train_runs
 from neuralcollapse.lab.figures import FIGURES
-from neuralcollapse.lab.figures.features import project
-from neuralcollapse.lab.figures.panels import Panel, thin_ticks, write_panels
-from neuralcollapse.lab.figures.published import class_cosines, draw_series, gradient_flow, markou
+from neuralcollapse.lab.figures.gradients import gradient_flow
+from neuralcollapse.lab.figures.panels import write_panels
 from neuralcollapse.lab.results.groups import RunGroups
 from neuralcollapse.lab.results.tables import add_rows
 from neuralcollapse.metrics import ClassMoments, pair_matrices
+from neuralcollapse.metrics.figures.features import project
+from neuralcollapse.metrics.figures.panels import Panel, thin_ticks
+from neuralcollapse.metrics.figures.published import class_cosines, draw_series, markou
 
 SMALL = {"backbone": "mlp", "width": 16, "depth": 1, "train_samples": 150, "test_samples": 60, "epochs": 2}
 

@@ -22,10 +22,10 @@ from helpers import error_of, slow_except
 from neuralcollapse.catalogue import METRICS
 from neuralcollapse.cli import main
 from neuralcollapse.lab import RunConfig, RunFolder, train_runs
-from neuralcollapse.lab.figures.features import project
 from neuralcollapse.lab.figures.report.numbers import courses, motion, thinned
 from neuralcollapse.lab.results.groups import RunGroups
 from neuralcollapse.metrics import Measurement
+from neuralcollapse.metrics.figures.features import project
 
 SMALL = {"backbone": "mlp", "width": 16, "depth": 1, "train_samples": 150, "test_samples": 60}
 LIMIT = 12 * 2**20  # bytes of a page

@@ -163,7 +163,7 @@ def test_a_panel_without_data_has_a_message_and_other_errors_are_raised(tmp_path
     assert all(path.exists() for path in draw_figures(measured, tmp_path, "digits"))
     unmeasured = ["nc1_quotient", "nc2_etf_means", "nc3_duality", "nc4_ncc_mismatch"]
     assert messages == [f"no finite value of {name} was measured" for name in ("accuracy", *sorted(2 * unmeasured))]
-    monkeypatch.setattr("neuralcollapse.lab.figures.curves.draw_band", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("neuralcollapse.metrics.figures.curves.draw_band", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         draw_figures(measured, tmp_path, "digits")
 

@@ -1,18 +1,16 @@
-"""The process of a command: signals that end it, its standard streams, its memory, and its rank in a run."""
+"""The process of a command: signals that end it, its standard streams, and its rank in a run."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
 import io
-import math
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn
 
 # What a shell says of a process that these signals ended.
@@ -275,34 +273,3 @@ def launched_ranks() -> int | None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return int(os.environ["WORLD_SIZE"])
     return None
-
-
-def available_memory() -> float:
-    """Return the bytes that this process may still use: those that are free, or the limit of its container."""
-    found = []
-    with contextlib.suppress(OSError, StopIteration):  # not on every system
-        lines = Path("/proc/meminfo").read_text().split("\n")
-        found.append(next(int(line.split()[1]) * 2.0**10 for line in lines if line.startswith("MemAvailable")))
-    with contextlib.suppress(OSError, ValueError):
-        found.append(float(Path("/sys/fs/cgroup/memory.max").read_text()))  # "max" where there is no limit
-    if not found and hasattr(os, "sysconf"):
-        found.append(float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")))
-    return min(found, default=math.inf)
-
-
-def check_memory(needed: float, what: str, advice: str = "") -> None:
-    """Check that something fits into memory, before it is made.
-
-    Args:
-        needed: Its bytes.
-        what: What takes them, for the message.
-        advice: What to do, for the message.
-
-    Raises:
-        ValueError: if it does not fit.
-    """
-    there = available_memory()
-    if needed > there:
-        raise ValueError(
-            f"{what} take {needed / 2**30:.4g} GiB, and there are {there / 2**30:.3g} GiB of memory{advice}"
-        )

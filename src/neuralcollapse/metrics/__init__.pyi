@@ -6,6 +6,7 @@ from .collapse import collapse_metrics as collapse_metrics
 from .collapse import undefined_metrics as undefined_metrics
 from .distances import etf_distances as etf_distances
 from .features import measure_features as measure_features
+from .figures.records import plot as plot
 from .measure import measure as measure
 from .measurement import Measurement as Measurement
 from .measurement import Provenance as Provenance

@@ -26,6 +26,8 @@ from neuralcollapse.metrics.statistics import MeasureOptions
 from neuralcollapse.metrics.undefined import MetricValues, grouped, warn_of_undefined
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from neuralcollapse.metrics.profile import LayerProfile
 
 KIND, FORMAT = "neuralcollapse.measurement", 2
@@ -173,6 +175,20 @@ class Measurement:
         subject = f"Measurement of {self.provenance.model or 'a model'}"
         caption = f"{subject}, {self.moments.counts.sum():,} samples, {self.num_classes:,} classes"
         return caption, ["", "value", "at collapse"], rows, notes
+
+    def plot(self, figure: str = "classes") -> Figure:
+        """Draw a figure, by default norms, variances and cosines of every class; `neuralcollapse.plot` names them all.
+
+        Args:
+            figure: Name of the figure.
+
+        Raises:
+            ValueError: if the figure is unknown.
+            ImportError: if matplotlib or pandas, of the extra ``lab``, is not installed.
+        """
+        from neuralcollapse.metrics.figures.records import plot
+
+        return plot(self, figure)
 
     def recompute(self, **changes: Any) -> Measurement:
         """Compute every metric of moments again, with changed options and the formulas of this version.

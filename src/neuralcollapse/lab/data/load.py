@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from neuralcollapse._checks import check_memory
 from neuralcollapse.lab.config import DRAWN_DATA, DataSettings
 from neuralcollapse.lab.data.generated import generated
 from neuralcollapse.lab.data.images import (
@@ -41,7 +42,7 @@ from neuralcollapse.lab.data.selection import (
     subset,
 )
 from neuralcollapse.lab.data.sources import Source, digits, stored, unlabelled_images
-from neuralcollapse.lab.process import check_memory, global_rank
+from neuralcollapse.lab.process import global_rank
 
 # Largest number of bytes of decoded images that are kept in memory by default.
 MEMORY_BUDGET = 4 * 2**30

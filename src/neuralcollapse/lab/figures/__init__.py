@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING
+
+from neuralcollapse.metrics.figures import FIGURES as OF_RECORDS
+from neuralcollapse.metrics.figures import FigureEntry
 
 if TYPE_CHECKING:
     from neuralcollapse.lab.results.groups import RunGroups
@@ -14,40 +16,19 @@ if TYPE_CHECKING:
 FORMATS = ("png", "pdf", "svg")
 
 
-@dataclass(frozen=True)
-class FigureEntry:
-    """A figure of the registry.
-
-    Attributes:
-        description: What it shows, in a few words.
-        panels: Module and name of the function that returns its panels; imported when the figure is drawn.
-        columns: Number of columns of its page.
-    """
-
-    description: str
-    panels: str
-    columns: int = 3
-
-
-FIGURES = {
-    "papyan": FigureEntry("Figures 1 to 7 of Papyan, Han, Donoho 2020", "published:papyan", 4),
-    "zhu": FigureEntry("NC1 to NC4 and accuracies, as Figures 3 and 6 of Zhu et al. 2021", "published:zhu"),
-    "markou": FigureEntry(
-        "accuracy, NC, ETF distances and margins, as Markou et al. 2024 show them", "published:markou", 4
-    ),
+FIGURES = {name: entry for name, entry in OF_RECORDS.items() if name != "overview"}
+FIGURES |= {
     "gradient-flow": FigureEntry(
-        "mean and largest gradient of each layer, and of features, class means, W and b", "published:gradient_flow"
+        "mean and largest gradient of each layer, and of features, class means, W and b",
+        f"{__name__}.gradients:gradient_flow",
     ),
-    "margins": FigureEntry("sorted cosine margins of all samples", "published:margins", 2),
-    "layers": FigureEntry("collapse of every measured layer against its depth", "published:layers", 2),
-    "classes": FigureEntry("norms, variances and cosines of every class", "published:classes", 4),
-    "features": FigureEntry("features of three classes on their plane, from epoch to epoch", "features:feature_panels"),
-    "detection": FigureEntry("detection of unknown inputs against NC1", "detection:detection"),
+    "detection": FigureEntry("detection of unknown inputs against NC1", f"{__name__}.detection:detection"),
     "detection-scores": FigureEntry(
-        "detection of unknown inputs against NC1, one panel per score", "detection:detection_of_scores", 4
+        "detection of unknown inputs against NC1, one panel per score", f"{__name__}.detection:detection_of_scores", 4
     ),
-    "overview": FigureEntry("every metric", "curves:overview"),
+    "overview": OF_RECORDS["overview"],
 }
+"""Figures of run folders: those of measurements, and those that need the tables of a run."""
 
 
 def draw(name: str, runs: RunGroups, out: Path, formats: Sequence[str]) -> list[Path]:
@@ -65,8 +46,7 @@ def draw(name: str, runs: RunGroups, out: Path, formats: Sequence[str]) -> list[
     from neuralcollapse.lab.figures.panels import save_figures, write_panels
 
     entry = FIGURES[name]
-    title = f"{entry.description[0].upper()}{entry.description[1:]}: {runs.title}"
-    make = resolve_name(f"{__name__}.{entry.panels}")
+    title, make = entry.title(runs.title), resolve_name(entry.panels)
     if name == "overview":  # a page without single panels, whose number is too large for matplotlib's layout
         return save_figures({name: make(runs, title)}, out, formats)
     return write_panels(name, title, make(runs), out, formats, columns=entry.columns)

@@ -13,9 +13,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from neuralcollapse.catalogue import METRICS
 from neuralcollapse.lab.figures import draw
-from neuralcollapse.lab.figures.curves import line_styles
-from neuralcollapse.lab.figures.panels import Panel, literal, save_figures, without_latex, wrapped
+from neuralcollapse.lab.figures.panels import save_figures
 from neuralcollapse.lab.results.groups import RunGroups
+from neuralcollapse.metrics.figures.curves import line_styles
+from neuralcollapse.metrics.figures.panels import Panel, literal, without_latex, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

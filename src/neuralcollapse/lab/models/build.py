@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neuralcollapse._checks import check_memory
 from neuralcollapse.geometry import attribute_gram, code_from_gram, seli_code, softmax_code
 from neuralcollapse.geometry.frames import placed
 from neuralcollapse.heads import (
@@ -40,7 +41,6 @@ from neuralcollapse.lab.models.backbones import (
     ResNet,
     VisionTransformer,
 )
-from neuralcollapse.lab.process import check_memory
 from neuralcollapse.lab.untrusted import without_secrets
 
 

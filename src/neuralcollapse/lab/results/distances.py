@@ -7,16 +7,11 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from neuralcollapse.catalogue import REFERENCE_EPOCH, TO_REFERENCE, reference_epochs
 from neuralcollapse.lab.results.files import sole_writer
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.records import Records
 from neuralcollapse.lab.results.tables import COLUMNS, Row, add_rows, read_table
-
-# Metric of a run's table whose value is the epoch to whose ETFs the reference distances of the same row are.
-REFERENCE_EPOCH = "etf_reference_epoch"
-# Metrics that depend on the reference epoch.
-TO_REFERENCE = ("etf_weights_reference", "etf_means_reference", REFERENCE_EPOCH)
-_SAME = 1e-20  # squared distances below are of an ETF to itself
 
 
 @dataclass(frozen=True)
@@ -70,25 +65,6 @@ def _is_complete(table: pd.DataFrame, run: RunFolder) -> bool:
     rows = table[table["metric"] == REFERENCE_EPOCH]
     records = set(run.measured())
     return bool(records) and records <= set(zip(rows["epoch"], rows["split"], strict=True))
-
-
-def reference_epochs(table: pd.DataFrame) -> set[int]:
-    """Return the epochs to whose simplex ETFs a table holds distances.
-
-    Args:
-        table: Columns epoch, metric, value; without rows of `REFERENCE_EPOCH`, as earlier versions wrote it, the epoch
-            at which the distance is 0.
-
-    Examples:
-        >>> import pandas as pd
-        >>> table = pd.DataFrame({"epoch": [1, 2], "metric": "etf_means_reference", "value": [0.3, 0.0]})
-        >>> reference_epochs(table)
-        {2}
-    """
-    named = table[table["metric"] == REFERENCE_EPOCH]["value"]
-    if named.empty:
-        named = table[(table["metric"] == "etf_means_reference") & (table["value"] < _SAME)]["epoch"]
-    return {int(epoch) for epoch in named}
 
 
 def distance_rows(run: RunFolder, reference: int = 1) -> Iterator[Row | ValueError]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from neuralcollapse.lab.results.distances import reference_epochs
+from neuralcollapse.catalogue import reference_epochs
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.labels import labels_of, title_of
 from neuralcollapse.lab.results.records import Records
@@ -50,6 +50,11 @@ class RunGroups:
                 f"runs that are shown together must have the same number of classes, got {sorted(numbers)}"
             )
         self.num_classes: int | None = next(iter(numbers), None)
+        self.split = "train"  # of figures of classes, layers and features
+
+    def hint(self, command: str) -> str:
+        """Return words that follow "was not measured", with the command that measures it."""
+        return f": run `neuralcollapse {command}` on the runs"
 
     @property
     def title(self) -> str:

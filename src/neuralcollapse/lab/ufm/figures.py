@@ -10,13 +10,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from neuralcollapse.lab.figures.curves import draw_range, line_styles
-from neuralcollapse.lab.figures.panels import without_latex
 from neuralcollapse.lab.figures.summary import made_by, write_summary
 from neuralcollapse.lab.results.files import write_csv, write_whole
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.statistics import epochs_to_reach
 from neuralcollapse.lab.results.tables import aligned
+from neuralcollapse.metrics.figures.curves import draw_range, line_styles
+from neuralcollapse.metrics.figures.panels import without_latex
 
 # Metric, and the title of its panel.
 _PANELS = {

@@ -17,13 +17,13 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from neuralcollapse.heads import LearnedClassifier
-from neuralcollapse.lab.figures.curves import line_styles
-from neuralcollapse.lab.figures.panels import without_latex
 from neuralcollapse.lab.figures.summary import made_by, write_summary
 from neuralcollapse.lab.results.files import write_csv, write_whole
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.tables import aligned
 from neuralcollapse.lab.ufm.settings import LandscapeSettings
+from neuralcollapse.metrics.figures.curves import line_styles
+from neuralcollapse.metrics.figures.panels import without_latex
 from neuralcollapse.ufm import (
     UnconstrainedFeatures,
     Visit,

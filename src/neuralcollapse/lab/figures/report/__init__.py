@@ -13,7 +13,6 @@ from typing import Any
 import pandas as pd
 
 from neuralcollapse.lab.config import METHODS
-from neuralcollapse.lab.figures.curves import COLORS, COLORS_ON_DARK, style_numbers
 from neuralcollapse.lab.figures.report import numbers
 from neuralcollapse.lab.figures.report.detection import detection_section
 from neuralcollapse.lab.figures.report.tables import html_table, metric_tables, provenance_tables
@@ -22,6 +21,7 @@ from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.groups import RunGroups
 from neuralcollapse.lab.results.labels import differing_settings
 from neuralcollapse.lab.results.tables import baseline_table, group_table, read_table, results_table, seed_of
+from neuralcollapse.metrics.figures.curves import COLORS, COLORS_ON_DARK, style_numbers
 
 _HEADLINE = ("accuracy", "nc1_quotient", "nc2_etf_means", "nc2_etf_weights", "nc3_duality", "nc4_ncc_mismatch")
 

@@ -10,13 +10,13 @@ from html import escape
 import pandas as pd
 
 from neuralcollapse.lab.figures.detection import detection
-from neuralcollapse.lab.figures.panels import draw_page, thin_ticks, without_latex
 from neuralcollapse.lab.figures.report.numbers import MAX_GROUPS
 from neuralcollapse.lab.figures.report.tables import html_table
 from neuralcollapse.lab.results.files import read_file
 from neuralcollapse.lab.results.groups import RunGroups
 from neuralcollapse.lab.results.resuming import is_folder_name
 from neuralcollapse.lab.results.tables import spread
+from neuralcollapse.metrics.figures.panels import draw_page, thin_ticks, without_latex
 
 _HEADINGS = {"auroc": "AUROC", "fpr95": "FPR at 95% TPR", "aupr_in": "AUPR in", "aupr_out": "AUPR out"}
 _PNG = b"\x89PNG\r\n\x1a\n"

@@ -8,10 +8,10 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from neuralcollapse.catalogue import METRICS
-from neuralcollapse.lab.figures.curves import metric_label
-from neuralcollapse.lab.figures.features import project, simplex_vertices
-from neuralcollapse.lab.figures.published import class_cosines
 from neuralcollapse.lab.results.groups import RunGroups
+from neuralcollapse.metrics.figures.curves import metric_label
+from neuralcollapse.metrics.figures.features import project, simplex_vertices
+from neuralcollapse.metrics.figures.published import class_cosines
 
 if TYPE_CHECKING:
     import pandas as pd

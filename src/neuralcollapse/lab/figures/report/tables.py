@@ -8,9 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from neuralcollapse.catalogue import METRICS
+from neuralcollapse.catalogue import METRICS, TO_REFERENCE, reference_epochs
 from neuralcollapse.lab.figures.report.numbers import SPLITS
-from neuralcollapse.lab.results.distances import TO_REFERENCE, reference_epochs
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.labels import labels_of
 from neuralcollapse.lab.results.provenance import shown_settings

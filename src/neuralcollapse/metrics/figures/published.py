@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -13,24 +12,21 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from neuralcollapse.catalogue import METRICS
-from neuralcollapse.lab.figures.curves import COLORS, draw_band, draw_range, finish_axes, line_styles, metric_label
-from neuralcollapse.lab.figures.panels import Panel, legend_above, literal, wrapped
-from neuralcollapse.lab.process import check_memory
+from neuralcollapse.metrics.figures.curves import COLORS, draw_band, draw_range, finish_axes, line_styles, metric_label
+from neuralcollapse.metrics.figures.panels import Panel, legend_above, literal, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from neuralcollapse.lab.results.groups import RunGroups
     from neuralcollapse.metrics import ClassValues, Measurement
+    from neuralcollapse.metrics.figures.records import Shown
 
 Series = Sequence[tuple[str, str, str]]  # metric, split, words of the legend
 _SERIES_LINES: tuple[Any, ...] = ("-", "--", ":", "-.")
-# Tensors of a head, in the order of their bars: what it computes from a batch, and its parameters.
-_OF_HEAD = {"head.features": "features", "head.class_means": "class means", "head.weight": "W", "head.bias": "b"}
 _OF_LAYERS = ("nc1_quotient", "nc1_cdnv", "nc2_etf_means", "nc2_equiangular_means")
 
 
-def papyan(runs: RunGroups) -> list[Panel]:
+def papyan(runs: Shown) -> list[Panel]:
     """Return the panels of Figures 1 to 7 of Papyan, Han, Donoho (PNAS 2020)."""
     rows: list[tuple[str, str, Series]] = [
         ("1-accuracy", "1: accuracy", [("accuracy", "train", "train"), ("accuracy", "test", "test")]),
@@ -45,7 +41,7 @@ def papyan(runs: RunGroups) -> list[Panel]:
     return [Panel(name, title, partial(draw, series=series)) for name, title, series in rows]
 
 
-def zhu(runs: RunGroups) -> list[Panel]:
+def zhu(runs: Shown) -> list[Panel]:
     """Return NC1 to NC4 and the accuracies, as in Figures 3 and 6 of Zhu et al. (NeurIPS 2021)."""
     rows: list[tuple[str, str, Series]] = [
         ("nc1", "NC1", [("nc1_pinv", "train", "")]),
@@ -58,7 +54,7 @@ def zhu(runs: RunGroups) -> list[Panel]:
     return [Panel(name, title, partial(draw_series, runs=runs, series=series)) for name, title, series in rows]
 
 
-def markou(runs: RunGroups) -> list[Panel]:
+def markou(runs: Shown) -> list[Panel]:
     """Return accuracy, NC, ETF distances and margins, as in Markou, Ajanthan, Gould (NeurIPS 2024)."""
     names = ["nc1_pinv", "nc1_vci", "nc2_etf_means", "nc2_equinorm_difference", "nc3_duality", "alignment"]
     names += ["nc4_ncc_mismatch", "nc2_cos_margin"]
@@ -71,15 +67,7 @@ def markou(runs: RunGroups) -> list[Panel]:
     return panels + margins(runs)
 
 
-def gradient_flow(runs: RunGroups) -> list[Panel]:
-    """Return the mean and the largest gradient of each layer's weight and of the head, after the last epoch."""
-    return [
-        Panel(runs.stems[label], literal(wrapped(label)), partial(_draw_gradients, runs=runs, label=label))
-        for label in runs.groups
-    ]
-
-
-def margins(runs: RunGroups) -> list[Panel]:
+def margins(runs: Shown) -> list[Panel]:
     """Return the sorted cosine margins of all samples of each split at the last epoch."""
     return [
         Panel(f"margins-{split}", f"cosine margins, {split}", partial(_draw_margins, runs=runs, split=split))
@@ -87,7 +75,7 @@ def margins(runs: RunGroups) -> list[Panel]:
     ]
 
 
-def layers(runs: RunGroups) -> list[Panel]:
+def layers(runs: Shown) -> list[Panel]:
     """Return the collapse of every measured layer against its depth at the last epoch."""
     return [
         Panel(name, METRICS[name].label.replace("  $", "\n$"), partial(_draw_layers, runs=runs, name=name))
@@ -95,7 +83,7 @@ def layers(runs: RunGroups) -> list[Panel]:
     ]
 
 
-def classes(runs: RunGroups) -> list[Panel]:
+def classes(runs: Shown) -> list[Panel]:
     """Return norms, variances and cosines of all classes at the last epoch, for the first run of each group."""
     rows: list[tuple[str, str, Callable[..., None]]] = [
         ("norms", "norms", _draw_norms),
@@ -114,7 +102,7 @@ def classes(runs: RunGroups) -> list[Panel]:
     ]
 
 
-def draw_series(axes: Axes, *, runs: RunGroups, series: Series, by_marker: bool = False) -> None:
+def draw_series(axes: Axes, *, runs: Shown, series: Series, by_marker: bool = False) -> None:
     """Draw metrics of all groups against the epoch.
 
     Args:
@@ -139,8 +127,8 @@ def draw_series(axes: Axes, *, runs: RunGroups, series: Series, by_marker: bool 
     name, split, _ = series[0]
     shown = pd.concat(drawn)
     if shown.empty:
-        command = "distance" if name.startswith("etf_") else "measure"
-        raise ValueError(f"{name} was not measured on the {split} split: run `neuralcollapse {command}` on the runs")
+        hint = runs.hint("distance" if name.startswith("etf_") else "measure")
+        raise ValueError(f"{name} was not measured on the {split} split{hint}")
     finish_axes(axes, shown, name, runs.num_classes)
     axes.set_xlabel("epoch", fontsize=8)
     label = METRICS[name].label.replace("  $", "\n$") if len(series) == 1 else ""
@@ -159,13 +147,16 @@ def class_cosines(record: Measurement, of: Literal["means", "weights"], most: in
         most: Number of the first classes that are compared; by default all.
 
     Raises:
-        ValueError: if they do not fit into memory.
+        ValueError: if they do not fit into memory, or there are no rows because no classifier was measured.
     """
     import torch
 
+    from neuralcollapse._checks import check_memory
     from neuralcollapse.metrics import class_statistics
     from neuralcollapse.metrics.pairs import PairTile
 
+    if of == "weights" and not len(record.weight):
+        raise ValueError("no classifier was measured")
     size = min(record.num_classes, most or record.num_classes)
     check_memory(2 * 8 * size**2, f"cosines of {size} classes")
     numbers, vectors = torch.arange(record.num_classes), record.weight
@@ -183,38 +174,7 @@ def _pair(name: str) -> Series:
     return [(f"{name}_{of}", "train", of) for of in ("means", "weights")]
 
 
-def _draw_gradients(axes: Axes, *, runs: RunGroups, label: str) -> None:
-    tables = runs.gradients(label)
-    if not tables:
-        raise ValueError("no gradients were written: these runs were not trained here")
-    last = pd.concat([table[table["epoch"] == table["epoch"].max()] for table in tables])
-    shown = last[~last["parameter"].str.endswith("bias") | last["parameter"].isin(_OF_HEAD)]
-    sizes = shown.groupby("parameter", sort=False)[["mean", "max"]].mean()
-    head = [name for name in _OF_HEAD if name in sizes.index]
-    sizes = sizes.reindex([*(name for name in sizes.index if name not in head), *head])
-    count = len(sizes) - len(head)
-    wide = max(1.0, count / 12)  # bars of the head, so that their names fit
-    positions = [*range(count), *(count + wide * number for number in range(1, len(head) + 1))]
-    shape: Any = {"x": positions, "width": [0.8] * count + [0.8 * wide] * len(head)}
-    axes.bar(height=sizes["max"], color=COLORS[5], label="largest", **shape)
-    axes.bar(height=sizes["mean"], color=COLORS[0], label="mean", hatch="//", edgecolor="white", linewidth=0, **shape)
-    axes.set_yscale("log")
-    ticks = [*range(0, count, max(1, count // 8)), *range(count, len(positions))]
-    names = [*_without_shared_parts(sizes.index[:count]), *(_OF_HEAD[name] for name in head)]
-    turned: Any = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
-    axes.set_xticks([positions[tick] for tick in ticks], [names[tick] for tick in ticks], **turned)
-    axes.set_ylabel("magnitude of the gradient", fontsize=8)
-    axes.tick_params(axis="x", labelsize=6)
-
-
-def _without_shared_parts(names: Sequence[str]) -> list[str]:
-    """Return dotted names without the parts with which all of them begin."""
-    split = [name.removesuffix(".weight").split(".") for name in names]
-    shared = len([*takewhile(lambda parts: len(set(parts)) == 1, zip(*split, strict=False))]) if len(names) > 1 else 0
-    return [".".join(parts[shared:]) or name for parts, name in zip(split, names, strict=True)]
-
-
-def _draw_margins(axes: Axes, *, runs: RunGroups, split: str) -> None:
+def _draw_margins(axes: Axes, *, runs: Shown, split: str) -> None:
     styles = line_styles(list(runs.groups))
     share = np.linspace(0, 1, 400)
     for label in runs.groups:
@@ -234,10 +194,10 @@ def _draw_margins(axes: Axes, *, runs: RunGroups, split: str) -> None:
     axes.grid(alpha=0.3, linewidth=0.5)
 
 
-def _draw_layers(axes: Axes, *, runs: RunGroups, name: str) -> None:
+def _draw_layers(axes: Axes, *, runs: Shown, name: str) -> None:
     styles, drawn = line_styles(list(runs.groups), markers=True), []
     for label in runs.groups:
-        records = [record for record in runs.last_records(label, "train") if record.layers]
+        records = [record for record in runs.last_records(label, runs.split) if record.layers]
         if records:
             values = np.array(
                 [[*(layer[name] for layer in record.layers.values()), record.metrics[name]] for record in records]
@@ -246,7 +206,7 @@ def _draw_layers(axes: Axes, *, runs: RunGroups, name: str) -> None:
             draw_range(axes, depths, *_mean_and_range(values), label=literal(label), **styles[label])
             drawn.append(values)
     if not drawn:
-        raise ValueError("no layers were measured: run `neuralcollapse measure --layers A,B` on the runs")
+        raise ValueError(f"no layers were measured{runs.hint('measure --layers A,B')}")
     finish_axes(axes, pd.Series(np.concatenate(drawn).ravel()), name, runs.num_classes)
     axes.set_xlabel("layer, the classifier's features last", fontsize=8)
 
@@ -255,28 +215,27 @@ def _mean_and_range(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndar
     return values.mean(0), values.min(0), values.max(0)
 
 
-def _values_of_classes(runs: RunGroups, label: str) -> ClassValues:
+def _values_of_classes(runs: Shown, label: str) -> ClassValues:
     from neuralcollapse.metrics import class_values
 
-    record = runs.last_records(label, "train")[0]
-    return class_values(record.moments, record.weight)
+    record = runs.last_records(label, runs.split)[0]
+    return class_values(record.moments, record.weight if len(record.weight) else None)
 
 
-def _draw_norms(axes: Axes, *, runs: RunGroups, label: str) -> None:
-    values = _values_of_classes(runs, label)
-    assert values.weight_norms is not None  # records have a weight
-    lines = []
+def _draw_norms(axes: Axes, *, runs: Shown, label: str) -> None:
+    values, lines = _values_of_classes(runs, label), []
     for norms, marker, color in ((values.mean_norms, "o-", COLORS[0]), (values.weight_norms, "s--", COLORS[1])):
-        lines += axes.plot(values.classes, norms / norms.mean(), marker, color=color, markersize=3, linewidth=0.8)
-    legend_above(axes, lines, ["centred means", "weights"])
+        if norms is not None:
+            lines += axes.plot(values.classes, norms / norms.mean(), marker, color=color, markersize=3, linewidth=0.8)
+    legend_above(axes, lines, ["centred means", "weights"][: len(lines)])
     axes.set_ylabel("norm / mean norm", fontsize=8)
     _number_classes(axes)
     axes.grid(alpha=0.3, linewidth=0.5)
 
 
-def _draw_variances(axes: Axes, *, runs: RunGroups, label: str) -> None:
+def _draw_variances(axes: Axes, *, runs: Shown, label: str) -> None:
     values = _values_of_classes(runs, label)
-    axes.bar(values.classes, values.within_class_variances, color=COLORS[0])
+    axes.bar(values.classes.numpy(), values.within_class_variances.numpy(), color=COLORS[0])
     axes.set_ylabel("mean squared distance to the mean", fontsize=8)
     _number_classes(axes)
 
@@ -286,8 +245,8 @@ def _number_classes(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
 
-def _draw_cosines(axes: Axes, *, runs: RunGroups, label: str, of: Literal["means", "weights"]) -> None:
-    cosines = class_cosines(runs.last_records(label, "train")[0], of)
+def _draw_cosines(axes: Axes, *, runs: Shown, label: str, of: Literal["means", "weights"]) -> None:
+    cosines = class_cosines(runs.last_records(label, runs.split)[0], of)
     ideal = -1 / (len(cosines) - 1)
     spread = max(float(np.nanmax(np.abs(cosines - ideal))), 0.02)
     picture = axes.imshow(cosines, cmap="cividis", vmin=ideal - spread, vmax=ideal + spread)

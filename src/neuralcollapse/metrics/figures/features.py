@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from neuralcollapse.lab.figures.curves import COLORS, MARKERS
-from neuralcollapse.lab.figures.panels import Panel, literal, wrapped
+from neuralcollapse.metrics.figures.curves import COLORS, MARKERS
+from neuralcollapse.metrics.figures.panels import Panel, literal, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from torch import Tensor
 
-    from neuralcollapse.lab.results.groups import RunGroups
     from neuralcollapse.metrics import Measurement
+    from neuralcollapse.metrics.figures.records import Shown
 
 _CLASSES = (0, 1, 2)
 
@@ -29,7 +29,7 @@ class Projection:
         features: (N, q) features, centred at the mean of the class means, in units of the mean norm of the class means.
         targets: (N,) classes of the features.
         means: (q + 1, q) class means, centred and scaled as the features.
-        weights: (q + 1, q) centred rows of the classifier, in units of their mean norm.
+        weights: (q + 1, q) centred rows of the classifier, in units of their mean norm; (0, q) without a classifier.
         vertices: (q + 1, q) vertices of the simplex, at distance 1 from the origin.
     """
 
@@ -62,7 +62,7 @@ def project(record: Measurement, classes: Sequence[int]) -> Projection:
     centre = means.mean(0)
     vertices = simplex_vertices(len(classes))
     plane = vertices.mT @ nearest_simplex_etf(means) * (len(classes) - 1) / len(classes)  # orthonormal rows
-    weights = record.weight.double()[chosen]
+    weights = record.weight.double()[chosen if len(record.weight) else []]
     weights = (weights - weights.mean(0)) @ plane.mT
     unit = (means - centre).norm(dim=1).mean()
     of_classes = torch.isin(record.sample_targets, chosen)
@@ -84,25 +84,26 @@ def simplex_vertices(count: int) -> Tensor:
     return math.sqrt(count / (count - 1)) * simplex_basis(count, dtype=torch.float64)
 
 
-def feature_panels(runs: RunGroups) -> list[Panel]:
+def feature_panels(runs: Shown) -> list[Panel]:
     """Return the features of three classes at the first, an early and the last epoch, for the first run of a group."""
     panels = []
     for label in runs.groups:
-        epochs = runs.epochs(label, "train")
+        epochs = runs.epochs(label, runs.split)
         for epoch in sorted({epochs[0], epochs[(len(epochs) - 1) // 4], epochs[-1]}):
             name, title = f"{runs.stems[label]}-epoch{epoch:04d}", literal(wrapped(f"{label}, epoch {epoch}"))
             panels.append(Panel(name, title, partial(_draw_features, runs=runs, label=label, epoch=epoch)))
     return panels
 
 
-def _draw_features(axes: Axes, *, runs: RunGroups, label: str, epoch: int) -> None:
-    projected = project(runs.record(label, "train", epoch), _CLASSES)
+def _draw_features(axes: Axes, *, runs: Shown, label: str, epoch: int) -> None:
+    projected = project(runs.record(label, runs.split, epoch), _CLASSES)
     for index, number in enumerate(_CLASSES):
         style: dict[str, Any] = {"color": COLORS[index], "marker": MARKERS[index]}
         x, y = projected.features[projected.targets == number].T
         axes.scatter(x, y, s=8, alpha=0.5, linewidths=0, label=f"class {number}", **style)
-        x, y = projected.weights[index].tolist()
-        axes.plot((0, x), (0, y), color=COLORS[index], linewidth=1.4)
+        if len(projected.weights):
+            x, y = projected.weights[index].tolist()
+            axes.plot((0, x), (0, y), color=COLORS[index], linewidth=1.4)
         x, y = projected.means[index].tolist()
         axes.scatter(x, y, s=45, edgecolors="black", zorder=3, **style)
     triangle = projected.vertices[[0, 1, 2, 0]]

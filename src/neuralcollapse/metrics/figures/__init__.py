@@ -1,0 +1,42 @@
+"""Figures of measurements, and their registry; importing it imports neither torch nor matplotlib."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class FigureEntry:
+    """A figure of a registry.
+
+    Attributes:
+        description: What it shows, in a few words.
+        panels: Module and name of the function that returns its panels; imported when the figure is drawn.
+        columns: Number of columns of its page.
+    """
+
+    description: str
+    panels: str
+    columns: int = 3
+
+    def title(self, subject: str) -> str:
+        """Return the title of a page that shows it of something."""
+        return f"{self.description[0].upper()}{self.description[1:]}: {subject}"
+
+
+_HERE = f"{__name__}."
+FIGURES = {
+    "papyan": FigureEntry("Figures 1 to 7 of Papyan, Han, Donoho 2020", f"{_HERE}published:papyan", 4),
+    "zhu": FigureEntry("NC1 to NC4 and accuracies, as Figures 3 and 6 of Zhu et al. 2021", f"{_HERE}published:zhu"),
+    "markou": FigureEntry(
+        "accuracy, NC, ETF distances and margins, as Markou et al. 2024 show them", f"{_HERE}published:markou", 4
+    ),
+    "margins": FigureEntry("sorted cosine margins of all samples", f"{_HERE}published:margins", 2),
+    "layers": FigureEntry("collapse of every measured layer against its depth", f"{_HERE}published:layers", 2),
+    "classes": FigureEntry("norms, variances and cosines of every class", f"{_HERE}published:classes", 4),
+    "features": FigureEntry(
+        "features of three classes on their plane, from epoch to epoch", f"{_HERE}features:feature_panels"
+    ),
+    "overview": FigureEntry("every metric", f"{_HERE}curves:overview"),
+}
+"""Figures that are drawn from measurements alone."""
