@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from pytorch_metric_learning import losses as metric_learning
 from torch import distributed, multiprocessing
 
 from helpers import generator, normal
@@ -197,7 +198,6 @@ def test_bad_input_is_rejected(loss, options, message):
 
 @pytest.mark.parametrize("temperature", [0.1, 0.7])
 def test_supcon_is_that_of_pytorch_metric_learning(temperature):
-    metric_learning = pytest.importorskip("pytorch_metric_learning.losses")
     features, targets = batch()
     theirs = metric_learning.SupConLoss(temperature=temperature)(features, targets)
     assert (theirs - losses.supcon(features, targets, temperature=temperature)).abs() < 1e-6

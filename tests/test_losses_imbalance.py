@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from pytorch_metric_learning import losses as metric_learning
 from torch import distributed, multiprocessing
 from torch.nn import functional
 
@@ -206,7 +207,6 @@ def test_batches_without_a_class_that_has_weight_are_zero():
 
 @pytest.mark.parametrize("name", ["normface", "cosface"])
 def test_losses_are_those_of_pytorch_metric_learning(name):
-    metric_learning = pytest.importorskip("pytorch_metric_learning.losses")
     features, targets, weight = batch()
     if name == "normface":
         theirs = metric_learning.NormalizedSoftmaxLoss(5, 7, temperature=0.1)

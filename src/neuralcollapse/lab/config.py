@@ -122,11 +122,15 @@ Loss = Literal[
     "decoupled",
     "two-way",
 ]
+# The dotted path of a class of your own.
+OwnClass = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")]
 Optimizer = Literal["sgd", "adam", "adamw", "lbfgs", "agd"]
 
 # --- conditions and defaults ------------------------------------------------------------------------------------------
 
 OF_LOGITS = ("cross-entropy", "mse", "dot-regression-published")
+OF_CLASSES = ("cross-entropy", "normface", "bidirectional-nonl", "decoupled", "two-way")
+OF_SAMPLES = ("ntce", "nonl", "dot-regression")
 OF_DIRECTIONS = ("normface", "ntce", "nonl", "bidirectional-nonl", "decoupled", "two-way")
 WITH_MARGIN = ("nonl", "bidirectional-nonl", "decoupled", "two-way")
 RESNETS = (
@@ -152,6 +156,11 @@ _DRAWN = Condition(
         or values["label_noise"] != 0
         or values["validation_share"] is not None
     ),
+)
+_WITH_LOSS_OPTIONS = Condition(
+    f"loss {listed((*OF_CLASSES, *OF_SAMPLES), 'or')}, or a loss by dotted path",
+    ("loss",),
+    lambda values: values["loss"] in OF_CLASSES + OF_SAMPLES or "." in values["loss"],
 )
 _ONE_IMAGE = Condition("digits_per_image 1", ("digits_per_image",), lambda values: values["digits_per_image"] == 1)
 _WITH_BACKBONE_OPTIONS = Condition(
@@ -205,9 +214,6 @@ _WIDTH = Default(
 _DEPTH = Default(lambda values: 12 if values["backbone"] in VITS else 3)
 _THIRDS = Default(lambda values: sorted({values["epochs"] // 3, 2 * values["epochs"] // 3} - {0}))
 
-
-OF_CLASSES = ("cross-entropy", "normface", "bidirectional-nonl", "decoupled", "two-way")
-OF_SAMPLES = ("ntce", "nonl", "dot-regression")
 
 # --- sections ---------------------------------------------------------------------------------------------------------
 
@@ -276,14 +282,16 @@ class Regularisation(Settings):
 class LossSettings(Settings):
     """Loss."""
 
-    loss: Loss = "cross-entropy"
+    loss: Loss | OwnClass = "cross-entropy"
     """Of logits: cross-entropy, mse (mean squared error to one-hot targets) or dot-regression-published ((logit of the
     true class - 1)^2 / 2, as in the released code of Markou et al., for any feature norm). Of products without a bias:
     dot-regression (pulls each feature to the vector of its class, for classifiers that are not trained). Of directions
     alone: normface (cross-entropy of cosines), ntce and nonl (a class's samples against those of its batch),
     bidirectional-nonl (nonl that also compares each sample with the vectors of the other classes, in one sum, as in the
     released code), decoupled (cross-entropy with a margin on the positive logit), two-way (half decoupled, half
-    nonl)."""
+    nonl). Or the dotted path of a class of your own or of another library, such as
+    pytorch_metric_learning.losses.ArcFaceLoss, called with features (N, d) and classes (N,). The classifier takes the
+    place of its class weights, a parameter (K, d) or (d, K); without one, the method must follow the class means."""
     label_smoothing: Annotated[Share | None, where(loss="cross-entropy")] = 0.0
     """Share of the target that is spread over all classes."""
     temperature: Annotated[Positive | None, where(loss=OF_DIRECTIONS)] = 0.1
@@ -292,10 +300,12 @@ class LossSettings(Settings):
     """Margin on the positive logit in the denominator, in units of logits; inf leaves the positive out."""
     loss_options: Annotated[
         dict[str, Any] | None,
-        where(loss=OF_CLASSES + OF_SAMPLES),
+        _WITH_LOSS_OPTIONS,
         Options(
             lambda values: (
-                AdjustedLoss
+                None
+                if "." in values["loss"]
+                else AdjustedLoss
                 if values["loss"] in OF_CLASSES
                 else DotRegressionLoss
                 if values["loss"] == "dot-regression"
@@ -304,7 +314,8 @@ class LossSettings(Settings):
             (WeightedLoss, AdjustedLoss, DotRegressionLoss),
         ),
     ] = Field(default_factory=dict)
-    """Options for long tails:"""
+    """Keyword arguments of a class by dotted path; num_classes and embedding_size are given if it has them. Of the
+    others, options for long tails:"""
     regulariser: Annotated[dict[str, Any] | None, Options(lambda _: Regularisation, (Regularisation,))] = None
     """A loss of features that is added, for more collapse or less:"""
 
@@ -746,6 +757,8 @@ class RunConfig(Record, Ranks, Optimisation, ModelSettings, BatchSettings, DataS
             raise ValueError("optimizer_options.nesterov needs momentum above 0, got 0")
         if self.regulariser and self.regulariser.get("layer") and self.compile:
             raise ValueError("compile must be false with regulariser.layer, whose hook a compiled backbone may not run")
+        if "." in self.loss and self.ranks > 1:
+            raise ValueError("a loss by dotted path needs one rank: it compares the samples of the whole batch")
         if self.optimizer == "lbfgs":
             self._check_lbfgs(method)
 

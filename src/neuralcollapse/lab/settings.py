@@ -252,6 +252,8 @@ def describe(schema: Mapping[str, Any]) -> str:
         return listed((describe(part) for part in schema["anyOf"] if part.get("type") != "null"), "or")
     if "const" in schema:
         return str(schema["const"])
+    if "pattern" in schema:
+        return "a dotted path such as package.module.Class"
     if "enum" in schema:
         return f"one of {', '.join(map(str, schema['enum']))}"
     if schema.get("type") == "array":

@@ -293,6 +293,8 @@ def _results(
     runs = study_runs(study, scale, seeds, data)
     for config in runs.values():
         check_class_is_named(config.in_force(), options.backbone, f"{study.name}.yaml")
+        if "." in config.loss:
+            raise ValueError(f"loss must be one that has a name in {study.name}.yaml, got {config.loss!r}")
     if not options.overwrite:
         _check_existing(runs, folder)
     settings, resume = {"study": study.name, "scale": scale}, folder.config.exists() and not options.overwrite

@@ -72,22 +72,25 @@ def check_limits(text: str) -> None:
             raise yaml.YAMLError(f"it holds more than {_MOST_VALUES:,} values")
 
 
-def check_class_is_named(settings: Mapping[str, Any], named: str | None, where: Path | str) -> None:
+def check_class_is_named(
+    settings: Mapping[str, Any], named: str | None, where: Path | str, setting: str = "backbone"
+) -> None:
     """Check that a class named by settings from a file is named on the command line as well.
 
     Args:
         settings: Settings from the file.
         named: Class named on the command line, or None.
         where: The file.
+        setting: Setting that may name a class.
 
     Raises:
         ValueError: if it is not.
     """
-    backbone = settings.get("backbone")
-    if isinstance(backbone, str) and "." in backbone and backbone != named:
+    path = settings.get(setting)
+    if isinstance(path, str) and "." in path and path != named:
         raise ValueError(
-            f"backbone {backbone!r} is a class named in {str(where)!r}, and is not imported for that: if you trust it, "
-            f"name it on the command line with --backbone {backbone}"
+            f"{setting} {path!r} is a class named in {str(where)!r}, and is not imported for that: if you trust it, "
+            f"name it on the command line with --{setting} {path}"
         )
 
 

@@ -69,7 +69,8 @@ def _stored_settings(settings: Namespace, given: dict[str, Any], out: str) -> di
         raise ValueError(f"resume needs the folder of a run, and {out!r} holds measurements of an external model")
     if "name" in stored:
         raise ValueError(f"resume needs the folder of a run that `train` started, and {out!r} is of another program")
-    check_class_is_named(stored, given.get("backbone"), folder.config)
+    for name in ("backbone", "loss"):
+        check_class_is_named(stored, given.get(name), folder.config, name)
     return stored
 
 

@@ -60,7 +60,7 @@ class ExternalModel:
         """
         image_shape, options = batch_shape(data.image_shape, settings), self.model_options or {}
         if "." in self.model:
-            network = own_module(self.model, options, image_shape, setting="model")
+            network = own_module(self.model, options, {"image_shape": image_shape}, setting="model")
         else:
             config = single_run({"backbone": self.model, "method": "standard", **options})
             backbone = build_backbone(config, image_shape)

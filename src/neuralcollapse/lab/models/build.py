@@ -6,7 +6,7 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -252,7 +252,9 @@ def build_backbone(config: ModelSettings, image_shape: ImageShape, *, initialisa
         ValueError: if there is no backbone of that name, or the user's own class cannot be made or used.
     """
     if "." in config.backbone:
-        return OwnBackbone(own_module(config.backbone, config.backbone_options or {}, image_shape), image_shape)
+        return OwnBackbone(
+            own_module(config.backbone, config.backbone_options or {}, {"image_shape": image_shape}), image_shape
+        )
     if config.backbone not in _BACKBONES:
         raise ValueError(
             f"backbone must be one of {', '.join(_BACKBONES)}, or the dotted path of your own class, "
@@ -264,15 +266,15 @@ def build_backbone(config: ModelSettings, image_shape: ImageShape, *, initialisa
     return backbone(image_shape, **{name: value for name, value in options.items() if value is not None})
 
 
-def own_module(path: str, options: dict[str, Any], image_shape: ImageShape, *, setting: str = "backbone") -> nn.Module:
+def own_module(path: str, options: dict[str, Any], known: Mapping[str, Any], *, setting: str = "backbone") -> nn.Module:
     """Return a module of the user's class, which is also looked up in the working directory.
 
     The caller checks that the user named the class, not a file that another person may have written.
 
     Args:
         path: package.module.Class, of a class that is an `nn.Module`: nothing else is called.
-        options: Keyword arguments of the class; ``image_shape`` is among them if it has such an argument.
-        image_shape: Channels, height and width.
+        options: Keyword arguments of the class.
+        known: Further ones by name, such as ``image_shape``, for the arguments that the class has.
         setting: Name of the setting, for messages.
 
     Raises:
@@ -295,8 +297,8 @@ def own_module(path: str, options: dict[str, Any], image_shape: ImageShape, *, s
             f"{_article(type(own_class).__name__)}: a module is made in the __init__ of your own class"
         )
     try:
-        takes_shape = "image_shape" in inspect.signature(own_class).parameters
-        return own_class(**options, **({"image_shape": image_shape} if takes_shape else {}))
+        arguments = inspect.signature(own_class).parameters
+        return own_class(**{name: value for name, value in known.items() if name in arguments} | options)
     except Exception as error:
         shown = without_secrets(options)
         raise ValueError(f"{setting} {path!r} cannot be made with {setting}_options {shown}: {error}") from error

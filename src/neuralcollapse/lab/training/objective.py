@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 from neuralcollapse import losses
 from neuralcollapse._distributed import number_of_ranks, sum_over_ranks
 from neuralcollapse.heads import AttachedHead, Head
-from neuralcollapse.lab.config import LossSettings, Optimisation, RunConfig
+from neuralcollapse.lab.config import METHODS, LossSettings, Optimisation, RunConfig
+from neuralcollapse.lab.models.build import own_module
 from neuralcollapse.lab.training.agd import AGD
 from neuralcollapse.metrics import alignment
 
@@ -56,6 +57,7 @@ class Objective(nn.Module):
             name: value.to(device, torch.float32) if isinstance(value, Tensor) else value
             for name, value in class_options(config, class_counts).items()
         }
+        self._own_loss = OwnLoss(config, *model.head.weight.shape) if "." in config.loss else None  # type: ignore[misc]
         self._regulariser = Penalty(model, config.regulariser) if config.regulariser else None
         self.config = config
         self.model = model
@@ -84,9 +86,12 @@ class Objective(nn.Module):
             keep(features=features, weight=weight, bias=bias)
         logits, features = head.decide(features, weight, bias).float(), features.float()
         ranks = self.config.ranks
-        adjustment = {"bias": bias, **self._of_classes} if self._of_classes else None
-        share = ranks * len(targets) / samples
-        loss = batch_loss(self.config, logits, targets, features, weight, share, adjustment)
+        if self._own_loss is not None:
+            loss = self._own_loss(features, targets, weight)
+        else:
+            adjustment = {"bias": bias, **self._of_classes} if self._of_classes else None
+            share = ranks * len(targets) / samples
+            loss = batch_loss(self.config, logits, targets, features, weight, share, adjustment)
         if self._regulariser is not None:
             loss = loss + self._regulariser(features, targets, weight)
         penalties = penalty(self.config, self.model, features, ranks)
@@ -137,7 +142,7 @@ def class_options(config: LossSettings, class_counts: Tensor) -> dict[str, Any]:
         config: The settings.
         class_counts: (K,).
     """
-    asked, counts = config.loss_options or {}, class_counts.double()
+    asked, counts = {} if "." in config.loss else config.loss_options or {}, class_counts.double()
     present, options = counts.clamp_min(1), {}
     if asked.get("class_weights") == "inverse":
         options["class_weights"] = (counts > 0) / present
@@ -146,6 +151,63 @@ def class_options(config: LossSettings, class_counts: Tensor) -> dict[str, Any]:
     if asked.get("class_lengths") == "inverse-root":
         options["class_lengths"] = (counts.mean() / present).sqrt()
     return options
+
+
+class OwnLoss:
+    """A loss that is a class of the user's own or of another library, such as pytorch-metric-learning.
+
+    It is called with features (N, d) and targets (N,). The weight of the classifier takes the place of its class
+    weights, so that its gradient is that of the classifier and the optimiser holds no second copy.
+
+    Args:
+        config: The settings: dotted path, options and method.
+        num_classes: K.
+        feature_dim: d.
+
+    Raises:
+        ValueError: if the class cannot be imported or made, or is not an `nn.Module`; if it has other parameters or
+            buffers than one parameter (K, d) or (d, K), which training could not resume; or if it has none, and the
+            weight of the classifier would not be trained either.
+    """
+
+    def __init__(self, config: RunConfig, num_classes: int, feature_dim: int) -> None:
+        sizes = {"num_classes": num_classes, "embedding_size": feature_dim}
+        self.path = config.loss
+        self.module = own_module(config.loss, config.loss_options or {}, sizes, setting="loss")
+        shapes = {name: tuple(value.shape) for name, value in self.module.state_dict().items()}
+        self._name = next((name for name, _ in self.module.named_parameters()), None)
+        of_classes = {(num_classes, feature_dim), (feature_dim, num_classes)}
+        if set(shapes) != ({self._name} - {None}) or not set(shapes.values()) <= of_classes:
+            listed_shapes = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+            raise ValueError(
+                f"loss must have no state besides class weights {(num_classes, feature_dim)} or "
+                f"{(feature_dim, num_classes)}, and {self.path} has {listed_shapes}"
+            )
+        if self._name is not None and num_classes == feature_dim:
+            raise ValueError(
+                f"feature_dim must differ from the number of classes, {num_classes}, for the loss {self.path}: which "
+                "side of its class weights is which cannot be seen"
+            )
+        if self._name is None and not METHODS[config.method].follows_means:
+            raise ValueError(
+                f"loss {self.path} has no class weights: it needs a method whose classifier follows the class means, "
+                f"such as means or implicit, got {config.method}"
+            )
+        self._is_transposed = self._name is not None and shapes[self._name] == (feature_dim, num_classes)
+
+    def __call__(self, features: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+        """Return the loss of a batch, with gradients with respect to features and weight.
+
+        Raises:
+            ValueError: if it is not a scalar.
+        """
+        replaced = {} if self._name is None else {self._name: weight.T if self._is_transposed else weight}
+        with torch.autocast(features.device.type, enabled=False):
+            loss = torch.func.functional_call(self.module, replaced, (features, targets))
+        if not isinstance(loss, Tensor) or loss.ndim:
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"loss must return a scalar, and {self.path} returns {got}")
+        return loss
 
 
 class Penalty:

@@ -30,7 +30,7 @@ from neuralcollapse.lab.results.files import write_csv
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.training.checkpoint import PROVENANCE, CheckpointFiles, generator_states, set_generator_states
 from neuralcollapse.lab.training.distributed import launched_fabric
-from neuralcollapse.lab.training.objective import Diverged, EpochLog, FirstNonFinite, Objective, gradient_sizes
+from neuralcollapse.lab.training.objective import Diverged, EpochLog, FirstNonFinite, Objective, OwnLoss, gradient_sizes
 from neuralcollapse.lab.training.optimizers import TrainedModel, build_optimizer, build_schedule
 from neuralcollapse.lab.training.progress import Progress, open_loggers
 from neuralcollapse.metrics import ClassMoments, MeasureOptions, Provenance
@@ -88,6 +88,15 @@ class Run:
     def fingerprint(self) -> dict[str, dict[str, str]]:
         """Fingerprint of the data."""
         return self.data.fingerprint()
+
+    def check_loss(self) -> None:
+        """Check a loss by dotted path, which is imported to train and not to measure.
+
+        Raises:
+            ValueError: if it cannot be used.
+        """
+        if "." in self.config.loss:
+            OwnLoss(self.config, *self.trained.model.head.weight.shape)  # type: ignore[misc]
 
     def batches(self, epoch: int, done: int = 0) -> EpochBatches:
         """Return this rank's batches of an epoch, counted from 1, without those that are done."""

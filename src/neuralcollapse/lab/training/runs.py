@@ -150,7 +150,10 @@ class Preparation:
         if any(run.ranks > 1 for run in runs.values()):
             raise ValueError("devices must be 1 for each of several runs: ranks are for one run")
         kinds = {repr(run.in_force() | {"seed": 0}): name for name, run in reversed([*runs.items()])}
-        data = [self.run(runs[name], folder.run(name)).data for name in kinds.values()][-1]
+        built = [self.run(runs[name], folder.run(name)) for name in kinds.values()]
+        for run in built:
+            run.check_loss()
+        data = built[-1].data
         self.warn_of_one_batch(next(iter(runs.values())), data)
         return data_facts(data) | {"runs": list(runs)}
 
@@ -208,6 +211,7 @@ def _train_one(config: RunConfig, folder: RunFolder, preparation: Preparation, p
     if reason is not None:  # from the same state it would diverge again
         raise Diverged(f"the run in {str(folder.path)!r} cannot be resumed: {reason}")
     run = preparation.run(config, folder)
+    run.check_loss()
     preparation.warn_of_one_batch(config, run.data)
     precision = resolve_precision(config.precision, run.data.train.labels.device)
     began_with = folder.read_environment().get("precision", precision) if preparation.resumed else precision
