@@ -85,6 +85,7 @@ class Study:
         ood: Sets of unknown inputs on which the scores of every kept checkpoint are evaluated: built-in sets of
             `detect`, or names whose folders are given (`StudyOptions`).
         scores: Names of these scores.
+        profile: Whether the blocks of every kept checkpoint are measured, with probes.
         claims: Claims to judge.
         scales: Scales by name.
     """
@@ -99,6 +100,7 @@ class Study:
     scales: dict[str, Scale]
     ood: list[str] = field(default_factory=list)
     scores: list[str] = field(default_factory=list)
+    profile: bool = False
 
     def scale(self, name: str) -> Scale:
         """Return a scale by name.
@@ -305,8 +307,11 @@ def _results(
     for name, config in runs.items():
         if _is_finished(folder.run(name)):
             finished[name.rpartition("-seed")[0]][config.seed] = folder.run(name)
+    all_finished = [run for of_label in finished.values() for run in of_label.values()]
     if study.ood:
-        _detect(study, [run for of_label in finished.values() for run in of_label.values()], options)
+        _detect(study, all_finished, options)
+    if study.profile:
+        _measure_blocks(all_finished, options)
     groups: dict[str, dict[int, Finished]] = {label: {} for label in study.runs}
     for label, of_label in finished.items():
         for seed, run in of_label.items():
@@ -381,6 +386,22 @@ def _detect(study: Study, runs: Sequence[RunFolder], options: StudyOptions) -> N
     for run in missing:
         for _ in detect_run(run, preparation, sets, scores=study.scores, epochs="all", backbone=options.backbone):
             pass
+
+
+def _measure_blocks(runs: Sequence[RunFolder], options: StudyOptions) -> None:
+    """Measure the blocks, with probes, of every kept checkpoint of the runs that is not measured so yet.
+
+    Raises:
+        ValueError: if a checkpoint cannot be measured, or as `measure_run`.
+    """
+    from neuralcollapse.lab.evaluate.checkpoints import measure_run
+    from neuralcollapse.lab.training.runs import Preparation
+
+    preparation = Preparation(resumed=True, progress=True)
+    for run in runs:
+        for record in measure_run(run, preparation, layers="blocks", probes=True, backbone=options.backbone):
+            if isinstance(record, ValueError):
+                raise record
 
 
 def _is_detected(run: RunFolder, study: Study) -> bool:

@@ -26,7 +26,10 @@ def _add_arguments(parser: ArgumentParser) -> None:
     add_runs(parser, required=False)
     parser.add_argument("--every", metavar="N", help="every N-th of the saved checkpoints, and the last")
     parser.add_argument("--split", metavar="A,B", help="splits to measure; by default all")
-    parser.add_argument("--layers", metavar="A,B", help="modules whose outputs are measured as well")
+    parser.add_argument("--layers", metavar="A,B", help="modules whose outputs are measured as well; blocks: all "
+                        "blocks of the model, found by its structure")  # fmt: skip
+    parser.add_argument("--probes", action="store_true", help="include the errors of the nearest class mean and of the "
+                        "linear probe, in each layer too, and the effective depth")  # fmt: skip
     parser.add_argument("--backbone", metavar="CLASS", help="class of yours that a run was trained with: it is not "
                         "imported because config.yaml names it")  # fmt: skip
     parser.add_argument("--metrics", metavar="core|all", help="metrics that are printed of an external model or of "
@@ -66,9 +69,10 @@ def _run(settings: Namespace) -> int:
         if settings.get(name) is not None:
             raise ValueError(f"{name} belongs to --features")
     if settings.get("checkpoint") is not None:
-        for name in ("runs", "backbone", "flips"):
+        for name in ("runs", "backbone", "flips", "probes"):
             if settings.get(name):
-                raise ValueError(f"{name.removesuffix('s')} belongs to a run, and checkpoint to an external model")
+                shown = "run" if name == "runs" else name
+                raise ValueError(f"{shown} belongs to a run, and checkpoint to an external model")
         for name in ("model", "out"):
             if not settings.get(name):
                 raise ValueError(f"{name} must be given with checkpoint")
@@ -85,7 +89,7 @@ def _run(settings: Namespace) -> int:
 
     outcome, preparation = Outcome(), Preparation(resumed=True, progress=True)
     if settings.get("flips"):
-        for name in ("every", "split", "layers"):
+        for name in ("every", "split", "layers", "probes"):
             if settings.get(name):
                 raise ValueError(f"{name} has no effect with flips, which are of the last checkpoint")
         for run in runs:
@@ -93,7 +97,13 @@ def _run(settings: Namespace) -> int:
             for split, (plain, flipped) in accuracies.items():
                 print(f"{run.path}: {split} accuracy {plain:.2%}, with flips {flipped:.2%}")
         return 0
-    options = {"every": every, "splits": splits, "layers": layers, "backbone": settings.get("backbone")}
+    options = {
+        "every": every,
+        "splits": splits,
+        "layers": "blocks" if layers == ["blocks"] else layers,
+        "probes": bool(settings.get("probes")),
+        "backbone": settings.get("backbone"),
+    }
     for run in runs:
         records = outcome.valid(measure_run(run, preparation, **options))
         outcome.written += [*records, *([run.metrics] if records else [])]
@@ -133,6 +143,7 @@ def _check_features(settings: Namespace, given: dict[str, Any]) -> None:
         "runs",
         "every",
         "layers",
+        "probes",
         "backbone",
         "flips",
         "checkpoint",

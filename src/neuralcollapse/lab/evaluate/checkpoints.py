@@ -21,7 +21,7 @@ from neuralcollapse.lab.training.run import Run
 from neuralcollapse.lab.training.runs import Preparation
 from neuralcollapse.lab.untrusted import check_class_is_named
 from neuralcollapse.metrics import Measurement, Provenance
-from neuralcollapse.metrics.measure import measure_splits
+from neuralcollapse.metrics.measure import Layers, measure_splits
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,8 @@ def measure_run(
     *,
     every: int = 1,
     splits: Sequence[str] | None = None,
-    layers: Sequence[str] = (),
+    layers: Layers = (),
+    probes: bool = False,
     backbone: str | None = None,
 ) -> Iterator[Path | ValueError]:
     """Measure the saved checkpoints of a run that are not measured yet, and write tables and records.
@@ -44,7 +45,8 @@ def measure_run(
         preparation: Data, loaded once for several runs, and whether progress is shown.
         every: Measure every n-th of the saved checkpoints, from the first on, and the last.
         splits: Splits to measure; all by default.
-        layers: Dotted names of modules of the model whose outputs are measured as well.
+        layers: Dotted names of modules of the model whose outputs are measured as well, or ``"blocks"``.
+        probes: Include the errors of probes and the effective depth, as for `measure`.
         backbone: Class that may be imported if the settings of the run name it as their backbone.
 
     Yields:
@@ -59,7 +61,7 @@ def measure_run(
         prepared = saved_run(run, preparation, backbone)
         splits, loaders = select_splits(prepared.evaluation, splits)
         measured = "model" if prepared.trained.average is None else "average"
-        layers = [f"{measured}.{name}" for name in layers]
+        layers = layers if layers == "blocks" else [f"{measured}.{name}" for name in layers]
         records, files = Records(run), CheckpointFiles(prepared.config, prepared.fingerprint)
         chosen = [path for index, path in enumerate(paths) if index % every == 0 or path == paths[-1]]
         shown = None if preparation.progress else True
@@ -68,7 +70,7 @@ def measure_run(
                 # The name of the last checkpoint has no epoch; others are not read if they are measured.
                 checkpoint = files.load(path) if path == run.last_checkpoint else None
                 epoch = int(checkpoint[PROVENANCE]["epoch"] if checkpoint else path.stem.removeprefix("epoch"))
-                if is_measured(records, epoch, splits, layers):
+                if is_measured(records, epoch, splits, layers, probes=probes):
                     continue
                 checkpoint = checkpoint or files.load(path)
                 if "batches" in checkpoint[PROVENANCE]:
@@ -77,7 +79,7 @@ def measure_run(
             except (ValueError, KeyError, RuntimeError) as error:
                 yield ValueError(f"{str(path)!r} cannot be measured: {str(error).splitlines()[0]}")
                 continue
-            options = {**prepared.measure_options, "layers": layers, "progress": False}
+            options = {**prepared.measure_options, "layers": layers, "probes": probes, "progress": False}
             with evaluation_layout(prepared.trained):
                 measurements = measure_splits(prepared.trained, loaders, Provenance(epoch=epoch), **options)
             yield from write_measurements(run, epoch, {split: measurements[split] for split in splits})
@@ -152,10 +154,11 @@ def accuracy_with_flips(
     return found
 
 
-def is_measured(records: Records, epoch: int, splits: Sequence[str], layers: Sequence[str]) -> bool:
+def is_measured(records: Records, epoch: int, splits: Sequence[str], layers: Layers, *, probes: bool = False) -> bool:
     """Return whether an epoch has valid records of these splits with these layers, and the run's table has their rows.
 
-    A command that was stopped may have left records without rows: they are measured again.
+    Any layers count as the blocks. A command that was stopped may have left records without rows: they are measured
+    again.
     """
     for split in splits:
         if not records.run.measurement(epoch, split).exists():
@@ -165,7 +168,9 @@ def is_measured(records: Records, epoch: int, splits: Sequence[str], layers: Seq
         except ValueError as error:
             logger.warning("measured again: %s", error)
             return False
-        if not set(layers) <= set(record.layers) or not records.is_in_table(epoch, split, record):
+        has_layers = bool(record.layers) if layers == "blocks" else set(layers) <= set(record.layers)
+        has_probes = all("ncc_error" in values for values in (record.metrics, *record.layers.values()))
+        if not (has_layers and (has_probes or not probes) and records.is_in_table(epoch, split, record)):
             return False
     return True
 

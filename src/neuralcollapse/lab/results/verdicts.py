@@ -13,7 +13,7 @@ from neuralcollapse.lab.results.statistics import epochs_to_reach, half_width, p
 if TYPE_CHECKING:
     import pandas as pd
 
-Kind = Literal["last", "mean", "epochs", "fall", "deviation", "correlation", "fact"]
+Kind = Literal["last", "mean", "change", "epochs", "fall", "deviation", "correlation", "fact"]
 Relation = Literal["below", "above", "like", "at least", "at most"]
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 _MOST_SEEDS = 1000
@@ -25,11 +25,11 @@ class Value:
 
     Attributes:
         kind: ``"last"``, the last measured value of a metric; ``"mean"``, its mean over the measured epochs;
-            ``"epochs"``, the number until it reaches ``level``; ``"fall"``, its value at the first measured epoch with
-            the train accuracy ``level`` over its last value; ``"deviation"``, its absolute deviation from the mean over
-            seeds at the same epoch, mean over epochs; ``"correlation"``, Spearman's rank correlation over the measured
-            epochs with the train ``nc1_quotient``; or ``"fact"``, a value of the run's environment, such as its
-            parameters.
+            ``"change"``, its last minus its first value; ``"epochs"``, the number until it reaches ``level``;
+            ``"fall"``, its value at the first measured epoch with the train accuracy ``level`` over its last value;
+            ``"deviation"``, its absolute deviation from the mean over seeds at the same epoch, mean over epochs;
+            ``"correlation"``, Spearman's rank correlation over the measured epochs with the train ``nc1_quotient``; or
+            ``"fact"``, a value of the run's environment, such as its parameters.
         of: Name of the metric or the fact.
         split: Split of the data.
         level: Level to reach.
@@ -136,6 +136,7 @@ def describe(value: Value) -> str:
     return {
         "last": f"last {metric}",
         "mean": f"{metric}, mean over measured epochs",
+        "change": f"last minus first {metric}",
         "epochs": f"epochs until {metric} is {value.level}",
         "fall": f"{metric} when train accuracy first is {value.level}, over its last value",
         "correlation": f"rank correlation of {metric} with train nc1_quotient over measured epochs",
@@ -164,6 +165,7 @@ def _values(value: Value, runs: Mapping[int, Finished]) -> _Values:
     number = {
         "last": lambda seed: courses[seed].iloc[-1],
         "mean": lambda seed: courses[seed].mean(),
+        "change": lambda seed: courses[seed].iloc[-1] - courses[seed].iloc[0],
         "epochs": lambda seed: epochs_to_reach(courses[seed], value.level, interpolate=True),
         "fall": lambda seed: _fall(courses[seed], _course(runs[seed].metrics, "accuracy", "train"), value.level),
         "correlation": lambda seed: _correlation(courses[seed], _course(runs[seed].metrics, "nc1_quotient", "train")),

@@ -33,6 +33,9 @@ FIGURES = {
     ),
     "margins": FigureEntry("sorted cosine margins of all samples", f"{_HERE}published:margins", 2),
     "layers": FigureEntry("collapse of every measured layer against its depth", f"{_HERE}published:layers", 2),
+    "profile": FigureEntry(
+        "error of the nearest class mean by layer and epoch, effective depth", f"{_HERE}published:profile"
+    ),
     "classes": FigureEntry("norms, variances and cosines of every class", f"{_HERE}published:classes", 4),
     "features": FigureEntry(
         "features of three classes on their plane, from epoch to epoch", f"{_HERE}features:feature_panels"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 Series = Sequence[tuple[str, str, str]]  # metric, split, words of the legend
 _SERIES_LINES: tuple[Any, ...] = ("-", "--", ":", "-.")
+_EPOCHS = colormaps["viridis_r"]
 _OF_LAYERS = ("nc1_quotient", "nc1_cdnv", "nc2_etf_means", "nc2_equiangular_means")
 
 
@@ -81,6 +83,16 @@ def layers(runs: Shown) -> list[Panel]:
         Panel(name, METRICS[name].label.replace("  $", "\n$"), partial(_draw_layers, runs=runs, name=name))
         for name in _OF_LAYERS
     ]
+
+
+def profile(runs: Shown) -> list[Panel]:
+    """Return the error of the nearest class mean in each layer at each epoch, by group, and the effective depth."""
+    panels = [
+        Panel(runs.stems[label], literal(wrapped(label)), partial(_draw_profile, runs=runs, label=label))
+        for label in runs.groups
+    ]
+    series = [("effective_depth", runs.split, "")]
+    return [*panels, Panel("effective-depth", "effective depth", partial(draw_series, runs=runs, series=series))]
 
 
 def classes(runs: Shown) -> list[Panel]:
@@ -209,6 +221,27 @@ def _draw_layers(axes: Axes, *, runs: Shown, name: str) -> None:
         raise ValueError(f"no layers were measured{runs.hint('measure --layers A,B')}")
     finish_axes(axes, pd.Series(np.concatenate(drawn).ravel()), name, runs.num_classes)
     axes.set_xlabel("layer, the classifier's features last", fontsize=8)
+
+
+def _draw_profile(axes: Axes, *, runs: Shown, label: str) -> None:
+    """Draw a line per epoch, from light to dark, of the first run of a group."""
+    records = {epoch: runs.record(label, runs.split, epoch) for epoch in runs.epochs(label, runs.split)}
+    records = {epoch: one for epoch, one in records.items() if "ncc_error" in one.metrics and one.layers}
+    if not records:
+        raise ValueError(f"no probes of layers were measured{runs.hint('measure --layers blocks --probes')}")
+    for number, (epoch, record) in enumerate(records.items(), start=1):
+        errors = record.profile().metrics["ncc_error"]
+        shade = _EPOCHS(0.15 + 0.75 * number / len(records))
+        axes.plot(range(1, len(errors) + 1), errors, color=shade, marker="o", markersize=3, label=f"epoch {epoch}")
+    axes.set_yscale("symlog", linthresh=0.01)  # from exact 0 to chance; the threshold of the effective depth
+    axes.set_ylim(bottom=0)
+    axes.axhline(0.01, color="0.4", linewidth=0.8, linestyle=(0, (1, 2)), zorder=0)
+    axes.set_yticks([0, 0.01, 0.1, 1], ["0", "1%", "10%", "100%"])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("layer, the classifier's features last", fontsize=8)
+    axes.set_ylabel(METRICS["ncc_error"].label, fontsize=8)
+    axes.legend(fontsize=6)
+    axes.grid(alpha=0.3, linewidth=0.5)
 
 
 def _mean_and_range(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

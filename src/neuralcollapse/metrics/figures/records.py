@@ -71,7 +71,8 @@ def plot(measurements: Records | Mapping[str, Records], figure: str = "") -> Fig
     Figures: ``"papyan"`` (Figures 1 to 7 of Papyan, Han, Donoho 2020), ``"zhu"`` (NC1 to NC4 and accuracies),
     ``"markou"`` (the same with distances to the nearest simplex ETFs, of which the reference is the first epoch),
     ``"overview"`` (every metric), and of the last measurement of each group ``"classes"`` (norms, variances and cosines
-    of every class), ``"margins"``, ``"layers"``; ``"features"`` (three classes on their plane, at up to three epochs).
+    of every class), ``"margins"``, ``"layers"``; ``"profile"`` (of blocks with probes, at each epoch); ``"features"``
+    (three classes on their plane, at up to three epochs).
 
     Args:
         measurements: One measurement, several, or a mapping of labels to one or several.
