@@ -1,15 +1,16 @@
-"""Experiments as lists of run configurations: one run, or a comparison of methods over seeds."""
+"""Experiments as lists of run configurations: one run, methods over seeds, or the base sessions of added classes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import product
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
 from neuralcollapse.lab.config import (
     PUBLISHED_METHODS,
+    AtLeast1,
     DataSettings,
     HeldOut,
     Loss,
@@ -20,7 +21,7 @@ from neuralcollapse.lab.config import (
     Share,
 )
 from neuralcollapse.lab.recipes import Recipe, load_recipe, recipe_comparison
-from neuralcollapse.lab.settings import Settings, closest_names, where
+from neuralcollapse.lab.settings import Condition, Settings, closest_names, where
 
 _PUBLISHED: list[Method] = [*PUBLISHED_METHODS]
 _AXES = {"loss": "losses", "weight_average": "weight_averages"}
@@ -87,6 +88,88 @@ class Comparison(Settings):
         if self.weight_averages is not None:
             axes["weight_average"] = [share or None for share in self.weight_averages]
         return [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
+
+
+Strategy = Literal["class-means", "preassigned-etf", "grown-etf", "learned"]
+# Method with which the base session of each strategy is trained.
+STRATEGIES: dict[Strategy, Method] = {
+    "class-means": "standard",
+    "preassigned-etf": "fixed",
+    "grown-etf": "implicit",
+    "learned": "standard",
+}
+_TRAINED = Condition(
+    "strategies other than class-means", ("strategies",), lambda values: set(values["strategies"]) != {"class-means"}
+)
+
+
+class Incremental(Settings):
+    """Classes that are added.
+
+    Raises:
+        ValueError: if a setting is out of range, has no effect, or repeats a value.
+
+    Examples:
+        >>> Incremental(sessions=[6, 1, 1, 1, 1], shots=5).strategies
+        ['class-means', 'preassigned-etf', 'grown-etf', 'learned']
+    """
+
+    recipe: str | None = None
+    """Name of a published experiment, whose settings --config and flags override; its method does not count."""
+    sessions: list[AtLeast1] = Field(default_factory=list)
+    """Number of classes of each session, in the order of the classes, with commas between them: 6,1,1,1,1. Needed. The
+    first session is an ordinary run, and those after it add their classes. Classes beyond the sum are left out."""
+    strategies: list[Strategy] = Field(default_factory=lambda: list(get_args(Strategy)))
+    """Strategies, with commas between them; by default all. class-means: nearest class mean of the frozen network,
+    trained in the first session with method standard. The others train the whole network on the images of each
+    session, with the statistics of batch norm and the centring mean of the first one: preassigned-etf (method fixed),
+    rows of the simplex ETF of all classes, assigned before the first session; grown-etf (method implicit), the simplex
+    ETF nearest to the means of old and new classes when a session begins; learned (method standard), a learned
+    classifier, the baseline of forgetting."""
+    shots: AtLeast1 | None = None
+    """Images of each class that is added, drawn by the seed, the same for all strategies. By default all."""
+    replay: Annotated[Annotated[int, Field(ge=0)] | None, _TRAINED] = 0
+    """Images of each earlier class that are trained on in every later session, drawn by the seed; all images of a class
+    that had fewer."""
+    session_epochs: Annotated[AtLeast1 | None, _TRAINED] = 10
+    """Epochs of each session after the first."""
+    session_lr: Annotated[Literal["auto"] | Positive | None, _TRAINED] = None
+    """Learning rate in the sessions after the first, with the schedule of the run; by default a tenth of lr. auto:
+    every strategy takes the one of session_lr_candidates with the best accuracy on a validation split, on average over
+    these sessions, with one seed that is not compared; the split is held out of the training images for that alone."""
+    session_lr_candidates: Annotated[list[Positive] | None, where(session_lr="auto")] = Field(
+        default_factory=lambda: [0.00005, 0.00015, 0.0005, 0.0015, 0.005]
+    )
+    """Rates to choose from, with commas between them. By default 0.00005,0.00015,0.0005,0.0015,0.005."""
+    tuning_share: Annotated[HeldOut | None, where(session_lr="auto")] = 0.2
+    """Share of the training images held out while rates are chosen, unless validation_share gives another."""
+    freeze: Annotated[list[str] | None, _TRAINED] = Field(default_factory=list)
+    """Modules of the model that keep their weights in the sessions after the first, as for `measure --layers`, with
+    commas between them. By default none."""
+    seeds: Seed | list[Seed] = 3
+    """Number of seeds, or the seeds with commas between them. Strategies of a seed start from the same weights and see
+    the same images."""
+
+    def check(self) -> None:
+        """Check settings together."""
+        super().check()
+        if len(self.sessions) < 2 or self.sessions[0] < 2:
+            raise ValueError(
+                f"sessions must have at least 2 classes in the first one, and one more session, got {self.sessions}"
+            )
+        candidates = self.session_lr_candidates
+        if candidates is not None and len(set(candidates)) < max(2, len(candidates)):
+            raise ValueError(f"session_lr_candidates must be distinct, at least two, got {candidates}")
+        for name in ("strategies", "freeze"):
+            values = getattr(self, name) or []
+            if len(set(values)) < len(values) or (name == "strategies" and not values):
+                raise ValueError(f"{name} must be distinct{', at least one' if not values else ''}, got {values}")
+        _ = self.base_sessions
+
+    @property
+    def base_sessions(self) -> Comparison:
+        """The methods and seeds of the first session."""
+        return Comparison(methods=list(dict.fromkeys(STRATEGIES[name] for name in self.strategies)), seeds=self.seeds)
 
 
 def single_run(settings: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> RunConfig:
@@ -164,6 +247,41 @@ def comparison_runs(
     for config, _ in resolved:
         config.check()
     return [config.model_copy(update={"seed": seed}) for seed in comparison.seed_list for config, _ in resolved]
+
+
+def incremental_runs(
+    protocol: Incremental, settings: Mapping[str, Any], base: Mapping[str, Any] | None = None
+) -> list[RunConfig]:
+    """Return the runs of the first session, one for each method and seed, without the classes to hold out.
+
+    Args:
+        protocol: Sessions, strategies and seeds.
+        settings: Settings of all runs, as for `comparison_runs`.
+        base: Values to take where none is given, in place of those of the recipe.
+
+    Raises:
+        ValueError: if there is no such recipe, or a setting is wrong, has no effect or does not fit classes that are
+            added.
+
+    Examples:
+        >>> runs = incremental_runs(Incremental(sessions=[6, 4], strategies=["learned"], seeds=2), {"epochs": 5})
+        >>> [(run.method, run.seed, run.epochs) for run in runs]
+        [('standard', 0, 5), ('standard', 1, 5)]
+    """
+    if base is None and protocol.recipe is not None:
+        base = load_recipe(protocol.recipe).settings
+    runs = comparison_runs(protocol.base_sessions, settings, base)
+    first = runs[0]
+    for name, is_refused, reason in (
+        ("hold_out_classes", first.hold_out_classes is not None, "sessions says which classes come when"),
+        ("digits_per_image", first.digits_per_image > 1, "a session adds single classes"),
+        ("label_noise", first.label_noise != 0, "sessions go by the labels"),
+        ("optimizer", first.optimizer == "agd", "it starts from weights of its own"),
+        ("devices", first.ranks > 1, "ranks are for one run"),
+    ):
+        if is_refused:
+            raise ValueError(f"{name} must not be {getattr(first, name)} where classes are added: {reason}")
+    return runs
 
 
 def comparison_of(settings: Mapping[str, Any]) -> Comparison:

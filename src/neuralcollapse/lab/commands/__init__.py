@@ -19,6 +19,10 @@ COMMANDS = {
         "train methods over several seeds, print what they reach and after how many epochs, draw figures",
     ),
     "train": ("train:TRAIN", "train one run, from the recipe of a published experiment or any settings"),
+    "incremental": (
+        "incremental:INCREMENTAL",
+        "add classes to a trained model session by session: accuracy of old and new ones, forgetting, figure",
+    ),
     "recipes": ("recipes:RECIPES", "list the recipes of published experiments, or show one"),
     "study": (
         "study:STUDY",

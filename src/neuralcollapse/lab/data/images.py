@@ -276,6 +276,11 @@ class Split:
         """Return the same split on another device."""
         return Split(self.images.to(device), self.labels.to(device))
 
+    def take(self, indices: Tensor) -> Split:
+        """Return the samples at these indices, in that order."""
+        indices = indices.to(self.labels.device)
+        return Split(self.images.index_select(0, indices), self.labels.index_select(0, indices))
+
     def batches(self, index_batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images of bytes and labels at these indices, batch by batch."""
         for chosen in [indices.to(self.labels.device) for indices in index_batches]:
@@ -329,6 +334,11 @@ class StreamedSplit:
     def to(self, device: torch.device) -> StreamedSplit:
         """Return the same split with batches on another device."""
         return replace(self, labels=self.labels.to(device))
+
+    def take(self, indices: Tensor) -> StreamedSplit:
+        """Return the samples at these indices, in that order."""
+        samples = replace(self.samples, rows=self.samples.rows[indices.to(self.samples.rows.device)])
+        return replace(self, samples=samples, labels=self.labels[indices.to(self.labels.device)])
 
     def batches(self, index_batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images of bytes and labels at these indices, batch by batch, each worker two batches ahead.

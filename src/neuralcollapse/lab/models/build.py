@@ -51,6 +51,7 @@ def build_model(
     *,
     class_names: Sequence[str] | None = None,
     class_counts: Tensor | None = None,
+    assigned: int | None = None,
 ) -> AttachedHead:
     """Return a backbone with the head of its method. Its first weights follow from the seed, the same for all methods.
 
@@ -61,6 +62,8 @@ def build_model(
         class_names: Names of the classes, for the attributes that they share.
         class_counts: (K,), training images of each class, for ``class_weights`` and ``code``; the same for all if not
             given.
+        assigned: Of a fixed simplex ETF, number of classes that rows are assigned to, K and those that are added
+            later; by default K.
 
     Returns:
         A module from images (N, C, H, W) to logits (N, K), ``forward(images, targets=None)``.
@@ -86,6 +89,7 @@ def build_model(
             class_names=class_names,
             class_counts=class_counts,
             first_bias=linear.bias,
+            assigned=assigned,
         )
     return attach_head(nn.Sequential(backbone, linear), head)
 
@@ -98,6 +102,7 @@ def build_head(
     class_names: Sequence[str] | None = None,
     class_counts: Tensor | None = None,
     first_bias: Tensor | None = None,
+    assigned: int | None = None,
 ) -> Head:
     """Return the head of a method, as the table `METHODS` describes it.
 
@@ -109,6 +114,7 @@ def build_head(
         class_counts: As for `build_model`.
         first_bias: (K,), first values of the learned bias of a fixed ETF: as published, the bias of the linear layer
             that the head replaces. By default 0.
+        assigned: As for `build_model`.
 
     Raises:
         ValueError: if the head cannot be built with these settings.
@@ -137,6 +143,8 @@ def build_head(
     }
     bias: Any = config.classifier_bias or "none"
     build = _HEADS[method.head]
+    if assigned is not None:
+        num_classes, options = assigned, options | {"seen": num_classes}
     head = build(feature_dim, num_classes, bias=bias == "learned" if build is LearnedClassifier else bias, **options)
     if isinstance(head, FixedETFClassifier) and head.learned_bias is not None and first_bias is not None:
         head.learned_bias = nn.Parameter(first_bias.detach().clone())

@@ -51,6 +51,7 @@ class RunFolder:
         report: HTML page of the results.
         verdict: Verdicts on the claims of a study.
         detection: Table of rates at which scores detect unknown inputs: epoch, set, score, metric, value.
+        sessions: Table of class-incremental training: strategy, seed, session, split, classes, metric, value.
         moments: One file per measured epoch and split: a `Measurement`, from which metrics and figures can be computed
             again.
         checkpoints: One file per kept epoch, and the last one, from which a run resumes.
@@ -74,6 +75,7 @@ class RunFolder:
         "report": "report.html",
         "verdict": "verdict.yaml",
         "detection": "detection.csv",
+        "sessions": "sessions.csv",
     }
     FOLDERS: ClassVar[dict[str, str]] = {
         "moments": "moments",
@@ -94,6 +96,7 @@ class RunFolder:
     report: Path
     verdict: Path
     detection: Path
+    sessions: Path
     moments: Path
     checkpoints: Path
     figures: Path

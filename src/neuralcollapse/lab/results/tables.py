@@ -18,6 +18,7 @@ from neuralcollapse.lab.results.statistics import epochs_to_reach, paired_differ
 Row = tuple[int, str, str, float]
 COLUMNS = ["epoch", "split", "metric", "value"]
 DETECTION_COLUMNS = ["epoch", "set", "score", "metric", "value"]
+SESSION_COLUMNS = ["strategy", "seed", "session_lr", "session", "split", "classes", "metric", "value"]
 GOAL = 0.99
 # Columns that a table of this name always has.
 _NEEDED = {
@@ -25,6 +26,7 @@ _NEEDED = {
     "training.csv": ["epoch"],
     "gradients.csv": ["epoch", "parameter"],
     "detection.csv": DETECTION_COLUMNS,
+    "sessions.csv": SESSION_COLUMNS,
 }
 # Heading of a column of the results: split, metric and format of its value at the last epoch.
 _COLUMNS = {
@@ -58,7 +60,7 @@ def read_table(path: Path) -> pd.DataFrame:
     try:
         table = pd.read_csv(
             io.BytesIO(content),
-            converters={"value": float},  # the default parser is not exact
+            converters={"value": float, "session_lr": float},  # the default parser is not exact
             dtype={"set": str, "score": str},
             na_filter=path.name != "detection.csv",  # a set may be called null or NA
         )

@@ -82,7 +82,8 @@ class Objective(nn.Module):
         """
         head: Head = self.model.head  # type: ignore[assignment]
         with self._keeping_head_tensors(head) as keep:
-            features, weight, bias = head.prepare(self._backbone(images), targets)
+            # In evaluation mode a head takes its statistics as constants.
+            features, weight, bias = head.prepare(self._backbone(images), targets if head.training else None)
             keep(features=features, weight=weight, bias=bias)
         logits, features = head.decide(features, weight, bias).float(), features.float()
         ranks = self.config.ranks

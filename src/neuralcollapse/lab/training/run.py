@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from neuralcollapse._distributed import greatest_over_ranks
+from neuralcollapse.heads import AttachedHead
 from neuralcollapse.lab.config import RunConfig, derived_seed
 from neuralcollapse.lab.data.batches import (
     EpochBatches,
@@ -49,6 +50,7 @@ class Run:
         config: All settings.
         data: Data to train on.
         evaluation: Un-augmented batches of each split, to measure on; by default those of the data.
+        model: Model to train further; by default a new one.
 
     Attributes:
         trained: The model, and the average of its weights if there is one.
@@ -58,7 +60,11 @@ class Run:
     """
 
     def __init__(
-        self, config: RunConfig, data: ImageData, evaluation: Mapping[str, EvaluationBatches] | None = None
+        self,
+        config: RunConfig,
+        data: ImageData,
+        evaluation: Mapping[str, EvaluationBatches] | None = None,
+        model: AttachedHead | None = None,
     ) -> None:
         class_counts = data.train.labels.bincount(minlength=data.num_classes)
         self.class_counts = class_counts
@@ -72,11 +78,7 @@ class Run:
             )
         self.config, self.data, self.rank = config, data, 0
         self.evaluation = evaluation_batches(data, config) if evaluation is None else evaluation
-        shape = batch_shape(data.image_shape, config)
-        model = build_model(config, shape, data.num_classes, class_names=data.class_names, class_counts=class_counts)
-        for backbone in model.modules():
-            if isinstance(backbone, FastConvNet):
-                backbone.whiten(some_images(self.evaluation["train"], _WHITENED_IMAGES))
+        model = new_model(config, data, self.evaluation["train"]) if model is None else model
         self.trained = TrainedModel(model, config.weight_average)
         self.optimizer = build_optimizer(config, model)
         self.accumulate = config.accumulate or 1
@@ -330,3 +332,31 @@ class Run:
         self.log = EpochLog(**checkpoint["log"])
         set_generator_states(checkpoint["generators"], self.rank)
         return epoch, batches
+
+
+def new_model(
+    config: RunConfig, data: ImageData, training_images: EvaluationBatches, *, assigned: int | None = None
+) -> AttachedHead:
+    """Return the model of a run before training, with its whitened first layer if it has one.
+
+    Args:
+        config: All settings.
+        data: Data to train on.
+        training_images: Un-augmented batches of the train split.
+        assigned: As for `build_model`.
+
+    Raises:
+        ValueError: as `build_model`.
+    """
+    model = build_model(
+        config,
+        batch_shape(data.image_shape, config),
+        data.num_classes,
+        class_names=data.class_names,
+        class_counts=data.train.labels.bincount(minlength=data.num_classes),
+        assigned=assigned,
+    )
+    for backbone in model.modules():
+        if isinstance(backbone, FastConvNet):
+            backbone.whiten(some_images(training_images, _WHITENED_IMAGES))
+    return model

@@ -124,19 +124,26 @@ class Preparation:
         Raises:
             ValueError: if settings do not fit together, the data or this machine.
         """
-        check_loggers(config.loggers)
-        device = training_device(config)
-        key = f"{config.section(DataSettings)} {device}"
-        if key not in self._data:
-            data = load_data(config, batch_size=config.batch_size, progress=self.progress)
-            self._data[key] = data.to(device)
-        data = self._data[key]
+        data = self.data(config)
         if data.relabelled and self.resumed and folder.train_labels.exists():
             return Run(config, data.with_train_labels(_read_labels(folder.train_labels)))
-        key += str(config.section(BatchSettings))
+        key = f"{_key(config)} {config.section(BatchSettings)}"
         if key not in self._evaluation:
             self._evaluation[key] = evaluation_batches(data, config)
         return Run(config, data, self._evaluation[key])
+
+    def data(self, config: RunConfig) -> ImageData:
+        """Return the data of a run on its device.
+
+        Raises:
+            ValueError: if settings do not fit the data or this machine.
+        """
+        check_loggers(config.loggers)
+        device = training_device(config)
+        if (key := _key(config)) not in self._data:
+            data = load_data(config, batch_size=config.batch_size, progress=self.progress)
+            self._data[key] = data.to(device)
+        return self._data[key]
 
     def check(self, runs: Mapping[str, RunConfig], folder: RunFolder, parallel: int = 1) -> dict[str, Any]:
         """Check all that can be refused of several runs, and return facts of their data for the folder.
@@ -213,8 +220,24 @@ def _train_one(config: RunConfig, folder: RunFolder, preparation: Preparation, p
     run = preparation.run(config, folder)
     run.check_loss()
     preparation.warn_of_one_batch(config, run.data)
-    precision = resolve_precision(config.precision, run.data.train.labels.device)
-    began_with = folder.read_environment().get("precision", precision) if preparation.resumed else precision
+    train_prepared(run, folder, progress, resumed=preparation.resumed)
+
+
+def train_prepared(run: Run, folder: RunFolder, progress: Progress, *, resumed: bool) -> None:
+    """Train a run that is built, into its locked folder, with the facts of its data, and of its divergence if it does.
+
+    Args:
+        run: The run.
+        folder: Its folder, inside ``writing``.
+        progress: Where to show how far it is.
+        resumed: Whether it may resume what the folder holds.
+
+    Raises:
+        Diverged: if a value is not finite.
+        ValueError: if it began with another precision, or as `Run.train`.
+    """
+    precision = resolve_precision(run.config.precision, run.data.train.labels.device)
+    began_with = folder.read_environment().get("precision", precision) if resumed else precision
     if precision != began_with:
         raise ValueError(f"precision auto is {precision} on this machine, and the run began with {began_with}")
     folder.begin(data_facts(run.data) | {"precision": precision})
@@ -228,6 +251,11 @@ def _train_one(config: RunConfig, folder: RunFolder, preparation: Preparation, p
     parameters = sum(parameter.numel() for parameter in run.trained.model.parameters())
     earlier = folder.read_environment().get("peak_memory_mib") or 0  # of a run that resumed
     folder.add_facts(parameters=parameters, peak_memory_mib=max(earlier, round(peak_memory())))
+
+
+def _key(config: RunConfig) -> str:
+    """Return a text that is the same for runs that share their data."""
+    return f"{config.section(DataSettings)} {training_device(config)}"
 
 
 def data_facts(data: ImageData) -> dict[str, Any]:
