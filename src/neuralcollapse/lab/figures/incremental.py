@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from neuralcollapse.lab.figures.curves import draw_range, line_styles
-from neuralcollapse.lab.figures.panels import Panel, draw_page, save_figures, without_latex
+from neuralcollapse.lab.figures.panels import save_figures
 from neuralcollapse.lab.figures.summary import made_by, write_summary
 from neuralcollapse.lab.results.sessions import sessions_table
 from neuralcollapse.lab.results.tables import read_table
+from neuralcollapse.metrics.figures.curves import draw_range, line_styles
+from neuralcollapse.metrics.figures.panels import Panel, draw_page, without_latex
 
 if TYPE_CHECKING:
     import pandas as pd
