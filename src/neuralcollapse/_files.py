@@ -11,7 +11,7 @@ from typing import Any
 
 # Names of the temporary files that a killed process leaves: those of this version, and of earlier ones.
 TEMPORARY = re.compile(
-    r"\..+\.(ya?ml|csv|parquet|md|html?|png|pdf|svg|ckpt|safetensors)(\.\d+)?\.partial|\..+\.safetensors\.\d+"
+    r"\..+\.(ya?ml|csv|parquet|md|tex|html?|png|pdf|svg|ckpt|safetensors)(\.\d+)?\.partial|\..+\.safetensors\.\d+"
 )
 
 

@@ -194,6 +194,25 @@ def test_statistics_are_over_runs_that_differ_in_their_seed_alone(runs, tmp_path
     assert len(pd.read_parquet(tmp_path / "all.parquet")) == len(table)
 
 
+def test_tables_for_papers_have_the_last_epoch_of_each_group(runs, tmp_path, capsys):
+    for suffix in ("tex", "md"):
+        out = tmp_path / f"all.{suffix}"
+        options = ["--reach", "accuracy=0.5,nc3_duality=1e-9", "--metrics", "accuracy,nc3_duality"]
+        assert main(["aggregate", str(runs), "--out", str(out), *options]) == 0
+    assert main(["aggregate", str(runs), "--out", str(tmp_path / "all.csv")]) == 0
+    table = pd.read_csv(tmp_path / "all.csv").query("epoch == 3").set_index(["group", "split", "metric"])
+    lines = (tmp_path / "all.tex").read_text().split("\n")
+    row = next(line for line in lines if "accuracy" in line and line.startswith("train"))
+    values = [table.loc[(group, "train", "accuracy")] for group in ("standard", "implicit")]
+    cells = [rf"$({100 * value['mean']:.2f} \pm {100 * value['std']:.2f})\,\%$" for value in values]
+    assert set(cells) <= set(row.removesuffix(r" \\").split(" & "))
+    assert "| epoch" in (tmp_path / "all.md").read_text()
+    assert "not reached" in (tmp_path / "all-reach.md").read_text()
+    assert r"nc3\_duality & $1 \cdot 10^{-9}$ & not reached" in (tmp_path / "all-reach.tex").read_text()
+    assert "it is for .tex and .md" in error_of(capsys, "aggregate", str(runs), "--out", "a.csv", "--metrics", "all")
+    assert "got 'nc9'" in error_of(capsys, "aggregate", str(runs), "--out", "a.tex", "--metrics", "nc9")
+
+
 def test_groups_are_named_after_what_they_differ_in(tmp_path):
     configs = [RunConfig(method="fixed", lr=lr, seed=s, epochs=1, **SMALL) for lr in (0.1, 0.2) for s in (3, 4)]
     for place, config in enumerate(configs):

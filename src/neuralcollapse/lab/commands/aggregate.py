@@ -14,11 +14,18 @@ from neuralcollapse.lab.settings import parse
 if TYPE_CHECKING:
     import pandas as pd
 
+_PRINTED = (".tex", ".md")
+_OVER_SEEDS = "mean and standard deviation (n - 1) over seeds"
+
 
 def _add_arguments(parser: ArgumentParser) -> None:
     add_runs(parser)
-    parser.add_argument("--out", metavar="FILE", help="file to write, ending in .csv or .parquet")
+    parser.add_argument("--out", metavar="FILE", help="file to write: .csv or .parquet with every epoch, or "
+                        ".tex (booktabs) or .md with the last epoch of each group")  # fmt: skip
     parser.add_argument("--reach", metavar="METRIC=LEVEL,...", help="such as accuracy=0.99,nc3_duality=0.1")
+    parser.add_argument(
+        "--metrics", metavar="core|all|A,B", help="those of a .tex or .md; by default core, about twelve"
+    )
     parser.add_argument("--split", metavar="SPLIT", help="split of the levels of --reach; by default train")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
 
@@ -26,12 +33,17 @@ def _add_arguments(parser: ArgumentParser) -> None:
 def _run(settings: Namespace) -> int:
     levels = _levels(settings.get("reach"))
     out = Path(settings.get("out") or "")
-    if out.suffix not in (".csv", ".parquet"):
-        raise ValueError(f"out must be a file ending in .csv or .parquet, got {settings.get('out')!r}")
+    printed = out.suffix in _PRINTED
+    if not printed and out.suffix not in (".csv", ".parquet"):
+        raise ValueError(f"out must be a file ending in .csv, .parquet, .tex or .md, got {settings.get('out')!r}")
+    metrics = option(settings, "metrics", list[str], ["core"])
+    if settings.get("metrics") is not None and not printed:
+        raise ValueError(f"metrics has no effect on {out.suffix}, which has every metric: it is for .tex and .md")
     reach = out.with_name(f"{out.stem}-reach{out.suffix}")
     runs = runs_of(settings.runs)
 
     from neuralcollapse.lab.results.groups import gather_groups, group_runs
+    from neuralcollapse.lab.results.printed import last_values, levels_reached
     from neuralcollapse.lab.results.statistics import epochs_to_levels, statistics_over_seeds
 
     outcome = Outcome()
@@ -39,10 +51,19 @@ def _run(settings: Namespace) -> int:
         groups = group_runs(runs)
         values = gather_groups(groups)
         epochs = epochs_to_levels(values, levels, option(settings, "split", default="train"))
-        _write(statistics_over_seeds(values), out)
+        if printed:
+            table = last_values(values, metrics[0] if metrics in (["core"], ["all"]) else metrics)
+            _print(table, out, f"Metrics at the last epoch: {_OVER_SEEDS}.")
+        else:
+            _write(statistics_over_seeds(values), out)
         outcome.written.append(out)
         if levels:
-            _write(epochs, reach)
+            if printed:
+                _print(
+                    levels_reached(epochs), reach, "Epochs to a level: mean and standard deviation (n - 1) over seeds."
+                )
+            else:
+                _write(epochs, reach)
             outcome.written.append(reach)
     for label, of_group in groups.items():
         print(f"{label}: {len(of_group)} {'run' if len(of_group) == 1 else 'runs'}")
@@ -77,11 +98,21 @@ def _write(table: pd.DataFrame, path: Path) -> None:
         write_whole(path, lambda partial: text.to_csv(partial, index=False))
 
 
+def _print(table: pd.DataFrame, path: Path, note: str) -> None:
+    """Write a table of texts as LaTeX or Markdown."""
+    from neuralcollapse.lab.results.files import write_whole
+    from neuralcollapse.lab.results.printed import booktabs, markdown
+
+    text = (booktabs if path.suffix == ".tex" else markdown)(table, note)
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
 AGGREGATE = Command(
     "Find the runs that differ only in their seed, and write mean, standard deviation (n - 1), median, minimum and "
     "maximum over seeds, and the number of seeds: for each epoch, split and metric, distances included, and for the "
     "training metrics (split `training`). With --reach, also the epochs that each run took to a level of a metric, "
-    "interpolated linearly between measured epochs.",
+    "interpolated linearly between measured epochs. A .tex (for LaTeX with booktabs) or .md has one column per group, "
+    "and one row per split and metric, at the last epoch of the group.",
     _add_arguments,
     _run,
 )
