@@ -53,3 +53,4 @@ from .statistics import ClassStatistics as ClassStatistics
 from .statistics import MeasureOptions as MeasureOptions
 from .statistics import class_statistics as class_statistics
 from .torchmetric import NeuralCollapse as NeuralCollapse
+from .unlabelled import UnlabelledMeasurement as UnlabelledMeasurement

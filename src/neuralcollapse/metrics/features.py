@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -15,14 +16,44 @@ from neuralcollapse.metrics.measurement import Measurement, Provenance
 from neuralcollapse.metrics.moments import ClassMoments
 from neuralcollapse.metrics.samples import FeatureCache
 from neuralcollapse.metrics.statistics import MeasureOptions
+from neuralcollapse.metrics.unlabelled import UnlabelledMeasurement, measure_unlabelled
 
 _BLOCK_ELEMENTS = 2**22  # maximum number of features, and of logits, of a block
+
+
+@overload
+def measure_features(
+    features: Source,
+    labels: None = None,
+    *,
+    device: torch.device | str | None = None,
+    options: MeasureOptions = ...,
+    provenance: Provenance = ...,
+    progress: bool = True,
+) -> UnlabelledMeasurement: ...
+
+
+@overload
+def measure_features(
+    features: Source,
+    labels: Source | Literal["predicted"],
+    weight: Source | None = None,
+    bias: Source | None = None,
+    *,
+    num_classes: int | None = None,
+    train: ClassMoments | None = None,
+    ood: Source | None = None,
+    device: torch.device | str | None = None,
+    options: MeasureOptions = ...,
+    provenance: Provenance = ...,
+    progress: bool = True,
+) -> Measurement: ...
 
 
 @torch.no_grad()
 def measure_features(
     features: Source,
-    labels: Source,
+    labels: Source | Literal["predicted"] | None = None,
     weight: Source | None = None,
     bias: Source | None = None,
     *,
@@ -33,8 +64,10 @@ def measure_features(
     options: MeasureOptions = MeasureOptions(),
     provenance: Provenance = Provenance(),
     progress: bool = True,
-) -> Measurement:
+) -> Measurement | UnlabelledMeasurement:
     """Measure neural collapse of features, as `measure` does of a model.
+
+    Without labels, metrics that need none are measured: norms, ranks, and spread over the sphere.
 
     Each array is a tensor, a NumPy array, or the path of a file: ``.npy``, ``.npz``, ``.safetensors`` or ``.parquet``,
     with ``":NAME"`` after the path for one of several arrays in it. In a Parquet file the name is that of a column, of
@@ -47,7 +80,9 @@ def measure_features(
     Args:
         features: (N, d) floating point; (B, T, d) with labels (B, T), or (B, d, H, W) with labels (B, H, W), such as
             the features of pixels.
-        labels: Integer classes in [0, K). ``options.ignore_index`` leaves samples out.
+        labels: Integer classes in [0, K). ``options.ignore_index`` leaves samples out. With ``"predicted"``, the class
+            of each sample is the one that the classifier predicts, and the accuracy is absent. With None, all further
+            arguments that need labels must be left out, and of the options only ``dtype`` has an effect.
         weight: W (K, d) of the classifier. Without it, metrics that need one are left out, and accuracies with them.
         bias: b (K,) of the classifier; None for 0.
         num_classes: K, without a weight; by default the greatest label plus 1.
@@ -59,11 +94,14 @@ def measure_features(
         progress: Show a progress bar.
 
     Returns:
-        The measurement. Undefined metrics are NaN; ``undefined`` has their reasons, and so has one warning.
+        The measurement; without labels an `UnlabelledMeasurement`. Undefined metrics are NaN; ``undefined`` has their
+        reasons, and so has one warning. Metrics that need labels which are not given are absent, with a reason in
+        ``undefined``.
 
     Raises:
-        ValueError: if an array has another shape or type, labels are out of range, features are not finite (the message
-            names the block), a bias or ``num_classes`` does not belong to the weight, or a file is of another kind.
+        ValueError: if labels are needed and not given, or a weight for ``labels="predicted"``; if an array has another
+            shape or type, labels are out of range, features are not finite (the message names the block), a bias or
+            ``num_classes`` does not belong to the weight, or a file is of another kind.
         OSError: if a file cannot be read.
 
     Examples:
@@ -76,26 +114,47 @@ def measure_features(
     rows = open_rows("features", features)
     device = _device(device, features)
     check_floating("features", torch.empty(0, dtype=rows.dtype))
-    targets = open_rows("labels", labels).whole().to(device)
+    if labels is None:
+        _check_needs_no_labels(weight=weight, bias=bias, num_classes=num_classes, train=train, ood=ood)
+        positions, feature_dim = _shape(rows)
+        moments = ClassMoments(2, feature_dim, dtype=options.dtype, device=device)
+        size = max(1, _BLOCK_ELEMENTS // _row_elements(rows))
+        blocks = (_last_dimension(block.to(device)) for block in _blocks(rows, size, progress, "features"))
+        return measure_unlabelled(blocks, positions.numel(), moments, provenance)
+    predicted = isinstance(labels, str) and labels == "predicted"
+    targets = None if predicted else open_rows("labels", labels).whole().to(device)
     feature_dim = _feature_dim(rows, targets)
     matrix, offset = _classifier(weight, bias, feature_dim, device)
+    if predicted and matrix is None:
+        raise ValueError("weight must be given with labels='predicted', which are those of its classifier")
     num_classes = _num_classes(num_classes, matrix, targets, options.ignore_index)
     if train is not None:
         if not isinstance(train, ClassMoments):
             raise ValueError(f"train must be the moments of a measurement, got {type(train).__name__}")
         check_train_moments(train, num_classes, feature_dim)
-    targets = targets.long()
     is_view = rows.is_view and len(rows.shape) == 2 and options.ignore_index is None
     is_view &= device == _device(None, features)
     with FeatureCache(None if is_view else options.cache_bytes) as cache:
         gathered = Gathered(num_classes, feature_dim, device, cache, options, offset)
         start, size = 0, max(1, _BLOCK_ELEMENTS // max(_row_elements(rows), num_classes))
         for block in _blocks(rows, size, progress, "features"):
-            of_block, start = targets[start : start + len(block)], start + len(block)
             values = _last_dimension(block.to(device))
-            gathered.add(values, of_block, _logits(values, matrix, offset))
+            logits = _logits(values, matrix, offset)
+            if targets is None:
+                assert logits is not None  # there is a weight
+                of_block = logits.argmax(dim=-1)
+            else:
+                of_block, start = targets[start : start + len(block)].long(), start + len(block)
+            gathered.add(values, of_block, logits)
         ood_means = {} if ood is None else {"": _mean_feature(ood, feature_dim, device, progress)}
-        return gathered.measurement(matrix, offset, train, ood_means, provenance)
+        return gathered.measurement(matrix, offset, train, ood_means, provenance, predicted=predicted)
+
+
+def _check_needs_no_labels(**arguments: object) -> None:
+    for name, value in arguments.items():
+        if value is not None:
+            hint = "; labels='predicted' takes those of the classifier" if name == "weight" else ""
+            raise ValueError(f"labels must be given with {name}{hint}")
 
 
 def _device(device: torch.device | str | None, features: Source) -> torch.device:
@@ -109,21 +168,28 @@ def _row_elements(rows: Rows) -> int:
     return max(1, torch.Size(rows.shape[1:]).numel())
 
 
-def _feature_dim(rows: Rows, targets: Tensor) -> int:
-    """Return d; raise unless features and labels fit."""
+def _shape(rows: Rows) -> tuple[torch.Size, int]:
+    """Return the shape of the positions, (N,), (B, T) or (B, H, W), and d."""
     shape, expected = rows.shape, "(N, d), (B, T, d) or (B, d, H, W)"
     if len(shape) not in (2, 3, 4):
         raise ValueError(f"features must be of shape {expected}, got {shape}")
-    positions = (shape[0], *shape[2:]) if len(shape) == 4 else shape[:-1]
-    if tuple(targets.shape) != positions:
+    feature_dim = shape[1] if len(shape) == 4 else shape[-1]
+    check_at_least("the number of features", feature_dim, 1)
+    return torch.Size((shape[0], *shape[2:]) if len(shape) == 4 else shape[:-1]), feature_dim
+
+
+def _feature_dim(rows: Rows, targets: Tensor | None) -> int:
+    """Return d; raise unless features and labels fit."""
+    positions, feature_dim = _shape(rows)
+    if targets is None:
+        return feature_dim
+    if targets.shape != positions:
         raise ValueError(
-            f"labels must be of shape {tuple(positions)} for features of shape {tuple(shape)}, got "
+            f"labels must be of shape {tuple(positions)} for features of shape {tuple(rows.shape)}, got "
             f"{tuple(targets.shape)}"
         )
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise ValueError(f"labels must be integer class indices, got {targets.dtype}")
-    feature_dim = shape[1] if len(shape) == 4 else shape[-1]
-    check_at_least("the number of features", feature_dim, 1)
     return feature_dim
 
 
@@ -150,7 +216,9 @@ def _classifier(
     return matrix, offset
 
 
-def _num_classes(num_classes: int | None, weight: Tensor | None, targets: Tensor, ignore_index: int | None) -> int:
+def _num_classes(
+    num_classes: int | None, weight: Tensor | None, targets: Tensor | None, ignore_index: int | None
+) -> int:
     if weight is not None:
         if num_classes not in (None, len(weight)):
             raise ValueError(f"num_classes must be that of the weight, {len(weight)}, got {num_classes}")
@@ -158,6 +226,7 @@ def _num_classes(num_classes: int | None, weight: Tensor | None, targets: Tensor
     if num_classes is not None:
         check_at_least("num_classes", num_classes, 2)
         return num_classes
+    assert targets is not None  # predicted ones have a weight
     counted = targets if ignore_index is None else targets[targets != ignore_index]
     if not len(counted) or (greatest := int(counted.max())) < 1:
         raise ValueError("labels must be of at least two classes, or num_classes must be given")

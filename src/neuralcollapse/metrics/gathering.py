@@ -116,6 +116,8 @@ class Gathered:
         ood_means: dict[str, Tensor],
         provenance: Provenance,
         train_layers: Mapping[str, ClassMoments] | None = None,
+        *,
+        predicted: bool = False,
     ) -> Measurement:
         """Return the measurement, with one warning that gives the reasons of undefined metrics.
 
@@ -126,11 +128,12 @@ class Gathered:
             ood_means: Mean out-of-distribution feature, under ``""``, and of each layer.
             provenance: Origin of the data.
             train_layers: Moments of each layer on the train split, if it is another one.
+            predicted: Whether the targets are the predictions of the classifier, whose accuracy then has no meaning.
         """
         moments, options = self.moments, self.options
         metrics, undefined = measure_moments(moments, weight, bias, ood_means.get(""), options)
         accuracies = without_undefined(
-            {} if weight is None else self._accuracies(), [] if moments.counts.any() else [NO_SAMPLE]
+            {} if weight is None or predicted else self._accuracies(), [] if moments.counts.any() else [NO_SAMPLE]
         )
         samples, residual_norms = SampleValues.without_samples(moments.num_classes), torch.empty(0)
         if options.per_sample:
@@ -155,6 +158,8 @@ class Gathered:
         undefined |= accuracies.undefined | samples.undefined | probes.undefined
         layers_undefined = {layer: reasons for layer, (_, reasons) in of_layers.items() if reasons}
         warn_of_undefined(undefined, layers_undefined, depth=5)
+        if predicted:
+            undefined |= dict.fromkeys(self._accuracies(), "the labels are the predictions of the classifier")
         return Measurement(
             metrics=in_order(metrics | accuracies.metrics | samples.metrics | probes.metrics),
             undefined=in_order(undefined),
@@ -163,7 +168,8 @@ class Gathered:
             bias=None if bias is None else bias.cpu().clone(),
             cos_margins=samples.cos_margins,
             ncc_mismatch=samples.ncc_mismatch,
-            class_accuracy=self._class_hits.cpu() / (moments.counts.cpu().double() if weight is not None else math.nan),
+            class_accuracy=self._class_hits.cpu()
+            / (math.nan if weight is None or predicted else moments.counts.cpu().double()),
             mean_max_logit=math.nan if weight is None else float(self._max_logits / moments.counts.sum()),
             residual_norms=residual_norms,
             agreement_without_bias=samples.agreement_without_bias,

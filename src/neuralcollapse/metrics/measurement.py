@@ -83,7 +83,7 @@ class Measurement:
             about −W⁺b, for j = 0, …, d − 1, for the out-of-distribution score ViM; empty without ``per_sample``.
         agreement_without_bias: Share of the samples whose nearest class mean is the class of the greatest entry of Wh,
             as the library of Wu & Papyan measures NC4; NaN without such samples.
-        undefined: Name to reason, for each metric that is NaN.
+        undefined: Name to reason, for each metric that is NaN, or absent because the labels are predictions.
         layers: For each named layer, its metrics.
         layers_undefined: For each layer with undefined metrics, their reasons.
         layer_moments: For each named layer, its class moments.

@@ -48,7 +48,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
     features = parser.add_argument_group("Features in files")
     features.add_argument("--features", metavar="FILE", help="features (N, d): .npy, .npz, .safetensors or .parquet, "
                           "with :NAME after it for one of several arrays, a column or columns such as f*")  # fmt: skip
-    features.add_argument("--labels", metavar="FILE", help="their classes (N,)")
+    features.add_argument("--labels", metavar="FILE", help="their classes (N,), or 'predicted': those of the "
+                          "classifier; without them, ranks, norms and uniformity are measured")  # fmt: skip
     features.add_argument("--weight", metavar="FILE", help="weight (K, d) of the classifier, if there is one")
     features.add_argument("--bias", metavar="FILE", help="its bias (K,)")
 
@@ -155,7 +156,9 @@ def _check_features(settings: Namespace, given: dict[str, Any]) -> None:
         if name in given or settings.get(name):
             raise ValueError(f"{name.removesuffix('s') if name == 'runs' else name} has no effect with features")
     if settings.get("labels") is None:
-        raise ValueError("labels must be given with features")
+        for name in ("weight", "bias", "out", "metrics", "split", "epoch", "seed"):
+            if settings.get(name) is not None:
+                raise ValueError(f"{name} has no effect on features without labels")
     if settings.get("out") is None:
         for name in ("split", "epoch", "seed"):
             if settings.get(name) is not None:
@@ -178,6 +181,9 @@ def _measure_features(settings: Namespace, splits: list[str] | None, metrics: st
         origin = {name: path for name, path in paths.items() if path is not None}
         name = Path(paths["features"]).stem
         folder = RunFolder.create(settings.out, name=name, settings=origin | ({} if seed is None else {"seed": seed}))
+    if paths["labels"] is None:
+        print(measure_features(paths["features"]).summary())
+        return 0
     measurement = measure_features(**paths)
     print(measurement.summary(metrics))
     outcome = Outcome()
@@ -217,8 +223,8 @@ MEASURE = Command(
     "measure an external model: a state_dict (safetensors, or a torch file that holds only tensors) of a class of "
     "yours, or of a ResNet with torchvision's names, on the data that the settings below name. Several checkpoints of "
     "one training, given together or one after another, become one folder that plot, report, distance and aggregate "
-    "read. With --features, measure features in files, without a model, and print the metrics; --out FOLDER records "
-    "them in the folder of a run.",
+    "read. With --features, measure features in files, without a model, and print the metrics; without --labels "
+    "only those that need none. --out FOLDER records them in the folder of a run.",
     _add_arguments,
     _run,
     SECTIONS,

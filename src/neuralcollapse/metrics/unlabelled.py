@@ -1,0 +1,188 @@
+"""Measurement of features without labels: rank, norms, and spread over the sphere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from neuralcollapse._html import html_table
+from neuralcollapse.catalogue import METRICS
+from neuralcollapse.metrics.measurement import Provenance
+from neuralcollapse.metrics.moments import ClassMoments
+from neuralcollapse.metrics.rank import feature_norm, rank_me
+from neuralcollapse.metrics.statistics import class_statistics
+from neuralcollapse.metrics.undefined import NO_SAMPLE, grouped, warn_of_undefined
+
+DRAWN = 2048  # samples of the metrics over pairs
+NO_LABELS = "needs labels, and none were given"
+_OF_LABELS = tuple(name for name in METRICS if name not in ("feature_norm", "rank_me"))
+_TEMPERATURE = 2
+
+
+@dataclass(frozen=True, eq=False)
+class UnlabelledMeasurement:
+    """Result of `measure_features` without labels.
+
+    With h the N features, u = h/‖h‖, and D up to 2,048 random samples, the same ones for the same data:
+
+    - ``feature_norm``: √(Σ‖h‖²/N); ``feature_norm_spread``: standard deviation (n) of ‖h‖ over its mean.
+    - ``rank_me``: exp(−Σ p_i log p_i), p = σ/Σσ, of the singular values σ of the features (Garrido et al., ICML 2023);
+      ``effective_rank_features``: the same of the features less their mean (Roy & Vetterli, EUSIPCO 2007).
+    - ``koleo``: −mean over i in D of log min_{j≠i} ‖u_i − u_j‖ (Sablayrolles et al., ICLR 2019). It depends on the
+      number of samples: compare values of the same ``num_drawn``.
+    - ``uniformity``: log of the mean over pairs i ≠ j in D of exp(−2‖u_i − u_j‖²); −4 at least up to a small term, 0
+      if all directions are the same (Wang & Isola, ICML 2020).
+
+    Attributes:
+        metrics: Name to value, NaN for undefined metrics. Metrics that need labels are absent.
+        undefined: Name to reason, of each metric that is NaN and of each metric of the catalogue that is absent.
+        num_samples: N.
+        num_drawn: Number of samples of ``koleo`` and ``uniformity``.
+        mean: (d,) mean feature.
+        covariance: (d, d) covariance (n).
+        provenance: Origin of the measurement.
+    """
+
+    metrics: dict[str, float]
+    undefined: dict[str, str]
+    num_samples: int
+    num_drawn: int
+    mean: Tensor
+    covariance: Tensor
+    provenance: Provenance
+
+    def __repr__(self) -> str:
+        """The metrics and the reasons of those that are not defined."""
+        return self.summary()
+
+    def summary(self) -> str:
+        """Return the metrics, one per line, and the reasons of undefined ones."""
+        caption, _, rows, notes = self._summary()
+        return "\n".join([caption, *(f"  {name:34} {value:>10}" for name, value in rows), *notes])
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._summary())
+
+    def _summary(self) -> tuple[str, list[str], list[list[str]], list[str]]:
+        absent = [name for name in self.undefined if name not in self.metrics]
+        reasons = {name: reason for name, reason in self.undefined.items() if name in self.metrics}
+        subject = f"Features of {self.provenance.model}" if self.provenance.model else "Features"
+        rows = [[name, f"{value:.4g}"] for name, value in self.metrics.items()]
+        notes = [*grouped(reasons), f"{len(absent)} metrics need labels: labels='predicted' takes the classifier's"]
+        return f"{subject}, {self.num_samples:,} samples, without labels", ["", "value"], rows, notes
+
+
+@torch.no_grad()
+def measure_unlabelled(
+    blocks: Iterator[Tensor], num_samples: int, moments: ClassMoments, provenance: Provenance
+) -> UnlabelledMeasurement:
+    """Return the measurement of features that come block by block, with one warning of undefined metrics.
+
+    Args:
+        blocks: Features (..., d).
+        num_samples: Number of samples in all blocks.
+        moments: Empty moments of at least two classes, to which all features are added as those of the first.
+        provenance: Origin of the data.
+    """
+    order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(0))
+    chosen = order[:DRAWN].sort().values
+    drawn, norms, start = [], _Spread(), 0
+    for block in blocks:
+        rows = block.flatten(0, -2)
+        moments.update(rows, torch.zeros(len(rows), dtype=torch.int64, device=rows.device))
+        norms.update(torch.linalg.vector_norm(rows.double(), dim=1))
+        of_block = chosen[(chosen >= start) & (chosen < start + len(rows))] - start
+        drawn.append(rows[of_block.to(rows.device)].double().cpu())
+        start += len(rows)
+    statistics = class_statistics(moments)
+    features = torch.cat(drawn) if drawn else moments.means.new_empty(0, moments.feature_dim)
+    mean = moments.means[:1].double().cpu()
+    covariance = moments.within_class_scatter.double().cpu() / max(num_samples, 1)
+    counts, variances = moments.counts[:1].cpu(), moments.within_class_trace[:1].double().cpu() / max(num_samples, 1)
+    metrics = dict.fromkeys(("feature_norm", "feature_norm_spread", "rank_me", "effective_rank_features"), math.nan)
+    if num_samples:
+        metrics |= {
+            "feature_norm": float(feature_norm(mean, variances, counts)),
+            "feature_norm_spread": norms.spread(),
+            "rank_me": float(rank_me(covariance, mean, counts)),
+        }
+        if not statistics.constant:
+            metrics["effective_rank_features"] = float(rank_me(covariance, torch.zeros_like(mean), counts))
+    metrics |= {"koleo": _koleo(features), "uniformity": _uniformity(features)}
+    undefined = _reasons(metrics, features, statistics.constant)
+    warn_of_undefined(undefined, depth=6)
+    return UnlabelledMeasurement(
+        metrics={name: math.nan if name in undefined else value for name, value in metrics.items()},
+        undefined=undefined | dict.fromkeys(_OF_LABELS, NO_LABELS),
+        num_samples=num_samples,
+        num_drawn=len(features),
+        mean=mean[0],
+        covariance=covariance,
+        provenance=provenance,
+    )
+
+
+class _Spread:
+    """Mean and variance of values that come in blocks, merged as in Chan et al. 1979, so that nothing cancels."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.squares = 0, 0.0, 0.0
+
+    def update(self, values: Tensor) -> None:
+        """Add a block of values (n,)."""
+        if not len(values):
+            return
+        mean, total = float(values.mean()), self.count + len(values)
+        shift = mean - self.mean
+        self.squares += float((values - mean).square().sum()) + shift**2 * self.count * len(values) / total
+        self.mean += shift * len(values) / total
+        self.count = total
+
+    def spread(self) -> float:
+        """Return standard deviation (n) over mean; NaN if the mean is 0."""
+        return math.sqrt(self.squares / self.count) / self.mean if self.mean else math.nan
+
+
+def _distances(features: Tensor) -> Tensor:
+    """Return the distances (n, n) of unit features, with infinity on the diagonal."""
+    units = features / torch.linalg.vector_norm(features, dim=1, keepdim=True)
+    distances = torch.cdist(units, units, compute_mode="donot_use_mm_for_euclid_dist")
+    return distances.fill_diagonal_(math.inf)
+
+
+def _koleo(features: Tensor) -> float:
+    return float(-_distances(features).min(dim=1).values.log().mean()) if len(features) > 1 else math.nan
+
+
+def _uniformity(features: Tensor) -> float:
+    if len(features) < 2:
+        return math.nan
+    exponents = -_TEMPERATURE * _distances(features).square()
+    return float(exponents.flatten().logsumexp(0)) - math.log(len(features) * (len(features) - 1))
+
+
+def _reasons(metrics: Mapping[str, float], features: Tensor, constant: bool) -> dict[str, str]:
+    """Return the reason of each metric without a finite value."""
+    zero = int((~features.any(dim=1)).sum())
+    same = "the features are the same for all samples, up to rounding"
+    reasons = {
+        "effective_rank_features": same,
+        "koleo": "two features have the same direction",
+        "uniformity": "there is no pair of features",
+    }
+    if constant:
+        reasons["koleo"] = same
+    if zero:
+        of_directions = f"{zero:,} of the drawn features are zero and have no direction"
+        reasons |= {"koleo": of_directions, "uniformity": of_directions}
+    elif len(features) == 1:
+        reasons["koleo"] = "there is no pair of features"
+    if not len(features):
+        reasons = dict.fromkeys(metrics, NO_SAMPLE.reason)
+    return {
+        name: reasons.get(name, "all features are zero") for name, value in metrics.items() if not math.isfinite(value)
+    }
