@@ -250,7 +250,7 @@ class Uncalled(nn.Module):
         (None, {"loader": torch.zeros(3, 6)}, "loader must be an iterable of batches, got Tensor"),
         (None, {"layers": "0"}, "layers must be a list of names, or 'blocks', got '0'"),
         (None, {"classifier": 4}, "classifier must be a module or its dotted name, got int"),
-        (None, {"unpack": "pair"}, "unpack must be a function of a batch, got str"),
+        (None, {"unpack": "pair"}, "unpack must be a function of a batch, or 'next_token', got 'pair'"),
         (None, {"device": "gpu"}, "device must name a torch device, got 'gpu'"),
         (lambda: "model.pt", {}, "model must be an nn.Module, got str"),
         (None, {"train": 3}, "train must be an iterable of batches, a Measurement or ClassMoments, got int"),

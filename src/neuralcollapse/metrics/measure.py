@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Any, Literal
 
@@ -21,8 +22,8 @@ from neuralcollapse.metrics.measurement import Measurement, Provenance
 from neuralcollapse.metrics.moments import ClassMoments
 from neuralcollapse.metrics.samples import FeatureCache
 from neuralcollapse.metrics.statistics import MeasureOptions, Pooling
+from neuralcollapse.metrics.tokens import IGNORED, Unpack, next_tokens, warning_of_unshifted
 
-Unpack = Callable[[Any], tuple[Any, Tensor | None]]
 Layers = Sequence[str] | Literal["blocks"]
 
 
@@ -36,7 +37,7 @@ def measure(
     ood: Iterable[Any] | None = None,
     layers: Layers = (),
     probes: bool = False,
-    unpack: Unpack | None = None,
+    unpack: Unpack | Literal["next_token"] | None = None,
     device: torch.device | str | None = None,
     options: MeasureOptions = MeasureOptions(),
     provenance: Provenance = Provenance(),
@@ -69,7 +70,10 @@ def measure(
             and probe are those of the train split. The features of all layers are kept until the end, once more up to
             ``options.cache_bytes`` in memory.
         unpack: Function of a batch that returns ``(inputs, targets)``, where inputs are a tensor, a tuple of positional
-            or a mapping of keyword arguments.
+            or a mapping of keyword arguments. ``"next_token"`` is for causal language models: batches are tokens (B, T)
+            or mappings with ``input_ids``, and the target of a position is the next token; the last position, padding
+            and labels −100 are left out, with ``options.ignore_index`` −100 unless it is given. Otherwise there is a
+            warning if the targets are the input tokens themselves.
         device: Device to which the model is moved; by default it stays where it is.
         options: Classes left out, centre, precision, and metrics to include.
         provenance: Epoch and split for the record, and a name for the model.
@@ -99,7 +103,13 @@ def measure(
     observer = ClassifierObserver(model, classifier)
     if device is not None:
         model.to(device)
-    run = ModelRun(model, observer, layers, options.layer_pooling, unpack or unpack_pair, device_of(model), progress)
+    if unpack == "next_token":
+        ignore_index = IGNORED if options.ignore_index is None else options.ignore_index
+        options = replace(options, ignore_index=ignore_index)
+        read: Unpack = partial(next_tokens, ignore_index=ignore_index)
+    else:
+        read = warning_of_unshifted(unpack or unpack_pair, options.ignore_index)
+    run = ModelRun(model, observer, layers, options.layer_pooling, read, device_of(model), progress)
     with (
         FeatureCache(options.cache_bytes) as cache,
         ExitStack() as caches,
@@ -197,8 +207,9 @@ def _check_arguments(
             f"train must be an iterable of batches, a Measurement or ClassMoments, got {type(train).__name__}"
         )
     check_layers(layers)
-    if unpack is not None and not callable(unpack):
-        raise ValueError(f"unpack must be a function of a batch, got {type(unpack).__name__}")
+    if unpack is not None and unpack != "next_token" and not callable(unpack):
+        got = repr(unpack) if isinstance(unpack, str) else type(unpack).__name__
+        raise ValueError(f"unpack must be a function of a batch, or 'next_token', got {got}")
     check_device(device)
 
 

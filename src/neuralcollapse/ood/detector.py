@@ -14,8 +14,9 @@ from neuralcollapse._checks import check_floating, check_module, compute_dtype, 
 from neuralcollapse._running import call_model, device_of, evaluation_mode, unwrapped, with_progress
 from neuralcollapse.classifier import FeatureRecorder, classifier_with
 from neuralcollapse.heads.moving_means import KeepsFullPrecision, full_precision
-from neuralcollapse.metrics.measure import Unpack, unpack_pair
+from neuralcollapse.metrics.measure import unpack_pair
 from neuralcollapse.metrics.measurement import Measurement
+from neuralcollapse.metrics.tokens import Unpack
 from neuralcollapse.ood.fit import fit_score
 
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from neuralcollapse._checks import check_module, check_shapes, compute_dtype
 from neuralcollapse._running import device_of, evaluation_mode, unchanged_on_error
 from neuralcollapse.classifier import ClassifierObserver, classifier_with
-from neuralcollapse.metrics.measure import ModelRun, Unpack
+from neuralcollapse.metrics.measure import ModelRun
 from neuralcollapse.metrics.measurement import Measurement
+from neuralcollapse.metrics.tokens import Unpack
 from neuralcollapse.ood.detector import check_rate, threshold_at, unpack_inputs
 from neuralcollapse.ood.fit import SCORES, FittedScore, fit_score
 
