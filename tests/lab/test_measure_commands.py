@@ -387,7 +387,10 @@ def test_bad_input_is_one_line(runs, foreign, tmp_path, capsys):
         ([*elsewhere, str(tmp_path / "model.pt")], "does not fit"),
         (["distance", str(runs / "runs" / "standard-seed1")], "must have records in moments/, and has none"),
         (["distance", one, "--reference", "9"], "reference must be a measured epoch"),
-        (["aggregate", str(runs), "--out", "a.txt"], "out must be a file ending in .csv or .parquet, got 'a.txt'"),
+        (
+            ["aggregate", str(runs), "--out", "a.txt"],
+            "out must be a file ending in .csv, .parquet, .tex or .md, got 'a.txt'",
+        ),
         (["aggregate", str(runs), "--out", str(tmp_path / "there.csv")], "exists: --overwrite replaces it"),
         (
             ["aggregate", str(runs), "--out", str(tmp_path / "a.csv"), "--reach", "accuracy"],
