@@ -6,6 +6,7 @@ import ast
 import inspect
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+import yaml
 
 from neuralcollapse._checks import check_at_least
 from neuralcollapse.cli import _name, _parse
@@ -228,3 +230,20 @@ def test_a_public_docstring_is_complete(name, thing):
         assert "Examples:" in text
     elif inspect.isclass(thing) and not issubclass(thing, tuple):
         assert re.search(r"^(Args|Attributes|Examples):", text, re.M) or len(text.splitlines()) < 5
+
+
+def test_the_table_of_detection_marks_the_best_head_of_each_row(tmp_path, monkeypatch):
+    table = runpy.run_path(str(ROOT / "docs" / "hooks.py"))["detection_table"]
+    rows = [
+        {"run": "linear", "accuracy": [0.9, 0.1], "nc1_quotient": [0.25, 0.1], "held-out ncm": [0.7, 0.02]},
+        {"run": "nearest", "accuracy": [0.8, 0.1], "nc1_quotient": [0.05, 0.1], "held-out ncm": [0.75, 0.01]},
+    ]
+    (tmp_path / "ood-x.yaml").write_text(yaml.safe_dump({"detection": rows}))
+    monkeypatch.setitem(table.__globals__, "CLAIMS", tmp_path)
+    assert [line for line in table("ood-x").splitlines() if line.startswith("|")] == [
+        "| AUROC | linear | nearest |",
+        "|---|---|---|",
+        "| held-out: ncm | 0.700 ± 0.020 | **0.750 ± 0.010** |",
+        "| train NC1 (`nc1_quotient`) | 0.25 | 0.05 |",
+        "| test accuracy | 0.900 | 0.800 |",
+    ]
