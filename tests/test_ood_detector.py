@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from helpers import normal
-from neuralcollapse import NearestETFClassifier, attach_head, measure, measure_features, ood
+from neuralcollapse import NearestETFClassifier, attach_head, measure, ood
 
 N, K, D = 60, 3, 8
 INPUTS = normal(N, 6, dtype=torch.float32) + 2 * normal(K, 6, seed=1, dtype=torch.float32)[torch.arange(N) % K]
@@ -200,24 +200,6 @@ def test_auto_gives_its_reason():
     assert "nc1_quotient" in detector.reason
     assert ood.Detector(net(), record(net()), "ncm").reason == ""
     assert "score='relative_mahalanobis'" in repr(detector)
-
-
-@pytest.mark.parametrize(
-    ("spread", "score"), [(0.0, "mahalanobis"), (0.05, "mahalanobis"), (5.0, "relative_mahalanobis")]
-)
-def test_auto_follows_the_collapse_of_the_features(spread, score):
-    means, targets = 3 * torch.eye(4, 6), torch.arange(400) % 4
-    features = means[targets] + spread * normal(400, 6, dtype=torch.float32)
-    measured = measure_features(features, targets, progress=False)
-    fitted = ood.fit_score(measured)
-    assert fitted.name == score
-    assert (measured.metrics["nc1_quotient"] <= 0.1) == (score == "mahalanobis")
-
-
-def test_auto_of_a_record_without_nc1_takes_energy():
-    measured = measure_features(torch.eye(4, 6), torch.zeros(4).long(), torch.randn(1, 6), progress=False)
-    assert "not defined" in ood.fit_score(measured).reason
-    assert ood.fit_score(measured).name == "energy"
 
 
 def trained():

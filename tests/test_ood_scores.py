@@ -222,15 +222,18 @@ def test_a_saved_record_gives_the_same_scores(tmp_path):
 def test_auto_follows_nc1_and_says_so():
     features, targets, weight, bias, _ = data()
     spread_out = ood.fit_score(measured(features, weight, bias, targets))
-    assert spread_out.name == "energy"
+    assert spread_out.name == "relative_mahalanobis"
     assert "is above" in spread_out.reason
-    near = ood.fit_score(
-        measured(features.mean(0) + 2 * normal(4, D)[targets] + 0.01 * features, weight, bias, targets)
-    )
-    assert near.name == "nci"
+    means = features.mean(0) + 2 * normal(4, D)[targets]
+    near = ood.fit_score(measured(means + 0.01 * features, weight, bias, targets))
+    assert near.name == "mahalanobis"
     assert "near collapse" in near.reason
-    unknown = replace(measured(features, weight, bias, targets), metrics={})
-    assert "nothing is known" in ood.fit_score(unknown).reason
+    collapsed = ood.fit_score(measured(means, weight, bias, targets))
+    assert collapsed.name == "ncm"
+    assert "do not vary within classes" in collapsed.reason
+    unknown = ood.fit_score(replace(measured(features, weight, bias, targets), metrics={}))
+    assert unknown.name == "energy"
+    assert "nothing is known" in unknown.reason
 
 
 def record(**changes):

@@ -80,8 +80,9 @@ def fit_score(measurement: Measurement, score: str = "auto", **options: Any) -> 
     Args:
         measurement: Measurement of the training data.
         score: One of `SCORES`, or ``"auto"``: ``"mahalanobis"`` if ``nc1_quotient`` of the record is at most 0.1,
-            otherwise ``"relative_mahalanobis"``; ``"energy"`` if ``nc1_quotient`` is not defined. The rule comes from
-            two studies, of digits and of MNIST; `neuralcollapse.ood.evaluate` compares all scores on your data.
+            ``"ncm"`` if they do not vary within classes at all, otherwise ``"relative_mahalanobis"``; ``"energy"`` if
+            ``nc1_quotient`` is not defined. The rule comes from two studies, of digits and of MNIST;
+            `neuralcollapse.ood.evaluate` compares all scores on your data.
         **options: Options of the score: ``temperature`` (1) of ``energy``; ``dimension`` of the principal space of
             ``vim`` and ``residual`` (1000 from d = 2048, 512 from d = 768, otherwise d // 2) and ``alpha`` of ``vim``;
             ``alpha`` (1e-4) of ``nci``; ``standardise`` (True), ``times_max_logit`` (False) and ``dimension`` of
@@ -105,7 +106,7 @@ def fit_score(measurement: Measurement, score: str = "auto", **options: Any) -> 
         raise ValueError(f"measurement must be a Measurement, got {type(measurement).__name__}")
     reason = ""
     if score == "auto":
-        score, reason = _choose(measurement)
+        score, reason = _choose(Record.of(measurement))
     if score not in _FITS:
         raise ValueError(f"score must be 'auto' or one of {', '.join(_FITS)}, got {score!r}")
     fit = _FITS[score]
@@ -122,15 +123,17 @@ def fit_score(measurement: Measurement, score: str = "auto", **options: Any) -> 
     return FittedScore(score, getattr(scores, score), measurement.moments.feature_dim, tensors, numbers, reason)
 
 
-def _choose(measurement: Measurement) -> tuple[str, str]:
+def _choose(record: Record) -> tuple[str, str]:
     """Return the score for ``"auto"``, and the reason."""
-    value = measurement.metrics.get("nc1_quotient", math.nan)
-    if value <= COLLAPSED:
-        return "mahalanobis", f"nc1_quotient = {value:.3g} is at most {COLLAPSED}: the features are near collapse"
+    value = record.measurement.metrics.get("nc1_quotient", math.nan)
     if math.isnan(value):
         return "energy", "nc1_quotient is not defined, so that nothing is known of the collapse of the features"
-    reason = f"nc1_quotient = {value:.3g} is above {COLLAPSED}: the features are not near collapse"
-    return "relative_mahalanobis", reason
+    if value > COLLAPSED:
+        reason = f"nc1_quotient = {value:.3g} is above {COLLAPSED}: the features are not near collapse"
+        return "relative_mahalanobis", reason
+    if not record.varies(torch.linalg.eigvalsh(record.within)).any():
+        return "ncm", "the features do not vary within classes, where nearest class mean is the limit of Mahalanobis"
+    return "mahalanobis", f"nc1_quotient = {value:.3g} is at most {COLLAPSED}: the features are near collapse"
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,14 +192,17 @@ class Record:
     def whitening(self, covariance: Tensor) -> Tensor:
         """Return a matrix (d, r) whose product with its transpose is the pseudoinverse of a covariance."""
         eigenvalues, eigenvectors, rank = self.spectrum(covariance)
-        # Up to rounding, features do not vary in directions of smaller eigenvalues.
-        rank = min(rank, int((eigenvalues > self.classes.resolution**2).sum()))
+        rank = min(rank, int(self.varies(eigenvalues).sum()))
         if not rank:
             raise ValueError(
                 "the Mahalanobis distance is not defined, because the features do not vary within classes (collapse, "
                 "or one sample per class); 'ncm' is its limit for a spread that is equal in all directions"
             )
         return eigenvectors[:, :rank] / eigenvalues[:rank].sqrt()
+
+    def varies(self, variances: Tensor) -> Tensor:
+        """Return whether features vary, beyond rounding, in directions with these variances."""
+        return variances > self.classes.resolution**2
 
     def spectrum(self, matrix: Tensor) -> tuple[Tensor, Tensor, int]:
         """Return eigenvalues, descending, eigenvectors, and the number of eigenvalues above d·eps·λ₁."""
