@@ -47,7 +47,7 @@ def _run(settings: Namespace) -> int:
 
 def _at_last_epoch(name: str, rows: pd.DataFrame) -> pd.DataFrame:
     """Return the distances at the last epoch, one row per split."""
-    from neuralcollapse.lab.results.distances import REFERENCE_EPOCH
+    from neuralcollapse.catalogue import REFERENCE_EPOCH
 
     last = rows[rows["epoch"] == rows["epoch"].max()]
     table = last.pivot(index=["epoch", "split"], columns="metric", values="value").reset_index()
