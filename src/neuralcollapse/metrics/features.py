@@ -72,8 +72,11 @@ def measure_features(
     Each array is a tensor, a NumPy array, or the path of a file: ``.npy``, ``.npz``, ``.safetensors`` or ``.parquet``,
     with ``":NAME"`` after the path for one of several arrays in it. In a Parquet file the name is that of a column, of
     numbers or of lists of one length, or a pattern such as ``"f*"`` of several columns of numbers. Files are
-    memory-mapped and read block by block: besides the moments, the memory is about 100 bytes per sample. Features of
-    Parquet and of compressed .npz files take ``options.cache_bytes`` besides, and more go to a temporary file.
+    memory-mapped and read block by block. With ``per_sample=False`` the memory is that of the moments, the labels and a
+    block. With the metrics of single samples it grows with N, by about 3 kB per sample where K is 1,000: most of that
+    is free memory that glibc does not return, and ``MALLOC_MMAP_THRESHOLD_=1000000`` in the environment avoids it.
+    Features of Parquet and of compressed .npz files take ``options.cache_bytes`` besides, and more go to a temporary
+    file.
 
     The logits, for predictions and accuracies, are features · Wᵀ + b in the dtype of the features, at least fp32.
 
