@@ -27,6 +27,8 @@ WITHOUT_GRADIENT = {
     "nc2_one_vs_rest": "the value of a minimisation, whose solution keeps no graph",
     "effective_depth": "a number of layers",
     "LayerProfile": "a class",
+    "TransferredLayer": "a class",
+    "transfer": "runs the model without gradients",
     "linear_probe": "of moments, which keep no graph",
     "measure": "runs the model without gradients",
     "measure_features": "numbers, of stored features",

@@ -53,4 +53,6 @@ from .statistics import ClassStatistics as ClassStatistics
 from .statistics import MeasureOptions as MeasureOptions
 from .statistics import class_statistics as class_statistics
 from .torchmetric import NeuralCollapse as NeuralCollapse
+from .transfer import TransferredLayer as TransferredLayer
+from .transfer import transfer as transfer
 from .unlabelled import UnlabelledMeasurement as UnlabelledMeasurement

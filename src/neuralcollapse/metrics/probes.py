@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from neuralcollapse._checks import check_finite, check_not_negative, check_shape
 from neuralcollapse.metrics.moments import ClassMoments
 from neuralcollapse.metrics.nc4 import nearest_class_mean
 from neuralcollapse.metrics.samples import FeatureCache
-from neuralcollapse.metrics.statistics import MeasureOptions, class_statistics
+from neuralcollapse.metrics.statistics import ClassStatistics, MeasureOptions, class_statistics
 from neuralcollapse.metrics.undefined import Condition, MetricValues, conditions_of_moments, without_undefined
 
 EPSILON = 0.01  # error of a separated layer, for the effective depth
@@ -99,6 +100,40 @@ def linear_probe(moments: ClassMoments, *, ridge: float = 0.0) -> LinearProbe:
     return LinearProbe(weight, shares - weight @ center)
 
 
+@dataclass(frozen=True)
+class FittedProbes:
+    """Nearest class mean and linear probe of a train split, of the classes that are measured there.
+
+    Attributes:
+        classes: (K',) indices of these classes.
+        means: (K', d) their means.
+        probe: The linear probe.
+        is_measured: (K,) whether each class is among them.
+    """
+
+    classes: Tensor
+    means: Tensor
+    probe: LinearProbe
+    is_measured: Tensor
+
+    @classmethod
+    def of(cls, moments: ClassMoments, measured: ClassStatistics, ridge: float = 0.0) -> FittedProbes:
+        """Return the probes of moments, and of the statistics of their measured classes."""
+        is_measured = torch.zeros(moments.num_classes, dtype=torch.bool, device=measured.classes.device)
+        is_measured[measured.classes] = True
+        return cls(measured.classes, measured.class_means, linear_probe(moments, ridge=ridge), is_measured)
+
+    def misses(self, features: Tensor, targets: Tensor) -> Tensor:
+        """Return the number of samples of measured classes, and of these that each of the two misclassifies, (3,)."""
+        targets = targets.to(self.classes.device)
+        kept = self.is_measured[targets]
+        features, targets = features.to(self.classes.device)[kept], targets[kept]
+        if not len(targets):
+            return torch.zeros(3, dtype=torch.int64, device=self.classes.device)
+        answers = (self.classes[nearest_class_mean(features, self.means)], self.probe.predict(features))
+        return torch.stack([kept.sum(), *((answer != targets).sum() for answer in answers)])
+
+
 @torch.no_grad()
 def probe_errors(cache: FeatureCache, reference: ClassMoments, options: MeasureOptions) -> MetricValues:
     """Return the errors of the nearest class mean (``ncc_error``) and of the linear probe (``probe_error``).
@@ -111,27 +146,19 @@ def probe_errors(cache: FeatureCache, reference: ClassMoments, options: MeasureO
         options: Options of the measurement.
     """
     measured = class_statistics(reference, options)
-    classes, names = measured.classes, ("ncc_error", "probe_error")
     conditions = list(conditions_of_moments(reference, measured))
     finite = all(bool(torch.isfinite(part).all()) for part in (reference.means, reference.within_class_scatter))
-    if len(classes) < 2 or not finite:
-        return without_undefined(dict.fromkeys(names, math.nan), conditions)
-    probe, samples, misses = linear_probe(reference), 0, torch.zeros(2, dtype=torch.int64, device=classes.device)
-    is_measured = torch.zeros(reference.num_classes, dtype=torch.bool, device=classes.device)
-    is_measured[classes] = True
-    for batch in cache:
-        targets = batch.targets.to(classes.device)
-        kept = is_measured[targets]
-        features, targets = batch.features.to(classes.device)[kept], targets[kept]
-        samples += len(targets)
-        if len(targets):
-            answers = (classes[nearest_class_mean(features, measured.class_means)], probe.predict(features))
-            misses += torch.stack([(answer != targets).sum() for answer in answers])
-    if not samples:
-        reason = "no sample of a class that has a mean was measured"
-        conditions.append(Condition("no sample of a measured class", reason, False))
-        return without_undefined(dict.fromkeys(names, math.nan), conditions)
-    return without_undefined(dict(zip(names, (misses.double() / samples).tolist(), strict=True)), conditions)
+    errors = [math.nan, math.nan]
+    if len(measured.classes) >= 2 and finite:
+        probes = FittedProbes.of(reference, measured)
+        counts = torch.zeros(3, dtype=torch.int64, device=measured.classes.device)
+        for batch in cache:
+            counts += probes.misses(batch.features, batch.targets)
+        errors = (counts[1:].double() / counts[0]).tolist()  # NaN without samples
+        if not counts[0]:
+            reason = "no sample of a class that has a mean was measured"
+            conditions.append(Condition("no sample of a measured class", reason, False))
+    return without_undefined(dict(zip(("ncc_error", "probe_error"), errors, strict=True)), conditions)
 
 
 def effective_depth(errors: Sequence[float], epsilon: float = EPSILON) -> int:

@@ -37,6 +37,10 @@ COMMANDS = {
         "detect:DETECT",
         "how well scores of a trained run detect inputs of unknown classes",
     ),
+    "transfer": (
+        "transfer:TRANSFER",
+        "accuracy of a linear probe and of the nearest class mean of frozen features on other data, by layer",
+    ),
     "aggregate": (
         "aggregate:AGGREGATE",
         "mean, std, median, min and max over seeds, of runs that differ in nothing else",

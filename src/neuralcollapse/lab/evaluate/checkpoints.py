@@ -98,6 +98,34 @@ def checkpoint_files(run: RunFolder) -> list[Path]:
     return paths
 
 
+def chosen_checkpoints(
+    run: RunFolder, paths: Sequence[Path], files: CheckpointFiles, epochs: str | Sequence[int]
+) -> dict[int, Path]:
+    """Return the chosen checkpoints by epoch, in order.
+
+    Raises:
+        ValueError: if there is none of an epoch, or the run was stopped inside its first epoch.
+    """
+    numbers = {path: path.stem.removeprefix("epoch") for path in paths}
+    checkpoints = {int(number): path for path, number in numbers.items() if number.isdecimal()}
+    if run.last_checkpoint in paths:
+        provenance = files.load(run.last_checkpoint)[PROVENANCE]
+        if "batches" not in provenance:
+            checkpoints[provenance["epoch"]] = run.last_checkpoint
+        elif not checkpoints:
+            raise ValueError(
+                f"run {str(run.path)!r} must have a checkpoint of the end of an epoch, and was stopped inside epoch "
+                f"{provenance['epoch']}; resume it with --resume"
+            )
+    chosen = {"last": [max(checkpoints)], "all": sorted(checkpoints)}[epochs] if isinstance(epochs, str) else epochs
+    if missing := [epoch for epoch in chosen if epoch not in checkpoints]:
+        raise ValueError(
+            f"epochs must have a checkpoint in {str(run.checkpoints)!r}, which has those of "
+            f"{', '.join(map(str, sorted(checkpoints)))}, got {missing[0]}"
+        )
+    return {epoch: checkpoints[epoch] for epoch in sorted(set(chosen))}
+
+
 def saved_run(run: RunFolder, preparation: Preparation, backbone: str | None) -> Run:
     """Return a run as it was before training, with its data.
 

@@ -11,13 +11,18 @@ from tqdm.auto import tqdm
 
 from neuralcollapse.classifier import classifier_with
 from neuralcollapse.lab.data.unknown import unknown_sets
-from neuralcollapse.lab.evaluate.checkpoints import checkpoint_files, saved_run, write_measurements
+from neuralcollapse.lab.evaluate.checkpoints import (
+    checkpoint_files,
+    chosen_checkpoints,
+    saved_run,
+    write_measurements,
+)
 from neuralcollapse.lab.models.backbones import evaluation_layout
 from neuralcollapse.lab.results.files import sole_writer
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.records import Records
 from neuralcollapse.lab.results.tables import DETECTION_COLUMNS, add_rows
-from neuralcollapse.lab.training.checkpoint import PROVENANCE, CheckpointFiles
+from neuralcollapse.lab.training.checkpoint import CheckpointFiles
 from neuralcollapse.lab.training.run import Run
 from neuralcollapse.lab.training.runs import Preparation
 from neuralcollapse.metrics import Measurement, Provenance
@@ -78,7 +83,7 @@ def detect_run(
     with sole_writer(run.path):
         paths, prepared = checkpoint_files(run), saved_run(run, preparation, backbone)
         files = CheckpointFiles(prepared.config, prepared.fingerprint)
-        chosen = _chosen_checkpoints(run, paths, files, epochs)
+        chosen = chosen_checkpoints(run, paths, files, epochs)
         test, head = prepared.evaluation["test"], prepared.trained.measured.head
         loaders = unknown_sets(sets, prepared.data, test, prepared.config, progress=preparation.progress)
         bar = tqdm(
@@ -98,34 +103,6 @@ def detect_run(
             rows = [(epoch, row.set, row.score, rate, getattr(row, rate)) for row in evaluation.rows for rate in RATES]
             add_rows(run.detection, rows, columns=DETECTION_COLUMNS)
             yield Detection(epoch, evaluation, reason, [run.detection, *written])
-
-
-def _chosen_checkpoints(
-    run: RunFolder, paths: Sequence[Path], files: CheckpointFiles, epochs: str | Sequence[int]
-) -> dict[int, Path]:
-    """Return the chosen checkpoints by epoch, in order.
-
-    Raises:
-        ValueError: if there is none of an epoch, or the run was stopped inside its first epoch.
-    """
-    numbers = {path: path.stem.removeprefix("epoch") for path in paths}
-    checkpoints = {int(number): path for path, number in numbers.items() if number.isdecimal()}
-    if run.last_checkpoint in paths:
-        provenance = files.load(run.last_checkpoint)[PROVENANCE]
-        if "batches" not in provenance:
-            checkpoints[provenance["epoch"]] = run.last_checkpoint
-        elif not checkpoints:
-            raise ValueError(
-                f"run {str(run.path)!r} must have a checkpoint of the end of an epoch, and was stopped inside epoch "
-                f"{provenance['epoch']}; resume it with --resume"
-            )
-    chosen = {"last": [max(checkpoints)], "all": sorted(checkpoints)}[epochs] if isinstance(epochs, str) else epochs
-    if missing := [epoch for epoch in chosen if epoch not in checkpoints]:
-        raise ValueError(
-            f"epochs must have a checkpoint in {str(run.checkpoints)!r}, which has those of "
-            f"{', '.join(map(str, sorted(checkpoints)))}, got {missing[0]}"
-        )
-    return {epoch: checkpoints[epoch] for epoch in sorted(set(chosen))}
 
 
 def _train_record(run: RunFolder, prepared: Run, epoch: int, scores: str | Sequence[str]) -> Measurement | str:

@@ -52,6 +52,7 @@ class RunFolder:
         verdict: Verdicts on the claims of a study.
         detection: Table of rates at which scores detect unknown inputs: epoch, set, score, metric, value.
         sessions: Table of class-incremental training: strategy, seed, session, split, classes, metric, value.
+        transfer: Table of accuracies of frozen features on other data: epoch, data, layer, metric, value.
         moments: One file per measured epoch and split: a `Measurement`, from which metrics and figures can be computed
             again.
         checkpoints: One file per kept epoch, and the last one, from which a run resumes.
@@ -76,6 +77,7 @@ class RunFolder:
         "verdict": "verdict.yaml",
         "detection": "detection.csv",
         "sessions": "sessions.csv",
+        "transfer": "transfer.csv",
     }
     FOLDERS: ClassVar[dict[str, str]] = {
         "moments": "moments",
@@ -97,6 +99,7 @@ class RunFolder:
     verdict: Path
     detection: Path
     sessions: Path
+    transfer: Path
     moments: Path
     checkpoints: Path
     figures: Path

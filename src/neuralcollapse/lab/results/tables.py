@@ -19,6 +19,7 @@ Row = tuple[int, str, str, float]
 COLUMNS = ["epoch", "split", "metric", "value"]
 DETECTION_COLUMNS = ["epoch", "set", "score", "metric", "value"]
 SESSION_COLUMNS = ["strategy", "seed", "session_lr", "session", "split", "classes", "metric", "value"]
+TRANSFER_COLUMNS = ["epoch", "data", "layer", "metric", "value"]
 GOAL = 0.99
 # Columns that a table of this name always has.
 _NEEDED = {
@@ -27,6 +28,7 @@ _NEEDED = {
     "gradients.csv": ["epoch", "parameter"],
     "detection.csv": DETECTION_COLUMNS,
     "sessions.csv": SESSION_COLUMNS,
+    "transfer.csv": TRANSFER_COLUMNS,
 }
 # Heading of a column of the results: split, metric and format of its value at the last epoch.
 _COLUMNS = {
@@ -61,8 +63,8 @@ def read_table(path: Path) -> pd.DataFrame:
         table = pd.read_csv(
             io.BytesIO(content),
             converters={"value": float, "session_lr": float},  # the default parser is not exact
-            dtype={"set": str, "score": str},
-            na_filter=path.name != "detection.csv",  # a set may be called null or NA
+            dtype={"set": str, "score": str, "data": str, "layer": str},
+            na_filter=path.name not in ("detection.csv", "transfer.csv"),  # a set may be called null or NA
         )
     except ValueError as error:  # pandas' own errors are of this type
         raise ValueError(f"{str(path)!r} must be a table, and is damaged: {' '.join(str(error).split())}") from error

@@ -1,0 +1,85 @@
+"""`neuralcollapse transfer`: linear probe and nearest class mean of the frozen features of runs, on other data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from jsonargparse import ArgumentParser, Namespace
+
+from neuralcollapse.lab.commands import Command
+from neuralcollapse.lab.commands.arguments import asked_for
+from neuralcollapse.lab.commands.common import Outcome, add_runs, option, runs_of
+from neuralcollapse.lab.config import DataSettings
+
+if TYPE_CHECKING:
+    from neuralcollapse.metrics import TransferredLayer
+
+
+def _add_arguments(parser: ArgumentParser) -> None:
+    add_runs(parser)
+    parser.add_argument("--layers", metavar="A,B", help="modules whose outputs are evaluated besides the features; by "
+                        "default blocks, all blocks of the model; features for none")  # fmt: skip
+    parser.add_argument("--epochs", metavar="EPOCHS", help="last, all, or epochs of kept checkpoints with commas "
+                        "between them; by default last")  # fmt: skip
+    parser.add_argument("--ridge", metavar="LAMBDA", help="penalty of the linear probe, in units of the mean variance "
+                        "of a feature; by default 0")  # fmt: skip
+    parser.add_argument("--out", metavar="FOLDER", help="folder of the figure; by default figures/ of the run")
+    parser.add_argument("--backbone", metavar="CLASS", help="class of yours that a run was trained with: it is not "
+                        "imported because config.yaml names it")  # fmt: skip
+
+
+def _run(settings: Namespace) -> int:
+    given = asked_for(settings, DataSettings)
+    layers = option(settings, "layers", list[str], ["blocks"])
+    epochs = option(settings, "epochs", Literal["last", "all"] | list[int], "last")
+    ridge = option(settings, "ridge", float, 0.0)
+    if not 0 <= ridge < float("inf"):
+        raise ValueError(f"ridge must be finite and at least 0, got {ridge}")
+    runs = runs_of(option(settings, "runs", list[str]))
+    out = option(settings, "out")
+    if out is not None and len(runs) > 1:
+        raise ValueError(f"out belongs to one run, got {len(runs)} runs, whose figures are in their own folders")
+
+    from neuralcollapse.lab.evaluate.transfer import transfer_run
+    from neuralcollapse.lab.figures.transfer import write_transfer
+    from neuralcollapse.lab.training.runs import Preparation
+
+    names = {"blocks": "blocks", "features": []}.get(layers[0], layers) if len(layers) == 1 else layers
+    outcome, preparation = Outcome(), Preparation(resumed=True, progress=True)
+    for run in runs:
+        results = transfer_run(
+            run, preparation, given, layers=names, epochs=epochs, ridge=ridge, backbone=settings.get("backbone")
+        )
+        for result in results:
+            title = f"{run.path.name}, epoch {result.epoch}, on {result.data}"
+            print(f"{title}\n\n{_table(result.layers)}\n")
+            stem = f"{result.data}-epoch{result.epoch}"
+            outcome.written += write_transfer(result.layers, title, stem, Path(out or run.figures))
+        outcome.written.append(run.transfer)
+    outcome.written = [*dict.fromkeys(outcome.written)]
+    return outcome.report()
+
+
+def _table(layers: Sequence[TransferredLayer]) -> str:
+    """Return the accuracies of each layer as a table."""
+    width = max(len(row.layer) for row in layers)
+    lines = [f"{'layer':{width}}  {'d':>6}  linear probe  nearest class mean"]
+    lines += [
+        f"{row.layer:{width}}  {row.dimension:>6}  {row.linear_probe:>12.2%}  {row.nearest_class_mean:>18.2%}"
+        for row in layers
+    ]
+    return "\n".join(lines)
+
+
+TRANSFER = Command(
+    "Evaluate the frozen features of checkpoints on other data, by layer: the accuracies on their test split of a "
+    "linear probe (least squares on one-hot targets, in closed form) and of the nearest class mean, both fitted to "
+    "their train split. The settings below name the data; without them, it is the data of the run, of the classes that "
+    "it held out (hold_out_classes). Accuracies go to transfer.csv of the run, in place of those of the same epoch, "
+    "data and layer; a figure shows them by depth.",
+    _add_arguments,
+    _run,
+    (DataSettings,),
+)
