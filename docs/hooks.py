@@ -37,6 +37,7 @@ MOVED = {
 _ELSEWHERE = re.compile(r"https://unpkg\.com/[\w./@-]+")
 _RECIPES = re.compile(r"<!-- recipes (\w+) -->")
 _DETECTION = re.compile(r"<!-- detection ([\w-]+) -->")
+_GROUPS = re.compile(r"<!-- groups ([\w-]+) -->")
 _TABLE = re.compile(r"<table>.*?</table>", re.DOTALL)
 _FORMULA = re.compile(
     r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL
@@ -55,6 +56,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         if f"<!-- {marker} -->" in markdown:
             markdown = markdown.replace(f"<!-- {marker} -->", made())
     markdown = _DETECTION.sub(lambda marker: detection_table(marker[1]), markdown)
+    markdown = _GROUPS.sub(lambda marker: groups_table(marker[1]), markdown)
     return _RECIPES.sub(lambda marker: _recipes(marker[1]), markdown)
 
 
@@ -220,6 +222,32 @@ def detection_table(study: str) -> str:
         )
     lines += ["", "</details>"]
     return "\n".join(lines)
+
+
+def groups_table(study: str) -> str:
+    """Return the last test accuracy and train NC1 of each group of classes in a long-tail study as Markdown."""
+    rows = yaml.safe_load((CLAIMS / f"{study}.yaml").read_text())["groups"]
+    tables = []
+    for metric, words, form in (
+        (
+            "accuracy",
+            "test accuracy, %",
+            lambda mean, half: f"{100 * mean:.1f} ± {100 * half:.1f}",
+        ),
+        (
+            "nc1_quotient",
+            "train NC1 (`nc1_quotient`)",
+            lambda mean, half: f"{mean:.3g} ± {half:.2g}",
+        ),
+    ):
+        names = [f"{metric}_{group}" for group in ("many", "medium", "few")] + [metric]
+        lines = [f"| {words} | many | medium | few | all |", "|---|---|---|---|---|"]
+        lines += [
+            f"| {row['run']} | {' | '.join(form(*row[name]) for name in names)} |"
+            for row in rows
+        ]
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
 
 
 def _help(command: str) -> str:

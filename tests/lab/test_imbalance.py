@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 import torch
+import yaml
 
 from helpers import error_of
 from neuralcollapse import FixedFrameClassifier, NearestFrameClassifier
@@ -123,3 +124,57 @@ def test_runs_without_imbalance_have_no_groups(tmp_path):
     table = pd.read_csv(tmp_path / "out" / "metrics.csv")
     assert not table["metric"].str.contains("_many").any()
     assert group_table(table.assign(method="a", seed=0)) is None
+
+
+STUDY = {
+    "title": "a prior",
+    "source": "this test",
+    "figure": "groups",
+    "runs": {"plain": {}, "prior": {"loss_options": {"prior": 1.0}}},
+    "claims": [
+        {
+            "text": "a prior helps classes with few images",
+            "of": "prior",
+            "value": {"kind": "last", "of": "accuracy_few", "split": "test"},
+            "above": ["plain"],
+        }
+    ],
+    "small": {
+        "cost": "seconds",
+        "seeds": [0, 1],
+        "settings": {
+            "method": "linear",
+            "backbone": "mlp",
+            "width": 32,
+            "depth": 1,
+            "epochs": 3,
+            "measure_at": ["last"],
+            "train_samples": 600,
+            "test_samples": 200,
+            "imbalance": {"exponential": 0.02},
+        },
+    },
+}
+
+
+def test_a_study_judges_and_draws_the_groups(tmp_path):
+    path, out = tmp_path / "tail.yaml", tmp_path / "out"
+    path.write_text(yaml.safe_dump(STUDY))
+    assert main(["study", str(path), f"--out={out}"]) == 0
+    record = yaml.safe_load((out / "verdict.yaml").read_text())
+    assert record["claims"][0]["measure"] == "last test accuracy_few"
+    by_run = {row["run"]: row for row in record["groups"]}
+    for run in ("plain", "prior"):
+        few = []
+        for seed in (0, 1):
+            table = read_table(out / "runs" / f"{run}-seed{seed}" / "metrics.csv").set_index(["split", "metric"])
+            few.append(table.loc[("test", "accuracy_few"), "value"])
+        assert by_run[run]["accuracy_few"][0] == pytest.approx(sum(few) / 2, rel=1e-3)
+    assert (out / "figures" / "groups.png").exists()
+
+
+def test_the_claim_of_an_unknown_group_is_refused(tmp_path, capsys):
+    claim = STUDY["claims"][0] | {"value": {"kind": "last", "of": "accuracy_rare", "split": "test"}}
+    path = tmp_path / "tail.yaml"
+    path.write_text(yaml.safe_dump(STUDY | {"claims": [claim]}))
+    assert "a claim is about 'accuracy_rare', which is not a metric" in error_of(capsys, "study", str(path))

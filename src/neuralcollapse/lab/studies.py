@@ -18,6 +18,7 @@ from neuralcollapse.lab.recipes import load_recipe
 from neuralcollapse.lab.results.files import sole_writer, write_yaml
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.statistics import student_interval
+from neuralcollapse.lab.results.tables import GROUPS, OF_GROUPS
 from neuralcollapse.lab.results.verdicts import (
     Claim,
     Finished,
@@ -169,12 +170,13 @@ def _check(study: Study, path: Path) -> None:
             f"scores must be among {', '.join(SCORES)}, got {score!r}" for score in study.scores if score not in SCORES
         ]
     rates = _detection_metrics(study)
+    metrics = [*METRICS, *rates, *(f"{metric}_{group}" for metric, _, _ in OF_GROUPS.values() for group in GROUPS)]
     for claim in study.claims:
         unknown = [run for run in (*claim.of, *claim.than) if run not in study.runs]
         if unknown and not study.is_ufm:
             wrong.append(f"a claim is about {unknown[0]!r}, which is not one of its runs {', '.join(study.runs)}")
         for value in [claim.value] + ([] if claim.than_value is None else [claim.than_value]):
-            wrong += _wrong_with(value, study, [*METRICS, *rates], rates)
+            wrong += _wrong_with(value, study, metrics, rates)
         if claim.than_value is not None and not claim.than:
             wrong.append("than_value belongs to a claim that compares runs")
         if claim.bound is None and (claim.relation == "like" or not claim.than):
@@ -490,6 +492,7 @@ def _record(study: Study, scale: str, seeds: Sequence[int], groups: Groups) -> d
         "seeds": list(seeds),
         "claims": [verdict_record(claim, judge(claim, groups)) for claim in study.claims],
         **({"detection": _last_rates(study, groups)} if study.ood else {}),
+        **({"groups": _last_of_groups(groups)} if study.figure == "groups" else {}),
         "command": " ".join([f"neuralcollapse study {study.name} --scale {scale}", *folders]),
         "training_minutes": round(sum(of_run["seconds"] for of_run in facts) / 60, 1),
         **{name: _values_of(name, facts) for name in ("neuralcollapse", "git_commit", "machine", "accelerator")},
@@ -498,14 +501,31 @@ def _record(study: Study, scale: str, seeds: Sequence[int], groups: Groups) -> d
 
 
 def _last_rates(study: Study, groups: Groups) -> list[dict[str, Any]]:
-    """Return for each run the last accuracy and NC1, and the AUROC of each score on each set.
+    """Return for each run the last accuracy and NC1, and the AUROC of each score on each set."""
+    quantities = {"accuracy": ("accuracy", "test"), "nc1_quotient": ("nc1_quotient", "train")}
+    quantities |= {f"{name} {score}": (f"{score} auroc", name) for name in study.ood for score in study.scores}
+    return _last_values(groups, quantities)
 
-    Each is the mean over seeds with half of Student's 95% interval.
+
+def _last_of_groups(groups: Groups) -> list[dict[str, Any]]:
+    """Return for each run the last test accuracy and train NC1, over all classes and of each group of classes."""
+    quantities = {
+        name: (name, split)
+        for metric, split, _ in OF_GROUPS.values()
+        for name in (metric, *(f"{metric}_{group}" for group in GROUPS))
+    }
+    return _last_values(groups, quantities)
+
+
+def _last_values(groups: Groups, quantities: Mapping[str, tuple[str, str]]) -> list[dict[str, Any]]:
+    """Return for each run the mean over seeds of last values with half of Student's 95% interval.
+
+    Args:
+        groups: Finished runs, by name and seed.
+        quantities: For each name, the metric and the split.
     """
     import pandas as pd
 
-    quantities = {"accuracy": ("accuracy", "test"), "nc1_quotient": ("nc1_quotient", "train")}
-    quantities |= {f"{name} {score}": (f"{score} auroc", name) for name in study.ood for score in study.scores}
     rows: list[dict[str, Any]] = []
     for label, runs in groups.items():
         row: dict[str, Any] = {"run": label}

@@ -22,6 +22,11 @@ FIGURES |= {
         "mean and largest gradient of each layer, and of features, class means, W and b",
         f"{__name__}.gradients:gradient_flow",
     ),
+    "groups": FigureEntry(
+        "test accuracy and train NC1 of classes with many and few training images",
+        f"{__name__}.groups:groups_of_classes",
+        2,
+    ),
     "detection": FigureEntry("detection of unknown inputs against NC1", f"{__name__}.detection:detection"),
     "detection-scores": FigureEntry(
         "detection of unknown inputs against NC1, one panel per score", f"{__name__}.detection:detection_of_scores", 4

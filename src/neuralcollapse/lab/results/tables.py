@@ -43,11 +43,11 @@ _COLUMNS = {
 # Heading and metric, on the test split, of the epochs to the baseline's last values.
 _GOALS = {"acc": "accuracy", "nc1": "nc1_quotient", "nc2": "nc2_etf_means", "nc3": "nc3_duality"}
 # Heading of a column of the groups of classes, before the name of the group: metric, split and format.
-_OF_GROUPS = {
+OF_GROUPS = {
     "test acc": ("accuracy", "test", "{:.2%}"),
     "train nc1": ("nc1_quotient", "train", "{:.2g}"),
 }
-_GROUPS = ("many", "medium", "few")
+GROUPS = ("many", "medium", "few")
 _BASELINES = ("standard", "standard cross-entropy")
 
 
@@ -261,8 +261,8 @@ def group_table(metrics: pd.DataFrame) -> pd.DataFrame | None:
     values = dict(list(last.groupby(["method", "metric", "split"])["value"]))
     columns = {
         f"{heading}, {group}": (f"{metric}_{group}", split, form)
-        for heading, (metric, split, form) in _OF_GROUPS.items()
-        for group in _GROUPS
+        for heading, (metric, split, form) in OF_GROUPS.items()
+        for group in GROUPS
         if ((last["metric"] == f"{metric}_{group}") & (last["split"] == split)).any()
     }
     rows = []
