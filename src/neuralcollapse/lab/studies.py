@@ -518,7 +518,7 @@ def _last_of_groups(groups: Groups) -> list[dict[str, Any]]:
 
 
 def _last_values(groups: Groups, quantities: Mapping[str, tuple[str, str]]) -> list[dict[str, Any]]:
-    """Return for each run the mean over seeds of last values with half of Student's 95% interval.
+    """Return for each finished run the mean over seeds of last values with half of Student's 95% interval.
 
     Args:
         groups: Finished runs, by name and seed.
@@ -527,7 +527,8 @@ def _last_values(groups: Groups, quantities: Mapping[str, tuple[str, str]]) -> l
     import pandas as pd
 
     rows: list[dict[str, Any]] = []
-    for label, runs in groups.items():
+    for label in (label for label, runs in groups.items() if runs):
+        runs = groups[label]
         row: dict[str, Any] = {"run": label}
         for quantity, (metric, split) in quantities.items():
             last = {seed: _last(run.metrics, metric, split) for seed, run in runs.items()}
