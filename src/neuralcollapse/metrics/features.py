@@ -73,8 +73,7 @@ def measure_features(
     with ``":NAME"`` after the path for one of several arrays in it. In a Parquet file the name is that of a column, of
     numbers or of lists of one length, or a pattern such as ``"f*"`` of several columns of numbers. Files are
     memory-mapped and read block by block. With ``per_sample=False`` the memory is that of the moments, the labels and a
-    block. With the metrics of single samples it grows with N, by about 3 kB per sample where K is 1,000: most of that
-    is free memory that glibc does not return, and ``MALLOC_MMAP_THRESHOLD_=1000000`` in the environment avoids it.
+    block. The metrics of single samples take about 100 bytes per sample besides, and ``nc1_numerical_rank`` up to 1 GB.
     Features of Parquet and of compressed .npz files take ``options.cache_bytes`` besides, and more go to a temporary
     file.
 
@@ -137,7 +136,8 @@ def measure_features(
         check_train_moments(train, num_classes, feature_dim)
     is_view = rows.is_view and len(rows.shape) == 2 and options.ignore_index is None
     is_view &= device == _device(None, features)
-    with FeatureCache(None if is_view else options.cache_bytes) as cache:
+    views = rows.whole() if is_view and options.per_sample else None
+    with FeatureCache(options.cache_bytes, views=views) as cache:
         gathered = Gathered(num_classes, feature_dim, device, cache, options, offset)
         start, size = 0, max(1, _BLOCK_ELEMENTS // max(_row_elements(rows), num_classes))
         for block in _blocks(rows, size, progress, "features"):

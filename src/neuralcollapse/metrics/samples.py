@@ -34,6 +34,7 @@ from neuralcollapse.metrics.undefined import (
 )
 
 INFORMATION_SIZE = 512  # samples of MIR and HDR, which need the eigenvalues of a matrix of that size
+_FIRST_CLASSES = 2**14  # size of a tensor of classes before it doubles
 _GATHERED_ELEMENTS = 2**25  # maximum number of features of single classes that are gathered at a time, in fp64
 
 
@@ -52,6 +53,26 @@ class _InFile(NamedTuple):
         return torch.from_numpy(mapped).view(self.dtype).view(self.shape)
 
 
+class _Classes:
+    """Classes of all samples in one tensor, whose size doubles when it is full."""
+
+    def __init__(self) -> None:
+        self._values: Tensor | None = None
+        self._count = 0
+
+    def add(self, classes: Tensor) -> None:
+        """Add the classes (n,) of a batch."""
+        if self._values is None:
+            self._values = classes.new_empty(max(_FIRST_CLASSES, len(classes)))
+        if (end := self._count + len(classes)) > len(self._values):
+            self._values = torch.cat([self._values[: self._count], self._values.new_empty(2 * end - self._count)])
+        self._values[self._count : end] = classes
+        self._count = end
+
+    def __getitem__(self, samples: slice) -> Tensor:
+        return torch.empty(0, dtype=torch.int64) if self._values is None else self._values[samples]
+
+
 class CachedBatch(NamedTuple):
     """Features (N, d), targets (N,), predicted classes (N,), and those that the logits without the bias predict."""
 
@@ -67,9 +88,10 @@ class FeatureCache:
     It is a context manager that removes the file at its end.
 
     Args:
-        max_bytes: Maximum size of the features kept in memory; None if they are views of memory of the caller, or of a
-            file, and are only referred to.
+        max_bytes: Maximum size of the features kept in memory.
         folder: Folder of the temporary file; by default that of the system.
+        views: (N, d) all features, if they are in memory of the caller or in a file that is mapped; features that are
+            added are then not kept, but taken from there.
 
     Examples:
         >>> with FeatureCache(max_bytes=0) as cache:
@@ -78,11 +100,15 @@ class FeatureCache:
         [tensor(2.)]
     """
 
-    def __init__(self, max_bytes: int | None = 2**31, folder: str | None = None) -> None:
+    def __init__(self, max_bytes: int = 2**31, folder: str | None = None, views: Tensor | None = None) -> None:
         self.max_bytes = max_bytes
         self._folder = folder
-        self._batches: list[CachedBatch] = []
-        self._in_file: dict[int, _InFile] = {}  # by number of the batch, whose own features are then empty
+        self._views = views
+        # Small tensors that are kept between large temporary ones, such as logits, would keep the allocator from using
+        # the memory of these again: only features that must be kept are tensors of single batches.
+        self._features: list[Tensor | _InFile | None] = []  # of each batch; None for views
+        self._ends = [0]  # samples before each batch, and in all
+        self._targets, self._predictions, self._without_bias = _Classes(), _Classes(), _Classes()
         self._bytes = 0
         self._path: Path | None = None
 
@@ -92,8 +118,8 @@ class FeatureCache:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._batches.clear()
-        self._in_file.clear()
+        self._features.clear()
+        self._views = None
         if self._path is not None:
             self._path.unlink()
             self._path = None
@@ -102,24 +128,26 @@ class FeatureCache:
         self, features: Tensor, targets: Tensor, predictions: Tensor, without_bias: Tensor | None = None
     ) -> None:
         """Add a batch; ``without_bias`` is None if there is no bias."""
-        features = features.detach()
-        size = features.numel() * features.element_size()
-        if size and self.max_bytes is not None and self._bytes + size > self.max_bytes:
-            self._in_file[len(self._batches)] = self._to_disk(features.cpu().contiguous())
-            features = features.new_empty(0, features.shape[1])
-        else:
-            self._bytes += size
-        without_bias = predictions if without_bias is None else without_bias
-        self._batches.append(CachedBatch(features, targets, predictions, without_bias))
+        kept: Tensor | _InFile | None = None
+        if self._views is None:
+            features = features.detach()
+            size = features.numel() * features.element_size()
+            in_memory = not size or self._bytes + size <= self.max_bytes
+            self._bytes += size if in_memory else 0
+            kept = features if in_memory else self._to_disk(features.cpu().contiguous())
+        self._features.append(kept)
+        self._ends.append(self._ends[-1] + len(targets))
+        self._targets.add(targets)
+        self._predictions.add(predictions)
+        self._without_bias.add(predictions if without_bias is None else without_bias)
 
     def __iter__(self) -> Iterator[CachedBatch]:
-        return map(self._read, range(len(self._batches)))
+        return map(self._read, range(len(self._features)))
 
     @property
     def targets(self) -> Tensor:
         """Targets (N,) of all samples, in their order."""
-        targets = [batch.targets.cpu().long() for batch in self._batches]
-        return torch.cat(targets) if targets else torch.empty(0, dtype=torch.int64)
+        return self._targets[: self._ends[-1]].cpu().long()
 
     def take(self, indices: Tensor, device: torch.device) -> Tensor:
         """Return the features of some samples on a device.
@@ -128,14 +156,14 @@ class FeatureCache:
             indices: (n,) indices of samples, ascending.
             device: The device.
         """
-        starts = torch.tensor([0, *(len(batch.targets) for batch in self._batches)]).cumsum(0)
+        starts = torch.tensor(self._ends)
         bounds = torch.searchsorted(indices.contiguous(), starts).tolist()
         rows = [
-            _rows(self._read(number).features, indices[first:end] - start).to(device)
+            _rows(self._features_of(number), indices[first:end] - start).to(device)
             for number, (start, first, end) in enumerate(zip(starts.tolist(), bounds, bounds[1:], strict=False))
             if first < end
         ]
-        return torch.cat(rows) if rows else torch.empty(0, self._batches[0].features.shape[1], device=device)
+        return torch.cat(rows) if rows else torch.empty(0, self._features_of(0).shape[1], device=device)
 
     def draw(self, size: int, eligible: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return features and targets of random samples, in their order; the same ones for the same data.
@@ -144,7 +172,7 @@ class FeatureCache:
             size: Maximum number of samples.
             eligible: (K,) bool, classes whose samples may be drawn; by default all.
         """
-        if not self._batches:
+        if not self._features:
             return torch.empty(0, 0), torch.empty(0, dtype=torch.int64)
         targets = self.targets
         indices = torch.arange(len(targets)) if eligible is None else eligible.cpu()[targets].nonzero().flatten()
@@ -163,9 +191,17 @@ class FeatureCache:
         return rows, targets
 
     def _read(self, number: int) -> CachedBatch:
-        """Return a batch with its features."""
-        batch, place = self._batches[number], self._in_file.get(number)
-        return batch if place is None else batch._replace(features=place.read())
+        """Return a batch."""
+        of_batch = slice(self._ends[number], self._ends[number + 1])
+        classes = (self._targets[of_batch], self._predictions[of_batch], self._without_bias[of_batch])
+        return CachedBatch(self._features_of(number), *classes)
+
+    def _features_of(self, number: int) -> Tensor:
+        kept = self._features[number]
+        if self._views is not None:
+            return self._views[self._ends[number] : self._ends[number + 1]]
+        assert kept is not None
+        return kept.read() if isinstance(kept, _InFile) else kept
 
     def _to_disk(self, features: Tensor) -> _InFile:
         """Write a tensor to the file, and return where it is."""
@@ -308,8 +344,9 @@ def _pass_over(
 ) -> _Pass:
     """Return the values of each function over samples."""
     functions = {entry.function: entry.inputs for entry in entries}
-    values = {name: [rows.new_empty(0)] for name in functions}
-    targets, unit_sums, zero_features, agreements = [index[:0]], torch.zeros_like(rows), 0, 0
+    total, filled = len(cache.targets), 0
+    values: dict[str, Tensor] = {}  # of all samples, for the reason given in `FeatureCache`
+    targets, unit_sums, zero_features, agreements = index.new_empty(total), torch.zeros_like(rows), 0, 0
     shared = {"weight": rows, "center": reference.center, "class_means": reference.class_means}
     for batch in cache:
         features, labels, predictions, without_bias = (tensor.to(index.device) for tensor in batch)
@@ -319,19 +356,21 @@ def _pass_over(
         if not len(features):
             continue
         inputs = shared | {"features": features, "targets": index[labels], "predictions": index[predictions]}
+        of_batch = slice(filled, filled := filled + len(features))
         for name, arguments in functions.items():
-            values[name].append(find_function(name)(*(inputs[argument] for argument in arguments)))
-        agreeing = values["nc4.mismatches"][-1] == 0
+            results = find_function(name)(*(inputs[argument] for argument in arguments))
+            values.setdefault(name, results.new_empty(total))[of_batch] = results
+        agreeing = values["nc4.mismatches"][of_batch] == 0
         if bool((changed := without_bias != predictions).any()):
             nearest = nearest_class_mean(features[changed], reference.class_means)
             agreeing[changed] = nearest == index[without_bias[changed]]
         agreements += int(agreeing.sum())
-        targets.append(inputs["targets"])
+        targets[of_batch] = inputs["targets"]
         unit_sums += unit_class_sums(features, inputs["targets"], rows)
         zero_features += int((~features.any(dim=1)).sum())
     return _Pass(
-        {name: torch.cat(parts) for name, parts in values.items()},
-        torch.cat(targets),
+        {name: values[name][:filled] if filled else rows.new_empty(0) for name in functions},
+        targets[:filled],
         unit_sums,
         zero_features,
         agreements,
