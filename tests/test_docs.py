@@ -25,7 +25,7 @@ from neuralcollapse.cli import _name, _parse
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 RUN = [ROOT / "README.md", ROOT / "docs" / "index.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
-RUN += [ROOT / "docs" / "coming-from" / "neural-collapse.md"]
+RUN += [ROOT / "docs" / "layers.md", ROOT / "docs" / "coming-from" / "neural-collapse.md"]
 LONGEST = ("language-model", "reproduce", "trainer")
 DISTRIBUTIONS = packages_distributions()
 PACKAGES = ["geometry", "heads", "losses", "metrics", "ood", "ufm", "lightning", "lab"]
