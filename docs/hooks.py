@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import html
+import inspect
 import io
 import math
 import os
 import re
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 try:
@@ -19,6 +21,13 @@ try:
     from neuralcollapse.cli import COMMANDS, main
     from neuralcollapse.lab.config import METHODS, RunConfig
     from neuralcollapse.lab.recipes import families, load_recipe
+    from neuralcollapse.lab.settings import (
+        Condition,
+        Options,
+        Settings,
+        describe,
+        schema_of,
+    )
     from neuralcollapse.lab.studies import SCALES, load_study, study_names
 except ImportError as missing:
     raise SystemExit(
@@ -36,6 +45,7 @@ MOVED = {
 # Material asks this host for a script when pages are opened as files; without it, there is no search there.
 _ELSEWHERE = re.compile(r"https://unpkg\.com/[\w./@-]+")
 _RECIPES = re.compile(r"<!-- recipes (\w+) -->")
+_REFERENCE = re.compile(r"<!-- reference (\w+) -->")
 _DETECTION = re.compile(r"<!-- detection ([\w-]+) -->")
 _GROUPS = re.compile(r"<!-- groups ([\w-]+) -->")
 _TABLE = re.compile(r"<table>.*?</table>", re.DOTALL)
@@ -44,19 +54,21 @@ _FORMULA = re.compile(
 )
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replace the markers of a page by tables of metrics, recipes, studies and claims, and help texts of commands."""
+def on_page_markdown(markdown: str, config: Any = None, **_: Any) -> str:
+    """Replace the markers of a page by tables made from the code, and by help texts of commands."""
     for marker, made in (
         ("commands", _commands),
         ("studies", _studies),
         ("claims", _claims),
         ("methods", _methods),
+        ("settings", _settings),
         ("metrics", metrics_table),
     ):
         if f"<!-- {marker} -->" in markdown:
             markdown = markdown.replace(f"<!-- {marker} -->", made())
     markdown = _DETECTION.sub(lambda marker: detection_table(marker[1]), markdown)
     markdown = _GROUPS.sub(lambda marker: groups_table(marker[1]), markdown)
+    markdown = _REFERENCE.sub(lambda marker: _reference(marker[1], config), markdown)
     return _RECIPES.sub(lambda marker: _recipes(marker[1]), markdown)
 
 
@@ -112,6 +124,97 @@ def _methods() -> str:
             f"| `{name}` | {method.text} | {', '.join(method.biases)} | {settings or '–'} |"
         )
     return "\n".join(lines)
+
+
+def _reference(package: str, config: Any) -> str:
+    """Return a table of the public names of a package, one section per page of its reference."""
+    lines = []
+    for title, path in _pages(config["nav"]):
+        if path.startswith(f"reference/{package}/"):
+            names = re.findall(
+                r"^::: (\S+)$",
+                (Path(config["docs_dir"]) / path).read_text(),
+                re.MULTILINE,
+            )
+            lines += ["", f"## [{title}]({path.removeprefix('reference/')})", ""]
+            if names:
+                lines += ["| name | description |", "|---|---|"]
+                lines += [
+                    f"| [`{name.split('.')[-1]}`][{name}] | {_summary(name)} |"
+                    for name in names
+                ]
+    return "\n".join(lines)
+
+
+def _pages(nav: list[Any]) -> list[tuple[str, str]]:
+    """Return titles and paths of the pages in a navigation, in their order."""
+    pages = []
+    for item in nav:
+        for title, content in item.items() if isinstance(item, dict) else ():
+            pages += (
+                _pages(content) if isinstance(content, list) else [(title, content)]
+            )
+    return pages
+
+
+def _summary(path: str) -> str:
+    """Return the first line of the docstring of a public name."""
+    documented = inspect.getdoc(resolve_name(path)) or ""
+    return documented.split("\n\n")[0].replace("\n", " ").replace("|", "\\|")
+
+
+def _settings() -> str:
+    """Return every setting of `RunConfig` as Markdown, one table per section, with those of nested options."""
+    lines, written = [], set()
+    for section in reversed(RunConfig.__bases__):
+        lines += ["", f"## {_first_line(section)}", "", *_settings_table(section)]
+        for field in section.model_fields.values():
+            for options in (
+                note for note in field.metadata if isinstance(note, Options)
+            ):
+                for kind in options.kinds:
+                    if kind not in written:
+                        written.add(kind)
+                        lines += [
+                            "",
+                            f"### {_first_line(kind)}",
+                            "",
+                            *_settings_table(kind),
+                        ]
+    return "\n".join(lines)
+
+
+def _first_line(section: type[Settings]) -> str:
+    return str(section.__doc__).split("\n")[0].rstrip(".")
+
+
+def _settings_table(section: type[Settings]) -> list[str]:
+    """Return the lines of a table of settings: values, default, condition and meaning."""
+    lines = [
+        "| setting | values | default | has an effect with | meaning |",
+        "|---|---|---|---|---|",
+    ]
+    for name, field in section.model_fields.items():
+        conditions = [
+            note.text for note in field.metadata if isinstance(note, Condition)
+        ]
+        default = field.get_default(call_default_factory=True)
+        shown = (
+            "not set"
+            if default is None
+            else f"`{str(default).lower() if isinstance(default, bool) else default}`"
+        )
+        cells = [
+            f"`{name}`",
+            describe(schema_of(field.annotation)),
+            shown,
+            conditions[0] if conditions else "–",
+            " ".join(str(field.description).split()),
+        ]
+        lines.append(
+            "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        )
+    return lines
 
 
 def _commands() -> str:
@@ -285,7 +388,7 @@ def _stacked(table: re.Match[str]) -> str:
     return re.sub(
         r"<tr\b.*?</tr>",
         labelled,
-        table[0].replace("<table>", '<table class="stacked">', 1),
+        table[0].replace("<table>", "<table data-stacked>", 1),
         flags=re.DOTALL,
     )
 

@@ -155,7 +155,7 @@ def test_readme_links_to_what_is_there():
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_public_name_is_in_the_reference(package):
-    pages = "".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
+    pages = "".join(page.read_text() for page in (ROOT / "docs" / "reference").rglob("*.md"))
     named = set(re.findall(r"^::: (\S+)$", pages, re.M))
     names = import_module(f"neuralcollapse.{package}").__all__
     paths = {name: f"neuralcollapse.{package}.{name}" for name in names}
