@@ -202,7 +202,8 @@ def heads(num_classes: int, feature_dim: int) -> dict[str, Callable[[], Any]]:
         "learned-unit": lambda: nc.LearnedClassifier(*sizes, feature_norm="auto", unit_weight=True),
         "fixed": lambda: nc.FixedETFClassifier(*sizes),
         "fixed-canonical": lambda: nc.FixedETFClassifier(*sizes, orientation="canonical", bias="learned"),
-        "fixed-frame": lambda: nc.FixedFrameClassifier(*sizes, code, bias="none"),
+        # In another orientation it would begin with those eigenvectors.
+        "fixed-frame": lambda: nc.FixedFrameClassifier(*sizes, code, bias="none", orientation="given"),
         "nearest": lambda: nc.NearestETFClassifier(*sizes),
         "nearest-published": lambda: nc.NearestETFClassifier(*sizes, momentum="published", bias="none"),
         "nearest-weighted": lambda: nc.NearestETFClassifier(*sizes, class_weights=class_weights),
