@@ -41,6 +41,8 @@ def all_metrics(features, targets, weight, center):
         model,
         [(features, targets)],
         ood=[OOD[None]],
+        layers=["0"],
+        probes=True,
         options=MeasureOptions(center=center, class_scatter=True, information=True, code=CODE),
         progress=False,
     )

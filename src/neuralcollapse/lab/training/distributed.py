@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric import Fabric
@@ -53,7 +53,9 @@ def training_device(config: RunConfig) -> torch.device:
     return device
 
 
-def resolve_precision(name: str, device: torch.device) -> str:
+def resolve_precision(
+    name: Literal["32", "bf16-mixed", "16-mixed", "auto"], device: torch.device
+) -> Literal["32", "bf16-mixed", "16-mixed"]:
     """Return the precision of a name; ``auto`` is ``bf16-mixed`` if the device has instructions for it, else ``32``."""
     if name == "auto":
         return "bf16-mixed" if _computes_in_bfloat16(device) else "32"
