@@ -11,11 +11,12 @@ from torch import nn
 from neuralcollapse._checks import check_at_least, check_module, check_not_negative, check_targets
 from neuralcollapse._running import device_of, evaluation_mode, unchanged_on_error
 from neuralcollapse.classifier import ClassifierObserver
-from neuralcollapse.metrics.measure import Layers, ModelRun, Unpack, check_layers, unpack_pair
+from neuralcollapse.metrics.measure import Layers, ModelRun, check_layers, unpack_pair
 from neuralcollapse.metrics.moments import ClassMoments
 from neuralcollapse.metrics.probes import FittedProbes
 from neuralcollapse.metrics.profile import FEATURES
 from neuralcollapse.metrics.statistics import MeasureOptions, class_statistics
+from neuralcollapse.metrics.tokens import Unpack
 
 
 class TransferredLayer(NamedTuple):
