@@ -142,6 +142,8 @@ def test_titles_name_each_main_setting_once():
         for shared in set(settings) - {name}:
             assert title.count(settings[shared]) == 1, title
             assert settings[shared] in common
+    options = [settings | {"loss_options": {"prior": prior}} for prior in (0.0, 0.5)]
+    assert title_of(options, [None, None]).endswith("; differing: loss_options (2 values)")
     many = [settings | {"backbone": f"net{number}"} for number in range(9)]
     assert title_of(many, [None] * 9).endswith("differing: backbone (9 values)")
     assert set(settings) < set(MAIN)

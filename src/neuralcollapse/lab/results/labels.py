@@ -210,7 +210,7 @@ def _key(value: Any) -> str:
 def _with_values(name: str, runs: Sequence[Settings]) -> str:
     """A setting and its values, or their number."""
     values = list(_values(runs, name).values())
-    if len(values) > _MOST_VALUES:
+    if len(values) > _MOST_VALUES or any(isinstance(value, Mapping) for value in values):
         return f"{name} ({len(values)} values)"
     texts = short_values(values)
     return f"{name} ({', '.join(text or 'default' for text in texts)})"
