@@ -1,4 +1,4 @@
-"""A nearest-ETF head in place of a model's own last layer: two lines, and the targets in the training call."""
+"""A nearest-ETF head in place of a model's last layer: two lines of code, and targets passed in the training loop."""
 
 import torch
 from sklearn.datasets import load_digits

@@ -1,6 +1,6 @@
-"""An animation of neural collapse: three classes of digits, whose features shrink to the corners of a triangle.
+"""Animation of neural collapse: the features of three classes of digits contract to the corners of a triangle.
 
-Writes ``collapse.gif``, or the file that is named: ``python examples/collapse_animation.py docs/figures/collapse.gif``.
+Writes ``collapse.gif``, or the given file: ``python examples/collapse_animation.py docs/figures/collapse.gif``.
 """
 
 import sys

@@ -1,8 +1,8 @@
-"""A layer of one's own that is defined by what it minimises: a classifier whose rows stay orthonormal.
+"""A custom declarative layer: a classifier with orthonormal rows whose weight solves an optimisation problem.
 
-Its weight is the orthonormal matrix nearest to the batch's class means in the sum of distances, which one odd class
-sways less than a sum of squares. That has no closed form; `argmin_on_stiefel` solves it and differentiates through the
-solution.
+The weight is the matrix with orthonormal rows that minimises the sum of distances to the class means of the batch. An
+outlying class affects this sum less than it would affect a sum of squares. The problem has no closed-form solution;
+`argmin_on_stiefel` solves it and differentiates through the solution.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""transformers' Trainer: a small ViT with a nearest-ETF head on scikit-learn's digits, trained, evaluated and saved."""
+"""A small ViT with a nearest-ETF head, trained and evaluated on scikit-learn's digits with transformers' Trainer."""
 
 import tempfile
 from pathlib import Path
@@ -56,8 +56,8 @@ with tempfile.TemporaryDirectory() as folder:
     trainer.train()
     accuracy = trainer.evaluate()["eval_accuracy"]
 
-    # The head normalises its features, which a ViT's own classifier cannot, so the attached model refuses
-    # save_pretrained: its state dict is saved, and loaded into a model with a head attached alike.
+    # The head normalises its features, which a ViT's own classifier cannot do, so save_pretrained raises an error.
+    # Save the state dict instead, and load it into a model with the same kind of head.
     trainer.save_model(folder)
     reloaded = new_model()
     reloaded.load_state_dict(load_file(Path(folder) / "model.safetensors"))

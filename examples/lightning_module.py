@@ -1,4 +1,4 @@
-"""Training in a LightningModule that logs every metric of collapse, with a callback that measures as well."""
+"""A LightningModule that logs every collapse metric, and a callback that also measures the model during training."""
 
 import lightning
 import torch

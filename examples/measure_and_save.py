@@ -1,4 +1,4 @@
-"""Save a measurement to a file, and compute every metric again without the model and the data."""
+"""A measurement saved to a file, and all its metrics recomputed from the file without the model and the data."""
 
 import tempfile
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""An nn.Sequential MLP, trained for a few seconds on scikit-learn's digits, measured on both splits."""
+"""An nn.Sequential MLP, trained for a few seconds on scikit-learn's digits and measured on both splits."""
 
 import torch
 from sklearn.datasets import load_digits

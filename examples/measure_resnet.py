@@ -1,6 +1,7 @@
-"""A ResNet of Hugging Face's transformers, built from a config, measured on scikit-learn's digits.
+"""A ResNet from Hugging Face's transformers, built from a config, trained and measured on scikit-learn's digits.
 
-Its output is a dataclass and its loader yields dictionaries: neither matters to `measure`.
+The model returns a dataclass and the loader yields dictionaries. `measure` accepts both; `unpack` splits a batch into
+inputs and labels.
 Needs `pip install 'neuralcollapse[lab,huggingface]'`.
 """
 

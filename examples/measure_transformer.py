@@ -1,4 +1,4 @@
-"""A classifier on torch.nn.TransformerEncoder, reading each of scikit-learn's digits as eight rows of pixels."""
+"""A torch.nn.TransformerEncoder classifier that reads each of scikit-learn's digits as eight rows of pixels."""
 
 import torch
 from sklearn.datasets import load_digits

@@ -1,4 +1,4 @@
-"""A plain loop: gradients accumulated over two batches, forward under bf16 autocast; means and the ETF stay in fp32."""
+"""A plain training loop with gradient accumulation and bf16 autocast; class means and the ETF stay in fp32."""
 
 import torch
 from sklearn.datasets import load_digits

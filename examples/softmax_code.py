@@ -1,4 +1,4 @@
-"""Ten classes in four dimensions, where no simplex ETF exists: a fixed softmax code beside a learned classifier."""
+"""A fixed softmax code and a learned classifier for ten classes in four dimensions, where no simplex ETF exists."""
 
 import torch
 from sklearn.datasets import load_digits
