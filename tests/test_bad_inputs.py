@@ -140,7 +140,7 @@ BAD_INPUTS = {
     ),
     "train moments by name": (
         lambda: measured(train="train"),
-        "train must be ClassMoments or an iterable of batches, got str",
+        "train must be an iterable of batches, a Measurement or ClassMoments, got str",
     ),
     "pooling": (
         lambda: measured(layers=["0"], options=MeasureOptions(layer_pooling="max")),

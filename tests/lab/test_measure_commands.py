@@ -484,7 +484,6 @@ def test_features_in_files_are_measured_and_recorded(files_of_features, tmp_path
     ("flags", "message"),
     [
         (["--labels", "y.npy"], "labels belongs to --features"),
-        (["--features", "x.npy"], "labels must be given with features"),
         (["--features", "x.npy", "--labels", "y.npy", "--flips"], "flips has no effect with features"),
         (["--features", "x.npy", "--labels", "y.npy", "--data", "digits"], "data has no effect with features"),
         (["--features", "x.npy", "--labels", "y.npy", "--epoch", "1"], "epoch is for the record, and needs --out"),
