@@ -47,3 +47,17 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert line.startswith("neuralcollapse: error: ")
     assert not any("Traceback" in line or "error" in line for line in lines[:-1])
     return line.removeprefix("neuralcollapse: error: ")
+
+
+class CountedLoader:
+    """Batches of which each pass is counted."""
+
+    def __init__(self, batches):
+        self.batches, self.passes = batches, 0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        self.passes += 1
+        return iter(self.batches)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import normal
+from helpers import CountedLoader, normal
 from neuralcollapse import NearestETFClassifier, attach_head, measure, ood
 
 N, K, D = 60, 3, 8
@@ -272,20 +272,8 @@ def test_bad_inputs():
         ood.Detector(both, measurement, "ncm")(OTHERS)
 
 
-class CountedLoader:
-    def __init__(self, batches):
-        self.batches, self.started = batches, 0
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __iter__(self):
-        self.started += 1
-        return iter(self.batches)
-
-
 @pytest.mark.parametrize("progress", [True, False])
 def test_threshold_starts_the_loader_once(progress):
     loader = CountedLoader([(part,) for part in INPUTS.split(7)])
     ood.Detector(net(), record(net()), "energy").threshold(loader, progress=progress)
-    assert loader.started == 1
+    assert loader.passes == 1

@@ -11,7 +11,7 @@ import torch
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from torch import nn
 
-from helpers import normal
+from helpers import CountedLoader, normal
 from neuralcollapse import MeasureOptions, measure, ood
 
 N, K, D = 60, 3, 8
@@ -105,20 +105,10 @@ def test_the_model_runs_once_on_each_batch_and_keeps_its_modes():
 
 @pytest.mark.parametrize("progress", [False, True])
 def test_each_loader_is_iterated_once_under_its_own_name(progress, capsys):
-    class Loader:
-        def __init__(self, content):
-            self.content, self.passes = content, 0
-
-        def __len__(self):
-            return len(self.content)
-
-        def __iter__(self):
-            self.passes += 1
-            return iter(self.content)
-
-    model, test, far, near = net(), Loader(batches(TEST, TARGETS)), Loader(batches(FAR)), Loader(batches(FAR / 4))
+    model, loaders = net(), [*map(CountedLoader, (batches(TEST, TARGETS), batches(FAR), batches(FAR / 4)))]
+    test, far, near = loaders
     ood.evaluate(model, record(model), test, {"far": far, "near": near}, ["msp"], progress=progress)
-    assert [loader.passes for loader in (test, far, near)] == [1, 1, 1]
+    assert [loader.passes for loader in loaders] == [1, 1, 1]
     bars = {line.partition(":")[0].strip() for line in re.split(r"[\r\n]", capsys.readouterr().err)} - {""}
     assert bars == ({"test", "far", "near"} if progress else set())
 

@@ -90,11 +90,13 @@ def measure_unlabelled(
     """
     order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(0))
     chosen = order[:DRAWN].sort().values
-    drawn, norms, start = [], _Spread(), 0
+    drawn, start = [], 0
+    norms = ClassMoments(2, 1, dtype=torch.float64, device=moments.device)
     for block in blocks:
         rows = block.flatten(0, -2)
-        moments.update(rows, torch.zeros(len(rows), dtype=torch.int64, device=rows.device))
-        norms.update(torch.linalg.vector_norm(rows.double(), dim=1))
+        zeros = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+        moments.update(rows, zeros)
+        norms.update(torch.linalg.vector_norm(rows.double(), dim=1, keepdim=True), zeros)
         of_block = chosen[(chosen >= start) & (chosen < start + len(rows))] - start
         drawn.append(rows[of_block.to(rows.device)].double().cpu())
         start += len(rows)
@@ -107,12 +109,13 @@ def measure_unlabelled(
     if num_samples:
         metrics |= {
             "feature_norm": float(feature_norm(mean, variances, counts)),
-            "feature_norm_spread": norms.spread(),
+            "feature_norm_spread": _spread(norms),
             "rank_me": float(rank_me(covariance, mean, counts)),
         }
         if not statistics.constant:
             metrics["effective_rank_features"] = float(rank_me(covariance, torch.zeros_like(mean), counts))
-    metrics |= {"koleo": _koleo(features), "uniformity": _uniformity(features)}
+    distances = _distances(features)
+    metrics |= {"koleo": _koleo(distances), "uniformity": _uniformity(distances)}
     undefined = _reasons(metrics, features, statistics.constant)
     warn_of_undefined(undefined, depth=6)
     return UnlabelledMeasurement(
@@ -126,25 +129,10 @@ def measure_unlabelled(
     )
 
 
-class _Spread:
-    """Mean and variance of values that come in blocks, merged as in Chan et al. 1979, so that nothing cancels."""
-
-    def __init__(self) -> None:
-        self.count, self.mean, self.squares = 0, 0.0, 0.0
-
-    def update(self, values: Tensor) -> None:
-        """Add a block of values (n,)."""
-        if not len(values):
-            return
-        mean, total = float(values.mean()), self.count + len(values)
-        shift = mean - self.mean
-        self.squares += float((values - mean).square().sum()) + shift**2 * self.count * len(values) / total
-        self.mean += shift * len(values) / total
-        self.count = total
-
-    def spread(self) -> float:
-        """Return standard deviation (n) over mean; NaN if the mean is 0."""
-        return math.sqrt(self.squares / self.count) / self.mean if self.mean else math.nan
+def _spread(norms: ClassMoments) -> float:
+    """Return standard deviation (n) over mean of samples of one class with one feature; NaN if the mean is 0."""
+    mean = float(norms.means[0])
+    return math.sqrt(float(norms.within_class_trace[0]) / int(norms.counts[0])) / mean if mean else math.nan
 
 
 def _distances(features: Tensor) -> Tensor:
@@ -154,15 +142,15 @@ def _distances(features: Tensor) -> Tensor:
     return distances.fill_diagonal_(math.inf)
 
 
-def _koleo(features: Tensor) -> float:
-    return float(-_distances(features).min(dim=1).values.log().mean()) if len(features) > 1 else math.nan
+def _koleo(distances: Tensor) -> float:
+    return float(-distances.min(dim=1).values.log().mean()) if len(distances) > 1 else math.nan
 
 
-def _uniformity(features: Tensor) -> float:
-    if len(features) < 2:
+def _uniformity(distances: Tensor) -> float:
+    if len(distances) < 2:
         return math.nan
-    exponents = -_TEMPERATURE * _distances(features).square()
-    return float(exponents.flatten().logsumexp(0)) - math.log(len(features) * (len(features) - 1))
+    exponents = -_TEMPERATURE * distances.square()
+    return float(exponents.flatten().logsumexp(0)) - math.log(len(distances) * (len(distances) - 1))
 
 
 def _reasons(metrics: Mapping[str, float], features: Tensor, constant: bool) -> dict[str, str]:

@@ -8,7 +8,7 @@ from argparse import Action
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
@@ -18,6 +18,7 @@ from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.settings import closest_names, parse
 
 _Item = TypeVar("_Item")
+Epochs = Literal["last", "all"] | list[int]
 FAILED_IN_PART = 1
 _NAME_OF_SET = re.compile(r"[A-Za-z0-9][\w.+-]*")
 
@@ -44,6 +45,40 @@ def add_runs(parser: ArgumentParser, *, required: bool = True) -> None:
     """Add the folders of runs to read as positional arguments."""
     number = "+" if required else "*"
     parser.add_argument("runs", metavar="RUN", nargs=number, help="folders of runs or of comparisons of runs")
+
+
+def add_backbone(parser: ArgumentParser) -> None:
+    """Add the class that may be imported if the settings of a run name it."""
+    parser.add_argument("--backbone", metavar="CLASS", help="class of yours that a run was trained with: it is not "
+                        "imported because config.yaml names it")  # fmt: skip
+
+
+def add_epochs(parser: ArgumentParser) -> None:
+    """Add the epochs whose checkpoints are evaluated."""
+    parser.add_argument("--epochs", metavar="EPOCHS", help="last, all, or epochs of kept checkpoints with commas "
+                        "between them; by default last")  # fmt: skip
+
+
+def epochs_of(settings: Namespace) -> Epochs:
+    """Return the value of the flag of `add_epochs`.
+
+    Raises:
+        ValueError: if it is something else.
+    """
+    epochs: Epochs = option(settings, "epochs", Epochs, "last")
+    return epochs
+
+
+def runs_and_figures(settings: Namespace) -> list[tuple[RunFolder, Path]]:
+    """Return the runs to read, each with the folder of its figures: its own, or for one run the flag ``out``.
+
+    Raises:
+        ValueError: if a path is not the folder of a run or of several, or ``out`` is given for several.
+    """
+    runs, out = runs_of(option(settings, "runs", list[str])), option(settings, "out")
+    if out is not None and len(runs) > 1:
+        raise ValueError(f"out belongs to one run, got {len(runs)} runs, whose figures are in their own folders")
+    return [(run, Path(out or run.figures)) for run in runs]
 
 
 def runs_of(paths: Sequence[str]) -> list[RunFolder]:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
 from neuralcollapse.lab.commands import Command
-from neuralcollapse.lab.commands.common import Append, Outcome, add_runs, option, runs_of, unknown_sets_of
+from neuralcollapse.lab.commands.common import (
+    Append,
+    Outcome,
+    add_backbone,
+    add_epochs,
+    add_runs,
+    epochs_of,
+    option,
+    runs_and_figures,
+    unknown_sets_of,
+)
 from neuralcollapse.lab.settings import closest_names
 
 
@@ -17,20 +26,15 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--ood", action=Append, metavar="SET", help="noise, shuffled, rotated, held-out, or "
                         "NAME=FOLDER with images; may be given several times")  # fmt: skip
     parser.add_argument("--scores", metavar="A,B", help="scores to evaluate; by default all but knn")
-    parser.add_argument("--epochs", metavar="EPOCHS", help="last, all, or epochs of kept checkpoints with commas "
-                        "between them; by default last")  # fmt: skip
+    add_epochs(parser)
     parser.add_argument("--out", metavar="FOLDER", help="folder of the figures; by default figures/ of the run")
-    parser.add_argument("--backbone", metavar="CLASS", help="class of yours that a run was trained with: it is not "
-                        "imported because config.yaml names it")  # fmt: skip
+    add_backbone(parser)
 
 
 def _run(settings: Namespace) -> int:
     sets = unknown_sets_of(option(settings, "ood", list[str], []))
-    epochs = option(settings, "epochs", Literal["last", "all"] | list[int], "last")
-    runs = runs_of(option(settings, "runs", list[str]))
-    out = option(settings, "out")
-    if out is not None and len(runs) > 1:
-        raise ValueError(f"out belongs to one run, got {len(runs)} runs, whose figures are in their own folders")
+    epochs = epochs_of(settings)
+    runs = runs_and_figures(settings)
 
     from neuralcollapse.lab.evaluate.detection import detect_run
     from neuralcollapse.lab.figures.detection import write_detection
@@ -38,7 +42,7 @@ def _run(settings: Namespace) -> int:
 
     scores = _scores(option(settings, "scores", list[str]))
     outcome, preparation = Outcome(), Preparation(resumed=True, progress=True)
-    for run in runs:
+    for run, figures in runs:
         detections = []
         for detection in detect_run(
             run, preparation, sets, scores=scores, epochs=epochs, backbone=settings.get("backbone")
@@ -49,7 +53,7 @@ def _run(settings: Namespace) -> int:
             outcome.written += detection.written
         last = detections[-1]
         print(f"{run.path.name}, epoch {last.epoch}, test images against unknown inputs\n\n{last.evaluation!r}\n")
-        outcome.written += write_detection(run, last.evaluation, last.epoch, Path(out or run.figures))
+        outcome.written += write_detection(run, last.evaluation, last.epoch, figures)
     outcome.written = [*dict.fromkeys(outcome.written)]
     return outcome.report()
 

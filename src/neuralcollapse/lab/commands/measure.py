@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from neuralcollapse.lab.commands import Command
 from neuralcollapse.lab.commands.arguments import asked_for
-from neuralcollapse.lab.commands.common import Append, Outcome, add_runs, option, runs_of
+from neuralcollapse.lab.commands.common import Append, Outcome, add_backbone, add_runs, option, runs_of
 from neuralcollapse.lab.config import BatchSettings, DataSettings
 from neuralcollapse.lab.results.folder import RunFolder
 
@@ -30,8 +30,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
                         "blocks of the model, found by its structure")  # fmt: skip
     parser.add_argument("--probes", action="store_true", help="include the errors of the nearest class mean and of the "
                         "linear probe, in each layer too, and the effective depth")  # fmt: skip
-    parser.add_argument("--backbone", metavar="CLASS", help="class of yours that a run was trained with: it is not "
-                        "imported because config.yaml names it")  # fmt: skip
+    add_backbone(parser)
     parser.add_argument("--metrics", metavar="core|all", help="metrics that are printed of an external model or of "
                         "features; by default core, about twelve")  # fmt: skip
     parser.add_argument("--flips", action="store_true", help="instead, print the accuracy of the last checkpoint with "

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
 from neuralcollapse.lab.commands import Command
 from neuralcollapse.lab.commands.arguments import asked_for
-from neuralcollapse.lab.commands.common import Outcome, add_runs, option, runs_of
+from neuralcollapse.lab.commands.common import (
+    Outcome,
+    add_backbone,
+    add_epochs,
+    add_runs,
+    epochs_of,
+    option,
+    runs_and_figures,
+)
 from neuralcollapse.lab.config import DataSettings
 
 if TYPE_CHECKING:
@@ -21,26 +28,21 @@ def _add_arguments(parser: ArgumentParser) -> None:
     add_runs(parser)
     parser.add_argument("--layers", metavar="A,B", help="modules whose outputs are evaluated besides the features; by "
                         "default blocks, all blocks of the model; features for none")  # fmt: skip
-    parser.add_argument("--epochs", metavar="EPOCHS", help="last, all, or epochs of kept checkpoints with commas "
-                        "between them; by default last")  # fmt: skip
+    add_epochs(parser)
     parser.add_argument("--ridge", metavar="LAMBDA", help="penalty of the linear probe, in units of the mean variance "
                         "of a feature; by default 0")  # fmt: skip
     parser.add_argument("--out", metavar="FOLDER", help="folder of the figure; by default figures/ of the run")
-    parser.add_argument("--backbone", metavar="CLASS", help="class of yours that a run was trained with: it is not "
-                        "imported because config.yaml names it")  # fmt: skip
+    add_backbone(parser)
 
 
 def _run(settings: Namespace) -> int:
     given = asked_for(settings, DataSettings)
     layers = option(settings, "layers", list[str], ["blocks"])
-    epochs = option(settings, "epochs", Literal["last", "all"] | list[int], "last")
+    epochs = epochs_of(settings)
     ridge = option(settings, "ridge", float, 0.0)
     if not 0 <= ridge < float("inf"):
         raise ValueError(f"ridge must be finite and at least 0, got {ridge}")
-    runs = runs_of(option(settings, "runs", list[str]))
-    out = option(settings, "out")
-    if out is not None and len(runs) > 1:
-        raise ValueError(f"out belongs to one run, got {len(runs)} runs, whose figures are in their own folders")
+    runs = runs_and_figures(settings)
 
     from neuralcollapse.lab.evaluate.transfer import transfer_run
     from neuralcollapse.lab.figures.transfer import write_transfer
@@ -48,7 +50,7 @@ def _run(settings: Namespace) -> int:
 
     names = {"blocks": "blocks", "features": []}.get(layers[0], layers) if len(layers) == 1 else layers
     outcome, preparation = Outcome(), Preparation(resumed=True, progress=True)
-    for run in runs:
+    for run, figures in runs:
         results = transfer_run(
             run, preparation, given, layers=names, epochs=epochs, ridge=ridge, backbone=settings.get("backbone")
         )
@@ -56,7 +58,7 @@ def _run(settings: Namespace) -> int:
             title = f"{run.path.name}, epoch {result.epoch}, on {result.data}"
             print(f"{title}\n\n{_table(result.layers)}\n")
             stem = f"{result.data}-epoch{result.epoch}"
-            outcome.written += write_transfer(result.layers, title, stem, Path(out or run.figures))
+            outcome.written += write_transfer(result.layers, title, stem, figures)
         outcome.written.append(run.transfer)
     outcome.written = [*dict.fromkeys(outcome.written)]
     return outcome.report()

@@ -60,8 +60,7 @@ def measure_run(
         paths = checkpoint_files(run)
         prepared = saved_run(run, preparation, backbone)
         splits, loaders = select_splits(prepared.evaluation, splits)
-        measured = "model" if prepared.trained.average is None else "average"
-        layers = layers if layers == "blocks" else [f"{measured}.{name}" for name in layers]
+        layers = prepared.trained.measured_layers(layers)
         records, files = Records(run), CheckpointFiles(prepared.config, prepared.fingerprint)
         chosen = [path for index, path in enumerate(paths) if index % every == 0 or path == paths[-1]]
         shown = None if preparation.progress else True

@@ -77,8 +77,7 @@ def transfer_run(
         config = _settings_of(given, prepared)
         data = load_data(config, progress=preparation.progress).to(prepared.data.train.labels.device)
         _check_shape(data, prepared.data)
-        name, prefix = _name_of(config), "model" if prepared.trained.average is None else "average"
-        names: Layers = layers if isinstance(layers, str) else [f"{prefix}.{layer}" for layer in layers]
+        name, layers = _name_of(config), prepared.trained.measured_layers(layers)
         train, test = (replace(prepared.evaluation["test"], split=split) for split in (data.train, data.test))
         options, head = prepared.measure_options["options"], prepared.trained.measured.head
         for epoch, path in chosen.items():
@@ -89,7 +88,7 @@ def transfer_run(
                     train,
                     test,
                     data.num_classes,
-                    layers=names,
+                    layers=layers,
                     ridge=ridge,
                     classifier=head,
                     options=options,

@@ -14,6 +14,7 @@ from torch.optim import lr_scheduler
 from neuralcollapse.heads import AttachedHead, LearnedClassifier
 from neuralcollapse.lab.config import Optimisation, RunConfig, derived_seed
 from neuralcollapse.lab.training.agd import AGD, orthogonal_start
+from neuralcollapse.metrics.measure import Layers
 
 _T = TypeVar("_T")
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
@@ -164,6 +165,12 @@ class TrainedModel(nn.Module):
     def measured(self) -> AttachedHead:
         """The model that is measured: the average, if there is one."""
         return self.model if self.average is None else self.average
+
+    def measured_layers(self, layers: Layers) -> Layers:
+        """Return names of modules of the measured model as names in this one; ``"blocks"`` stays."""
+        if isinstance(layers, str):
+            return layers
+        return [f"{'model' if self.average is None else 'average'}.{name}" for name in layers]
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits of the measured model."""
