@@ -423,9 +423,15 @@ def test_the_classifier_of_a_bf16_run_is_an_etf_to_five_digits(method, tmp_path)
         assert float((gram - simplex_gram(10)).abs().max()) < 1e-5
 
 
-@pytest.mark.parametrize(("has_amx", "precision"), [(True, "bf16-mixed"), (False, "32")])
-def test_precision_auto_is_bfloat16_where_the_cpu_has_instructions_for_it(has_amx, precision, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("has_amx", "has_avx512", "precision"),
+    [(True, False, "bf16-mixed"), (False, True, "bf16-mixed"), (False, False, "32")],
+)
+def test_precision_auto_is_bfloat16_where_the_cpu_has_instructions_for_it(
+    has_amx, has_avx512, precision, monkeypatch, tmp_path
+):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_avx512)
     losses = {}
     for name in ("auto", precision):
         run = train_runs(
@@ -448,6 +454,7 @@ def test_a_run_does_not_resume_in_another_precision(monkeypatch, tmp_path):
         with pytest.raises(KeyboardInterrupt):
             train_runs(config, tmp_path / "run", progress=False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     with pytest.raises(ValueError, match="precision auto is 32 on this machine, and the run began with bf16-mixed"):
         train_runs(config, tmp_path / "run", resume=True, progress=False)
 

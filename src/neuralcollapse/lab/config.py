@@ -673,7 +673,7 @@ class Optimisation(Settings):
     precision: Literal["32", "bf16-mixed", "16-mixed", "auto"] = "32"
     """Precision of the network's products in training, by autocast; weights, class means, classifier, losses and
     measurements stay in 32 bits. 16-mixed, with scaled losses, needs cuda. auto is bf16-mixed on an accelerator that
-    computes in bfloat16 and on a CPU with AMX instructions for it, else 32."""
+    computes in bfloat16 and on a CPU with AMX or AVX512_BF16 instructions for it, else 32."""
     compile: bool = False
     """Train the backbone compiled by torch.compile: a wait at the start, then faster steps."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

@@ -63,10 +63,10 @@ def resolve_precision(
 
 
 def _computes_in_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies matrices of bfloat16 by instructions of its own; CPUs without AMX are slow at it."""
+    """Whether a device has instructions for products in bfloat16; a CPU without AMX and AVX512_BF16 is slow at them."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 def resolve_device(name: str, ranks: int = 1) -> torch.device:
