@@ -136,7 +136,7 @@ BAD_INPUTS = {
     ),
     "other train moments": (
         lambda: measured(train=ClassMoments(4, 9)),
-        r"train must be of K, d = \(4, 8\), got \(4, 9\)",
+        r"train must have K, d = \(4, 8\), got \(4, 9\)",
     ),
     "train moments by name": (
         lambda: measured(train="train"),

@@ -83,7 +83,7 @@ def test_ignored_samples_do_not_count():
     assert ignoring.mean_max_logit == pytest.approx(plain.mean_max_logit)
 
 
-@pytest.mark.filterwarnings("ignore:metrics that are not defined")
+@pytest.mark.filterwarnings("ignore:undefined metrics")
 def test_without_samples_or_features_they_are_undefined():
     targets, features, weight = torch.arange(N) % 3, normal(N, D), normal(3, D, seed=3)
     without = measured(features, weight, None, targets, per_sample=False)

@@ -99,7 +99,7 @@ def collapsed(num_classes=5, feature_dim=9, center=0.0, per_class=4):
     return deviations[targets] + center, targets, weight, -weight @ center
 
 
-@pytest.mark.filterwarnings("ignore:metrics that are not defined")
+@pytest.mark.filterwarnings("ignore:undefined metrics")
 def test_values_at_exact_collapse_are_those_of_the_docstrings():
     num_classes, length, c = 5, 3.0, 0.7
     features, targets, weight, bias = collapsed(center=0.3)
@@ -129,7 +129,7 @@ def test_values_at_exact_collapse_are_those_of_the_docstrings():
     assert float(share) == pytest.approx(3 / 5)
 
 
-@pytest.mark.filterwarnings("ignore:metrics that are not defined")
+@pytest.mark.filterwarnings("ignore:undefined metrics")
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -270,7 +270,7 @@ def test_bad_arguments(arguments, options, message):
         ood.fit_score(*arguments, **options)
 
 
-@pytest.mark.filterwarnings("ignore:metrics that are not defined")
+@pytest.mark.filterwarnings("ignore:undefined metrics")
 def test_a_record_of_one_class_or_of_nothing():
     features, targets, weight, bias, _ = data()
     one = measured(features, weight, bias, torch.zeros_like(targets))

@@ -130,5 +130,5 @@ def test_other_classes_leave_the_agreement_out_of_the_record():
     features, targets = unbalanced(1)
     measurement = measure_features(features, targets, normal(K, D, seed=2), progress=False)
     assert measurement.recompute().agreement_without_bias == measurement.agreement_without_bias
-    with pytest.warns(UserWarning, match="not defined"):
+    with pytest.warns(UserWarning, match="undefined metrics"):
         assert math.isnan(measurement.recompute(min_samples=10).agreement_without_bias)

@@ -243,7 +243,7 @@ def test_effective_depth_is_the_first_layer_that_separates():
         below = [number for number, error in enumerate(errors, 1) if error <= epsilon]
         assert measured.profile().effective_depth(epsilon) == (below[0] if below else 3)
     assert measured.metrics["effective_depth"] == measured.profile().effective_depth()
-    with pytest.raises(ValueError, match="at least one layer, got none"):
+    with pytest.raises(ValueError, match="at least one value, got none"):
         effective_depth([])
     for wrong in (-0.1, 1.5):
         with pytest.raises(ValueError, match="epsilon must be"):
@@ -304,7 +304,7 @@ def test_what_cannot_be_profiled_is_refused():
         plain.profile()
     assert list(layers.profile().metrics) == ["nc1_quotient", "rank_me"]
     assert len(layers.profile().plot().axes) == 2
-    with pytest.raises(ValueError, match="effective_depth needs the errors of the nearest class mean"):
+    with pytest.raises(ValueError, match="effective_depth needs errors of the nearest class mean"):
         layers.profile().effective_depth()
     with pytest.raises(ValueError, match=r"test must have the layers \['2'\], got \['2', '6'\]"):
         layers.profile(profiled(model))
@@ -330,5 +330,5 @@ def test_a_train_split_without_the_layers_is_refused():
     model = mlp()
     plain = measure(model, loader(), progress=False)
     assert measure(model, loader(TEST), train=plain, progress=False).train_moments is plain.moments
-    with pytest.raises(ValueError, match="train must be measured with the same layers for probes, got none of '2'"):
+    with pytest.raises(ValueError, match="train must be measured with the same layers for probes, but lacks layer '2'"):
         measure(model, loader(TEST), train=plain, layers=["2"], probes=True, progress=False)

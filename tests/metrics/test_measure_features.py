@@ -194,9 +194,9 @@ def test_features_in_memory_and_memory_mapped_are_not_copied(data, blocks_of_40_
         ({"weight": torch.ones(K, D + 1)}, r"weight must be of shape \(K, 12\)"),
         ({"bias": torch.ones(K + 1)}, r"bias must be of shape \(7,\)"),
         ({"weight": None}, "bias must come with the weight"),
-        ({"num_classes": 3}, "num_classes must be that of the weight, 7"),
+        ({"num_classes": 3}, "num_classes must be the number of rows of weight, 7"),
         ({"train": torch.ones(2)}, "train must be the moments"),
-        ({"ood": torch.ones(3, D + 1)}, "ood must be features of 12"),
+        ({"ood": torch.ones(3, D + 1)}, "ood must be features with 12"),
         ({"features": [[1.0]]}, "features must be a tensor, an array or the path"),
         ({"features": np.array(["a"])}, "features must be an array of numbers"),
         ({"features": "x.csv"}, "features must be a file of"),
@@ -226,7 +226,7 @@ def test_bad_files(data, tmp_path):
     with pytest.raises(ValueError, match="truncated"):
         measured(tmp_path / "x.safetensors", targets)
     pq.write_table(pa.table({"x": [[1.0, 2.0], [3.0]], "name": ["a", "b"], "y": [1.0, None]}), tmp_path / "x.parquet")
-    for name, message in (("x", "lists of one length"), ("name", "columns of numbers"), ("y", "missing values")):
+    for name, message in (("x", "lists of equal length"), ("name", "columns of numbers"), ("y", "missing values")):
         with pytest.raises(ValueError, match=message):
             open_rows("features", f"{tmp_path / 'x.parquet'}:{name}").whole()
     np.save(tmp_path / "x.npy", np.array([{}]), allow_pickle=True)

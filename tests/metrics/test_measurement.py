@@ -306,7 +306,7 @@ def test_a_safetensors_file_of_another_kind_is_refused(path):
 
 def test_a_file_of_a_newer_format_is_refused(path):
     path.write_bytes(save({"mystery": torch.eye(3)}, {"format": KIND, "format_version": "3", "package_version": "7.1"}))
-    with pytest.raises(ValueError, match="is newer: it has format 3 .* written by neuralcollapse 7.1; .* up to 2"):
+    with pytest.raises(ValueError, match="has the newer format 3 .* written by neuralcollapse 7.1; .* up to 2"):
         Measurement.load(path)
 
 
@@ -359,7 +359,7 @@ def test_a_file_of_format_2_stays_readable():
     assert old.undefined.keys() == {"nc1_cdnv"} | {name for name in old.metrics if "log" in name or "riesz" in name}
     assert old.layers_undefined["0"].keys() >= {"nc1_pinv", "nc3_duality"} & old.layers["0"].keys()
     assert old.moments.rounding == 4 * torch.finfo(torch.float32).eps
-    with pytest.warns(UserWarning, match="not defined are NaN"):
+    with pytest.warns(UserWarning, match="undefined metrics are NaN"):
         again = old.recompute()
     known = {name: value for name, value in old.metrics.items() if not name.endswith("_released")}
     assert again.metrics == pytest.approx(known, rel=1e-9, nan_ok=True)

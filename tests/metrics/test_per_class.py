@@ -77,7 +77,10 @@ def test_exponents_of_matrices():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_classes": 4}, r"5 matrices of 5 classes would take 1e-06 GB \(2e-07 GB each\); max_classes=5 takes it"),
+        (
+            {"max_classes": 4},
+            r"5 matrices of 5 classes would take 1e-06 GB \(2e-07 GB each\); max_classes=5 allows them",
+        ),
         ({"names": ["gauss"]}, "names must be of cosines_means, .*got .'gauss'"),
         ({"names": "cdnv"}, "names must be of cosines_means, .*got cdnv"),
         ({"names": ["cosines_weights"]}, "weight must be given for cosines_weights"),

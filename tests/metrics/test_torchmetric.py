@@ -306,7 +306,7 @@ BATCHES = {
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.filterwarnings("ignore:metrics that are not defined")
+@pytest.mark.filterwarnings("ignore:undefined metrics")
 def test_forward_on_any_batch_keeps_earlier_samples(classifier, batch):
     features, targets = BATCHES[batch]
     metric = updated(NeuralCollapse(4, 8, classifier, options=MeasureOptions(ignore_index=-1)))

@@ -110,7 +110,7 @@ def test_one_sample_per_class():
     values, undefined = of(normal(1, K, D), torch.arange(K))
     assert undefined == dict.fromkeys(
         [name for name in values if name in NC1],
-        "no class has more than one sample, so that nothing can vary within one",
+        "no class has more than one sample, so there is no within-class variation",
     )
     one_of_two, undefined = of(normal(1, K + 1, D), torch.arange(K + 1) % K)
     assert not undefined
@@ -330,9 +330,9 @@ def measured(model, targets=TARGETS, **options) -> Measurement:
 @pytest.mark.parametrize("bias", [1.0, -1.0])
 @pytest.mark.parametrize("dtype", [torch.float64, "mixed"])
 def test_a_network_that_died_is_measured_and_read_again(bias, dtype, tmp_path):
-    with pytest.warns(UserWarning, match="not defined are NaN.*layer '0'") as caught:
+    with pytest.warns(UserWarning, match="undefined metrics are NaN.*layer '0'") as caught:
         measurement = measured(network(bias), dtype=dtype)
-    assert len([one for one in caught if "not defined" in str(one.message)]) == 1
+    assert len([one for one in caught if "undefined metrics" in str(one.message)]) == 1
     assert caught[0].filename == __file__
     nan = {name for name, value in measurement.metrics.items() if math.isnan(value)}
     assert nan == measurement.undefined.keys()
@@ -344,7 +344,7 @@ def test_a_network_that_died_is_measured_and_read_again(bias, dtype, tmp_path):
     assert at_collapse <= {"nc4_bias"}
     assert measurement.layers_undefined["0"].keys() >= NC1 - {"nc1_numerical_rank"}
     printed = repr(measurement)
-    assert "not defined:\n  nc1_pinv, " in printed
+    assert "undefined:\n  nc1_pinv, " in printed
     assert "layer '0': nc1_pinv" in printed
 
     measurement.save(tmp_path / "it")
@@ -352,7 +352,7 @@ def test_a_network_that_died_is_measured_and_read_again(bias, dtype, tmp_path):
     assert loaded.undefined == measurement.undefined
     assert loaded.layers_undefined == measurement.layers_undefined
     assert loaded.metrics == pytest.approx(measurement.metrics, nan_ok=True)
-    with pytest.warns(UserWarning, match="not defined are NaN"):
+    with pytest.warns(UserWarning, match="undefined metrics are NaN"):
         again = loaded.recompute()
     assert again.metrics == pytest.approx(measurement.metrics, nan_ok=True)
     assert again.undefined == measurement.undefined

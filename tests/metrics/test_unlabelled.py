@@ -70,7 +70,7 @@ def test_metrics_of_labels_are_absent_with_a_reason():
     measurement = measured(FEATURES)
     absent = set(METRICS) - set(measurement.metrics)
     assert set(METRICS) & set(measurement.metrics) == {"feature_norm", "rank_me"}
-    assert {measurement.undefined[name] for name in absent} == {"needs labels, and none were given"}
+    assert {measurement.undefined[name] for name in absent} == {"needs labels, but none were given"}
     assert set(measurement.undefined) == absent
     assert "nc1_pinv" not in str(measurement)
     assert f"{len(absent)} metrics need labels" in str(measurement)
@@ -83,12 +83,12 @@ def test_metrics_of_labels_are_absent_with_a_reason():
         (torch.zeros(4, 3), {"rank_me": "all features are zero", "koleo": "4 of the drawn features are zero"}),
         (torch.ones(4, 3) * 0.1, {"effective_rank_features": "the same for all", "koleo": "the same for all"}),
         (torch.tensor([[1.0, 0], [2, 0], [0, 1]]), {"koleo": "two features have the same direction"}),
-        (torch.ones(1, 3), {"koleo": "there is no pair", "uniformity": "there is no pair"}),
+        (torch.ones(1, 3), {"koleo": "fewer than two features", "uniformity": "fewer than two features"}),
         (torch.ones(0, 3), {"feature_norm": "no sample", "uniformity": "no sample"}),
     ],
 )
 def test_undefined_metrics_are_nan_with_a_reason(features, reasons):
-    with pytest.warns(UserWarning, match="not defined"):
+    with pytest.warns(UserWarning, match="undefined metrics"):
         measurement = measured(features)
     for name, reason in reasons.items():
         assert math.isnan(measurement.metrics[name])

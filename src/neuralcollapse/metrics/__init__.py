@@ -1,7 +1,7 @@
 """Metrics of neural collapse: class moments, the published metrics as functions, and the measurement of a model.
 
-Each name is imported when it is first used, torchmetrics only with `NeuralCollapse`. The names are listed in
-``__init__.pyi``.
+Each name is imported when it is first used, and torchmetrics is imported only with `NeuralCollapse`. The names are
+listed in ``__init__.pyi``.
 """
 
 import lazy_loader

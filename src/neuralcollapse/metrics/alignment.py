@@ -1,7 +1,7 @@
 """Alignment of single features with the classifier rows of their classes, and the information that both share.
 
-In `alignment` both are centred. All others are functions of u = h/‖h‖ and ŵ_k = w_k/‖w_k‖, without a centre; losses on
-the sphere are compared by them.
+`alignment` centres features and rows. The other metrics are functions of u = h/‖h‖ and ŵ_k = w_k/‖w_k‖ without a
+centre, and serve to compare losses on the sphere.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ _NO_ENTROPY = 1e-12  # below this an entropy is rounding error
 def alignment(features: Tensor, targets: Tensor, weight: Tensor, center: Tensor) -> Tensor:
     """Mean over samples of cos(h − m, w_y − w̄); 1 at collapse. Source: Markou, Ajanthan & Gould, NeurIPS 2024.
 
-    NaN if a sample is at the centre, or the row of its class is the mean row, because such a vector has no direction.
+    The value is NaN if a sample is at the centre or the row of its class equals the mean row, because the difference
+    then has no direction.
 
     Args:
         features: h (N, d).
@@ -40,7 +41,7 @@ def alignment(features: Tensor, targets: Tensor, weight: Tensor, center: Tensor)
 
 
 def sample_alignments(features: Tensor, targets: Tensor, weight: Tensor, center: Tensor) -> Tensor:
-    """Return cos(h − m, w_y − w̄) of each sample (N,), whose mean is `alignment`."""
+    """Return cos(h − m, w_y − w̄) of each sample (N,); `alignment` is their mean."""
     targets = check_samples(features, targets, weight, center)
     rows = unit_deviations(weight, weight.mean(dim=0))
     return (unit_deviations(features, center).to(rows.dtype) * rows[targets]).sum(dim=1)
@@ -67,7 +68,7 @@ def instance_alignment(features: Tensor, targets: Tensor, weight: Tensor) -> Ten
 
 
 def sample_distances(features: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-    """Return ‖u_i − ŵ_y‖² of each sample (N,), whose mean is `instance_alignment`."""
+    """Return ‖u_i − ŵ_y‖² of each sample (N,); `instance_alignment` is their mean."""
     targets = check_samples(features, targets, weight)
     return (unit_rows(features.to(weight.dtype)) - unit_rows(weight)[targets]).square().sum(dim=1)
 
@@ -75,8 +76,8 @@ def sample_distances(features: Tensor, targets: Tensor, weight: Tensor) -> Tenso
 def class_alignment(features: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
     """Mean over the present classes of ‖û_k − ŵ_k‖²; 0 at collapse, 4 at most.
 
-    û_k is the mean of a class's u, scaled to unit norm. NaN if a feature, mean or row is zero.
-    Source: Koromilas et al., ICML 2026 (arXiv 2605.20302).
+    Here û_k is the mean of the unit features u of class k, scaled to unit norm. The value is NaN if a feature, mean or
+    row is zero. Source: Koromilas et al., ICML 2026 (arXiv 2605.20302).
 
     Args:
         features: h (N, d).
@@ -99,18 +100,19 @@ def class_alignment(features: Tensor, targets: Tensor, weight: Tensor) -> Tensor
 def matrix_information(features: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """MIR and HDR of the features with the classifier rows of their labels, from entropies of N × N kernels.
 
-    With K₁ = UUᵀ/N of the unit features, K₂ the same of the rows ŵ_y, and H the entropy of a kernel's eigenvalues,
+    With K₁ = UUᵀ/N for the unit features U, K₂ the corresponding kernel of the rows ŵ_y, and H the entropy of the
+    eigenvalues of a kernel,
 
         MIR = (H(K₁) + H(K₂) − H(N K₁∘K₂))/min(H(K₁), H(K₂)),   HDR = |H(K₁) − H(K₂)|/max(H(K₁), H(K₂)).
 
     At collapse of K balanced classes to a simplex ETF, MIR is 1/(K−1) + (K−2)log(K−2)/((K−1)log(K−1)) and HDR is 0.
-    MIR is NaN if the lesser entropy is 0, as for features with one direction or an ETF of two classes; HDR is NaN if
-    both entropies are 0; both are NaN if a feature or row is zero. Eigenvalues below N·eps count as 0 and have no
-    gradient. The cost is that of the eigenvalues of a matrix with min(N, d·rank(W)) rows: pass at most a few thousand
+    MIR is NaN if the smaller entropy is 0, as for features with a single direction or an ETF of two classes; HDR is NaN
+    if both entropies are 0; both are NaN if a feature or row is zero. Eigenvalues below N·eps count as 0 and have no
+    gradient. The function computes the eigenvalues of a matrix with min(N, d·rank(W)) rows: pass at most a few thousand
     samples.
 
-    Source: Song et al., "Unveiling the dynamics of information interplay" (ICML 2024, arXiv 2406.03999), between
-    class means and weights; between samples and weights in Koromilas et al., ICML 2026 (arXiv 2605.20302).
+    Source: Song et al., "Unveiling the dynamics of information interplay" (ICML 2024, arXiv 2406.03999), for class
+    means and weights; Koromilas et al., ICML 2026 (arXiv 2605.20302), for samples and weights.
 
     Args:
         features: h (N, d).
@@ -121,8 +123,8 @@ def matrix_information(features: Tensor, targets: Tensor, weight: Tensor) -> tup
         MIR and HDR, each in [0, 1].
 
     Raises:
-        ValueError: if an argument has another shape or type, or is not finite, there are no samples, or targets are
-            out of range.
+        ValueError: if an argument has the wrong shape or type or is not finite, if there are no samples, or if targets
+            are out of range.
 
     Examples:
         >>> from neuralcollapse import simplex_etf
@@ -147,7 +149,7 @@ def kernel_entropies(features: Tensor, targets: Tensor, weight: Tensor) -> Kerne
     """Return the entropies of `matrix_information`; NaN if a feature or row is zero."""
     targets = check_samples(features, targets, weight)
     if not len(features):
-        raise ValueError("features must hold a sample, got none")
+        raise ValueError("features must hold at least one sample, got none")
     check_finite("features", features)
     check_finite("weight", weight)
     unit, rows = unit_rows(features.double()), unit_rows(weight.double())
@@ -155,7 +157,7 @@ def kernel_entropies(features: Tensor, targets: Tensor, weight: Tensor) -> Kerne
     if not (torch.isfinite(unit).all() and torch.isfinite(rows[present]).all()):
         nan = (unit.sum() + rows.sum()) * torch.nan  # with their autograd graph
         return KernelEntropies(nan, nan, nan)
-    # The classifier rows in coordinates of their span, which they do not leave to first order.
+    # Coordinates of the classifier rows within their span; to first order, the rows do not leave it.
     _, singular, right = torch.linalg.svd(rows[present].detach(), full_matrices=False)
     nonzero = singular > max(len(present), rows.shape[1]) * torch.finfo(rows.dtype).eps * singular[0]
     label_rows = (rows[present] @ right[nonzero].T)[members]
@@ -167,7 +169,7 @@ def kernel_entropies(features: Tensor, targets: Tensor, weight: Tensor) -> Kerne
 
 
 def mutual_information_ratio(entropies: KernelEntropies) -> Tensor:
-    """Return MIR of `matrix_information`; NaN if the lesser entropy is 0."""
+    """Return MIR of `matrix_information`; NaN if the smaller entropy is 0."""
     first, second, joint = entropies
     least = torch.minimum(first, second)
     return (first + second - joint) / torch.where(least > _NO_ENTROPY, least, torch.nan)
@@ -191,7 +193,7 @@ def alignment_of_sums(sums: Tensor, weight: Tensor) -> Tensor:
 
 
 def _entropy(rows: Tensor) -> Tensor:
-    """Return the entropy of the kernel XXᵀ/N, from the smaller one of XXᵀ and XᵀX."""
+    """Return the entropy of the kernel XXᵀ/N, computed from the smaller of XXᵀ and XᵀX."""
     return _kernel_entropy(rows.T @ rows if rows.shape[1] < len(rows) else rows @ rows.T)
 
 

@@ -40,10 +40,10 @@ class Rows:
     """Array (N, ...) that is read block by block.
 
     Attributes:
-        shape: Its shape.
-        dtype: Its dtype.
-        read: Function of a number n that returns the blocks, of at most n rows each, in their order.
-        is_view: Whether blocks are views of memory or of a memory-mapped file, and cost no memory of their own.
+        shape: Shape of the array.
+        dtype: Data type of the array.
+        read: Function that takes a number n and yields the rows in order, in blocks of at most n rows.
+        is_view: Whether blocks are views of memory or of a memory-mapped file, and need no additional memory.
     """
 
     shape: tuple[int, ...]
@@ -63,15 +63,17 @@ def open_rows(argument: str, source: Source) -> Rows:
     """Return the rows of a tensor, an array or a file.
 
     Args:
-        argument: Name for messages.
-        source: A tensor; a NumPy array; or the path of a ``.npy``, ``.npz``, ``.safetensors`` or ``.parquet`` file,
-            with ``":NAME"`` after the path for one of several arrays in it. In a Parquet file the name is that of a
-            column, of numbers or of lists of one length, or a pattern such as ``"f*"`` of several columns of numbers.
+        argument: Name of the argument, for messages.
+        source: A tensor; a NumPy array; or the path of a ``.npy``, ``.npz``, ``.safetensors`` or ``.parquet`` file.
+            Append ``":NAME"`` to the path to select one of several arrays in the file. In a Parquet file, the name is a
+            column of numbers or of lists of equal length, or a pattern such as ``"f*"`` that matches several columns of
+            numbers.
 
     Raises:
-        ValueError: if it is none of these, the name is missing or not in the file, or the entries are not numbers.
+        ValueError: if the source has another type, the name is missing or not in the file, or the entries are not
+            numbers.
         OSError: if the file cannot be read.
-        ImportError: if a Parquet file is given, and pyarrow is not installed.
+        ImportError: if a Parquet file is given and pyarrow is not installed.
     """
     if isinstance(source, Tensor):
         return _of_tensor(source.detach())
@@ -97,7 +99,7 @@ def open_rows(argument: str, source: Source) -> Rows:
 
 def _of_tensor(tensor: Tensor) -> Rows:
     if not tensor.ndim:
-        raise ValueError("an array of features or labels must have rows, got a single number")
+        raise ValueError("an array of features or labels must have at least one dimension, got a single number")
     return Rows(tuple(tensor.shape), tensor.dtype, lambda size: iter(tensor.split(max(size, 1))), True)
 
 
@@ -115,7 +117,7 @@ def _of_array(argument: str, array: np.ndarray) -> Rows:
 
 
 def _as_tensor(array: np.ndarray) -> Tensor:
-    """Return an array as a tensor, which nothing writes to."""
+    """Return an array as a tensor, which must not be written to."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writable.*")
         return torch.from_numpy(array)
@@ -138,7 +140,7 @@ def _of_archive(argument: str, path: Path, name: str | None) -> np.ndarray:
             if member.compress_type != zipfile.ZIP_STORED:
                 with archive.open(member) as stream:
                     return np.lib.format.read_array(stream, allow_pickle=False)
-            file.seek(member.header_offset + 26)  # lengths of the name and of the extra field, which data follow
+            file.seek(member.header_offset + 26)  # lengths of the name and of the extra field, which precede the data
             lengths = np.frombuffer(file.read(4), "<u2")
             file.seek(member.header_offset + 30 + int(lengths.sum()))
             version = np.lib.format.read_magic(file)
@@ -147,7 +149,7 @@ def _of_archive(argument: str, path: Path, name: str | None) -> np.ndarray:
             )
             shape, in_columns, dtype = read_header(file)
             if dtype.hasobject:
-                raise ValueError("it holds objects")
+                raise ValueError("it contains objects")
             order: Literal["F", "C"] = "F" if in_columns else "C"
             return np.memmap(path, dtype, mode="c", offset=file.tell(), shape=shape, order=order)
     except (zipfile.BadZipFile, EOFError) as error:
@@ -199,35 +201,35 @@ def _of_parquet(argument: str, path: Path, name: str | None) -> Rows:
         listing = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
         number = kind.value_type if listing and len(columns) == 1 else kind
         if not (types.is_integer(number) or types.is_floating(number)):
-            raise ValueError(f"{argument} must be of columns of numbers, and {column!r} of {path} is of {kind}")
+            raise ValueError(f"{argument} must be columns of numbers, but column {column!r} of {path} has type {kind}")
 
     def read(size: int) -> Iterator[Tensor]:
         for batch in file.iter_batches(max(size, 1), columns=columns):
             if any(batch.column(column).null_count for column in columns):
-                raise ValueError(f"{argument} must have no missing values, and {path} has some")
+                raise ValueError(f"{argument} must not have missing values, but {path} has some")
             arrays = [_numbers(argument, path, batch.column(column)) for column in columns]
             whole_name = len(columns) == 1 and name in (None, columns[0])
             yield _as_tensor(arrays[0] if whole_name else np.column_stack(arrays))
 
     first = next(read(1), None)
     if first is None:
-        raise ValueError(f"{argument} must have rows, and {path} has none")
+        raise ValueError(f"{argument} must have at least one row, but {path} has none")
     return Rows((file.metadata.num_rows, *first.shape[1:]), first.dtype, read, False)
 
 
 def _numbers(argument: str, path: Path, column: Any) -> np.ndarray:
-    """Return a column of numbers as (n,), one of lists as (n, d)."""
+    """Return a column of numbers as (n,), or a column of lists as (n, d)."""
     if not hasattr(column, "flatten") or not hasattr(column.type, "value_type"):
         return column.to_numpy(zero_copy_only=False)
     values = column.flatten()
     lengths = np.unique(column.value_lengths().to_numpy(zero_copy_only=False))
     if len(lengths) > 1 or values.null_count:
-        raise ValueError(f"{argument} must be of lists of one length without missing values, in {path} they are not")
+        raise ValueError(f"{argument} must be lists of equal length without missing values, unlike those of {path}")
     return values.to_numpy(zero_copy_only=False).reshape(len(column), -1)
 
 
 def _chosen(argument: str, path: Path, name: str | None, names: list[str]) -> str:
-    """Return the name of an array in a file, which need not be given if there is only one."""
+    """Return the name of an array in a file; it may be left out if the file has only one array."""
     if name is None and len(names) == 1:
         return names[0]
     if name not in names:

@@ -1,4 +1,4 @@
-"""All metrics of class moments: every entry of the catalogue whose inputs are known."""
+"""All metrics of class moments: every entry of the catalogue whose inputs are available."""
 
 from __future__ import annotations
 
@@ -30,23 +30,24 @@ def collapse_metrics(
 ) -> dict[str, float]:
     """Return every metric of neural collapse that can be computed from class moments, in fp64.
 
-    The function with the name of a metric documents it. Metrics of the classifier need ``weight``, ``nc5_ood`` needs
-    ``ood_mean``, metrics relative to a Gram matrix (``nc2_gram_means``, ``nc2_gram_weights``, ``nc3_gram_duality``)
-    need ``options.code``, and ``nc1_numerical_rank`` needs moments with per-class scatter.
+    Each metric is documented by the function of the same name. Metrics of the classifier need ``weight``, ``nc5_ood``
+    needs ``ood_mean``, metrics relative to a Gram matrix (``nc2_gram_means``, ``nc2_gram_weights``,
+    ``nc3_gram_duality``) need ``options.code``, and ``nc1_numerical_rank`` needs moments with per-class scatter.
 
-    An undefined metric is NaN, and one warning gives the reasons, which `undefined_metrics` returns. ``nc1_pinv``,
-    ``nc1_vci`` and ``rank_me`` are undefined if the options leave out classes whose scatter is pooled with the others'
-    (a class with one sample has none, and ``ClassMoments(..., class_scatter=True)`` keeps the scatters apart).
+    Undefined metrics are NaN, and one warning gives the reasons; `undefined_metrics` returns them. ``nc1_pinv``,
+    ``nc1_vci`` and ``rank_me`` are undefined if the options leave out classes whose scatter is pooled with that of the
+    other classes. A class with a single sample has no scatter, and ``ClassMoments(..., class_scatter=True)`` keeps the
+    scatter of each class separately.
 
     Args:
         moments: Moments of the features that the weight multiplies.
         weight: W (K, d).
-        bias: b (K,) of the classifier with that weight; None for 0.
+        bias: b (K,) of the same classifier; None for 0.
         ood_mean: (d,) mean feature of out-of-distribution data.
         options: Centre, classes left out, pairs and code.
 
     Returns:
-        Name to value, in the order of `neuralcollapse.catalogue.METRICS`.
+        Dictionary from name to value, in the order of `neuralcollapse.catalogue.METRICS`.
 
     Raises:
         ValueError: if the options leave fewer than two classes, a bias is given without a weight, or a shape or type is
@@ -73,7 +74,7 @@ def undefined_metrics(
     ood_mean: Tensor | None = None,
     options: MeasureOptions = MeasureOptions(),
 ) -> dict[str, str]:
-    """Return the reasons of the metrics that are NaN in `collapse_metrics` of the same arguments.
+    """Return the reason for each metric that is NaN in `collapse_metrics` with the same arguments.
 
     Args:
         moments: As for `collapse_metrics`.
@@ -83,7 +84,7 @@ def undefined_metrics(
         options: As for `collapse_metrics`.
 
     Returns:
-        Name to reason.
+        Dictionary from name to reason.
 
     Raises:
         ValueError: as for `collapse_metrics`.
@@ -92,7 +93,7 @@ def undefined_metrics(
         >>> moments = ClassMoments(num_classes=2, feature_dim=2)
         >>> moments.update(torch.tensor([[1.0, 0], [0, 1]]), torch.tensor([0, 1]))
         >>> undefined_metrics(moments)["nc1_quotient"]
-        'no class has more than one sample, so that nothing can vary within one'
+        'no class has more than one sample, so there is no within-class variation'
     """
     return measure_moments(moments, weight, bias, ood_mean, options).undefined
 
@@ -105,7 +106,7 @@ def measure_moments(
     ood_mean: Tensor | None,
     options: MeasureOptions,
 ) -> MetricValues:
-    """Return what `collapse_metrics` and `undefined_metrics` return, without a warning."""
+    """Return the results of `collapse_metrics` and of `undefined_metrics`, without a warning."""
     measured = class_statistics(moments, options)
     inputs = MomentInputs.of(moments, measured, weight, bias, ood_mean, options.code)
     entries = [
@@ -125,9 +126,9 @@ def measure_moments(
 
 @dataclass(frozen=True)
 class MomentInputs:
-    """Inputs of the metrics of moments, in fp64, by the names of the catalogue; None if unknown.
+    """Inputs of the metrics of moments, in fp64, with the names used in the catalogue; None if unknown.
 
-    K counts the measured classes, of which weight, bias and code are the rows.
+    K is the number of measured classes; weight, bias and code have the rows of these classes only.
     """
 
     class_means: Tensor
@@ -197,7 +198,7 @@ class MomentInputs:
 
     @cached_property
     def finite(self) -> dict[str, bool]:
-        """Whether the values of each known tensor are finite; those of the class scatter as its traces."""
+        """Name of each known tensor to whether its values are finite; the class scatter is tested by its traces."""
         tensors = {name: getattr(self, name) for name in self.known - {"spectrum", "class_scatter"}}
         flags = torch.stack([torch.isfinite(tensor).all() for tensor in tensors.values()]).tolist()
         finite = dict(zip(tensors, flags, strict=True))
@@ -224,14 +225,14 @@ def _values(entries: list[Metric], inputs: MomentInputs, resolution: Tensor) -> 
             entry.function: _of_tile(entry.function, [getattr(inputs, name) for name in entry.inputs[1:]])
             for entry in over_pairs
         }
-        if functions:  # one pass over the pairs of class means, one over those of the rows of W
+        if functions:  # one pass over the pairs of class means, and one over the pairs of rows of W
             statistics = pair_statistics(getattr(inputs, vectors), functions, resolution=distance)
             values |= {entry.name: getattr(statistics[entry.function], entry.statistic) for entry in over_pairs}
     return values
 
 
 def _of_tile(name: str, others: list[Tensor]) -> Any:
-    """Return the function of a tile of pairs, with its other inputs."""
+    """Return a metric's function of a tile of pairs, with the other inputs bound."""
     function = find_function(name)
     return lambda tile: function(tile, *others)
 

@@ -19,25 +19,26 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def wu2024(measurement: Measurement) -> MetricValues:
-    """Return the eleven metrics of the example of rhubarbwu/neural-collapse, and the reasons of undefined ones.
+    """Return the eleven metrics of the example of rhubarbwu/neural-collapse, and the reasons for undefined ones.
 
     With M (K, d) the class means, 0 for a class without samples, m = Σ_k M_k/K, C = M − m, Σ_W = S/N, Σ_B = CᵀC/K:
 
-    - ``nc1_pinv``, ``nc1_svd``: tr(Σ_B† Σ_W)/K, by two algorithms there; ``nc1_quot``: tr Σ_W/tr Σ_B;
+    - ``nc1_pinv``, ``nc1_svd``: tr(Σ_B† Σ_W)/K, which that library computes by two algorithms; ``nc1_quot``:
+      tr Σ_W/tr Σ_B;
       ``nc1_cdnv``: mean over pairs of (v_k + v_l)/(2‖M_k − M_l‖²);
     - ``nc2_etf_err``: ‖CCᵀ/‖CCᵀ‖_F − (I − 11ᵀ/K)/√(K−1)‖_F; ``nc2g_dist``, ``nc2g_log``: population variance over pairs
       of r and −log r, r = ‖ĉ_k − ĉ_l‖;
     - ``nc3_dual_err``: ‖WCᵀ/‖WCᵀ‖_F − (I − 11ᵀ/K)/√(K−1)‖_F; ``nc3u_uni_dual``: unbiased variance of w_k·c_k;
     - ``nc4_agree``: share of samples whose nearest class mean is argmax_k (Wh)_k;
-    - ``nc5_ood_dev``: mean over k of |cos(M_k, m_ood)|; m_ood is the mean of the out-of-distribution data, and in the
-      library that of the means of their classes.
+    - ``nc5_ood_dev``: mean over k of |cos(M_k, m_ood)|; here m_ood is the mean of all out-of-distribution samples, in
+      that library the mean of their class means.
     """
     moments = measurement.moments.to("cpu")
     means, counts = moments.means.double(), moments.counts
     centred = means - means.mean(dim=0)
     within = moments.within_class_scatter.double() / counts.sum()
     variances = moments.within_class_trace.double() / counts.clamp(min=1)
-    reason, undefined = "the formula has no finite value for what was measured", {}
+    reason, undefined = "the formula has no finite value for the measured data", {}
     finite = all(bool(torch.isfinite(tensor).all()) for tensor in (means, within, variances))
     values = dict.fromkeys(
         ("nc1_pinv", "nc1_svd", "nc1_quot", "nc1_cdnv", "nc2_etf_err", "nc2g_dist", "nc2g_log"), math.nan
@@ -60,7 +61,7 @@ def wu2024(measurement: Measurement) -> MetricValues:
             values["nc4_agree"] = measurement.agreement_without_bias
             if measurement.absent_classes:
                 values["nc4_agree"] = math.nan
-                undefined["nc4_agree"] = "classes without samples would be compared as classes of mean 0"
+                undefined["nc4_agree"] = "classes without samples would be treated as classes with mean 0"
     if "" in measurement.ood_means:
         values["nc5_ood_dev"] = float(nc5_ood(means, measurement.ood_means[""].double().cpu()))
     infinite = [name for name, value in values.items() if not math.isfinite(value)]

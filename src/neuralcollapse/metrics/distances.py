@@ -1,4 +1,4 @@
-"""Distances of classifier rows and class means to their nearest simplex ETFs, and of these to a reference epoch."""
+"""Distances of classifier rows and class means to their nearest simplex ETFs, and of these to those of an epoch."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ def etf_distances(
 ) -> dict[str, float]:
     """Return squared Frobenius distances of W, C and their nearest simplex ETFs, each scaled to unit Frobenius norm.
 
-    C are the class means minus their centre. Distances to a nearest ETF lie in [0, 2], those between ETFs in [0, 4].
-    The first three are 0 at collapse. Rows that are all equal have no nearest ETF: their distances are NaN, with a
-    warning. Source: Markou, Ajanthan & Gould, NeurIPS 2024.
+    C are the class means minus their centre. Distances to a nearest ETF lie in [0, 2], distances between ETFs in
+    [0, 4]. The first three distances are 0 at collapse. If the rows of a matrix are all equal, it has no nearest ETF:
+    its distances are NaN, with a warning. Source: Markou, Ajanthan & Gould, NeurIPS 2024.
 
     Args:
         weight: W (K, d), d at least K − 1.
-        class_means: M (K, d); centred or not if the classes are balanced.
-        center: ``"samples"``: C = M minus the mean of all samples, as published; ``"classes"``: minus the mean of
-            the class means.
-        class_counts: (K,) numbers of samples, for the mean of all samples; None for balanced classes.
+        class_means: M (K, d). If the classes are balanced, they may already be centred.
+        center: ``"samples"``: C is M minus the mean of all samples, as published; ``"classes"``: C is M minus the mean
+            of the class means.
+        class_counts: (K,) numbers of samples per class, from which the mean of all samples follows; None for balanced
+            classes.
         reference_weight: W₀ (K, d) of a reference epoch.
         reference_means: M₀ (K, d) of a reference epoch with the same class counts.
 
@@ -62,7 +63,7 @@ def etf_distances(
 
     weight, centred_means = weight.double(), _centred(class_means, shares)
     weight_etf, means_etf = _nearest(weight), _nearest(centred_means, class_means)
-    # nc3_distance is the squared distance of two matrices at unit Frobenius norm.
+    # nc3_distance is the squared distance between two matrices scaled to unit Frobenius norm.
     distances = {
         "etf_weights": nc3_distance(weight_etf, weight),
         "etf_means": nc3_distance(means_etf, centred_means),
@@ -74,7 +75,7 @@ def etf_distances(
         reference_etf = _nearest(_centred(reference_means, shares), reference_means)
         distances["etf_means_reference"] = nc3_distance(means_etf, reference_etf)
     equal = Condition(
-        "equal rows", "the rows of a matrix are all equal, up to rounding, and have no nearest ETF", False
+        "equal rows", "the rows of a matrix are all equal, up to rounding, so it has no nearest ETF", False
     )
     values, undefined = without_undefined({name: float(distance) for name, distance in distances.items()}, [equal])
     warn_of_undefined(undefined)
@@ -82,7 +83,7 @@ def etf_distances(
 
 
 def _nearest(rows: Tensor, given: Tensor | None = None) -> Tensor:
-    """Return the nearest simplex ETF of rows; NaN if they are all equal, up to the rounding of the given ones."""
+    """Return the simplex ETF nearest to the rows; NaN if these are all equal, up to the rounding of ``given``."""
     given = rows if given is None else given
     noise = 4 * torch.finfo(given.dtype).eps * torch.linalg.vector_norm(given.double(), dim=1).amax()
     spread = torch.linalg.vector_norm(rows - rows.mean(dim=0), dim=1).amax()
@@ -90,7 +91,7 @@ def _nearest(rows: Tensor, given: Tensor | None = None) -> Tensor:
 
 
 def _shares(class_counts: Tensor | None, class_means: Tensor) -> Tensor:
-    """Return the share of each class in the centre, (K,)."""
+    """Return the weight of each class mean in the centre, (K,)."""
     num_classes = len(class_means)
     if class_counts is None:
         return torch.full((num_classes,), 1 / num_classes, dtype=torch.float64, device=class_means.device)

@@ -65,45 +65,47 @@ def measure_features(
     provenance: Provenance = Provenance(),
     progress: bool = True,
 ) -> Measurement | UnlabelledMeasurement:
-    """Measure neural collapse of features, as `measure` does of a model.
+    """Measure neural collapse of stored features, as `measure` does for a model.
 
-    Without labels, metrics that need none are measured: norms, ranks, and spread over the sphere.
+    Without labels, only metrics that do not need labels are measured: norms, ranks, and spread over the sphere.
 
-    Each array is a tensor, a NumPy array, or the path of a file: ``.npy``, ``.npz``, ``.safetensors`` or ``.parquet``,
-    with ``":NAME"`` after the path for one of several arrays in it. In a Parquet file the name is that of a column, of
-    numbers or of lists of one length, or a pattern such as ``"f*"`` of several columns of numbers. Files are
-    memory-mapped and read block by block. With ``per_sample=False`` the memory is that of the moments, the labels and a
-    block. The metrics of single samples take about 100 bytes per sample besides, and ``nc1_numerical_rank`` up to 1 GB.
-    Features of Parquet and of compressed .npz files take ``options.cache_bytes`` besides, and more go to a temporary
-    file.
+    Each array is a tensor, a NumPy array, or the path of a ``.npy``, ``.npz``, ``.safetensors`` or ``.parquet`` file.
+    Append ``":NAME"`` to the path to select one of several arrays in the file. In a Parquet file, the name is a column
+    of numbers or of lists of equal length, or a pattern such as ``"f*"`` that matches several columns of numbers.
+
+    Files are memory-mapped and read block by block. With ``per_sample=False``, only the moments, the labels and one
+    block are in memory. The metrics of single samples take about 100 bytes per sample in addition, and
+    ``nc1_numerical_rank`` takes up to 1 GB. Features of Parquet and of compressed .npz files are cached: up to
+    ``options.cache_bytes`` in memory, the rest in a temporary file.
 
     The logits, for predictions and accuracies, are features · Wᵀ + b in the dtype of the features, at least fp32.
 
     Args:
         features: (N, d) floating point; (B, T, d) with labels (B, T), or (B, d, H, W) with labels (B, H, W), such as
             the features of pixels.
-        labels: Integer classes in [0, K). ``options.ignore_index`` leaves samples out. With ``"predicted"``, the class
-            of each sample is the one that the classifier predicts, and the accuracy is absent. With None, all further
-            arguments that need labels must be left out, and of the options only ``dtype`` has an effect.
-        weight: W (K, d) of the classifier. Without it, metrics that need one are left out, and accuracies with them.
+        labels: Integer classes in [0, K). Samples with the label ``options.ignore_index`` are left out. With
+            ``"predicted"``, the class of each sample is the one that the classifier predicts, and the accuracy is
+            absent. With None, all other arguments that need labels must be left out, and ``dtype`` is the only option
+            that has an effect.
+        weight: W (K, d) of the classifier. Without it, accuracies and metrics that need a weight are left out.
         bias: b (K,) of the classifier; None for 0.
         num_classes: K, without a weight; by default the greatest label plus 1.
-        train: The ``moments`` of the measurement of the train split, if this is another one; as for `measure`.
-        ood: Out-of-distribution features of the same d, for ``nc5_ood``.
-        device: Device that computes; by default that of ``features``, if it is a tensor, else the CPU.
+        train: The ``moments`` of the measurement of the train split, if another split is measured; as for `measure`.
+        ood: Out-of-distribution features with the same d, for ``nc5_ood``.
+        device: Device of the computation; by default that of ``features`` if it is a tensor, else the CPU.
         options: As for `measure`; ``layer_pooling`` has no effect.
         provenance: Epoch and split for the record, and a name for the model.
         progress: Show a progress bar.
 
     Returns:
-        The measurement; without labels an `UnlabelledMeasurement`. Undefined metrics are NaN; ``undefined`` has their
-        reasons, and so has one warning. Metrics that need labels which are not given are absent, with a reason in
-        ``undefined``.
+        The measurement; without labels an `UnlabelledMeasurement`. Undefined metrics are NaN; the reasons are in
+        ``undefined`` and in one warning. Without labels, metrics that need them are absent, and ``undefined`` has a
+        reason for each.
 
     Raises:
-        ValueError: if labels are needed and not given, or a weight for ``labels="predicted"``; if an array has another
-            shape or type, labels are out of range, features are not finite (the message names the block), a bias or
-            ``num_classes`` does not belong to the weight, or a file is of another kind.
+        ValueError: if labels are needed and not given, or ``labels="predicted"`` is given without a weight; if an array
+            has the wrong shape or type, labels are out of range, features are not finite (the message names the block),
+            a bias or ``num_classes`` does not fit the weight, or a file has another format.
         OSError: if a file cannot be read.
 
     Examples:
@@ -128,7 +130,7 @@ def measure_features(
     feature_dim = _feature_dim(rows, targets)
     matrix, offset = _classifier(weight, bias, feature_dim, device)
     if predicted and matrix is None:
-        raise ValueError("weight must be given with labels='predicted', which are those of its classifier")
+        raise ValueError("weight must be given with labels='predicted', which are the predictions of its classifier")
     num_classes = _num_classes(num_classes, matrix, targets, options.ignore_index)
     if train is not None:
         if not isinstance(train, ClassMoments):
@@ -156,7 +158,7 @@ def measure_features(
 def _check_needs_no_labels(**arguments: object) -> None:
     for name, value in arguments.items():
         if value is not None:
-            hint = "; labels='predicted' takes those of the classifier" if name == "weight" else ""
+            hint = "; labels='predicted' uses the predictions of the classifier" if name == "weight" else ""
             raise ValueError(f"labels must be given with {name}{hint}")
 
 
@@ -172,7 +174,7 @@ def _row_elements(rows: Rows) -> int:
 
 
 def _shape(rows: Rows) -> tuple[torch.Size, int]:
-    """Return the shape of the positions, (N,), (B, T) or (B, H, W), and d."""
+    """Return the shape of the sample positions, (N,), (B, T) or (B, H, W), and d."""
     shape, expected = rows.shape, "(N, d), (B, T, d) or (B, d, H, W)"
     if len(shape) not in (2, 3, 4):
         raise ValueError(f"features must be of shape {expected}, got {shape}")
@@ -182,7 +184,7 @@ def _shape(rows: Rows) -> tuple[torch.Size, int]:
 
 
 def _feature_dim(rows: Rows, targets: Tensor | None) -> int:
-    """Return d; raise unless features and labels fit."""
+    """Return d; raise a `ValueError` unless the shapes of features and labels fit."""
     positions, feature_dim = _shape(rows)
     if targets is None:
         return feature_dim
@@ -224,15 +226,15 @@ def _num_classes(
 ) -> int:
     if weight is not None:
         if num_classes not in (None, len(weight)):
-            raise ValueError(f"num_classes must be that of the weight, {len(weight)}, got {num_classes}")
+            raise ValueError(f"num_classes must be the number of rows of weight, {len(weight)}, got {num_classes}")
         return len(weight)
     if num_classes is not None:
         check_at_least("num_classes", num_classes, 2)
         return num_classes
-    assert targets is not None  # predicted ones have a weight
+    assert targets is not None  # predicted labels are given with a weight
     counted = targets if ignore_index is None else targets[targets != ignore_index]
     if not len(counted) or (greatest := int(counted.max())) < 1:
-        raise ValueError("labels must be of at least two classes, or num_classes must be given")
+        raise ValueError("labels must contain at least two classes, or num_classes must be given")
     return greatest + 1
 
 
@@ -247,7 +249,7 @@ def _blocks(rows: Rows, size: int, progress: bool, description: str) -> Iterator
 
 
 def _last_dimension(block: Tensor) -> Tensor:
-    """Return features (B, d, H, W) as (B, H, W, d), others as they are."""
+    """Return features (B, d, H, W) as (B, H, W, d), and features of other shapes unchanged."""
     return block.movedim(1, -1) if block.ndim == 4 else block
 
 
@@ -263,7 +265,7 @@ def _mean_feature(ood: Source, feature_dim: int, device: torch.device, progress:
     rows = open_rows("ood", ood)
     dimension = rows.shape[1] if len(rows.shape) == 4 else rows.shape[-1]
     if len(rows.shape) not in (2, 3, 4) or dimension != feature_dim or not rows.shape[0]:
-        raise ValueError(f"ood must be features of {feature_dim} dimensions, got an array of shape {rows.shape}")
+        raise ValueError(f"ood must be features with {feature_dim} dimensions, got an array of shape {rows.shape}")
     total, count = torch.zeros(feature_dim, dtype=torch.float64, device=device), 0
     for block in _blocks(rows, max(1, _BLOCK_ELEMENTS // _row_elements(rows)), progress, "ood"):
         samples = _last_dimension(block).flatten(0, -2).to(device, torch.float64)

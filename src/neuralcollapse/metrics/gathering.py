@@ -1,4 +1,4 @@
-"""Results of one run over data, gathered batch by batch, and the measurement that they give."""
+"""Results of one pass of a model over data, gathered batch by batch, and the measurement computed from them."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from neuralcollapse.metrics.samples import FeatureCache, SampleValues, measure_s
 from neuralcollapse.metrics.statistics import MeasureOptions
 from neuralcollapse.metrics.undefined import NO_SAMPLE, MetricValues, warn_of_undefined, without_undefined
 
-SAMPLE_SIZE = 1000  # features kept for figures
+SAMPLE_SIZE = 1000  # number of features saved for figures
 
 
 class Gathered:
-    """Results of one run over data: moments of features and layers, hits, labels, and cached samples.
+    """Results of one pass over data: moments of features and layers, hits, labels, and cached samples.
 
     Args:
         num_classes: K.
         feature_dim: d.
         device: Device of the moments.
-        cache: Cache of the samples, to which they are added if the options include metrics of single samples.
+        cache: Cache to which the samples are added if the options include metrics of single samples.
         options: Options of the measurement.
-        bias: b (K,) that the logits contain, or None.
-        caches: Context that ends the caches of layers, which are kept for probes; None without probes.
+        bias: b (K,) that is part of the logits, or None.
+        caches: Context that closes the caches of layers, which probes need; None without probes.
     """
 
     def __init__(
@@ -119,16 +119,16 @@ class Gathered:
         *,
         predicted: bool = False,
     ) -> Measurement:
-        """Return the measurement, with one warning that gives the reasons of undefined metrics.
+        """Return the measurement, with one warning that gives the reasons for undefined metrics.
 
         Args:
-            weight: W (K, d) that gave the logits, or None without a classifier.
+            weight: W (K, d) of the classifier that computed the logits; None without a classifier.
             bias: b (K,), or None.
-            train_moments: Moments of the train split, if it is another one.
-            ood_means: Mean out-of-distribution feature, under ``""``, and of each layer.
+            train_moments: Moments of the train split, if another split is measured.
+            ood_means: Mean feature of the out-of-distribution data, under the key ``""``, and that of each layer.
             provenance: Origin of the data.
-            train_layers: Moments of each layer on the train split, if it is another one.
-            predicted: Whether the targets are the predictions of the classifier, whose accuracy then has no meaning.
+            train_layers: Moments of each layer on the train split, if another split is measured.
+            predicted: Whether the targets are the predictions of the classifier; its accuracy is then meaningless.
         """
         moments, options = self.moments, self.options
         metrics, undefined = measure_moments(moments, weight, bias, ood_means.get(""), options)
@@ -191,6 +191,6 @@ class Gathered:
 
 
 def check_train_moments(train: ClassMoments, num_classes: int, feature_dim: int) -> None:
-    """Raise unless the moments of a train split are of K classes and d dimensions."""
+    """Raise a `ValueError` unless the moments of a train split have K classes and d dimensions."""
     if train.means.shape != (num_classes, feature_dim):
-        raise ValueError(f"train must be of K, d = {(num_classes, feature_dim)}, got {tuple(train.means.shape)}")
+        raise ValueError(f"train must have K, d = {(num_classes, feature_dim)}, got {tuple(train.means.shape)}")

@@ -1,4 +1,4 @@
-"""The blocks of a model, found from its structure and from one forward."""
+"""Blocks of a model, determined from its structure and from one forward pass."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _Named = tuple[str, nn.Module]
 
 @dataclass
 class ModuleCalls:
-    """Calls of a module during a forward.
+    """Calls of a module during a forward pass.
 
     Attributes:
-        count: Their number.
+        count: Number of calls.
         has_features: Whether the last output is, or begins with, a floating-point tensor with a dimension of samples.
     """
 
@@ -30,7 +30,7 @@ class ModuleCalls:
 
 @contextmanager
 def recorded_calls(model: nn.Module) -> Iterator[dict[str, ModuleCalls]]:
-    """Record the calls of all modules inside the context, by dotted name, in the order in which the last ones end."""
+    """Record the calls of all modules inside the context, by dotted name, in the order in which the last calls end."""
     calls: dict[str, ModuleCalls] = {}
 
     def hook_of(name: str) -> Callable[..., None]:
@@ -48,18 +48,19 @@ def recorded_calls(model: nn.Module) -> Iterator[dict[str, ModuleCalls]]:
 
 
 def block_names(model: nn.Module, calls: Mapping[str, ModuleCalls], classifier: nn.Module) -> list[str]:
-    """Return the dotted names of the modules whose outputs are those of the blocks of a model, in their order.
+    """Return the dotted names of the modules whose outputs are the outputs of a model's blocks, in order.
 
-    Containers (``nn.Sequential``, ``nn.ModuleList``) are read as lists, and modules that hold several modules of the
-    user's or the library's own classes in a list (as a network holds residual blocks, or an encoder its layers) are
-    replaced by their children; if this leaves fewer than two blocks, modules are replaced by their children until there
-    are two. Each module with a weight of at least two dimensions begins a block; modules without (norms, activations,
-    poolings) belong to the block before them. The output of a block is that of its last module that is called once.
+    Containers (``nn.Sequential``, ``nn.ModuleList``) are read as lists. A module that holds a list of at least two
+    modules which consist of layers themselves (such as a network with residual blocks, or an encoder with layers) is
+    replaced by its children. If this leaves fewer than two blocks, modules are replaced by their children until there
+    are two. Each module that has a weight with at least two dimensions begins a block; modules without such a weight
+    (norms, activations, poolings) belong to the preceding block. The output of a block is that of its last module that
+    is called exactly once.
 
     Args:
         model: The model.
-        calls: Calls of its modules in one forward, of `recorded_calls`.
-        classifier: Its classifier, which belongs to no block.
+        calls: Calls of its modules in one forward pass, from `recorded_calls`.
+        classifier: Its classifier, which does not belong to any block.
 
     Examples:
         >>> import torch
@@ -100,9 +101,10 @@ def _expanded(modules: list[_Named], classifier: nn.Module) -> Iterator[_Named]:
 def _holds_blocks(module: nn.Module, classifier: nn.Module) -> bool:
     """Return whether a module holds the classifier, or a list of at least two modules that consist of layers."""
     inside = list(module.modules())[1:]
-    lists = (one for one in inside if isinstance(one, _CONTAINERS))
-    return any(one is classifier for one in inside) or any(
-        sum(any(map(_has_matrix, element.children())) for element in _elements(one)) >= 2 for one in lists
+    containers = (descendant for descendant in inside if isinstance(descendant, _CONTAINERS))
+    return any(descendant is classifier for descendant in inside) or any(
+        sum(any(map(_has_matrix, element.children())) for element in _elements(container)) >= 2
+        for container in containers
     )
 
 
@@ -120,7 +122,7 @@ def _blocks(modules: list[_Named], calls: Mapping[str, ModuleCalls], classifier:
     groups: list[list[str]] = []
     for name, module in modules:
         if module is classifier:
-            groups.append([])  # what follows it is dropped with it
+            groups.append([])  # modules that follow the classifier are dropped with it
         elif name in calls and _has_matrix(module):
             groups.append([name])
         elif groups and groups[-1]:
@@ -131,7 +133,7 @@ def _blocks(modules: list[_Named], calls: Mapping[str, ModuleCalls], classifier:
 
 
 def _children(name: str, module: nn.Module) -> list[_Named]:
-    return [(f"{name}.{child}" if name else child, one) for child, one in module.named_children()]
+    return [(f"{name}.{child_name}" if name else child_name, child) for child_name, child in module.named_children()]
 
 
 def _has_matrix(module: nn.Module) -> bool:

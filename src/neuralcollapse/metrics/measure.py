@@ -1,4 +1,4 @@
-"""Measurement of a model on a loader, with one run of the model per loader."""
+"""Measurement of a model on a loader, with one pass of the model over each loader."""
 
 from __future__ import annotations
 
@@ -45,49 +45,50 @@ def measure(
 ) -> Measurement:
     """Measure neural collapse of a model on a loader.
 
-    The model runs once over each loader, in evaluation mode and without gradients; afterwards every module has its
-    former mode. The features are the tensor that the weight of the classifier multiplies.
+    The model runs once over each loader, in evaluation mode and without gradients; afterwards the mode of every module
+    is restored. The features are the tensor that the weight of the classifier multiplies.
 
-    The first batch decides which module is the classifier: the one for which features · Wᵀ + b equals the output of
-    the model, within rounding. Names only decide between several such modules. A model without such a module is
-    refused, for instance if a prior or a temperature follows the classifier. Compiled models run uncompiled.
+    The first batch determines which module is the classifier: the one for which features · Wᵀ + b equals the output of
+    the model, up to rounding. Names are used only to choose between several such modules. A model without such a module
+    raises an error, for instance if a prior or a temperature follows the classifier. Compiled models run uncompiled.
 
     Args:
         model: Any module that ends in a classifier. It returns logits (..., K), alone or in a tuple, mapping or
-            dataclass; if one of the tensors is called ``logits``, it is compared.
+            dataclass; if one of the returned tensors is called ``logits``, that tensor is compared.
         loader: Batches; ``(input, target)`` pairs, unless ``unpack`` is given. Targets are (B,), or (B, T) for features
             (B, T, d) of tokens.
-        classifier: The classifier, or its dotted name, if several modules compute an output. It is verified too.
-        train: The train split, if ``loader`` is another one: a loader, its own measurement, or the ``moments`` of that.
-            Its class means and centre are used for the nearest class mean, the cosine margin, the alignment and the
-            probes; samples of classes without a sample in it are left out of these.
+        classifier: The classifier, or its dotted name, if several modules compute an output. It is verified as well.
+        train: The train split, if ``loader`` is another split: a loader, a measurement of the train split, or the
+            ``moments`` of such a measurement. Its class means and centre are used for the nearest class mean, the
+            cosine margin, the alignment and the probes; samples of classes that it does not contain are left out of
+            these.
         ood: Out-of-distribution data for ``nc5_ood``; targets are ignored.
-        layers: Dotted names of modules whose outputs are measured as well; the last output of a module that is called
-            several times. ``"blocks"``: the outputs of the blocks of the model, such as residual blocks, encoder layers
-            or a linear layer with its activation; for this the first batch runs twice.
-        probes: Include the errors of the nearest class mean and of the linear probe (`linear_probe`), ``ncc_error`` and
-            ``probe_error``, of the features and of each layer, and ``effective_depth`` if there are layers. Class means
-            and probe are those of the train split. The features of all layers are kept until the end, once more up to
-            ``options.cache_bytes`` in memory.
+        layers: Dotted names of modules whose outputs are measured as well. If a module is called several times, its
+            last output is measured. ``"blocks"``: the outputs of the blocks of the model, such as residual blocks,
+            encoder layers or a linear layer with its activation; to find them, the first batch runs twice.
+        probes: Include ``ncc_error`` and ``probe_error``, the errors of the nearest class mean and of the linear probe
+            (`linear_probe`), for the features and for each layer, and ``effective_depth`` if there are layers. Class
+            means and probe are those of the train split. The features of all layers are cached until the end of the
+            measurement, with a further ``options.cache_bytes`` of memory.
         unpack: Function of a batch that returns ``(inputs, targets)``, where inputs are a tensor, a tuple of positional
-            or a mapping of keyword arguments. ``"next_token"`` is for causal language models: batches are tokens (B, T)
-            or mappings with ``input_ids``, and the target of a position is the next token; the last position, padding
-            and labels −100 are left out, with ``options.ignore_index`` −100 unless it is given. Otherwise there is a
-            warning if the targets are the input tokens themselves.
-        device: Device to which the model is moved; by default it stays where it is.
+            arguments or a mapping of keyword arguments. ``"next_token"`` is for causal language models: batches are
+            tokens (B, T) or mappings with ``input_ids``, and the target of a position is the next token. The last
+            position, padding and labels −100 are left out; ``options.ignore_index`` is then −100 by default. In all
+            other cases, a warning is given if the targets are the input tokens themselves.
+        device: Device to which the model is moved; by default it is not moved.
         options: Classes left out, centre, precision, and metrics to include.
         provenance: Epoch and split for the record, and a name for the model.
         progress: Show a progress bar.
 
     Returns:
-        The measurement. Undefined metrics are NaN; ``undefined`` has their reasons, and so has one warning.
+        The measurement. Undefined metrics are NaN; the reasons are in ``undefined`` and in one warning.
 
     Raises:
-        ValueError: if no module computes the output of the model, or several do (the message names them, with their
-            shapes and greatest difference), or it is not called once per forward; if a loader is empty, train moments
-            have another K or d, features are not finite (the message names the batch), targets are out of range, or the
-            options leave fewer than two classes. The model, its hooks and buffers and torch's random state are then
-            left unchanged.
+        ValueError: if no module or several modules compute the output of the model (the message names the candidates,
+            with their shapes and greatest differences), or the classifier is not called exactly once per forward pass;
+            if a loader is empty, train moments have another K or d, features are not finite (the message names the
+            batch), targets are out of range, or the options leave fewer than two classes. The model, its hooks and
+            buffers and torch's random state are then left unchanged.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -135,7 +136,7 @@ def measure(
 def measure_splits(
     model: nn.Module, loaders: Mapping[str, Iterable[Any]], provenance: Provenance = Provenance(), **options: Any
 ) -> dict[str, Measurement]:
-    """Measure every split, ``"train"`` first and the others relative to its class means.
+    """Measure every split; ``"train"`` is measured first, and the others relative to its class means.
 
     Args:
         model: The model.
@@ -144,7 +145,7 @@ def measure_splits(
         options: Further arguments of `measure`.
 
     Returns:
-        Split to measurement.
+        Dictionary from split to measurement.
     """
     measurements: dict[str, Measurement] = {}
     for split in sorted(loaders, key=lambda split: split != "train"):
@@ -172,7 +173,7 @@ def check_split_options(loaders: Any, options: Mapping[str, Any]) -> None:
 def _moments_of_train_split(
     train: Iterable[Any] | Measurement | ClassMoments | None, run: ModelRun, gathered: Gathered, *, probes: bool
 ) -> tuple[ClassMoments | None, dict[str, ClassMoments]]:
-    """Return the moments of the features of the train split, and for probes those of each layer."""
+    """Return the moments of the features of the train split and, for probes, those of each layer."""
     if isinstance(train, Measurement):
         return train.moments, train.layer_moments
     if train is None or isinstance(train, ClassMoments):
@@ -187,10 +188,10 @@ def _moments_of_train_split(
 
 
 def _check_train(train: ClassMoments | Measurement, weight: Tensor, layers: Sequence[str]) -> None:
-    """Raise unless the train split has moments of the features, and of each of these layers."""
+    """Raise a `ValueError` unless the train split has moments of the features and of each of these layers."""
     if isinstance(train, Measurement):
         if missing := [name for name in layers if name not in train.layer_moments]:
-            raise ValueError(f"train must be measured with the same layers for probes, got none of {missing[0]!r}")
+            raise ValueError(f"train must be measured with the same layers for probes, but lacks layer {missing[0]!r}")
         train = train.moments
     check_train_moments(train, *weight.shape)
 
@@ -214,7 +215,7 @@ def _check_arguments(
 
 
 def check_layers(layers: object) -> None:
-    """Raise unless the argument is a list of names, or ``"blocks"``."""
+    """Raise a `ValueError` unless the argument is a list of names, or ``"blocks"``."""
     if layers != "blocks" and (isinstance(layers, str) or not isinstance(layers, Sequence)):
         raise ValueError(f"layers must be a list of names, or 'blocks', got {layers!r}")
 
@@ -231,10 +232,10 @@ class _Outputs:
 
 @dataclass
 class ModelRun:
-    """Runs of a model over loaders, with its classifier and some layers observed.
+    """Passes of a model over loaders, during which its classifier and some layers are observed.
 
-    The first batch decides which module is the classifier, and which are the blocks; later batches are compared with
-    the decision about the classifier.
+    The first batch determines which module is the classifier and which modules end the blocks; on later batches the
+    classifier is verified again.
     """
 
     model: nn.Module
@@ -258,7 +259,7 @@ class ModelRun:
             yield _Outputs(features, logits, targets, self._pooled(layers, targets.shape))
 
     def mean_features(self, loader: Iterable[Any]) -> dict[str, Tensor]:
-        """Return the mean feature (d,) over a loader, under the empty name, and that of each layer."""
+        """Return the mean feature (d,) over a loader, under the empty name, and the mean output of each layer."""
         sums: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
         for _, features, _, layers in self.calls(loader, "ood"):
@@ -273,7 +274,8 @@ class ModelRun:
     ) -> Iterator[tuple[Tensor | None, Tensor, Tensor, dict[str, Tensor]]]:
         """Yield targets, features, logits and layer outputs of each batch.
 
-        Errors name the argument; the progress bar has the description, by default the name of the argument.
+        Error messages contain the name of the argument. The progress bar shows the description, by default the name of
+        the argument.
         """
         layers: dict[str, Tensor] = {}
         empty = True
@@ -307,14 +309,14 @@ class ModelRun:
         return block_names(self.model, calls, self.observer.classifier.module)
 
     def _drop_features(self, layers: dict[str, Tensor], features: Tensor) -> None:
-        """Leave out the last block if its output is the features, which are measured anyway."""
+        """Leave out the last block if its output equals the features, which are measured in any case."""
         assert not isinstance(self.layers, str)
         if not self.layers:
             raise ValueError("layers='blocks' found no block besides the classifier; name the layers")
         last = self._pool(layers[self.layers[-1]], features.shape[:-1])
         if last.shape == features.shape:
             last, scale = last.to(features.dtype), float(features.abs().max())
-            if torch.allclose(last, features, rtol=1e-2, atol=1e-3 * scale):  # a mean in another order
+            if torch.allclose(last, features, rtol=1e-2, atol=1e-3 * scale):  # means summed in another order may differ
                 self.layers = self.layers[:-1]
 
     def _pooled(self, layers: dict[str, Tensor], shape: torch.Size) -> dict[str, Tensor]:
@@ -332,7 +334,7 @@ class ModelRun:
 
 
 def unpack_pair(batch: Any) -> tuple[Any, Tensor | None]:
-    """Return the input and the target of a pair, or an input without target."""
+    """Return the input and the target of a pair, or an input and None."""
     if isinstance(batch, Tensor):
         return batch, None
     if isinstance(batch, tuple | list) and len(batch) == 2:

@@ -1,4 +1,4 @@
-"""Measurements as records: metrics, the moments they were computed from, and their provenance."""
+"""Records of measurements: metrics, the moments from which they were computed, and their provenance."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ if TYPE_CHECKING:
 KIND, FORMAT = "neuralcollapse.measurement", 2
 _LARGEST_HEADER = 100_000_000  # bytes, of the safetensors format
 _OF_CLASSES = ("min_samples", "drop_classes_above")
-_SAVED = ("center", *_OF_CLASSES, "pairwise")  # options from which metrics of moments are computed, besides the code
+_SAVED = ("center", *_OF_CLASSES, "pairwise")  # options that affect metrics of moments, in addition to the code
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Origin of a measurement; `measure` fills in the last two, and the class of the model if ``model`` is empty.
+    """Origin of a measurement; `measure` sets the last two fields, and ``model`` to the class name if it is empty.
 
     Attributes:
         epoch: Number of epochs trained, or None.
-        split: Measured part of the data, or None.
-        model: Class of the model, or the caller's name for it.
+        split: Measured split of the data, or None.
+        model: Name given by the caller, or the class name of the model.
         labels: SHA-256 of the measured labels, as 64-bit integers in their order.
         package_version: Version of neuralcollapse.
 
@@ -67,32 +67,33 @@ class Measurement:
     """Result of `measure`.
 
     Attributes:
-        metrics: Name to value, NaN for undefined metrics: all of `collapse_metrics`; ``accuracy`` and (for K > 5)
-            ``accuracy_top5`` of the classifier itself; and the metrics of single samples. `neuralcollapse.catalogue`
-            defines them all.
+        metrics: Dictionary from name to value, NaN for undefined metrics: all of `collapse_metrics`; ``accuracy`` and
+            (for K > 5) ``accuracy_top5`` of the classifier itself; and the metrics of single samples.
+            `neuralcollapse.catalogue` defines all of them.
         moments: Class moments of the features.
         weight: W (K, d) of the classifier; (0, d) if features were measured without one.
         bias: b (K,), or None.
         cos_margins: (N,) cosine margins of all samples, ascending.
         ncc_mismatch: (K,) share of the samples of each class whose nearest class mean is not the predicted class; NaN
             for a class without samples.
-        class_accuracy: (K,) share of the samples of each class that the classifier assigns to it; NaN for a class
-            without samples, and without a classifier.
+        class_accuracy: (K,) share of the samples of each class that the classifier assigns to that class; NaN for a
+            class without samples, and NaN everywhere without a classifier.
         mean_max_logit: Mean over samples of the greatest logit that the model returned.
         residual_norms: (d,) mean norm of the components of the features outside the j leading principal directions
             about −W⁺b, for j = 0, …, d − 1, for the out-of-distribution score ViM; empty without ``per_sample``.
         agreement_without_bias: Share of the samples whose nearest class mean is the class of the greatest entry of Wh,
             as the library of Wu & Papyan measures NC4; NaN without such samples.
-        undefined: Name to reason, for each metric that is NaN, or absent because the labels are predictions.
-        layers: For each named layer, its metrics.
-        layers_undefined: For each layer with undefined metrics, their reasons.
-        layer_moments: For each named layer, its class moments.
-        sample_features: At most 1,000 of the features for figures, in fp16 (bf16 if they exceed its range); the same
-            samples for the same data.
-        sample_targets: Their classes.
-        ood_means: Mean out-of-distribution feature, under ``""``, and of each layer, under its name; empty without such
-            data.
-        train_moments: Class moments of the train split that was the reference, if it is not the measured one. Not
+        undefined: Dictionary from name to reason, for each metric that is NaN or that is absent because the labels are
+            predictions.
+        layers: Metrics of each named layer.
+        layers_undefined: For each layer with undefined metrics, the reasons.
+        layer_moments: Class moments of each named layer.
+        sample_features: At most 1,000 of the features for figures, in fp16 (bf16 if they exceed the range of fp16); the
+            same samples are chosen for the same data.
+        sample_targets: Classes of the samples in ``sample_features``.
+        ood_means: Mean of the out-of-distribution features, under the key ``""``, and of each layer, under its name;
+            empty without such data.
+        train_moments: Class moments of the train split that served as the reference, if another split is measured; not
             saved.
         provenance: Origin of the measurement.
         options: Options of the measurement. Of these, ``center``, ``min_samples``, ``drop_classes_above``, ``pairwise``
@@ -131,14 +132,14 @@ class Measurement:
         return (self.moments.counts == 0).nonzero().flatten().tolist()
 
     def __repr__(self) -> str:
-        """The core metrics by group, the reasons of undefined ones and the absent classes, without tensors."""
+        """Return the core metrics by group, the reasons for undefined ones and the absent classes, without tensors."""
         return self.summary()
 
     def summary(self, metrics: str = "core") -> str:
-        """Return metrics by group with their values at collapse, the reasons of undefined ones and the absent classes.
+        """Return metrics by group with their values at collapse, the reasons for undefined ones and the absent classes.
 
         Args:
-            metrics: ``"core"``: about twelve, which `print` shows; ``"all"``.
+            metrics: ``"core"``: the about twelve metrics that `print` shows; ``"all"``: all metrics.
 
         Raises:
             ValueError: if ``metrics`` is neither.
@@ -152,7 +153,7 @@ class Measurement:
         return html_table(*self._summary("core"))
 
     def _summary(self, metrics: str) -> tuple[str, list[str], list[list[str]], list[str]]:
-        """Return caption, head, rows and notes of a table of metrics; the row of a group has one cell."""
+        """Return caption, head, rows and notes of a table of metrics; the heading row of a group has one cell."""
         check_choice("metrics", metrics, ("core", "all"))
         shown = {name: self.metrics[name] for name in self.metrics if metrics == "all" or name in CORE}
         rows: list[list[str]] = []
@@ -166,18 +167,18 @@ class Measurement:
             rows.append([name, f"{value:.4g}", "" if at_collapse is None else f"{at_collapse:.4g}"])
         notes = []
         if hidden := len(self.metrics) - len(shown):
-            notes.append(f"{hidden} more: measurement.metrics, measurement.summary('all')")
+            notes.append(f"{hidden} more: see measurement.metrics and measurement.summary('all')")
         if absent := self.absent_classes:
             present = self.num_classes - len(absent)
             notes.append(f"of {self.num_classes:,} classes {present:,} have samples; absent: {listed(absent)}")
         if reasons := grouped(self.undefined, self.layers_undefined):
-            notes += ["not defined:", *(f"  {line}" for line in reasons)]
+            notes += ["undefined:", *(f"  {line}" for line in reasons)]
         subject = f"Measurement of {self.provenance.model or 'a model'}"
         caption = f"{subject}, {self.moments.counts.sum():,} samples, {self.num_classes:,} classes"
         return caption, ["", "value", "at collapse"], rows, notes
 
     def plot(self, figure: str = "classes") -> Figure:
-        """Draw a figure, by default norms, variances and cosines of every class; `neuralcollapse.plot` names them all.
+        """Draw a figure, by default norms, variances and cosines of every class; see `neuralcollapse.plot` for others.
 
         Args:
             figure: Name of the figure.
@@ -193,16 +194,17 @@ class Measurement:
     def recompute(self, **changes: Any) -> Measurement:
         """Compute every metric of moments again, with changed options and the formulas of this version.
 
-        Values that need single samples or per-class scatter are kept if no changed option affects them, and left out
-        otherwise: accuracies are always kept, the others while the same classes are measured, and those that depend on
-        the centre while it is the same as well. One warning gives the reasons of undefined metrics.
+        Values that need single samples or per-class scatter are retained if the changed options do not affect them, and
+        left out otherwise. Accuracies are always retained. The other values are retained if the measured classes are
+        the same and, for values that depend on the centre, if the centre is the same. One warning gives the reasons for
+        undefined metrics.
 
         Args:
             **changes: Any of the options ``center``, ``min_samples``, ``drop_classes_above``, ``pairwise`` and ``code``
                 of `MeasureOptions`.
 
         Raises:
-            ValueError: if another option is given; else as for `MeasureOptions` and `collapse_metrics`.
+            ValueError: if another option is given, or as for `MeasureOptions` and `collapse_metrics`.
         """
         if unknown := changes.keys() - {*_SAVED, "code"}:
             names = ", ".join((*_SAVED, "code"))
@@ -210,7 +212,7 @@ class Measurement:
         options = replace(self.options, **changes)
 
         def updated(old: MetricValues, new: MetricValues) -> MetricValues:
-            """Return the new values, and the old ones that the options do not affect."""
+            """Return the new values, and the old values that the options do not affect."""
             names = {name for name in old.metrics if name not in new.metrics and self._is_unaffected(name, options)}
             return MetricValues(
                 in_order({name: value for name, value in old.metrics.items() if name in names} | new.metrics),
@@ -246,14 +248,15 @@ class Measurement:
     def named(self, convention: str) -> dict[str, float]:
         """Return the metrics under the names and with the conventions of another library.
 
-        ``"wu2024"``: rhubarbwu/neural-collapse, the library of Wu & Papyan (NeurIPS 2024), and the eleven names of its
-        example: ``nc1_pinv``, ``nc1_svd``, ``nc1_quot``, ``nc1_cdnv``, ``nc2_etf_err``, ``nc2g_dist``, ``nc2g_log``,
-        ``nc3_dual_err``, ``nc3u_uni_dual``, ``nc4_agree``, ``nc5_ood_dev``. As there, the centre is the mean of the
-        class means, a class without samples counts as one with mean 0, all classes are measured whatever the options
-        are, the kernels of ``nc2g`` are given by their variance, and the classifier of ``nc4_agree`` has no bias.
+        ``"wu2024"`` is rhubarbwu/neural-collapse, the library of Wu & Papyan (NeurIPS 2024), with the eleven names of
+        its example: ``nc1_pinv``, ``nc1_svd``, ``nc1_quot``, ``nc1_cdnv``, ``nc2_etf_err``, ``nc2g_dist``,
+        ``nc2g_log``, ``nc3_dual_err``, ``nc3u_uni_dual``, ``nc4_agree``, ``nc5_ood_dev``. As in that library, the
+        centre is the mean of the class means, a class without samples counts as a class with mean 0, all classes are
+        measured regardless of the options, the values of ``nc2g`` are the variances of the kernels, and the classifier
+        of ``nc4_agree`` has no bias.
 
         Metrics whose inputs were not measured (a weight, single samples, out-of-distribution data) are left out. One
-        warning gives the reasons of undefined metrics, which are NaN.
+        warning gives the reasons for undefined metrics, which are NaN.
 
         Args:
             convention: ``"wu2024"``.
@@ -274,11 +277,11 @@ class Measurement:
         return values
 
     def profile(self, test: Measurement | None = None) -> LayerProfile:
-        """Return the profile of the layers, the features last: collapse, errors of the probes, and rank, by depth.
+        """Return the profile of the layers by depth: collapse, errors of the probes, and rank; the features are last.
 
         Args:
-            test: Measurement of another split with the same layers, relative to this one (``train=``), whose errors the
-                profile shows as well.
+            test: Measurement of another split with the same layers, relative to this measurement (``train=``). The
+                profile then also shows its errors.
 
         Raises:
             ValueError: if no layers were measured, or the other split has other layers.
@@ -297,9 +300,9 @@ class Measurement:
         return LayerProfile.of(self, test)
 
     def _is_unaffected(self, name: str, options: MeasureOptions) -> bool:
-        """Return whether a value that moments do not give is the same with other options."""
+        """Return whether a value that does not follow from moments is the same with other options."""
         entry = METRICS.get(name)
-        if entry is None or entry.group == "accuracy":  # metrics that this version lacks are left out
+        if entry is None or entry.group == "accuracy":  # metrics that this version does not have are left out
             return entry is not None
         same_classes = all(getattr(self.options, bound) == getattr(options, bound) for bound in _OF_CLASSES)
         same_center = "center" not in entry.inputs or self.options.center == options.center
@@ -308,9 +311,9 @@ class Measurement:
     def save(self, path: str | Path) -> None:
         """Write the measurement, without ``train_moments`` and per-class scatter, to a safetensors file.
 
-        Moments, weight, margins and values are written in fp64, each scatter as its upper triangle, the version of the
-        format and `Provenance` in the header. The file contains no code and can be read from any language. It is
-        written completely or not at all.
+        Moments, weight, margins and values are written in fp64, and each scatter as its upper triangle. The header
+        contains the version of the format and the `Provenance`. The file contains no code and can be read from any
+        language. It is written completely or not at all.
 
         Raises:
             OSError: if the file cannot be written; an existing file is then left unchanged.
@@ -353,15 +356,16 @@ class Measurement:
 
     @classmethod
     def load(cls, path: str | Path) -> Measurement:
-        """Read a file that `save` of this version, or of an earlier one, has written.
+        """Read a file written by `save` of this version or of an earlier one.
 
         Raises:
-            ValueError: if the file is truncated, damaged, of another kind or of a newer format; the message says which.
+            ValueError: if the file is truncated, damaged, not a measurement, or of a newer format; the message says
+                which.
             OSError: if the file does not exist or cannot be read.
         """
         tensors, header = read_record(path, KIND, FORMAT)
         contents = {name: json.loads(header[name]) for name in ("provenance", "options", "metrics", "layers", "ood")}
-        if "max_samples" in contents["options"]:  # the name in format 1
+        if "max_samples" in contents["options"]:  # the name that format 1 uses
             contents["options"]["drop_classes_above"] = contents["options"].pop("max_samples")
         layers: dict[str, list[str]] = contents["layers"]
         return cls(
@@ -410,7 +414,7 @@ def _optional(tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _packed(prefix: str, moments: ClassMoments) -> dict[str, Tensor]:
-    """Return the moments in fp64, with the upper triangle of the scatter, row after row."""
+    """Return the moments in fp64, with the upper triangle of the scatter row by row."""
     scatter = moments.within_class_scatter.double()
     rows, columns = torch.triu_indices(*scatter.shape, device=scatter.device).unbind()
     return {
@@ -429,13 +433,13 @@ def _unpacked(prefix: str, tensors: dict[str, Tensor]) -> ClassMoments:
     rows, columns = torch.triu_indices(feature_dim, feature_dim).unbind()
     scatter[rows, columns] = tensors[f"{prefix}within_class_scatter"]
     state |= {"within_class_scatter": scatter}
-    if f"{prefix}rounding" in tensors:  # missing in format 1
+    if f"{prefix}rounding" in tensors:  # absent from format 1
         state["rounding"] = tensors[f"{prefix}rounding"]
     return ClassMoments.from_state(state)
 
 
 def write_record(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a file completely or not at all, with a checksum of the header and of the tensors in its metadata.
+    """Write a file completely or not at all; its metadata contain a checksum of the header and of the tensors.
 
     Raises:
         OSError: if the file cannot be written; an existing file is then left unchanged.
@@ -450,7 +454,7 @@ def read_record(path: str | Path, kind: str, version: int) -> tuple[dict[str, Te
     """Return the tensors and the metadata of a file of the given kind, with a format up to ``version``.
 
     Raises:
-        ValueError: if the file is truncated, damaged, of another kind or of a newer format; the message says which.
+        ValueError: if the file is truncated, damaged, not of this kind, or of a newer format; the message says which.
         OSError: if the file does not exist or cannot be read.
     """
     content = Path(path).read_bytes()
@@ -467,7 +471,7 @@ def read_record(path: str | Path, kind: str, version: int) -> tuple[dict[str, Te
     number = metadata.get("format_version", "")
     if not number.isdecimal() or int(number) > version:
         raise ValueError(
-            f"{path} is newer: it has format {number} of {kind}, written by neuralcollapse "
+            f"{path} has the newer format {number} of {kind}, written by neuralcollapse "
             f"{metadata.get('package_version')}; this version reads formats up to {version}"
         )
     if len(body) < max(ends, default=0):

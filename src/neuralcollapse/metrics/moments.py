@@ -40,27 +40,28 @@ _STRIP = 192  # width of the strips in which a symmetric product is formed
 class ClassMoments:
     """Counts, means and within-class scatter of all classes, in one pass over the features.
 
-    With a batch's own counts n', means M' and scatter S' (deviations from its own class means), Δ = M' − M and
-    w = n n'/(n + n'), an update or a merge is
+    With counts n', class means M' and scatter S' of a batch (S' about M'), Δ = M' − M and w = n n'/(n + n'), an update
+    or a merge is
 
         S += S' + Σ_k w_k Δ_kΔ_kᵀ,   t += t' + w‖Δ‖²,   M += Δ n'/(n + n'),   n += n',
 
-    which is exact, in any order and over any partition of the data, and does not cancel in deep collapse (Chan,
-    Golub & LeVeque 1983). An update takes O(N d² + N d) work; the state takes O(K d + d²) memory.
+    which is exact, in any order and for any partition of the data, and does not suffer from cancellation in deep
+    collapse (Chan, Golub & LeVeque 1983). An update takes O(N d² + N d) work; the state takes O(K d + d²) memory.
 
     Args:
         num_classes: K.
         feature_dim: d.
-        dtype: ``torch.float64``, ``torch.float32``, or ``"mixed"``: means and merges in fp64, each batch's deviations
-            from its own class means and their product in fp32 (about twice as fast, accurate to about 1e-6). fp64 and
-            mixed moments hold fp64 features between 1e-140 and 1e140, and features of all other dtypes; fp32 moments
-            hold squares between 1e-38 and 1e38, and metrics of features outside this range are NaN.
+        dtype: ``torch.float64``, ``torch.float32``, or ``"mixed"``. Mixed moments keep means and merges in fp64, and
+            compute the deviations of each batch from its class means and their product in fp32 (about twice as fast,
+            accurate to about 1e-6). fp64 and mixed moments represent fp64 features between 1e-140 and 1e140, and
+            features of all other dtypes; fp32 moments represent squares between 1e-38 and 1e38, and metrics of features
+            outside this range are NaN.
         class_scatter: Keep the scatter of each class separately, for `nc1_numerical_rank`. It takes K d² numbers;
             `required_bytes` returns the memory, which is also logged before it is allocated.
         device: Device of the state; batches are moved there.
 
     Attributes:
-        counts: (K,) int64, samples seen.
+        counts: (K,) int64, numbers of samples.
         means: (K, d) class means M, zero for a class without samples.
         within_class_scatter: (d, d) pooled S = Σ (h − M_y)(h − M_y)ᵀ.
         within_class_trace: (K,) traces t_k = Σ ‖h − M_k‖².
@@ -121,19 +122,19 @@ class ClassMoments:
         dtype: MomentsDtype | None = None,
         workspace: Workspace | None = None,
     ) -> ClassMoments:
-        """Return moments that share the tensors of a `state`, as saved, or as held by a metric.
+        """Return moments that share the tensors of a saved `state`, or of one held by a metric.
 
         Args:
-            state: The `state` of other moments. Without ``rounding``, that of the dtype of the means is assumed.
+            state: The `state` of other moments. If ``rounding`` is missing, it follows from the dtype of the means.
             dtype: As for the constructor; by default that of ``state["means"]``.
-            workspace: Memory for temporaries, which may be shared by moments that are not updated at the same time.
+            workspace: Memory for temporaries. It may be shared by moments that are not updated at the same time.
 
         Raises:
             ValueError: if a tensor is missing.
         """
         names = ("counts", "means", "within_class_scatter", "within_class_trace")
         if missing := [name for name in names if name not in state]:
-            raise ValueError(f"state must hold {', '.join(names)}; {', '.join(missing)} is missing")
+            raise ValueError(f"state must contain {', '.join(names)}; {', '.join(missing)} is missing")
         moments = cls.__new__(cls)
         moments.counts, moments.means, moments._scatter, moments.within_class_trace = (state[name] for name in names)
         moments._class_scatter = state.get("class_scatter")
@@ -191,7 +192,7 @@ class ClassMoments:
 
     @property
     def within_class_scatter(self) -> Tensor:
-        """Pooled within-class scatter (d, d). Updates write the upper triangle only, which this property mirrors."""
+        """Pooled within-class scatter (d, d). Updates write only the upper triangle; this property mirrors it."""
         pooled = self._scatter if self._class_scatter is None else self._class_scatter.sum(dim=0)
         return self._scatter.copy_(pooled.triu() + pooled.triu(1).T)
 
@@ -217,7 +218,7 @@ class ClassMoments:
         return state if self.class_scatter is None else state | {"class_scatter": self.class_scatter}
 
     def to(self, device: torch.device | str) -> ClassMoments:
-        """Return the moments on another device; the same object if they are there already."""
+        """Return the moments on another device; the same object if they are already on it."""
         if torch.device(device) == self.device:
             return self
         moved = ClassMoments.from_state({k: v.to(device) for k, v in self.state.items()}, dtype=self.dtype)
@@ -240,8 +241,8 @@ class ClassMoments:
             features: (..., d) floating point; leading dimensions are flattened.
             targets: (...) integer classes in [0, K).
             ignore_index: Samples with this target are left out.
-            check_values: Check that features are finite and targets in range. On an accelerator this waits for the
-                device: pass False in a training step. Shapes and dtypes, and targets on a CPU, are always checked.
+            check_values: Check that features are finite and targets in range. On an accelerator, this check waits for
+                the device: pass False in a training step. Shapes and dtypes, and targets on a CPU, are always checked.
 
         Raises:
             ValueError: if a shape or dtype is wrong, targets are out of range, or features are not finite (the message
@@ -250,7 +251,7 @@ class ClassMoments:
         features, targets = flat_batch(features, targets, self.feature_dim, self.device, ignore_index)
         on_cpu = self.device.type == "cpu"
         check_targets(targets, len(features), self.num_classes, values=check_values or on_cpu)
-        # The sum is a cheap test: it is finite only if every entry is (or, rarely, when finite entries overflow).
+        # The sum is a cheap test: if it is finite, every entry is. If not, entries are tested, as a sum may overflow.
         if check_values and not torch.isfinite(features.sum()):
             check_finite(f"features of batch {self.num_batches}", features)
         self.num_batches += 1
@@ -277,7 +278,7 @@ class ClassMoments:
 
         classes = targets
         if self.device.type == "cpu" and not (varies := ((counts > 0) | (group.counts > 1))[group.members]).all():
-            rows = varies.nonzero().flatten()  # the first sample of a class is its mean and does not deviate
+            rows = varies.nonzero().flatten()  # the first sample of a class equals its mean and has no deviation
             classes = classes[rows]
             out = self._workspace.take((len(rows), self.feature_dim), deviations, "selected")
             deviations = torch.index_select(deviations, 0, rows, out=out)
@@ -294,7 +295,7 @@ class ClassMoments:
 
     @torch.no_grad()
     def merge(self, other: ClassMoments) -> None:
-        """Add all samples of other moments, exactly as if they had been added to these.
+        """Add all samples of other moments; the result is the same as if they had been added to these.
 
         Raises:
             ValueError: if ``other`` has another K or d, or only one of the two has per-class scatter.
@@ -306,7 +307,7 @@ class ClassMoments:
                 f"other must have K, d = {tuple(self.means.shape)} as these moments do, got {tuple(other.means.shape)}"
             )
         if (other._class_scatter is None) != (self._class_scatter is None):
-            raise ValueError("other must keep per-class scatter exactly if these moments do (class_scatter=True)")
+            raise ValueError("other must keep per-class scatter if and only if these moments do (class_scatter=True)")
         if self._class_scatter is None:
             self._scatter += other._scatter.to(self._scatter)
         self.within_class_trace += other.within_class_trace.to(self.within_class_trace)
@@ -329,14 +330,14 @@ class ClassMoments:
         self.num_batches += other.num_batches
 
     def _class_tiles(self) -> Iterator[slice]:
-        """Return slices of classes whose temporaries in a merge stay small."""
+        """Return slices of classes for which the temporaries of a merge are small."""
         row_elements = self.feature_dim if self._class_scatter is None else self.feature_dim**2
         step = max(1, 2**22 // row_elements)
         return (slice(start, start + step) for start in range(0, self.num_classes, step))
 
 
 def _rounding_of(dtype: torch.dtype) -> float:
-    """Return the relative error of features with a dtype: that of sums for fp32 and fp64, else of the last digit."""
+    """Return the relative error of features of a dtype: that of sums for fp32 and fp64, else that of rounding."""
     return torch.finfo(dtype).eps * (1 if dtype.itemsize < 4 else 4)
 
 
@@ -345,17 +346,18 @@ def moments_about(moments: ClassMoments, means: Tensor) -> ClassMoments:
     """Return the moments of the same samples with scatter and traces about given class means.
 
     Some publications measure a test split about the means of the train split: ``moments_about(test, train.means)``.
-    S + Σ_k n_k Δ_kΔ_kᵀ and t_k + n_k‖Δ_k‖² with Δ = M − means are exact; the means of the result are the given ones.
+    The result has scatter S + Σ_k n_k Δ_kΔ_kᵀ and traces t_k + n_k‖Δ_k‖² with Δ = M − means, which are exact; its means
+    are the given ones.
 
     Args:
         moments: Moments of the samples.
-        means: (K, d) finite.
+        means: (K, d), finite.
 
     Returns:
         New moments without per-class scatter, which can be measured but not updated.
 
     Raises:
-        ValueError: if ``means`` has another shape or type, or is not finite.
+        ValueError: if ``means`` has the wrong shape or type, or is not finite.
 
     Examples:
         >>> moments = ClassMoments(num_classes=2, feature_dim=1)
@@ -379,7 +381,7 @@ def moments_about(moments: ClassMoments, means: Tensor) -> ClassMoments:
 
 
 class Workspace:
-    """Memory for temporaries that is reused by all updates: on a CPU, new pages can cost more than the arithmetic.
+    """Memory for temporaries that all updates reuse: on a CPU, new pages can take more time than the arithmetic.
 
     Copies and pickles of a workspace are empty.
     """
@@ -393,7 +395,7 @@ class Workspace:
     def take(self, shape: Sequence[int], like: Tensor, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Return an uninitialised tensor with the device, and by default the dtype, of the tensor ``like``."""
         dtype = like.dtype if dtype is None else dtype
-        if like.device.type != "cpu":  # accelerators keep freed memory themselves
+        if like.device.type != "cpu":  # torch caches freed memory of accelerators itself
             return torch.empty(*shape, dtype=dtype, device=like.device)
         size, name = math.prod(shape), f"{name} {dtype}"
         if name not in self._buffers or len(self._buffers[name]) < size:
@@ -412,7 +414,7 @@ def flat_batch(
         got = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
         raise ValueError(f"targets must be a tensor of shape {tuple(features.shape[:-1])}, got {got}")
     check_integers("targets", targets)
-    # As uint8, -100 would be equal to 156.
+    # In uint8, -100 would be equal to 156.
     features, targets = features.reshape(-1, feature_dim).to(device), targets.reshape(-1).to(device, torch.int64)
     if ignore_index is None:
         return features, targets
@@ -429,7 +431,7 @@ class Group(NamedTuple):
 
 
 def group_by_class(targets: Tensor, num_classes: int) -> Group:
-    """Return the group of the present classes; on an accelerator of all, to avoid waiting for the device."""
+    """Return the group of the present classes; on an accelerator that of all classes, to avoid a device sync."""
     if targets.device.type != "cpu":
         counts = torch.zeros(num_classes, dtype=torch.int64, device=targets.device)
         counts.index_add_(0, targets, torch.ones_like(targets))
@@ -452,7 +454,7 @@ class Deviations(NamedTuple):
 
 
 class Merge(NamedTuple):
-    """New means (P, d), and the points (P, d) that deviations are taken from."""
+    """New means (P, d), and the points (P, d) from which deviations are taken."""
 
     means: Tensor
     origins: Tensor
@@ -461,8 +463,9 @@ class Merge(NamedTuple):
 def merge_means(means: Tensor, counts: Tensor, batch_means: Tensor, batch_counts: Tensor) -> Merge:
     """Merge the means M of n samples with the means M' of n' samples of a batch, in the memory of the arguments.
 
-    Deviations from M' sum to 0 in each class, so those from M' − √(n/(n + n')) Δ, Δ = M' − M, give S' + w ΔΔᵀ in one
-    product. In terms of the new mean M + Δ n'/(n + n') the point is the new mean + (1 − n'/(n + n') − √(n/(n + n'))) Δ.
+    Deviations from M' sum to 0 in each class. The product of the deviations from the point M' − √(n/(n + n')) Δ, with
+    Δ = M' − M, is therefore S' + w ΔΔᵀ. Relative to the new mean M + Δ n'/(n + n'), this point is the new mean +
+    (1 − n'/(n + n') − √(n/(n + n'))) Δ.
     """
     difference = batch_means.sub_(means)
     total = (counts + batch_counts).clamp(min=1).to(means.dtype)[:, None]
@@ -482,11 +485,12 @@ def exact_deviations(features: Tensor, group: Group, means: Tensor, counts: Tens
 
 
 def fp32_deviations(features: Tensor, group: Group, means: Tensor, counts: Tensor, workspace: Workspace) -> Deviations:
-    """Return what `exact_deviations` returns, with deviations in fp32 and means in fp64.
+    """Return the result of `exact_deviations` with deviations in fp32 and means in fp64.
 
-    First a sample r of the class is subtracted: x − r is accurate however far from 0 the class lies, because both have
-    the precision of the features. Sums of these differences give the class mean, and a second, small shift moves them
-    to the points of `merge_means`. All is divided by the greatest magnitude, so that squares stay in the range of fp32.
+    First, one sample r of the class is subtracted: x − r is accurate however far from 0 the class lies, because both
+    have the precision of the features. The class mean follows from the sums of these differences, and a second, small
+    shift gives the deviations from the points of `merge_means`. All values are divided by the greatest magnitude, so
+    that squares stay in the range of fp32.
     """
     if features.dtype not in (torch.float32, torch.float64):
         features = features.float()
@@ -527,7 +531,7 @@ def add_gram(scatter: Tensor, rows: Tensor, unit: Tensor | float, workspace: Wor
         product = torch.mm(left.T, right, out=workspace.take(strip.shape, rows, "product"))
         if strip.device.type == "cpu":
             strip.add_(product, alpha=float(unit) * float(unit))
-        else:  # reading the unit would wait for the device
+        else:  # reading the value of the unit would wait for the device
             strip.add_(product.to(strip.dtype).mul_(unit).mul_(unit))
 
 

@@ -1,4 +1,4 @@
-"""NC1, variability collapse: convergence of the features of a class to their mean."""
+"""NC1, variability collapse: convergence of the features of each class to the class mean."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def nc1_pinv(
 ) -> Tensor:
     """tr(Σ_W Σ_B†)/K, within-class relative to between-class variability; 0 at collapse; NaN if C = 0.
 
-    Σ_B† is computed from the K − 1 leading eigenpairs of Σ_B; eigenvalues below d·eps·λ₁ count as 0. The gradient is
-    that for matrices of the same rank, and does not divide by differences of nonzero eigenvalues.
+    Σ_B† is computed from the K − 1 leading eigenpairs of Σ_B; eigenvalues below d·eps·λ₁ count as 0. The gradient
+    assumes that the rank does not change, and does not divide by differences of nonzero eigenvalues.
     Source: Papyan, Han & Donoho, PNAS 2020 (Fig. 6).
 
     Args:
@@ -99,12 +99,12 @@ def nc1_quotient(within_class_trace: Tensor, centred_means: Tensor) -> Tensor:
 def nc1_cdnv(class_means: Tensor, within_class_variances: Tensor, *, power: float = 1.0) -> Tensor:
     """Class-distance normalised variance: mean over pairs of (v_k + v_l)/(2‖M_k − M_l‖^{2p}); 0 at collapse.
 
-    NaN if two classes have the same mean, up to rounding.
+    The value is NaN if two classes have the same mean, up to rounding.
     Source: Galanti, György & Hutter, ICLR 2022 (p = 1).
 
     Args:
         class_means: (K, d), centred or not.
-        within_class_variances: v (K,), mean squared distance of the samples of each class to their mean.
+        within_class_variances: v (K,), mean squared distance of the samples of each class to the class mean.
         power: p.
 
     Raises:
@@ -121,7 +121,7 @@ def nc1_cdnv(class_means: Tensor, within_class_variances: Tensor, *, power: floa
 
 
 def cdnv(tile: PairTile, within_class_variances: Tensor, power: float = 1.0) -> Tensor:
-    """Return (v_k + v_l)/(2‖M_k − M_l‖^{2p}) of each pair of a tile of class means, whose mean is `nc1_cdnv`."""
+    """Return (v_k + v_l)/(2‖M_k − M_l‖^{2p}) of each pair of a tile of class means; `nc1_cdnv` is the mean."""
     scaled = within_class_variances * tile.unit ** (2 * power)
     variances = (scaled[tile.rows][:, None] + scaled[tile.columns]) / 2
     return kernel_of_distances(tile.squared_distances, lambda squared: variances / squared**power, torch.nan)
@@ -132,11 +132,11 @@ def nc1_vci(
 ) -> Tensor:
     """Variability collapse index 1 − tr((Σ_W + Σ_B)† Σ_B)/r, r = min(d, K − 1); 0 at collapse, 1 at most.
 
-    With Σ_B = VΛVᵀ it equals tr((S + Λ)⁻¹S)/r, S = (VᵀΣ_W†V)⁻¹, which is accurate in deep collapse; each eigenpair
-    that Σ_B lacks to rank r adds 1/r. S is computed as the Schur complement A − B D†Bᵀ of Σ_W in the basis [V, V⊥]. It
-    is that inverse if Σ_W is regular, and its limit if Σ_W is singular: directions of V without within-class variation
-    count as collapsed. The index is 0 if Σ_W = 0 and NaN if C = 0. The gradient is that for matrices of the same ranks.
-    Source: Xu & Liu, ICML 2023.
+    With Σ_B = VΛVᵀ it equals tr((S + Λ)⁻¹S)/r, S = (VᵀΣ_W†V)⁻¹, which is accurate in deep collapse. If the rank of Σ_B
+    is less than r, each missing eigenpair adds 1/r. S is computed as the Schur complement A − B D†Bᵀ of Σ_W in the
+    basis [V, V⊥]. The complement equals the inverse above if Σ_W is regular, and is its limit if Σ_W is singular:
+    directions of V without within-class variation count as collapsed. The index is 0 if Σ_W = 0 and NaN if C = 0. The
+    gradient assumes that the ranks do not change. Source: Xu & Liu, ICML 2023.
 
     Args:
         within_class_covariance: Σ_W (d, d).
@@ -161,7 +161,7 @@ def nc1_numerical_rank(class_scatter: Tensor, class_means: Tensor, counts: Tenso
     """Mean over k of (‖H_k‖_*/‖H_k‖_F)², H_k (n_k, d) the features of class k; 1 at collapse.
 
     The singular values of H_k are the roots of the min(n_k, d) leading eigenvalues of H_kᵀH_k = S_k + n_k M_kM_kᵀ;
-    singular values that count as 0 have no gradient. NaN if all features of a class are zero.
+    singular values that count as 0 have no gradient. The value is NaN if all features of a class are zero.
     Source: Zhou et al., NeurIPS 2022.
 
     Args:
@@ -187,7 +187,7 @@ def nc1_numerical_rank(class_scatter: Tensor, class_means: Tensor, counts: Tenso
 
 
 def rank_of_features(features: Tensor) -> Tensor:
-    """Return (‖H‖_*/‖H‖_F)² of features H (n, d), whose mean over classes is `nc1_numerical_rank`.
+    """Return (‖H‖_*/‖H‖_F)² of the features H (n, d) of a class; `nc1_numerical_rank` is the mean over classes.
 
     Examples:
         >>> rank_of_features(torch.eye(3, 5))
@@ -215,7 +215,7 @@ def _zero_below(eigenvalues: Tensor, feature_dim: int) -> Tensor:
 def _checked(
     within: Tensor, means: Tensor, spectrum: BetweenClassSpectrum | None
 ) -> tuple[Tensor, Tensor, BetweenClassSpectrum]:
-    """Return Σ_W, made symmetric, and C in the units of the spectrum, and the spectrum of C."""
+    """Return the symmetric part of Σ_W and C, both in the units of the spectrum, and the spectrum of C."""
     check_shapes(centred_means=(means, "K d"), within_class_covariance=(within, "d d"))
     check_finite("centred_means", means)
     check_finite("within_class_covariance", within)
@@ -231,7 +231,7 @@ def _nan_of(*tensors: Tensor) -> Tensor:
 
 
 class _Between(NamedTuple):
-    """Singular value decomposition C = U diag(σ) Vᵀ, and which singular values are nonzero."""
+    """Singular value decomposition C = U diag(σ) Vᵀ, with flags of the nonzero singular values."""
 
     left: Tensor
     values: Tensor
@@ -246,20 +246,21 @@ class _Between(NamedTuple):
     def gradient(self, outer: Tensor, differences: Callable[[Tensor, Tensor], Tensor], outside: Tensor) -> Tensor:
         """Return the gradient in C of a function of φ(CᵀC), where φ is 0 for eigenvalues that count as 0.
 
-        With G the gradient in φ(CᵀC) it is 2C·V(Φ∘VᵀGV)Vᵀ, where Φ are divided differences of φ (Daleckii & Krein): a
-        polynomial of the inverses of two nonzero eigenvalues, φ(λ_i)/(λ_i − λ_j) if only λ_i is nonzero, else 0.
+        With G the gradient with respect to φ(CᵀC), it is 2C·V(Φ∘VᵀGV)Vᵀ. The entries of Φ are divided differences of φ
+        (Daleckii & Krein): a polynomial in the inverses of λ_i and λ_j if both are nonzero, φ(λ_i)/(λ_i − λ_j) if only
+        λ_i is nonzero, else 0.
 
         Args:
             outer: (r, d) rows v_iᵀG for the nonzero eigenvalues.
             differences: Φ as a function of nonzero eigenvalues (r, 1) and (1, r).
-            outside: (r,) φ(λ_i)/λ_i: Φ for a direction in which C is zero.
+            outside: (r,) φ(λ_i)/λ_i, the entries of Φ for a direction in which C is zero.
         """
         count = int(self.nonzero.sum())
         eigenvalues = self.values.square()
         leading, others = eigenvalues[:count, None], eigenvalues[count:]
         inside = outer @ self.right
         gaps = leading - others
-        gaps = torch.where(gaps > torch.finfo(gaps.dtype).eps * leading, gaps, torch.inf)  # equal ones give 0
+        gaps = torch.where(gaps > torch.finfo(gaps.dtype).eps * leading, gaps, torch.inf)  # 0 for equal eigenvalues
         mixed = (outside[:, None] * leading / gaps) * inside[:, count:]
         rows = torch.cat([differences(leading, leading.T) * inside[:, :count], mixed], dim=1) @ self.right.T
         rows = rows + outside[:, None] * (outer - inside @ self.right.T)
@@ -294,10 +295,10 @@ class _PinvTrace(torch.autograd.Function):
 
 
 class _CollapseIndex(torch.autograd.Function):
-    """Index tr((S + Λ)⁻¹S)/r plus 1/r for each eigenpair that Σ_B lacks; see `nc1_vci`.
+    """Index tr((S + Λ)⁻¹S)/r plus 1/r for each missing eigenpair of Σ_B; see `nc1_vci`.
 
-    With T = Σ_W + Σ_B its gradient is T†Σ_BT†/r in Σ_W and −T†Σ_WT†/r in Σ_B. With X = T†V = (V − V⊥D†Bᵀ)(S + Λ)⁻¹,
-    which is computed without cancellation, they are XΛXᵀ and, along V, VᵀT†Σ_WT† = (S(S + Λ)⁻¹)ᵀXᵀ.
+    With T = Σ_W + Σ_B, its gradient is T†Σ_BT†/r in Σ_W and −T†Σ_WT†/r in Σ_B. With X = T†V = (V − V⊥D†Bᵀ)(S + Λ)⁻¹,
+    which is computed without cancellation, T†Σ_BT† = XΛXᵀ and, along V, VᵀT†Σ_WT† = (S(S + Λ)⁻¹)ᵀXᵀ.
     """
 
     @staticmethod
@@ -328,13 +329,13 @@ class _CollapseIndex(torch.autograd.Function):
         columns = reduced @ inverse
         of_within = (columns * eigenvalues) @ columns.T / rank
         of_between = -(shorted @ inverse).T @ columns.T / rank
-        one = torch.ones_like(eigenvalues)
-        of_means = between.gradient(of_between, lambda a, b: torch.ones_like(a * b), one) / num_classes
+        ones = torch.ones_like(eigenvalues)
+        of_means = between.gradient(of_between, lambda a, b: torch.ones_like(a * b), ones) / num_classes
         return gradient * of_within, gradient * of_means, None
 
 
 def _schur_complement(within: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Return S = A − B D†Bᵀ of Σ_W in the basis [V, V⊥], and V − V⊥D†Bᵀ, which is T†V(S + Λ)."""
+    """Return S = A − B D†Bᵀ of Σ_W in the basis [V, V⊥], and V − V⊥D†Bᵀ = T†V(S + Λ)."""
     feature_dim, basis_size = basis.shape
     within_basis = within @ basis
     shorted = basis.T @ within_basis

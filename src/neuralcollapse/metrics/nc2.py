@@ -1,11 +1,12 @@
 """NC2, convergence of class means and classifier rows to a simplex ETF, or to another frame with a given Gram matrix.
 
-NC0, the sum of the classifier rows, is here as well: it vanishes for every simplex ETF. For metrics relative to a Gram
-matrix, rows and code are centred at their mean over classes first, which changes no decision of the classifier.
+This module also contains NC0, the sum of the classifier rows, which vanishes for every simplex ETF. Metrics relative to
+a Gram matrix first centre rows and code at their mean over classes, which does not change the decisions of the
+classifier.
 
 Common arguments, floating except for targets:
 
-- ``vectors``: X (K, d), the centred class means C for the metrics ``…_means``, the weight W for ``…_weights``.
+- ``vectors``: X (K, d), the centred class means C for metrics named ``…_means``, the weight W for ``…_weights``.
 - ``weight``: W (K, d) of the classifier.
 - ``centred_means``: C (K, d), class means minus their centre.
 - ``code``: L (K, r) of a Gram matrix G = LLᵀ (`neuralcollapse.geometry.code_from_gram`).
@@ -13,8 +14,8 @@ Common arguments, floating except for targets:
 - ``targets``: (N,) classes in [0, K).
 - ``center``: m (d,), the features' centre.
 
-A metric returns a scalar, unless its docstring says otherwise. It raises ``ValueError`` if a shape or type is wrong; on
-a CPU also if targets are out of range.
+A metric returns a scalar, unless its docstring says otherwise. It raises ``ValueError`` if a shape or type is wrong,
+and on a CPU also if targets are out of range.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from neuralcollapse.geometry.softmax_code import one_vs_rest_margins, softmax_co
 from neuralcollapse.metrics.pairs import PairTile, kernel_of_distances, pair_statistics
 from neuralcollapse.metrics.scaling import rescaled, square_root, unit_deviations, unit_rows
 
-_CANCELLATION = 1e-3  # below this the closed form has lost more than half of its digits
+_CANCELLATION = 1e-3  # below this value, the closed form loses more than half of its digits
 _TILE_ELEMENTS = 2**22
 
 
@@ -66,9 +67,9 @@ def nc2_etf(vectors: Tensor) -> Tensor:
 def nc2_gram(vectors: Tensor, code: Tensor) -> Tensor:
     """‖ΠXXᵀΠ/‖ΠXXᵀΠ‖_F − ΠGΠ/‖ΠGΠ‖_F‖_F, Π = I − 11ᵀ/K; 0 at collapse to a frame with Gram G = LLᵀ, √2 at most.
 
-    NaN if the rows of X, or those of L, are all equal.
+    The value is NaN if the rows of X, or those of L, are all equal.
 
-    Source: `nc2_etf` (Zhu et al., NeurIPS 2021) with a given Gram matrix instead of the simplex's.
+    Source: `nc2_etf` (Zhu et al., NeurIPS 2021) with a given Gram matrix instead of that of a simplex ETF.
 
     Arguments, result and errors: see `neuralcollapse.metrics.nc2`.
 
@@ -89,7 +90,7 @@ class SimplexGram:
 
     @property
     def norm(self) -> float:
-        """The Frobenius norm."""
+        """Frobenius norm √(K − 1)."""
         return (self.num_classes - 1) ** 0.5
 
     def inner_product(self, left: Tensor, right: Tensor) -> Tensor:
@@ -132,8 +133,8 @@ def distance_to_code_gram(left: Tensor, right: Tensor, code: Tensor) -> Tensor:
 def distance_to_gram(left: Tensor, right: Tensor, gram: SimplexGram | CodeGram) -> Tensor:
     """Return ‖XYᵀ/‖XYᵀ‖_F − G/‖G‖_F‖_F for X, Y (K, d), without a K × K matrix if K > d.
 
-    The closed form uses ‖XYᵀ‖_F² = ⟨XᵀX, YᵀY⟩. Where it cancels, or XYᵀ is the smaller matrix, the difference itself
-    is formed, in tiles of rows.
+    The closed form uses ‖XYᵀ‖_F² = ⟨XᵀX, YᵀY⟩. If it suffers from cancellation, or if XYᵀ is the smaller matrix, the
+    difference itself is computed, in tiles of rows.
     """
     num_classes, feature_dim = left.shape
     if num_classes < 2:
@@ -154,7 +155,7 @@ def _tiled_distance(left: Tensor, right: Tensor, gram: SimplexGram | CodeGram, n
         torch.linalg.matrix_norm(gram.subtract_from(left[start : start + step] @ right.T / norm, start))
         for start in range(0, len(left), step)
     ]
-    return torch.linalg.vector_norm(torch.stack(tiles))  # these norms have gradient 0 at 0
+    return torch.linalg.vector_norm(torch.stack(tiles))  # vector_norm has gradient 0 at 0
 
 
 def _centred(rows: Tensor) -> Tensor:
@@ -167,7 +168,7 @@ def _centred(rows: Tensor) -> Tensor:
 
 
 def nc2_equinorm(vectors: Tensor) -> Tensor:
-    """Standard deviation of the rows' norms over their mean; 0 at collapse; NaN if X = 0.
+    """Standard deviation of the norms of the rows, divided by their mean; 0 at collapse; NaN if X = 0.
 
     Source: Papyan et al. 2020 (Fig. 2).
 
@@ -230,13 +231,14 @@ def nc2_max_angle(vectors: Tensor) -> Tensor:
 def nc2_hyperspherical(vectors: Tensor, kernel: str = "dist", *, exponent: float = 1.0) -> tuple[Tensor, Tensor]:
     """Mean and variance over pairs of a kernel of the distance r between unit rows; the variance is 0 at collapse.
 
-    NaN if a row is zero; except for ``"dist"`` also if two rows have the same direction, up to rounding.
+    Both are NaN if a row is zero and, for all kernels but ``"dist"``, if two rows have the same direction, up to
+    rounding.
     Source: Liu et al., ICLR 2023; Wu & Papyan, NeurIPS 2024 (GNC2).
 
     Args:
         vectors: X (K, d).
         kernel: ``"dist"`` or ``"distance"``: r^s; ``"log"``: −log r^s; ``"riesz"``: 1/r^s.
-        exponent: s. The metrics of these names in `collapse_metrics` have s = 1.
+        exponent: s. The metrics of `collapse_metrics` have s = 1.
 
     Returns:
         Mean and population variance over the pairs k < l.
@@ -259,8 +261,9 @@ def nc2_hyperspherical(vectors: Tensor, kernel: str = "dist", *, exponent: float
 def cos_margins(features: Tensor, targets: Tensor, weight: Tensor, center: Tensor) -> Tensor:
     """cos(h − m, w_y − w̄) − max over k ≠ y of cos(h − m, w_k − w̄) for each sample; K/(K − 1) at collapse.
 
-    Their mean is `nc2_cos_margin`. NaN for a sample at the centre, and for all samples if a row of the weight is the
-    mean row, because such a vector has no direction. Source: Zhou et al., NeurIPS 2022.
+    `nc2_cos_margin` is the mean of these margins. The margin of a sample at the centre is NaN, and so are all margins
+    if a row of the weight equals the mean row, because the difference then has no direction.
+    Source: Zhou et al., NeurIPS 2022.
 
     Args:
         features: h (N, d).
@@ -307,12 +310,12 @@ def nc2_cos_margin(features: Tensor, targets: Tensor, weight: Tensor, center: Te
 
 
 def cosines(tile: PairTile) -> Tensor:
-    """Return the cosines of a tile of pairs, whose spread is `nc2_equiangular`."""
+    """Return the cosines of a tile of pairs; `nc2_equiangular` is their standard deviation."""
     return tile.cosines
 
 
 def distance_to_max_angle(tile: PairTile) -> Tensor:
-    """Return |cos + 1/(K − 1)| of a tile of pairs, whose mean is `nc2_max_angle`."""
+    """Return |cos + 1/(K − 1)| of a tile of pairs; `nc2_max_angle` is the mean."""
     return (tile.cosines + 1 / (len(tile.vectors) - 1)).abs()
 
 
@@ -336,12 +339,13 @@ KERNELS = {"dist": kernel_dist, "log": kernel_log, "riesz": kernel_riesz}
 
 @torch.no_grad()
 def nc2_one_vs_rest(vectors: Tensor) -> Tensor:
-    """Least distance of a unit row from the convex hull of the others, over that of the softmax code; 1 at collapse.
+    """Smallest distance of a unit row to the hull of the others, relative to that of the softmax code; 1 at collapse.
 
-    Generalised neural collapse, for K > d + 1 classes, where there is no simplex ETF: the least one-vs-rest distance
-    min_k dist(x̂_k, conv{x̂_l : l ≠ k}), x̂ = x/‖x‖, grows to the greatest one, that of `softmax_code`. The value may
-    exceed 1 slightly where the softmax code is a numerical one (K > 2d > 4). NaN if a row is zero. There is no
-    gradient, and both problems take O(K²d) work per iteration.
+    This is a metric of generalised neural collapse, for K > d + 1 classes, for which a simplex ETF does not exist. The
+    smallest one-vs-rest distance min_k dist(x̂_k, conv{x̂_l : l ≠ k}), x̂ = x/‖x‖, grows to its greatest possible value,
+    that of `softmax_code`. The metric is the ratio of the two. It may exceed 1 slightly if the softmax code is computed
+    numerically (K > 2d > 4), and is NaN if a row is zero. It has no gradient. Both problems take O(K²d) work per
+    iteration.
 
     Source: Jiang et al., ICML 2024 (GNC2, of the classifier), here as a share of the greatest value.
 

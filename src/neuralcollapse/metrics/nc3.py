@@ -4,7 +4,7 @@ Common arguments, all floating:
 
 - ``weight``: W (K, d) of the classifier.
 - ``centred_means``: C (K, d), class means minus their centre.
-- ``class_means``: M (K, d), class means about any centre.
+- ``class_means``: M (K, d), class means relative to any centre.
 - ``code``: L (K, r) of a Gram matrix G = LLᵀ (`neuralcollapse.geometry.code_from_gram`).
 
 Every metric returns a scalar. It raises ``ValueError`` if a shape or type is wrong.
@@ -40,9 +40,9 @@ def nc3_duality(weight: Tensor, centred_means: Tensor) -> Tensor:
 def nc3_gram_duality(weight: Tensor, class_means: Tensor, code: Tensor) -> Tensor:
     """‖ΠWMᵀΠ/‖ΠWMᵀΠ‖_F − ΠGΠ/‖ΠGΠ‖_F‖_F, Π = I − 11ᵀ/K; 0 at collapse to a frame with Gram G = LLᵀ, 2 at most.
 
-    NaN if ΠWMᵀΠ = 0, or the rows of L are all equal.
+    The value is NaN if ΠWMᵀΠ = 0 or the rows of L are all equal.
 
-    Source: `nc3_duality` (Zhu et al., NeurIPS 2021) with a given Gram matrix instead of the simplex's.
+    Source: `nc3_duality` (Zhu et al., NeurIPS 2021) with a given Gram matrix instead of that of a simplex ETF.
 
     Arguments, result and errors: see `neuralcollapse.metrics.nc3`.
 

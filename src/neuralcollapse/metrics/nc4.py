@@ -12,7 +12,7 @@ _TILE_ELEMENTS = 2**22
 
 
 def nearest_class_mean(features: Tensor, class_means: Tensor) -> Tensor:
-    """Return the class k with the least ‖h − M_k‖ for each sample.
+    """Return the class k with the smallest ‖h − M_k‖ for each sample.
 
     Args:
         features: h (N, d).
@@ -29,7 +29,7 @@ def nearest_class_mean(features: Tensor, class_means: Tensor) -> Tensor:
         tensor([0])
     """
     check_shapes(features=(features, "N d"), class_means=(class_means, "K d"))
-    center = class_means.mean(dim=0)  # the difference of two distances loses digits far from the origin
+    center = class_means.mean(dim=0)  # far from the origin, the difference of two distances loses digits
     rows = class_means - center
     half_squares = rows.square().sum(dim=1) / 2
     step = max(1, _TILE_ELEMENTS // len(class_means))
@@ -41,7 +41,7 @@ def nearest_class_mean(features: Tensor, class_means: Tensor) -> Tensor:
 def nc4_ncc_mismatch(features: Tensor, predictions: Tensor, class_means: Tensor) -> Tensor:
     """Share of samples whose nearest class mean differs from the predicted class; 0 at collapse, 1 at most.
 
-    NaN if the class means are all equal, so that none is nearest, or there are no samples.
+    The value is NaN if all class means are equal or there are no samples.
     Source: Papyan, Han & Donoho, PNAS 2020 (Fig. 7).
 
     Args:

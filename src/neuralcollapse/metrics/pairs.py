@@ -13,7 +13,7 @@ from torch import Tensor
 from neuralcollapse.metrics.scaling import power_of_two, square_root
 
 _TILE = 512  # rows and columns: 2 MB for each temporary in fp64
-_CLOSE = 1e-6  # squared distances below this share of their terms are recomputed from the difference
+_CLOSE = 1e-6  # squared distances below this share of their terms are recomputed from the difference vectors
 
 
 class PairStatistics(NamedTuple):
@@ -35,11 +35,11 @@ class PairTile:
 
     Attributes:
         vectors: (K, d) vectors of all classes, multiplied by ``unit``.
-        norms: (K,) their norms.
+        norms: (K,) norms of ``vectors``.
         rows: Block of rows, I classes.
         columns: Block of columns, J classes.
-        resolution: Distance within which two vectors are equal; at least that of their rounding.
-        unit: Power of two.
+        resolution: Distance within which two vectors are considered equal; at least their rounding error.
+        unit: Power of two that scales the vectors.
     """
 
     vectors: Tensor
@@ -76,7 +76,7 @@ class PairTile:
 
     @cached_property
     def unit_squared_distances(self) -> Tensor:
-        """Squared distances of x/‖x‖, (I, J); 0 for directions that are equal up to rounding, NaN for a zero vector."""
+        """Squared distances between x/‖x‖, (I, J); 0 for directions equal up to rounding, NaN for a zero vector."""
         return self._recompute_close(2 - 2 * self.cosines, torch.tensor(2.0), self._lengths)
 
     @property
@@ -84,7 +84,7 @@ class PairTile:
         return torch.where(self.norms > 0, self.norms, torch.nan)
 
     def _recompute_close(self, squared: Tensor, scale: Tensor, lengths: Tensor) -> Tensor:
-        """Compute the (few) distances that are small compared with the norms from the difference itself."""
+        """Recompute the (few) distances that are small compared with the norms from the difference vectors."""
         rounding = (2 * torch.finfo(lengths.dtype).eps * self.norms.detach()).clamp(
             min=self.resolution
         ) / lengths.detach()
@@ -105,7 +105,7 @@ def pair_statistics(
 
     Args:
         vectors: (K, d).
-        functions: By name; each maps a `PairTile` of (I, J) pairs to (I, J) values.
+        functions: Functions by name; each maps a `PairTile` of (I, J) pairs to (I, J) values.
         resolution: As for `PairTile`.
 
     Examples:
@@ -131,7 +131,7 @@ def pair_statistics(
 
 
 def kernel_of_distances(squared: Tensor, function: Callable[[Tensor], Tensor], at_zero: float) -> Tensor:
-    """Return a function of squared distances, with a given value and without gradient at distance 0."""
+    """Apply a function to squared distances, with a given value and without gradient at distance 0."""
     positive = squared != 0  # NaN stays NaN
     return torch.where(positive, function(torch.where(positive, squared, 1)), at_zero)
 

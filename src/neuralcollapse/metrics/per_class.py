@@ -1,4 +1,4 @@
-"""Values of each class and of each pair of classes, whose statistics are the metrics."""
+"""Values of each class and of each pair of classes; metrics are statistics of these values."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class ClassValues:
     Attributes:
         classes: (K,) indices among all classes.
         counts: (K,) numbers of samples n_k.
-        mean_norms: (K,) norms ‖c_k‖ of the centred means, whose spread is ``nc2_equinorm_means``.
+        mean_norms: (K,) norms ‖c_k‖ of the centred means; ``nc2_equinorm_means`` is their relative spread.
         weight_norms: (K,) norms ‖w_k‖, or None without a weight.
         within_class_variances: (K,) variances v_k, mean squared distances to the class mean.
-        duality: (K,) cosines cos(w_k, c_k), whose variance is ``nc3_uniform_cos``; NaN for a class whose row or centred
-            mean is zero. None without a weight.
+        duality: (K,) cosines cos(w_k, c_k); ``nc3_uniform_cos`` is their variance. NaN for a class whose row or centred
+            mean is zero; None without a weight.
     """
 
     classes: Tensor
@@ -93,24 +93,25 @@ def pair_matrices(
     exponent: float = 1.0,
     max_classes: int = 2048,
 ) -> dict[str, Tensor]:
-    """Return (K, K) matrices of pairs of classes, whose statistics over pairs are the pairwise metrics.
+    """Return (K, K) matrices over pairs of classes; the pairwise metrics are statistics of their entries.
 
-    They are ``cosines_means`` and ``cosines_weights`` of centred means (also called interference) and of W; ``cdnv``;
-    and the kernels ``dist``, ``log`` and ``riesz`` of the distance between unit centred means. Undefined values are
-    NaN: ``cdnv``, ``log`` and ``riesz`` of a class with itself or with a class of equal mean (direction), up to
-    rounding, and values that need the direction of a zero vector.
+    The matrices are ``cosines_means`` and ``cosines_weights``, the cosines of the centred means (also called
+    interference) and of the rows of W; ``cdnv``; and the kernels ``dist``, ``log`` and ``riesz`` of the distance
+    between unit centred means. Undefined values are NaN: ``cdnv``, ``log`` and ``riesz`` of a class with itself, or
+    with a class of the same mean (for the kernels, the same direction) up to rounding, and values that need the
+    direction of a zero vector.
 
     Args:
         moments: Moments of the features that the weight multiplies.
         weight: W (K, d).
         names: Names of the matrices; by default all.
         options: Centre and classes left out.
-        exponent: Exponent of the distance of kernels, and of the squared distance of CDNV.
-        max_classes: Maximum number of classes; with more, the error states the memory that the matrices would take.
+        exponent: Exponent of the distance in kernels, and of the squared distance in CDNV.
+        max_classes: Maximum number of classes. If there are more, the error states the memory that the matrices need.
 
     Raises:
         ValueError: if a name is unknown, ``cosines_weights`` is requested without a weight, the exponent is not
-            positive, or there are too many classes; else as for `collapse_metrics`.
+            positive, or there are too many classes, or as for `collapse_metrics`.
 
     Examples:
         >>> moments = ClassMoments(2, 2)
@@ -145,28 +146,30 @@ def pair_matrices(
 
 
 GROUPS = ("many", "medium", "few")
-# Least number of training images of a class with many, and of one with a medium number (Liu et al., CVPR 2019).
+# Smallest number of training images of a class with many images, and with a medium number (Liu et al., CVPR 2019).
 _MANY, _MEDIUM = 101, 20
 
 
 def class_groups(counts: Tensor) -> dict[str, Tensor]:
-    """Return the classes with many, a medium number of and few training samples.
+    """Return the classes with many, with a medium number of, and with few training samples.
 
-    Many is more than 100, medium 20 to 100, few fewer than 20, if each of these groups then has a class. Otherwise they
-    are thirds of the classes by their number of samples: group ⌊3 (r_k + ½)/K⌋ with r_k the rank of class k, from 0 for
-    the largest number; classes of equal numbers share their mean rank. So all classes of a balanced set are medium.
+    Classes with more than 100 samples have many, those with 20 to 100 a medium number, and those with fewer than 20
+    few, if each of these groups then has a class. Otherwise, the groups are thirds of the classes by number of samples:
+    class k is in group ⌊3 (r_k + ½)/K⌋, where r_k is its rank, from 0 for the largest number; classes with equal
+    numbers share their mean rank. All classes of a balanced data set are therefore medium.
 
     Args:
         counts: (K,) integers, numbers of training samples.
 
     Returns:
-        Indices of the classes of each group, by its name. A group of thirds may be empty.
+        Indices of the classes of each group, by the name of the group. If the groups are thirds, one may be empty.
 
     Raises:
-        ValueError: if the counts have another type or shape, there are fewer than two, or one is negative.
+        ValueError: if the counts have the wrong type or shape, there are fewer than two, or one is negative.
 
-    Source: Liu et al., "Large-scale long-tailed recognition in an open world" (CVPR 2019) for the numbers; thirds: this
-    project, for sets such as CIFAR-10-LT, of which no class has fewer than 20 images.
+    Source: Liu et al., "Large-scale long-tailed recognition in an open world" (CVPR 2019) for the limits 20 and 100.
+    Thirds are a definition of this project, for data sets such as CIFAR-10-LT, in which every class has at least 20
+    images.
 
     Examples:
         >>> {name: classes.tolist() for name, classes in class_groups(torch.tensor([500, 70, 5, 120])).items()}
@@ -190,25 +193,26 @@ def class_groups(counts: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def group_metrics(measurement: Measurement, counts: Tensor | None = None) -> dict[str, float]:
-    """Return the accuracy and NC1 of the classes with many, a medium number of and few training samples.
+    """Return the accuracy and NC1 of the classes with many, with a medium number of, and with few training samples.
 
     With g a group of `class_groups`, v_k the within-class variances and c_k the centred means of the K measured
     classes, ``accuracy_g`` is the mean over the group's classes of the accuracy of each, and ``nc1_quotient_g`` is
     (1/|g|) Σ_{k∈g} v_k / ((1/K) Σ_k ‖c_k‖²): variability within the group's classes relative to that between all
-    classes. If all classes have the same number of measured samples, the mean of the latter over all classes is
+    classes. If all classes have the same number of measured samples, the mean of ``nc1_quotient_g`` over all classes is
     ``nc1_quotient``.
 
     Args:
         measurement: The measurement.
-        counts: (K,) integers, numbers of training samples of each class; by default those of the measurement's train
-            split, or its own if it has none.
+        counts: (K,) integers, numbers of training samples of each class; by default those of the train split to which
+            the measurement refers, or else those of the measured split.
 
     Returns:
-        Name to value, for groups that have a class; NaN for a group without a measured sample. Measurements without a
-        classifier, and records of versions that did not save ``class_accuracy``, have no accuracies.
+        Dictionary from name to value, for groups that have a class; NaN for a group without a measured sample.
+        Accuracies are absent for measurements without a classifier, and for records of versions that did not save
+        ``class_accuracy``.
 
     Raises:
-        ValueError: if the counts are not (K,), or as for `class_groups` and `class_statistics`.
+        ValueError: if the counts do not have shape (K,), or as for `class_groups` and `class_statistics`.
 
     Examples:
         >>> from neuralcollapse.metrics import measure_features
@@ -254,5 +258,5 @@ def _check_memory(num_classes: int, matrices: int, max_classes: int) -> None:
         raise ValueError(
             f"{matrices} matrices of {num_classes} classes would take {needed * matrices:.3g} GB "
             f"({needed:.3g} GB each); "
-            f"max_classes={num_classes} takes it, max_classes is {max_classes}"
+            f"max_classes={num_classes} allows them, max_classes is {max_classes}"
         )

@@ -1,4 +1,4 @@
-"""Principal directions of features about a point, and the norms of what lies outside the leading ones."""
+"""Principal directions of features about a point, and norms of the components outside the leading directions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _CHUNK_ELEMENTS = 2**21  # maximum number of elements of each temporary
 
 
 def logit_origin(weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return −W⁺b (d,) in fp64, the point nearest to 0 at which the logits Wh + b have the least norm.
+    """Return −W⁺b (d,) in fp64: of the points at which the logits Wh + b have minimal norm, the one nearest to 0.
 
     Args:
         weight: W (K, d).
@@ -34,7 +34,7 @@ def logit_origin(weight: Tensor, bias: Tensor | None) -> Tensor:
 def principal_directions(moments: ClassMoments, origin: Tensor) -> tuple[Tensor, Tensor]:
     """Return the eigenvalues, descending, and the eigenvectors of Σ(h − o)(h − o)ᵀ/N in fp64.
 
-    They follow from the moments alone: the matrix is (S + Σ_k n_k(M_k − o)(M_k − o)ᵀ)/N.
+    They are computed from the moments alone: the matrix is (S + Σ_k n_k(M_k − o)(M_k − o)ᵀ)/N.
 
     Args:
         moments: Moments of at least one sample.
@@ -59,15 +59,15 @@ def principal_directions(moments: ClassMoments, origin: Tensor) -> tuple[Tensor,
 
 
 def mean_residual_norms(cache: FeatureCache, moments: ClassMoments, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the mean norm of what lies outside the j leading principal directions about −W⁺b, j = 0, …, d − 1.
+    """Return the mean norm of the component outside the j leading principal directions about −W⁺b, j = 0, …, d − 1.
 
-    Mean norms are not a function of moments, so this is a second pass over the features: for each sample the squared
-    components are summed from the last direction to the first, O(N d²) work and O(d²) memory. Components are those of
-    h − M_y and of M_y − o, added in fp64, so that they are accurate in deep collapse.
+    Mean norms do not follow from moments, so the function makes a second pass over the features: for each sample, the
+    squared components are summed from the last direction to the first, with O(N d²) work and O(d²) memory. Each
+    component is the sum in fp64 of those of h − M_y and M_y − o, which is accurate in deep collapse.
 
     Args:
         cache: The features.
-        moments: Their moments.
+        moments: Moments of these features.
         weight: W (K, d).
         bias: b (K,), or None for 0.
 

@@ -1,4 +1,4 @@
-"""Linear probe in closed form, from class moments; errors of probes of layers, and the effective depth they give."""
+"""Linear probe in closed form from class moments, errors of the probes of layers, and effective depth."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from neuralcollapse.metrics.samples import FeatureCache
 from neuralcollapse.metrics.statistics import ClassStatistics, MeasureOptions, class_statistics
 from neuralcollapse.metrics.undefined import Condition, MetricValues, conditions_of_moments, without_undefined
 
-EPSILON = 0.01  # error of a separated layer, for the effective depth
+EPSILON = 0.01  # maximum error of a separated layer, for the effective depth
 
 
 class LinearProbe(NamedTuple):
-    """Linear classifier of features: the predicted class has the greatest entry of Wh + b.
+    """Linear classifier of features; the predicted class is that of the greatest entry of Wh + b.
 
     Attributes:
         weight: W (K, d) in fp64.
@@ -38,7 +38,7 @@ class LinearProbe(NamedTuple):
             features: h (N, d).
 
         Raises:
-            ValueError: if the features have another shape or type.
+            ValueError: if the features have the wrong shape or type.
         """
         check_shapes(features=(features, "N d"), weight=(self.weight, "K d"))
         return torch.addmm(self.bias, features.to(self.weight), self.weight.T).argmax(dim=1)
@@ -46,16 +46,17 @@ class LinearProbe(NamedTuple):
 
 @torch.no_grad()
 def linear_probe(moments: ClassMoments, *, ridge: float = 0.0) -> LinearProbe:
-    """Linear probe: least squares on one-hot targets, with an intercept, in closed form.
+    """Fit a linear probe: least squares on one-hot targets, with an intercept, in closed form.
 
     With π_k = n_k/N, the mean m of all samples, C = M − m and the total covariance Σ_T = S/N + Σ_k π_k C_kC_kᵀ,
 
         W = diag(π) C (Σ_T + λI)†,   b = π − Wm
 
-    minimises (1/N) Σ‖Wh + b − e_y‖² + λ‖W‖_F², λ = ``ridge`` · tr(Σ_T)/d. The moments suffice, and nothing is iterated.
-    Without a ridge, the pseudo-inverse gives the solution of least norm: eigenvalues of Σ_T below d·eps·λ₁ count as 0,
-    with the eps of the arithmetic of the moments. Directions whose standard deviation is less than about 1e-7 of the
-    greatest one are therefore not used in fp64, where least squares on the features themselves would use them.
+    minimises (1/N) Σ‖Wh + b − e_y‖² + λ‖W‖_F², λ = ``ridge`` · tr(Σ_T)/d. The solution needs only the moments and no
+    iterations. Without a ridge, the pseudo-inverse gives the solution of minimal norm: eigenvalues of Σ_T below
+    d·eps·λ₁ count as 0, with the eps of the arithmetic of the moments. In fp64, directions whose standard deviation is
+    less than about 1e-7 of the greatest one are therefore not used, although least squares on the features themselves
+    would use them.
 
     The row of a class without samples is 0; it is never predicted, because the entries of Wh + b sum to 1.
 
@@ -66,7 +67,7 @@ def linear_probe(moments: ClassMoments, *, ridge: float = 0.0) -> LinearProbe:
     Raises:
         ValueError: if ``moments`` is not `ClassMoments`, has no samples or is not finite, or ``ridge`` is negative.
 
-    Source: the linear probe of Alain & Bengio (ICLR workshop 2017), fitted as ridge regression.
+    Source: linear probe of Alain & Bengio (ICLR workshop 2017), fitted here by ridge regression.
 
     Examples:
         >>> moments = ClassMoments(num_classes=2, feature_dim=1)
@@ -82,7 +83,7 @@ def linear_probe(moments: ClassMoments, *, ridge: float = 0.0) -> LinearProbe:
     check_not_negative("ridge", ridge)
     if not moments.counts.any():
         raise ValueError("moments must hold at least one sample, got none")
-    if moments.device.type == "mps":  # without fp64
+    if moments.device.type == "mps":  # MPS does not support fp64
         moments = moments.to("cpu")
     shares = moments.counts.double() / moments.counts.sum()
     means, within = moments.means.double(), moments.within_class_scatter.double() / moments.counts.sum()
@@ -102,13 +103,13 @@ def linear_probe(moments: ClassMoments, *, ridge: float = 0.0) -> LinearProbe:
 
 @dataclass(frozen=True)
 class FittedProbes:
-    """Nearest class mean and linear probe of a train split, of the classes that are measured there.
+    """Nearest class mean and linear probe of a train split, for the classes that are measured in it.
 
     Attributes:
-        classes: (K',) indices of these classes.
-        means: (K', d) their means.
+        classes: (K',) indices of the measured classes.
+        means: (K', d) means of the measured classes.
         probe: The linear probe.
-        is_measured: (K,) whether each class is among them.
+        is_measured: (K,) whether each class is measured.
     """
 
     classes: Tensor
@@ -118,20 +119,20 @@ class FittedProbes:
 
     @classmethod
     def of(cls, moments: ClassMoments, measured: ClassStatistics, ridge: float = 0.0) -> FittedProbes:
-        """Return the probes of moments, and of the statistics of their measured classes."""
+        """Return the probes computed from moments and from the statistics of their measured classes."""
         is_measured = torch.zeros(moments.num_classes, dtype=torch.bool, device=measured.classes.device)
         is_measured[measured.classes] = True
         return cls(measured.classes, measured.class_means, linear_probe(moments, ridge=ridge), is_measured)
 
     def misses(self, features: Tensor, targets: Tensor) -> Tensor:
-        """Return the number of samples of measured classes, and of these that each of the two misclassifies, (3,)."""
+        """Return the number of samples of measured classes, and the numbers that the two probes misclassify, (3,)."""
         targets = targets.to(self.classes.device)
-        kept = self.is_measured[targets]
-        features, targets = features.to(self.classes.device)[kept], targets[kept]
+        measured = self.is_measured[targets]
+        features, targets = features.to(self.classes.device)[measured], targets[measured]
         if not len(targets):
             return torch.zeros(3, dtype=torch.int64, device=self.classes.device)
         answers = (self.classes[nearest_class_mean(features, self.means)], self.probe.predict(features))
-        return torch.stack([kept.sum(), *((answer != targets).sum() for answer in answers)])
+        return torch.stack([measured.sum(), *((answer != targets).sum() for answer in answers)])
 
 
 @torch.no_grad()
@@ -142,7 +143,7 @@ def probe_errors(cache: FeatureCache, reference: ClassMoments, options: MeasureO
 
     Args:
         cache: Features of the samples, with their targets.
-        reference: Moments of the train split, of which means and probe are.
+        reference: Moments of the train split, which determine the class means and the probe.
         options: Options of the measurement.
     """
     measured = class_statistics(reference, options)
@@ -156,22 +157,22 @@ def probe_errors(cache: FeatureCache, reference: ClassMoments, options: MeasureO
             counts += probes.misses(batch.features, batch.targets)
         errors = (counts[1:].double() / counts[0]).tolist()  # NaN without samples
         if not counts[0]:
-            reason = "no sample of a class that has a mean was measured"
+            reason = "no sample of a class with a train mean was measured"
             conditions.append(Condition("no sample of a measured class", reason, False))
     return without_undefined(dict(zip(("ncc_error", "probe_error"), errors, strict=True)), conditions)
 
 
 def effective_depth(errors: Sequence[float], epsilon: float = EPSILON) -> int:
-    """Effective depth: the number, from 1, of the first layer whose nearest class mean has an error of at most ε.
+    """Effective depth: number, from 1, of the first layer whose nearest class mean has an error of at most ε.
 
-    It is the number of layers if none has. The errors are those of the train split.
+    If there is no such layer, it is the number of layers. The errors are those of the train split.
 
     Args:
         errors: Error of the nearest class mean in each layer, in [0, 1]; NaN counts as an error above ε.
         epsilon: ε, in [0, 1].
 
     Raises:
-        ValueError: if there are no errors, or ``epsilon`` is out of range.
+        ValueError: if ``errors`` is empty, or ``epsilon`` is out of range.
 
     Source: Galanti, Galanti & Ben-Shaul 2022 (arXiv 2202.09028).
 
@@ -182,7 +183,7 @@ def effective_depth(errors: Sequence[float], epsilon: float = EPSILON) -> int:
         2
     """
     if not len(errors):
-        raise ValueError("errors must be those of at least one layer, got none")
+        raise ValueError("errors must have at least one value, got none")
     check_not_negative("epsilon", epsilon)
     if epsilon > 1:
         raise ValueError(f"epsilon must be in [0, 1], got {epsilon}")

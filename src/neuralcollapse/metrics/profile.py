@@ -27,17 +27,18 @@ _SHOWN = ("nc1_quotient", "rank_me", *_ERRORS)
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """Collapse, errors of probes and rank of each layer of a model, in the order of the forward.
+    """Collapse, errors of probes and rank of each layer of a model, in the order of the forward pass.
 
-    `Measurement.profile` makes it. `plot` draws it, and `print` shows it as a table.
+    `Measurement.profile` returns a profile. `plot` draws it, and `print` shows it as a table.
 
     Attributes:
         layers: Names of the layers; the last is ``"features"``, the input of the classifier.
         dimensions: Number of features d of each layer, after pooling.
-        metrics: Name to one value per layer: ``nc1_quotient``, ``rank_me`` (effective rank of the features),
-            ``ncc_error`` and ``probe_error`` if they were measured (``probes=True``), and ``nc2_one_vs_rest`` of the
-            class means, the GNC2 of Jiang et al. (ICML 2024), if K > d + 1 in a layer (NaN in the others).
-        test_metrics: The errors of the other split, if one was given.
+        metrics: Dictionary from name to one value per layer: ``nc1_quotient``; ``rank_me`` (effective rank of the
+            features); ``ncc_error`` and ``probe_error`` if they were measured (``probes=True``); and, if any layer has
+            K > d + 1, ``nc2_one_vs_rest`` of the class means, the GNC2 of Jiang et al. (ICML 2024), which is NaN for
+            the other layers.
+        test_metrics: Errors of the other split, if such a measurement was given.
     """
 
     layers: tuple[str, ...]
@@ -57,7 +58,7 @@ class LayerProfile:
             ValueError: if no layers were measured, or the other split has other layers or no probes.
         """
         if not measurement.layers:
-            raise ValueError("profile needs measured layers, got none: measure(..., layers='blocks', probes=True)")
+            raise ValueError("profile needs measured layers, got none: use measure(..., layers='blocks', probes=True)")
         rows = _rows(measurement)
         names = [name for name in _SHOWN if all(name in values for values in rows)]
         metrics = {name: tuple(values[name] for values in rows) for name in names}
@@ -76,7 +77,7 @@ class LayerProfile:
         return cls((*measurement.layers, FEATURES), dimensions, metrics, of_test)
 
     def effective_depth(self, epsilon: float = EPSILON) -> int:
-        """Return the number, from 1, of the first layer whose ``ncc_error`` is at most ε; that of the last if none is.
+        """Return the number, from 1, of the first layer whose ``ncc_error`` is at most ε, or else of the last layer.
 
         Args:
             epsilon: ε, in [0, 1].
@@ -87,11 +88,11 @@ class LayerProfile:
         Source: Galanti, Galanti & Ben-Shaul 2022 (arXiv 2202.09028).
         """
         if "ncc_error" not in self.metrics:
-            raise ValueError("effective_depth needs the errors of the nearest class mean: measure(..., probes=True)")
+            raise ValueError("effective_depth needs errors of the nearest class mean: use measure(..., probes=True)")
         return effective_depth(self.metrics["ncc_error"], epsilon)
 
     def plot(self) -> Figure:
-        """Draw NC1, the errors of both splits and the rank against depth, one panel each; needs matplotlib."""
+        """Draw NC1, the errors of both splits and the rank against depth, in one panel each; needs matplotlib."""
         from matplotlib.figure import Figure
 
         errors = [name for name in _ERRORS if name in self.metrics]
@@ -149,7 +150,7 @@ class LayerProfile:
 
 
 def _rows(measurement: Measurement) -> list[dict[str, float]]:
-    """Return the metrics of each layer, and last those of the features."""
+    """Return the metrics of each layer, followed by those of the features."""
     return [*measurement.layers.values(), measurement.metrics]
 
 

@@ -14,7 +14,7 @@ def feature_norm(class_means: Tensor, within_class_variances: Tensor, counts: Te
 
     Args:
         class_means: M (K, d), not centred.
-        within_class_variances: v (K,), each class's mean squared distance to its mean.
+        within_class_variances: v (K,), mean squared distance of the samples of each class to the class mean.
         counts: n (K,).
 
     Raises:
@@ -34,9 +34,9 @@ def feature_norm(class_means: Tensor, within_class_variances: Tensor, counts: Te
 def rank_me(within_class_covariance: Tensor, class_means: Tensor, counts: Tensor) -> Tensor:
     """RankMe, exp(−Σ p_i log p_i) with p_i = σ_i/Σσ, σ the singular values of the features (N, d).
 
-    The σ² are the eigenvalues of S + Σ n_k M_kM_kᵀ; eigenvalues below d·eps·λ₁ count as 0 and have no gradient. The
-    value is K − 1 at collapse of balanced classes whose global mean is 0, min(N, d) at most; NaN if all features are
-    zero. Source: Garrido et al., ICML 2023.
+    The squares σ² are the eigenvalues of S + Σ n_k M_kM_kᵀ; eigenvalues below d·eps·λ₁ count as 0 and have no gradient.
+    The value is K − 1 at collapse of balanced classes with global mean 0, at most min(N, d), and NaN if all features
+    are zero. Source: Garrido et al., ICML 2023.
 
     Args:
         within_class_covariance: Σ_W = S/N (d, d).
@@ -65,8 +65,8 @@ def rank_me(within_class_covariance: Tensor, class_means: Tensor, counts: Tensor
 def effective_rank(vectors: Tensor) -> Tensor:
     """Effective rank exp(−Σ p_i log p_i), p_i = σ_i/Σσ, of a matrix; K − 1 at collapse, min(K, d) at most.
 
-    NaN if X = 0. Singular values below max(K, d)·eps·σ₁ count as 0 and have no gradient. `rank_me` is the effective
-    rank of all features. Source: Roy & Vetterli, EUSIPCO 2007.
+    The value is NaN if X = 0. Singular values below max(K, d)·eps·σ₁ count as 0 and have no gradient. `rank_me` is the
+    effective rank of all features. Source: Roy & Vetterli, EUSIPCO 2007.
 
     Args:
         vectors: X (K, d): centred class means or classifier rows.

@@ -1,4 +1,4 @@
-"""Metrics of single samples (entries of the catalogue with features among their inputs), from a cache of features."""
+"""Metrics of single samples (entries of the catalogue that have features as inputs), from a cache of features."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from neuralcollapse.metrics.undefined import (
     without_undefined,
 )
 
-INFORMATION_SIZE = 512  # samples of MIR and HDR, which need the eigenvalues of a matrix of that size
+INFORMATION_SIZE = 512  # number of samples for MIR and HDR, which need the eigenvalues of a matrix of that size
 _FIRST_CLASSES = 2**14  # size of a tensor of classes before it doubles
 _GATHERED_ELEMENTS = 2**25  # maximum number of features of single classes that are gathered at a time, in fp64
 
 
 class _InFile(NamedTuple):
-    """Where the features of a batch are in a file, which is mapped only while they are used."""
+    """Location of the features of a batch in a file, which is mapped into memory only while they are used."""
 
     path: Path
     offset: int
@@ -74,7 +74,7 @@ class _Classes:
 
 
 class CachedBatch(NamedTuple):
-    """Features (N, d), targets (N,), predicted classes (N,), and those that the logits without the bias predict."""
+    """Features (N, d), targets (N,), predicted classes (N,), and classes predicted by the logits without the bias."""
 
     features: Tensor
     targets: Tensor
@@ -83,15 +83,15 @@ class CachedBatch(NamedTuple):
 
 
 class FeatureCache:
-    """Batches of samples on their own device; features beyond ``max_bytes`` go to a temporary file.
+    """Cache of batches on their device; features beyond ``max_bytes`` are written to a temporary file.
 
-    It is a context manager that removes the file at its end.
+    The cache is a context manager that removes the file on exit.
 
     Args:
-        max_bytes: Maximum size of the features kept in memory.
+        max_bytes: Maximum size of the features in memory.
         folder: Folder of the temporary file; by default that of the system.
-        views: (N, d) all features, if they are in memory of the caller or in a file that is mapped; features that are
-            added are then not kept, but taken from there.
+        views: (N, d) all features, if they are in the caller's memory or in a mapped file. Features of added batches
+            are then read from it instead of being cached.
 
     Examples:
         >>> with FeatureCache(max_bytes=0) as cache:
@@ -104,10 +104,10 @@ class FeatureCache:
         self.max_bytes = max_bytes
         self._folder = folder
         self._views = views
-        # Small tensors that are kept between large temporary ones, such as logits, would keep the allocator from using
-        # the memory of these again: only features that must be kept are tensors of single batches.
+        # Small tensors allocated between large temporary ones, such as logits, would prevent the allocator from reusing
+        # the memory of the latter. Therefore only features are stored as one tensor per batch.
         self._features: list[Tensor | _InFile | None] = []  # of each batch; None for views
-        self._ends = [0]  # samples before each batch, and in all
+        self._ends = [0]  # number of samples before each batch, and the total number
         self._targets, self._predictions, self._without_bias = _Classes(), _Classes(), _Classes()
         self._bytes = 0
         self._path: Path | None = None
@@ -127,15 +127,15 @@ class FeatureCache:
     def append(
         self, features: Tensor, targets: Tensor, predictions: Tensor, without_bias: Tensor | None = None
     ) -> None:
-        """Add a batch; ``without_bias`` is None if there is no bias."""
-        kept: Tensor | _InFile | None = None
+        """Add a batch; ``without_bias`` is None for a classifier without bias."""
+        stored: Tensor | _InFile | None = None
         if self._views is None:
             features = features.detach()
             size = features.numel() * features.element_size()
             in_memory = not size or self._bytes + size <= self.max_bytes
             self._bytes += size if in_memory else 0
-            kept = features if in_memory else self._to_disk(features.cpu().contiguous())
-        self._features.append(kept)
+            stored = features if in_memory else self._to_disk(features.cpu().contiguous())
+        self._features.append(stored)
         self._ends.append(self._ends[-1] + len(targets))
         self._targets.add(targets)
         self._predictions.add(predictions)
@@ -166,7 +166,7 @@ class FeatureCache:
         return torch.cat(rows) if rows else torch.empty(0, self._features_of(0).shape[1], device=device)
 
     def draw(self, size: int, eligible: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return features and targets of random samples, in their order; the same ones for the same data.
+        """Return features and targets of random samples, in their order; the draw is the same for the same data.
 
         Args:
             size: Maximum number of samples.
@@ -181,7 +181,7 @@ class FeatureCache:
         return self.take(drawn, torch.device("cpu")), targets[drawn]
 
     def sample(self, size: int) -> tuple[Tensor, Tensor]:
-        """Return what `draw` returns, with features in fp16, or bf16 or their own dtype if their range requires it."""
+        """Return the result of `draw` with features in fp16, or in bf16 or their own dtype if the range requires it."""
         rows, targets = self.draw(size)
         greatest = float(rows.abs().max()) if len(rows) else 0.0
         for dtype in (torch.float16, torch.bfloat16, rows.dtype):
@@ -197,14 +197,14 @@ class FeatureCache:
         return CachedBatch(self._features_of(number), *classes)
 
     def _features_of(self, number: int) -> Tensor:
-        kept = self._features[number]
+        stored = self._features[number]
         if self._views is not None:
             return self._views[self._ends[number] : self._ends[number + 1]]
-        assert kept is not None
-        return kept.read() if isinstance(kept, _InFile) else kept
+        assert stored is not None
+        return stored.read() if isinstance(stored, _InFile) else stored
 
     def _to_disk(self, features: Tensor) -> _InFile:
-        """Write a tensor to the file, and return where it is."""
+        """Write a tensor to the file, and return its location."""
         if self._path is None:
             with tempfile.NamedTemporaryFile(suffix=".features", dir=self._folder, delete=False) as file:
                 self._path = Path(file.name)
@@ -219,11 +219,11 @@ def _rows(features: Tensor, indices: Tensor) -> Tensor:
 
 
 class SampleValues(NamedTuple):
-    """Metrics of single samples, the reasons of undefined ones, and the values of samples and classes.
+    """Metrics of single samples, the reasons for undefined ones, and the values of samples and classes.
 
     Attributes:
-        metrics: Name to value.
-        undefined: Name to reason.
+        metrics: Dictionary from name to value.
+        undefined: Dictionary from name to reason.
         cos_margins: (N,) cosine margins, ascending.
         ncc_mismatch: (K,) share of samples of each class whose nearest class mean is not the predicted class.
         agreement_without_bias: Share of samples whose nearest class mean is the class of the greatest entry of Wh.
@@ -239,7 +239,7 @@ class SampleValues(NamedTuple):
     def without_samples(
         cls, num_classes: int, metrics: dict[str, float] | None = None, undefined: dict[str, str] | None = None
     ) -> SampleValues:
-        """Return the values if no sample is measured."""
+        """Return the values of a measurement without samples."""
         return cls(metrics or {}, undefined or {}, torch.empty(0), torch.full((num_classes,), torch.nan))
 
 
@@ -250,10 +250,10 @@ def measure_samples(
 
     Args:
         cache: The samples.
-        weight: W (K, d); None without a classifier, and then only the numerical rank is measured.
+        weight: W (K, d); None without a classifier, in which case only the numerical rank is measured.
         moments: Moments of the samples.
         train: Moments that give the class means and the centre.
-        options: Classes that are left out, centre, and whether to include MIR and HDR.
+        options: Options that select classes, the centre, and whether to include MIR and HDR.
     """
     measured, reference = class_statistics(moments, options), class_statistics(train, options)
     entries = [
@@ -269,7 +269,7 @@ def measure_samples(
     else:
         _warn_of_classes_without_mean(measured, reference)
         values = _measure_against(reference, cache, weight, entries)
-    if measured.class_scatter is not None:  # then the numerical rank is a metric of moments
+    if measured.class_scatter is not None:  # the numerical rank is then computed from moments
         return values
     conditions = list(conditions_of_moments(moments, measured))
     defined = not without_undefined({"nc1_numerical_rank": 1.0}, conditions)[1]
@@ -283,8 +283,8 @@ class _Pass:
     """Results of one pass over the samples of the classes that have a reference mean.
 
     Attributes:
-        values: For each function over samples, its values (N,).
-        targets: (N,) classes, as indices into those of the reference.
+        values: Values (N,) of each function over samples.
+        targets: (N,) classes, as indices into the classes of the reference.
         unit_sums: (K, d) sums of the unit features of each class.
         zero_features: Number of features that are zero.
         agreements: Number of samples whose nearest class mean is the class that Wh predicts.
@@ -312,7 +312,7 @@ def _measure_against(
 ) -> SampleValues:
     """Return the metrics of all samples of the classes that have a reference mean."""
     rows = weight.double()[reference.classes]
-    index = torch.full((len(weight),), -1, device=weight.device)  # of each class among those of the reference
+    index = torch.full((len(weight),), -1, device=weight.device)  # index of each class in the reference
     index[reference.classes] = torch.arange(len(rows), device=weight.device)
     samples = _pass_over(cache, index, rows, reference, [entry for entry in entries if entry.over == "samples"])
     present = samples.targets.unique()
@@ -345,7 +345,7 @@ def _pass_over(
     """Return the values of each function over samples."""
     functions = {entry.function: entry.inputs for entry in entries}
     total, filled = len(cache.targets), 0
-    values: dict[str, Tensor] = {}  # of all samples, for the reason given in `FeatureCache`
+    values: dict[str, Tensor] = {}  # one tensor for all samples, for the reason given in `FeatureCache`
     targets, unit_sums, zero_features, agreements = index.new_empty(total), torch.zeros_like(rows), 0, 0
     shared = {"weight": rows, "center": reference.center, "class_means": reference.class_means}
     for batch in cache:
@@ -386,7 +386,7 @@ def _conditions(
     if not reference.centred_means.any():
         yield EQUAL_MEANS
     if not len(samples.targets):
-        reason = "no sample of a class that has a mean was measured"
+        reason = "no sample of a class with a train mean was measured"
         yield Condition("no sample of a measured class", reason, False)
     if samples.zero_features:
         reason = f"{samples.zero_features:,} features are zero and have no direction"
@@ -395,19 +395,19 @@ def _conditions(
         reason = f"rows of the weight are zero (classes {listed(reference.classes[zero].tolist())})"
         yield Condition("zero row of the weight", reason, False)
     if bool((rows - rows.mean(dim=0)).isclose(rows.new_zeros(()), atol=0).all(dim=1).any()):
-        reason = "a row of the weight is the mean row, and has no direction from it"
+        reason = "a row of the weight equals the mean row, so their difference has no direction"
         yield Condition("mean row of the weight", reason, False)
     if undefined_margins:
-        reason = f"{undefined_margins:,} features are at the centre, or the rows of their classes are the mean row"
+        reason = f"{undefined_margins:,} features are at the centre, or the rows of their classes equal the mean row"
         yield Condition("sample at the centre", reason, False)
-    reason = "the features, or the rows of the weight, have one direction: there is no entropy to share"
+    reason = "the features, or the rows of the weight, have a single direction, so their entropy is 0"
     yield Condition("no entropy", reason, False)
 
 
 def numerical_rank(cache: FeatureCache, measured: ClassStatistics) -> float:
     """Return `nc1_numerical_rank` from the features of each class; NaN without samples.
 
-    The features of as many classes as fit into memory are gathered at a time, those of a larger class in pieces.
+    Features are gathered for groups of classes that fit into memory; those of a larger class are gathered in parts.
     """
     targets, feature_dim = cache.targets, measured.class_means.shape[1]
     order = torch.argsort(targets, stable=True)
@@ -427,13 +427,13 @@ def numerical_rank(cache: FeatureCache, measured: ClassStatistics) -> float:
             continue
         samples, ranking = torch.cat(group).sort()
         gathered = cache.take(samples, measured.counts.device).double()
-        gathered = gathered[ranking.argsort().to(gathered.device)]  # class after class
+        gathered = gathered[ranking.argsort().to(gathered.device)]  # sorted by class
         ranks += [rank_of_features(features) for features in gathered.split([len(rows) for rows in group])]
     return float(torch.stack(ranks).mean()) if ranks else math.nan
 
 
 def _groups(members: list[Tensor], most: int) -> Iterator[list[Tensor]]:
-    """Yield members in groups of at most ``most`` samples; a larger one is a group of its own."""
+    """Yield the members of classes in groups of at most ``most`` samples; a larger class forms a separate group."""
     group: list[Tensor] = []
     size = 0
     for samples in members:

@@ -33,7 +33,7 @@ def unit_rows(rows: Tensor, least: Tensor | float = 0.0) -> Tensor:
 
     Args:
         rows: (..., N, d).
-        least: Greatest norm of a row without direction: (..., N), or one number for all.
+        least: Greatest norm of a row without direction: (..., N), or one number for all rows.
 
     Examples:
         >>> unit_rows(torch.tensor([[3e-30, 4e-30], [0.0, 0.0]]))
@@ -52,7 +52,7 @@ def unit_deviations(rows: Tensor, center: Tensor) -> Tensor:
 
 
 def _norms(rows: Tensor) -> Tensor:
-    """Return the norms of rows; those of fp32 rows in fp64, so that squares stay in its range."""
+    """Return the norms of rows; those of fp32 rows are computed in fp64, so that squares stay in range."""
     wide = torch.float64 if rows.dtype == torch.float32 and rows.device.type != "mps" else None
     return torch.linalg.vector_norm(rows, dim=-1, dtype=wide)
 

@@ -1,4 +1,4 @@
-"""Options of a measurement, and the statistics of the classes that they select: means, centre and covariance."""
+"""Options of a measurement, and statistics of the measured classes: means, centre and covariance."""
 
 from __future__ import annotations
 
@@ -30,30 +30,33 @@ _ROUNDING = 64  # error of a mean over thousands of batches, in units of roundin
 class MeasureOptions:
     """Options of `measure`, `NeuralCollapse` and `collapse_metrics`.
 
-    `collapse_metrics` and `undefined_metrics` use the first five; `NeuralCollapse` uses ``ignore_index``, ``dtype`` and
-    ``class_scatter`` as well; `measure` uses all.
+    `collapse_metrics` and `undefined_metrics` use the first five options; `NeuralCollapse` also uses ``ignore_index``,
+    ``dtype`` and ``class_scatter``; `measure` uses all options.
 
     Args:
-        center: ``"samples"``: deviations are taken from the mean of all samples; ``"classes"``: from the mean of the
-            class means, for which an exact ETF has its values at collapse on unbalanced data as well.
+        center: ``"samples"``: deviations are taken from the mean of all samples; ``"classes"``: deviations are taken
+            from the mean of the class means, so that an exact ETF has the values at collapse on unbalanced data as
+            well.
         min_samples: Classes with fewer samples are left out of all metrics. With 0, a class without samples is an
             error.
         drop_classes_above: Classes with more samples are left out of all metrics; None for no limit.
-        pairwise: Include the metrics over all pairs of classes, O(K² d).
-        code: L (K, r). The classifier is compared with the Gram matrix LLᵀ (`neuralcollapse.geometry.code_from_gram`).
+        pairwise: Include the metrics over all pairs of classes, which take O(K² d) work.
+        code: L (K, r). Means and classifier are compared with the Gram matrix LLᵀ
+            (`neuralcollapse.geometry.code_from_gram`).
         ignore_index: Samples with this target are left out.
         dtype: As for `ClassMoments`.
-        class_scatter: Keep the scatter of each class, K d² numbers. ``nc1_numerical_rank`` is then computed from it,
-            for layers too, instead of from single samples.
-        per_sample: Include the metrics of single samples, O(N K d); without them no features are kept.
-        information: Include ``mir`` and ``hdr`` of 512 samples, whose cost is cubic in their number.
+        class_scatter: Keep the scatter of each class, K d² numbers. ``nc1_numerical_rank`` is then computed from it
+            instead of from single samples, for layers as well.
+        per_sample: Include the metrics of single samples, which take O(N K d) work; without them, features are not
+            cached.
+        information: Include ``mir`` and ``hdr`` of 512 samples; their cost is cubic in this number.
         layer_pooling: Pooling of layer outputs with more than two dimensions: ``"mean"`` over positions ((B, C, ...)
-            keeps C, and (B, T, d) keeps d), ``"flatten"``, or a function to (B, d). Outputs (B, T, d) with targets
-            (B, T) are not pooled. The moments of a layer with d dimensions take d² numbers.
-        cache_bytes: Maximum size of the features kept in memory; the others are memory-mapped to a temporary file.
+            becomes (B, C), and (B, T, d) becomes (B, d)), ``"flatten"``, or a function that returns (B, d). Outputs
+            (B, T, d) with targets (B, T) are not pooled. The moments of a layer with d dimensions take d² numbers.
+        cache_bytes: Maximum size of the features cached in memory; the others are memory-mapped to a temporary file.
 
     Raises:
-        ValueError: if an option has another type or is out of range.
+        ValueError: if an option has the wrong type or is out of range.
 
     Examples:
         >>> MeasureOptions(center="classes").min_samples
@@ -93,7 +96,7 @@ class MeasureOptions:
 
 @dataclass(frozen=True)
 class ClassStatistics:
-    """Statistics of the measured classes in fp64. In every formula, K is the number of these classes.
+    """Statistics of the measured classes in fp64. In all formulas, K is the number of measured classes.
 
     Attributes:
         classes: (K,) indices among all classes.
@@ -103,10 +106,10 @@ class ClassStatistics:
         centred_means: (K, d) C = M − m. The row of a class whose mean is at the centre, up to rounding, is zero; all
             rows are zero if the features are the same for all samples, up to the rounding of their dtype.
         within_class_variances: (K,) variances v_k = t_k/n_k.
-        within_class_covariance: (d, d) Σ_W = S/N, or None if the pooled scatter includes that of classes left out.
+        within_class_covariance: (d, d) Σ_W = S/N, or None if the pooled scatter includes that of other classes.
         class_scatter: (K, d, d) scatter of each class, or None if the moments do not keep it.
         scale: Root mean square √(Σ‖h‖²/N) of the feature norms.
-        resolution: Distance within which two class means are equal up to rounding.
+        resolution: Distance within which two class means are considered equal, up to rounding.
         constant: Whether the features are the same for all samples, up to the rounding of their dtype.
     """
 
@@ -126,15 +129,15 @@ class ClassStatistics:
 def class_statistics(moments: ClassMoments, options: MeasureOptions = MeasureOptions()) -> ClassStatistics:
     """Return the statistics of the classes with ``min_samples`` to ``drop_classes_above`` samples.
 
-    Fewer than two classes are an error only if these bounds exclude the others.
+    Fewer than two measured classes are an error only if these bounds exclude the other classes.
 
     Args:
         moments: Moments of the features.
-        options: Bounds of the number of samples of a class, and the centre.
+        options: Bounds of the number of samples per class, and the centre.
 
     Raises:
-        ValueError: if the bounds leave fewer than two classes, a class has no sample while ``min_samples`` is 0, or
-            ``moments`` has another type.
+        ValueError: if the bounds leave fewer than two classes, a class has no sample and ``min_samples`` is 0, or
+            ``moments`` has the wrong type.
 
     Examples:
         >>> moments = ClassMoments(3, 2)
@@ -158,7 +161,7 @@ def class_statistics(moments: ClassMoments, options: MeasureOptions = MeasureOpt
             f"moments must hold at least 2 classes of min_samples = {max(min_samples, 1)}{limit} samples, "
             f"got {len(classes)} of {with_samples} classes (and {int(moments.counts.sum())} samples in all)"
         )
-    if moments.device.type == "mps":  # without fp64
+    if moments.device.type == "mps":  # MPS does not support fp64
         moments, measured, classes = moments.to("cpu"), measured.cpu(), classes.cpu()
     everything = len(classes) == moments.num_classes
     counts = moments.counts[classes]
@@ -198,13 +201,13 @@ def _rounding(
     moments: ClassMoments, class_means: Tensor, centred_means: Tensor, variances: Tensor, counts: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, bool]:
     """Return the distances of the means to the centre, and scale, resolution and constant of `ClassStatistics`."""
-    factor = power_of_two(class_means, variances.sqrt())  # squares of 1e-170 underflow
+    factor = power_of_two(class_means, variances.sqrt())  # the square of 1e-170 would underflow
     shares = counts.double() / counts.sum()
     spread = (shares @ (variances.sqrt() * factor).square()).sqrt() / factor
     scale = (shares @ (class_means * factor).square().sum(dim=1) + (spread * factor).square()).sqrt() / factor
     distances = torch.linalg.vector_norm(centred_means * factor, dim=1) / factor
     rounding = float(moments.rounding)
-    # Rounding errors of features average out if the features vary; otherwise those of a class may all be the same.
+    # Rounding errors average out if the features vary; otherwise the errors of a class may all be the same.
     resolution = _ROUNDING * torch.finfo(moments.means.dtype).eps * scale
     resolution = resolution + min(rounding, 4 * torch.finfo(torch.float32).eps) * spread
     constant = bool((spread <= rounding * scale) & (distances <= rounding * scale).all())

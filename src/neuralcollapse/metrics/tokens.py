@@ -1,4 +1,4 @@
-"""Batches of causal language models: next tokens as targets, and a warning of targets that are not shifted."""
+"""Batches of causal language models: next tokens as targets, and a warning about targets that are not shifted."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ Unpack = Callable[[Any], tuple[Any, Tensor | None]]
 def next_tokens(batch: Any, ignore_index: int = IGNORED) -> tuple[Any, Tensor]:
     """Return the inputs of a causal language model, and the next token at each position as its target.
 
-    The target at position t is the label at t + 1, or without labels the token. The last position has no target, and
-    neither has a position that is padding or before padding, or before a label −100.
+    The target at position t is the label at t + 1, or the token at t + 1 if there are no labels. A position has no
+    target if it is the last one, if it or the next position is padding, or if the next label is −100.
 
     Args:
         batch: Tokens (B, T); or a mapping with ``input_ids``, and possibly ``attention_mask`` and ``labels``, of the
-            same shape. Labels belong to the tokens of their own position, as in transformers.
-        ignore_index: Target where there is none.
+            same shape. Labels are aligned with the tokens (not shifted), as in transformers.
+        ignore_index: Value that marks positions without a target.
 
     Raises:
-        ValueError: if the batch has other contents, or its labels are shifted already.
+        ValueError: if the batch has other contents, or its labels are already shifted.
 
     Examples:
         >>> next_tokens(torch.tensor([[5, 6, 7]]))[1]
@@ -56,7 +56,7 @@ def next_tokens(batch: Any, ignore_index: int = IGNORED) -> tuple[Any, Tensor]:
 
 
 def warning_of_unshifted(unpack: Unpack, ignore_index: int | None) -> Unpack:
-    """Return the function, which warns if the targets of its first batch are its input tokens.
+    """Return the function with a check that warns if the targets of the first batch are its input tokens.
 
     Args:
         unpack: Function of a batch that returns inputs and targets.
@@ -71,8 +71,8 @@ def warning_of_unshifted(unpack: Unpack, ignore_index: int | None) -> Unpack:
             first = False
             if any(_are_tokens(unpacked[1], tokens, ignore_index) for tokens in _tensors(unpacked[0])):
                 warnings.warn(
-                    "targets are the input tokens of their own position: a causal language model predicts the next "
-                    "token, and unpack='next_token' shifts them",
+                    "targets equal the input tokens at the same positions, but a causal language model predicts the "
+                    "next token; unpack='next_token' shifts the targets",
                     UserWarning,
                     stacklevel=2,
                 )
@@ -82,19 +82,19 @@ def warning_of_unshifted(unpack: Unpack, ignore_index: int | None) -> Unpack:
 
 
 def _check_unshifted(tokens: Tensor, labels: Tensor) -> None:
-    """Raise if each label is the token after its position, and some label is not the token at its position."""
+    """Raise if each label equals the next token, and some label differs from the token at its position."""
     counted = labels[:, :-1] != IGNORED
     shifted = (labels[:, :-1] == tokens[:, 1:]) | ~counted
     same = (labels == tokens) | (labels == IGNORED)
     if bool(counted.any() and shifted.all() and not same.all()):
         raise ValueError(
-            "labels must belong to the tokens of their own position for unpack='next_token', got those of the next "
-            "position: leave them out of the batch, or give unpack=lambda batch: (inputs, targets)"
+            "labels must not be shifted for unpack='next_token', but each label equals the next input token: "
+            "leave them out of the batch, or give unpack=lambda batch: (inputs, targets)"
         )
 
 
 def _are_tokens(targets: Any, tokens: Tensor, ignore_index: int | None) -> bool:
-    """Return whether targets (B, T) are the tokens at every position that is counted."""
+    """Return whether targets (B, T) equal the tokens at every position that is not ignored."""
     if not isinstance(targets, Tensor) or targets.ndim < 2 or targets.shape != tokens.shape or targets.shape[1] < 2:
         return False
     if targets.is_floating_point() or tokens.is_floating_point() or torch.bool in (targets.dtype, tokens.dtype):

@@ -20,7 +20,7 @@ from neuralcollapse.metrics.collapse import collapse_metrics
 from neuralcollapse.metrics.moments import ClassMoments, Workspace, flat_batch
 from neuralcollapse.metrics.statistics import MeasureOptions
 
-# Attributes that torchmetrics changes in `forward`, besides the states.
+# Attributes that torchmetrics changes in `forward`, in addition to the states.
 _INTERNAL = (
     "_update_count",
     "_computed",
@@ -32,11 +32,11 @@ _INTERNAL = (
     "_enable_grad",
     "compute_on_cpu",
 )
-_FEATURES_CHECKED = 64  # features of a batch that are checked for normalisation
+_FEATURES_CHECKED = 64  # number of features per batch that are checked for normalisation
 
 
 class _Reference:
-    """Reference to a module that is not registered as a submodule and not copied with its holder."""
+    """Reference to a module that is neither registered as a submodule nor copied with its holder."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -51,15 +51,16 @@ class NeuralCollapse(Metric):
     `compute` returns a dictionary. In lightning, log it at the end of an epoch with
     ``self.log_dict(self.collapse.compute())``, then call ``self.collapse.reset()``.
 
-    The classifier is held by reference: `compute` reads its parameters and therefore computes the values at each call
-    (``compute_with_cache=True`` keeps them until the next update). It is not in the ``state_dict`` of the metric and
-    not copied by ``clone``; a deep copy of a model that holds the metric still measures the original classifier.
+    The metric holds a reference to the classifier: `compute` reads its current parameters, and therefore computes the
+    values at each call (with ``compute_with_cache=True``, they are cached until the next update). The classifier is not
+    part of the ``state_dict`` of the metric and not copied by ``clone``; in a deep copy of a model that holds the
+    metric, the metric still measures the original classifier.
 
-    States are the class moments, available as ``metric.moments``. Their merge is exact, so ``full_state_update`` is
-    False: `forward` updates once and merges, ranks are merged in `compute`, and `merge_state` merges any two metrics.
-    Synchronisation gathers the (K, d) means and the (d, d) scatter of every rank. `forward` also computes the metrics
-    of the batch, which costs more than an update; in a training loop call ``update``. If an error is raised, the states
-    are left unchanged. Undefined metrics, such as NC1 for a batch with one class, are NaN, with a warning.
+    The states are the class moments, available as ``metric.moments``. Merging them is exact, so ``full_state_update``
+    is False: `forward` updates once and merges, ranks are merged in `compute`, and `merge_state` merges any two
+    metrics. Synchronisation gathers the (K, d) means and the (d, d) scatter of every rank. `forward` also computes the
+    metrics of the batch, which takes longer than an update; in a training loop, call ``update``. If an error is raised,
+    the states are left unchanged. Undefined metrics, such as NC1 for a batch with one class, are NaN, with a warning.
 
     ``half()``, ``double()`` and ``to(dtype)`` do not change the dtype of the states; ``set_dtype`` sets fp32 or fp64.
 
@@ -68,13 +69,13 @@ class NeuralCollapse(Metric):
         feature_dim: d.
         classifier: An ``nn.Linear`` or a head; without it, metrics of the weight are left out.
         options: Classes left out, centre, code, precision, per-class scatter and ignored target.
-        check_values: Check at every update that features are finite and targets in range, which waits for the device
-            on an accelerator.
+        check_values: Check at every update that features are finite and targets in range. On an accelerator, this check
+            waits for the device.
         **kwargs: Arguments of every ``torchmetrics.Metric``.
 
     Raises:
         ValueError: if K or d is out of range, the weight of the classifier is not (K, d), the code is not (K, r), or
-            an argument has another type.
+            an argument has the wrong type.
 
     Examples:
         >>> from neuralcollapse.metrics import NeuralCollapse
@@ -125,7 +126,7 @@ class NeuralCollapse(Metric):
 
     @property
     def moments(self) -> ClassMoments:
-        """The class moments, which share the memory of the metric."""
+        """Class moments, which share the memory of the metric."""
         return self._moments_of(self.metric_state)
 
     def update(self, features: Tensor, target: Tensor) -> None:
@@ -154,7 +155,7 @@ class NeuralCollapse(Metric):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Add a batch, and compute its metrics; if an error is raised, the states are left unchanged."""
-        # torchmetrics replaces these tensors, except if it synchronises at every step: then it updates them in place.
+        # torchmetrics replaces these tensors; if it synchronises at every step, it updates them in place instead.
         before = self._copy_state_dict() if self.dist_sync_on_step else dict(self.metric_state)
         internal = {name: getattr(self, name) for name in _INTERNAL}
         try:
@@ -171,7 +172,7 @@ class NeuralCollapse(Metric):
             dst_type: ``torch.float32`` or ``torch.float64``.
 
         Raises:
-            ValueError: if the dtype is another one.
+            ValueError: if the dtype is neither of these.
         """
         if dst_type not in (torch.float32, torch.float64):
             raise ValueError(f"dst_type must be torch.float32 or torch.float64, got {dst_type!r}")
@@ -200,7 +201,7 @@ class NeuralCollapse(Metric):
         should_unsync: bool = True,
         distributed_available: Callable[[], bool] | None = None,
     ) -> Iterator[None]:
-        """Synchronise as every ``torchmetrics.Metric``, and restore the states of the rank also if `compute` raises."""
+        """Synchronise as in ``torchmetrics.Metric``, and restore the states of the rank even if `compute` raises."""
         self.sync(
             dist_sync_fn=dist_sync_fn,
             process_group=process_group,
@@ -218,7 +219,7 @@ class NeuralCollapse(Metric):
         return {name: torch.tensor(value, dtype=self.means.dtype, device=self.device) for name, value in values.items()}
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Draw values as every ``torchmetrics.Metric``; needs matplotlib.
+        """Draw values as in ``torchmetrics.Metric``; needs matplotlib.
 
         Args:
             val: Values of `compute` or `forward`, or a list of such values for curves; by default those of `compute`.
@@ -242,7 +243,7 @@ class NeuralCollapse(Metric):
         return ClassMoments.from_state(state, dtype="mixed" if mixed else dtype, workspace=self._workspace)
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
-        """Merge moments where torchmetrics would stack states, in `forward` and `merge_state`."""
+        """Merge moments in `forward` and `merge_state`, where torchmetrics would stack the states."""
         self.moments.merge(self._moments_of(incoming_state))
 
     def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
@@ -258,9 +259,9 @@ class NeuralCollapse(Metric):
 
 @torch.no_grad()
 def _check_normalised(classifier: nn.Module, features: Tensor) -> None:
-    """Raise if `classifier.features` normalises its input, and these features are not normalised.
+    """Raise if `classifier.features` normalises its input, but these features are not normalised.
 
-    A function normalises if its second application changes nothing.
+    A function is considered a normalisation if a second application does not change the result.
     """
     function: Any = getattr(classifier, "features", None)
     if isinstance(classifier, nn.Linear) or not callable(function) or not len(features):
@@ -272,20 +273,20 @@ def _check_normalised(classifier: nn.Module, features: Tensor) -> None:
         try:
             once = function(rows)
             twice = function(once)
-        except RuntimeError:  # it takes another shape or dtype: the features are not its input
+        except RuntimeError:  # the function takes another shape or dtype, so the features are not its input
             return
     if once.shape == rows.shape and _close(once, twice) and not _close(rows, once):
         name, radius = type(classifier).__name__, getattr(classifier, "feature_norm", None)
         norms = torch.linalg.vector_norm(rows.double(), dim=1)
         on_sphere = "" if radius is None else f" of norm {radius:.4g}"
         raise ValueError(
-            f"features must be what the weight of {name} multiplies, which it normalises first{on_sphere}; "
+            f"features must be the input of the weight of {name}, which normalises features{on_sphere}; "
             f"got norms from {norms.min():.4g} to {norms.max():.4g}. Pass classifier.features(features)"
         )
 
 
 def _close(first: Tensor, second: Tensor) -> bool:
-    """Return whether rows are equal within the rounding of bf16, their possible dtype."""
+    """Return whether rows are equal up to the rounding of bf16, in which they may have been computed."""
     first, second = first.double(), second.double()
     size = torch.linalg.vector_norm(second, dim=1)
     distance = torch.linalg.vector_norm(first - second, dim=1)
@@ -293,7 +294,7 @@ def _close(first: Tensor, second: Tensor) -> bool:
 
 
 def _refresh_weight(classifier: nn.Module) -> None:
-    """Recompute a weight that hooks of torch compute from other parameters before each forward."""
+    """Recompute a weight that torch hooks compute from other parameters before each forward pass."""
     with evaluation_mode(classifier):
         for hook in classifier._forward_pre_hooks.values():
             if isinstance(hook, WeightNorm | SpectralNorm | BasePruningMethod):

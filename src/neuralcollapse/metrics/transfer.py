@@ -49,13 +49,13 @@ def transfer(
     options: MeasureOptions = MeasureOptions(),
     progress: bool = True,
 ) -> list[TransferredLayer]:
-    """Evaluate frozen features of a model on other data, of other classes.
+    """Evaluate frozen features of a model on other data, which may have other classes.
 
     The model runs once over each loader, in evaluation mode and without gradients. The linear probe is fitted in closed
-    form to the class moments of the train split (`linear_probe`); nothing is iterated and no features are kept.
+    form to the class moments of the train split (`linear_probe`), without iterations and without storing features.
 
     Args:
-        model: Any module that ends in a classifier, whose classes may be others.
+        model: Any module that ends in a classifier. The classes of the data may differ from those of the classifier.
         train: Batches of the train split, as for `measure`.
         test: Batches of the test split. Samples of classes without a train sample are left out.
         num_classes: Number of classes of the data.
@@ -71,7 +71,7 @@ def transfer(
 
     Raises:
         ValueError: if the classifier cannot be found, a loader is empty, targets are not in [0, num_classes), features
-            are not finite, fewer than two classes have train samples, no test sample is of a measured class, or an
+            are not finite, fewer than two classes have train samples, no test sample belongs to a measured class, or an
             argument is out of range. The model is then left unchanged.
 
     Examples:
@@ -96,8 +96,8 @@ def transfer(
                     moments[name] = ClassMoments(num_classes, size, dtype=options.dtype, device=values.device)
                 moments[name].update(values, outputs.targets, ignore_index=ignored)
         statistics = {name: class_statistics(of_layer, options) for name, of_layer in moments.items()}
-        if (found := len(statistics[FEATURES].classes)) < 2:
-            raise ValueError(f"train must have samples of at least two classes, got {found}")
+        if (num_measured := len(statistics[FEATURES].classes)) < 2:
+            raise ValueError(f"train must have samples of at least two classes, got {num_measured}")
         probes = {name: FittedProbes.of(moments[name], measured, ridge) for name, measured in statistics.items()}
         counts = dict.fromkeys(moments, torch.zeros(3, dtype=torch.int64))
         for outputs in run.over(test, "test"):
@@ -108,7 +108,7 @@ def transfer(
             for name, values in {**outputs.layers, FEATURES: outputs.features}.items():
                 counts[name] = counts[name] + probes[name].misses(values.flatten(0, -2)[counted], targets).cpu()
     if not counts[FEATURES][0]:
-        raise ValueError("test must have a sample of a class that train has, got none")
+        raise ValueError("test must have at least one sample of a class of train, got none")
     return [
         TransferredLayer(name, moments[name].feature_dim, 1 - int(linear) / int(number), 1 - int(nearest) / int(number))
         for name, (number, nearest, linear) in counts.items()

@@ -1,7 +1,8 @@
 """Conditions under which metrics are undefined, and their reasons in words.
 
-The catalogue names the conditions of each metric (`Metric.conditions`). Here the conditions that hold for what was
-measured are found, in order of priority: the first one that a metric names is its reason.
+The catalogue names the conditions of each metric (`Metric.conditions`). This module determines which conditions hold
+for the measured data, in order of priority. The reason for an undefined metric is the first of them that its entry
+names.
 """
 
 from __future__ import annotations
@@ -19,16 +20,17 @@ from neuralcollapse.catalogue import METRICS
 from neuralcollapse.metrics.moments import ClassMoments
 from neuralcollapse.metrics.statistics import ClassStatistics
 
-_NOT_FINITE = "the formula has no finite value for what was measured"
+_NOT_FINITE = "the formula has no finite value for the measured data"
 
 
 class Condition(NamedTuple):
     """A condition that holds.
 
     Attributes:
-        name: Its name in the catalogue.
-        reason: Words for the user.
-        certain: Whether it makes a metric undefined even if its formula gives a number; otherwise it only explains NaN.
+        name: Name of the condition in the catalogue.
+        reason: Text for the user.
+        certain: Whether a metric is undefined under this condition even if its formula gives a finite value; otherwise
+            the condition only explains NaN.
     """
 
     name: str
@@ -37,7 +39,7 @@ class Condition(NamedTuple):
 
 
 class MetricValues(NamedTuple):
-    """Metrics by name, NaN for undefined ones, and the reasons of these."""
+    """Metrics by name, NaN for undefined ones, and the reasons for these."""
 
     metrics: dict[str, float]
     undefined: dict[str, str]
@@ -57,10 +59,10 @@ def one_class(classes: Tensor) -> Condition:
 
 
 def without_undefined(values: Mapping[str, float], conditions: Iterable[Condition]) -> MetricValues:
-    """Return the values, NaN for undefined metrics, and the reasons of the undefined ones.
+    """Return the values, with NaN for undefined metrics, and the reasons for these.
 
     Args:
-        values: Name to value; infinite and NaN values are undefined.
+        values: Dictionary from name to value; infinite and NaN values are undefined.
         conditions: Conditions that hold, in order of priority.
 
     Examples:
@@ -94,7 +96,7 @@ def conditions_of_moments(
         measured: Statistics of the measured classes.
         weight: Rows of W of these classes.
         code: Rows of the code of these classes.
-        ood_mean: (d,) mean out-of-distribution feature.
+        ood_mean: (d,) mean feature of the out-of-distribution data.
     """
     means, classes = measured.centred_means, measured.classes
     if len(classes) < 2:
@@ -103,7 +105,7 @@ def conditions_of_moments(
         return
     yield from _range(moments, measured)
     if int(measured.counts.max()) < 2:
-        yield Condition("no spread", "no class has more than one sample, so that nothing can vary within one")
+        yield Condition("no spread", "no class has more than one sample, so there is no within-class variation")
     if measured.constant:
         yield CONSTANT
     if not means.any():
@@ -112,8 +114,8 @@ def conditions_of_moments(
         reason = f"a class mean is at the centre, up to rounding, and has no direction ({_named(classes[zero])})"
         yield Condition("mean at the centre", reason)
     if measured.within_class_covariance is None:
-        reason = "the scatter of classes that min_samples or drop_classes_above leaves out is pooled with the others' "
-        yield Condition("pooled scatter", f"{reason}(class_scatter=True keeps it apart)")
+        reason = "the scatter of classes that min_samples or drop_classes_above leaves out is pooled with the others"
+        yield Condition("pooled scatter", f"{reason} (class_scatter=True keeps it separately)")
     if not measured.class_means.any() and not measured.within_class_variances.any():
         yield Condition("zero features", "all features are zero")
     if (zero := ~measured.class_means.any(dim=1) & (measured.within_class_variances == 0)).any():
@@ -143,10 +145,10 @@ def _conditions_of_weight(weight: Tensor, classes: Tensor) -> Iterator[Condition
 
 
 def _range(moments: ClassMoments, measured: ClassStatistics) -> Iterator[Condition]:
-    """Yield the conditions that features, or their squares, are outside the range of the dtype of the moments."""
+    """Yield a condition if features, or their squares, are outside the range of the dtype of the moments."""
     dtype = moments.means.dtype
     limits, name = torch.finfo(dtype), str(dtype).removeprefix("torch.")
-    advice = "" if dtype == torch.float64 else "; dtype=torch.float64 or 'mixed' has a wider one"
+    advice = "" if dtype == torch.float64 else "; dtype=torch.float64 or 'mixed' has a wider range"
     if not torch.isfinite(measured.class_means).all():
         yield Condition("range", f"features are beyond the range of {name}{advice}")
     covariance, variances = measured.within_class_covariance, measured.within_class_variances
@@ -154,7 +156,7 @@ def _range(moments: ClassMoments, measured: ClassStatistics) -> Iterator[Conditi
         yield Condition("range of squares", f"squares of features are beyond the range of {name}{advice}")
     size = float(measured.scale)
     if 0 < size * limits.eps < limits.tiny**0.5 and float(variances.max()) < limits.tiny / limits.eps:
-        reason = f"features of size {size:.0e} are so small that their squares vanish in {name}{advice}"
+        reason = f"features of size {size:.0e} are so small that their squares underflow in {name}{advice}"
         yield Condition("range of squares", reason)
 
 
@@ -164,7 +166,7 @@ def _named(classes: Tensor) -> str:
 
 
 def grouped(undefined: Mapping[str, str], layers: Mapping[str, Mapping[str, str]] | None = None) -> list[str]:
-    """Return one line per reason, with the metrics that it concerns, of the classifier's features and of layers.
+    """Return one line per reason, with the metrics that it concerns, for the classifier's features and for layers.
 
     Examples:
         >>> grouped({"nc1_pinv": "no class has two samples", "nc1_vci": "no class has two samples"})
@@ -182,6 +184,6 @@ def grouped(undefined: Mapping[str, str], layers: Mapping[str, Mapping[str, str]
 def warn_of_undefined(
     undefined: Mapping[str, str], layers: Mapping[str, Mapping[str, str]] | None = None, depth: int = 3
 ) -> None:
-    """Give one warning for all undefined metrics, also of layers; ``depth`` is its `stacklevel`."""
+    """Issue one warning for all undefined metrics, including those of layers; ``depth`` is its `stacklevel`."""
     if lines := grouped(undefined, layers):
-        warnings.warn(f"metrics that are not defined are NaN. {'. '.join(lines)}", UserWarning, stacklevel=depth)
+        warnings.warn(f"undefined metrics are NaN. {'. '.join(lines)}", UserWarning, stacklevel=depth)

@@ -17,8 +17,8 @@ from neuralcollapse.metrics.rank import feature_norm, rank_me
 from neuralcollapse.metrics.statistics import class_statistics
 from neuralcollapse.metrics.undefined import NO_SAMPLE, grouped, warn_of_undefined
 
-DRAWN = 2048  # samples of the metrics over pairs
-NO_LABELS = "needs labels, and none were given"
+DRAWN = 2048  # number of samples drawn for the metrics over pairs
+NO_LABELS = "needs labels, but none were given"
 _OF_LABELS = tuple(name for name in METRICS if name not in ("feature_norm", "rank_me"))
 _TEMPERATURE = 2
 
@@ -27,23 +27,24 @@ _TEMPERATURE = 2
 class UnlabelledMeasurement:
     """Result of `measure_features` without labels.
 
-    With h the N features, u = h/‖h‖, and D up to 2,048 random samples, the same ones for the same data:
+    With h the N features, u = h/‖h‖, and D a set of up to 2,048 random samples, which is the same for the same data:
 
-    - ``feature_norm``: √(Σ‖h‖²/N); ``feature_norm_spread``: standard deviation (n) of ‖h‖ over its mean.
+    - ``feature_norm``: √(Σ‖h‖²/N); ``feature_norm_spread``: standard deviation of ‖h‖ (with divisor N) over its mean.
     - ``rank_me``: exp(−Σ p_i log p_i), p = σ/Σσ, of the singular values σ of the features (Garrido et al., ICML 2023);
-      ``effective_rank_features``: the same of the features less their mean (Roy & Vetterli, EUSIPCO 2007).
+      ``effective_rank_features``: the same of the features minus their mean (Roy & Vetterli, EUSIPCO 2007).
     - ``koleo``: −mean over i in D of log min_{j≠i} ‖u_i − u_j‖ (Sablayrolles et al., ICLR 2019). It depends on the
-      number of samples: compare values of the same ``num_drawn``.
-    - ``uniformity``: log of the mean over pairs i ≠ j in D of exp(−2‖u_i − u_j‖²); −4 at least up to a small term, 0
-      if all directions are the same (Wang & Isola, ICML 2020).
+      number of samples: compare values with the same ``num_drawn``.
+    - ``uniformity``: log of the mean over pairs i ≠ j in D of exp(−2‖u_i − u_j‖²); at least −4 up to a small term, and
+      0 if all directions are the same (Wang & Isola, ICML 2020).
 
     Attributes:
-        metrics: Name to value, NaN for undefined metrics. Metrics that need labels are absent.
-        undefined: Name to reason, of each metric that is NaN and of each metric of the catalogue that is absent.
+        metrics: Dictionary from name to value, NaN for undefined metrics. Metrics that need labels are absent.
+        undefined: Dictionary from name to reason, for each metric that is NaN and for each metric of the catalogue that
+            is absent.
         num_samples: N.
-        num_drawn: Number of samples of ``koleo`` and ``uniformity``.
+        num_drawn: Number of samples used for ``koleo`` and ``uniformity``.
         mean: (d,) mean feature.
-        covariance: (d, d) covariance (n).
+        covariance: (d, d) covariance, with divisor N.
         provenance: Origin of the measurement.
     """
 
@@ -56,11 +57,11 @@ class UnlabelledMeasurement:
     provenance: Provenance
 
     def __repr__(self) -> str:
-        """The metrics and the reasons of those that are not defined."""
+        """Return the metrics and the reasons for undefined ones."""
         return self.summary()
 
     def summary(self) -> str:
-        """Return the metrics, one per line, and the reasons of undefined ones."""
+        """Return the metrics, one per line, and the reasons for undefined ones."""
         caption, _, rows, notes = self._summary()
         return "\n".join([caption, *(f"  {name:34} {value:>10}" for name, value in rows), *notes])
 
@@ -72,7 +73,7 @@ class UnlabelledMeasurement:
         reasons = {name: reason for name, reason in self.undefined.items() if name in self.metrics}
         subject = f"Features of {self.provenance.model}" if self.provenance.model else "Features"
         rows = [[name, f"{value:.4g}"] for name, value in self.metrics.items()]
-        notes = [*grouped(reasons), f"{len(absent)} metrics need labels: labels='predicted' takes the classifier's"]
+        notes = [*grouped(reasons), f"{len(absent)} metrics need labels: labels='predicted' uses the predicted classes"]
         return f"{subject}, {self.num_samples:,} samples, without labels", ["", "value"], rows, notes
 
 
@@ -80,12 +81,12 @@ class UnlabelledMeasurement:
 def measure_unlabelled(
     blocks: Iterator[Tensor], num_samples: int, moments: ClassMoments, provenance: Provenance
 ) -> UnlabelledMeasurement:
-    """Return the measurement of features that come block by block, with one warning of undefined metrics.
+    """Return the measurement of features that are given in blocks, with one warning about undefined metrics.
 
     Args:
         blocks: Features (..., d).
         num_samples: Number of samples in all blocks.
-        moments: Empty moments of at least two classes, to which all features are added as those of the first.
+        moments: Empty moments of at least two classes; all features are added to the first class.
         provenance: Origin of the data.
     """
     order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(0))
@@ -130,7 +131,7 @@ def measure_unlabelled(
 
 
 def _spread(norms: ClassMoments) -> float:
-    """Return standard deviation (n) over mean of samples of one class with one feature; NaN if the mean is 0."""
+    """Return standard deviation (divisor N) over mean, from moments of one class and feature; NaN if the mean is 0."""
     mean = float(norms.means[0])
     return math.sqrt(float(norms.within_class_trace[0]) / int(norms.counts[0])) / mean if mean else math.nan
 
@@ -154,13 +155,13 @@ def _uniformity(distances: Tensor) -> float:
 
 
 def _reasons(metrics: Mapping[str, float], features: Tensor, constant: bool) -> dict[str, str]:
-    """Return the reason of each metric without a finite value."""
+    """Return the reason for each metric without a finite value."""
     zero = int((~features.any(dim=1)).sum())
     same = "the features are the same for all samples, up to rounding"
     reasons = {
         "effective_rank_features": same,
         "koleo": "two features have the same direction",
-        "uniformity": "there is no pair of features",
+        "uniformity": "there are fewer than two features",
     }
     if constant:
         reasons["koleo"] = same
@@ -168,7 +169,7 @@ def _reasons(metrics: Mapping[str, float], features: Tensor, constant: bool) -> 
         of_directions = f"{zero:,} of the drawn features are zero and have no direction"
         reasons |= {"koleo": of_directions, "uniformity": of_directions}
     elif len(features) == 1:
-        reasons["koleo"] = "there is no pair of features"
+        reasons["koleo"] = "there are fewer than two features"
     if not len(features):
         reasons = dict.fromkeys(metrics, NO_SAMPLE.reason)
     return {

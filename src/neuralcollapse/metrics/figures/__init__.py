@@ -1,4 +1,4 @@
-"""Figures of measurements, and their registry; importing it imports neither torch nor matplotlib."""
+"""Registry of the figures of measurements; importing this module imports neither torch nor matplotlib."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class FigureEntry:
-    """A figure of a registry.
+    """Entry of a figure in a registry.
 
     Attributes:
-        description: What it shows, in a few words.
-        panels: Module and name of the function that returns its panels; imported when the figure is drawn.
-        columns: Number of columns of its page.
+        description: Short description of the content.
+        panels: Module and name of the function that returns the panels; imported when the figure is drawn.
+        columns: Number of columns of the page.
     """
 
     description: str
@@ -20,7 +20,7 @@ class FigureEntry:
     columns: int = 3
 
     def title(self, subject: str) -> str:
-        """Return the title of a page that shows it of something."""
+        """Return the title of the page that shows this figure of a subject."""
         return f"{self.description[0].upper()}{self.description[1:]}: {subject}"
 
 
@@ -42,4 +42,4 @@ FIGURES = {
     ),
     "overview": FigureEntry("every metric", f"{_HERE}curves:overview"),
 }
-"""Figures that are drawn from measurements alone."""
+"""Figures that need only measurements, by name."""

@@ -33,16 +33,16 @@ if TYPE_CHECKING:
 
     from neuralcollapse.metrics.figures.records import Shown
 
-# Palette of Okabe and Ito, which colour-blind readers can distinguish, and grey; the same, lighter, on a dark page.
+# Palette of Okabe and Ito, which colour-blind readers can distinguish, with grey; and a lighter one for dark pages.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
 COLORS_ON_DARK = ("#4da3e0", "#f08c4a", "#35c999", "#e59ac7", "#f2b134", "#a9dcf7", "#e8ebee", "#9aa3ad")
 # Line styles and markers also distinguish lines without colour.
 _LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*", "h")
-# Labels that have the same style in every figure: the published methods.
+# Labels of the published methods, which have the same style in every figure.
 RESERVED = ("standard", "fixed", "implicit")
-# With more lines than `_FEW`, each has a marker too; with more than `_WITH_PUBLISHED`, the colours of the published
-# methods are no longer reserved for them.
+# With more than `_FEW` lines, each line also has a marker; with more than `_WITH_PUBLISHED`, the colours of the
+# published methods are no longer reserved for them.
 _FEW, _WITH_PUBLISHED = 3, 8
 _COLUMNS = 5
 # Values that differ by less than this share of their size are equal up to rounding.
@@ -50,7 +50,7 @@ _ROUNDING = 1e-5
 
 
 def draw_metric(axes: Axes, metrics: pd.DataFrame, name: str, num_classes: int | None = None) -> None:
-    """Draw a metric as one line per method, the mean over seeds with a band of their range, and its value at collapse.
+    """Draw a metric as one line per method (mean over seeds, with a band of their range), and its value at collapse.
 
     Args:
         axes: Axes to draw on.
@@ -71,7 +71,7 @@ def draw_metric(axes: Axes, metrics: pd.DataFrame, name: str, num_classes: int |
 
 
 def draw_band(axes: Axes, values: pd.DataFrame, **style: Any) -> None:
-    """Draw the mean over seeds against the epoch, and a band from the least to the greatest value.
+    """Draw the mean over seeds against the epoch, and a band from the smallest to the greatest value.
 
     Args:
         axes: Axes to draw on.
@@ -81,14 +81,14 @@ def draw_band(axes: Axes, values: pd.DataFrame, **style: Any) -> None:
     by_epoch = values.groupby("epoch")["value"].agg(["mean", "min", "max"])
     if style.get("marker") is None and len(by_epoch) == 1:
         style["marker"] = "o"
-    if style.get("marker") is not None:  # at different epochs for different lines, which may coincide
+    if style.get("marker") is not None:  # at different epochs for different lines, because lines may coincide
         every = max(1, len(by_epoch) // 6)
         style["markevery"] = (MARKERS.index(style["marker"]) % every, every)
     draw_range(axes, by_epoch.index, *(by_epoch[name] for name in ("mean", "min", "max")), **style)
 
 
 def draw_range(axes: Axes, positions: Any, middle: Any, least: Any, greatest: Any, **style: Any) -> None:
-    """Draw a line and a band of its colour between two others.
+    """Draw a line, and a band of the same colour between two other lines.
 
     Args:
         axes: Axes to draw on.
@@ -103,7 +103,7 @@ def draw_range(axes: Axes, positions: Any, middle: Any, least: Any, greatest: An
 
 
 def finish_axes(axes: Axes, values: pd.Series, name: str, num_classes: int | None) -> None:
-    """Set scale, ticks and grid of a metric as in the catalogue, and draw a thin line at its value at collapse."""
+    """Set scale, ticks and grid of a metric from the catalogue, and draw a thin line at its value at collapse."""
     _scale(axes, values, name)
     at_collapse = _at_collapse(name, num_classes)
     if at_collapse is not None and axes.get_yscale() == "linear":
@@ -114,7 +114,7 @@ def finish_axes(axes: Axes, values: pd.Series, name: str, num_classes: int | Non
 
 
 def metric_label(name: str, metrics: pd.DataFrame) -> str:
-    """Return the label of a metric; for distances to a reference epoch with that epoch, which is in the table."""
+    """Return the label of a metric; for distances to a reference epoch, with the epoch found in the table."""
     label = METRICS[name].label
     if name not in TO_REFERENCE:
         return label
@@ -133,11 +133,11 @@ def style_numbers(labels: Sequence[str]) -> dict[str, int]:
 def line_styles(labels: Sequence[str], *, markers: bool | None = None) -> dict[str, dict[str, Any]]:
     """Return colour, line style and marker of each label.
 
-    Up to seven labels differ in each of the three, up to twelve in line style and marker together.
+    Up to seven labels differ in all three properties, and up to twelve in line style and marker together.
 
     Args:
         labels: Labels in their order.
-        markers: Whether lines have markers; by default with more than three labels.
+        markers: Whether lines have markers; by default if there are more than three labels.
     """
     numbers = style_numbers(labels)
     marked = len(labels) > _FEW if markers is None else markers
@@ -152,7 +152,7 @@ def line_styles(labels: Sequence[str], *, markers: bool | None = None) -> dict[s
 
 
 def _scale(axes: Axes, values: pd.Series, name: str) -> None:
-    """Set the scale of the catalogue; the logarithmic one only for positive values that differ by a factor of 3."""
+    """Set the scale from the catalogue; a logarithmic one only for positive values that span a factor of 3 or more."""
     scale = METRICS[name].scale
     if scale == "percent":
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
@@ -162,7 +162,7 @@ def _scale(axes: Axes, values: pd.Series, name: str) -> None:
         axes.yaxis.set_major_locator(LogLocator(numticks=5) if decades else LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(LogFormatterSciNotation() if decades else FuncFormatter(lambda x, _: f"{x:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-    elif scale != "percent" and axes.get_yscale() == "linear":  # the axis may be shared with a panel drawn before
+    elif scale != "percent" and axes.get_yscale() == "linear":  # the axis may be shared with an earlier panel
         axes.yaxis.set_major_locator(MaxNLocator(5))
         size = max(abs(values.min()), abs(values.max()), _ROUNDING)
         if values.max() - values.min() < _ROUNDING * size or size == _ROUNDING:
@@ -190,7 +190,7 @@ def draw_all(metrics: pd.DataFrame, title: str, num_classes: int | None, split: 
         metrics: Columns method, seed, epoch, metric, value.
         title: Model and data.
         num_classes: K.
-        split: Its name, for the title.
+        split: Name of the split, for the title.
     """
     measured = set(metrics["metric"])
     groups: dict[str, list[str]] = {}
@@ -201,7 +201,7 @@ def draw_all(metrics: pd.DataFrame, title: str, num_classes: int | None, split: 
     height = 2.3 * len(rows) + 1
     width = 3.3 * _COLUMNS
     figure = Page(figsize=(width, height))
-    # Margins by hand: matplotlib's layout engine takes seconds for this number of panels.
+    # The margins are set explicitly, because matplotlib's layout engine takes seconds for this number of panels.
     margins = {"left": 0.06, "right": 0.99, "bottom": 0.7 / height, "top": 1 - 0.9 / height, "wspace": 0.3}
     panels = figure.subplots(len(rows), _COLUMNS, squeeze=False, gridspec_kw={"hspace": 0.62, **margins})
     for (_, names), line in zip(rows, panels, strict=True):

@@ -1,4 +1,4 @@
-"""Features, class means and classifier of a few classes, projected on the simplex that they collapse to."""
+"""Features, class means and classifier of a few classes, projected onto the simplex to which they collapse."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _CLASSES = (0, 1, 2)
 
 @dataclass(frozen=True)
 class Projection:
-    """Coordinates in the q dimensions of the simplex of q + 1 classes, with the same vertices in every record.
+    """Coordinates in the q-dimensional space of the simplex of q + 1 classes, with the same vertices for all records.
 
     Attributes:
         features: (N, q) features, centred at the mean of the class means, in units of the mean norm of the class means.
         targets: (N,) classes of the features.
-        means: (q + 1, q) class means, centred and scaled as the features.
+        means: (q + 1, q) class means, centred and scaled like the features.
         weights: (q + 1, q) centred rows of the classifier, in units of their mean norm; (0, q) without a classifier.
         vertices: (q + 1, q) vertices of the simplex, at distance 1 from the origin.
     """
@@ -41,7 +41,7 @@ class Projection:
 
 
 def project(record: Measurement, classes: Sequence[int]) -> Projection:
-    """Project on the plane (three classes) or the space (four) of the simplex ETF nearest to the class means.
+    """Project onto the plane (three classes) or space (four classes) of the simplex ETF nearest to the class means.
 
     Args:
         record: The measurement.

@@ -1,4 +1,4 @@
-"""Panels of a figure and their page, text in figures, legends and ticks."""
+"""Panels of figures, the page that holds them, and their text, legends and ticks."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _LEGEND, _LINE = 8, 3.5  # font size of a legend in points, and the length of it
 
 @contextmanager
 def without_latex() -> Iterator[None]:
-    """Draw text by matplotlib itself, whatever a matplotlibrc sets: LaTeX may be missing, and has more commands."""
+    """Draw text without LaTeX, whatever the matplotlibrc says: it may be missing, and has more special characters."""
     with matplotlib.rc_context({"text.usetex": False}):
         yield
 
 
 def literal(text: str) -> str:
-    """Escape the dollar signs of a user's text, such as the name of a folder: matplotlib takes them for formulas."""
+    """Escape the dollar signs in a user's text, such as a folder name, which matplotlib would read as formulas."""
     return text.replace("$", r"\$")
 
 
 def wrapped(text: str, width: float = _WIDTH, letters: int = _LETTERS) -> str:
-    """Break a text into lines of a width in inches, by default the width of a panel."""
+    """Break a text into lines of a given width in inches, by default the width of a panel."""
     return textwrap.fill(text, max(1, int(letters * width)), break_on_hyphens=False)
 
 
@@ -53,9 +53,9 @@ class Panel:
     """One set of axes.
 
     Attributes:
-        name: End of the name of its file.
+        name: Last part of the panel's file name.
         title: Title above the axes.
-        draw: Function that draws on the axes. The message of a ValueError is written in the panel instead.
+        draw: Function that draws on the axes. If it raises a ValueError, the message is written in the panel.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Panel:
 
 @without_latex()
 def draw_page(title: str, panels: Sequence[Panel], columns: int) -> Page:
-    """Draw a page of all panels.
+    """Draw all panels on one page.
 
     Args:
         title: Title of the page.
@@ -101,12 +101,12 @@ def add_legend(figure: Figure, panels: Iterable[Axes], *, outside: bool = True) 
     """Add one legend of all lines and bars below the panels, in as many columns as fit.
 
     Args:
-        figure: Figure, whose height grows by that of the legend.
+        figure: The figure; its height is increased by that of the legend.
         panels: Axes whose labelled lines and bars are listed, each label once.
         outside: Whether the layout engine of the figure places the legend.
 
     Returns:
-        Height of the legend in inches; 0 without a legend, if there is at most one label.
+        Height of the legend in inches; 0 if there is at most one label, and hence no legend.
     """
     handles: dict[str, Any] = {}
     for axes in panels:
@@ -122,7 +122,7 @@ def add_legend(figure: Figure, panels: Iterable[Axes], *, outside: bool = True) 
     for text in texts:
         text.remove()
     columns = min(len(handles), max(1, int(figure.bbox.width / (widest + line))))
-    columns = -(-len(handles) // -(-len(handles) // columns))  # so that the rows are filled evenly
+    columns = -(-len(handles) // -(-len(handles) // columns))  # fill the rows evenly
     location: Any = "outside lower center" if outside else "lower center"
     style: Any = {"frameon": False, "fontsize": _LEGEND, "handlelength": _LINE}
     legend = figure.legend([*handles.values()], labels, loc=location, ncols=columns, **style)
@@ -139,7 +139,7 @@ def legend_above(axes: Axes, handles: Sequence[Any], labels: Sequence[str]) -> N
 
 
 def thin_ticks(figure: Figure) -> None:
-    """Lay the figure out, once for all formats, and hide tick labels that overlap the one before them."""
+    """Compute the layout once for all formats, and hide tick labels that overlap the previous one."""
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
@@ -157,7 +157,7 @@ def thin_ticks(figure: Figure) -> None:
 
 
 def draw_or_write_reason(axes: Axes, draw: Callable[[Axes], None]) -> None:
-    """Draw; if that raises a ValueError, such as for values that were not measured, write its message in the axes."""
+    """Draw; if this raises a ValueError, such as for values that were not measured, write its message in the axes."""
     try:
         draw(axes)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Published figures and figures of single records, as panels of runs."""
+"""Panels of published figures and of figures of single records."""
 
 from __future__ import annotations
 
@@ -120,9 +120,9 @@ def draw_series(axes: Axes, *, runs: Shown, series: Series, by_marker: bool = Fa
     Args:
         axes: Axes to draw on.
         runs: Runs to draw.
-        series: One metric, for which each group has its own line style; or several, each with its own line style, for
-            which groups have markers.
-        by_marker: Distinguish groups by markers for one metric too, as in panels of several metrics.
+        series: One metric, drawn with one line style per group; or several metrics, each drawn with one line style,
+            with one marker per group.
+        by_marker: Distinguish groups by markers even for a single metric, as in panels of several metrics.
 
     Raises:
         ValueError: if the first metric was not measured.
@@ -155,11 +155,12 @@ def class_cosines(record: Measurement, of: Literal["means", "weights"], most: in
 
     Args:
         record: The measurement.
-        of: Vectors to compare; cosines of the mean of a class without samples are NaN.
-        most: Number of the first classes that are compared; by default all.
+        of: Vectors to compare. Cosines with the mean of a class without samples are NaN.
+        most: Compare only the given number of first classes; by default all.
 
     Raises:
-        ValueError: if they do not fit into memory, or there are no rows because no classifier was measured.
+        ValueError: if the matrix does not fit into memory, or classifier rows are requested without a measured
+            classifier.
     """
     import torch
 
@@ -224,7 +225,7 @@ def _draw_layers(axes: Axes, *, runs: Shown, name: str) -> None:
 
 
 def _draw_profile(axes: Axes, *, runs: Shown, label: str) -> None:
-    """Draw a line per epoch, from light to dark, of the first run of a group."""
+    """Draw one line per epoch, from light to dark, for the first run of a group."""
     records = {epoch: runs.record(label, runs.split, epoch) for epoch in runs.epochs(label, runs.split)}
     records = {epoch: one for epoch, one in records.items() if "ncc_error" in one.metrics and one.layers}
     if not records:
@@ -233,7 +234,7 @@ def _draw_profile(axes: Axes, *, runs: Shown, label: str) -> None:
         errors = record.profile().metrics["ncc_error"]
         shade = _EPOCHS(0.15 + 0.75 * number / len(records))
         axes.plot(range(1, len(errors) + 1), errors, color=shade, marker="o", markersize=3, label=f"epoch {epoch}")
-    axes.set_yscale("symlog", linthresh=0.01)  # from exact 0 to chance; the threshold of the effective depth
+    axes.set_yscale("symlog", linthresh=0.01)  # errors from 0 to chance; 0.01 is the threshold of the effective depth
     axes.set_ylim(bottom=0)
     axes.axhline(0.01, color="0.4", linewidth=0.8, linestyle=(0, (1, 2)), zorder=0)
     axes.set_yticks([0, 0.01, 0.1, 1], ["0", "1%", "10%", "100%"])

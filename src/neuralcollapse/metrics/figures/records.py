@@ -1,4 +1,4 @@
-"""Figures of measurements in memory: the same as those of run folders."""
+"""Figures of measurements in memory; the same figures can be drawn from run folders."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ Records = Measurement | Iterable[Measurement]
 
 
 class Shown(Protocol):
-    """What figures are drawn from: groups of runs, or of records in memory."""
+    """Interface of the data that figures are drawn from: groups of runs, or of records in memory."""
 
     @property
     def groups(self) -> Mapping[str, object]:
-        """The groups by their labels."""
+        """Groups by label."""
 
     @property
     def stems(self) -> Mapping[str, str]:
-        """Part of the names of files for each group."""
+        """Part of the file names of each group."""
 
     @property
     def title(self) -> str:
-        """Words for the title of a page."""
+        """Text for the title of a page."""
 
     @property
     def num_classes(self) -> int | None:
@@ -48,7 +48,7 @@ class Shown(Protocol):
         """Measured values: columns method (the label of the group), seed, epoch, split, metric, value."""
 
     def hint(self, command: str) -> str:
-        """Return words that follow "was not measured"; ``command`` would measure it in a run folder."""
+        """Return text to append to "was not measured": the command that would measure the values in a run folder."""
 
     def epochs(self, label: str, split: str) -> list[int]:
         """Return the epochs with a record in the first run of a group."""
@@ -61,29 +61,30 @@ class Shown(Protocol):
 
 
 def plot(measurements: Records | Mapping[str, Records], figure: str = "") -> Figure:
-    """Draw a figure of measurements, as the command ``plot`` does of run folders.
+    """Draw a figure of measurements, as the command ``plot`` does for run folders.
 
-    Each line of the figure is a group of measurements: those of one label of a mapping, or, in a list, those of the
-    same ``provenance.model``. Within a group, the horizontal axis is ``provenance.epoch``; several measurements of the
-    same epoch and split are runs with other seeds, of which the line is the mean and a band the range. Measurements
-    without an epoch are numbered in their order. Measurements without a split are taken for those of the train split.
+    Each line of the figure is a group of measurements: in a mapping, those with the same label; in a list, those with
+    the same ``provenance.model``. The horizontal axis is ``provenance.epoch``. If a group has several measurements of
+    the same epoch and split, they are treated as runs with different seeds: the line shows their mean, and a band their
+    range. Measurements without an epoch are numbered in their order. Measurements without a split are assigned to the
+    train split.
 
-    Figures: ``"papyan"`` (Figures 1 to 7 of Papyan, Han, Donoho 2020), ``"zhu"`` (NC1 to NC4 and accuracies),
-    ``"markou"`` (the same with distances to the nearest simplex ETFs, of which the reference is the first epoch),
-    ``"overview"`` (every metric), and of the last measurement of each group ``"classes"`` (norms, variances and cosines
-    of every class), ``"margins"``, ``"layers"``; ``"profile"`` (of blocks with probes, at each epoch); ``"features"``
-    (three classes on their plane, at up to three epochs).
+    The following figures show values against the epoch: ``"papyan"`` (Figures 1 to 7 of Papyan, Han, Donoho 2020),
+    ``"zhu"`` (NC1 to NC4 and accuracies), ``"markou"`` (accuracies, NC and distances to the nearest simplex ETFs, with
+    the first epoch as the reference), ``"overview"`` (every metric), ``"profile"`` (layers with probes, at each epoch)
+    and ``"features"`` (three classes on their plane, at up to three epochs). The others show the last measurement of
+    each group: ``"classes"`` (norms, variances and cosines of every class), ``"margins"`` and ``"layers"``.
 
     Args:
         measurements: One measurement, several, or a mapping of labels to one or several.
         figure: Name of the figure; by default ``"classes"`` for one measurement, else ``"papyan"``.
 
     Returns:
-        The page, which notebooks show; ``savefig("page.png")`` writes it. A panel whose values were not measured says
-        so.
+        The page, which notebooks show; ``savefig("page.png")`` writes it. A panel whose values were not measured
+        contains a message that says so.
 
     Raises:
-        ValueError: if there is no measurement, their numbers of classes differ, or the figure is unknown.
+        ValueError: if no measurement is given, their numbers of classes differ, or the figure is unknown.
         ImportError: if matplotlib or pandas, of the extra ``lab``, is not installed.
 
     Examples:
@@ -117,11 +118,11 @@ def plot(measurements: Records | Mapping[str, Records], figure: str = "") -> Fig
 
 
 class RecordGroups:
-    """Measurements in memory, in groups that are shown as one line each.
+    """Measurements in memory, in groups that are drawn as one line each.
 
     Args:
         measurements: As for `plot`.
-        distances: Compute distances to the nearest simplex ETFs as well.
+        distances: Also compute distances to the nearest simplex ETFs.
 
     Raises:
         ValueError: as for `plot`.
@@ -136,7 +137,7 @@ class RecordGroups:
             for record in _checked(measurements):
                 grouped.setdefault(record.provenance.model or "model", []).append(record)
         if not grouped:
-            raise ValueError("measurements must be at least one, got none")
+            raise ValueError("measurements must contain at least one measurement, got none")
         records = [record for group in grouped.values() for record in group]
         numbers = sorted({record.num_classes for record in records})
         if len(numbers) > 1:
@@ -156,7 +157,7 @@ class RecordGroups:
 
     @property
     def stems(self) -> dict[str, str]:
-        """Labels of the groups, since no file is written."""
+        """Labels of the groups, because no file is written."""
         return {label: label for label in self.groups}
 
     @cached_property
@@ -174,14 +175,14 @@ class RecordGroups:
         return pd.DataFrame(rows, columns=["method", "seed", "epoch", "split", "metric", "value"])
 
     def hint(self, command: str) -> str:
-        """Return nothing: no command measures records in memory."""
+        """Return an empty text, because no command measures records in memory."""
         return ""
 
     def epochs(self, label: str, split: str) -> list[int]:
         """Return the epochs with a record in the first run of a group.
 
         Raises:
-            ValueError: if it has no record of the split.
+            ValueError: if the run has no record of the split.
         """
         return _epochs(self.groups[label][0], split)
 
@@ -198,7 +199,7 @@ class RecordGroups:
         return [run[split, max(_epochs(run, split))] for run in self.groups[label]]
 
     def _distances(self, run: _Run, split: str, epoch: int) -> dict[str, float]:
-        """Return the distances to the nearest simplex ETFs; none if they are not asked for or not defined."""
+        """Return the distances to the nearest simplex ETFs; empty if they are not requested or not defined."""
         first, record = min(_epochs(run, split)), run[split, epoch]
         if not self._with_distances or not len(record.weight):
             return {}
@@ -211,7 +212,7 @@ class RecordGroups:
                 reference_weight=reference.weight.double(),
                 reference_means=reference.moments.means.cpu(),
             )
-        except ValueError:  # means that are not finite, or more classes than d + 1
+        except ValueError:  # the means are not finite, or there are more than d + 1 classes
             return {}
         return distances | {REFERENCE_EPOCH: float(first)}
 
@@ -224,14 +225,14 @@ def _checked(records: Records) -> list[Measurement]:
     wanted = "measurements must be one measurement, several, or a mapping of labels to them"
     if isinstance(records, str) or not isinstance(records, Iterable):
         raise ValueError(f"{wanted}, got {type(records).__name__}")
-    found = list(records)
-    if wrong := [record for record in found if not isinstance(record, Measurement)]:
+    measurements = list(records)
+    if wrong := [record for record in measurements if not isinstance(record, Measurement)]:
         raise ValueError(f"{wanted}, got {type(wrong[0]).__name__}")
-    return found
+    return measurements
 
 
 def _runs(records: Sequence[Measurement]) -> list[_Run]:
-    """Return the runs of a group: the n-th record of the same split and epoch belongs to the n-th run."""
+    """Return the runs of a group; the n-th record of each split and epoch belongs to the n-th run."""
     runs: list[_Run] = []
     numbers: dict[str, int] = {}
     for record in records:
