@@ -1,4 +1,4 @@
-"""What every benchmark writes and measures with."""
+"""Functions that all benchmarks share: environment, timing, memory, and the file of results."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def environment(*packages: str) -> dict[str, Any]:
-    """The machine and the versions that a figure holds for."""
+    """Return the machine and the versions with which the results were measured."""
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -46,7 +46,7 @@ def environment(*packages: str) -> dict[str, Any]:
 
 
 def write(name: str, rows: list[dict[str, Any]], *packages: str, folder: Path = RESULTS) -> Path:
-    """Write the rows with their environment to NAME.json in results, or in a folder; numbers to four digits."""
+    """Write the rows with their environment to NAME.json in the folder, with floats rounded to four digits."""
     path = folder / f"{name}.json"
     text = json.dumps({"environment": environment(*packages), "rows": _rounded(rows)}, indent=1) + "\n"
     write_whole(path, lambda temporary: temporary.write_text(text))
@@ -64,12 +64,12 @@ def _rounded(value: Any) -> Any:
 
 
 def data_root() -> Path:
-    """The folder of real data sets: NEURALCOLLAPSE_DATA, else ../shared/data."""
+    """Return the folder of real data sets: NEURALCOLLAPSE_DATA, else ../shared/data."""
     return Path(os.environ.get("NEURALCOLLAPSE_DATA") or Path(__file__).parents[2] / "shared" / "data")
 
 
 def medians(functions: dict[str, Callable[[], Any]], *, repeats: int) -> dict[str, float]:
-    """Median seconds of each function, the functions interleaved after one untimed round."""
+    """Return the median seconds of each function; the functions take turns, after one untimed round."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for round_number in range(repeats + 1):
         for name, function in functions.items():
@@ -81,7 +81,7 @@ def medians(functions: dict[str, Callable[[], Any]], *, repeats: int) -> dict[st
 
 
 def load_before(checkout: Path) -> ModuleType:
-    """Return the package of another checkout, to time it together with this one's in one run."""
+    """Return the package of another checkout, to time both packages in one run."""
     import neuralcollapse
 
     ours = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "neuralcollapse"}
@@ -90,7 +90,7 @@ def load_before(checkout: Path) -> ModuleType:
     sys.path.insert(0, str(checkout / "src"))
     try:
         before = importlib.import_module("neuralcollapse")
-        for name in before.__all__:  # looked up now, since a later look-up would import this checkout's modules
+        for name in before.__all__:  # looked up now, because a later look-up would import the modules of this checkout
             setattr(before, name, getattr(before, name))
     finally:
         sys.path.pop(0)
@@ -103,7 +103,7 @@ def load_before(checkout: Path) -> ModuleType:
 
 
 def bare_solve(means: torch.Tensor, anchor: torch.Tensor, proximal_weight: float) -> torch.Tensor:
-    """The nearest ETF without a basis (formulas §1), unbatched, unchecked, without a derivative."""
+    """Return the nearest ETF without a basis (formulas §1): unbatched, without checks and derivative."""
     count = means.shape[0]
     centred = means - means.mean(0)
     target = centred * (math.sqrt(count - 1) / centred.norm())
@@ -113,7 +113,9 @@ def bare_solve(means: torch.Tensor, anchor: torch.Tensor, proximal_weight: float
 
 
 def peak_growth(prepare: Callable[..., Callable[[], Any]], *arguments: Any) -> float:
-    """MB by which the maximum resident set grows while what ``prepare(*arguments)`` returns runs, in a fresh process.
+    """Return the growth of the maximum resident set in MB while a function runs in a fresh process.
+
+    The function is the value of ``prepare(*arguments)``.
 
     Linux only: the high-water mark is reset after the preparation.
     """
@@ -123,7 +125,7 @@ def peak_growth(prepare: Callable[..., Callable[[], Any]], *arguments: Any) -> f
 
 def _peak_growth(prepare: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...]) -> float:
     work = prepare(*arguments)
-    ctypes.CDLL(None).malloc_trim(0)  # what the preparation freed must not serve the work unseen
+    ctypes.CDLL(None).malloc_trim(0)  # memory freed by the preparation would not be counted
     Path("/proc/self/clear_refs").write_text("5")
     before = _high_water_mark()
     work()

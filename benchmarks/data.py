@@ -1,9 +1,9 @@
-"""Images a second that training gets: from memory, from worker processes, and from a PIL pipeline; CIFAR-10, batch 128.
+"""Images per second for training: from memory, from worker processes, and from a PIL pipeline.
 
-The PIL pipeline is what most training code does: a DataLoader with two workers that decodes each PNG, crops and
-mirrors it by Pillow and turns it into a standardised tensor. Crop, flip and rotation of batches from memory are
-measured against kornia's. The images are the real ones, of ../shared/data/cifar10 or the folder NEURALCOLLAPSE_DATA,
-as PNGs.
+The batches are of 128 images of CIFAR-10. The PIL pipeline is the usual training code: a DataLoader with two workers
+that decodes each PNG, crops and mirrors it with Pillow, and converts it to a standardised tensor. Crop, flip and
+rotation of batches from memory are compared with those of kornia. The images are read from ../shared/data/cifar10 or
+from the folder NEURALCOLLAPSE_DATA, and stored as PNGs.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class PILImages:
         image = Image.open(io.BytesIO(self.pngs[index])).convert("RGB")
         if self.augmentation == "crop_flip":
             left, top = random.randint(-4, 4), random.randint(-4, 4)
-            image = image.crop((left, top, left + 32, top + 32))  # what lies outside is 0
+            image = image.crop((left, top, left + 32, top + 32))  # pixels outside the image are 0
             if random.random() < 0.5:
                 image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         elif self.augmentation == "rotation":
@@ -77,7 +77,7 @@ class Augmented:
 
 
 def save_pngs(folder: Path) -> tuple[list[bytes], list[int]]:
-    """The first images of CIFAR-10's train split as a Parquet file of PNGs, and these themselves."""
+    """Save the first images of the train split of CIFAR-10 as Parquet files of PNGs; return PNGs and labels."""
     files = str(data_root() / "cifar10" / "train-*.parquet")
     rows = datasets.load_dataset("parquet", data_files=files, split="train")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
@@ -95,7 +95,7 @@ def save_pngs(folder: Path) -> tuple[list[bytes], list[int]]:
 
 
 def images_per_second(batches: Iterable[Any]) -> float:
-    """Of one epoch, which starts the workers, if any, as every epoch of training does."""
+    """Return the images per second of one epoch, which starts the workers, as every epoch of training does."""
     start, number = time.perf_counter(), 0
     for images, _ in batches:
         number += len(images)
@@ -103,7 +103,7 @@ def images_per_second(batches: Iterable[Any]) -> float:
 
 
 def sources(memory: AnySplit, streamed: AnySplit, pngs: list[bytes], labels: list[int], standardise: Standardisation):
-    """Yield what is measured, with the names of its path and augmentation."""
+    """Yield each source of batches, with the names of its path and augmentation."""
 
     def batches(split: AnySplit, augmentation: str) -> EpochBatches:
         return EpochBatches(split, standardise, BatchSettings(batch_size=BATCH, **SETTINGS[augmentation]), 0, 0)
@@ -126,7 +126,7 @@ def main() -> None:
         standardise = standardisation(memory, BatchSettings())
         measured = list(sources(memory.train, streamed.train, pngs, labels, standardise))
         rates: list[list[float]] = [[] for _ in measured]
-        for _ in range(REPEATS):  # interleaved, so that what else the machine does falls on all alike
+        for _ in range(REPEATS):  # interleaved, so that other load on the machine affects all sources equally
             for (*_, batches), found in zip(measured, rates, strict=True):
                 found.append(images_per_second(batches))
     rows: list[dict[str, Any]] = []

@@ -1,8 +1,8 @@
-"""Which momentum and proximal weight the nearest-ETF head should have when nobody says.
+"""Comparison of momenta and proximal weights of the nearest-ETF head, from which its defaults were chosen.
 
 Every combination trains the same small conv net from the same weights on the same batches, at K = 10 (scikit-learn's
-digits) and at K = 100 (two MNIST digits side by side, halved to 14×28). Accuracy is of a validation split that training
-never sees, in evaluation mode. MNIST is read from NEURALCOLLAPSE_DATA, else ../shared/data.
+digits) and at K = 100 (two MNIST digits side by side, halved to 14×28). Accuracy is measured in evaluation mode on a
+validation split that is not used for training. MNIST is read from NEURALCOLLAPSE_DATA, else ../shared/data.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Split = tuple[Tensor, Tensor]
 
 
 def digits() -> tuple[Split, Split]:
-    """K = 10: 1,200 images to train on, 597 to validate."""
+    """Return the splits for K = 10: 1,200 training and 597 validation images."""
     bunch = load_digits()
     images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 16
     labels = torch.tensor(bunch.target)
@@ -36,7 +36,10 @@ def digits() -> tuple[Split, Split]:
 
 
 def two_digit_mnist() -> tuple[Split, Split]:
-    """K = 100: 20,000 pairs to train on, 5,000 of other digits to validate, all of MNIST's training split."""
+    """Return the splits for K = 100: 20,000 training pairs and 5,000 validation pairs of other digits.
+
+    All digits are from the training split of MNIST.
+    """
     rows = datasets.load_dataset(str(data_root() / "mnist"), split="train[:25000]")
     column = "image" if "image" in rows.features else "img"
     images = torch.from_numpy(np.stack([np.asarray(image) for image in rows[column]])).float().unsqueeze(1) / 255
@@ -62,7 +65,7 @@ def convnet(images: Tensor, num_classes: int) -> nn.Module:
 
 
 def curve(train: Split, validation: Split, head: nn.Module, num_classes: int, epochs: int, seed: int) -> list[float]:
-    """Validation accuracy after each epoch."""
+    """Return the validation accuracy after each epoch."""
     torch.manual_seed(seed)
     model = attach_head(convnet(train[0], num_classes), head)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)

@@ -1,11 +1,12 @@
-"""Time of an epoch of the recipe fast-cifar10-small against a bare script of the same network and optimiser, in turns.
+"""Time of an epoch of the recipe fast-cifar10-small, compared with a bare script of the same network and optimiser.
 
-The bare script is written as fast training codes are: all images standardised, padded and mirrored once; each epoch
-crops and permutes all of them at once; forward, loss, backward and step in one loop, without metrics or checks. Both
-train on the first images of CIFAR-10, which is read from NEURALCOLLAPSE_DATA, else ../shared/data. "with measuring"
-adds to the epoch of the run the measurement of both splits, and to that of the script the forward passes of both.
-Both compute in the precision of the recipe on this machine, which the row names. The share of convolutions is of the
-run's processor time, by torch's profiler.
+The bare script is written like fast training codes. All images are standardised, padded and mirrored once. Each epoch
+crops and permutes all of them at once, then runs forward, loss, backward and step in one loop, without metrics or
+checks. Run and script take turns. Both train on the first images of CIFAR-10, which is read from NEURALCOLLAPSE_DATA,
+else ../shared/data, in the precision of the recipe on this machine, which is recorded in the row.
+
+With measuring, the epoch of the run includes the measurement of both splits, and that of the script the forward passes
+over both. The share of convolutions is that of the processor time of the run, from torch's profiler.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _CONVOLUTIONS = ("aten::mkldnn_convolution", "aten::convolution_backward", "aten
 
 
 class BareScript:
-    """The same training, written as one script.
+    """Training as in the run, written as one script.
 
     Args:
         data: Data to train on.
@@ -89,7 +90,7 @@ class BareScript:
             yield images[indices], self.labels[indices]
 
     def epoch(self) -> None:
-        """Train an epoch."""
+        """Train for an epoch."""
         self.net.train()
         for images, labels in self.batches():
             with self.autocast:
@@ -125,7 +126,7 @@ def _norm(width: int) -> Iterator[nn.Module]:
 
 
 def convolution_share(run: Timed) -> float:
-    """Share of convolutions in the processor time of an epoch."""
+    """Return the share of convolutions in the processor time of an epoch."""
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         run.epoch()
     times = {event.key: event.self_cpu_time_total for event in profiled.key_averages()}
@@ -133,9 +134,9 @@ def convolution_share(run: Timed) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--images", type=int, default=5000, help="images to train on")
+    parser.add_argument("--images", type=int, default=5000, help="number of training images")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -1,10 +1,11 @@
-"""Features in a file: time and memory of `measure_features` beside two passes of NumPy, one thread.
+"""Features in a file: time and memory of `measure_features` compared with two passes of NumPy, on one thread.
 
-Two passes of NumPy, block by block over the memory-mapped file in fp64, give the class means, then the within-class
-scatter, and from these three metrics: the trace quotient of NC1, the distance of NC2 to a simplex ETF, and the duality
-of NC3. `measure_features` gives all metrics of moments, and with `per_sample` those of single samples as well. Each
-runs in a process of its own, which reports the greatest anonymous memory: pages of the mapped file are not counted,
-because the system frees them when it needs to.
+NumPy reads the memory-mapped file block by block in fp64: one pass for the class means, and one for the within-class
+scatter. From these it computes three metrics: the trace quotient of NC1, the distance of NC2 to a simplex ETF, and the
+duality of NC3. `measure_features` computes all metrics of moments, and with `per_sample` also those of single samples.
+
+Each way runs in a separate process, which reports its greatest anonymous memory. Pages of the mapped file are not
+counted, because the system frees them when it needs memory.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def anonymous_memory() -> float:
 
 
 def run_way(way: str, folder: Path) -> dict[str, Any]:
-    """Return seconds, greatest memory beyond that before, and the metrics of a way, in this process."""
+    """Return the seconds, the growth of memory and the metrics of a way, run in this process."""
     before, stop = anonymous_memory(), threading.Event()
     greatest = [before]
 
@@ -108,12 +109,12 @@ def run_way(way: str, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=2_000_000)
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--classes", type=int, default=1000)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of features.json")
-    parser.add_argument("--way", choices=WAYS, help="only this one, on the files in --files; prints JSON")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for features.json")
+    parser.add_argument("--way", choices=WAYS, help="run only this way, on the files in --files, and print JSON")
     parser.add_argument("--files", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,11 +1,11 @@
-"""Speed and accuracy on an accelerator (CUDA), unattended in less than 25 minutes: heads, solves, metrics and training.
+"""Speed and accuracy on a CUDA device: heads, solves, metrics and training, unattended, in less than 25 minutes.
 
-Every section runs in a separate process. Before it begins, the script prints what it needs: devices, free device
-memory, the folder of CIFAR-10 (in NEURALCOLLAPSE_DATA, else ../shared/data) and about how many minutes. A section that
-lacks something, or does not fit into the budget, is skipped with the reason; one that fails is recorded with its error.
-results/gpu-DEVICE.json is rewritten after each section.
+Every section runs in a separate process. Before it starts, the script prints what it needs: devices, free device
+memory, the folder of CIFAR-10 (in NEURALCOLLAPSE_DATA, else ../shared/data) and the approximate number of minutes. If
+something is missing, or the section does not fit into the budget, it is skipped with the reason. If a section fails,
+its error is recorded. results/gpu-DEVICE.json is rewritten after each section.
 
-`--tiny` runs every section at tiny sizes, with the embedded digits in place of CIFAR-10, also on a CPU.
+`--tiny` runs every section at tiny sizes, with the embedded digits instead of CIFAR-10, also on a CPU.
 """
 
 from __future__ import annotations
@@ -643,9 +643,9 @@ def result_of(name: str, bench: Bench, limit: float) -> Row:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes, in less than a minute; also on a CPU")
-    parser.add_argument("--budget-minutes", type=float, default=25.0, help="by default 25")
-    parser.add_argument("--folder", type=Path, default=RESULTS, help="of the JSON file; by default benchmarks/results")
+    parser.add_argument("--tiny", action="store_true", help="use tiny sizes: less than a minute, also on a CPU")
+    parser.add_argument("--budget-minutes", type=float, default=25.0, help="time limit of all sections, 25 by default")
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="folder for the JSON file")
     options = parser.parse_args()
     if not options.tiny and not torch.cuda.is_available():
         parser.error("a CUDA device is needed, and torch finds none; --tiny runs tiny sizes on a CPU")

@@ -1,9 +1,11 @@
-"""What a training step of heads and losses costs over an nn.Linear: batch 128, fp32, one thread, both passes.
+"""Time of a training step with each head and loss, compared with an nn.Linear: batch 128, fp32, one thread.
 
-The unit is a bare solve without a basis. Frames are of random codes of rank min(d, K−1)/2, and of the means at that
-rank. `class_means` is the classifier of class means with cross-entropy, `class_means_two_way` without bias and with
-that loss, `linear_...` a loss on the sphere of an nn.Linear's weight: they are given in steps of the nn.Linear.
-`--before CHECKOUT` times an older checkout's nearest-ETF head in the same rounds.
+A step is a forward and a backward pass. The unit for heads is a bare solve without a basis. Frames use random codes of
+rank min(d, K−1)/2, or the leading directions of the class means at that rank. The classifiers of class means and the
+losses on the sphere are given as multiples of the step of the nn.Linear: `class_means` with cross-entropy,
+`class_means_two_way` without bias and with the two-way loss, and `linear_...` for a loss on the weight of an nn.Linear.
+
+`--before CHECKOUT` also times the nearest-ETF head of an older checkout, in the same rounds.
 """
 
 from __future__ import annotations
@@ -82,8 +84,8 @@ def measure(num_classes: int, feature_dim: int, versions: dict[str, ModuleType])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--before", type=Path, help="a checkout to compare with")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--before", type=Path, help="older checkout to compare with")
     before = parser.parse_args().before
     torch.set_num_threads(1)
     versions = {"nearest_etf": neuralcollapse} | ({"before": load_before(before)} if before else {})

@@ -1,7 +1,7 @@
-"""What measuring costs beside an epoch of training: ResNet-18 on MNIST, (K, d) = (10, 512), batch 128, one thread.
+"""Time of measuring, compared with an epoch of training: ResNet-18 on MNIST, (K, d) = (10, 512), batch 128, one thread.
 
-An epoch, all that is measured after it (both splits, records written) and the bare forward passes over both splits in
-evaluation mode take turns. MNIST is read from NEURALCOLLAPSE_DATA, else ../shared/data.
+Three parts take turns: an epoch, the complete measurement after it (both splits, records written), and the bare
+forward passes over both splits in evaluation mode. MNIST is read from NEURALCOLLAPSE_DATA, else ../shared/data.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def measure(run: Run, folder: Path, repeats: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train_samples", type=int, default=6000)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()

@@ -1,8 +1,8 @@
-"""Class moments and metrics in one pass, against what the published libraries do, and against two passes done well.
+"""Class moments and metrics in one pass, compared with the published libraries and with two efficient passes.
 
-The baselines are written here: `OneHot` takes two passes with a one-hot matrix for each batch and then forms K×K
-matrices; `IndexAdd` takes two passes with index-add, and shares the metrics with the library. Features are fp32,
-in batches of 512. Errors are relative, of `nc1_quotient` and of the pooled scatter, against fp64 in two passes.
+The baselines are implemented here. `OneHot` takes two passes with a one-hot matrix per batch, and then forms K×K
+matrices. `IndexAdd` takes two passes with index-add, and computes the metrics with this library. Features are in fp32,
+in batches of 512. Errors of `nc1_quotient` and of the pooled scatter are relative to two passes in fp64.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from neuralcollapse.metrics import ClassMoments, MeasureOptions, collapse_metric
 
 SHAPES = [(10, 512, 50_000), (1000, 2048, 20_000), (20_000, 768, 40_000), (50_257, 768, 60_000)]
 BATCH = 512
-DENSE_LIMIT = 20_000  # K×K matrices of more classes do not fit beside each other
+DENSE_LIMIT = 20_000  # K×K matrices of more classes do not fit into memory together
 
 
 def data(num_classes: int, feature_dim: int, samples: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Features, targets in which every class occurs, and a weight."""
+    """Return features, targets in which every class occurs, and a weight."""
     draw = torch.Generator().manual_seed(0)
     targets = (torch.arange(samples) % num_classes)[torch.randperm(samples, generator=draw)]
     means = torch.randn(num_classes, feature_dim, generator=draw)
@@ -96,7 +96,7 @@ def one_pass(
 
 
 def dense_metrics(state: IndexAdd, weight: Tensor, pairwise: bool) -> list[float]:
-    """What the published libraries compute, in their way: fp32, K×K matrices."""
+    """Compute the metrics as the published libraries do: in fp32, with K×K matrices."""
     num_classes = len(weight)
     centred = state.means - (state.counts.to(weight.dtype) @ state.means) / state.counts.sum()
     within, between = state.scatter / state.counts.sum(), centred.T @ centred / num_classes
@@ -145,7 +145,7 @@ def prepare_accumulation(method: str, *shape: int) -> Callable[[], Any]:
 
 
 def prepare_everything(method: str, pairwise: bool, *shape: int) -> Callable[[], Any]:
-    """Accumulation and all metrics of moments."""
+    """Measure accumulation and all metrics of moments."""
     features, targets, weight = data(*shape)
 
     def work() -> None:
@@ -178,7 +178,7 @@ def measure(num_classes: int, feature_dim: int, samples: int) -> list[dict[str, 
     shape = (num_classes, feature_dim, samples)
     features, targets, weight = data(*shape)
     methods = METHODS | CLASS_SCATTER_METHODS if num_classes == 10 else METHODS
-    if "--quick" in sys.argv and num_classes > 1000:  # the others take minutes, and nobody changed them
+    if "--quick" in sys.argv and num_classes > 1000:  # the other methods take minutes and have not changed
         methods = {name: run for name, run in methods.items() if not name.startswith("one_hot")}
     accumulations = {name: partial(run, features, targets, num_classes) for name, run in methods.items()}
     seconds = medians(accumulations, repeats=9 if num_classes == 10 else 3)
@@ -216,7 +216,7 @@ def measure(num_classes: int, feature_dim: int, samples: int) -> list[dict[str, 
 
 
 def measure_with_backbone(samples: int = 2048) -> list[dict[str, Any]]:
-    """A ResNet-18 forward (32×32 images, batch 256) in each pass: one pass against two."""
+    """Compare one pass with two, each with the forward pass of a ResNet-18 (32×32 images, batch 256)."""
     from transformers import ResNetConfig, ResNetModel
 
     config = ResNetConfig(hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], layer_type="basic")
@@ -250,7 +250,7 @@ def measure_with_backbone(samples: int = 2048) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """All rows; or those of the K (and ``backbone``) named, into the rows that are there; with ``--quick`` fewer."""
+    """Measure all rows, or update those of the given K (and of ``backbone``); ``--quick`` leaves out slow methods."""
     chosen = [argument for argument in sys.argv[1:] if argument != "--quick"]
     rows = [row for shape in SHAPES if not chosen or str(shape[0]) in chosen for row in measure(*shape)]
     if not chosen or "backbone" in chosen:
@@ -259,7 +259,7 @@ def main() -> None:
 
 
 def merged(new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows on disk, those measured again renewed (what was not measured again stays), new ones at the end."""
+    """Return the rows on disk with the new values; values that were not measured again stay, new rows are appended."""
     rows = {
         (row["method"], row["K"], row.get("backbone")): row
         for row in json.loads((RESULTS / "metrics.json").read_text())["rows"]

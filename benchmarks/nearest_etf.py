@@ -1,7 +1,7 @@
 """The nearest simplex ETF: closed form, Riemannian trust region, and an SVD with automatic differentiation.
 
-The trust region (pymanopt, fp64) solves the published problem, over (K, d) Stiefel matrices with a proximal term,
-from the last solution after the class means have moved by 1e-2 relative. The reduced objective is that of
+The trust region (pymanopt, fp64) solves the published problem over (K, d) Stiefel matrices with a proximal term. It
+starts from the previous solution, after the class means have moved by 1e-2 relative. The reduced objective is that of
 `nearest_simplex_etf`, evaluated in fp64 at both solutions.
 """
 
@@ -28,7 +28,7 @@ DELTA = 1e-3  # the published proximal weight
 
 
 def problem(num_classes: int, feature_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Class means, the ETF nearest to them before they moved, and an upstream gradient."""
+    """Return class means, the ETF nearest to them before they moved, and an upstream gradient."""
     draw = torch.Generator().manual_seed(0)
     means = torch.randn(num_classes, feature_dim, generator=draw, dtype=torch.float64)
     anchor = nearest_simplex_etf(means)
@@ -47,7 +47,7 @@ def closed_form(means: torch.Tensor, anchor: torch.Tensor, check_values: bool = 
 
 
 def svd_autograd(means: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
-    """The same polar factor by torch.linalg.svd, differentiated automatically."""
+    """Return the polar factor by torch.linalg.svd, differentiated automatically."""
     count = means.shape[0]
     centred = means - means.mean(0)
     target = math.sqrt(count - 1) * reduce(centred / centred.norm())
@@ -66,12 +66,12 @@ def reduced_objective(means: torch.Tensor, etf: torch.Tensor, anchor: torch.Tens
 
 
 def trust_region(means: torch.Tensor, anchor: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """The published problem, transposed to pymanopt's (d, K): the ETF found, and the seconds taken."""
+    """Solve the published problem, transposed to pymanopt's (d, K); return the ETF and the seconds taken."""
     count, dimension = means.shape
     centred = (means - means.mean(0)).detach().double()
     target = (centred / centred.norm()).T.numpy()
     scale = 1 / math.sqrt(count - 1)
-    # The last solution: the reduced one, and a direction along the all-ones vector that the ETF does not see.
+    # The previous solution: the reduced one, and a direction along the all-ones vector that does not affect the ETF.
     frame = math.sqrt((count - 1) / count) * anchor.double()
     draw = torch.randn(dimension, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     nuisance = draw - frame.T @ torch.linalg.pinv(frame.T) @ draw
@@ -102,7 +102,7 @@ def trust_region(means: torch.Tensor, anchor: torch.Tensor) -> tuple[torch.Tenso
 
 
 def prepare(num_classes: int, feature_dim: int, dtype: torch.dtype, backward: bool):
-    """The work whose memory is measured; the libraries' own start-up is done before."""
+    """Return the work whose memory is measured, after the start-up of the libraries."""
     draw = torch.Generator().manual_seed(0)
     means, upstream = (torch.randn(num_classes, feature_dim, generator=draw, dtype=dtype) for _ in range(2))
     anchor = simplex_etf(num_classes, feature_dim, dtype=dtype)
@@ -161,8 +161,8 @@ def measure(num_classes: int, feature_dim: int, dtype: torch.dtype, before: Modu
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--before", type=Path, help="a checkout to compare with")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--before", type=Path, help="older checkout to compare with")
     checkout = parser.parse_args().before
     torch.set_num_threads(1)
     before = load_before(checkout) if checkout else None

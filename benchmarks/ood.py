@@ -1,13 +1,15 @@
-"""Detection of unknown inputs from one measurement against detection from all training features in memory.
+"""Detection of unknown inputs from one measurement, compared with detection from all training features in memory.
 
-The features are synthetic, in fp32, drawn chunk by chunk: class means, and within classes a spread that falls over the
-dimensions. Ours measures them in one pass (`measure`) and evaluates the scores batch by batch (`evaluate`): once from
-the moments alone, and once with the mean residual norms for ViM, which need a second pass, over a cache on disk. The
-other way keeps all training features in fp64 and fits scikit-learn's EmpiricalCovariance and PCA to them. Each way runs
-in a process of its own; its memory is the growth of the maximum resident set after all imports. The seconds of both
-contain drawing the features, which are given alone too.
+The features are synthetic, in fp32, and drawn in chunks: class means, and within classes a spread that decreases over
+the dimensions. This library measures them in one pass (`measure`) and evaluates the scores batch by batch
+(`evaluate`): once from the moments alone, and once with the mean residual norms for ViM, which need a second pass over
+a cache on disk. The other way keeps all training features in fp64 and fits the EmpiricalCovariance and the PCA of
+scikit-learn to them.
 
-Then the seconds of a detector's call against those of its ResNet-18 alone, in turns, one thread.
+Each way runs in a separate process. Its memory is the growth of the maximum resident set after all imports. The seconds
+of both ways include the time to draw the features, which is also reported alone.
+
+A second part compares the seconds of a detector's call with those of its ResNet-18 alone, in turns, on one thread.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import torch
 from _common import RESULTS, medians, peak_growth, write
 from torch import Tensor, nn
 
-_CHUNK = 2000  # samples that are drawn at a time
+_CHUNK = 2000  # number of samples drawn at once
 _TRAIN, _TEST, _UNKNOWN = range(3)  # parts of the data
 _OF_MOMENTS = ("mahalanobis", "residual", "neco")
 
@@ -106,7 +108,7 @@ def prepare_ours(problem: Problem, result: Path, with_vim: bool) -> Callable[[],
         end = time.perf_counter()
         return {row.score: row.auroc for row in table.rows}, measured - start, end - measured
 
-    run(small)  # so that modules which are imported when they are used are not counted
+    run(small)  # imports modules on first use, so that they are not counted
 
     def work() -> None:
         auroc, fitting, evaluating = run(problem)
@@ -242,15 +244,15 @@ def overhead(images: int, width: int, repeats: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=200_000, help="training features")
-    parser.add_argument("--test_samples", type=int, default=20_000, help="test features, and unknown ones")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=200_000, help="number of training features")
+    parser.add_argument("--test_samples", type=int, default=20_000, help="number of test features, and of unknown ones")
     parser.add_argument("--feature_dim", type=int, default=512)
     parser.add_argument("--num_classes", type=int, default=10)
-    parser.add_argument("--images", type=int, default=128, help="images of the batch for the ResNet-18")
-    parser.add_argument("--width", type=int, default=64, help="channels of its first stage")
+    parser.add_argument("--images", type=int, default=128, help="batch size for the ResNet-18")
+    parser.add_argument("--width", type=int, default=64, help="channels of the first stage of the ResNet-18")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=RESULTS, help="folder of the result")
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="folder for the results")
     options = parser.parse_args()
     torch.set_num_threads(1)
     problem = Problem(options.samples, options.test_samples, options.feature_dim, options.num_classes)

@@ -1,8 +1,8 @@
-"""The Riemannian trust region compared with pymanopt's on the same cost, start and tolerance, and the softmax codes.
+"""The Riemannian trust region compared with that of pymanopt at equal cost, start and tolerance; the softmax codes.
 
-fp64. The cost is the published one, ½‖A − Q‖², from a random start. pymanopt has its derivatives written out in numpy;
-ours are automatic. Each solver's runs come in a row: alternating, the thread pools of torch and numpy slow each other
-down.
+All computations are in fp64. The cost is the published one, ½‖A − Q‖², from a random start. pymanopt is given
+explicit derivatives in NumPy; this library differentiates automatically. The runs of each solver are consecutive,
+because alternating runs are slower: the thread pools of torch and NumPy interfere.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TOLERANCE = 1e-6
 
 @dataclass
 class Problem:
-    """A cost of (Q, θ) with its Euclidean derivatives, and where to start."""
+    """A cost of (Q, θ) with its Euclidean derivatives and an initial point."""
 
     name: str
     cost: Callable[[Tensor, Tensor], Tensor]
@@ -59,7 +59,7 @@ def published(rows: int, columns: int, *, seed: int = 0) -> Problem:
 
 
 def pymanopt_run(problem: Problem) -> tuple[float, float]:
-    """The cost reached, and the seconds taken."""
+    """Return the cost reached and the seconds taken."""
     rows, columns = problem.start.shape
     manifold = Stiefel(columns, rows)
 
@@ -142,7 +142,7 @@ PARTS: dict[str, Callable[[], list[dict[str, object]]]] = {
 
 
 def main() -> None:
-    """All parts, or those named, into the rows that are there."""
+    """Run all parts, or update the rows of the parts named on the command line."""
     kept: dict[str, list[dict[str, Any]]] = {}
     path = RESULTS / "riemannian.json"
     if sys.argv[1:] and path.exists():

@@ -1,10 +1,9 @@
-"""Time of an epoch of a run against a bare loop of the same operations, in turns, one thread.
+"""Time of an epoch of a run, compared with a bare loop of the same operations, in turns, on one thread.
 
-The bare loop has the same batches, model, loss, optimiser and schedule; it computes no training metrics, and neither
-logs nor checks nor saves. Cases: the
-convolutional network on the embedded digits, and a ResNet-18 on 4,000 images of MNIST, which is read from
-NEURALCOLLAPSE_DATA, else ../shared/data. What an epoch of the run adds at its end (tables, measuring, checkpoint) is
-not part of the time.
+The bare loop has the same batches, model, loss, optimiser and schedule. It computes no training metrics, and does not
+log, check or save. There are two cases: the convolutional network on the embedded digits, and a ResNet-18 on 4,000
+images of MNIST, which is read from NEURALCOLLAPSE_DATA, else ../shared/data. The time excludes what the run does at
+the end of an epoch (tables, measuring, checkpoint).
 """
 
 from __future__ import annotations
@@ -26,19 +25,19 @@ class Timed(Run):
     """A run that stays in its first epoch, which `epoch` trains again and again."""
 
     def start(self, folder: RunFolder) -> None:
-        """Set up all that an epoch needs, by a training of which every epoch is empty."""
+        """Set up everything that an epoch needs, by a training with empty epochs."""
         self._train_epoch, epoch = (lambda *_: None), self._train_epoch  # type: ignore[method-assign]
         self._end_epoch = lambda *_: None  # type: ignore[method-assign]
         self.train(folder)
         self._train_epoch = epoch  # type: ignore[method-assign]
 
     def epoch(self) -> None:
-        """Train an epoch as a run does."""
+        """Train for an epoch as a run does."""
         self._train_epoch(1, 0)
         self.log.end()
 
     def bare_epoch(self) -> None:
-        """Train an epoch by forward, loss, backward and step alone."""
+        """Train for an epoch by forward, loss, backward and step alone."""
         backbone, head = self.trained.model.model, self.trained.model.head
         for images, targets in self.batches(1):
             features, weight, bias = head.prepare(backbone(images), targets)
@@ -51,7 +50,7 @@ class Timed(Run):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
