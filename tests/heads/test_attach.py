@@ -100,14 +100,14 @@ def test_a_head_attached_to_a_bare_classifier():
 )
 def test_output_picks_the_logits(wrap, output):
     assert attach_head(Net(wrap), FixedETFClassifier(12, 5), output=output)(INPUTS).shape == (16, 5)
-    with pytest.raises(ValueError, match="output must say where the logits are"):
+    with pytest.raises(ValueError, match="output must locate the logits"):
         attach_head(Net(wrap), FixedETFClassifier(12, 5))(INPUTS)
 
 
 @pytest.mark.parametrize("after", [lambda logits: logits.softmax(1), lambda logits: logits[:, :3], torch.clone])
 def test_a_model_that_does_something_after_its_classifier_is_refused(after):
     model = attach_head(Net(after), FixedETFClassifier(12, 5))
-    with pytest.raises(ValueError, match="classifier 'fc' must be the last thing that the model does"):
+    with pytest.raises(ValueError, match="classifier 'fc' must be the last operation of the model"):
         model(INPUTS)
 
 
@@ -281,10 +281,10 @@ def test_a_model_whose_get_classifier_is_an_identity_has_no_classifier():
 @pytest.mark.parametrize(
     ("after", "output", "message"),
     [
-        (torch.clone, None, "something comes after it"),
-        (None, "logits", "it has no 'logits'"),
-        (lambda logits: (logits,), 3, "it has no 3"),
-        (lambda logits: {"logits": logits}, None, "output must say where the logits are"),
+        (torch.clone, None, "another operation follows it"),
+        (None, "logits", "which has no 'logits'"),
+        (lambda logits: (logits,), 3, "which has no 3"),
+        (lambda logits: {"logits": logits}, None, "output must locate the logits"),
         (None, lambda returned: returned.missing, "has no attribute 'missing'"),
     ],
 )
@@ -405,7 +405,7 @@ def test_a_model_that_continues_after_its_classifier_is_refused_and_unchanged(fo
     attached = attach_head(model, NearestETFClassifier(12, 5))
     call = torch.compile(attached, backend="eager") if "compiled" in run else attached
     with torch.set_grad_enabled(run != "no gradients"):
-        with pytest.raises(ValueError, match="classifier 'fc' must be (the last thing that|called once)") as caught:
+        with pytest.raises(ValueError, match="classifier 'fc' must be (the last operation of|called once)") as caught:
             call(INPUTS, targets=TARGETS)
         fails = follows in FAILS or (follows == "in place" and run != "no gradients")
         assert (caught.value.__cause__ is not None) is fails
@@ -426,7 +426,7 @@ def test_a_model_that_continues_after_its_classifier_is_refused_in_one_graph(fol
     attached = attach_head(model, FixedETFClassifier(12, 5))
     with pytest.raises((RuntimeError, KeyError)):
         torch.compile(attached, backend="eager", fullgraph=True)(INPUTS)
-    with pytest.raises(ValueError, match="attach_head was refused|classifier 'fc' must be"):
+    with pytest.raises(ValueError, match="attach_head failed|classifier 'fc' must be"):
         attached(INPUTS)
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
 

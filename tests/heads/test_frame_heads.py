@@ -272,7 +272,7 @@ def test_attached_and_made_plain_it_decides_the_same():
         (lambda: NearestFrameClassifier(8, 5, frame=Simplex), r"frame must be Simplex\(\), LeadingDirections\(\) or a"),
         (
             lambda: NearestETFClassifier(8, 6, frame=CODE),
-            r"frame must be Simplex\(\) for NearestETFClassifier, got .*: NearestFrameClassifier takes other frames",
+            r"frame must be Simplex\(\) for NearestETFClassifier, got .*: use NearestFrameClassifier for other frames",
         ),
         (
             lambda: NearestFrameClassifier(8, 5, frame=CODE),

@@ -124,7 +124,7 @@ def test_a_trainer_that_computes_the_loss(tmp_path, kind, own_loss, targets):
     before = [parameter.clone() for parameter in model.parameters()]
     run = trainer(model, tmp_path, targets=targets, save_strategy="no", **settings)
     if kind is NearestETFClassifier and not targets:
-        with pytest.raises(ValueError, match="add the labels to the dataset a second time, as `targets`$"):
+        with pytest.raises(ValueError, match="add the labels to the dataset a second time, as column `targets`$"):
             run.train()
         return
     run.train()

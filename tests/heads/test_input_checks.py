@@ -109,7 +109,7 @@ WRONG_ARGUMENTS = [
         lambda: attach_head(net(), NearestETFClassifier(4, 3), output=1.5),
         "output must be a name, an index or a function",
     ),
-    (lambda: attach_head(net(), FixedETFClassifier(4, 3), output="logits")(FEATURES), "it has no 'logits'"),
+    (lambda: attach_head(net(), FixedETFClassifier(4, 3), output="logits")(FEATURES), "which has no 'logits'"),
     (lambda: attached()(FEATURES, targets=TARGETS.tolist()), "targets must be integer class indices, got list"),
     (lambda: attach_head(net(), nn.Linear(4, 3)).to_inference(), r"head must have to_inference\(\), got Linear"),
 ]
@@ -127,7 +127,7 @@ def test_an_attached_model_cannot_be_called_after_to_inference():
     expected = model.eval()(FEATURES)
     plain = model.to_inference()
     for call in (lambda: model(FEATURES), model.to_inference):
-        with pytest.raises(ValueError, match=r"to_inference\(\) has put a plain .* can no longer be called"):
+        with pytest.raises(ValueError, match=r"to_inference\(\) has replaced .* can no longer be called"):
             call()
     assert torch.allclose(plain(FEATURES), expected, atol=1e-6)
     again = attach_head(plain, NearestETFClassifier(4, 3), classifier="2.1")

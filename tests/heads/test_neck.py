@@ -67,10 +67,10 @@ def test_a_checkpoint_holds_the_neck():
     [
         ("conv", "neck must be 'linear', 'mlp', a module or None, got 'conv'"),
         (3, "neck must be 'linear', 'mlp', a module or None, got 3"),
-        (nn.Linear(12, 7), r"neck must give features of shape \(N, 8\), .* Linear gives \(2, 7\) for N = 2"),
-        (nn.Linear(11, 8), "neck must take the 12 features that the classifier takes; Linear fails"),
-        (nn.LSTM(12, 8), r"neck must give features of shape \(N, 8\), .* LSTM gives tuple"),
-        (None, "head must take the 12 features .*, got in_features = 8; a neck maps one to the other"),
+        (nn.Linear(12, 7), r"neck must return features of shape \(N, 8\), .* Linear returned \(2, 7\) for N = 2"),
+        (nn.Linear(11, 8), "neck must take the 12 features of the classifier, but Linear failed"),
+        (nn.LSTM(12, 8), r"neck must return features of shape \(N, 8\), .* LSTM returned tuple"),
+        (None, "head must take the 12 features .*, got in_features = 8; use a neck to change the number of features"),
     ],
     ids=["name", "number", "output", "input", "tuple", "none"],
 )

@@ -346,7 +346,7 @@ REFUSED = [
     ("--sessions 6,4 --freeze nowhere", "session 2 with preassigned-etf is refused: freeze must name modules"),
     ("--sessions 6,4 --freeze model", "freeze must leave parameters to train, and with preassigned-etf it leaves none"),
     ("--sessions 6,4 --strategies grown-etf --class_weights inverse", "is refused: class_weights must be None"),
-    ("--sessions 6,4 --strategies grown-etf --feature_dim 7", "is refused: num_new must leave K ≤ d + 1 = 8"),
+    ("--sessions 6,4 --strategies grown-etf --feature_dim 7", "is refused: num_new must give at most K = d + 1 = 8"),
     ("--sessions 6,4 --strategies preassigned-etf --feature_dim 7", "must be at least num_classes - 1 = 9, got 7"),
     ("--sessions 6,1 --sampling 2 --strategies learned", "session 2 with learned is refused: classes_per_batch must"),
     ("--sessions 6,4 --recipe nothing", "recipe"),

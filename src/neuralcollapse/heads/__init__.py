@@ -1,4 +1,4 @@
-"""Modules that end a backbone."""
+"""Classification heads: modules that compute the logits from the features of a backbone."""
 
 from neuralcollapse.heads.attach import AttachedHead, attach_head
 from neuralcollapse.heads.fixed import FixedETFClassifier, FixedFrameClassifier

@@ -1,4 +1,4 @@
-"""Attaching a head to any model in place of its classifier."""
+"""Replacement of a model's classifier by a head."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from neuralcollapse.heads.huggingface import (
 Output = str | int | Callable[[Any], Tensor]
 logger = logging.getLogger(__name__)
 
-# Attributes that `transformers.Trainer` looks up; an attached model returns those of the model inside it.
+# Attributes that `transformers.Trainer` reads; an attached model returns those of the wrapped model.
 _MODEL_ATTRIBUTES = (
     "config",
     "activation_checkpointing_enable",
@@ -35,17 +35,17 @@ _MODEL_ATTRIBUTES = (
 
 
 class _Placeholder(nn.Identity):
-    """The identity in place of the classifier. While a call is verified, it records the features that pass through."""
+    """Identity in place of the classifier, which records the features that pass through it while a call is verified."""
 
     def __init__(self) -> None:
         super().__init__()
         self.recorded: list[tuple[Tensor, Tensor, int | None]] | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the features; while a call is verified, a view of them that can be recognised in the output."""
+        """Return the features or, while a call is verified, a view of them that can be recognised in the output."""
         if self.recorded is None:
             return input
-        # Autograd forbids in-place changes of one of several views, also while torch.compile traces.
+        # Autograd forbids in-place changes of one of several views, even while torch.compile traces.
         view = input.unsqueeze(0).unbind(0)[0]
         has_version = not (torch.compiler.is_compiling() or view.is_inference())
         self.recorded.append((input, view, view._version if has_version else None))
@@ -53,11 +53,11 @@ class _Placeholder(nn.Identity):
 
 
 class AttachedHead(nn.Module):
-    """A model whose classifier is replaced by a head; made by `attach_head`.
+    """Model whose classifier is replaced by a head, as returned by `attach_head`.
 
     Attributes:
         num_classes: Number of classes of the head; None if it has no weight (K, d).
-        replaced_num_classes: Number of classes of the classifier that was replaced.
+        replaced_num_classes: Number of classes of the replaced classifier.
     """
 
     def __init__(
@@ -81,9 +81,9 @@ class AttachedHead(nn.Module):
         self._name = name
         self._output = output
         self._had_bias = classifier.bias is not None
-        # The classifier, until the first call has been verified; a tuple hides it from nn.Module.
+        # The classifier, until the first call has been verified; the tuple hides it from nn.Module.
         self._replaced: tuple[nn.Module, ...] = (classifier,)
-        self._unusable = ""  # why it can no longer be called
+        self._unusable = ""  # error message once the model can no longer be called
 
     def __getattr__(self, name: str) -> Any:
         if name in _MODEL_ATTRIBUTES and "model" in self.__dict__.get("_modules", {}):
@@ -102,10 +102,10 @@ class AttachedHead(nn.Module):
         generator: torch.Generator | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add classes to the head; see its ``grow``, which also takes the other arguments.
+        """Add classes to the head by its ``grow`` method, which also receives the other arguments.
 
         Raises:
-            ValueError: if the head has no ``grow``, or refuses.
+            ValueError: if the head has no ``grow`` method, or as for that method.
         """
         if not isinstance(self.head, Head):
             raise ValueError(f"head must have grow(), got {type(self.head).__name__}")
@@ -120,7 +120,7 @@ class AttachedHead(nn.Module):
         """Raise, because ``from_pretrained`` would start with a random classifier.
 
         Raises:
-            ValueError: always; the message says how to save the model.
+            ValueError: always; the message explains how to save the model.
         """
         raise ValueError(SAVING_REFUSED.format(head=type(self.head).__name__))
 
@@ -135,25 +135,25 @@ class AttachedHead(nn.Module):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Return the logits for the model's arguments, passing the targets to a head that learns from them.
+        """Return the logits for the model's arguments; targets are passed to a head that learns from them.
 
         Args:
             *args: Positional arguments of the model.
             targets: (...) integer classes.
-            labels: The same, in place of targets, if the loss is wanted too, as in Hugging Face models. They are
-                passed to the head, not to the model.
+            labels: Integer classes (...) in place of targets, if the result shall include the loss, as in Hugging Face
+                models. They are passed to the head, not to the model.
             num_items_in_batch: Divisor of a summed loss, as given by ``transformers.Trainer``.
             **kwargs: Keyword arguments of the model.
 
         Returns:
-            Logits (..., K). With labels, the model's output with these logits and, as ``loss``, their cross-entropy; a
-            dictionary of the two if the model's output is not a mapping. With ``num_items_in_batch`` alone (a Trainer
-            that computes the loss itself), the same without ``loss``.
+            Logits (..., K). With labels, the model's output with these logits and their cross-entropy as ``loss``, or a
+            dictionary of the two if the model's output is not a mapping. With ``num_items_in_batch`` but no labels (if
+            the Trainer computes the loss), the same without ``loss``.
 
         Raises:
             ValueError: if targets or labels are not integers, or both are given; at the first call, also under
                 ``torch.compile``, if the classifier's output is not the model's output, or ``output`` does not exist.
-                The model then has its classifier back, and its buffers and torch's random state are unchanged.
+                The classifier is then restored, and buffers and torch's random state are left unchanged.
         """
         if self._unusable:
             raise ValueError(self._unusable)
@@ -176,7 +176,7 @@ class AttachedHead(nn.Module):
         return logits if num_items_in_batch is None else with_logits(returned, logits, self._output)
 
     def _check_targets_from_trainer(self, features: Tensor) -> None:
-        """Raise if the head needs targets that the Trainer does not pass on."""
+        """Raise a `ValueError` if the head needs targets that the Trainer does not pass to the model."""
         if not isinstance(self.head, LearnsFromTargets):
             return
         try:
@@ -185,20 +185,20 @@ class AttachedHead(nn.Module):
             raise ValueError(
                 f"{type(self.head).__name__} learns from targets, but with label_smoothing_factor or compute_loss_func "
                 "transformers.Trainer does not pass the labels to the model: add the labels to the dataset a second "
-                "time, as `targets`"
+                "time, as column `targets`"
             ) from error
 
     def to_inference(self, **kwargs: Any) -> nn.Module:
-        """Return the model itself (changed), with the head's ``to_inference(**kwargs)`` as its classifier.
+        """Return the original model, changed in place, with the head's ``to_inference(**kwargs)`` as its classifier.
 
-        A neck stays in front of it, in an ``nn.Sequential``.
+        If there is a neck, the classifier is an ``nn.Sequential`` of the neck and the converted head.
 
-        The attached model can no longer be called. An ``nn.Linear`` that replaces one with a bias has a bias (0 if the
-        head has none), so that it fits the model's class. In a Hugging Face model, the configuration is set to the
-        head's number of classes.
+        Afterwards the attached model can no longer be called. If the replaced classifier had a bias, the new
+        ``nn.Linear`` has one as well (0 if the head has none), so that its state fits the model's class. In a Hugging
+        Face model, the number of classes in the configuration is set to that of the head.
 
         Raises:
-            ValueError: if the head has no ``to_inference``, or this is the second call.
+            ValueError: if the head has no ``to_inference`` method, or the method is called a second time.
         """
         if self._unusable:
             raise ValueError(self._unusable)
@@ -214,13 +214,13 @@ class AttachedHead(nn.Module):
         self.model.set_submodule(self._name, plain)
         set_number_of_classes(self.model, self._name, self.head.num_classes)
         self._unusable = (
-            "to_inference() has put a plain classifier into the model, and the attached model can no longer be called: "
-            "call the model that it returned, or attach a head to that model"
+            "to_inference() has replaced the head by a plain classifier; the attached model can no longer be called: "
+            "call the model that to_inference() returned, or attach a head to that model"
         )
         return self.model
 
     def _run(self, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
-        """Return the model's output and the features in it."""
+        """Return the model's output and the features that it contains."""
         if self._replaced:
             if not torch.compiler.is_compiling():
                 return self._run_and_verify(*args, **kwargs)
@@ -231,7 +231,7 @@ class AttachedHead(nn.Module):
         return returned, self._select(returned)
 
     def _run_and_verify(self, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
-        """Run the first call, and verify that the model's output is what passed through the placeholder."""
+        """Run the first call, and verify that the model's output is the tensor that passed through the placeholder."""
         placeholder: Any = self.model.get_submodule(self._name)
         placeholder.recorded = []
         try:
@@ -239,7 +239,7 @@ class AttachedHead(nn.Module):
                 returned = self._run_without_classifier(*args, **kwargs)
                 features = self._verified_features(placeholder.recorded, returned)
         except _WrongArguments as error:
-            raise error.reason from None  # the model with its own classifier fails on them as well
+            raise error.reason from None  # with the original classifier, the model fails on these arguments as well
         except Exception as error:
             self._restore_classifier(str(error))
             raise
@@ -249,14 +249,14 @@ class AttachedHead(nn.Module):
         return returned, features
 
     def _run_and_verify_traced(self, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
-        """Run the first call in a graph that is traced whole, where the verification is part of tracing."""
+        """Run the first call while a single graph is traced; the verification is part of the tracing."""
         placeholder: Any = self.model.get_submodule(self._name)
         placeholder.recorded = []
         returned = self.model(*args, **kwargs)
         recorded, placeholder.recorded = placeholder.recorded, None
         features = self._select(returned)
         if len(recorded) != 1 or features is not recorded[0][1]:
-            self._restore_classifier("something comes after it")
+            self._restore_classifier("another operation follows it")
             raise ValueError(self._not_last())
         return returned, recorded[0][0]
 
@@ -268,12 +268,12 @@ class AttachedHead(nn.Module):
             if self._fails_with_classifier(*args, **kwargs):
                 raise _WrongArguments(error) from error
             raise ValueError(
-                f"classifier {self._name!r} must be the last thing that {type(self.model).__name__} does, which fails "
-                f"without it: {type(error).__name__}: {error}"
+                f"classifier {self._name!r} must be the last operation of {type(self.model).__name__}, but the model "
+                f"fails without it: {type(error).__name__}: {error}"
             ) from error
 
     def _fails_with_classifier(self, *args: Any, **kwargs: Any) -> bool:
-        """Return whether the model with its own classifier fails on these arguments too, without side effects."""
+        """Return whether the model with its original classifier also fails on these arguments, without side effects."""
         if not self._name:
             return False
         placeholder = self.model.get_submodule(self._name)
@@ -292,7 +292,7 @@ class AttachedHead(nn.Module):
     def _verified_features(self, recorded: list[tuple[Tensor, Tensor, int | None]], returned: Any) -> Tensor:
         """Return the features, if the model's output is the tensor that passed through the placeholder."""
         if not recorded:
-            raise ValueError(f"classifier {self._name!r} must be called by the model's forward; it was not")
+            raise ValueError(f"classifier {self._name!r} must be called by the model's forward, but was not")
         selected = self._select(returned)
         if len(recorded) > 1:
             raise ValueError(
@@ -306,21 +306,21 @@ class AttachedHead(nn.Module):
 
     def _not_last(self) -> str:
         return (
-            f"classifier {self._name!r} must be the last thing that the model does, but what "
-            f"{type(self.model).__name__} returned is not its output: something comes after it. "
-            "Remove that, or name the right module or output"
+            f"classifier {self._name!r} must be the last operation of the model, but {type(self.model).__name__} "
+            "returned another tensor than its output: another operation follows it. "
+            "Remove that operation, or name the right module or output"
         )
 
     def _restore_classifier(self, reason: str) -> None:
-        """Leave the model as it was before the head was attached."""
+        """Restore the model to its state before the head was attached."""
         if not self._replaced:
             return
         if self._name:
             self.model.set_submodule(self._name, self._replaced[0])
         self._replaced = ()
         self._unusable = (
-            "attach_head was refused at the first call, and the model has its classifier back: attach again. The "
-            f"reason was: {reason}"
+            "attach_head failed at the first call, and the model has its classifier back: attach again. "
+            f"The reason was: {reason}"
         )
 
     _restore_classifier._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -335,19 +335,19 @@ class AttachedHead(nn.Module):
                 return getattr(returned, self._output) if by_name else returned[self._output]  # type: ignore[arg-type]
             except (AttributeError, KeyError, IndexError, TypeError):
                 raise ValueError(
-                    f"output must say where the logits are in the {type(returned).__name__} that the model returned; "
-                    f"it has no {self._output!r}"
+                    f"output must locate the logits in the {type(returned).__name__} that the model returned, "
+                    f"which has no {self._output!r}"
                 ) from None
         if not isinstance(returned, Tensor):
             raise ValueError(
-                f"output must say where the logits are in the {type(returned).__name__} that the model returned, "
+                f"output must locate the logits in the {type(returned).__name__} that the model returned, "
                 "as a name, an index or a function: attach_head(..., output='logits')"
             )
         return returned
 
 
 def _in_one_graph() -> bool:
-    """Return whether a single graph is traced (``fullgraph=True``, export), from which no call can be excluded."""
+    """Return whether a single graph is traced (``fullgraph=True``, export), so that no call can be excluded from it."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
@@ -356,12 +356,12 @@ def _in_one_graph() -> bool:
         return True
 
 
-# As torch.compiler.assume_constant_result does, which imports dynamo: the function runs while dynamo traces its call.
+# Has the effect of torch.compiler.assume_constant_result, which would import dynamo: the function runs during tracing.
 _in_one_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class _WrongArguments(Exception):
-    """An error of the model's own forward, which the head does not cause."""
+    """Error of the model's forward that is not caused by the head."""
 
     def __init__(self, reason: Exception) -> None:
         super().__init__(str(reason))
@@ -369,7 +369,7 @@ class _WrongArguments(Exception):
 
 
 class _Undo(Exception):
-    """Ends a run whose changes are undone."""
+    """Exception that ends a run, after which its changes are undone."""
 
 
 def attach_head(
@@ -380,36 +380,37 @@ def attach_head(
     output: Output | None = None,
     neck: str | nn.Module | None = None,
 ) -> AttachedHead:
-    """Replace a model's classifier by a head, for the same number of classes or another (fine-tuning).
+    """Replace a model's classifier by a head, for the same or another number of classes (fine-tuning).
 
-    An identity replaces the classifier in ``model`` (which is changed), and the head is called on the model's output.
-    The first call, compiled or not, verifies that this output is exactly the input of the replaced classifier. If an
-    error is raised, the model, its buffers and torch's random state are left unchanged. Make the optimiser afterwards,
-    from the attached model's ``parameters()``: an optimiser made before does not hold the parameters of the new head
+    The classifier in ``model`` is replaced in place by an identity, and the head is called on the model's output. The
+    first call, compiled or not, verifies that this output is exactly the input of the replaced classifier. If an error
+    is raised, the model, its buffers and torch's random state are left unchanged. Create the optimiser after this call,
+    from the attached model's ``parameters()``: an optimiser created before does not hold the parameters of the new head
     (those of `LearnedClassifier` and of ``bias="learned"``), and would not train them.
 
     Args:
         model: Any module that ends in a classifier.
         head: A head of this library, or any module that is called with features.
-        classifier: Dotted name of the module to replace, or the module. By default the one that the structure shows, as
-            for `find_classifier`; among several, the one that takes as many features as the head.
+        classifier: Dotted name of the module to replace, or the module. By default it follows from the structure of the
+            model, as in `find_classifier`; if several modules qualify, the one that takes as many features as the head.
         output: Attribute, key or index of the logits in the model's output, or a function of the output; not needed if
             the model returns a tensor.
-        neck: Module between the features of the model and the head, which is trained with the head and stays in
+        neck: Module between the features of the model and the head, which is trained with the head and retained by
             ``to_inference()``: ``"linear"``, a linear layer to the head's number of features; ``"mlp"``, a hidden layer
-            of the model's number of features, ReLU and a linear layer; or a module. With a neck, the head may have any
-            number of features, also one below K − 1 if it allows that.
+            with the model's number of features, ReLU and a linear layer; or a module. With a neck, the head may have
+            any number of features, and even fewer than K − 1 if the head supports it.
 
     Returns:
         A module with ``forward(*args, targets=None, **kwargs)`` that returns the logits; with ``labels=`` in place of
-        targets, the model's output with logits and ``loss``. Its ``to_inference()`` is the model again, with plain
-        modules as its classifier. The numbers of classes before and now are logged (INFO) and in its ``repr``.
+        targets, it returns the model's output with logits and ``loss``. Its ``to_inference()`` returns the model with
+        plain modules as its classifier. The previous and the new number of classes are logged (INFO) and shown in the
+        ``repr`` of the module.
 
     Raises:
-        ValueError: if an argument has the wrong type, there is no classifier or several modules could be it, it is
-            lazy, the head (or the neck) takes another number of features, or the neck gives another number than the
-            head takes; at the first call, if the model does something after
-            its classifier, or ``output`` does not exist.
+        ValueError: if an argument has the wrong type, the model has no classifier or several candidates, the classifier
+            is lazy, the head (or the neck) takes another number of features, or the output of the neck does not fit the
+            head; at the first call, if the model applies an operation after its classifier, or ``output`` does not
+            exist.
 
     Examples:
         >>> from neuralcollapse import NearestETFClassifier, attach_head
@@ -431,7 +432,7 @@ def attach_head(
     elif in_features not in (None, expected):
         raise ValueError(
             f"head must take the {expected} features that classifier {name!r} takes, got in_features = {in_features}; "
-            "a neck maps one to the other: attach_head(..., neck='linear')"
+            "use a neck to change the number of features: attach_head(..., neck='linear')"
         )
     if name:
         model.set_submodule(name, _Placeholder())
@@ -443,16 +444,16 @@ def attach_head(
 
 
 def _built_neck(neck: object, replaced: nn.Module, given: int, wanted: int | None) -> nn.Module:
-    """Return the neck from the given number of features to those that the head takes.
+    """Return the neck that maps the given number of features to the number that the head takes.
 
     Raises:
-        ValueError: if the neck is not a choice or a module, or its output has another number of features.
+        ValueError: if the neck is neither a valid name nor a module, or its output has another number of features.
     """
     like: Tensor = replaced.weight  # type: ignore[assignment]
     like = like if like.is_floating_point() else torch.empty(0, device=like.device)
     if neck in ("linear", "mlp"):
         if wanted is None:
-            raise ValueError(f"neck {neck!r} needs a head with in_features: give a module as the neck")
+            raise ValueError(f"neck {neck!r} needs a head with in_features; give a module as the neck instead")
         last = nn.Linear(given, wanted, dtype=like.dtype, device=like.device)
         if neck == "linear":
             return last
@@ -466,12 +467,12 @@ def _built_neck(neck: object, replaced: nn.Module, given: int, wanted: int | Non
             output = neck(torch.zeros(2, given, dtype=like.dtype, device=like.device))
         except Exception as error:
             raise ValueError(
-                f"neck must take the {given} features that the classifier takes; {type(neck).__name__} fails: {error}"
+                f"neck must take the {given} features of the classifier, but {type(neck).__name__} failed: {error}"
             ) from error
     if not isinstance(output, Tensor) or output.shape != (2, output.shape[-1] if wanted is None else wanted):
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(
-            f"neck must give features of shape (N, {'d' if wanted is None else wanted}), those that the head takes; "
-            f"{type(neck).__name__} gives {shape} for N = 2"
+            f"neck must return features of shape (N, {'d' if wanted is None else wanted}) for the head, but "
+            f"{type(neck).__name__} returned {shape} for N = 2"
         )
     return neck

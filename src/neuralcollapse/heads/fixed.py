@@ -36,30 +36,30 @@ Bias = Literal["centring", "learned", "none"]
 
 
 class FixedFrameClassifier(Head):
-    """A classifier whose weight is a frame of a prescribed Gram and is not trained.
+    """Classifier with a fixed weight, a frame with a given Gram matrix.
 
     Args:
         in_features: d, at least the rank of the centred code.
         num_classes: K ≥ 2.
-        code: (K, r') floating, one row per class; the weight is a rotation of the centred code, with its scale. See
+        code: (K, r') floating, one row per class; the weight is a rotation of the centred code, at its scale. See
             `code_from_gram` and, for many classes in few dimensions, `softmax_code`.
         feature_norm: τ, as for `Head`.
-        bias: ``"centring"``: −W·m with the global mean m of the features, in training that of the whole, distributed
-            batch, without gradient, in evaluation a moving mean; ``"learned"``; or ``"none"``.
+        bias: ``"centring"``: −W·m with the global mean m of the features, which in training is the mean of the batch
+            over all ranks, without gradient, and in evaluation a moving mean; ``"learned"``; or ``"none"``.
         momentum: Weight of a new batch in the moving mean, as for `ClassMeans`.
         ignore_index: If targets are given, features with this target are left out of the mean.
-        orientation: ``"random"``, Haar-uniform, and the same each time unless a ``generator`` is given;
-            ``"canonical"``: the principal coordinates of the code, followed by zeros, which trains worse behind a ReLU,
-            as for `FixedETFClassifier`; ``"given"``: the weight is the code (K, d) itself, neither centred nor rotated.
+        orientation: ``"random"``: Haar-uniform, and the same for every construction unless a ``generator`` is given;
+            ``"canonical"``: the principal coordinates of the code, followed by zeros, which trains worse after a ReLU
+            (see `FixedETFClassifier`); ``"given"``: the weight is the code (K, d) itself, neither centred nor rotated.
         generator: Source of randomness for ``orientation="random"``; by default a generator with seed 0.
 
     Shape: features (..., d) to logits (..., K).
 
     Raises:
-        ValueError: if sizes are out of range, an argument has the wrong type, `nearest_frame` refuses the code, or a
-            ``"given"`` one is not (K, d).
+        ValueError: if sizes are out of range, an argument has the wrong type, the code is invalid for `nearest_frame`,
+            or with ``orientation="given"`` the code is not of shape (K, d).
 
-    Source: Liang and Davis, HAFrame (ICCV 2023), for the frame of a hierarchy.
+    Source: Liang and Davis, HAFrame (ICCV 2023), for the frame of a class hierarchy.
 
     Examples:
         >>> from neuralcollapse.geometry import code_from_gram, tree_gram
@@ -105,7 +105,7 @@ class FixedFrameClassifier(Head):
 
     @property
     def bias(self) -> Tensor | None:  # type: ignore[override]
-        """The learned bias (K,), or −W·m̄ of the moving mean m̄, or None."""
+        """Learned bias (K,), or −W·m̄ with the moving mean m̄, or None."""
         if self.global_mean is not None:
             return -(self.weight @ self.global_mean.mean[0].to(self.weight))
         return self.learned_bias
@@ -119,31 +119,31 @@ class FixedFrameClassifier(Head):
         generator: torch.Generator | None = None,
         code: Tensor | None = None,
     ) -> None:
-        """Add classes as `Head.grow`: the weight is the frame of a code of K + n classes nearest to the old rows.
+        """Add classes as `Head.grow`: of the frames of a code of K + n classes, the weight is that nearest to old rows.
 
-        The directions that the old rows leave open are random. New learned biases are the mean of the old ones.
+        Directions that the old rows do not determine are random. New learned biases are the mean of the old ones.
 
         Args:
             num_new: n ≥ 1.
             optimizer: As for `Head.grow`, for the learned bias.
-            generator: Source of the open directions.
-            code: (K + n, r') floating, one row per class, old and new, as for the constructor.
+            generator: Generator of the undetermined directions.
+            code: (K + n, r') floating, one row per old or new class, as for the constructor.
 
         Raises:
-            ValueError: as for `Head.grow`; also if the code is missing or refused by `nearest_frame`.
+            ValueError: as for `Head.grow`; also if the code is missing or invalid for `nearest_frame`.
         """
         check_growth(num_new, optimizer, generator)
         num_classes = self.num_classes + num_new
         if code is None:
             raise ValueError(
                 f"code must be a code of all {num_classes} classes for {type(self).__name__}, got None: "
-                "its present code says nothing about new classes"
+                "the present code does not contain the new classes"
             )
         check_constant_code(code, num_classes)
         self._replace_rows(extended_frame(self.weight, principal_code(code, self.in_features), generator), optimizer)
 
     def _replace_rows(self, weight: Tensor, optimizer: Optimizer | None) -> None:
-        """Set a weight with more rows, and as many biases."""
+        """Set a weight with more rows, and extend the biases accordingly."""
         num_new = len(weight) - self.num_classes
         if self.learned_bias is not None:
             growth = ParameterGrowth(optimizer)
@@ -153,9 +153,9 @@ class FixedFrameClassifier(Head):
         self._set_num_classes(len(weight))
 
     def prepare(self, features: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return features, weight and bias as `Head.prepare`; with centring, the bias of a training batch is its own.
+        """Return features, weight and bias as `Head.prepare`; with centring, training uses the mean of the batch.
 
-        A batch that is not finite leaves the moving mean unchanged. On a CPU in full precision it is refused.
+        A batch that is not finite leaves the moving mean unchanged. On a CPU in full precision it raises an error.
         """
         features = self.features(features)
         check_layout(targets, features)
@@ -178,25 +178,25 @@ class FixedFrameClassifier(Head):
         return features, self.weight, bias
 
     def _check_seen(self, targets: Tensor | None) -> None:
-        """Raise if targets are of classes that have no logits, on heads that know such classes."""
+        """Raise if targets contain classes without logits; only heads with such classes implement this check."""
 
 
 class FixedETFClassifier(FixedFrameClassifier):
-    """A classifier whose weight is a simplex ETF and is not trained.
+    """Classifier with a fixed weight, a simplex ETF.
 
     Args:
         in_features: d ≥ K−1.
         num_classes: K ≥ 2.
-        seen: Number of classes that have logits, at least 2; the rows of the others are assigned beforehand, and `grow`
-            gives them logits (Yang et al., ICLR 2023). By default all. The feature norm is that of all K classes.
-            After construction, the attribute ``num_classes`` is the number of logits, ``weight`` has their rows, and
-            the other rows are in ``preassigned``.
-        orientation: ``"random"``, Haar-uniform, and the same each time unless a ``generator`` is given;
-            ``"canonical"``, one coordinate per class, as in the released codes of both sources: behind a ReLU it often
-            does not train, because each class depends on one unit, and the other units have no gradient; or the (K, d)
-            ETF itself.
+        seen: Number of classes that have logits, at least 2; by default all. The rows of the other classes are assigned
+            in advance, and `grow` adds their logits (Yang et al., ICLR 2023). The feature norm is that of all K
+            classes. After construction, the attribute ``num_classes`` is the number of logits, ``weight`` has the rows
+            of these classes, and the other rows are in ``preassigned``.
+        orientation: ``"random"``: Haar-uniform, and the same for every construction unless a ``generator`` is given;
+            ``"canonical"``: one coordinate per class, as in the released code of both sources. After a ReLU this often
+            does not train, because each class depends on a single unit, and the other units have no gradient. Or a
+            tensor: the (K, d) ETF itself.
         generator: Source of randomness for ``orientation="random"``; by default a generator with seed 0.
-        feature_norm: As for `FixedFrameClassifier`, and so are the following.
+        feature_norm: As for `FixedFrameClassifier`, like the following arguments.
         bias: ``"centring"``, ``"learned"`` or ``"none"``.
         momentum: Weight of a new batch in the moving mean.
         ignore_index: Target of features that are left out of the mean.
@@ -204,12 +204,12 @@ class FixedETFClassifier(FixedFrameClassifier):
     Shape: features (..., d) to logits (..., K).
 
     Raises:
-        ValueError: if sizes are out of range, or an argument has the wrong type; on a CPU also if targets are given of
-            classes whose rows are assigned and that have no logits.
+        ValueError: if sizes are out of range, or an argument has the wrong type; on a CPU also if targets contain
+            classes that have an assigned row but no logits.
 
     Source: Zhu et al. (NeurIPS 2021), section 4 (with ``feature_norm=None, bias="learned"``); Markou, Ajanthan,
     Gould (NeurIPS 2024), the method ``fixed`` (with ``bias="centring"``); Yang et al., "Neural Collapse Inspired
-    Feature-Classifier Alignment for Few-Shot Class Incremental Learning" (ICLR 2023), for rows assigned beforehand.
+    Feature-Classifier Alignment for Few-Shot Class Incremental Learning" (ICLR 2023), for rows assigned in advance.
 
     Examples:
         >>> incremental = FixedETFClassifier(128, 100, seen=60)
@@ -272,34 +272,34 @@ class FixedETFClassifier(FixedFrameClassifier):
     ) -> None:
         """Add classes as `Head.grow`.
 
-        With ``seen``, the next rows that were assigned beforehand get logits, and no other row changes. Without, the
-        weight is the simplex ETF of K + n classes nearest to the old rows (see `FixedFrameClassifier.grow`), for
-        K + n ≤ d + 1. New learned biases are the mean of the old ones.
+        If the head was constructed with ``seen``, the next preassigned rows receive logits, and the other rows do not
+        change. Otherwise, the weight becomes the simplex ETF of K + n classes nearest to the old rows (see
+        `FixedFrameClassifier.grow`), for K + n ≤ d + 1. New learned biases are the mean of the old ones.
 
         Args:
             num_new: n ≥ 1.
             optimizer: As for `Head.grow`, for the learned bias.
-            generator: Source of the open directions; must be None with ``seen``.
-            code: Must be None: the code is the simplex.
+            generator: Generator of the undetermined directions; must be None with ``seen``.
+            code: Must be None, because the code is the simplex.
 
         Raises:
-            ValueError: as for `Head.grow`; also if more classes are added than have rows.
+            ValueError: as for `Head.grow`; also if more classes are added than there are rows.
         """
         check_growth(num_new, optimizer, generator)
         if code is not None:
-            raise ValueError("code must be None for FixedETFClassifier: FixedFrameClassifier takes other codes")
+            raise ValueError("code must be None for FixedETFClassifier: use FixedFrameClassifier for other codes")
         num_classes = self.num_classes + num_new
         if self.preassigned is None:
             check_room(
-                num_classes, self.in_features, "FixedFrameClassifier.grow takes a code, as softmax_code gives it"
+                num_classes, self.in_features, "FixedFrameClassifier.grow accepts a code, such as softmax_code's"
             )
             self._replace_rows(extended_frame(self.weight, SimplexCode(num_classes), generator), optimizer)
             return
         if generator is not None:
-            raise ValueError("generator must be None for rows that were assigned beforehand (seen)")
+            raise ValueError("generator must be None for rows that were assigned in advance (seen)")
         if num_new > len(self.preassigned):
             raise ValueError(
-                f"num_new must be at most {len(self.preassigned)}, the number of rows that were assigned beforehand "
+                f"num_new must be at most {len(self.preassigned)}, the number of rows that were assigned in advance "
                 f"and have no logits, got {num_new}"
             )
         self._replace_rows(torch.cat([self.weight, self.preassigned[:num_new]]), optimizer)
@@ -328,18 +328,18 @@ def _oriented_etf(
         return simplex_etf(num_classes, feature_dim)
     if generator is not None:
         return random_simplex_etf(num_classes, feature_dim, generator=generator)
-    # On the CPU, so that it is the same on any device.
+    # Computed on the CPU, so that the weight is the same on any device.
     etf = random_simplex_etf(num_classes, feature_dim, generator=_seeded(), device="cpu")
     return etf.to(torch.get_default_device())
 
 
 def _check_weight(name: str, weight: Tensor, num_classes: int, feature_dim: int) -> None:
-    """Raise unless the weight is a floating-point tensor of shape (K, d)."""
+    """Raise a `ValueError` unless the weight is a floating-point tensor of shape (K, d)."""
     check_floating(name, weight)
     if weight.shape != (num_classes, feature_dim):
         raise ValueError(f"{name} must be of shape {(num_classes, feature_dim)}, got {tuple(weight.shape)}")
 
 
 def _seeded() -> torch.Generator:
-    """A generator with seed 0, for an orientation that is the same each time."""
+    """Return a generator with seed 0, so that the orientation is always the same."""
     return torch.Generator().manual_seed(0)

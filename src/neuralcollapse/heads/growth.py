@@ -1,4 +1,4 @@
-"""Tensors, parameters and optimiser states that grow by rows, one per added class."""
+"""Growth of tensors, parameters and optimiser states by one row per added class."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from neuralcollapse._checks import check_at_least, check_etf_sizes, check_genera
 
 
 def check_growth(num_new: int, optimizer: object, generator: object) -> None:
-    """Raise unless the arguments of `Head.grow` have the right types, and at least one class is added."""
+    """Raise a `ValueError` unless the arguments of `Head.grow` have the right types and a class is added."""
     check_at_least("num_new", num_new, 1)
     check_generator(generator)
     inner = getattr(optimizer, "optimizer", optimizer)  # of a wrapper, as lightning's
@@ -21,32 +21,32 @@ def check_growth(num_new: int, optimizer: object, generator: object) -> None:
 
 
 def check_room(num_classes: int, in_features: int, otherwise: str) -> None:
-    """Raise unless a simplex ETF of the grown number of classes exists in d dimensions."""
+    """Raise a `ValueError` unless a simplex ETF with the new number of classes exists in d dimensions."""
     try:
         check_etf_sizes(num_classes, in_features)
     except ValueError:
         raise ValueError(
-            f"num_new must leave K ≤ d + 1 = {in_features + 1} classes, for which a simplex ETF exists, got "
+            f"num_new must give at most K = d + 1 = {in_features + 1} classes, the maximum for a simplex ETF, got "
             f"K = {num_classes}: {otherwise}"
         ) from None
 
 
 def padded(tensor: Tensor, num_new: int) -> Tensor:
-    """Return the tensor with ``num_new`` rows of zeros behind its own; a new tensor."""
+    """Return a new tensor: the given one followed by ``num_new`` rows of zeros."""
     return torch.cat([tensor, tensor.new_zeros(num_new, *tensor.shape[1:])])
 
 
 class ParameterGrowth:
-    """New parameters in place of smaller ones, in a module and in its optimiser; nothing changes before `apply`.
+    """Replacement of parameters by larger ones in a module and its optimiser; nothing changes before `apply` is called.
 
-    Of the optimiser's state, tensors of the parameter's shape (momentum, second moments) keep their rows and get rows
-    of zeros; step counters are kept.
+    Tensors of the optimiser's state that have the shape of the parameter (momentum, second moments) keep their rows and
+    receive rows of zeros; step counters are unchanged.
 
     Args:
         optimizer: Optimiser that holds the parameters, or None.
 
     Raises:
-        ValueError: if the optimiser does not hold a parameter, or its state has tensors of another shape.
+        ValueError: if the optimiser does not hold a parameter, or its state contains tensors of another shape.
     """
 
     def __init__(self, optimizer: Any) -> None:
@@ -54,7 +54,7 @@ class ParameterGrowth:
         self._planned: list[tuple[nn.Module, str, nn.Parameter, nn.Parameter, dict[str, Any]]] = []
 
     def plan(self, module: nn.Module, name: str, value: Tensor) -> None:
-        """Plan to replace the parameter ``module.name`` by one of a value with more rows."""
+        """Plan to replace the parameter ``module.name`` by one with the given value, which has more rows."""
         old = module._parameters[name]
         assert old is not None
         new = nn.Parameter(value.detach().to(old).clone(), requires_grad=old.requires_grad)
@@ -77,8 +77,8 @@ class ParameterGrowth:
             return {}
         if not any(old is parameter for group in optimizer.param_groups for parameter in group["params"]):
             raise ValueError(
-                f"optimizer must hold the parameter {name!r} of the head, which it does not: give the optimizer that "
-                "trains the head, or none and make a new one"
+                f"optimizer must hold the parameter {name!r} of the head, but does not: pass the optimizer that "
+                "trains the head, or pass None and create a new optimizer"
             )
         state = {}
         for key, value in optimizer.state.get(old, {}).items():
@@ -86,8 +86,8 @@ class ParameterGrowth:
                 value = padded(value, num_new)
             elif not (value is None or isinstance(value, bool | int | float) or _is_scalar(value)):
                 raise ValueError(
-                    f"optimizer must keep a state with one row per class or a number, got {key!r} of "
-                    f"{type(optimizer).__name__}: grow without optimizer, and make a new one"
+                    f"optimizer must have a state of tensors with one row per class or of numbers, got {key!r} of "
+                    f"{type(optimizer).__name__}: grow without optimizer, and create a new one"
                 )
             state[key] = value
         return state

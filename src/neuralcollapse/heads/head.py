@@ -24,10 +24,10 @@ from neuralcollapse._checks import (
 
 
 class FeatureNorm(nn.Module):
-    """Projection of features on the sphere of a given radius, τ h/‖h‖; a zero vector stays zero.
+    """Projection of features onto the sphere of radius τ, τ h/‖h‖; a zero vector is mapped to zero.
 
-    It is accurate for vectors of any norm that their dtype can represent: squares of large or small components neither
-    overflow nor underflow.
+    The projection is accurate for vectors of any norm that their dtype can represent: squares of large or small
+    components neither overflow nor underflow.
 
     Args:
         radius: τ > 0.
@@ -73,7 +73,7 @@ def _project(vectors: Tensor, radius: float) -> tuple[Tensor, Tensor]:
 
 
 def _into_ordinary_range(vectors: Tensor) -> Tensor:
-    """Return one power of two per vector, mostly 1, that scales it so that its squares neither overflow nor vanish."""
+    """Return one power of two per vector, usually 1, that keeps squares of the scaled vector in range."""
     largest = torch.linalg.vector_norm(vectors, float("inf"), dim=-1, keepdim=True)
     # Exponents of two: a vector whose largest component is outside 2^±limit is scaled by 2^±shift.
     limit, shift = (400.0, 620.0) if vectors.dtype == torch.float64 else (50.0, 76.0)
@@ -83,7 +83,7 @@ def _into_ordinary_range(vectors: Tensor) -> Tensor:
 
 
 def _project_eagerly(vectors: Tensor, radius: float) -> Tensor:
-    """Return `_project`'s projection, with fewer passes over memory if values can be read."""
+    """Return the projection of `_project`, with fewer passes over memory if values can be read."""
     if _is_tracing() or not values_readable(vectors):
         return _project(vectors, radius)[0]
     if vectors.requires_grad:
@@ -93,7 +93,7 @@ def _project_eagerly(vectors: Tensor, radius: float) -> Tensor:
 
 
 def _project_by_values(vectors: Tensor, radius: float) -> tuple[Tensor, Tensor]:
-    """Return `_project`, on a CPU without rescaling if all norms are in the ordinary range."""
+    """Return the result of `_project`; on a CPU, without rescaling if all norms are in the ordinary range."""
     if vectors.device.type == "cpu":
         norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
         if bool(((norm > 2.0**-40) & (norm < 2.0**60)).all()):
@@ -103,9 +103,9 @@ def _project_by_values(vectors: Tensor, radius: float) -> tuple[Tensor, Tensor]:
 
 
 class _OnSphere(torch.autograd.Function):
-    """The projection p = τ h/‖h‖, whose derivative maps g to τ/‖h‖ (g − p p·g/τ²).
+    """Projection p = τ h/‖h‖, whose derivative maps g to τ/‖h‖ (g − p p·g/τ²).
 
-    It takes half the passes over memory of automatic differentiation.
+    This implementation needs half as many passes over memory as automatic differentiation.
     """
 
     @staticmethod
@@ -118,14 +118,14 @@ class _OnSphere(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
         vectors, projected, scale = ctx.saved_tensors
-        if torch.is_grad_enabled():  # for a second derivative: the saved tensors have no graph
+        if torch.is_grad_enabled():  # for a second derivative, because the saved tensors have no graph
             projected, scale = _project(vectors, ctx.radius)
         along = torch.linalg.vecdot(gradient, projected).unsqueeze(-1)
         return torch.addcmul(gradient, projected, along, value=-1 / ctx.radius**2) * scale, None
 
 
 def collapse_radius(num_classes: int, probability: float = 0.99) -> float:
-    """Feature norm τ at which perfect collapse gives the true class a given probability.
+    """Feature norm τ for which the true class has a given probability at perfect collapse.
 
     τ = ((K−1)/K)·log((K−1)p/(1−p)), for unit weights in a simplex ETF and bias 0.
 
@@ -150,11 +150,11 @@ def collapse_radius(num_classes: int, probability: float = 0.99) -> float:
 
 
 class Head(nn.Module):
-    """A classifier that ends a backbone: logits = weight · features(x) + bias.
+    """Base class of classifiers on top of a backbone: logits = weight · features(x) + bias.
 
-    A subclass sets `weight` (K, d) and `bias` (K,) or None, as attributes or properties. If the weight has to satisfy a
-    constraint that code outside the head may break, as an average of weights does, `_valid_weight` restores it whenever
-    the weight is read.
+    A subclass sets `weight` (K, d) and `bias` (K,) or None, as attributes or properties. If the weight must satisfy a
+    constraint that code outside the head may violate, for example by averaging weights, `_valid_weight` restores the
+    constraint whenever the weight is read.
 
     Args:
         in_features: d ≥ 1.
@@ -165,7 +165,7 @@ class Head(nn.Module):
 
     Raises:
         ValueError: if an argument is out of range, features have the wrong shape or dtype, or targets are not integers
-            in the layout of the features.
+            with the leading shape of the features.
     """
 
     weight: Tensor
@@ -193,7 +193,7 @@ class Head(nn.Module):
             raise ValueError(f"feature_norm must be a positive number, 'auto' or None, got {feature_norm!r}")
         self.feature_norm = feature_norm
         self._norm = nn.Identity() if feature_norm is None else FeatureNorm(feature_norm)
-        self._precision = torch.get_default_dtype()  # of the features, as far as is known
+        self._precision = torch.get_default_dtype()  # dtype of the features, as far as it is known
 
     def __getattr__(self, name: str) -> Any:
         value: Any = super().__getattr__(name)
@@ -202,24 +202,26 @@ class Head(nn.Module):
     def grow(
         self, num_new: int, *, optimizer: Optimizer | None = None, generator: torch.Generator | None = None
     ) -> None:
-        """Add classes behind the present ones, in place: K becomes K + n.
+        """Add classes after the present ones, in place: K becomes K + n.
 
-        What the head knows of the old classes stays, and so do its dtype and device. With ``feature_norm="auto"`` the
-        norm follows the number of classes. A state of the grown head loads into a head constructed with K + n classes,
-        or grown to them. Learned parameters are new objects: pass the optimiser, or make a new one.
+        The state of the old classes, the dtype and the device do not change. With ``feature_norm="auto"``, the norm is
+        adapted to the number of classes. The state of a grown head can be loaded into a head that was constructed with
+        K + n classes or grown to K + n classes. Learned parameters become new objects: pass the optimiser, or create a
+        new one.
 
         Args:
             num_new: n ≥ 1.
-            optimizer: Optimiser of the head's parameters, in which they are replaced. Its state (momentum, second
-                moments) keeps the rows of the old classes; those of the new ones are zero. Not needed by a head
-                without parameters.
-            generator: Source of what is random in the new rows; by default one with seed 0.
+            optimizer: Optimiser of the head's parameters, in which they are replaced. In its state (momentum, second
+                moments), the rows of the old classes do not change, and those of the new classes are zero. Not needed
+                for a head without parameters.
+            generator: Source of randomness for the new rows; by default a generator with seed 0.
 
         Raises:
-            ValueError: if n < 1, an argument has the wrong type, the head cannot hold as many classes, the optimiser
-                does not hold the head's parameters, or its state cannot grow. Then nothing has changed.
+            ValueError: if n < 1, an argument has the wrong type, the head cannot hold this number of classes, the
+                optimiser does not hold the head's parameters, or its state cannot grow. The head is then left
+                unchanged.
         """
-        raise ValueError(f"{type(self).__name__} cannot grow: construct one with more classes")
+        raise ValueError(f"{type(self).__name__} cannot grow: construct a head with more classes")
 
     def _set_num_classes(self, num_classes: int) -> None:
         """Set K, and the feature norm if it follows K."""
@@ -244,26 +246,26 @@ class Head(nn.Module):
         weight = state_dict.get(f"{prefix}weight")
         if isinstance(weight, Tensor) and weight.ndim == 2 and len(weight) != self.num_classes:
             error_msgs.append(
-                f"the state is of {len(weight)} classes and {type(self).__name__} has {self.num_classes}: construct "
-                "the head with as many classes, or grow() it before loading"
+                f"the state has {len(weight)} classes, but {type(self).__name__} has {self.num_classes}: construct "
+                "the head with the same number of classes, or call grow() before loading"
             )
 
     def _valid_weight(self, weight: Tensor) -> Tensor:
-        """Return the stored weight, after restoring its constraint if that is broken."""
+        """Return the stored weight, after restoring its constraint if it is violated."""
         return weight
 
     def _stored_weight(self) -> Tensor:
-        """Return the weight as it is stored."""
+        """Return the weight as stored, without restoring its constraint."""
         for store in (self.__dict__, self._parameters, self._buffers):
             if isinstance(weight := store.get("weight"), Tensor):
                 return weight
         return self.weight
 
     def _store_weight(self, weight: Tensor) -> Tensor:
-        """Rebind the buffer of the weight, and return its new value."""
+        """Assign a new tensor to the buffer of the weight, and return it."""
         if torch.compiler.is_compiling():
             self.weight = weight
-        else:  # setting the attribute would first read the old one
+        else:  # setting the attribute would first read the old value
             self._buffers["weight"] = weight
         return weight
 
@@ -284,7 +286,7 @@ class Head(nn.Module):
         return self
 
     def features(self, inputs: Tensor) -> Tensor:
-        """Return the tensor (..., d) that the weight multiplies: the inputs, projected if there is a feature norm."""
+        """Return the tensor (..., d) that the weight multiplies: the inputs, scaled if a feature norm is set."""
         check_floating("features", inputs)
         if inputs.ndim < 1 or inputs.shape[-1] != self.in_features:
             raise ValueError(f"features must be of shape (..., {self.in_features}), got {tuple(inputs.shape)}")
@@ -293,19 +295,20 @@ class Head(nn.Module):
         return self._norm(inputs)
 
     def forward(self, features: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Return the logits (..., K) of features (..., d). Targets (...) are needed by some heads in training mode."""
+        """Return the logits (..., K) of features (..., d). Some heads need targets (...) in training mode."""
         return self.decide(*self.prepare(features, targets))
 
     def prepare(self, features: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the features, weight and bias of the logits, with their graph; in training mode this is a step.
+        """Return the features, weight and bias of the logits, with their graph; a training-mode call updates the head.
 
         Args:
             features: (..., d).
             targets: (...) integers, for heads that use them.
 
         Returns:
-            The tensor that the weight multiplies (..., d), the weight (K, d) and the bias (K,) or None. A loss of
-            these has every gradient path of `forward`. In training mode call either, not both.
+            The tensor that the weight multiplies (..., d), the weight (K, d) and the bias (K,) or None. A loss of these
+            tensors has all gradient paths of `forward`. In training mode, call either this method or `forward` for a
+            batch, not both.
         """
         features = self.features(features)
         check_layout(targets, features)
@@ -317,14 +320,14 @@ class Head(nn.Module):
         return functional.linear(features, weight.to(features.dtype), None if bias is None else bias.to(features.dtype))
 
     def to_inference(self, *, dtype: torch.dtype | None = None) -> nn.Module:
-        """Return the same decision as plain modules: nn.Linear, after FeatureNorm if the head has a feature norm.
+        """Return an equivalent plain module: nn.Linear, preceded by FeatureNorm if the head has a feature norm.
 
         Args:
             dtype: Dtype of the linear layer. By default that of the last features (outside of autocast), or the dtype
-                to which the head was cast since.
+                to which the head was cast afterwards.
 
         Returns:
-            A module with no state but weight and bias. It can be exported, compiled into one graph, traced and
+            A module whose only state is weight and bias. It can be exported, compiled into one graph, traced and
             scripted.
 
         Raises:
@@ -347,47 +350,48 @@ class Head(nn.Module):
 
 
 class LearnsFromTargets(Head):
-    """A head that is updated with the targets of each training batch."""
+    """Base class of heads that are updated with the targets of each training batch."""
 
     _frozen = False
     _targets: Tensor | None = None
 
     def step_targets(self, targets: Tensor | None, features: Tensor) -> Tensor | None:
-        """Return the targets (...) to update the head with; None if there is nothing to update.
+        """Return the targets (...) with which to update the head, or None if it must not be updated.
 
-        There is nothing to update in evaluation mode, if the head is frozen, and in training mode without targets and
-        without gradients, as in ``torch.optim.swa_utils.update_bn``.
+        The head is not updated in evaluation mode, if it is frozen, or in training mode without targets and without
+        gradients, as in ``torch.optim.swa_utils.update_bn``.
 
         Args:
             targets: The argument of `forward`.
             features: (..., d).
 
         Raises:
-            ValueError: if targets are needed and missing, they are not integers in the layout of the features, or they
-                are given in evaluation mode for features that are being trained.
+            ValueError: if targets are needed and missing, if they are not integers with the leading shape of the
+                features, or if they are given in evaluation mode for features that are being trained.
         """
         if self._frozen:
             return None
         targets = self._targets if targets is None else targets
         if targets is None and self.training and torch.is_grad_enabled():
             raise ValueError(
-                "targets must be given in training mode: head(features, targets), or `with head.use_targets(targets):` "
-                "around the model; `with head.frozen():` (or evaluation mode) needs none and updates nothing"
+                "targets must be given in training mode: call head(features, targets), or use "
+                "`with head.use_targets(targets):` around the model. `with head.frozen():` and evaluation mode need no "
+                "targets and do not update the head"
             )
         check_layout(targets, features)
         if self.training:
             return targets
         if targets is not None and torch.is_grad_enabled() and features.requires_grad:
             raise ValueError(
-                f"targets are given to {type(self).__name__} in evaluation mode with gradients on, where it would not "
-                "change while the features are trained: call model.train() to train; to evaluate, use "
-                "torch.no_grad(), `with head.frozen():`, or give no targets"
+                f"targets are given to {type(self).__name__} in evaluation mode with gradients enabled, in which the "
+                "head would not be updated while the features are trained: call model.train() to train; to evaluate, "
+                "use torch.no_grad() or `with head.frozen():`, or do not pass targets"
             )
         return None
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Return a context in which training mode needs no targets, updates nothing and decides as evaluation mode."""
+        """Return a context in which the head is not updated and, even in training mode, decides as in evaluation."""
         before, self._frozen = self._frozen, True
         try:
             yield
@@ -396,10 +400,10 @@ class LearnsFromTargets(Head):
 
     @contextmanager
     def use_targets(self, targets: Tensor) -> Iterator[None]:
-        """Return a context in which a forward without targets uses these, for loops that cannot pass them.
+        """Return a context in which a forward without targets uses these targets, for loops that cannot pass them.
 
         Raises:
-            ValueError: if the targets are not a tensor of integers.
+            ValueError: if the targets are not an integer tensor.
         """
         check_integers("targets", targets)
         before, self._targets = self._targets, targets
@@ -410,7 +414,7 @@ class LearnsFromTargets(Head):
 
 
 def check_layout(targets: Tensor | None, features: Tensor) -> None:
-    """Raise unless targets are None or integers of the shape (...) of features (..., d)."""
+    """Raise a `ValueError` unless targets are None, or integers of shape (...) for features (..., d)."""
     if targets is None:
         return
     check_integers("targets", targets)
@@ -422,7 +426,7 @@ def check_layout(targets: Tensor | None, features: Tensor) -> None:
 
 
 def skips_nonfinite(features: Tensor) -> bool:
-    """Return whether the training loop handles batches that are not finite, as a GradScaler does by skipping a step."""
+    """Return whether the training loop is expected to handle batches that are not finite, as a GradScaler does."""
     return features.dtype in (torch.float16, torch.bfloat16) or _under_autocast(features)
 
 

@@ -1,4 +1,4 @@
-"""Attached heads in Hugging Face models: outputs with logits and loss, the Trainer's signature, the configuration."""
+"""Support for attached heads in Hugging Face models: outputs, loss, signature and configuration."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.nn import functional
 from neuralcollapse._checks import check_targets
 
 SAVING_REFUSED = (
-    "save_pretrained() writes the architecture's own weights, so from_pretrained() would start with a random "
-    "classifier in place of the {head}: call model.to_inference().save_pretrained(folder), which fits the "
+    "save_pretrained() writes only weights of the original architecture, so from_pretrained() would start with a "
+    "random classifier in place of the {head}: call model.to_inference().save_pretrained(folder), which fits the "
     "architecture's nn.Linear if the head has feature_norm=None; otherwise save model.state_dict()"
 )
 
@@ -29,7 +29,7 @@ def with_logits(returned: Any, logits: Tensor, key: object = "logits", loss: Ten
         loss: ().
     """
     key = key if isinstance(key, str) and isinstance(returned, Mapping) and key in returned else "logits"
-    first = {} if loss is None else {"loss": loss}  # a tuple made of a ModelOutput begins with the loss
+    first = {} if loss is None else {"loss": loss}  # the loss must come first in the tuple form of a ModelOutput
     if not isinstance(returned, Mapping):
         return first | {"logits": logits}
     return type(returned)(**(first | dict(returned) | first | {key: logits}))
@@ -43,7 +43,7 @@ def labels_loss(
     Args:
         logits: (..., K).
         labels: (...) integers.
-        ignore_index: Labels of this value do not count; −100 if None.
+        ignore_index: Labels with this value are ignored; −100 if None.
         num_items_in_batch: Divisor of the sum over labels, for accumulated batches; if None, the number of labels.
 
     Raises:
@@ -58,9 +58,9 @@ def labels_loss(
 
 
 class WithModelSignature:
-    """Decorator of a wrapper's ``forward`` that shows the signature of ``self.model.forward`` and its own arguments.
+    """Decorator that adds the arguments of ``self.model.forward`` to the signature of a wrapper's ``forward``.
 
-    ``transformers.Trainer`` reads from the signature which columns of a dataset the model takes.
+    ``transformers.Trainer`` determines from the signature which columns of a dataset the model takes.
 
     Args:
         function: The method.
@@ -75,7 +75,7 @@ class WithModelSignature:
 
 
 class _BoundMethod:
-    """The decorated method of one instance."""
+    """Decorated method bound to an instance."""
 
     def __init__(self, function: Callable[..., Any], instance: Any) -> None:
         self.function = function
@@ -86,7 +86,7 @@ class _BoundMethod:
 
     @property
     def __code__(self) -> CodeType:
-        """Code of the method, which torch.export reads."""
+        """Code object of the method, which torch.export reads."""
         return self.function.__code__
 
     @property

@@ -1,4 +1,4 @@
-"""The learned linear classifier: the method `standard`."""
+"""Learned linear classifier (the method `standard`)."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from neuralcollapse.heads.head import Head, check_layout, readable
 
 
 class LearnedClassifier(Head):
-    """A linear classifier with a trained weight, on features of any norm or of a given one.
+    """Linear classifier with a trained weight, for features with or without a fixed norm.
 
-    With a ``feature_norm`` and ``unit_weight=True`` it is the method ``standard`` of Markou, Ajanthan, Gould
+    With a ``feature_norm`` and ``unit_weight=True``, it is the method ``standard`` of Markou, Ajanthan, Gould
     (NeurIPS 2024): logits ⟨w_k, τ h/‖h‖⟩ + b_k with ‖w_k‖ = 1.
 
-    With ``unit_weight=True`` the rows are scaled to unit norm after each ``step()`` of a ``torch.optim`` optimiser that
-    holds the weight, also if the optimiser is wrapped or copied, and whenever the weight is read: as an attribute, in
-    the state dict, or by a forward that is not a training step. Inside a step, where a line search or the ascent of
-    SAM has changed the weight, it is used unscaled. In a loop that updates the parameters without an optimiser, the
-    rows have unit norm from the second update on; `project_weight` after each update makes it exact from the first.
+    With ``unit_weight=True``, the rows are scaled to unit norm after each ``step()`` of a ``torch.optim`` optimiser
+    that holds the weight, even if the optimiser is wrapped or copied, and whenever the weight is read: as an attribute,
+    in the state dict, or by a forward that is not part of a training step. Inside a step, after a line search or the
+    ascent of SAM has changed the weight, it is used unscaled. If a loop updates the parameters without an optimiser,
+    the rows have unit norm from the second update on; call `project_weight` after each update to have unit norm from
+    the first.
 
     Args:
         in_features: d.
@@ -48,7 +49,7 @@ class LearnedClassifier(Head):
     """
 
     _in_step = False  # whether an optimiser that holds the weight is inside its step
-    _steps_followed = False  # whether such an optimiser has begun a step
+    _steps_followed = False  # whether such an optimiser has ever begun a step
     _may_be_perturbed: bool | None = None  # see `_training_weight`
 
     def __init__(
@@ -87,10 +88,10 @@ class LearnedClassifier(Head):
     def grow(
         self, num_new: int, *, optimizer: Optimizer | None = None, generator: torch.Generator | None = None
     ) -> None:
-        """Add classes as `Head.grow`: old rows and biases stay.
+        """Add classes as `Head.grow`; old rows and biases do not change.
 
-        New rows are drawn as those of ``nn.Linear``, uniform in ±1/√d, with ``unit_weight`` at unit norm. New biases
-        are the mean of the old ones, which prefers no class.
+        New rows are drawn as in ``nn.Linear``, uniformly from ±1/√d, and scaled to unit norm with ``unit_weight``. New
+        biases are the mean of the old ones, so that the new classes are neither preferred nor penalised.
         """
         check_growth(num_new, optimizer, generator)
         weight = self.weight
@@ -108,7 +109,7 @@ class LearnedClassifier(Head):
 
     @torch.no_grad()
     def project_weight(self) -> None:
-        """Scale the rows of the weight to unit norm, in place; a zero row stays zero."""
+        """Scale the rows of the weight to unit norm in place; zero rows stay zero."""
         weight = self._stored_weight()
         weight.div_(_excess(weight))
 
@@ -118,11 +119,11 @@ class LearnedClassifier(Head):
         return weight
 
     def _training_weight(self) -> Tensor:
-        """Return the weight of a training forward: unscaled where an optimiser may have perturbed it inside its step.
+        """Return the weight of a training forward, unscaled if an optimiser may have perturbed it inside its step.
 
-        With an optimiser whose steps are followed, this is every training forward. Before the first such step, and in
-        loops without an optimiser, all that is known is that a perturbation follows a forward with unit rows: then
-        rows of another norm are used unscaled, once.
+        With an optimiser whose steps are followed, every training forward uses the unscaled weight. Before the first
+        such step, and in loops without an optimiser, a perturbation can only be recognised because it follows a forward
+        with unit rows: rows of another norm are then used unscaled once.
         """
         weight = self._stored_weight()
         if self._steps_followed:
@@ -138,7 +139,7 @@ class LearnedClassifier(Head):
 
 @torch.no_grad()
 def _excess(weight: Tensor) -> Tensor:
-    """Norms of the rows (K, 1); exactly 1 for rows that have unit norm up to rounding, and for zero rows."""
+    """Return the norms of the rows (K, 1); exactly 1 for rows with unit norm up to rounding, and for zero rows."""
     rows = weight.to(compute_dtype(weight.dtype))
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     rounding = torch.finfo(weight.dtype).eps / 2 + torch.finfo(rows.dtype).eps * (4 + math.sqrt(rows.shape[1]))
@@ -177,7 +178,7 @@ def _after_step(optimizer: Optimizer, *_: Any) -> None:
 
 
 def _heads_of(optimizer: Optimizer) -> Iterator[LearnedClassifier]:
-    """The heads with unit rows whose weight is a parameter of the optimiser."""
+    """Yield the heads with unit rows whose weight is a parameter of the optimiser."""
     heads = [head for head in _HEADS if head.unit_weight]
     if heads:
         parameters = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

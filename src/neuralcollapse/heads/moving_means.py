@@ -1,4 +1,4 @@
-"""Moving class means, equal on every rank."""
+"""Moving class means, which are equal on every rank."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from neuralcollapse.heads.growth import padded
 from neuralcollapse.heads.head import skips_nonfinite
 
 Momentum = float | Literal["cumulative", "published"]
-# The best of those compared on a validation split at K = 10 and K = 100: docs/heads.md.
+# The best of the values compared on a validation split with K = 10 and K = 100; see docs/heads.md.
 DEFAULT_MOMENTUM: Momentum = 0.1
 
 
 def full_precision() -> torch.dtype:
-    """The default dtype, or fp32 if that is lower."""
+    """Return the default dtype, or fp32 if the default has lower precision."""
     return compute_dtype(torch.get_default_dtype())
 
 
 class KeepsFullPrecision(nn.Module):
-    """A module that keeps some buffers in at least fp32 when it is cast to another dtype."""
+    """Module that keeps certain buffers in at least fp32 when it is cast to another dtype."""
 
     _full_precision_buffers: tuple[str, ...]
 
@@ -47,17 +47,18 @@ class KeepsFullPrecision(nn.Module):
 
 
 class MovingMean(KeepsFullPrecision):
-    """Moving means of vectors, each updated from the batches that have samples of it.
+    """Moving means of several vectors, each updated by the batches that contain samples of it.
 
-    mean ← (1−α) mean + α batch_mean, with α = 1 for the first batch that has samples of a vector, and α = 0 for a batch
-    that has none. A batch that is not finite changes nothing. The buffers are rebound, never changed in place, and stay
-    in at least fp32 whatever the dtype of the module, because bf16 loses any α below 2⁻⁸.
+    The update is mean ← (1−α) mean + α batch_mean, with α = 1 for the first batch that contains samples of a vector,
+    and α = 0 for batches that do not. Batches that are not finite change nothing. The buffers are replaced by new
+    tensors, not changed in place. They stay in at least fp32 regardless of the dtype of the module, because in bf16 an
+    α below 2⁻⁸ would have no effect.
 
     Args:
         rows: Number of vectors.
         feature_dim: d.
-        momentum: α, the weight of the new batch (as in BatchNorm); ``"cumulative"``, n/(n + seen);
-            ``"published"``, 2/(t+1) after t batches and never below 1e-4.
+        momentum: α, the weight of the new batch (as in BatchNorm); ``"cumulative"``: α = n/(n + seen);
+            ``"published"``: α = 2/(t+1) after t batches, at least 1e-4.
     """
 
     _full_precision_buffers = ("mean",)
@@ -80,21 +81,21 @@ class MovingMean(KeepsFullPrecision):
         self.mean, self.seen = padded(self.mean, num_new), padded(self.seen, num_new)
 
     def forward(self, batch_mean: Tensor, batch_count: Tensor, finite: Tensor | None = None) -> Tensor:
-        """Update from the means and counts of a batch, and return the moving means, differentiable in the batch's.
+        """Update with the means and counts of a batch, and return the moving means, differentiable in the batch means.
 
         Args:
             batch_mean: (rows, d).
             batch_count: (rows,).
-            finite: Whether the batch is finite, of shape (); by default whether ``batch_mean`` is. If not, nothing
-                changes.
+            finite: Whether the batch is finite, of shape (); by default whether ``batch_mean`` is finite. If not,
+                nothing changes.
 
         Raises:
-            ValueError: inside a backward pass, where the only forward is the recomputation of a checkpoint.
+            ValueError: inside a backward pass, because a forward in it can only be the recomputation of a checkpoint.
         """
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             raise ValueError(
                 "a head in training mode must not be recomputed by torch.utils.checkpoint, which would count each "
-                "batch twice in its moving means: leave the head out of what is checkpointed"
+                "batch twice in its moving means: leave the head out of the checkpointed function"
             )
         if finite is None:
             finite = torch.isfinite(batch_mean.detach()).all()
@@ -110,7 +111,7 @@ class MovingMean(KeepsFullPrecision):
             weight = float(self.momentum)
         weight = (self.seen == 0).to(batch_mean.dtype).clamp_min(weight) * (batch_count > 0)
         moved = torch.lerp(self.mean.to(batch_mean), batch_mean, weight.to(batch_mean).unsqueeze(-1))
-        # A copy if a graph holds `moved`, because restoring or broadcasting buffers writes into them.
+        # If a graph holds `moved`, the buffer is a copy, because restoring or broadcasting buffers writes into them.
         self.mean = moved.detach().to(self.mean.dtype, copy=moved.requires_grad)
         self.seen = self.seen + batch_count.to(torch.int64)
         return moved
@@ -123,15 +124,15 @@ class ClassMeans(nn.Module):
 
         M_k = S_k/n_k,   m = Σ S_k/Σ n_k,   C̄_k ← (1−α) C̄_k + α (M_k − m)   for the classes in the batch.
 
-    The mean of an absent class does not change, that of a class not seen yet is zero, and the first batch with samples
-    of a class sets it. A batch that is not finite changes nothing and is not counted.
+    The mean of a class that is absent from the batch does not change. The mean of a class is zero until the first batch
+    with samples of the class, which sets it. A batch that is not finite changes nothing and is not counted.
 
     Args:
         num_classes: K ≥ 2.
         feature_dim: d ≥ 1.
-        momentum: α in (0, 1], the weight of the new batch; ``"cumulative"``, n_k/(n_k + seen_k); or
-            ``"published"``, 2/(t+1) after t batches and never below 1e-4. Gradients flow through the batch's
-            part only, so they scale with α.
+        momentum: α in (0, 1], the weight of the new batch; ``"cumulative"``: α = n_k/(n_k + seen_k); or
+            ``"published"``: α = 2/(t+1) after t batches, at least 1e-4. Gradients flow only through the contribution of
+            the batch, so they scale with α.
         ignore_index: Samples with this target are left out.
 
     Raises:
@@ -165,7 +166,7 @@ class ClassMeans(nn.Module):
         self.overall = MovingMean(1, feature_dim, momentum)
 
     def grow(self, num_new: int) -> None:
-        """Add classes without samples; the means and counts of the others stay.
+        """Add classes without samples; the means and counts of the other classes do not change.
 
         Args:
             num_new: n ≥ 1.
@@ -179,7 +180,7 @@ class ClassMeans(nn.Module):
 
     @property
     def centred_means(self) -> Tensor:
-        """The moving centred class means C̄ (K, d), detached."""
+        """Moving centred class means C̄ (K, d), detached."""
         return self.centred.mean
 
     @property
@@ -189,23 +190,23 @@ class ClassMeans(nn.Module):
 
     @property
     def global_mean(self) -> Tensor:
-        """The moving global mean m̄ (d,), detached."""
+        """Moving global mean m̄ (d,), detached."""
         return self.overall.mean[0]
 
     def forward(
         self, features: Tensor, targets: Tensor, *, skip_nonfinite: bool | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Update the means from a batch.
+        """Update the means with a batch.
 
         Args:
             features: (N, d) floating.
             targets: (N,) integers in [0, K), or ``ignore_index``.
-            skip_nonfinite: Whether a batch that is not finite is skipped on a CPU too, rather than refused. By default
-                it is in half precision and under autocast, where the training loop skips its step.
+            skip_nonfinite: Whether a batch that is not finite is skipped on a CPU instead of raising an error. By
+                default this is the case in half precision and under autocast, where training loops skip such steps.
 
         Returns:
-            The moving centred class means C̄ (K, d) and the batch's global mean m (d,), both differentiable in
-            the features of every rank; in at least fp32.
+            The moving centred class means C̄ (K, d) and the global mean m (d,) of the batch, both differentiable in the
+            features of every rank and in at least fp32.
 
         Raises:
             ValueError: if shapes do not match; inside a backward pass (see `MovingMean`); on a CPU also if labels are
@@ -214,7 +215,7 @@ class ClassMeans(nn.Module):
         check_features(features, self.feature_dim)
         if skip_nonfinite is None:
             skip_nonfinite = skips_nonfinite(features)
-        readable = features.device.type == "cpu"  # elsewhere, reading a value would wait for the device at every step
+        readable = features.device.type == "cpu"  # on accelerators, reading a value at every step would cause a sync
         check_targets(targets, features.shape[0], self.num_classes, values=readable, ignore_index=self.ignore_index)
         features = features.to(compute_dtype(features.dtype))
         sums, counts = sums_over_ranks(*class_sums(features, targets, self.num_classes, self.ignore_index))
@@ -234,14 +235,14 @@ def check_batch_mean(name: str, features: Tensor, finite: Tensor) -> None:
         check_finite(name, features)
         raise ValueError(
             f"{name} must be finite on every rank and small enough to be summed in {features.dtype}, got magnitudes "
-            f"up to {float(features.detach().abs().max()):.3g} here"
+            f"up to {float(features.detach().abs().max()):.3g} on this rank"
         )
 
 
 def class_sums(features: Tensor, targets: Tensor, num_classes: int, ignore_index: int | None) -> tuple[Tensor, Tensor]:
-    """Sums S (K, d) and counts n (K,) of each class's features; the counts in the features' dtype, exact up to 2²⁴."""
+    """Return sums S (K, d) and counts n (K,) per class; counts have the dtype of the features and are exact to 2²⁴."""
     index, rows = targets.long(), num_classes
-    if ignore_index is not None:  # ignored samples are summed in one more row, which is dropped
+    if ignore_index is not None:  # ignored samples are summed in an additional row, which is dropped
         index, rows = index.masked_fill(index == ignore_index, num_classes), num_classes + 1
     counts = features.new_zeros(rows).index_add(0, index, features.new_ones(len(index)))
     sums = features.new_zeros(rows, features.shape[1]).index_add(0, index, features)
@@ -249,7 +250,7 @@ def class_sums(features: Tensor, targets: Tensor, num_classes: int, ignore_index
 
 
 def sums_over_ranks(sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums and counts over the default process group, by one reduction. The gradient of the sums is summed as well."""
+    """Sum over the default process group by one reduction; gradients of the sums are summed over ranks as well."""
     if number_of_ranks() == 1:
         return sums, counts
     totals = sum_over_ranks(torch.cat([sums, counts.unsqueeze(-1)], -1))

@@ -1,7 +1,7 @@
 """Classifiers that follow the class means: the nearest frame, the nearest ETF (method `implicit`), the class means.
 
 A `NearestFrameClassifier` has a frame (`Simplex`, a code, or `LeadingDirections`) and a solver (`ClosedForm` or
-`TrustRegion`). Both are objects without state: what they store is in buffers of the head.
+`TrustRegion`). Both are stateless: their state is in buffers of the head.
 """
 
 from __future__ import annotations
@@ -58,16 +58,16 @@ from neuralcollapse.heads.moving_means import (
 
 logger = logging.getLogger(__name__)
 
-# With the momentum, the best of those compared on a validation split at K = 10 and K = 100: docs/heads.md.
+# With the momentum, the best of the values compared on a validation split with K = 10 and K = 100; see docs/heads.md.
 DEFAULT_PROXIMAL_WEIGHT = 0.5
-# In the first solve, if classes are missing in the batch, so that the means alone do not determine the frame.
+# Proximal weight of the first solve if classes are missing in the batch, so that the means do not determine the frame.
 FIRST_ANCHOR_WEIGHT = 1e-3
-# Relative error of the norms of a frame's rows up to which they are exact: solves in fp32 are orthonormal to this.
+# Relative error up to which the norms of a frame's rows count as exact; fp32 solves are orthonormal to this accuracy.
 _ROUNDING = 1e-5
 
 
 class _Update(NamedTuple):
-    """Class means after a training batch, and what they were before."""
+    """Class means after and before a training batch."""
 
     class_means: Tensor  # (K, d) moving and centred, with gradient
     batch_mean: Tensor  # (d,), with gradient
@@ -77,9 +77,9 @@ class _Update(NamedTuple):
 
 
 class FollowsClassMeans(KeepsFullPrecision, LearnsFromTargets):
-    """A head whose weight follows moving class means.
+    """Base class of heads whose weight follows moving class means.
 
-    A subclass registers the class weights (`_set_class_weights`) and its first ``weight``, and implements `_step`.
+    A subclass registers the class weights (`_set_class_weights`) and its initial ``weight``, and implements `_step`.
     """
 
     _full_precision_buffers: tuple[str, ...] = ("class_weights",)
@@ -101,7 +101,7 @@ class FollowsClassMeans(KeepsFullPrecision, LearnsFromTargets):
         self.class_means = ClassMeans(num_classes, in_features, momentum=momentum, ignore_index=ignore_index)
 
     def _set_class_weights(self, class_weights: Tensor | None) -> None:
-        """Register a copy of ω (K,) in at least fp32; raise unless it is a constant, at least 0 with a positive sum."""
+        """Register a copy of ω (K,) in at least fp32; raise unless it is constant, at least 0 and not all 0."""
         if class_weights is not None:
             check_floating("class_weights", class_weights)
             if class_weights.shape != (self.num_classes,):
@@ -122,7 +122,7 @@ class FollowsClassMeans(KeepsFullPrecision, LearnsFromTargets):
 
     @property
     def bias(self) -> Tensor | None:  # type: ignore[override]
-        """The bias −W·m̄ (K,) of the moving global mean; None without centring."""
+        """Bias −W·m̄ (K,) with the moving global mean m̄; None without centring."""
         if not self.centring:
             return None
         weight = self.weight
@@ -149,15 +149,15 @@ class FollowsClassMeans(KeepsFullPrecision, LearnsFromTargets):
     def grow(
         self, num_new: int, *, optimizer: Optimizer | None = None, generator: torch.Generator | None = None
     ) -> None:
-        """Add classes as `Head.grow`: moving means and counts of the old classes stay, new classes have no samples.
+        """Add classes as `Head.grow`; moving means and counts of the old classes do not change.
 
         Args:
             num_new: n ≥ 1.
-            optimizer: Not needed: the head has no parameters.
-            generator: Source of what is random in the new rows; by default one with seed 0.
+            optimizer: Not needed, because the head has no parameters.
+            generator: Source of randomness for the new rows; by default a generator with seed 0.
 
         Raises:
-            ValueError: as for `Head.grow`; also with class weights, which the new classes do not have.
+            ValueError: as for `Head.grow`; also with class weights, which are not defined for the new classes.
         """
         check_growth(num_new, optimizer, generator)
         self._grow(num_new, self._grown_weight(num_new, generator))
@@ -168,34 +168,35 @@ class FollowsClassMeans(KeepsFullPrecision, LearnsFromTargets):
         self._set_num_classes(self.num_classes + num_new)
 
     def _grown_weight(self, num_new: int, generator: torch.Generator | None) -> Tensor:
-        """Return the weight (K + n, d); raise if the head cannot grow, and change nothing."""
+        """Return the weight (K + n, d) without changing the head; raise if the head cannot grow."""
         raise NotImplementedError
 
     def _check_no_class_weights(self) -> None:
         if self.class_weights is not None:
             raise ValueError(
-                "class_weights must be None in a head that grows: they say nothing about new classes. Construct a head "
-                "of all classes"
+                "class_weights must be None in a head that grows, because new classes have no weight: construct a head "
+                "with all classes"
             )
 
     @torch.no_grad()
     def admit(self, features: Tensor, targets: Tensor) -> None:
         """Add classes from a few of their samples, without training: their means become moving means.
 
-        A class k without samples so far gets the centred mean M_k − m̄, with the mean M_k of its features (scaled to
-        the feature norm) and the moving global mean m̄. A head without any sample takes the mean of these features as
-        m̄. The other means do not change. The weight follows: rows of `ClassMeanClassifier` are the new unit means, so
-        that it decides for the nearest class mean on the sphere; a frame is the one nearest to all means, with the
-        last frame as anchor. The head grows by the classes that the targets have beyond [0, K).
+        A class k that has no samples yet gets the centred mean M_k − m̄, with the mean M_k of its features (scaled to
+        the feature norm) and the moving global mean m̄. If the head has not seen any sample, m̄ is the mean of the given
+        features. The other means do not change. Then the weight is updated: the rows of a `ClassMeanClassifier` become
+        the new unit means, so that it decides for the nearest class mean on the sphere; a frame becomes the one nearest
+        to all means, with the previous frame as anchor. If targets are K or greater, the head grows by these classes.
 
         Args:
-            features: (N, d) floating, without the feature norm applied. The same samples on every rank.
-            targets: (N,) integers, of classes without samples so far; every class from K on up to the greatest target
-                must have one. ``ignore_index`` is left out.
+            features: (N, d) floating, before scaling to the feature norm. They must be the same on every rank.
+            targets: (N,) integers, of classes that have no samples yet; every class from K to the greatest target must
+                have a sample. Samples with target ``ignore_index`` are left out.
 
         Raises:
             ValueError: if shapes or types are wrong, there are no samples, values are not finite, targets are negative,
-                a class has been seen before or has no sample here, or the head cannot grow. Then nothing has changed.
+                a class has been seen before, a class to be added has no sample, or the head cannot grow. The head is
+                then left unchanged.
 
         Examples:
             >>> from neuralcollapse import ClassMeanClassifier
@@ -215,7 +216,7 @@ class FollowsClassMeans(KeepsFullPrecision, LearnsFromTargets):
             kept = targets != self.ignore_index
             features, targets = features[kept], targets[kept]
         if len(targets) == 0 or int(targets.min()) < 0:
-            raise ValueError("targets must be at least 0, for at least one sample")
+            raise ValueError("targets must be at least 0, and there must be at least one sample")
         num_classes = max(self.num_classes, int(targets.max()) + 1)
         present = targets.unique()
         sums, counts = class_sums(features, targets, num_classes, None)
@@ -227,7 +228,7 @@ class FollowsClassMeans(KeepsFullPrecision, LearnsFromTargets):
         known = present[present < self.num_classes]
         if bool((seen[known] > 0).any()):
             raise ValueError(
-                f"targets must be of classes without samples so far, got classes seen before: "
+                f"targets must be classes that have no samples yet, got classes seen before: "
                 f"{listed(known[seen[known] > 0].tolist())}"
             )
         if num_classes > self.num_classes:
@@ -243,61 +244,62 @@ class FollowsClassMeans(KeepsFullPrecision, LearnsFromTargets):
         self._store_weight(self._weight_of_means().to(self._stored_weight()))
 
     def _check_admits(self) -> None:
-        """Raise if the weight cannot follow means that are not those of a training step."""
+        """Raise if the weight can be updated in training steps only."""
 
     def _weight_of_means(self) -> Tensor:
-        """Return the weight that the moving means of all classes give."""
+        """Return the weight for the present moving means of all classes."""
         raise NotImplementedError
 
     def _step(self, update: _Update) -> tuple[Tensor, Tensor]:
-        """Update the stored weight; return the weight and the centre (d,) of the features that decide the batch."""
+        """Update the stored weight; return the weight and the centre (d,) that are used for the batch."""
         raise NotImplementedError
 
     def _centre(self, global_mean: Tensor) -> Tensor:
-        """Return the centre of the features in evaluation."""
+        """Return the centre of the features in evaluation mode."""
         return global_mean
 
     def _store_if_finite(self, weight: Tensor, last: Tensor, finite: Tensor) -> None:
         """Store the new weight if the batch was finite.
 
-        It is a new tensor, because a graph may hold ``weight``, and restoring or broadcasting buffers writes into them.
+        The stored tensor is a copy, because a graph may hold ``weight``, and restoring or broadcasting buffers writes
+        into them.
         """
         self._store_weight(torch.where(finite, weight.detach().to(last.dtype), last))
 
 
 class Frame:
-    """The kind of frame that the weight of a `NearestFrameClassifier` is; the base class of frames."""
+    """Base class of the frames that the weight of a `NearestFrameClassifier` can be."""
 
     def first_weight(self, head: NearestFrameClassifier, generator: torch.Generator | None) -> Tensor:
         """Return the weight (K, d) before the first batch."""
         raise NotImplementedError
 
     def code(self, head: NearestFrameClassifier, class_means: Tensor) -> Code:
-        """Return the code whose nearest rotation to the class means is the weight, in their dtype."""
+        """Return the code, in the dtype of the class means; the weight is its rotation nearest to these means."""
         raise NotImplementedError
 
     def is_broken(self, head: NearestFrameClassifier, weight: Tensor) -> bool:
-        """Return whether a weight is not a frame, as an average of frames, as far as the norms of its rows show."""
+        """Return whether the norms of its rows show that a weight is not a frame, for example an average of frames."""
         raise NotImplementedError
 
     def restored(self, head: NearestFrameClassifier, weight: Tensor) -> Tensor:
-        """Return the frame nearest to a weight that is broken."""
+        """Return the frame nearest to a weight that is not a frame."""
         code = self.code(head, head.class_means.centred_means).to(weight)
         return solve_frame(weight, code, class_weights=head.class_weights)
 
     def diagnostics(
         self, head: NearestFrameClassifier, class_means: Tensor, weight: Tensor, last: Tensor, anchor_weight: float
     ) -> dict[str, float]:
-        """Return how good a weight is as the solution for the class means."""
+        """Return measures of the quality of a weight as the solution for the class means."""
         return {"distance_to_anchor": float((weight - last).norm())}
 
 
 @dataclass(frozen=True)
 class Simplex(Frame):
-    """The simplex ETF, for d ≥ K−1.
+    """Simplex ETF, for d ≥ K−1.
 
     Raises:
-        ValueError: if d < K−1, when the head is constructed.
+        ValueError: if d < K−1; raised when the head is constructed.
 
     Examples:
         >>> NearestFrameClassifier(16, 4, frame=Simplex()).weight.shape
@@ -329,14 +331,14 @@ class Simplex(Frame):
 
 @dataclass(frozen=True)
 class LeadingDirections(Frame):
-    """The tight frame of the moving means' own leading directions (`code_of_means`), a constant of each step.
+    """Tight frame of the leading directions of the moving means (`code_of_means`), treated as constant in each step.
 
     Args:
-        rank: r, from 1 to min(d, K−1); or ``"auto"``, the effective rank of each step, which waits for an accelerator
-            and does not compile into one graph.
+        rank: r, from 1 to min(d, K−1); or ``"auto"``, the effective rank at each step, which causes a device sync on
+            accelerators and cannot be compiled into one graph.
 
     Raises:
-        ValueError: if the rank is out of range, when the head is constructed.
+        ValueError: if the rank is out of range; raised when the head is constructed.
     """
 
     rank: int | Literal["auto"] = "auto"
@@ -351,13 +353,13 @@ class LeadingDirections(Frame):
         return Code(leading_code(class_means, self.rank))
 
     def is_broken(self, head: NearestFrameClassifier, weight: Tensor) -> bool:
-        # Of a tight frame, only the norm of the whole is known. Before the first batch, the means have no directions.
+        # Only the Frobenius norm of a tight frame is known. Before the first batch, the means have no directions.
         whole = (weight - weight.mean(0)).reshape(1, -1)
         return _rows_are_off(whole, math.sqrt(head.num_classes)) and bool(head.class_means.centred.seen.any())
 
 
 class _GivenCode(Frame):
-    """The frame of a given code, which the head stores in principal coordinates."""
+    """Frame of a given code, which the head stores in principal coordinates."""
 
     def __init__(self, code: Tensor) -> None:
         self._given: Tensor | None = code
@@ -366,12 +368,12 @@ class _GivenCode(Frame):
         assert self._given is not None
         check_constant_code(self._given, head.num_classes)
         code = principal_code(self._given, head.in_features)
-        self._given = None  # from now on it is a buffer of the head
+        self._given = None  # the code is now a buffer of the head
         head._keep("code", code)
         return placed(code, head.in_features, generator)
 
     def code(self, head: NearestFrameClassifier, class_means: Tensor) -> Code:
-        return Code(head.code.to(class_means, copy=True))  # a copy, because a graph holds it
+        return Code(head.code.to(class_means, copy=True))  # a copy, because the graph holds a reference to it
 
     def is_broken(self, head: NearestFrameClassifier, weight: Tensor) -> bool:
         # Class weights shift all rows of a frame by the same vector.
@@ -380,11 +382,11 @@ class _GivenCode(Frame):
 
 @dataclass(frozen=True)
 class ClosedForm:
-    """The nearest frame in closed form, by a polar factor.
+    """Solver that computes the nearest frame in closed form, by a polar factor.
 
     Args:
-        method: How the polar factor is computed, as for `polar_factor`. On an accelerator only the first solve waits
-            for the device; the head's ``svd_fallbacks`` counts the solves that needed an SVD.
+        method: Method that computes the polar factor, as for `polar_factor`. On an accelerator, only the first solve
+            waits for the device; ``svd_fallbacks`` of the head counts the solves that needed an SVD.
 
     Raises:
         ValueError: if the method is unknown.
@@ -396,13 +398,13 @@ class ClosedForm:
         check_choice("method", self.method, METHODS)
 
     def set_up(self, head: NearestFrameClassifier) -> None:
-        """Check that the head's options fit, and register what the solver stores."""
+        """Check that the head's options fit, and register the buffers of the solver."""
 
     def solve(self, head: NearestFrameClassifier, class_means: Tensor, update: _Update) -> Tensor:
-        """Return the nearest frame to the class means, and store it in the head."""
+        """Return the frame nearest to the class means, and store it in the head."""
         last = head._stored_weight()
         anchor_weight = head._anchor_weight(update.seen_before)
-        # Without input checks, because ClassMeans has checked the batch before anything changed.
+        # Input checks are omitted, because ClassMeans has already checked the batch.
         frame = solve_frame(
             class_means,
             head.frame.code(head, class_means),
@@ -424,13 +426,14 @@ class ClosedForm:
 
 @dataclass(frozen=True)
 class TrustRegion:
-    """The published problem of the simplex ETF solved as published, for comparison; it waits for the device.
+    """Solver of the published simplex ETF problem by the published method, for comparison; causes device syncs.
 
-    It is `published_nearest_frame` at δ = 2γ/(K−1), for d ≥ K and without class weights. The head stores its last
+    It calls `published_nearest_frame` with δ = 2γ/(K−1), for d ≥ K and without class weights. The head stores the last
     solution P in ``published_point``.
 
     Raises:
-        ValueError: if d < K, or with class weights or another frame than `Simplex`, when the head is constructed.
+        ValueError: if d < K, class weights are given, or the frame is not `Simplex`; raised when the head is
+            constructed.
 
     Examples:
         >>> head = NearestETFClassifier(16, 4, solver=TrustRegion())
@@ -439,16 +442,16 @@ class TrustRegion:
     """
 
     def set_up(self, head: NearestFrameClassifier) -> None:
-        """Check that the head's options fit, and register the last solution."""
+        """Check that the head's options fit, and register the buffer of the last solution."""
         if not isinstance(head.frame, Simplex):
             raise ValueError(f"solver must be ClosedForm() with frame={head.frame!r}: TrustRegion() is for Simplex()")
         check_at_least("in_features", head.in_features, head.num_classes, "num_classes")
         if head.class_weights is not None:
-            raise ValueError("class_weights must be None with solver=TrustRegion(): the published problem has none")
+            raise ValueError("class_weights must be None with solver=TrustRegion(), whose problem has no class weights")
         head._keep("published_point", torch.eye(head.num_classes, head.in_features))
 
     def solve(self, head: NearestFrameClassifier, class_means: Tensor, update: _Update) -> Tensor:
-        """Return the ETF of the published solution, and store both in the head."""
+        """Return the ETF given by the published solution, and store both in the head."""
         last = head.weight
         if not bool(update.finite):
             return last.to(class_means)
@@ -477,52 +480,53 @@ class TrustRegion:
 
 
 class NearestFrameClassifier(FollowsClassMeans):
-    r"""A classifier whose weight is, at every training step, the frame nearest to the moving class means.
+    r"""Classifier whose weight is, at every training step, the frame nearest to the moving class means.
 
-    In training, with targets, it updates its `ClassMeans` with the batch, solves for the nearest frame with the last
-    frame as anchor (not in the first solve, which has no previous solution), and returns logits that carry two
-    gradients: the direct one, and the one through the frame (a differentiable argmin). In evaluation it is a linear
-    classifier and changes nothing. An average of the weights of several heads is replaced by the frame nearest to it
-    when it is read.
+    In a training step with targets, the head updates its `ClassMeans` with the batch, solves for the nearest frame with
+    the previous frame as anchor (the first solve has none), and returns logits with two gradients: the direct gradient
+    and the gradient through the frame (a differentiable argmin). In evaluation mode, it is a linear classifier and
+    changes nothing. If the weight is replaced by an average over several heads, the frame nearest to the average is
+    restored when the weight is read.
 
     Training-mode logits depend on the labels of their batch: compare accuracies in evaluation mode only.
 
     Args:
         in_features: d, at least the rank of the frame.
         num_classes: K ≥ 2.
-        frame: ``Simplex()``, the simplex ETF, d ≥ K−1; a code (K, r') or `Code`, of which the weight is the nearest
-            rotation, with its scale (`nearest_frame`; see `code_from_gram`); or ``LeadingDirections(rank)``, the code
-            of the moving means' own leading directions, for any d.
-        solver: ``ClosedForm(method)``; or, with ``Simplex()`` only, ``TrustRegion()``, the published problem solved as
-            published, for comparison.
+        frame: ``Simplex()``: the simplex ETF, d ≥ K−1; a code (K, r') or `Code`: the weight is the rotation of the code
+            nearest to the class means, at the scale of the code (see `nearest_frame` and `code_from_gram`); or
+            ``LeadingDirections(rank)``: the code of the leading directions of the moving means, for any d.
+        solver: ``ClosedForm(method)``; or, with ``Simplex()`` only, ``TrustRegion()``, which solves the published
+            problem by the published method, for comparison.
         feature_norm: τ, as for `Head`.
-        bias: ``"centring"``: −W·m with the global mean m of the batch in training (with gradient), a moving mean in
-            evaluation; ``"none"``.
+        bias: ``"centring"``: −W·m, where m is the global mean of the batch in training (with gradient) and a moving
+            mean in evaluation; ``"none"``.
         proximal_weight: γ ≥ 0, weight of the proximal term towards the previous frame (see `nearest_frame`). For the
-            ETF, the published δ is γ = δ(K−1)/2. With many classes a small γ lets the frame follow the labels of each
-            batch, and accuracy suffers (docs/heads.md).
+            ETF, the published δ corresponds to γ = δ(K−1)/2. With many classes and a small γ, the frame follows the
+            labels of each batch, which reduces the accuracy (docs/heads.md).
         momentum: Weight α of a new batch in the class means, as for `ClassMeans`. The gradient through the frame scales
-            with α: at ``"published"``, which falls to 1e-4, it is practically zero.
+            with α: with ``"published"``, for which α decreases to 1e-4, it is practically zero.
         implicit_gradient: Whether to keep the gradient through the frame.
         ignore_index: Samples with this target are left out of the means.
-        class_weights: (K,), ω ≥ 0 up to a common factor: weights of the classes in the distance from frame to means
-            (see `nearest_frame`); equal if not given.
-        diagnostics: Whether each training step stores in ``last_solve`` how good its solution is, at the cost of an
-            SVD and a copy to the host: ``distance_to_anchor`` (Frobenius norm of the difference to the last frame) and
-            ``stopping_criterion`` in words; for the simplex ETF also ``objective``, ``gradient_norm`` and, in closed
-            form, ``least_singular_value`` (see `nearest_etf_diagnostics`) or, by trust region, ``iterations``.
-        generator: If given, the first frame has a random orientation drawn from it; else the canonical one. With
-            ``LeadingDirections`` and d < K−1 the first weight is random unit rows, from a generator seeded with 0 if
-            none is given.
+        class_weights: (K,), ω ≥ 0 up to a common factor: weights of the classes in the distance between frame and means
+            (see `nearest_frame`); equal by default.
+        diagnostics: Whether each training step stores measures of the quality of its solution in ``last_solve``, which
+            takes an SVD and a copy to the host: ``distance_to_anchor`` (Frobenius norm of the difference to the
+            previous frame) and ``stopping_criterion`` in words; for the simplex ETF also ``objective``,
+            ``gradient_norm`` and, in closed form, ``least_singular_value`` (see `nearest_etf_diagnostics`) or, with the
+            trust region, ``iterations``.
+        generator: If given, the first frame has a random orientation drawn from this generator, otherwise the canonical
+            one. With ``LeadingDirections`` and d < K−1, the first weight has random unit rows, by default from a
+            generator with seed 0.
 
     Shape: features (..., d) and targets (...) to logits (..., K).
 
     Raises:
-        ValueError: if sizes or arguments are out of range, `nearest_frame` refuses the code, or frame and solver do
-            not fit; in training mode, if targets are missing or outside [0, K); in evaluation mode, if targets are
+        ValueError: if sizes or arguments are out of range, the code is invalid for `nearest_frame`, or frame and solver
+            do not fit; in training mode, if targets are missing or outside [0, K); in evaluation mode, if targets are
             given for features that are being trained.
 
-    Source: this project, after Markou, Ajanthan, Gould, "Guiding Neural Collapse" (NeurIPS 2024).
+    Source: this project, based on Markou, Ajanthan, Gould, "Guiding Neural Collapse" (NeurIPS 2024).
 
     Examples:
         >>> from neuralcollapse.geometry import attribute_gram, code_from_gram
@@ -535,9 +539,9 @@ class NearestFrameClassifier(FollowsClassMeans):
         torch.Size([32, 100])
     """
 
-    _kind_of_frame: type[Frame] = Frame  # that the class accepts
-    code: Tensor  # the given code in principal coordinates, if a code was given
-    published_point: Tensor  # the last solution of TrustRegion
+    _kind_of_frame: type[Frame] = Frame  # frames that the class accepts
+    code: Tensor  # principal coordinates of the code, if a code was given
+    published_point: Tensor  # last solution of TrustRegion
     last_solve: dict[str, float | str] | None
 
     def __init__(
@@ -577,7 +581,7 @@ class NearestFrameClassifier(FollowsClassMeans):
         if not isinstance(frame, self._kind_of_frame):
             raise ValueError(
                 f"frame must be {self._kind_of_frame.__name__}() for {type(self).__name__}, got {frame!r}: "
-                "NearestFrameClassifier takes other frames"
+                "use NearestFrameClassifier for other frames"
             )
         if not isinstance(solver, ClosedForm | TrustRegion):
             raise ValueError(f"solver must be ClosedForm() or TrustRegion(), got {solver!r}")
@@ -594,23 +598,23 @@ class NearestFrameClassifier(FollowsClassMeans):
         generator: torch.Generator | None = None,
         code: Tensor | None = None,
     ) -> None:
-        """Add classes as `Head.grow`: the weight is the frame of K + n classes nearest to the old rows.
+        """Add classes as `Head.grow`: the weight becomes the frame of K + n classes nearest to the old rows.
 
-        It is the anchor of the next step. Moving means and counts of the old classes stay, new classes have no samples.
-        The directions that the old rows leave open are random.
+        This frame is the anchor of the next step. Moving means and counts of the old classes do not change, and the new
+        classes have no samples. Directions that the old rows do not determine are random.
 
         Args:
             num_new: n ≥ 1.
-            optimizer: Not needed: the head has no parameters.
-            generator: Source of the open directions; by default one with seed 0.
-            code: (K + n, r') floating, a code of old and new classes. A head with a given code needs one. A head with
-                ``frame=Simplex()`` continues with the code's frame if one is given, for example with `softmax_code`
-                where K + n > d + 1.
+            optimizer: Not needed, because the head has no parameters.
+            generator: Generator of the undetermined directions; by default a generator with seed 0.
+            code: (K + n, r') floating, a code of old and new classes. A head with a given code requires it. A head with
+                ``frame=Simplex()`` changes to the frame of the code if one is given, for example that of `softmax_code`
+                if K + n > d + 1.
 
         Raises:
-            ValueError: as for `Head.grow`; also with class weights, `TrustRegion` or `LeadingDirections`, whose weight
-                does not exist before the new classes have samples; if a code is needed and missing, or refused by
-                `nearest_frame`.
+            ValueError: as for `Head.grow`; also with class weights or `TrustRegion`, or with `LeadingDirections`, whose
+                frame is not defined before the new classes have samples; if a code is needed and missing, or invalid
+                for `nearest_frame`.
         """
         check_growth(num_new, optimizer, generator)
         self._check_no_class_weights()
@@ -634,19 +638,19 @@ class NearestFrameClassifier(FollowsClassMeans):
         if not isinstance(self.frame, Simplex):
             if isinstance(self.frame, _GivenCode):
                 raise ValueError(
-                    f"code must be a code of all {num_classes} classes, got None: the present one says nothing about "
+                    f"code must be a code of all {num_classes} classes, got None: the present code does not contain "
                     "new classes"
                 )
             raise ValueError(
-                "a head with LeadingDirections() cannot grow: its frame is made of class means, which new classes do "
-                "not have. Construct a head of all classes"
+                "a head with LeadingDirections() cannot grow, because its frame needs class means, which new classes "
+                "do not have: construct a head with all classes"
             )
         if isinstance(self.solver, TrustRegion):
             raise ValueError(
-                "solver must be ClosedForm() in a head that grows: TrustRegion() has a problem of K classes"
+                "solver must be ClosedForm() in a head that grows: the problem of TrustRegion() has a fixed K"
             )
         otherwise = (
-            "NearestFrameClassifier.grow takes a code, as softmax_code gives it"
+            "NearestFrameClassifier.grow accepts a code, such as softmax_code's"
             if isinstance(self, NearestETFClassifier)
             else f"give code=softmax_code({num_classes}, {self.in_features})"
         )
@@ -655,9 +659,7 @@ class NearestFrameClassifier(FollowsClassMeans):
 
     def _check_admits(self) -> None:
         if isinstance(self.solver, TrustRegion):
-            raise ValueError(
-                "solver must be ClosedForm() to admit classes: TrustRegion() solves in training steps only"
-            )
+            raise ValueError("solver must be ClosedForm() to admit classes: TrustRegion() works in training steps only")
 
     def _weight_of_means(self) -> Tensor:
         means, weight = self.class_means.centred_means, self._stored_weight()
@@ -676,9 +678,9 @@ class NearestFrameClassifier(FollowsClassMeans):
         return self.solver.solve(self, class_means, update), update.batch_mean
 
     def _anchor_weight(self, seen_before: Tensor) -> Tensor | float:
-        """Return γ, or in the first solve 0; there, if classes are missing, just enough to decide what they leave open.
+        """Return γ; in the first solve 0 or, if classes are missing, a small weight that makes the solution unique.
 
-        It is a tensor, so that nothing waits for an accelerator.
+        The result is a tensor, which avoids a device sync.
         """
         if self.proximal_weight == 0:
             return 0.0
@@ -697,21 +699,21 @@ class NearestFrameClassifier(FollowsClassMeans):
         return not torch.compiler.is_compiling() and (self.diagnostics or logger.isEnabledFor(logging.DEBUG))
 
     def _report(self, values: dict[str, float], stopping_criterion: str) -> None:
-        """Log how good a solution is, and store it if diagnostics are on."""
+        """Log measures of the quality of a solution, and store them if diagnostics are enabled."""
         logger.debug("nearest frame: %s", ", ".join(f"{name} {value:.3e}" for name, value in values.items()))
         if self.diagnostics:
             self.last_solve = values | {"stopping_criterion": stopping_criterion}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if isinstance(self.solver, TrustRegion) and f"{prefix}frame" in state_dict:  # its name in earlier versions
+        if isinstance(self.solver, TrustRegion) and f"{prefix}frame" in state_dict:  # name used by earlier versions
             state_dict[f"{prefix}published_point"] = state_dict.pop(f"{prefix}frame")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class NearestETFClassifier(NearestFrameClassifier):
-    r"""A classifier whose weight is, at every training step, the simplex ETF nearest to the moving class means.
+    r"""Classifier whose weight is, at every training step, the simplex ETF nearest to the moving class means.
 
-    It is `NearestFrameClassifier` with ``frame=Simplex()``, for d ≥ K−1, and takes the same options.
+    This is `NearestFrameClassifier` with ``frame=Simplex()``, for d ≥ K−1, with the same options.
 
     Shape: features (..., d) and targets (...) to logits (..., K).
 
@@ -732,27 +734,27 @@ class NearestETFClassifier(NearestFrameClassifier):
 
 
 class ClassMeanClassifier(FollowsClassMeans):
-    r"""A classifier whose weight is the moving class means, centred and of unit norm: any K in any d.
+    r"""Classifier whose weight consists of the moving class means, centred and of unit norm, for any K and any d.
 
-    In training, with targets, it updates its `ClassMeans` with the batch; in evaluation it is a linear classifier and
-    changes nothing. Classes that have not been seen have random unit rows. An average of the weights of several heads
-    is scaled to unit rows when it is read.
+    In a training step with targets, the head updates its `ClassMeans` with the batch. In evaluation mode, it is a
+    linear classifier and changes nothing. Classes that have not been seen have random unit rows. If the weight is
+    replaced by an average over several heads, its rows are scaled to unit norm when it is read.
 
     Args:
         in_features: d.
         num_classes: K ≥ 2.
-        means: Class means used for the logits of a training batch. ``"previous"``: those before the batch, so that
-            the logits do not depend on its labels; ``"current"``: those updated with the batch; ``"differentiable"``:
-            the updated ones with their gradient.
+        means: Class means used for the logits of a training batch. ``"previous"``: the means before the batch, so that
+            the logits do not depend on its labels; ``"current"``: the means updated with the batch;
+            ``"differentiable"``: the updated means with their gradient.
         feature_norm: τ, as for `Head`.
-        bias: ``"centring"``: −W·m with the global mean m of the batch in training (with gradient if the means have
-            theirs), a moving mean in evaluation, for cross-entropy; ``"none"``, for the losses on the sphere
+        bias: ``"centring"``, for cross-entropy: −W·m, where m is the global mean of the batch in training (with
+            gradient if the means have one) and a moving mean in evaluation; ``"none"``, for the losses on the sphere
             (`neuralcollapse.losses`).
         momentum: Weight α of a new batch in the class means, as for `ClassMeans`.
         ignore_index: Samples with this target are left out of the means.
-        class_weights: (K,), ω ≥ 0 up to a common factor. If given, the means are centred at their ω-weighted mean, over
-            the classes seen so far, in place of the mean of the samples; with ``bias="centring"``, so are the features.
-        generator: Source of the rows of classes not seen yet; by default one seeded with 0.
+        class_weights: (K,), ω ≥ 0 up to a common factor. If given, the means are centred at their ω-weighted mean over
+            the classes seen so far instead of the mean of the samples; with ``bias="centring"``, the features are too.
+        generator: Generator of the rows of classes that have not been seen; by default a generator with seed 0.
 
     Shape: features (..., d) and targets (...) to logits (..., K).
 
@@ -822,7 +824,7 @@ class ClassMeanClassifier(FollowsClassMeans):
         return weights @ class_means / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
 
     def _unit_rows(self, class_means: Tensor, last: Tensor) -> Tensor:
-        """Return the means scaled to unit norm; a class that has not been seen or has mean zero keeps its last row."""
+        """Return the means scaled to unit norm; a class that has not been seen or has mean zero keeps its old row."""
         norms = torch.linalg.vector_norm(class_means, dim=1, keepdim=True)
         defined = (norms > 0) & (self.class_means.centred.seen > 0).unsqueeze(-1)
         return torch.where(defined, class_means / norms.where(defined, 1), last.to(class_means))
@@ -832,17 +834,17 @@ class ClassMeanClassifier(FollowsClassMeans):
 
 
 def _random_unit_rows(in_features: int, num_classes: int, generator: torch.Generator | None) -> Tensor:
-    """Return random unit rows (K, d); without a generator, the same ones each time."""
+    """Return random unit rows (K, d), which are always the same if no generator is given."""
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     rows = torch.randn(num_classes, in_features, generator=generator, dtype=torch.float32, device=generator.device)
     return normalize(rows, dim=1)
 
 
 def _rows_are_off(weight: Tensor, norms: Tensor | float) -> bool:
-    """Return whether the norms of rows differ from the expected ones by more than a solve's error, if that can be read.
+    """Return whether the norms of rows differ from the expected ones by more than the error of a solve, if readable.
 
-    The mean of several vectors of equal norm has a smaller norm, unless they are all equal: this distinguishes an
-    average of frames from a frame.
+    The mean of several vectors of equal norm has a smaller norm unless the vectors are all equal, which distinguishes
+    an average of frames from a frame.
     """
     if not readable(weight):
         return False
@@ -852,12 +854,12 @@ def _rows_are_off(weight: Tensor, norms: Tensor | float) -> bool:
 
 
 def _in_full_precision(restore: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
-    """Return the restored weight, fit for training in whatever mode it is read."""
+    """Return the restored weight, which can be used for training regardless of the mode in which it is read."""
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         return restore(weight.detach()).to(weight.dtype)
 
 
 def _orthonormal(point: Tensor) -> Tensor:
-    """Return the matrix, or the nearest one with orthonormal rows if its rows are not, as those of an average."""
+    """Return the matrix or, if its rows are not orthonormal (as in an average), the nearest matrix whose rows are."""
     identity = torch.eye(len(point), dtype=point.dtype, device=point.device)
     return point if bool((point @ point.mT - identity).abs().max() < 1e-5) else polar_factor(point)
