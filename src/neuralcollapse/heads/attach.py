@@ -472,7 +472,7 @@ def _built_neck(neck: object, replaced: nn.Module, given: int, wanted: int | Non
     if not isinstance(output, Tensor) or output.shape != (2, output.shape[-1] if wanted is None else wanted):
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(
-            f"neck must return features of shape (N, {'d' if wanted is None else wanted}) for the head, but "
+            f"neck must return features of shape (N, {'d' if wanted is None else wanted}), as the head expects, but "
             f"{type(neck).__name__} returned {shape} for N = 2"
         )
     return neck
