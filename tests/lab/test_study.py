@@ -368,6 +368,58 @@ def test_a_study_of_detection_evaluates_each_kept_checkpoint_once(tiny, tmp_path
     assert "among the sets of the study tiny, held-out, others, got 'photographs'" in capsys.readouterr().err
 
 
+TRANSFER = DETECTION | {
+    "figure": "control",
+    "ood": ["held-out"],
+    "transfer": True,
+    "profile": True,
+    "claims": [
+        {
+            "text": "features of the greater rate transfer better",
+            "of": "fast",
+            "value": {"kind": "last", "of": "linear_probe", "split": "held-out"},
+            "above": ["slow"],
+        }
+    ],
+}
+
+
+def test_a_study_of_transfer_evaluates_each_kept_checkpoint_once(tiny, capsys, monkeypatch):
+    tiny.write_text(yaml.safe_dump(TRANSFER))
+    assert main(["study", "tiny"]) == 0
+    told = capsys.readouterr().out
+    folder = RunFolder("runs/studies/tiny-small")
+    record = yaml.safe_load(folder.verdict.read_text())
+    last = {}
+    for run in ("fast", "slow"):
+        tables = [read_table(folder.run(f"{run}-seed{seed}").transfer) for seed in (3, 4)]
+        assert all(set(table["epoch"]) == {1, 2} and set(table["layer"]) == {"features"} for table in tables)
+        last[run] = [table.query("epoch == 2 and metric == 'linear_probe'")["value"].item() for table in tables]
+        (row,) = [row for row in record["detection"] if row["run"] == run]
+        assert row["linear_probe"][0] == pytest.approx(np.mean(last[run]), rel=1e-3)
+        assert set(row) == {"run", "accuracy", "nc1_quotient", "held-out energy", "held-out ncm", "linear_probe"}
+    assert (
+        f"fast {np.mean(last['fast']):.3g} against slow {np.mean(last['slow']):.3g}"
+        in record["claims"][0]["numbers"][0]
+    )
+    assert {path.name for path in folder.figures.iterdir()} == {
+        "control.png",
+        *(f"control-{panel}.png" for panel in ("nc1", "transfer", "held-out-energy", "held-out-ncm")),
+    }
+
+    monkeypatch.setattr("neuralcollapse.lab.evaluate.transfer.transfer_run", None)  # it is not called again
+    assert main(["study", "tiny"]) == 0
+    assert capsys.readouterr().out == told
+
+
+def test_a_study_of_transfer_needs_held_out_classes(tiny, capsys):
+    settings = {name: value for name, value in TRANSFER["small"]["settings"].items() if name != "hold_out_classes"}
+    tiny.write_text(yaml.safe_dump(TRANSFER | {"small": TRANSFER["small"] | {"settings": settings}}))
+    assert main(["study", "tiny"]) == 2
+    assert "hold_out_classes must be given in the runs of tiny.yaml" in capsys.readouterr().err
+    assert not RunFolder("runs/studies/tiny-small").runs.exists()
+
+
 def test_a_study_changed_after_its_runs_says_which(tiny, capsys):
     assert main(["study", "tiny", "--seeds", "3,,"]) == 2
     assert main(["study", "tiny", "--seeds", "1"]) == 0
@@ -401,6 +453,10 @@ def test_a_study_changed_after_its_runs_says_which(tiny, capsys):
                 "claims": [TINY["claims"][0] | {"value": {"kind": "last", "of": "neco auroc", "split": "test"}}],
             },
             "must have the split held-out, got 'test'",
+        ),
+        (
+            {"transfer": True, "claims": [TINY["claims"][0] | {"value": {"kind": "last", "of": "linear_probe"}}]},
+            "linear_probe must have the split held-out, got 'train'",
         ),
         ({"runs": {"fast": {"rate": 0.1}, "slow": {}}}, "rate"),
     ],

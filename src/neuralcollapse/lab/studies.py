@@ -18,7 +18,7 @@ from neuralcollapse.lab.recipes import load_recipe
 from neuralcollapse.lab.results.files import sole_writer, write_yaml
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.statistics import student_interval
-from neuralcollapse.lab.results.tables import GROUPS, OF_GROUPS
+from neuralcollapse.lab.results.tables import COLUMNS, GROUPS, OF_GROUPS, read_table
 from neuralcollapse.lab.results.verdicts import (
     Claim,
     Finished,
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCALES = ("small", "full")
+_HELD_OUT = "held-out"  # split of accuracies on the classes that a run held out
 _FOLDER = Path(__file__).parent / "studies"
 
 
@@ -86,7 +87,8 @@ class Study:
         ood: Sets of unknown inputs on which the scores of every kept checkpoint are evaluated: built-in sets of
             `detect`, or names whose folders are given (`StudyOptions`).
         scores: Names of these scores.
-        profile: Whether the blocks of every kept checkpoint are measured, with probes.
+        transfer: If True, the features of every kept checkpoint are evaluated on the classes that the runs held out.
+        profile: If True, the blocks of every kept checkpoint are measured, with probes.
         claims: Claims to judge.
         scales: Scales by name.
     """
@@ -101,6 +103,7 @@ class Study:
     scales: dict[str, Scale]
     ood: list[str] = field(default_factory=list)
     scores: list[str] = field(default_factory=list)
+    transfer: bool = False
     profile: bool = False
 
     def scale(self, name: str) -> Scale:
@@ -169,14 +172,14 @@ def _check(study: Study, path: Path) -> None:
         wrong += [
             f"scores must be among {', '.join(SCORES)}, got {score!r}" for score in study.scores if score not in SCORES
         ]
-    rates = _detection_metrics(study)
-    metrics = [*METRICS, *rates, *(f"{metric}_{group}" for metric, _, _ in OF_GROUPS.values() for group in GROUPS)]
+    splits = _splits_of_evaluations(study)
+    metrics = [*METRICS, *splits, *(f"{metric}_{group}" for metric, _, _ in OF_GROUPS.values() for group in GROUPS)]
     for claim in study.claims:
         unknown = [run for run in (*claim.of, *claim.than) if run not in study.runs]
         if unknown and not study.is_ufm:
             wrong.append(f"a claim is about {unknown[0]!r}, which is not one of its runs {', '.join(study.runs)}")
         for value in [claim.value] + ([] if claim.than_value is None else [claim.than_value]):
-            wrong += _wrong_with(value, study, metrics, rates)
+            wrong += _wrong_with(value, study, metrics, splits)
         if claim.than_value is not None and not claim.than:
             wrong.append("than_value belongs to a claim that compares runs")
         if claim.bound is None and (claim.relation == "like" or not claim.than):
@@ -185,25 +188,32 @@ def _check(study: Study, path: Path) -> None:
         raise ValueError(f"{str(path)!r} must be a study, and is not: {wrong[0]}")
 
 
-def _wrong_with(value: Value, study: Study, metrics: Sequence[str], rates: Sequence[str]) -> Iterator[str]:
-    """Yield what is wrong with the value of a claim, given the metrics, and those of them that are detection rates."""
+def _wrong_with(
+    value: Value, study: Study, metrics: Sequence[str], splits: Mapping[str, Sequence[str]]
+) -> Iterator[str]:
+    """Yield the errors of the value of a claim, given the names of metrics and the splits that some of them need."""
     if value.kind != "fact" and value.of not in metrics and not study.is_ufm:
         yield f"a claim is about {value.of!r}, which is not a metric{closest_names(value.of, metrics)}"
-    if value.of in rates and value.split not in study.ood:
-        yield f"a claim about {value.of} must have the split {' or '.join(study.ood)}, got {value.split!r}"
+    if value.split not in splits.get(value.of, [value.split]):
+        yield f"a claim about {value.of} must have the split {' or '.join(splits[value.of])}, got {value.split!r}"
     if value.kind not in get_args(Kind):
         yield f"kind must be one of {', '.join(get_args(Kind))}, got {value.kind!r}"
     if value.kind in ("epochs", "fall") and math.isnan(value.level):
         yield f"a claim about {value.kind} of {value.of} has no level"
 
 
-def _detection_metrics(study: Study) -> list[str]:
-    """Return the names under which claims refer to detection rates, such as ``"neco auroc"``."""
-    if not study.scores:
-        return []
-    from neuralcollapse.lab.evaluate.detection import RATES
+def _splits_of_evaluations(study: Study) -> dict[str, list[str]]:
+    """Return the names of detection rates, such as ``"neco auroc"``, and of transfer accuracies, with their splits."""
+    splits: dict[str, list[str]] = {}
+    if study.scores:
+        from neuralcollapse.lab.evaluate.detection import RATES
 
-    return [f"{score} {rate}" for score in study.scores for rate in RATES]
+        splits |= {f"{score} {rate}": study.ood for score in study.scores for rate in RATES}
+    if study.transfer:
+        from neuralcollapse.lab.evaluate.transfer import ACCURACIES
+
+        splits |= {accuracy: [_HELD_OUT] for accuracy in ACCURACIES}
+    return splits
 
 
 def study_runs(
@@ -287,8 +297,6 @@ def _results(
     study: Study, scale: str, seeds: Sequence[int], folder: RunFolder, options: StudyOptions, locks: ExitStack
 ) -> tuple[Groups, list[Path]]:
     """Train the missing runs and draw the figure; return the finished runs by name and seed, and the pictures."""
-    from neuralcollapse.lab.results.tables import read_table
-
     _check_sets(study, options)
     data = options.data
     if data is None and not options.overwrite:
@@ -299,6 +307,10 @@ def _results(
         check_class_is_named(config.in_force(), options.backbone, f"{study.name}.yaml")
         if "." in config.loss:
             raise ValueError(f"loss must be one that has a name in {study.name}.yaml, got {config.loss!r}")
+        if config.hold_out_classes is None and (study.transfer or _HELD_OUT in study.ood):
+            raise ValueError(
+                f"hold_out_classes must be given in the runs of {study.name}.yaml, which evaluates on them"
+            )
     if not options.overwrite:
         _check_existing(runs, folder)
     settings, resume = {"study": study.name, "scale": scale}, folder.config.exists() and not options.overwrite
@@ -312,6 +324,8 @@ def _results(
     all_finished = [run for of_label in finished.values() for run in of_label.values()]
     if study.ood:
         _detect(study, all_finished, options)
+    if study.transfer:
+        _transfer(all_finished, options)
     if study.profile:
         _measure_blocks(all_finished, options)
     groups: dict[str, dict[int, Finished]] = {label: {} for label in study.runs}
@@ -390,6 +404,23 @@ def _detect(study: Study, runs: Sequence[RunFolder], options: StudyOptions) -> N
             pass
 
 
+def _transfer(runs: Sequence[RunFolder], options: StudyOptions) -> None:
+    """Evaluate the features of every kept checkpoint of the runs whose last one has not been evaluated.
+
+    Raises:
+        ValueError: if a run held out no classes, or as `transfer_run`.
+    """
+    from neuralcollapse.lab.evaluate.transfer import transfer_run
+    from neuralcollapse.lab.training.runs import Preparation
+
+    preparation = Preparation(resumed=True, progress=True)
+    for run in runs:
+        if run.transfer.exists() and (read_table(run.transfer)["epoch"] == run.settings()["epochs"]).any():
+            continue
+        for _ in transfer_run(run, preparation, {}, layers=(), epochs="all", backbone=options.backbone):
+            pass
+
+
 def _measure_blocks(runs: Sequence[RunFolder], options: StudyOptions) -> None:
     """Measure the blocks, with probes, of every kept checkpoint of the runs that is not measured so yet.
 
@@ -408,8 +439,6 @@ def _measure_blocks(runs: Sequence[RunFolder], options: StudyOptions) -> None:
 
 def _is_detected(run: RunFolder, study: Study) -> bool:
     """Whether the last epoch of a run has the rates of each set and score: epochs are evaluated in their order."""
-    from neuralcollapse.lab.results.tables import read_table
-
     if not run.detection.exists():
         return False
     table = read_table(run.detection)
@@ -420,17 +449,20 @@ def _is_detected(run: RunFolder, study: Study) -> bool:
 
 
 def _measured(run: RunFolder, study: Study) -> pd.DataFrame:
-    """Return the metrics of a run; detection rates have the set as their split, and names as ``"neco auroc"``."""
+    """Return the metrics of a run with detection rates (split: the set) and transfer accuracies of its features."""
     import pandas as pd
 
-    from neuralcollapse.lab.results.tables import COLUMNS, read_table
+    from neuralcollapse.metrics.profile import FEATURES
 
-    metrics = read_table(run.metrics)
-    if not study.ood:
-        return metrics
-    rates = read_table(run.detection)
-    rates = rates.assign(split=rates["set"], metric=rates["score"] + " " + rates["metric"])
-    return pd.concat([metrics, rates[COLUMNS]], ignore_index=True)
+    tables = [read_table(run.metrics)]
+    if study.ood:
+        rates = read_table(run.detection)
+        tables.append(rates.assign(split=rates["set"], metric=rates["score"] + " " + rates["metric"])[COLUMNS])
+    if study.transfer:
+        accuracies = read_table(run.transfer)
+        accuracies = accuracies[accuracies["layer"] == FEATURES]
+        tables.append(accuracies.assign(split=_HELD_OUT)[COLUMNS])
+    return pd.concat(tables, ignore_index=True)
 
 
 def _draw(study: Study, runs: Mapping[str, list[RunFolder]], folder: RunFolder) -> list[Path]:
@@ -438,7 +470,6 @@ def _draw(study: Study, runs: Mapping[str, list[RunFolder]], folder: RunFolder) 
     from neuralcollapse.lab.figures import draw
     from neuralcollapse.lab.results.distances import add_distances
     from neuralcollapse.lab.results.groups import RunGroups
-    from neuralcollapse.lab.results.tables import read_table
 
     finished = {label: of_label for label, of_label in runs.items() if of_label}
     if not finished:
@@ -491,7 +522,7 @@ def _record(study: Study, scale: str, seeds: Sequence[int], groups: Groups) -> d
         "reduced": study.scale(scale).reduced,
         "seeds": list(seeds),
         "claims": [verdict_record(claim, judge(claim, groups)) for claim in study.claims],
-        **({"detection": _last_rates(study, groups)} if study.ood else {}),
+        **({"detection": _last_rates(study, groups)} if study.ood or study.transfer else {}),
         **({"groups": _last_of_groups(groups)} if study.figure == "groups" else {}),
         "command": " ".join([f"neuralcollapse study {study.name} --scale {scale}", *folders]),
         "training_minutes": round(sum(of_run["seconds"] for of_run in facts) / 60, 1),
@@ -501,9 +532,11 @@ def _record(study: Study, scale: str, seeds: Sequence[int], groups: Groups) -> d
 
 
 def _last_rates(study: Study, groups: Groups) -> list[dict[str, Any]]:
-    """Return for each run the last accuracy and NC1, and the AUROC of each score on each set."""
+    """Return for each run the last accuracy and NC1, the AUROC of each score on each set, and transfer accuracies."""
     quantities = {"accuracy": ("accuracy", "test"), "nc1_quotient": ("nc1_quotient", "train")}
     quantities |= {f"{name} {score}": (f"{score} auroc", name) for name in study.ood for score in study.scores}
+    if study.transfer:
+        quantities["linear_probe"] = ("linear_probe", _HELD_OUT)
     return _last_values(groups, quantities)
 
 

@@ -22,6 +22,7 @@ FIGURES |= {
         "mean and largest gradient of each layer, and of features, class means, W and b",
         f"{__name__}.gradients:gradient_flow",
     ),
+    "time": FigureEntry("accuracy and NC1 to NC3 against training time", f"{__name__}.time:against_time"),
     "groups": FigureEntry(
         "test accuracy and train NC1 of classes with many and few training images",
         f"{__name__}.groups:groups_of_classes",
@@ -30,6 +31,9 @@ FIGURES |= {
     "detection": FigureEntry("detection of unknown inputs against NC1", f"{__name__}.detection:detection"),
     "detection-scores": FigureEntry(
         "detection of unknown inputs against NC1, one panel per score", f"{__name__}.detection:detection_of_scores", 4
+    ),
+    "control": FigureEntry(
+        "NC1 of layers, and transfer and detection against NC1, at the last epoch", f"{__name__}.control:control"
     ),
     "overview": OF_RECORDS["overview"],
 }

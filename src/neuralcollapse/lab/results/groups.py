@@ -15,7 +15,7 @@ from neuralcollapse.catalogue import reference_epochs
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.labels import labels_of, title_of
 from neuralcollapse.lab.results.records import Records
-from neuralcollapse.lab.results.tables import COLUMNS, DETECTION_COLUMNS, read_table, seed_of
+from neuralcollapse.lab.results.tables import COLUMNS, DETECTION_COLUMNS, TRANSFER_COLUMNS, read_table, seed_of
 
 if TYPE_CHECKING:
     from neuralcollapse.metrics import Measurement
@@ -80,15 +80,21 @@ class RunGroups:
     @cached_property
     def detection(self) -> pd.DataFrame:
         """Detection rates: columns method (the label of the group), seed, epoch, set, score, metric, value."""
-        tables = []
+        return self._gather("detection", DETECTION_COLUMNS)
+
+    @cached_property
+    def transfer(self) -> pd.DataFrame:
+        """Transfer accuracies: columns method (the label of the group), seed, epoch, data, layer, metric, value."""
+        return self._gather("transfer", TRANSFER_COLUMNS)
+
+    def _gather(self, table: str, columns: Sequence[str]) -> pd.DataFrame:
+        """Return the rows of a table of the run folders, given by its attribute; runs without the table have none."""
+        paths = [(label, run, getattr(run, table)) for label, runs in self.groups.items() for run in runs]
         with self._noting_problems():
-            for label, runs in self.groups.items():
-                tables += [
-                    read_table(run.detection).assign(method=label, seed=seed_of(run))
-                    for run in runs
-                    if run.detection.exists()
-                ]
-        columns = ["method", "seed", *DETECTION_COLUMNS]
+            tables = [
+                read_table(path).assign(method=label, seed=seed_of(run)) for label, run, path in paths if path.exists()
+            ]
+        columns = ["method", "seed", *columns]
         return pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
 
     def gradients(self, label: str) -> list[pd.DataFrame]:
