@@ -291,7 +291,7 @@ def test_every_gradient_path_of_a_head_is_kept():
         ({"margin": -1.0}, "margin must be at least 0 .math.inf included., got -1.0"),
         ({"margin": math.nan}, "margin must be at least 0 .math.inf included., got nan"),
         ({"ignore_index": 0.5}, "ignore_index must be an integer or None, got 0.5"),
-        ({"weight": torch.ones(5, 6)}, r"features must be of shape \(..., 6\), as weight \(5, 6\) is, got \(23, 7\)"),
+        ({"weight": torch.ones(5, 6)}, r"features must be of shape \(..., 6\), to fit weight \(5, 6\), got \(23, 7\)"),
         ({"weight": torch.ones(7)}, r"weight must be of shape \(K, d\) with K at least 2, got \(7,\)"),
         ({"weight": torch.ones(1, 7)}, r"weight must be of shape \(K, d\) with K at least 2, got \(1, 7\)"),
         ({"weight": torch.ones(5, 7, dtype=torch.int)}, "weight must be a floating-point tensor, got torch.int32"),

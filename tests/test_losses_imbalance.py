@@ -174,7 +174,7 @@ def test_center_loss_with_a_radius_has_centres_of_that_norm():
         ({"prior": torch.tensor([0.5, math.inf, 0.2, 0.2, 0.2])}, "prior must be finite"),
         ({"prior": torch.ones(4)}, r"prior must be of shape \(5,\), got \(4,\)"),
         ({"prior": [1, 2, 3, 4, 5]}, "prior must be a tensor of frequencies or counts, got list"),
-        ({"prior_scale": 2.0}, "prior_scale belongs to prior, which is not given; got 2.0"),
+        ({"prior_scale": 2.0}, "prior_scale must not be given without prior, got 2.0"),
         ({"prior": torch.ones(5), "prior_scale": -1.0}, "prior_scale must be finite and at least 0, got -1.0"),
         ({"class_weights": torch.ones(3)}, r"class_weights must be of shape \(5,\), got \(3,\)"),
         ({"class_weights": torch.zeros(5)}, "class_weights must be at least 0 and not all 0, got all 0"),

@@ -233,7 +233,7 @@ def test_auto_follows_nc1_and_says_so():
     assert "do not vary within classes" in collapsed.reason
     unknown = ood.fit_score(replace(measured(features, weight, bias, targets), metrics={}))
     assert unknown.name == "energy"
-    assert "nothing is known" in unknown.reason
+    assert "is unknown" in unknown.reason
 
 
 def record(**changes):
@@ -249,7 +249,7 @@ def record(**changes):
         ((record(), "msp"), {"alpha": 1}, "score 'msp' has no options, got alpha"),
         ((record(), "nci"), {"beta": 1}, "score 'nci' accepts the options alpha, got beta"),
         ((record(), "nci"), {"alpha": -1}, "alpha must be finite and at least 0"),
-        ((record(weight=torch.empty(0, D)), "energy"), {}, r"need the weight .*; measure\(model, loader\) keeps it"),
+        ((record(weight=torch.empty(0, D)), "energy"), {}, r"need the weight .*; measure\(model, loader\) records it"),
         ((record(), "energy"), {"temperature": 0}, "temperature must be greater than 0"),
         ((record(), "vim"), {"dimension": D}, "dimension must be less than d = 12, got 12"),
         ((record(residual_norms=torch.empty(0)), "vim"), {}, r"MeasureOptions\(per_sample=True\)"),

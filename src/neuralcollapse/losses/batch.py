@@ -1,4 +1,4 @@
-"""Checked batches of features and targets, their means over samples, and rows of unit norm."""
+"""Validated batches of features and targets, means over their samples, and rows of unit norm."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from neuralcollapse._distributed import number_of_ranks, sum_over_ranks
 
 
 class Batch:
-    """Checked features (N, d) and weight (K, d) in at least fp32, targets (N,), and the weight of each sample.
+    """Validated features (N, d) and weight (K, d) in at least fp32, targets (N,), and the weight of each sample.
 
     Attributes:
-        counted: (N,), which samples count.
+        counted: (N,), whether each sample is counted.
         class_weights: (K,), or None.
     """
 
@@ -48,9 +48,9 @@ class Batch:
             self.class_weights = class_weights.detach().to(self.features)
 
     def mean(self, terms: Tensor) -> Tensor:
-        """Return the weighted mean of terms (N,) over the counted samples, or 0 if none counts.
+        """Return the weighted mean of terms (N,) over the counted samples, or 0 if no sample is counted.
 
-        With several ranks, it is a share of the mean times their number.
+        With several ranks, the result is the rank's share of the mean times the number of ranks.
         """
         counted, ranks = self.counted.to(terms.dtype), number_of_ranks()
         if self.class_weights is not None:
@@ -65,7 +65,7 @@ class Batch:
 
 
 def row_norms(rows: Tensor) -> Tensor:
-    """Return the norms of rows, (..., 1), exact also where squares overflow or vanish."""
+    """Return the norms of rows, (..., 1), which are exact even if squares overflow or underflow."""
     peaks = rows.detach().abs().amax(-1, keepdim=True)
     peaks = peaks.where(peaks > 0, 1)
     return peaks * torch.linalg.vector_norm(rows / peaks, dim=-1, keepdim=True)
@@ -78,14 +78,14 @@ def unit_rows(rows: Tensor) -> Tensor:
 
 
 def _flatten(features: Tensor, targets: Tensor, weight: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor]:
-    """Return features as (N, d) and targets as (N,), checked together with the weight."""
+    """Check the arguments, and return features as (N, d) and targets as (N,)."""
     check_floating("weight", weight)
     if weight.ndim != 2 or weight.shape[0] < 2:
         raise ValueError(f"weight must be of shape (K, d) with K at least 2, got {tuple(weight.shape)}")
     check_floating("features", features)
     if features.ndim < 2 or features.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"features must be of shape (..., {weight.shape[1]}), as weight {tuple(weight.shape)} is, "
+            f"features must be of shape (..., {weight.shape[1]}), to fit weight {tuple(weight.shape)}, "
             f"got {tuple(features.shape)}"
         )
     if isinstance(targets, Tensor) and targets.shape != features.shape[:-1]:
@@ -97,7 +97,7 @@ def _flatten(features: Tensor, targets: Tensor, weight: Tensor, ignore_index: in
 
 
 def check_class_values(name: str, values: Tensor, num_classes: int, *, positive: bool = False) -> None:
-    """Raise unless the argument is (K,) finite values of at least 0, not all 0; or all above 0."""
+    """Raise unless the argument has (K,) finite values that are at least 0 and not all 0, or that are positive."""
     if not positive or name != "prior":
         check_floating(name, values)
     elif not isinstance(values, Tensor) or values.dtype == torch.bool or values.is_complex():
@@ -120,7 +120,7 @@ def log_prior(prior: Tensor | None, prior_scale: float, like: Tensor, num_classe
     check_not_negative("prior_scale", prior_scale)
     if prior is None:
         if prior_scale != 1:
-            raise ValueError(f"prior_scale belongs to prior, which is not given; got {prior_scale!r}")
+            raise ValueError(f"prior_scale must not be given without prior, got {prior_scale!r}")
         return None
     check_class_values("prior", prior, num_classes, positive=True)
     logarithms = prior.detach().double().log() if like.device.type == "cpu" else prior.detach().to(like).log()

@@ -1,4 +1,4 @@
-"""Losses of features and class vectors: cross-entropy, on the unit sphere at a temperature, and to the own class."""
+"""Classification losses: cross-entropy, losses on the unit sphere at a temperature, and distances to class vectors."""
 
 from __future__ import annotations
 
@@ -28,10 +28,8 @@ def cross_entropy(
 ) -> Tensor:
     r"""Cross-entropy of the logits z_ik = w_kᵀh_i + b_k: mean_i [ log Σ_k e^{z_ik} − z_{i,y_i} ].
 
-    With ``bias`` b (K,), the third output of `Head.prepare`; None is 0.
-    With a prior, z_ik is w_kᵀh_i + b_k + τ log π_k.
-
-    With ``label_smoothing`` ε in [0, 1], z_{i,y_i} becomes (1−ε) z_{i,y_i} + ε/K Σ_k z_ik.
+    The argument ``bias`` is b (K,), the third output of `Head.prepare`, or None for 0. With a prior, the logits are
+    w_kᵀh_i + b_k + τ log π_k. With ``label_smoothing`` ε in [0, 1], z_{i,y_i} becomes (1−ε) z_{i,y_i} + ε/K Σ_k z_ik.
 
     Arguments, result and errors: see `neuralcollapse.losses`.
 
@@ -101,8 +99,8 @@ def decoupled_cross_entropy(
 ) -> Tensor:
     r"""Cross-entropy of cosines with a margin on the positive score.
 
-    mean_i [ log(e^{s_{i,y_i}−m} + Σ_{k≠y_i} e^{s_ik}) − s_{i,y_i} ], which is CosFace's loss minus the constant m. At
-    m = 0 it is `normface`; at m = ∞ the denominator has no positive.
+    The loss is mean_i [ log(e^{s_{i,y_i}−m} + Σ_{k≠y_i} e^{s_ik}) − s_{i,y_i} ], which is the loss of CosFace minus the
+    constant m. With m = 0 it equals `normface`; with m = ∞ the denominator does not contain the positive score.
 
     Arguments, result and errors: see `neuralcollapse.losses`.
 
@@ -132,7 +130,8 @@ def ntce(
 ) -> Tensor:
     r"""Cross-entropy over the samples of the batch (NTCE): mean_i [ log Σ_j e^{s_{j,y_i}} − s_{i,y_i} ].
 
-    The sum is over all samples j, including those of the same class: with n samples per class it is at least log n.
+    The sum is over all samples j, including those of the same class: with n samples per class, the loss is at least
+    log n.
 
     Arguments, result and errors: see `neuralcollapse.losses`.
 
@@ -160,10 +159,11 @@ def nonl(
     class_weights: Tensor | None = None,
     ignore_index: int | None = None,
 ) -> Tensor:
-    r"""Cross-entropy of each sample against the samples of other classes, by the vector of its class (NONL).
+    r"""Cross-entropy of each sample against the samples of other classes, scored by the vector of its class (NONL).
 
-    mean_i [ log(e^{s_{i,y_i}−m} + Σ_{j: y_j≠y_i} e^{s_{j,y_i}}) − s_{i,y_i} ]. The published loss has m = ∞. There, the
-    sum of a batch of one class is empty: the logarithm is left out, and on a CPU a warning is given.
+    The loss is mean_i [ log(e^{s_{i,y_i}−m} + Σ_{j: y_j≠y_i} e^{s_{j,y_i}}) − s_{i,y_i} ]. The published loss has
+    m = ∞. In that case, the sum is empty for a batch of one class: the logarithm is left out, and on a CPU a warning is
+    given.
 
     Arguments, result and errors: see `neuralcollapse.losses`.
 
@@ -195,19 +195,19 @@ def bidirectional_nonl(
 ) -> Tensor:
     r"""Cross-entropy of each sample against the samples of other classes and the vectors of other classes.
 
-    mean_i [ log(e^{s_{i,y_i}−m} + Σ_{j: y_j≠y_i} e^{s_{j,y_i}} + Σ_{k≠y_i} e^{s_ik}) − s_{i,y_i} ]: `nonl` with the
-    sample's row in the same logarithm, where `two_way` is the mean of two logarithms. A batch of one class has a term
-    at m = ∞ too.
+    The loss is mean_i [ log(e^{s_{i,y_i}−m} + Σ_{j: y_j≠y_i} e^{s_{j,y_i}} + Σ_{k≠y_i} e^{s_ik}) − s_{i,y_i} ]. It adds
+    the row of the sample to the logarithm of `nonl`, whereas `two_way` is the mean of two logarithms. The logarithm is
+    defined for batches of one class even with m = ∞.
 
     Arguments, result and errors: see `neuralcollapse.losses`.
 
-    Source: the released code of Koromilas et al., "Neural Collapse by Design" (ICML 2026), arXiv 2605.20302.
+    Source: released code of Koromilas et al., "Neural Collapse by Design" (ICML 2026), arXiv 2605.20302.
 
     Examples:
         >>> import torch
         >>> from neuralcollapse import simplex_etf
         >>> etf = simplex_etf(4)
-        >>> round(float(bidirectional_nonl(etf, torch.arange(4), etf)), 3)  # twice the terms of `nonl`: log 2 more
+        >>> round(float(bidirectional_nonl(etf, torch.arange(4), etf)), 3)  # `nonl` plus log 2: twice as many terms
         -11.542
     """
     scores = _Scores(features, targets, weight, temperature, ignore_index, class_weights, prior, prior_scale)
@@ -227,7 +227,7 @@ def two_way(
     prior_scale: float = 1.0,
     ignore_index: int | None = None,
 ) -> Tensor:
-    r"""Mean of `decoupled_cross_entropy` and `nonl` with the same margin, which treats rows and columns alike.
+    r"""Mean of `decoupled_cross_entropy` and `nonl` with the same margin, which treats rows and columns equally.
 
     Arguments, result and errors: see `neuralcollapse.losses`.
 
@@ -254,17 +254,19 @@ def dot_regression(
     class_weights: Tensor | None = None,
     ignore_index: int | None = None,
 ) -> Tensor:
-    r"""Squared difference between each feature's product with the vector of its class and the product at cosine 1.
+    r"""Squared difference between the product of each feature with its class vector and the product at cosine 1.
 
-    mean_i (w_{y_i}ᵀh_i − √(E_W E_H))² / (2√(E_W E_H)), with E_H = ‖h_i‖² and E_W = ‖w_{y_i}‖². The minimum, 0, is at
-    cosine 1, for any norms. Both norms are constants for the gradient, which in h_i is −(1 − cos) w_{y_i}: it pulls
-    each feature to the vector of its class and does not push it away from the others. Class vectors therefore have to
-    be separated already, as those of an ETF are; trained ones move together.
+    The loss is mean_i (w_{y_i}ᵀh_i − √(E_W E_H))² / (2√(E_W E_H)), with E_H = ‖h_i‖² and E_W = ‖w_{y_i}‖². Its minimum,
+    0, is at cosine 1, for any norms. The gradient treats both norms as constants; with respect to h_i it is
+    −(1 − cos) w_{y_i}. It pulls each feature towards the vector of its class and does not push it away from the others.
+    The class vectors must therefore be fixed and separated, like those of an ETF; trained class vectors would move
+    towards each other.
 
-    Features of a head with a feature norm τ have E_H = τ². Without one, E_H is each feature's squared norm.
+    Features of a head with feature norm τ have E_H = τ². Without a feature norm, E_H is the squared norm of the
+    feature.
 
-    With ``class_lengths`` (K,), positive, √E_W is given per class, and the rows of the weight give directions only.
-    Yang et al. take √(n/n_k) for n_k samples of class k in the batch, n on average.
+    With ``class_lengths`` (K,), positive, √E_W is given per class, and only the directions of the rows of the weight
+    are used. Yang et al. use √(n/n_k), where n_k is the number of samples of class k in the batch, and n its mean.
 
     Arguments, result and errors: see `neuralcollapse.losses`.
 
@@ -285,7 +287,7 @@ def dot_regression(
             check_class_values("class_lengths", class_lengths, len(weight), positive=True)
             class_vectors = unit_rows(class_vectors) * class_lengths.detach().to(class_vectors)[:, None]
         positives = class_vectors[batch.targets]
-        smallest = torch.finfo(positives.dtype).tiny  # a zero feature is pulled to its class vector as well
+        smallest = torch.finfo(positives.dtype).tiny  # zero features are pulled to their class vectors as well
         radii, lengths = (row_norms(rows.detach()).clamp_min(smallest) for rows in (batch.features, positives))
         cosines = (batch.features / radii * (positives / lengths)).sum(-1)
         return batch.mean(0.5 * (radii * lengths)[:, 0] * (cosines - 1).square())
@@ -302,15 +304,16 @@ def center_loss(
 ) -> Tensor:
     r"""Squared distance of each feature from the vector of its class: mean_i ½‖h_i − w_{y_i}‖².
 
-    With the rows of a head as centres, it pulls the features to where the head would have them, and the rows to their
-    features if they are trained. Like `dot_regression` it does not push classes apart.
+    With the rows of a head as centres, the loss pulls features towards the row of their class and, if the rows are
+    trained, the rows towards the features. Like `dot_regression`, it does not push classes apart.
 
-    With ``radius`` ρ > 0, the centres are ρ w_k/‖w_k‖: for unit rows and features of norm τ, take τ. By default w_k.
+    By default the centres are w_k; with ``radius`` ρ > 0 they are ρ w_k/‖w_k‖. For unit rows and features of norm τ,
+    use ρ = τ.
 
     Arguments, result and errors: see `neuralcollapse.losses`.
 
     Source: Wen et al., "A discriminative feature learning approach for deep face recognition" (ECCV 2016), equation 2,
-    divided by the number of samples; there the centres are moving class means.
+    divided by the number of samples; in that paper, the centres are moving class means.
 
     Examples:
         >>> import torch
@@ -375,7 +378,7 @@ class _Scores(Batch):
         empty = self.counted & ~nonempty
         if empty.device.type == "cpu" and values_readable(empty) and bool(empty.any()):
             warnings.warn(
-                "a batch of one class has no samples of other classes: its logarithm is left out of the loss "
+                "the batch has no samples of other classes: the logarithm is left out of the loss "
                 "(use larger batches or a finite margin)",
                 stacklevel=3,
             )
@@ -383,13 +386,13 @@ class _Scores(Batch):
 
 
 def _log_sum_of_columns(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the log-sum-exp of each column over all ranks (K,), and whether the column has a term.
+    """Return the log-sum-exp of each column over all ranks (K,), and whether the column has any term.
 
-    Where all scores are −∞, the result is −∞, with a gradient of 0.
+    If all scores of a column are −∞, the result is −∞, with gradient 0.
     """
     rows = scores if len(scores) else scores.new_full((1, scores.shape[1]), -math.inf)
     greatest = greatest_over_ranks(rows.amax(0))
-    nonempty = greatest != -math.inf  # NaN is passed on
+    nonempty = greatest != -math.inf  # NaN counts as nonempty, so that it propagates
     greatest = greatest.where(nonempty, 0)
     sums = sum_over_ranks((scores - greatest).exp().sum(0))
     return (greatest + sums.where(nonempty, 1).log()).where(nonempty, -math.inf), nonempty

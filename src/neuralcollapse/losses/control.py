@@ -1,4 +1,4 @@
-"""Losses of features alone, which raise or lower collapse: variability, nearest neighbours, supervised contrast."""
+"""Losses of features alone, which increase or decrease collapse: variability, KoLeo and supervised contrastive loss."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from neuralcollapse._checks import (
 from neuralcollapse._distributed import gather_over_ranks
 from neuralcollapse.losses.batch import row_norms, unit_rows
 
-# Added to the distance of nearest neighbours, whose logarithm is taken; as in the published regulariser.
+# Added to the distance of nearest neighbours before the logarithm, as in the published regulariser.
 _SMALLEST_DISTANCE = 1e-8
 
 
@@ -36,33 +36,34 @@ def variability(
     detach_between: bool = False,
     ignore_index: int | None = None,
 ) -> Tensor:
-    r"""Within-class over between-class variability of the batch, tr S_W / tr S_B, or its logarithm.
+    r"""Ratio of within-class to between-class variability of the batch, tr S_W / tr S_B, or its logarithm.
 
-    tr S_W = mean_k (1/n_k) Σ_{i: y_i=k} ‖h_i − μ_k‖² over the classes with at least two samples in the batch, and
-    tr S_B = mean_k ‖μ_k − μ‖² over its classes, with μ the mean of the class means μ_k. It is NC1 (the quotient
-    `nc1_quotient`) of the batch. Minimising it collapses the features; with ``sign=-1``, minimising the negative value
-    prevents that. It does not change if all features are scaled or shifted.
+    Here tr S_W = mean_k (1/n_k) Σ_{i: y_i=k} ‖h_i − μ_k‖² over the classes with at least two samples in the batch, and
+    tr S_B = mean_k ‖μ_k − μ‖² over all classes in the batch, with μ the mean of the class means μ_k. The ratio is NC1
+    (`nc1_quotient`) of the batch. Minimising it collapses the features; with ``sign=-1``, its negative is minimised,
+    which prevents collapse. It is invariant to scaling and shifting all features.
 
-    The logarithm has no lower bound: near collapse its gradient grows as 1/‖h_i − μ_k‖. The ratio's vanishes there.
-    With sign −1 both are unbounded: the gradient grows as the class means meet, and large steps overshoot. A small
-    weight or ``detach_between=True``, which leaves the class means to the other losses, prevents that.
+    The logarithm has no lower bound: near collapse, its gradient grows as 1/‖h_i − μ_k‖, whereas the gradient of the
+    ratio vanishes. With sign −1, both are unbounded below: the gradient grows as the class means approach each other,
+    and large steps overshoot. To prevent this, use a small weight or ``detach_between=True``, with which only the other
+    losses move the class means.
 
-    If no class has two samples, or there is one class only, the loss is 0 without gradient; on a CPU a warning is
+    If no class has two samples, or the batch has a single class, the loss is 0 without gradient; on a CPU a warning is
     given. Memory grows with N².
 
     Args:
         features: (..., d), floating.
         targets: (...), integers.
-        sign: 1: minimising the loss collapses; −1: it prevents collapse.
+        sign: 1: minimising the loss collapses the features; −1: it prevents collapse.
         of: ``"log"`` or ``"ratio"``.
-        detach_between: Whether tr S_B is a constant for the gradient, so that only distances within classes change.
+        detach_between: Whether the gradient treats tr S_B as constant, so that only distances within classes change.
         ignore_index: Target of samples that are left out.
 
     Returns:
-        A scalar: of the samples of all ranks, the same on each.
+        A scalar, computed from the samples of all ranks and equal on all ranks.
 
     Raises:
-        ValueError: if an argument has another shape or kind; on a CPU also if features are not finite.
+        ValueError: if an argument has the wrong shape or type; on a CPU also if features are not finite.
 
     Examples:
         >>> import torch
@@ -78,7 +79,7 @@ def variability(
     check_bool("detach_between", detach_between)
     rows, same, _ = _gathered(features, targets, ignore_index)
     with torch.autocast(features.device.type, enabled=False):
-        counts = same.sum(1)  # of the sample's class; 0 for samples left out
+        counts = same.sum(1)  # size of the sample's class; 0 for samples that are left out
         shares = 1 / counts.clamp_min(1)
         # Sums over classes are sums over samples with weight 1/n_k.
         of_classes = shares.where(counts > 0, 0)
@@ -110,25 +111,25 @@ def koleo(
 ) -> Tensor:
     r"""Negative mean logarithm of the distance to the nearest neighbour (KoLeo): −mean_i log min_{j≠i} ‖u_i − u_j‖.
 
-    It is, up to constants, the Kozachenko-Leonenko estimate of the negative entropy of the unit features u. Minimising
-    it spreads them over the sphere, against collapse. A small constant, 1e-8, is added to distances. Samples without
-    another one to compare with are left out; if there are none, the loss is 0. Memory grows with N².
+    Up to constants, this is the Kozachenko-Leonenko estimate of the negative entropy of the unit features u. Minimising
+    it spreads the features over the sphere, which counteracts collapse. A small constant, 1e-8, is added to distances.
+    Samples without a neighbour are left out; if all samples are left out, the loss is 0. Memory grows with N².
 
     Args:
         features: (..., d), floating.
-        targets: (...), integers, for ``within_classes`` and ``ignore_index``; not used otherwise.
-        within_classes: Whether neighbours are sought among the samples of the same class only, so that the classes
-            themselves are not spread.
+        targets: (...), integers, used only with ``within_classes`` or ``ignore_index``.
+        within_classes: Whether neighbours are restricted to samples of the same class, so that samples spread within
+            their class but classes are not pushed apart.
         ignore_index: Target of samples that are left out.
 
     Returns:
-        A scalar: of the samples of all ranks, the same on each.
+        A scalar, computed from the samples of all ranks and equal on all ranks.
 
     Raises:
-        ValueError: if an argument has another shape or kind, or targets are needed and missing; on a CPU also if
+        ValueError: if an argument has the wrong shape or type, or targets are needed and missing; on a CPU also if
             features are not finite.
 
-    Source: Sablayrolles et al., "Spreading vectors for similarity search" (ICLR 2019). Against neural collapse: Harun,
+    Source: Sablayrolles et al., "Spreading vectors for similarity search" (ICLR 2019). Use against collapse: Harun,
     Gallardo, Kanan, "Controlling neural collapse enhances out-of-distribution detection and transfer learning"
     (ICML 2025).
 
@@ -151,7 +152,7 @@ def koleo(
         candidates = same.bool() if within_classes else counted[:, None] & counted[None, :]
         candidates = candidates & ~torch.eye(len(rows), dtype=torch.bool, device=rows.device)
         with torch.no_grad():
-            # Small distances are lost in cosines: they choose the neighbour, and the difference gives the distance.
+            # Cosines lose small distances: they determine the neighbour, and the difference gives the distance.
             nearest = (units @ units.T).masked_fill(~candidates, -math.inf).argmax(1)
         distances = row_norms(units - units[nearest])[:, 0]
         has_neighbour = candidates.any(1)
@@ -162,8 +163,9 @@ def koleo(
 def supcon(features: Tensor, targets: Tensor, *, temperature: float = 0.1, ignore_index: int | None = None) -> Tensor:
     r"""Supervised contrastive loss: mean_i −1/|P_i| Σ_{p∈P_i} log( e^{u_i·u_p/t} / Σ_{j≠i} e^{u_i·u_j/t} ).
 
-    P_i are the other samples of the class of i in the batch. Samples whose class has no other sample are left out of
-    the mean; if there are none, the loss is 0, and on a CPU a warning is given. Memory grows with N².
+    Here P_i is the set of the other samples of the class of i in the batch. Samples whose class has no other sample are
+    left out of the mean. If all samples are left out, the loss is 0, and on a CPU a warning is given. Memory grows with
+    N².
 
     Args:
         features: (..., d), floating.
@@ -172,10 +174,10 @@ def supcon(features: Tensor, targets: Tensor, *, temperature: float = 0.1, ignor
         ignore_index: Target of samples that are left out.
 
     Returns:
-        A scalar: of the samples of all ranks, the same on each.
+        A scalar, computed from the samples of all ranks and equal on all ranks.
 
     Raises:
-        ValueError: if an argument has another shape or kind, or the temperature is not positive; on a CPU also if
+        ValueError: if an argument has the wrong shape or type, or the temperature is not positive; on a CPU also if
             features are not finite.
 
     Source: Khosla et al., "Supervised contrastive learning" (NeurIPS 2020), equation 2. Its optimum is a simplex ETF:
@@ -201,7 +203,7 @@ def supcon(features: Tensor, targets: Tensor, *, temperature: float = 0.1, ignor
         scores = units @ units.T / temperature
         others = counted[None, :] & ~itself
         number = positives.sum(1)
-        is_anchor = number > 0  # and then has another sample in its sum
+        is_anchor = number > 0  # the sum of an anchor is then not empty
         sums = scores.masked_fill(~others & is_anchor[:, None], -math.inf).logsumexp(1)
         terms = (sums - (positives * scores).sum(1) / number.clamp_min(1)).where(is_anchor, 0)
         _warn_unless(
@@ -212,9 +214,9 @@ def supcon(features: Tensor, targets: Tensor, *, temperature: float = 0.1, ignor
 
 
 def _gathered(features: Tensor, targets: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the samples of all ranks: features (N, d), whether two have the same class (N, N), and which count (N,).
+    """Return the samples of all ranks: features (N, d), whether classes are equal (N, N), and which are counted (N,).
 
-    Samples that are left out have features 0 and the class of no sample.
+    Samples that are left out have features 0 and do not share a class with any sample.
     """
     check_ignore_index(ignore_index)
     check_floating("features", features)
@@ -235,6 +237,6 @@ def _gathered(features: Tensor, targets: Tensor, ignore_index: int | None) -> tu
 
 
 def _warn_unless(defined: Tensor, message: str) -> None:
-    """Warn of a batch without a value, where reading it does not wait for a device."""
+    """Warn about a batch without a defined loss; on accelerators the flag is not read, which avoids a device sync."""
     if defined.device.type == "cpu" and values_readable(defined) and not bool(defined):
         warnings.warn(message, stacklevel=3)

@@ -1,4 +1,4 @@
-"""Losses of a named layer's output, added to the loss of training."""
+"""Regularisers: losses of the output of a named layer, to add to the training loss."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from neuralcollapse._checks import check_integers, check_module, is_number
 
 
 class Regulariser:
-    """Weighted loss of the output of a layer; made by `regularise`.
+    """Weighted loss of the output of a layer, as returned by `regularise`.
 
     Attributes:
         layer: Name of the layer.
@@ -32,16 +32,16 @@ class Regulariser:
             self._output = output
 
     def __call__(self, targets: Tensor) -> Tensor:
-        """Return the weighted loss of the layer's last output with gradients, which is then forgotten.
+        """Return the weighted loss of the layer's last output with gradients; the output is then released.
 
-        An output (N, T, d) is averaged over tokens and (N, C, H, W) over positions, unless targets have its shape
-        without the last dimension.
+        An output (N, T, d) is averaged over tokens, and (N, C, H, W) over positions, unless the shape of the targets is
+        that of the output without the last dimension.
 
         Args:
             targets: (N,), or the shape of the output without its last dimension; integers.
 
         Raises:
-            ValueError: if the layer did not run with gradients since the last call, its output does not fit the
+            ValueError: if the layer has not run with gradients since the last call, its output does not fit the
                 targets, or targets are not integers.
         """
         check_integers("targets", targets)
@@ -60,7 +60,7 @@ class Regulariser:
         return self.weight * self.loss(output, targets)
 
     def remove(self) -> None:
-        """Detach from the layer."""
+        """Remove the hook from the layer."""
         self._handle.remove()
         self._output = None
 
@@ -70,19 +70,19 @@ def regularise(
 ) -> Regulariser:
     """Return a weighted loss of a layer's output, to add to the loss of each training step.
 
-    The model is run as before. A hook keeps the output of the layer until the regulariser is called with the targets.
-    With `variability` and a negative weight, or ``sign=-1``, it prevents collapse at the layer; with a positive one it
-    adds to it.
+    The model is called as before. A hook stores the output of the layer until the regulariser is called with the
+    targets. With `variability` and a negative weight, or with ``sign=-1``, the regulariser prevents collapse at the
+    layer; with a positive weight, it promotes collapse.
 
     Args:
-        model: Any module. Under ``torch.compile``, call this first.
+        model: Any module. If it is compiled, call this function before ``torch.compile``.
         layer: Dotted name of the layer in the model.
         loss: Function of features (N, d) and targets (N,), such as `variability`, `koleo`, `supcon`, or a
             ``functools.partial`` of one.
         weight: Finite factor of the loss, other than 0.
 
     Returns:
-        A function of the targets; its ``remove()`` detaches it.
+        A function of the targets; its method ``remove()`` removes the hook.
 
     Raises:
         ValueError: if the model is not a module or has no such layer, the loss cannot be called, or the weight is 0 or

@@ -1,4 +1,4 @@
-"""Out-of-distribution scores fitted to one measurement, and how well they detect.
+"""Out-of-distribution scores fitted to a measurement, and the evaluation of their detection rates.
 
 The functions of `neuralcollapse.ood.scores` are formulas; `fit_score` fits them to the record that `measure` returns.
 """

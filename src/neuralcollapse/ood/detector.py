@@ -1,4 +1,4 @@
-"""A module that gives the out-of-distribution score of each input of a model."""
+"""Module that computes the out-of-distribution score of each input of a model."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from neuralcollapse.ood.fit import fit_score
 
 
 class Detector(KeepsFullPrecision):
-    """Module from inputs of a model to out-of-distribution scores (N,); greater is more in-distribution.
+    """Module that maps inputs of a model to out-of-distribution scores (N,); greater is more in-distribution.
 
-    The model runs as it is; the features, that is what the weight of its classifier multiplies, are read by a hook. The
-    score is computed from them in at least fp32, outside autocast. The fitted tensors are buffers, in fp64 for a model
-    in fp64, otherwise in fp32; they stay so if the detector is cast to a lower precision. The detector, and with it the
-    model, starts in evaluation mode. ``torch.compile(detector)`` compiles model and score; a compiled model runs
-    uncompiled in a detector.
+    The model itself is not changed. A hook reads the features, the tensor that the weight of the classifier multiplies,
+    and the score is computed from them in at least fp32, outside autocast. The fitted tensors are buffers, in fp64 for
+    an fp64 model, otherwise in fp32; they keep this dtype if the detector is cast to a lower precision. Initially, the
+    detector, and hence the model, is in evaluation mode. ``torch.compile(detector)`` compiles model and score; a model
+    that is already compiled runs uncompiled in a detector.
 
     Args:
         model: The measured model.
-        measurement: Its measurement on the training data.
+        measurement: Measurement of the model on the training data.
         score: One of `SCORES`, or ``"auto"``, as for `fit_score`.
         classifier: The classifier or its dotted name, if several modules have the measured weight.
         **options: Options of the score, as for `fit_score`.
 
     Attributes:
         score: Name of the score.
-        reason: Reason of its choice with ``"auto"``, otherwise empty.
+        reason: Reason for the choice with ``"auto"``, otherwise empty.
         feature_dim: d.
 
     Raises:
-        ValueError: if no module of the model, or several, have the measured weight and bias; or as for `fit_score`.
+        ValueError: if not exactly one module of the model has the measured weight and bias, or as for `fit_score`.
 
     Examples:
         >>> import neuralcollapse as nc
@@ -121,10 +121,10 @@ class Detector(KeepsFullPrecision):
         """Return the scores (...) of features (..., d).
 
         Args:
-            features: What the weight of the classifier multiplies.
+            features: The tensor that the weight of the classifier multiplies.
 
         Raises:
-            ValueError: if the features have another d or are not floating point.
+            ValueError: if the features have the wrong d or are not floating point.
         """
         check_floating("features", features)
         if features.ndim < 2 or features.shape[-1] != self.feature_dim:
@@ -142,10 +142,10 @@ class Detector(KeepsFullPrecision):
     def threshold(
         self, loader: Iterable[Any], tpr: float = 0.95, *, unpack: Unpack | None = None, progress: bool = True
     ) -> float:
-        """Return the greatest score that at least a share ``tpr`` of held-out in-distribution inputs reach.
+        """Return the greatest score that is reached by at least a share ``tpr`` of held-out in-distribution inputs.
 
-        Inputs with ``detector(x) >= threshold`` are accepted. Training data give a threshold that is too high, because
-        the detector was fitted to them.
+        Inputs with ``detector(x) >= threshold`` are accepted. Do not use training data, for which the threshold would
+        be too high, because the detector was fitted to them.
 
         Args:
             loader: Held-out in-distribution data, as for `measure`; targets are not used.
@@ -170,20 +170,20 @@ class Detector(KeepsFullPrecision):
 
 
 def unpack_inputs(batch: Any) -> tuple[Any, Any]:
-    """Return the input and, if there is one, the target of a batch."""
+    """Return the input of a batch, and its target or None."""
     if isinstance(batch, tuple | list) and len(batch) == 1:
         return batch[0], None
     return unpack_pair(batch)
 
 
 def check_rate(tpr: object) -> None:
-    """Raise unless the argument is in (0, 1]."""
+    """Raise a `ValueError` unless the argument is in (0, 1]."""
     if not (is_number(tpr) and 0 < tpr <= 1):
         raise ValueError(f"tpr must be in (0, 1], got {tpr!r}")
 
 
 def threshold_at(scores: Tensor, tpr: float) -> Tensor:
-    """Return the greatest of the scores (n,) that a share of at least ``tpr`` of them reach.
+    """Return the greatest of the scores (n,) that is reached by a share of at least ``tpr`` of them.
 
     Examples:
         >>> threshold_at(torch.tensor([1.0, 2, 3, 4]), 0.75)
@@ -191,5 +191,5 @@ def threshold_at(scores: Tensor, tpr: float) -> Tensor:
     """
     if scores.isnan().any():
         raise ValueError(f"scores must not be NaN, got {int(scores.isnan().sum()):,} NaN of {len(scores):,}")
-    accepted = math.ceil(tpr * len(scores) - 1e-9)  # 0.7 · 10 is 7.000000000000001
+    accepted = math.ceil(tpr * len(scores) - 1e-9)  # in floating point, 0.7 · 10 is 7.000000000000001
     return scores.sort(descending=True).values[max(accepted, 1) - 1]

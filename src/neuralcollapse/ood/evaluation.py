@@ -1,4 +1,4 @@
-"""Rates at which out-of-distribution scores separate in-distribution data from other data."""
+"""Evaluation of how well out-of-distribution scores separate in-distribution data from other data."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Row(NamedTuple):
     Attributes:
         set: Name of the set.
         score: Name of the score.
-        auroc: Area under the ROC curve; 0.5 for scores that do not separate.
+        auroc: Area under the ROC curve; 0.5 for scores that do not separate the sets.
         fpr95: Share of the set that is accepted at the threshold that accepts 95% of the test data.
-        aupr_in: Average precision of the detection of test data.
-        aupr_out: Average precision of the detection of the set.
-        reason: Reason if the values are NaN, otherwise empty.
+        aupr_in: Average precision in detecting the test data.
+        aupr_out: Average precision in detecting the set.
+        reason: Reason for NaN values, otherwise empty.
     """
 
     set: str
@@ -54,8 +54,8 @@ class Evaluation:
 
     Attributes:
         rows: One row per set and score.
-        scores: Score to set to its scores (N,) in fp64; ``"test"`` is the test data. Scores that are not defined for
-            the measurement are missing.
+        scores: Name of each score to a dictionary from set to values (N,) in fp64; ``"test"`` is the test data. Scores
+            that are not defined for the measurement are absent.
     """
 
     rows: list[Row]
@@ -68,7 +68,7 @@ class Evaluation:
         return pandas.DataFrame(self.rows, columns=Row._fields)
 
     def plot(self) -> Figure:
-        """Draw the distributions of each score on the test data and on each set, one panel per score.
+        """Draw the distributions of each score on the test data and on each set, with one panel per score.
 
         Raises:
             ValueError: if no score is defined.
@@ -77,7 +77,7 @@ class Evaluation:
 
         names = [name for name, sets in self.scores.items() if not any(map(_is_undefined, sets.values()))]
         if not names:
-            raise ValueError("a figure needs at least one score that is defined, got none")
+            raise ValueError("a figure needs at least one defined score, got none")
         columns = min(3, len(names))
         lines = math.ceil(len(names) / columns)
         figure = Figure(figsize=(4 * columns, 2.6 * lines), layout="constrained")
@@ -93,7 +93,7 @@ class Evaluation:
         return figure
 
     def __repr__(self) -> str:
-        """The table, and the reasons of undefined values."""
+        """Return the table, and the reasons for undefined values."""
         width = max(len(str(row.set)) for row in self.rows) + 2
         lines = [f"{'set':{width}}{'score':22}{'AUROC':>8}{'FPR95':>8}{'AUPR in':>9}{'AUPR out':>10}"]
         lines += [
@@ -118,25 +118,24 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate how well scores separate test data from out-of-distribution sets.
 
-    The model runs once over each loader, in evaluation mode, for all scores; afterwards every module has its former
-    mode. A score that is undefined for the measurement, or NaN for an input, is not ranked: its rows are NaN, with the
-    reason.
+    The model runs once over each loader for all scores, in evaluation mode; afterwards the mode of every module is
+    restored. If a score is undefined for the measurement, or NaN for an input, its rows are NaN and contain the reason.
 
     Args:
         model: The measured model.
-        measurement: Its measurement on the training data.
-        test_loader: Held-out in-distribution data: batches of inputs, or ``(input, target)`` pairs, whose targets are
+        measurement: Measurement of the model on the training data.
+        test_loader: Held-out in-distribution data: batches of inputs, or ``(input, target)`` pairs whose targets are
             ignored.
-        ood: Name to loader of each out-of-distribution set, with or without targets.
-        scores: ``"all"`` of `SCORES` but ``"knn"``, which needs training features; names of scores; or fitted scores,
-            by any name.
+        ood: Loader of each out-of-distribution set by name, with or without targets.
+        scores: ``"all"``: all of `SCORES` except ``"knn"``, which needs training features; names of scores; or a
+            dictionary of fitted scores by any name.
         classifier: The classifier or its dotted name, if several modules have the measured weight.
         unpack: Function of a batch that returns ``(inputs, targets)``, as for `measure`.
         progress: Show a progress bar.
 
     Raises:
-        ValueError: if no module of the model has the measured weight or computes its output, a loader is empty, or a
-            name of a set or score is invalid. The model is then left unchanged.
+        ValueError: if no module of the model has the measured weight or computes the output of the model, a loader is
+            empty, or the name of a set or score is invalid. The model is then left unchanged.
 
     Examples:
         >>> import neuralcollapse as nc
@@ -170,7 +169,7 @@ def evaluate(
 
 
 def _checked_loaders(test_loader: Iterable[Any], ood: Mapping[str, Iterable[Any]]) -> dict[str, Iterable[Any]]:
-    """Return all loaders by name, the test data first."""
+    """Return all loaders by name, beginning with the test data."""
     if not isinstance(ood, Mapping) or not ood:
         raise ValueError(f"ood must name at least one set, as {{'svhn': loader}}, got {ood!r}")
     for label, loader in {TEST: test_loader, **ood}.items():
@@ -182,7 +181,7 @@ def _checked_loaders(test_loader: Iterable[Any], ood: Mapping[str, Iterable[Any]
 
 
 def _requested(measurement: Measurement, scores: object) -> dict[str, FittedScore | str]:
-    """Return the fitted scores by name; for a score that is not defined, the reason."""
+    """Return the fitted scores by name, or the reason if a score is not defined."""
     if isinstance(scores, Mapping):
         if not scores or not all(isinstance(score, FittedScore) for score in scores.values()):
             raise ValueError("scores must be names or map names to fitted scores (fit_score)")
@@ -206,7 +205,7 @@ def _requested(measurement: Measurement, scores: object) -> dict[str, FittedScor
 def _scores_of(
     run: ModelRun, loader: Iterable[Any], argument: str, description: str, fitted: Mapping[str, FittedScore]
 ) -> dict[str, list[Tensor]]:
-    """Return the scores of each batch of a loader; errors name the argument, the progress bar has the description."""
+    """Return the scores of each batch of a loader; errors name the argument, the progress bar shows the description."""
     parts: dict[str, list[Tensor]] = {name: [] for name in fitted}
     moved: dict[str, FittedScore] = {}
     count = 0
@@ -239,14 +238,14 @@ def _row(label: str, name: str, sets: Mapping[str, Tensor]) -> Row:
 
 
 def auroc(inside: Tensor, outside: Tensor) -> float:
-    """Area under the ROC curve: the probability that an inside score exceeds an outside one; ties count half.
+    """Area under the ROC curve: probability that an inside score exceeds an outside score, where ties count half.
 
     Args:
         inside: (n,) scores of in-distribution data.
         outside: (m,) scores of out-of-distribution data.
 
     Raises:
-        ValueError: if a set is empty or has NaN.
+        ValueError: if a set is empty or contains NaN.
 
     Examples:
         >>> auroc(torch.tensor([2.0, 3.0]), torch.tensor([1.0, 2.0]))
@@ -259,7 +258,7 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
 
 
 def fpr_at_tpr(inside: Tensor, outside: Tensor, tpr: float = 0.95) -> float:
-    """Share of outside scores that reach the greatest threshold reached by a share of ``tpr`` of the inside ones.
+    """Share of outside scores that reach the greatest threshold that a share ``tpr`` of the inside scores reaches.
 
     Args:
         inside: (n,) scores of in-distribution data.
@@ -267,7 +266,7 @@ def fpr_at_tpr(inside: Tensor, outside: Tensor, tpr: float = 0.95) -> float:
         tpr: True-positive rate, in (0, 1].
 
     Raises:
-        ValueError: if a set is empty or has NaN, or ``tpr`` is out of range.
+        ValueError: if a set is empty or contains NaN, or ``tpr`` is out of range.
 
     Examples:
         >>> fpr_at_tpr(torch.tensor([2.0, 3.0]), torch.tensor([1.0, 2.0]))
@@ -279,14 +278,14 @@ def fpr_at_tpr(inside: Tensor, outside: Tensor, tpr: float = 0.95) -> float:
 
 
 def aupr(positive: Tensor, negative: Tensor) -> float:
-    """Average precision: the mean precision at the positive scores as thresholds.
+    """Average precision: mean precision over the positive scores as thresholds.
 
     Args:
-        positive: (n,) scores of what is to be detected.
-        negative: (m,) scores of the others.
+        positive: (n,) scores of the data to detect.
+        negative: (m,) scores of the other data.
 
     Raises:
-        ValueError: if a set is empty or has NaN.
+        ValueError: if a set is empty or contains NaN.
 
     Examples:
         >>> aupr(torch.tensor([2.0, 3.0]), torch.tensor([1.0, 2.0]))

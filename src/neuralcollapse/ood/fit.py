@@ -1,4 +1,4 @@
-"""Fits of out-of-distribution scores to a measurement, in one step and without the training data."""
+"""Fits of out-of-distribution scores to a measurement, without a further pass over the training data."""
 
 from __future__ import annotations
 
@@ -28,23 +28,24 @@ from neuralcollapse.metrics.samples import FeatureCache
 from neuralcollapse.metrics.statistics import ClassStatistics, class_statistics
 from neuralcollapse.ood import scores
 
-# From the studies ood-digits and ood-mnist (docs/ood.md; mean AUROC of five heads on three unknown sets, 15 pairs): the
-# rule is at most 0.09 behind the best of eight scores, and ahead of energy for features that are not collapsed and NCI
-# for collapsed ones in 12 pairs, which on photographs are up to 0.91 behind. The data that it was made from.
+# Threshold of the rule for "auto", chosen on the studies ood-digits and ood-mnist (docs/ood.md; mean AUROC of five
+# heads on three unknown sets, 15 pairs). On the same data, the rule is at most 0.09 behind the best of eight scores. In
+# 12 pairs it is ahead of another rule, energy for features that are not collapsed and NCI for collapsed features, which
+# on photographs is up to 0.91 behind.
 COLLAPSED = 0.1
 
 
 @dataclass(frozen=True, eq=False)
 class FittedScore:
-    """A score with all that it needs, a function of features (N, d).
+    """Score with its fitted arguments, a function of features (N, d).
 
     Attributes:
         name: Name of the score.
         function: Function of `neuralcollapse.ood.scores`.
         feature_dim: d.
-        tensors: Its fitted arguments, in fp64 on the CPU.
-        numbers: Its other arguments.
-        reason: Reason of the choice with ``"auto"``, otherwise empty.
+        tensors: Fitted arguments of the function, in fp64 on the CPU.
+        numbers: Other arguments of the function.
+        reason: Reason for the choice with ``"auto"``, otherwise empty.
     """
 
     name: str
@@ -55,14 +56,14 @@ class FittedScore:
     reason: str = ""
 
     def to(self, device: torch.device, dtype: torch.dtype) -> FittedScore:
-        """Return the score with its tensors on a device and in a dtype."""
+        """Return the score with its tensors on the given device and in the given dtype."""
         return replace(self, tensors={name: tensor.to(device, dtype) for name, tensor in self.tensors.items()})
 
     def __call__(self, features: Tensor) -> Tensor:
         """Return the scores (N,) of features (N, d), computed in at least fp32 and in the dtype of the features.
 
         Raises:
-            ValueError: if the features have another shape or are not floating point.
+            ValueError: if the features have the wrong shape or are not floating point.
         """
         check_features(features, self.feature_dim)
         features = features.to(compute_dtype(features.dtype))
@@ -72,27 +73,27 @@ class FittedScore:
 def fit_score(measurement: Measurement, score: str = "auto", **options: Any) -> FittedScore:
     """Fit a score to the record of the training data.
 
-    Everything is computed from the moments, the weight and the bias of the record and, for the α of ViM, from its mean
-    greatest logit and mean residual norms, in O(K d² + d³) time and O(K d + d²) memory, whatever the number of samples.
-    Classes without samples have no class mean: scores of class means treat their inputs as out of distribution. Scores
-    of logits use all rows of the weight.
+    The fit uses the moments, the weight and the bias of the record and, for the α of ViM, its mean greatest logit and
+    mean residual norms. It takes O(K d² + d³) time and O(K d + d²) memory, regardless of the number of samples. Classes
+    without samples have no class mean: scores based on class means treat their inputs as out of distribution. Scores
+    based on logits use all rows of the weight.
 
     Args:
         measurement: Measurement of the training data.
-        score: One of `SCORES`, or ``"auto"``: ``"mahalanobis"`` if ``nc1_quotient`` of the record is at most 0.1,
-            ``"ncm"`` if they do not vary within classes at all, otherwise ``"relative_mahalanobis"``; ``"energy"`` if
-            ``nc1_quotient`` is not defined. The rule comes from two studies, of digits and of MNIST;
+        score: One of `SCORES`, or ``"auto"``, which selects ``"mahalanobis"`` if ``nc1_quotient`` of the record is at
+            most 0.1 (but ``"ncm"`` if the features do not vary within classes at all), ``"relative_mahalanobis"`` if it
+            is greater, and ``"energy"`` if it is not defined. The rule comes from two studies, of digits and of MNIST;
             `neuralcollapse.ood.evaluate` compares all scores on your data.
-        **options: Options of the score: ``temperature`` (1) of ``energy``; ``dimension`` of the principal space of
-            ``vim`` and ``residual`` (1000 from d = 2048, 512 from d = 768, otherwise d // 2) and ``alpha`` of ``vim``;
-            ``alpha`` (1e-4) of ``nci``; ``standardise`` (True), ``times_max_logit`` (False) and ``dimension`` of
-            ``neco``: a number, a share of the variance below 1, or by default K − 1, K the number of classes with
-            samples; ``bank``, training features (n, d) or a cache of them, and ``k`` (50) of ``knn``. Directions
-            without variance are left out of principal spaces.
+        **options: Options of the score. ``energy``: ``temperature`` (1). ``vim`` and ``residual``: ``dimension`` of the
+            principal space (1000 if d ≥ 2048, 512 if d ≥ 768, otherwise d // 2). ``vim``: ``alpha``. ``nci``: ``alpha``
+            (1e-4). ``neco``: ``standardise`` (True), ``times_max_logit`` (False), and ``dimension``: a number, a share
+            of the variance below 1, or by default K − 1, K the number of classes with samples. ``knn``: ``bank``,
+            training features (n, d) or a cache of them, and ``k`` (50). Directions without variance are left out of
+            principal spaces.
 
     Raises:
         ValueError: if the score or an option is unknown, or the score is not defined for the record; the message says
-            what is missing, and which option of `measure` keeps it.
+            what is missing, and which option of `measure` provides it.
 
     Examples:
         >>> import neuralcollapse as nc
@@ -127,12 +128,12 @@ def _choose(record: Record) -> tuple[str, str]:
     """Return the score for ``"auto"``, and the reason."""
     value = record.measurement.metrics.get("nc1_quotient", math.nan)
     if math.isnan(value):
-        return "energy", "nc1_quotient is not defined, so that nothing is known of the collapse of the features"
+        return "energy", "nc1_quotient is not defined, so that the collapse of the features is unknown"
     if value > COLLAPSED:
         reason = f"nc1_quotient = {value:.3g} is above {COLLAPSED}: the features are not near collapse"
         return "relative_mahalanobis", reason
     if not record.varies(torch.linalg.eigvalsh(record.within)).any():
-        return "ncm", "the features do not vary within classes, where nearest class mean is the limit of Mahalanobis"
+        return "ncm", "the features do not vary within classes; nearest class mean is then the limit of Mahalanobis"
     return "mahalanobis", f"nc1_quotient = {value:.3g} is at most {COLLAPSED}: the features are near collapse"
 
 
@@ -157,7 +158,7 @@ class Record:
             moments = moments.to("cpu")
             measurement = replace(measurement, moments=moments)
         if not moments.counts.any():
-            raise ValueError("measurement must be of at least one sample, got none")
+            raise ValueError("measurement must have at least one sample, got none")
         for tensor in (moments.means, moments.within_class_scatter):
             if not torch.isfinite(tensor).all():
                 raise ValueError("measurement must have finite moments; measure the features in a wider dtype")
@@ -166,10 +167,10 @@ class Record:
 
     @property
     def classifier(self) -> dict[str, Tensor]:
-        """The weight and the bias, zero if the classifier has none."""
+        """Weight and bias; the bias is zero if the classifier has none."""
         weight, bias = self.measurement.weight, self.measurement.bias
         if not len(weight):
-            raise ValueError("scores of logits need the weight of the classifier; measure(model, loader) keeps it")
+            raise ValueError("scores of logits need the weight of the classifier; measure(model, loader) records it")
         check_finite("weight", weight)
         bias = torch.zeros_like(weight[:, 0]) if bias is None else bias
         check_finite("bias", bias)
@@ -190,22 +191,22 @@ class Record:
         return self.within + (rows * shares[:, None]).T @ rows
 
     def whitening(self, covariance: Tensor) -> Tensor:
-        """Return a matrix (d, r) whose product with its transpose is the pseudoinverse of a covariance."""
+        """Return a matrix X (d, r) such that XXᵀ is the pseudoinverse of a covariance."""
         eigenvalues, eigenvectors, rank = self.spectrum(covariance)
         rank = min(rank, int(self.varies(eigenvalues).sum()))
         if not rank:
             raise ValueError(
                 "the Mahalanobis distance is not defined, because the features do not vary within classes (collapse, "
-                "or one sample per class); 'ncm' is its limit for a spread that is equal in all directions"
+                "or one sample per class); 'ncm' is its limit if the spread is equal in all directions"
             )
         return eigenvectors[:, :rank] / eigenvalues[:rank].sqrt()
 
     def varies(self, variances: Tensor) -> Tensor:
-        """Return whether features vary, beyond rounding, in directions with these variances."""
+        """Return whether these variances of directions exceed those of rounding errors."""
         return variances > self.classes.resolution**2
 
     def spectrum(self, matrix: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Return eigenvalues, descending, eigenvectors, and the number of eigenvalues above d·eps·λ₁."""
+        """Return eigenvalues in descending order, eigenvectors, and the number of eigenvalues above d·eps·λ₁."""
         eigenvalues, eigenvectors = torch.linalg.eigh((matrix + matrix.T) / 2)
         eigenvalues, eigenvectors = eigenvalues.flip(0).clamp(min=0), eigenvectors.flip(1)
         return eigenvalues, eigenvectors, self.rank(eigenvalues)
@@ -255,7 +256,7 @@ def _fit_vim(record: Record, *, dimension: int | None = None, alpha: float | Non
     norms, logit = record.measurement.residual_norms, record.measurement.mean_max_logit
     if not norms.numel() or math.isnan(logit):
         raise ValueError(
-            "alpha of vim needs the mean residual norms of the training features, which this measurement lacks: "
+            "alpha of vim needs the mean residual norms of the training features, which are not in this measurement: "
             "measure with MeasureOptions(per_sample=True) and this version, or give alpha"
         )
     principal = len(norms) - arguments["basis"].shape[1]
@@ -283,7 +284,7 @@ def _fit_neco(
     shift, scale = torch.zeros_like(center), torch.ones_like(center)
     if standardise:
         deviations = covariance.diagonal().clamp(min=0).sqrt()
-        # A dimension that is constant, up to rounding, is not scaled.
+        # Dimensions that are constant up to rounding are not scaled.
         shift, scale = center, torch.where(deviations > record.classes.resolution, deviations, 1.0)
     eigenvalues, eigenvectors, rank = record.spectrum(covariance / torch.outer(scale, scale))
     leading = min(_neco_dimension(dimension, eigenvalues, len(record.classes.classes)), rank)
@@ -292,7 +293,7 @@ def _fit_neco(
 
 
 def _neco_dimension(dimension: float | None, eigenvalues: Tensor, num_classes: int) -> int:
-    """Return the number of principal directions: K − 1, those with a share of the variance, or a given number."""
+    """Return the number of principal directions: K − 1, the number for a share of the variance, or a given number."""
     feature_dim = len(eigenvalues)
     if dimension is None:
         if num_classes < 2:
@@ -340,7 +341,7 @@ def _fit_knn(record: Record, *, bank: Any = None, k: int = 50) -> Mapping[str, A
     feature_dim = record.measurement.moments.feature_dim
     if bank is None:
         raise ValueError(
-            "knn needs training features, which a measurement does not keep: give bank, features (n, d) or a cache of "
+            "knn needs training features, which measurements do not contain: give bank, features (n, d) or a cache of "
             "them"
         )
     check_floating("bank", bank)
@@ -351,7 +352,7 @@ def _fit_knn(record: Record, *, bank: Any = None, k: int = 50) -> Mapping[str, A
         raise ValueError(f"k must be at most the number of features in the bank, {len(bank)}, got {k}")
     norms = torch.linalg.vector_norm(bank.double(), dim=1, keepdim=True)
     if not norms.all():
-        raise ValueError("bank must have no feature that is zero, which has no direction")
+        raise ValueError("bank must not contain zero features, which have no direction")
     return {"bank": bank.double() / norms, "k": k}
 
 

@@ -1,4 +1,4 @@
-"""Detectors of the package pytorch-ood, fitted from a measurement instead of from all training features."""
+"""Fits of detectors of the package pytorch-ood from a measurement, instead of from all training features."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from torch import Tensor
 from neuralcollapse.metrics.measurement import Measurement
 from neuralcollapse.ood.fit import Record, fit_score
 
-_RIDGE = 1e-6  # that pytorch-ood adds to the diagonal of each scatter
+_RIDGE = 1e-6  # added to the diagonal of each scatter by pytorch-ood
 
 AnyDetector = TypeVar("AnyDetector")
 
 
 def to_pytorch_ood(measurement: Measurement, detector: AnyDetector) -> AnyDetector:
-    """Set what ``fit`` of a detector of pytorch-ood would compute from the training data, and return the detector.
+    """Set the attributes that ``fit`` of a pytorch-ood detector computes from training data, and return the detector.
 
     The detector is recognised by its attributes: ``mu`` and ``precision`` (Mahalanobis; with ``background_mu`` also
     RMD), ``principal_subspace`` (ViM, Residual), ``components`` (NECO), ``global_mean`` (NCI) and ``train_mean``
-    (fDBD). As there, covariances are scatters, not divided by N, with 1e-6 on their diagonal. The package is not
-    imported. Its scores are greater for out-of-distribution inputs.
+    (fDBD). As in pytorch-ood, covariances are scatters, which are not divided by N, with 1e-6 added to their diagonal.
+    The package itself is not imported. Its scores are greater for out-of-distribution inputs.
 
     Args:
         measurement: Measurement of the training data.
-        detector: The detector; it is changed in place, and its tensors are on the CPU until it is moved.
+        detector: The detector; it is changed in place. Its tensors are on the CPU until it is moved.
 
     Raises:
         ValueError: if the detector has none of these attributes, a class has no samples (Mahalanobis, RMD), or the
-            weight of the detector has another shape; or as for `fit_score`.
+            weight of the detector has another shape, or as for `fit_score`.
 
     Examples:
         >>> import neuralcollapse as nc
@@ -55,7 +55,7 @@ def to_pytorch_ood(measurement: Measurement, detector: AnyDetector) -> AnyDetect
 
 
 def _gaussians(record: Record, detector: Any) -> dict[str, Any]:
-    """Return class means and precision, for RMD also those of one Gaussian of all classes."""
+    """Return class means and precision and, for RMD, those of a single Gaussian for all classes."""
     if absent := record.measurement.absent_classes:
         raise ValueError(f"pytorch-ood needs samples of every class, got none of {', '.join(map(str, absent))}")
     values = {"mu": record.classes.class_means, **_precision("", record, record.within)}
@@ -71,7 +71,7 @@ def _precision(prefix: str, record: Record, covariance: Tensor) -> dict[str, Ten
 
 
 def _principal_subspace(record: Record, detector: Any) -> dict[str, Any]:
-    """Return the complement of the principal space, and α; as arrays if the weight of the detector is one."""
+    """Return the complement of the principal space, and α; as arrays if the weight of the detector is an array."""
     measurement = record.measurement
     if tuple(detector.w.shape) != tuple(measurement.weight.shape):
         raise ValueError(

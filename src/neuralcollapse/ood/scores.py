@@ -1,26 +1,25 @@
-"""Out-of-distribution scores as functions of features and of tensors fitted to the training data; greater is inside.
+"""Out-of-distribution scores as functions of features and of fitted tensors; greater is more in-distribution.
 
-"At collapse" means features h = M_k, class means whose deviations C_k = M_k − m from their mean m form a simplex ETF,
-and W = cC (NC1, NC2, NC3). All scores are differentiable in the features.
+"At collapse" means that every training feature h equals its class mean M_k, the deviations C_k = M_k − m from the mean
+m of the class means form a simplex ETF, and W = cC (NC1, NC2, NC3). All scores are differentiable in the features.
 
 Arguments of the functions:
 
-- ``features``: h (N, d), what the weight of the classifier multiplies.
+- ``features``: h (N, d), the input of the weight of the classifier.
 - ``weight``: W (K, d) of the classifier.
 - ``bias``: b (K,) of the classifier, or None for 0.
 - ``class_means``: M (K', d), of the classes with samples.
 - ``center``: m (d,), the mean of all training features.
 - ``temperature``: T > 0.
-- ``whitening``: Matrix (d, r) whose product with its transpose is the pseudoinverse of Σ_W, the covariance within
-  classes.
-- ``total_whitening``: Matrix (d, r) whose product with its transpose is the pseudoinverse of Σ_T, the covariance of all
-  training features.
+- ``whitening``: Matrix X (d, r) such that XXᵀ is the pseudoinverse of Σ_W, the within-class covariance.
+- ``total_whitening``: Matrix X (d, r) such that XXᵀ is the pseudoinverse of Σ_T, the covariance of all training
+  features.
 - ``origin``: o = −W⁺b (d,).
 - ``basis``: (d, r), orthonormal: for `neco` the leading principal directions P of the features, for `residual` and
-  `vim` all but the leading ones, R.
-- ``alpha``: α, the weight of the residual for `vim`, of the norm for `nci`.
+  `vim` the other principal directions R.
+- ``alpha``: α, the weight of the residual for `vim`, and of the norm for `nci`.
 - ``shift``: (d,), subtracted from the features: their mean, or zero.
-- ``scale``: (d,), divides them: their standard deviations, or one.
+- ``scale``: (d,), divisor of the features: their standard deviations, or one.
 - ``bank``: Unit training features (n, d).
 - ``k``: Number of the neighbour, from 1 to n.
 
@@ -36,13 +35,13 @@ from torch.nn.functional import linear
 from neuralcollapse._checks import check_at_least, check_shapes
 from neuralcollapse.metrics.nc4 import nearest_class_mean
 
-_TILE_ELEMENTS = 2**24  # maximum number of similarities between features and the bank that are held at a time
+_TILE_ELEMENTS = 2**24  # maximum number of similarities between features and the bank in memory at a time
 
 
 def msp(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Greatest softmax probability max_k p_k.
 
-    At collapse 1/(1 + (K−1)e^{−g}) for every training sample, where g = c‖C_k‖² K/(K−1) is the gap of the logits.
+    At collapse it is 1/(1 + (K−1)e^{−g}) for every training sample, with the gap g = c‖C_k‖² K/(K−1) of the logits.
     Source: Hendrycks & Gimpel, ICLR 2017.
 
     Arguments, result and errors: see `neuralcollapse.ood.scores`.
@@ -71,7 +70,7 @@ def maxlogit(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 def energy(features: Tensor, weight: Tensor, bias: Tensor | None = None, temperature: Tensor | float = 1.0) -> Tensor:
     """Negative free energy T log Σ_k exp(z_k/T) of the logits z.
 
-    At collapse it is the same for every training sample, and `maxlogit` up to T log(1 + (K−1)e^{−g/T}), g as in `msp`.
+    At collapse it has the same value for every training sample: `maxlogit` + T log(1 + (K−1)e^{−g/T}), g as in `msp`.
     Source: Liu et al., NeurIPS 2020.
 
     Arguments, result and errors: see `neuralcollapse.ood.scores`.
@@ -86,9 +85,9 @@ def energy(features: Tensor, weight: Tensor, bias: Tensor | None = None, tempera
 def mahalanobis(features: Tensor, class_means: Tensor, whitening: Tensor) -> Tensor:
     """Negative squared Mahalanobis distance −min_k (h − M_k)ᵀΣ_W⁺(h − M_k) to the nearest class mean.
 
-    Σ_W⁺ is the pseudoinverse: directions without within-class variation do not count. The score is invariant under
-    invertible affine maps of the features. Towards collapse, with a spread ε within classes, it is 0 at the class means
-    and grows like −1/ε² everywhere else; at Σ_W = 0 it is undefined.
+    Σ_W⁺ is the pseudoinverse: directions without within-class variation are ignored. The score is invariant under
+    invertible affine maps of the features. Near collapse, with a spread ε within classes, it is 0 at the class means
+    and scales as −1/ε² elsewhere; for Σ_W = 0 it is undefined.
     Source: Lee et al., NeurIPS 2018.
 
     Arguments, result and errors: see `neuralcollapse.ood.scores`.
@@ -98,8 +97,8 @@ def mahalanobis(features: Tensor, class_means: Tensor, whitening: Tensor) -> Ten
         tensor([-10.])
     """
     check_shapes(features=(features, "N d"), class_means=(class_means, "K d"), whitening=(whitening, "d r"))
-    # The nearest mean is found in the whitened space, where distances between far points lose digits. The distance
-    # itself is computed from h − M_k, which is accurate also in deep collapse.
+    # The nearest mean is determined in the whitened space, where distances between far points lose digits. The distance
+    # itself is computed from h − M_k, which is accurate even in deep collapse.
     center = class_means.mean(dim=0)
     nearest = nearest_class_mean((features - center) @ whitening, (class_means - center) @ whitening)
     return -((features - class_means[nearest]) @ whitening).square().sum(dim=1)
@@ -110,8 +109,8 @@ def relative_mahalanobis(
 ) -> Tensor:
     """Mahalanobis distance relative to that of one Gaussian of all classes, `mahalanobis` + (h − m)ᵀΣ_T⁺(h − m).
 
-    Σ_T = Σ_W + Σ_k (n_k/N) C_kC_kᵀ is the covariance of all training features. Towards collapse it differs from
-    `mahalanobis` by at most N/n_k − 1 at the mean of class k, and is undefined at Σ_W = 0.
+    Σ_T = Σ_W + Σ_k (n_k/N) C_kC_kᵀ is the covariance of all training features. Near collapse, the score differs from
+    `mahalanobis` by at most N/n_k − 1 at the mean of class k; for Σ_W = 0 it is undefined.
     Source: Ren et al., 2021 (arXiv 2106.09022).
 
     Arguments, result and errors: see `neuralcollapse.ood.scores`.
@@ -126,10 +125,10 @@ def relative_mahalanobis(
 
 
 def residual(features: Tensor, origin: Tensor, basis: Tensor) -> Tensor:
-    """Negative norm −‖Rᵀ(h − o)‖ outside the principal directions of the features about o = −W⁺b.
+    """Negative norm −‖Rᵀ(h − o)‖ outside the leading principal directions of the features about o = −W⁺b.
 
-    At collapse it is 0 for training samples if the principal space has at least as many dimensions as the vectors
-    h − o span, at most K.
+    At collapse it is 0 for training samples if the principal space has at least as many dimensions as the span of the
+    vectors h − o, which has at most K.
     Source: Wang et al., CVPR 2022.
 
     Arguments, result and errors: see `neuralcollapse.ood.scores`.
@@ -145,12 +144,12 @@ def residual(features: Tensor, origin: Tensor, basis: Tensor) -> Tensor:
 def vim(
     features: Tensor, weight: Tensor, bias: Tensor | None, origin: Tensor, basis: Tensor, alpha: Tensor | float
 ) -> Tensor:
-    """Virtual-logit matching: log Σ_k exp(z_k) − α‖Rᵀ(h − o)‖, of the logits z and the norm of `residual`.
+    """Virtual-logit matching: log Σ_k exp(z_k) − α‖Rᵀ(h − o)‖, from the logits z and the norm of `residual`.
 
-    It orders inputs as the probability of the virtual logit α‖Rᵀ(h − o)‖ in the softmax with z does. α is the mean
-    greatest logit divided by the mean residual norm of the training samples. At collapse the residual of training
-    samples tends to 0 if the principal space is large enough, so that α is undefined; before, `energy` separates
-    nothing and the residual decides.
+    The score ranks inputs like the negative probability of the virtual logit α‖Rᵀ(h − o)‖ in a softmax together with z.
+    The factor α is the mean greatest logit divided by the mean residual norm of the training samples. At collapse, the
+    residual of training samples tends to 0 if the principal space is large enough, and α is undefined. Near collapse,
+    the residual term dominates.
     Source: Wang et al., CVPR 2022.
 
     Arguments, result and errors: see `neuralcollapse.ood.scores`.
@@ -172,10 +171,10 @@ def neco(
 ) -> Tensor:
     """Share ‖Pᵀx‖/‖x‖ of a feature in the leading principal directions of the training features, x = (h − shift)/scale.
 
-    With a weight it is multiplied by the greatest logit, as published for transformers. At collapse the share is 1 for
-    every training sample if x is standardised and P has K − 1 directions; it is at most 1. NaN at x = 0.
-    Source: Ammar et al., ICLR 2024 (NECO). The released code subtracts the mean of x in the numerator alone, which
-    changes the share of features that are not standardised.
+    If a weight is given, the share is multiplied by the greatest logit, as published for transformers. The share is at
+    most 1; at collapse it is 1 for every training sample if x is standardised and P has K − 1 directions. It is NaN for
+    x = 0. Source: Ammar et al., ICLR 2024 (NECO). The released code subtracts the mean of x in the numerator only,
+    which changes the share of features that are not standardised.
 
     Arguments, result and errors: see `neuralcollapse.ood.scores`.
 
@@ -192,7 +191,7 @@ def neco(
 def nci(features: Tensor, weight: Tensor, bias: Tensor | None, center: Tensor, alpha: Tensor | float) -> Tensor:
     """Proximity to the weight vector of the predicted class k, w_k·(h − m)/‖h − m‖ + α‖h‖₁.
 
-    At collapse the first term is ‖w_k‖, its maximum. NaN at h = m.
+    At collapse the first term attains its maximum ‖w_k‖. The score is NaN for h = m.
     Source: Liu & Qin, CVPR 2025 (NCI).
 
     Arguments, result and errors: see `neuralcollapse.ood.scores`.
@@ -211,8 +210,8 @@ def nci(features: Tensor, weight: Tensor, bias: Tensor | None, center: Tensor, a
 def fdbd(features: Tensor, weight: Tensor, bias: Tensor | None, center: Tensor) -> Tensor:
     """Mean distance to the decision boundaries of the predicted class k, relative to the distance from the mean.
 
-    Mean over l ≠ k of (z_k − z_l)/(‖w_k − w_l‖ ‖h − m‖), of the logits z. At collapse with b = −Wm it is √(K/(2(K−1)))
-    for every training sample. It is infinite or NaN at h = m.
+    The score is the mean over l ≠ k of (z_k − z_l)/(‖w_k − w_l‖ ‖h − m‖), with the logits z. At collapse with b = −Wm
+    it is √(K/(2(K−1))) for every training sample. It is infinite or NaN for h = m.
     Source: Liu & Qin, ICML 2024 (fDBD).
 
     Arguments, result and errors: see `neuralcollapse.ood.scores`.
@@ -225,7 +224,7 @@ def fdbd(features: Tensor, weight: Tensor, bias: Tensor | None, center: Tensor) 
     logits = _logits(features, weight, bias)
     greatest, predictions = logits.max(dim=1, keepdim=True)
     gaps = greatest - logits
-    # Differences of rows instead of their products, which lose digits if rows are similar.
+    # Distances are computed from differences of rows, because products lose digits if rows are similar.
     distances = torch.cdist(weight[predictions[:, 0]], weight, compute_mode="donot_use_mm_for_euclid_dist")
     distances = distances.scatter(1, predictions, 1.0)  # the gap of the predicted class itself is 0
     mean = (gaps / distances).sum(dim=1) / (len(weight) - 1)
@@ -251,8 +250,8 @@ def ncm(features: Tensor, class_means: Tensor) -> Tensor:
 def knn(features: Tensor, bank: Tensor, k: int) -> Tensor:
     """Negative distance of h/‖h‖ to its k-th nearest neighbour among unit training features.
 
-    It needs the training features themselves. At collapse it is 0 for every training sample whose class has at least k
-    samples in the bank. NaN at h = 0.
+    The score needs the training features themselves. At collapse it is 0 for every training sample whose class has at
+    least k samples in the bank. It is NaN for h = 0.
     Source: Sun et al., ICML 2022.
 
     Arguments, result and errors: see `neuralcollapse.ood.scores`.
