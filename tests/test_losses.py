@@ -144,7 +144,7 @@ def test_a_batch_of_one_class_leaves_the_term_out_and_says_so(loss):
     features, _, weight = batch()
     targets = torch.full((23,), 2)
     features.requires_grad_()
-    with pytest.warns(UserWarning, match="a batch of one class has no samples of other classes"):
+    with pytest.warns(UserWarning, match="the batch has no samples of other classes"):
         value = loss(features, targets, weight)
     own = (torch.nn.functional.normalize(features) @ torch.nn.functional.normalize(weight[2], dim=0)).mean() / 0.1
     rows = losses.decoupled_cross_entropy(features, targets, weight) if loss is losses.two_way else -own

@@ -160,7 +160,7 @@ def test_the_table_prints_and_becomes_a_frame_and_a_figure():
     panels = [axes for axes in figure.axes if axes.get_visible()]
     assert [axes.get_title() for axes in panels] == NAMES
     assert [text.get_text() for text in panels[0].get_legend().get_texts()] == ["test", "far", "shifted"]
-    with pytest.raises(ValueError, match="at least one score that is defined"):
+    with pytest.raises(ValueError, match="at least one defined score"):
         ood.Evaluation([], {}).plot()
 
 

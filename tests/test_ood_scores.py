@@ -259,10 +259,10 @@ def record(**changes):
         ((record(), "neco"), {"standardise": 1}, "standardise must be True or False"),
         ((record(weight=torch.ones(4, D)), "fdbd"), {}, "two classes have the same row"),
         ((record(weight=torch.full((4, D), math.nan)), "msp"), {}, "weight must be finite"),
-        ((record(), "knn"), {}, "knn needs training features, which a measurement does not keep: give bank"),
+        ((record(), "knn"), {}, "knn needs training features, which measurements do not contain: give bank"),
         ((record(), "knn"), {"bank": torch.ones(3, 2)}, r"bank must be of shape \(n, 12\), got \(3, 2\)"),
         ((record(), "knn"), {"bank": torch.ones(3, D)}, "k must be at most .* 3, got 50"),
-        ((record(), "knn"), {"bank": torch.zeros(60, D)}, "no feature that is zero"),
+        ((record(), "knn"), {"bank": torch.zeros(60, D)}, "must not contain zero features"),
     ],
 )
 def test_bad_arguments(arguments, options, message):
