@@ -180,7 +180,7 @@ def test_heads_that_move_class_means_are_analysed_in_evaluation_mode():
     model = UnconstrainedFeatures(4, 3, 5, NearestETFClassifier(5, 4), feature_decay=0.01)
     for function in (minimize, hessian_extremes, classify_critical_point, escape):
         with pytest.raises(
-            ValueError, match="NearestETFClassifier moves class means in training mode: call model.eval"
+            ValueError, match="NearestETFClassifier updates class means in training mode: call model.eval"
         ):
             function(model)
     before = float(model.eval().objective().detach())

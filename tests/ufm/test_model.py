@@ -129,7 +129,7 @@ def test_bad_input_is_rejected(options, message):
 @pytest.mark.parametrize(
     ("head", "arguments", "message"),
     [
-        (FixedETFClassifier(4, 3), (normal(3, 4), normal(6, 4)), "head must train its weight to be placed"),
+        (FixedETFClassifier(4, 3), (normal(3, 4), normal(6, 4)), "head must have a trained weight"),
         (LearnedClassifier(4, 3), (normal(3, 5), normal(6, 4)), r"weight must be of shape \(3, 4\), got \(3, 5\)"),
         (LearnedClassifier(4, 3), (normal(3, 4), normal(5, 4)), r"features must be of shape \(6, 4\), got \(5, 4\)"),
         (LearnedClassifier(4, 3), (normal(3, 4), normal(6, 4) / 0), "features must be finite"),

@@ -1,4 +1,4 @@
-"""Simplex ETFs, frames of prescribed Gram matrices and the ones nearest to class means, as functions of tensors.
+"""Simplex ETFs, frames with given Gram matrices, and the frames nearest to class means, as functions of tensors.
 
 Class vectors are rows, ``(..., K, d)``.
 """

@@ -1,7 +1,7 @@
-"""A differentiable argmin over the Stiefel manifold: a declarative layer.
+"""Differentiable argmin over the Stiefel manifold: a declarative layer.
 
 A declarative layer is defined by the problem that its output solves, not by the steps of a solver: the derivative of
-the solution follows from the optimality condition, whichever solver found it.
+the solution follows from the optimality condition, regardless of the solver.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class AdjointRecord:
 
     Attributes:
         converged: (...) bool, whether the adjoint equation was solved; None before the first backward pass.
-        singular: (...) bool, whether the Hessian is singular at the solution: the derivative is then the one of least
+        singular: (...) bool, whether the Hessian is singular at the solution: the derivative is then that of minimal
             norm.
-        residual: (...), relative to the upstream gradient's tangent part.
-        iterations: Number of Hessian–vector products, of the problem that took most.
+        residual: (...), relative to the tangent part of the upstream gradient.
+        iterations: Number of Hessian–vector products for the problem that needed most.
         reason: Summary in words.
     """
 
@@ -51,7 +51,7 @@ class AdjointRecord:
         if not bool(self.converged.all()):
             findings.append(f"the adjoint equation is not solved after {self.iterations} steps")
         if bool(self.singular.any()):
-            findings.append("the Hessian is singular at the solution: the gradient is the one of least norm")
+            findings.append("the Hessian is singular at the solution: the gradient is that of minimal norm")
         if bool(solved.indefinite.any()):
             findings.append("the Hessian has negative curvature at the solution, which is not a minimum")
         self.reason = "; ".join(findings) or "adjoint equation solved"
@@ -78,26 +78,26 @@ def argmin_on_stiefel(cost: ParametricCost, parameters: Parameters, initial: Ten
 
         Hess[V] = proj(G)   on the tangent space,   and returns   ∂θ = −∂_θ⟨∇f(Q, θ), V⟩.
 
-    This takes one Krylov solve with Hessian–vector products and memory for a few matrices of Q's size; the steps of the
-    solver are not stored.
+    This takes one Krylov solve with Hessian–vector products, and memory for a few matrices of the size of Q; the steps
+    of the solver are not stored.
 
     Args:
-        cost: Function of (point, parameters): of points (..., p, d) and ``parameters`` as given here, to one value per
-            problem, (...). Three times differentiable by torch. Tensors in which it is differentiated must be passed
-            in ``parameters``, not by closure.
-        parameters: A tensor, or a tuple or list of tensors; only those that require a gradient get one.
-        initial: (..., p, d) of fp32 or fp64, rows orthonormal: the start of the solver.
+        cost: Function of (point, parameters) that maps points (..., p, d) and ``parameters`` as given here to one value
+            per problem, (...). It must be three times differentiable by torch. Tensors with respect to which it is
+            differentiated must be passed in ``parameters``, not by closure.
+        parameters: A tensor, or a tuple or list of tensors; only tensors that require a gradient receive one.
+        initial: (..., p, d) of fp32 or fp64 with orthonormal rows, the start of the solver.
         **solver: Keyword arguments of `minimize_on_stiefel`.
 
     Returns:
-        `ArgminSolution`; ``.point`` is differentiable once, its other fields are not. If the solution has not
-        converged, or its derivative is not unique, a warning is issued and the record says so.
+        `ArgminSolution`; ``.point`` is differentiable once, the other fields are not differentiable. If the solution
+        has not converged, or its derivative is not unique, a warning is issued, and the record contains the reason.
 
     Raises:
         ValueError: if `minimize_on_stiefel` raises it; if parameters are not finite floating-point tensors; or if the
             cost depends on a tensor that requires a gradient and is not among the parameters.
 
-    Source: Gould, Hartley, Campbell, "Deep declarative networks" (2022), on a manifold by the Riemannian Hessian.
+    Source: Gould, Hartley, Campbell, "Deep declarative networks" (2022), here on a manifold by its Riemannian Hessian.
 
     Examples:
         >>> target = torch.tensor([[3.0, 0.0, 4.0]], dtype=torch.float64, requires_grad=True)
@@ -134,7 +134,7 @@ def argmin_on_stiefel(cost: ParametricCost, parameters: Parameters, initial: Ten
 
 
 class _Argmin(torch.autograd.Function):
-    """The identity on the solution, with the derivative of the argmin in the parameters."""
+    """Identity on the solution, with the derivative of the argmin with respect to the parameters."""
 
     @staticmethod
     def forward(
@@ -156,7 +156,7 @@ class _Argmin(torch.autograd.Function):
         wanted = ctx.needs_input_grad[4:]
         values = [tensor.detach().requires_grad_(needed) for tensor, needed in zip(parameters, wanted, strict=True)]
         model = SecondOrderModel(lambda variable: ctx.cost(variable, *values), point)
-        # Null eigenvalues of the Hessian differ from 0 by the distance of the point from a critical one.
+        # Null eigenvalues of the Hessian differ from 0 by about the distance of the point from a critical point.
         null = 10 * ctx.gradient_norm[..., None, None]
         rows, columns = point.shape[-2:]
         solved = conjugate_residuals(model.hessian, project(point, upstream), null, 2 * rows * columns)

@@ -1,8 +1,8 @@
-"""Codes, which are class vectors up to rotation, and the Gram matrices and class means that they are made from.
+"""Codes, which are class vectors up to rotation, and their construction from Gram matrices and class means.
 
-A code L (K, r) describes a geometry up to rotation: its frames are L Q with Q (r, d) of orthonormal rows. What all
-classes share changes no decision, so a Gram matrix G counts for a classifier only as Π G Π with Π = I − 11ᵀ/K. The Gram
-matrices here are (K, K), positive semi-definite and have a unit diagonal.
+A code L (K, r) describes a geometry up to rotation: its frames are L Q with Q (r, d) of orthonormal rows. A component
+that all class vectors share does not change decisions, so only Π G Π with Π = I − 11ᵀ/K matters of a Gram matrix G. The
+Gram matrices in this module are (K, K), positive semi-definite and have a unit diagonal.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from neuralcollapse.geometry.simplex import check_simplex_etf, expand, reduce
 
 
 class Code:
-    """A code in principal coordinates: class vectors L (K, r) with orthogonal columns, as `principal_code` gives them.
+    """Code in principal coordinates: class vectors L (K, r) with orthogonal columns, as returned by `principal_code`.
 
     Args:
-        vectors: L, (K, r); (..., K, r) after `shifted` by batched class weights.
+        vectors: L, (K, r); (..., K, r) after `shifted` with batched class weights.
 
     Attributes:
         num_classes: K.
@@ -63,7 +63,7 @@ class Code:
         return self.vectors @ coordinates
 
     def reduce(self, class_vectors: Tensor, norm: Tensor) -> Tensor:
-        """Return (r/‖L‖_F) Lᵀ C/‖C‖_F (..., r, d) of C (..., K, d), whose rows sum to zero, and its norm."""
+        """Return (r/‖L‖_F) Lᵀ C/‖C‖_F (..., r, d) for C (..., K, d) with rows that sum to zero, given its norm."""
         scale = self.rank / torch.linalg.matrix_norm(self.vectors, keepdim=True)
         return self.vectors.mT @ class_vectors * (scale / norm)
 
@@ -72,11 +72,11 @@ class Code:
         return factor * ((self.vectors / self.vectors.square().sum(-2)).mT @ frame)
 
     def polar(self, target: Tensor, method: Method, check: ConvergenceCheck | None) -> Tensor:
-        """Return the coordinates Q (..., r, d) that maximise ⟨Ã, Q⟩ for Ã (..., r, d): its polar factor."""
+        """Return the coordinates Q (..., r, d) that maximise ⟨Ã, Q⟩ for Ã (..., r, d): the polar factor of Ã."""
         return polar(target, method, check)
 
     def shifted(self, class_weights: Tensor) -> Code:
-        """Return the code shifted to zero mean under class weights (..., K, 1) of mean 1."""
+        """Return the code shifted to zero weighted mean, for class weights (..., K, 1) of mean 1."""
         return Code(self.vectors - (class_weights * self.vectors).mean(-2, keepdim=True))
 
     def to(self, like: Tensor) -> Code:
@@ -84,11 +84,11 @@ class Code:
         return Code(self.vectors.to(like))
 
     def check_dimension(self, feature_dim: int) -> None:
-        """Raise unless the code has frames in ``feature_dim`` dimensions."""
+        """Raise a `ValueError` unless the code has frames in ``feature_dim`` dimensions."""
         check_at_least("feature_dim", feature_dim, self.rank, "the rank of the code")
 
     def check_frame(self, name: str, frame: Tensor) -> None:
-        """Raise unless (..., K, d) class vectors are a frame L Q up to a common row, where values can be read."""
+        """Raise unless (..., K, d) class vectors are a frame L Q up to a common row; skipped if unreadable."""
         if not values_readable(frame):
             return
         tolerance = 3e-2 if frame.dtype in (torch.bfloat16, torch.float16) else 1e-3
@@ -104,17 +104,18 @@ class Code:
 
 
 class SimplexCode(Code):
-    """The code of the unit simplex ETF, L = √(K/(K−1)) Π with Π = I − 11ᵀ/K, which is never stored.
+    """Code of the unit simplex ETF, L = √(K/(K−1)) Π with Π = I − 11ᵀ/K, which is not stored.
 
-    It has K columns for its rank of K−1. Its coordinates are Q (K, d) with QQᵀ = Π, so that both products are scalings:
-    an ETF is √(K/(K−1)) Q, and Π C = C for centred C. With an orthonormal basis of the complement of 1 and Q (K−1, d),
-    each solve would need sums over classes before and after it, which took 1.1 times as long at (100, 512).
+    The code has K columns, although its rank is K−1. Its coordinates are Q (K, d) with QQᵀ = Π, so that both products
+    are scalings: an ETF is √(K/(K−1)) Q, and Π C = C for centred C. With an orthonormal basis of the complement of 1
+    and Q (K−1, d), each solve would need sums over classes before and after it, which took 1.1 times as long at
+    (100, 512).
 
-    Class weights do not shift it: its frames keep unit rows of zero mean.
+    Class weights do not shift the code: its frames retain unit rows with zero mean.
 
     Args:
         num_classes: K ≥ 2.
-        proximal_weight: Greatest γ of the solves, which sets the size of a singular value that does not matter.
+        proximal_weight: Greatest γ of the solves, which determines the scale of the artificial singular value along 1.
 
     Raises:
         ValueError: if K < 2; as for `Code`.
@@ -130,7 +131,7 @@ class SimplexCode(Code):
         return math.sqrt(self.num_classes / self.rank) * coordinates
 
     def reduce(self, class_vectors: Tensor, norm: Tensor) -> Tensor:
-        """Return √(K−1) C/‖C‖_F (..., K, d) of C (..., K, d), whose rows sum to zero, and its norm."""
+        """Return √(K−1) C/‖C‖_F (..., K, d) for C (..., K, d) with rows that sum to zero, given its norm."""
         return class_vectors * (math.sqrt(self.rank) / norm)
 
     def coordinates(self, frame: Tensor, factor: float | Tensor = 1.0) -> Tensor:
@@ -139,7 +140,7 @@ class SimplexCode(Code):
 
     def polar(self, target: Tensor, method: Method, check: ConvergenceCheck | None) -> Tensor:
         """Return the coordinates Q (..., K, d), QQᵀ = Π, that maximise ⟨Ã, Q⟩ for Ã whose rows sum to zero."""
-        # σ² of the size that squared singular values have at collapse: 1 of the data, and those of the anchor.
+        # σ² has the size of the squared singular values at collapse: 1 from the data, plus those of the anchor.
         return polar(target, method, check, null=(1 + self._proximal_weight) ** 2)
 
     def shifted(self, class_weights: Tensor) -> SimplexCode:
@@ -155,11 +156,11 @@ class SimplexCode(Code):
         check_etf_sizes(self.num_classes, feature_dim)
 
     def check_frame(self, name: str, frame: Tensor) -> None:
-        """Raise unless (..., K, d) class vectors are a unit simplex ETF, where values can be read."""
+        """Raise unless (..., K, d) class vectors are a unit simplex ETF; skipped if values are unreadable."""
         check_simplex_etf(name, frame)
 
 
-# Negative eigenvalues up to this share of the greatest one are dropped.
+# Negative eigenvalues up to this share of the greatest eigenvalue are dropped.
 NEGLIGIBLE = 1e-6
 
 
@@ -168,7 +169,7 @@ def simplex_gram(
 ) -> Tensor:
     """Return K/(K−1) Π, the Gram matrix of a unit simplex ETF: every pair of classes has cosine −1/(K−1).
 
-    At K = 2 it is [[1, −1], [−1, 1]].
+    For K = 2 the result is [[1, −1], [−1, 1]].
 
     Args:
         num_classes: K ≥ 2.
@@ -198,10 +199,10 @@ def simplex_gram(
 def attribute_gram(attributes: Tensor, weights: Tensor) -> Tensor:
     r"""Return the Gram matrix of shared attributes, Σ_a α_a · ETF_a[v_a(k), v_a(l)] + (1 − Σ_a α_a) · ETF_K.
 
-    Here v_a(k) is the value of attribute a for class k, ETF_a the simplex Gram matrix of that attribute's values (1 for
-    an attribute with a single value, which does not distinguish classes) and ETF_K that of the classes. A shared value
-    of attribute a raises the cosine of two classes in proportion to α_a. Two classes with equal attributes have the
-    inner product 1 − (1 − Σα)K/(K−1), which is 1 at Σα = 1: then they have the same vector. At K = 2, and if each
+    Here v_a(k) is the value of attribute a for class k, ETF_a the simplex Gram matrix of the values of this attribute
+    (1 for an attribute with a single value, which does not distinguish classes) and ETF_K that of the classes. A shared
+    value of attribute a raises the cosine of two classes in proportion to α_a. Two classes with equal attributes have
+    the inner product 1 − (1 − Σα)K/(K−1). For Σα = 1 this is 1, so they have the same vector. For K = 2, and if each
     attribute takes a different value for each class, the result is the simplex Gram matrix.
 
     Args:
@@ -212,13 +213,13 @@ def attribute_gram(attributes: Tensor, weights: Tensor) -> Tensor:
         (K, K), in the dtype of ``weights``.
 
     Raises:
-        ValueError: if an argument has another type or shape, there are fewer than two classes, or weights are out of
+        ValueError: if an argument has the wrong type or shape, there are fewer than two classes, or weights are out of
             range.
 
-    Source: a sum of simplex Grams, each positive semi-definite (this project).
+    Source: a sum of simplex Gram matrices, each positive semi-definite (this project).
 
     Examples:
-        >>> digits = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])  # of the classes 00, 01, 10, 11
+        >>> digits = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])  # digits of the classes 00, 01, 10, 11
         >>> attribute_gram(digits, torch.tensor([0.5, 0.5]))
         tensor([[ 1.,  0.,  0., -1.],
                 [ 0.,  1., -1.,  0.],
@@ -253,8 +254,8 @@ def distance_gram(distances: Tensor, decay: float, floor: float = 0.0) -> Tensor
     r"""Return the Gram matrix (1 − s)·exp(−γ D/D_max) + s of distances D between classes.
 
     The floor s is common to all classes: it scales the centred Gram matrix by 1 − s. Classes at distance 0 have the
-    inner product 1. At K = 2, and with equal distances, every pair has (1 − s)e^(−γ) + s, and the centred Gram matrix
-    is a multiple of the simplex Gram matrix.
+    inner product 1. For K = 2, and for equal distances, every pair has the entry (1 − s)e^(−γ) + s, and the centred
+    Gram matrix is a multiple of the simplex Gram matrix.
 
     Args:
         distances: D (K, K) floating, symmetric, at least 0, with a zero diagonal.
@@ -262,12 +263,13 @@ def distance_gram(distances: Tensor, decay: float, floor: float = 0.0) -> Tensor
         floor: s, at least −1/(K−1) and below 1.
 
     Returns:
-        (K, K), in the dtype of ``distances``. Negative eigenvalues up to 1e-6 of the greatest are dropped and the
-        diagonal is scaled back to 1. Distances in a tree, or between points (also squared), give none.
+        (K, K), in the dtype of ``distances``. Negative eigenvalues up to 1e-6 of the greatest eigenvalue are dropped,
+        and the diagonal is scaled back to 1. For distances in a tree, and for distances or squared distances between
+        points, there are no negative eigenvalues.
 
     Raises:
         ValueError: if the distances are invalid or all zero, the decay or the floor is out of range, or the result is
-            not positive semi-definite (the message gives the least eigenvalue).
+            not positive semi-definite (the message contains the smallest eigenvalue).
 
     Source: HAFrame (Liang and Davis, ICCV 2023, arXiv 2303.05689).
 
@@ -297,9 +299,9 @@ def distance_gram(distances: Tensor, decay: float, floor: float = 0.0) -> Tensor
 def tree_gram(parents: Tensor, decay: float, *, dtype: torch.dtype | None = None) -> Tensor:
     r"""Return the Gram matrix exp(−γ D/D_max) of a hierarchy, with D the number of edges between two classes in a tree.
 
-    If all classes have the same depth, D is twice the height of their lowest common ancestor. Siblings are nearest. At
-    K = 2, and if all classes are children of the root, every pair has e^(−γ), and the centred Gram matrix is a multiple
-    of the simplex Gram matrix.
+    If all classes have the same depth, D is twice the height of their lowest common ancestor. Siblings are nearest. For
+    K = 2, and if all classes are children of the root, every pair has the entry e^(−γ), and the centred Gram matrix is
+    a multiple of the simplex Gram matrix.
 
     Args:
         parents: (M,) integers: the parent of each node, −1 for the root. The classes are the leaves, which must be the
@@ -314,7 +316,7 @@ def tree_gram(parents: Tensor, decay: float, *, dtype: torch.dtype | None = None
         ValueError: if the nodes do not form a tree with its leaves first, there are fewer than two classes, or the
             decay is out of range.
 
-    Source: `distance_gram` (HAFrame, arXiv 2303.05689) of the distance in the tree.
+    Source: `distance_gram` (HAFrame, arXiv 2303.05689) with distances in the tree.
 
     Examples:
         >>> tree_gram(torch.tensor([3, 3, 4, 4, -1]), decay=3.0)  # two siblings and a third class
@@ -330,9 +332,9 @@ def tree_gram(parents: Tensor, decay: float, *, dtype: torch.dtype | None = None
 
 
 def embedding_gram(embeddings: Tensor) -> Tensor:
-    """Return the cosines of centred embeddings, for example of the classes' names.
+    """Return the cosines of centred embeddings, for example of the names of the classes.
 
-    Equal rows have cosine 1. At K = 2 the result is [[1, −1], [−1, 1]], the simplex Gram matrix.
+    Equal rows have cosine 1. For K = 2 the result is [[1, −1], [−1, 1]], the simplex Gram matrix.
 
     Args:
         embeddings: (K, e) floating, one row per class.
@@ -341,7 +343,7 @@ def embedding_gram(embeddings: Tensor) -> Tensor:
         (K, K), in the dtype of ``embeddings``.
 
     Raises:
-        ValueError: if the shape or type is another, values are not finite, or a row equals the mean of all rows.
+        ValueError: if the shape or type is wrong, values are not finite, or a row equals the mean of all rows.
 
     Source: this project.
 
@@ -375,7 +377,7 @@ def check_square(name: str, matrix: Tensor) -> None:
 
 
 def check_semidefinite(name: str, eigenvalues: Tensor) -> None:
-    """Raise if an ascending eigenvalue is negative by more than `NEGLIGIBLE` of the greatest."""
+    """Raise if one of the ascending eigenvalues is negative by more than `NEGLIGIBLE` times the greatest."""
     least, greatest = float(eigenvalues[0]), float(eigenvalues[-1])
     if least < -NEGLIGIBLE * max(greatest, 0.0):
         raise ValueError(
@@ -397,7 +399,7 @@ def _without_negative_eigenvalues(name: str, gram: Tensor) -> Tensor:
 
 
 def _edges_to_root(parents: Tensor) -> Tensor:
-    """Return (K, M) in fp64, 1 where the edge above a node lies between a class and the root."""
+    """Return (K, M) in fp64: 1 if the edge above a node lies on the path from a class to the root, else 0."""
     check_integers("parents", parents)
     if parents.ndim != 1:
         raise ValueError(f"parents must be of shape (M,), got {tuple(parents.shape)}")
@@ -426,22 +428,22 @@ def _edges_to_root(parents: Tensor) -> Tensor:
 
 
 def code_from_gram(gram: Tensor, feature_dim: int) -> Tensor:
-    """Return a code L (K, r) with LLᵀ = Π G Π: class vectors of a Gram matrix G, without their common part.
+    """Return a code L (K, r) with LLᵀ = Π G Π: class vectors with Gram matrix G, without their common component.
 
-    Computed from the eigenvectors of Π G Π; eigenvalues below K·eps times the greatest count as 0.
+    The code is computed from the eigenvectors of Π G Π; eigenvalues below K·eps times the greatest count as 0.
 
     Args:
-        gram: G (K, K) floating, symmetric and positive semi-definite: negative eigenvalues up to 1e-6 of the greatest
-            are dropped.
+        gram: G (K, K) floating, symmetric and positive semi-definite; negative eigenvalues up to 1e-6 of the greatest
+            eigenvalue are dropped.
         feature_dim: d, which the rank r must not exceed.
 
     Returns:
         (K, r), r ≤ min(d, K−1), orthogonal columns of decreasing norm, in the dtype of ``gram``.
 
     Raises:
-        ValueError: if the shape or type is another, values are not finite, the matrix is not symmetric, not positive
-            semi-definite or of a rank above d (the message gives the asymmetry, least eigenvalue or rank), or a class
-            has a zero row after centring.
+        ValueError: if the shape or type is wrong, values are not finite, the matrix is not symmetric, is not positive
+            semi-definite or has a rank above d (the message contains the asymmetry, smallest eigenvalue or rank), or a
+            class has a zero row after centring.
 
     Source: classical scaling (Torgerson, 1952).
 
@@ -470,9 +472,9 @@ def code_from_gram(gram: Tensor, feature_dim: int) -> Tensor:
 def seli_code(class_counts: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     r"""Return the code of a classifier of imbalanced classes, the simplex-encoded-labels interpolation (SELI).
 
-    With the simplex-encoded labels Z (K, N), whose column for a sample of class k is e_k − 1/K, and Z = V Λ Uᵀ, the
-    max-margin classifier has the Gram matrix V Λ Vᵀ ∝ (Π diag(n) Π)^(1/2). The code is scaled to a mean squared norm of
-    1. For equal counts, and always at K = 2, it is the simplex ETF.
+    Let Z (K, N) be the simplex-encoded labels, whose column for a sample of class k is e_k − 1/K, with SVD Z = V Λ Uᵀ.
+    The max-margin classifier has the Gram matrix V Λ Vᵀ ∝ (Π diag(n) Π)^(1/2). The code is scaled to a mean squared
+    norm of 1. For equal counts, and for K = 2, it is the simplex ETF.
 
     Args:
         class_counts: n (K,) integers, each at least 1.
@@ -482,7 +484,7 @@ def seli_code(class_counts: Tensor, *, dtype: torch.dtype | None = None) -> Tens
         (K, K−1), of rank K−1.
 
     Raises:
-        ValueError: if the counts have another type or shape, there are fewer than two, or one is not positive.
+        ValueError: if the counts have the wrong type or shape, there are fewer than two, or one is not positive.
 
     Source: Thrampoulidis, Kini, Vakilian, Behnia, "Imbalance Trouble" (NeurIPS 2022).
 
@@ -499,7 +501,7 @@ def seli_code(class_counts: Tensor, *, dtype: torch.dtype | None = None) -> Tens
     if bool((class_counts < 1).any()):
         empty = (class_counts < 1).nonzero().flatten().tolist()
         raise ValueError(f"class_counts must be at least 1, got {int(class_counts.min())} among classes {empty[:10]}")
-    # Eigenvectors on the complement of 1, where Z Zᵀ = Π diag(n) Π is regular.
+    # Eigenvectors on the complement of 1, on which Z Zᵀ = Π diag(n) Π is regular.
     half = expand(torch.eye(len(class_counts) - 1, dtype=torch.float64, device=class_counts.device))
     eigenvalues, vectors = torch.linalg.eigh(half.T @ (class_counts.double().unsqueeze(-1) * half))
     code = half @ vectors * eigenvalues.pow(0.25)
@@ -511,23 +513,23 @@ def seli_code(class_counts: Tensor, *, dtype: torch.dtype | None = None) -> Tens
 def code_of_means(class_means: Tensor, rank: int | Literal["auto"] = "auto") -> Tensor:
     r"""Return the tight code of the r leading directions of class means.
 
-    Centre the means, scale their rows to norm 1 and centre again; with U S Vᵀ the SVD of the result, the code is
-    √(K/r) · U_r. The nearest frame of that code is the nearest tight frame of rank r that keeps the means' directions;
-    at r = K−1, as at K = 2, it is the nearest simplex ETF. A class whose mean equals the mean of all has a zero row
-    before the second centring.
+    The means are centred, their rows scaled to norm 1, and centred again. With the SVD U S Vᵀ of the result, the code
+    is √(K/r) · U_r. Its nearest frame is the nearest tight frame of rank r that has the same leading directions as the
+    means; for r = K−1, and hence for K = 2, it is the nearest simplex ETF. A class whose mean equals the mean of all
+    classes has a zero row before the second centring.
 
     Args:
         class_means: (K, d) floating.
-        rank: r, from 1 to min(d, K−1); or ``"auto"``, the effective rank: the exponential of the entropy of the squared
-            singular values' shares, rounded (K−1 at collapse to an ETF), which waits for an accelerator.
+        rank: r, from 1 to min(d, K−1); or ``"auto"``, the effective rank: the rounded exponential of the entropy of the
+            shares of the squared singular values (K−1 at collapse to an ETF), which causes a sync on accelerators.
 
     Returns:
         (K, r), detached, in the dtype of ``class_means``.
 
     Raises:
-        ValueError: if the means have another shape or type or are not finite, or the rank is out of range.
+        ValueError: if the means have the wrong shape or type or are not finite, or the rank is out of range.
 
-    Source: this project; the effective rank after Roy and Vetterli (2007).
+    Source: this project; effective rank based on Roy and Vetterli (2007).
 
     Examples:
         >>> from neuralcollapse import simplex_etf
@@ -547,7 +549,7 @@ def code_of_means(class_means: Tensor, rank: int | Literal["auto"] = "auto") -> 
 
 
 def check_code_rank(rank: object, num_classes: int, feature_dim: int) -> None:
-    """Raise unless a rank is ``"auto"`` or one that class means can have."""
+    """Raise a `ValueError` unless a rank is ``"auto"`` or a possible rank of class means."""
     if isinstance(rank, str) and rank == "auto":
         return
     greatest = min(feature_dim, num_classes - 1)
@@ -556,7 +558,7 @@ def check_code_rank(rank: object, num_classes: int, feature_dim: int) -> None:
 
 
 def leading_code(means: Tensor, rank: int | Literal["auto"]) -> Tensor:
-    """Return `code_of_means` of fp32 or fp64 means, without input checks."""
+    """Return `code_of_means` for fp32 or fp64 means, without input checks."""
     wide = means.detach().double()
     centred = wide - wide.mean(0)
     norms = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
@@ -573,7 +575,7 @@ def leading_code(means: Tensor, rank: int | Literal["auto"]) -> Tensor:
 
 
 def _effective_rank(squares: Tensor) -> int:
-    """Return the rounded exponential of the entropy of the squares' shares; their number if all are zero."""
+    """Return the rounded exponential of the entropy of the shares of squares; their number if all are zero."""
     total = squares.sum()
     if not bool(total > 0):
         return len(squares)
@@ -589,7 +591,7 @@ def check_constant_code(code: Tensor, num_classes: int) -> None:
 
 
 def principal_code(code: Tensor, feature_dim: int) -> Tensor:
-    """Return a code, centred, in its r principal coordinates (K, r), in fp64: orthogonal columns of decreasing norm.
+    """Return the r principal coordinates (K, r) of the centred code in fp64: orthogonal columns of decreasing norm.
 
     Raises:
         ValueError: if a row is zero, before or after centring, or the rank is above d.
@@ -614,7 +616,7 @@ def _check_rank(name: str, rank: int, feature_dim: int) -> None:
 
 
 def _check_rows(name: str, rows: Tensor, tolerance: float) -> None:
-    """Raise if a class has a zero row, and so no direction."""
+    """Raise if a class has a zero row, which has no direction."""
     norms = torch.linalg.vector_norm(rows, dim=1)
     least = int(norms.argmin())
     if not float(norms[least]) > tolerance * float(norms.max()):

@@ -1,4 +1,4 @@
-"""The nearest frame of a code to given class means in closed form, and the nearest simplex ETF as its special case."""
+"""Closed form of the frame of a code nearest to class means, with the nearest simplex ETF as a special case."""
 
 from __future__ import annotations
 
@@ -46,21 +46,22 @@ def nearest_simplex_etf(
 
     Args:
         class_means: (..., K, d) floating, d ≥ K−1. fp16 and bf16 are computed in fp32.
-        anchor: (K, d) or (..., K, d), a unit simplex ETF E₀ to stay close to (the last solution); used if γ > 0.
+        anchor: (K, d) or (..., K, d), a unit simplex ETF E₀ = √(K/(K−1)) B Q₀, usually the previous solution; used if
+            γ > 0.
         proximal_weight: γ ≥ 0, in units in which the singular values of the data term are 1 at collapse.
-        class_weights: As for `nearest_frame`, and so are the following.
+        class_weights: As for `nearest_frame`.
         method: As for `polar_factor`.
-        check_values: Whether to check values of tensors.
+        check_values: Whether to check values of tensors, as for `nearest_frame`.
 
     Returns:
         (..., K, d), unit rows with pairwise cosine −1/(K−1), in the dtype of ``class_means``.
 
     Raises:
-        ValueError: if an argument has another type, K < 2, d < K−1, shapes do not match, values are not finite, weights
-            are negative, γ > 0 without an anchor, the anchor is not a simplex ETF, or the means are all equal without
-            an anchor that decides the orientation.
+        ValueError: if an argument has the wrong type, K < 2, d < K−1, shapes do not match, values are not finite,
+            weights are negative, γ > 0 without an anchor, the anchor is not a simplex ETF, or the means are all equal
+            without an anchor that determines the orientation.
 
-    Source: after Markou, Ajanthan, Gould, "Guiding Neural Collapse" (NeurIPS 2024), reduced to the complement
+    Source: based on Markou, Ajanthan, Gould, "Guiding Neural Collapse" (NeurIPS 2024), reduced to the complement
     of the all-ones vector.
 
     Examples:
@@ -103,28 +104,28 @@ def nearest_frame(
 
     Args:
         class_means: (..., K, d) floating. fp16 and bf16 are computed in fp32.
-        code: L (K, r') floating, one row per class, of rank r ≤ d after centring; a constant. See `code_from_gram`. Or
+        code: L (K, r') floating, one row per class, a constant of rank r ≤ d after centring (see `code_from_gram`); or
             a `Code`.
-        anchor: (K, d) or (..., K, d), a frame L Q₀ of the same code to stay close to (the last solution); used if
-            γ > 0.
+        anchor: (K, d) or (..., K, d), a frame L Q₀ of the same code, usually the previous solution; used if γ > 0.
         proximal_weight: γ ≥ 0, in units in which the mean singular value of the data term is 1 at collapse.
-        class_weights: (K,) or (..., K), ω ≥ 0 up to a common factor; equal if not given.
-        method: Method of computing the polar factor, as for `polar_factor`.
-        check_values: Whether to check finiteness, that the means are not all equal, that the anchor is a frame of the
-            code and that products converged (on an accelerator this waits for the device). A tensor ``code`` is always
-            checked.
+        class_weights: (K,) or (..., K), ω ≥ 0 up to a common factor; equal by default.
+        method: Method that computes the polar factor, as for `polar_factor`.
+        check_values: Whether to check that values are finite, that the means are not all equal, that the anchor is a
+            frame of the code, and that products converged (on an accelerator, this causes a sync). A tensor ``code`` is
+            always checked.
 
     Returns:
-        (..., K, d), L Q in the dtype of ``class_means``: its Gram matrix is that of the centred code. With class
-        weights the code is centred at its weighted mean, which shifts all rows of L Q alike and changes no softmax.
+        (..., K, d), L Q in the dtype of ``class_means``; its Gram matrix is that of the centred code. With class
+        weights, the code is centred at its weighted mean, which shifts all rows of L Q by the same vector and does not
+        change the softmax.
 
     Raises:
-        ValueError: if an argument has another type, shapes do not match, values are not finite, weights are negative,
-            the code has a zero row, a rank above d (the message gives it) or requires a gradient, γ > 0 without an
-            anchor, the anchor is not a frame of the code, or the means are all equal without an anchor that decides the
-            orientation.
+        ValueError: if an argument has the wrong type, shapes do not match, values are not finite, weights are negative,
+            the code has a zero row, has a rank above d (the message contains it) or requires a gradient, γ > 0 without
+            an anchor, the anchor is not a frame of the code, or the means are all equal without an anchor that
+            determines the orientation.
 
-    Source: this project, after Markou, Ajanthan, Gould, "Guiding Neural Collapse" (NeurIPS 2024).
+    Source: this project, based on Markou, Ajanthan, Gould, "Guiding Neural Collapse" (NeurIPS 2024).
 
     Examples:
         >>> from neuralcollapse import nearest_frame
@@ -161,13 +162,14 @@ def solve_frame(
     method: Method = "auto",
     check: ConvergenceCheck | None = None,
 ) -> Tensor:
-    """Return the frame of `nearest_frame` without checking arguments, as the heads need it.
+    """Return the result of `nearest_frame` without checking arguments, for use by the heads.
 
     Args:
         means: (..., K, d) of fp32 or fp64.
-        code: In the dtype of the means.
-        proximal: The anchor and γ, as for `nearest_frame`; γ also as a tensor. An anchor that is a frame of another
-            code pulls by its part in the span of this one: for a tight code that is (γ/2)(r/‖L‖²_F) ‖LQ − W₀‖²_F.
+        code: The code, in the dtype of the means.
+        proximal: The anchor and γ, as for `nearest_frame`; γ may be a tensor. If the anchor is a frame of another code,
+            only its component in the span of this code has an effect: for a tight code, the proximal term is
+            (γ/2)(r/‖L‖²_F) ‖LQ − W₀‖²_F.
         class_weights: As for `nearest_frame`.
         method: As for `polar_factor`.
         check: Check of whether products converged; None for no check. `IMMEDIATE` also checks that the means differ.
@@ -180,7 +182,7 @@ def solve_frame(
         if proximal is None:
             raise ValueError(
                 "class_means must not be all equal (centred, they are all zero), "
-                "unless an anchor with a positive proximal_weight decides the orientation"
+                "unless an anchor with a positive proximal_weight determines the orientation"
             )
     return shifted.expand(code.polar(target, method, check))
 
@@ -188,7 +190,7 @@ def solve_frame(
 def _target(
     means: Tensor, code: Code, proximal: Proximal | None, class_weights: Tensor | None
 ) -> tuple[Tensor, Code, Tensor, Tensor, Tensor]:
-    """Return Ã = (r/‖L‖_F) Lᵀ diag(ω) Ĉ + γ Q₀, whose polar factor is Q, and what it is made of.
+    """Return Ã = (r/‖L‖_F) Lᵀ diag(ω) Ĉ + γ Q₀, whose polar factor is Q, and its components.
 
     Returns:
         Ã (..., r, d); the code L, shifted by the class weights; C; ‖C‖_F; and diag(ω) C.
@@ -205,7 +207,7 @@ def _target(
 def _centre(means: Tensor, class_weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return C, centred at the ω-weighted mean; ‖C‖_F, (..., 1, 1); and ω, (..., K, 1) with mean 1, if given.
 
-    Where C holds nothing but the rounding error of the centring, the norm is infinite: Ĉ is zero, with a zero gradient.
+    If C contains only the rounding error of the centring, the norm is set to infinity: Ĉ is zero, with zero gradient.
     """
     weights = None
     if class_weights is not None:
@@ -238,12 +240,13 @@ def nearest_etf_diagnostics(
         class_weights: As for `nearest_simplex_etf`.
 
     Returns:
-        ``objective``, the function minimised; ``gradient_norm`` of its Riemannian gradient, 0 at the minimiser;
-        ``least_singular_value`` of the matrix whose polar factor is the minimiser, 0 if it is not unique;
-        ``distance_to_anchor``, ‖E − E₀‖_F, NaN without an anchor.
+        ``objective``, the value of the minimised function; ``gradient_norm``, the norm of its Riemannian gradient,
+        which is 0 at the minimiser; ``least_singular_value`` of the matrix whose polar factor is the minimiser, 0 if
+        the minimiser is not unique; and ``distance_to_anchor``, ‖E − E₀‖_F, NaN without an anchor.
 
     Raises:
-        ValueError: if `nearest_simplex_etf` refuses the shapes or the proximal weight, or ``etf`` has another shape.
+        ValueError: if shapes or the proximal weight are invalid for `nearest_simplex_etf`, or ``etf`` has another
+            shape.
 
     Examples:
         >>> from neuralcollapse import nearest_simplex_etf, simplex_etf
@@ -275,7 +278,7 @@ def nearest_etf_diagnostics(
 
 
 def placed(code: Tensor, feature_dim: int, generator: torch.Generator | None = None) -> Tensor:
-    """Return a frame (K, d) of a principal code (K, r): padded with zeros, or with a generator, rotated uniformly."""
+    """Return a frame (K, d) of a principal code (K, r): padded with zeros or, with a generator, uniformly rotated."""
     rank = code.shape[-1]
     if generator is None:
         return torch.nn.functional.pad(code, (0, feature_dim - rank))
@@ -287,15 +290,16 @@ def placed(code: Tensor, feature_dim: int, generator: torch.Generator | None = N
 def extended_frame(rows: Tensor, code: Tensor | SimplexCode, generator: torch.Generator | None = None) -> Tensor:
     """Return the frame L Q of a code of M classes whose first K rows are nearest to the given rows (K, d).
 
-    ‖L_K Q‖_F does not depend on Q, so Σ_k ‖(LQ)_k − w_k‖² is least where ⟨L_Kᵀ W, Q⟩ is greatest: Q is the polar factor
-    of L_Kᵀ W (r, d). That matrix has the rank of the old frame at most. The remaining directions of Q change the
-    distance by nothing: they are random, orthogonal to the others. For simplex ETFs the least squared distance is
-    2K (1 − √(M (K−1)/((M−1) K))), with n = M − K directions left over, in which the old rows share one component.
+    Since ‖L_K Q‖_F does not depend on Q, Σ_k ‖(LQ)_k − w_k‖² is minimal if ⟨L_Kᵀ W, Q⟩ is maximal: Q is the polar
+    factor of L_Kᵀ W (r, d). The rank of this matrix is at most that of the old frame. The remaining directions of Q do
+    not affect the distance; they are random and orthogonal to the others. For simplex ETFs, the minimal squared
+    distance is 2K (1 − √(M (K−1)/((M−1) K))), and n = M − K directions remain, in which the old rows share one
+    component.
 
     Args:
         rows: W, (K, d), fp32 or fp64, K ≤ M.
         code: L (M, r) in principal coordinates, or the simplex code of M classes; r ≤ d.
-        generator: Source of the remaining directions; by default a generator with seed 0.
+        generator: Generator of the remaining directions; by default a generator with seed 0.
 
     Returns:
         (M, d), in the dtype and on the device of ``rows``.
@@ -312,7 +316,7 @@ def extended_frame(rows: Tensor, code: Tensor | SimplexCode, generator: torch.Ge
     coordinates = left[:, known] @ right[known]
     if not bool(known.all()):
         random = torch.randn(target.shape, generator=generator, dtype=torch.float64, device=generator.device)
-        # Without the known rows and directions. The polar factor does not depend on the basis of the null space.
+        # Random part outside the known rows and directions. The polar factor is independent of the null space basis.
         open_rows = left[:, ~known]
         free = open_rows.mT @ random.to(target)
         free = free - free @ right[known].mT @ right[known]
@@ -329,7 +333,7 @@ def _check_means(class_means: Tensor) -> None:
 def _checked_proximal(
     class_means: Tensor, anchor: Tensor | None, proximal_weight: float, class_weights: Tensor | None
 ) -> Proximal | None:
-    """Return the proximal term, None if γ = 0; raise if kinds, shapes or γ are invalid. Reads no values of tensors."""
+    """Return the proximal term, None if γ = 0; raise if types, shapes or γ are invalid. Tensor values are not read."""
     _check_means(class_means)
     check_not_negative("proximal_weight", proximal_weight)
     if anchor is not None:
@@ -342,7 +346,7 @@ def _checked_proximal(
 
 
 def check_weight_values(class_weights: Tensor) -> None:
-    """Raise unless class weights are at least 0 with a positive sum; skipped where values cannot be read."""
+    """Raise unless class weights are at least 0 with a positive sum; skipped if values are unreadable."""
     if not values_readable(class_weights):
         return
     check_finite("class_weights", class_weights)
@@ -351,7 +355,7 @@ def check_weight_values(class_weights: Tensor) -> None:
 
 
 def _check_like(name: str, tensor: Tensor, means: Tensor, ending: tuple[int, ...]) -> None:
-    """Raise unless a floating tensor ends in the given shape, with leading dimensions that broadcast to the means'."""
+    """Raise unless a floating tensor has the given last dimensions, and leading ones that broadcast to the means'."""
     check_floating(name, tensor)
     if tensor.shape[tensor.ndim - len(ending) :] != ending or tensor.ndim < len(ending):
         raise ValueError(f"{name} must end in the shape {ending}, got {tuple(tensor.shape)}")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from neuralcollapse.geometry.stiefel import inner
 
-_STEPS_BETWEEN_READS = 8  # on an accelerator, where reading a mask on the host waits for the device
+_STEPS_BETWEEN_READS = 8  # on accelerators, where reading a mask on the host causes a sync
 
 
 def truncated_conjugate_gradients(
@@ -24,24 +24,24 @@ def truncated_conjugate_gradients(
     residual_norm: Tensor,
     max_iterations: int,
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Minimise ⟨g, V⟩ + ½⟨V, Hess[V]⟩ over ‖V‖ ≤ Δ, until a residual norm, the boundary or negative curvature.
+    """Minimise ⟨g, V⟩ + ½⟨V, Hess[V]⟩ over ‖V‖ ≤ Δ, up to a residual norm, the boundary or negative curvature.
 
-    Problems that are finished, or not active, take steps of length 0, so that the host reads a mask only to end the
-    loop.
+    Problems that are finished or inactive take steps of length 0, so that the host needs to read a mask only to
+    terminate the loop.
 
     Args:
         hessian: Hess, of tangent vectors (..., p, d).
         gradient: g, (..., p, d).
         radius: Δ, (..., 1, 1).
         active: (..., 1, 1) bool.
-        residual_norm: ‖g + Hess[V]‖ to stop at, (..., 1, 1).
-        max_iterations: Greatest number of steps.
+        residual_norm: ‖g + Hess[V]‖ at which to stop, (..., 1, 1).
+        max_iterations: Maximum number of steps.
 
     Returns:
         V; the residual g + Hess[V]; whether V is at the boundary, (..., 1, 1); and the number of steps.
     """
     step, residual, direction = torch.zeros_like(gradient), gradient.clone(), -gradient
-    square = inner(residual, residual)  # of the residual
+    square = inner(residual, residual)  # squared norm of the residual
     step_square, step_direction, direction_square = torch.zeros_like(square), torch.zeros_like(square), square
     running, at_boundary = active, torch.zeros_like(active)
     read_every = 1 if gradient.device.type == "cpu" else _STEPS_BETWEEN_READS
@@ -74,15 +74,15 @@ def truncated_conjugate_gradients(
 
 @dataclass(frozen=True)
 class LeastNormSolution:
-    """The solution of Hess[V] = b of least norm, or of the nearest equation that has a solution.
+    """Minimal-norm solution of Hess[V] = b, or of the nearest equation that has a solution.
 
     Attributes:
         tangent: V, (..., p, d).
         residual: ‖b − Hess[V]‖/‖b‖, (..., 1, 1).
         converged: (..., 1, 1) bool, whether V is that solution.
-        singular: (..., 1, 1) bool, whether b had a part outside the range of Hess, which was left out.
+        singular: (..., 1, 1) bool, whether b had a component outside the range of Hess, which was left out.
         indefinite: (..., 1, 1) bool, whether negative curvature was encountered.
-        iterations: Number of steps, of the problem that took most.
+        iterations: Number of steps of the problem that needed most.
     """
 
     tangent: Tensor
@@ -98,14 +98,15 @@ def conjugate_residuals(
 ) -> LeastNormSolution:
     r"""Solve Hess[V] = b by conjugate residuals: conjugate gradients in the inner product of Hess.
 
-    Conjugate gradients diverge if b has a part in the null space of Hess; conjugate residuals leave only that part in
-    the residual r. V then contains a multiple of it, and V − (⟨V, r⟩/⟨r, r⟩) r is the solution of least norm.
+    Conjugate gradients diverge if b has a component in the null space of Hess; with conjugate residuals, the residual r
+    converges to this component. V then contains a multiple of it, and V − (⟨V, r⟩/⟨r, r⟩) r is the solution of minimal
+    norm.
 
     Args:
         hessian: Hess, symmetric, of tangent vectors (..., p, d).
         right: b, (..., p, d), tangent.
         null: (..., 1, 1), eigenvalues of Hess that count as 0.
-        max_iterations: Greatest number of steps.
+        max_iterations: Maximum number of steps.
 
     Returns:
         `LeastNormSolution`.
@@ -116,7 +117,7 @@ def conjugate_residuals(
     epsilon = torch.finfo(right.dtype).eps
     target = inner(right, right) * epsilon ** (4 / 3)
     solution, residual, direction = torch.zeros_like(right), right, right
-    product = along = hessian(residual)  # Hess of the residual, and of the direction
+    product = along = hessian(residual)  # Hess applied to the residual, and to the direction
     energy, square = inner(residual, product), inner(residual, residual)
     largest = torch.zeros_like(square)  # square of the largest eigenvalue, estimated from below
     singular, indefinite = torch.zeros_like(square, dtype=torch.bool), torch.zeros_like(square, dtype=torch.bool)

@@ -1,21 +1,21 @@
-"""The polar factor of a matrix and its exact derivative.
+"""Polar factor of a matrix and its exact derivative.
 
 For A (m, n) with m ≤ n and thin SVD A = U S Vᵀ, the polar factor Q = U Vᵀ is the nearest matrix with orthonormal rows,
-and the maximiser of ⟨A, Q⟩ over them. There are two methods: ``"products"`` (`polar_iteration`) and ``"spectral"``,
-which takes the eigenvectors of the Gram matrix AAᵀ where they are accurate enough and an SVD where they are not. The
-thresholds of the latter:
+and maximises ⟨A, Q⟩ over such matrices. There are two methods: ``"products"`` (`polar_iteration`) and ``"spectral"``,
+which uses the eigenvectors of the Gram matrix AAᵀ if they are accurate enough, and an SVD otherwise. The thresholds of
+the latter are:
 
 =============================  ==========  ===========================================================================
 threshold                      value       reason
 =============================  ==========  ===========================================================================
-``_GRAM_ASPECT``               n ≥ 2m      Only then is the SVD so much slower that the Gram matrix, whose condition
-                                           number is squared, is worth trying.
-``_GRAM_RATIO``, fp32          1e-8        Least ratio λ_min/λ_max of an fp64 Gram matrix at which its error,
-``_GRAM_RATIO``, fp64          1e-4        eps·condition², is within the precision of the result's dtype.
-``_SINGLE_ROWS``               m ≥ 256     From this size on, an fp32 Gram matrix and its eigenvectors, at half the
-                                           cost of fp64, repay the check of the condition number that they need.
-``_SINGLE_RATIO``              1/256       Least ratio at which an fp32 Gram matrix gives a Q of fp32 accuracy.
-``_SINGLE_ORTHONORMAL_RATIO``  1/16        Ratio below which that Q needs a Newton–Schulz step to be orthonormal.
+``_GRAM_ASPECT``               n ≥ 2m      For smaller n, the SVD is not slow enough for the Gram matrix, whose
+                                           condition number is squared, to be worthwhile.
+``_GRAM_RATIO``, fp32          1e-8        Smallest ratio λ_min/λ_max of an fp64 Gram matrix for which its error,
+``_GRAM_RATIO``, fp64          1e-4        eps·condition², is within the precision of the dtype of the result.
+``_SINGLE_ROWS``               m ≥ 256     From this size, an fp32 Gram matrix and its eigenvectors, which take half
+                                           the time of fp64, outweigh the required check of the condition number.
+``_SINGLE_RATIO``              1/256       Smallest ratio for which an fp32 Gram matrix gives Q in fp32 accuracy.
+``_SINGLE_ORTHONORMAL_RATIO``  1/16        Ratio below which this Q needs a Newton–Schulz step to be orthonormal.
 ``_SINGLE_PRODUCT_RATIO``      1e-4        Ratio above which the inverse root of an fp64 Gram matrix may be rounded to
                                            fp32 before it is multiplied with A.
 =============================  ==========  ===========================================================================
@@ -45,8 +45,8 @@ _SINGLE_RATIO, _SINGLE_ORTHONORMAL_RATIO, _SINGLE_PRODUCT_RATIO = 1 / 256, 1 / 1
 def polar_factor(matrix: Tensor, *, method: Method = "auto", check_values: bool = True) -> Tensor:
     r"""Return the orthonormal polar factor Q = U Vᵀ of A = U S Vᵀ, differentiable.
 
-    The derivative is exact where A has full row rank, and holds at equal singular values, where
-    differentiating through an SVD gives NaN. For an upstream gradient G of Q,
+    The derivative is exact if A has full row rank, and is valid for equal singular values, for which differentiation
+    through an SVD gives NaN. For an upstream gradient G of Q,
 
         X = Uᵀ(G Qᵀ − Q Gᵀ)U,   Y_ij = X_ij/(s_i + s_j),   ∂A = U Y Uᵀ Q + U S⁻¹ Uᵀ G (I − QᵀQ).
 
@@ -55,12 +55,12 @@ def polar_factor(matrix: Tensor, *, method: Method = "auto", check_values: bool 
 
     Args:
         matrix: (..., m, n) floating, m ≤ n. fp16 and bf16 are computed in fp32.
-        method: ``"spectral"``: eigenvectors of the Gram matrix, or an SVD where its condition number is too large;
-            ``"products"``: matrix products in fp64 only, which suit an accelerator, up to a condition number of about
-            5,000, then an SVD (for fp64 input, Q is accurate to 1e-8); ``"auto"``: the first on a CPU, the second
-            elsewhere.
-        check_values: Whether to check that the entries are finite and, with products, that they converged (on an
-            accelerator this waits for the device).
+        method: ``"spectral"``: eigenvectors of the Gram matrix, or an SVD if its condition number is too large;
+            ``"products"``: only matrix products in fp64, which are fast on accelerators, up to a condition number of
+            about 5,000, otherwise an SVD (for fp64 input, Q is accurate to 1e-8); ``"auto"``: ``"spectral"`` on a CPU,
+            ``"products"`` on other devices.
+        check_values: Whether to check that the entries are finite and, with products, that the iteration converged (on
+            an accelerator, this causes a sync).
 
     Returns:
         (..., m, n), orthonormal rows, in the dtype of ``matrix``. Differentiable once; works under
@@ -70,7 +70,7 @@ def polar_factor(matrix: Tensor, *, method: Method = "auto", check_values: bool 
         ValueError: if ``matrix`` is not floating, has fewer than two dimensions, more rows than columns, no rows, or
             NaN or infinite entries; or if ``method`` is unknown.
 
-    Source: Higham, Functions of Matrices (2008), chapter 8; the derivative follows from its Sylvester equation.
+    Source: Higham, Functions of Matrices (2008), chapter 8; the derivative follows from a Sylvester equation.
 
     Examples:
         >>> import torch
@@ -96,13 +96,13 @@ def polar(
         matrix: (..., m, n), m ≤ n, or m ≤ n + 1 with a null direction.
         method: As for `polar_factor`.
         check: Check of whether products converged; None for no check.
-        null: 0, or σ² > 0 for a centred matrix, whose columns sum to zero; of the size of its squared singular values.
-            Then the result is the polar factor on the complement of 1, Q with QQᵀ = I − 11ᵀ/m: the first n columns of
-            the polar factor of [A | σ/√m · 1], in which the direction 1 has the singular value σ. This spares a basis
-            of the complement.
+        null: 0, or σ² > 0 for a centred matrix, whose columns sum to zero. σ² should have the size of its squared
+            singular values. The result is then the polar factor on the complement of 1, Q with QQᵀ = I − 11ᵀ/m: the
+            first n columns of the polar factor of [A | σ/√m · 1], in which the direction 1 has the singular value σ.
+            This makes a basis of the complement unnecessary.
     """
     by_products = method == "products" or (method == "auto" and matrix.device.type != "cpu")
-    # An integer handle in place of the check, since a compiled operator takes no objects.
+    # An integer handle represents the check, because compiled operators do not accept objects.
     factor: Tensor = _Polar.apply(matrix, null, by_products, 0 if check is None else check.handle)[0]
     return factor
 
@@ -111,7 +111,7 @@ Parts = tuple[Tensor, Tensor, Tensor]
 
 
 def decompose(matrix: Tensor, null: float, by_products: bool, check_handle: int) -> Parts:
-    """Return Q and what its derivative needs: Uᵀ and the singular values, or (AAᵀ)^(−1/2) and AAᵀ."""
+    """Return Q and the tensors that its derivative needs: Uᵀ and the singular values, or (AAᵀ)^(−1/2) and AAᵀ."""
     if not by_products:
         wide = matrix.shape[-1] >= _GRAM_ASPECT * matrix.shape[-2]
         return (_by_gram(matrix, null) if wide else None) or _by_svd(matrix, null)
@@ -123,7 +123,7 @@ def decompose(matrix: Tensor, null: float, by_products: bool, check_handle: int)
     return _roots_by_svd(matrix, null, check)
 
 
-# One opaque operator while compiling, so that choosing the algorithm by value does not break the graph.
+# While compiling, a single opaque operator, so that the choice of the algorithm by values does not break the graph.
 _operator = torch.library.custom_op("neuralcollapse::polar_factor", decompose, mutates_args=())
 
 
@@ -138,7 +138,7 @@ def _(matrix: Tensor, null: float, by_products: bool, check_handle: int) -> Part
 
 
 class _Polar(torch.autograd.Function):
-    """Q with its derivative; the other two outputs are for the backward pass and carry no gradient."""
+    """Polar factor Q with its derivative; the other two outputs are for the backward pass and have no gradient."""
 
     @staticmethod
     def forward(matrix: Tensor, null: float, by_products: bool, check_handle: int) -> Parts:
@@ -156,7 +156,7 @@ class _Polar(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, None, None, None]:
         if gradient is None:
             return None, None, None, None
-        if torch.is_grad_enabled():  # a separate node, so that a second derivative raises a clear error
+        if torch.is_grad_enabled():  # use a separate node, so that a second derivative raises a clear error
             return _Gradient.apply(ctx.by_products, gradient, *ctx.saved_tensors), None, None, None
         return _vector_jacobian(ctx.by_products, gradient, *ctx.saved_tensors), None, None, None
 
@@ -168,7 +168,7 @@ class _Polar(torch.autograd.Function):
 
 
 class _Gradient(torch.autograd.Function):
-    """The derivative of `_Polar`, whose own derivative is not implemented."""
+    """Derivative of `_Polar`; its derivative is not implemented."""
 
     generate_vmap_rule = True
 
@@ -187,7 +187,7 @@ class _Gradient(torch.autograd.Function):
 
 
 def _vector_jacobian(by_products: bool, gradient: Tensor, *parts: Tensor) -> Tensor:
-    """Return ∂A for the gradient of Q and the output of `decompose`."""
+    """Return ∂A for the gradient of Q, given the output of `decompose`."""
     return (polar_iteration.vector_jacobian if by_products else _spectral_vector_jacobian)(gradient, *parts)
 
 
@@ -211,7 +211,7 @@ def _by_gram(matrix: Tensor, null: float) -> Parts | None:
     inverse_root = left @ (vectors / singular.unsqueeze(-1))
     product_dtype = dtype if ratio > _SINGLE_PRODUCT_RATIO else wide.dtype
     factor = inverse_root.to(product_dtype) @ (matrix if product_dtype == dtype else wide)
-    # One Newton–Schulz step restores what squaring the condition number lost.
+    # One Newton–Schulz step restores the accuracy that was lost by squaring the condition number.
     if dtype == torch.float64 or (gram.dtype == torch.float32 and ratio < _SINGLE_ORTHONORMAL_RATIO):
         factor = 1.5 * factor - 0.5 * (factor @ factor.mT) @ factor
     return factor.to(dtype), vectors.to(dtype).contiguous(), singular.to(dtype)
@@ -238,9 +238,9 @@ def _is_well_conditioned(gram: Tensor) -> bool:
 
 
 def _by_svd(matrix: Tensor, null: float) -> Parts:
-    """Return Q, Uᵀ and the singular values by an SVD, whatever the condition number. Waits for an accelerator.
+    """Return Q, Uᵀ and the singular values by an SVD, for any condition number. Causes a sync on accelerators.
 
-    In fp32 LAPACK can fail to converge on singular values that are almost equal, as at collapse; then fp64 is used.
+    LAPACK may fail to converge in fp32 if singular values are almost equal, as at collapse; fp64 is then used.
     """
     columns = matrix.shape[-1]
     if null:
@@ -257,7 +257,7 @@ def _by_svd(matrix: Tensor, null: float) -> Parts:
 
 
 def _roots_by_svd(matrix: Tensor, null: float, check: ConvergenceCheck | None) -> Parts:
-    """Return Q, (AAᵀ)^(−1/2) and AAᵀ by an SVD in fp64, on the directions above rounding error."""
+    """Return Q, (AAᵀ)^(−1/2) and AAᵀ by an SVD in fp64, restricted to directions above the rounding error."""
     factor, vectors, singular = _by_svd(matrix.double(), null)
     cutoff = torch.finfo(matrix.dtype).eps * max(matrix.shape[-2:]) * singular.amax(-1, keepdim=True)
     inverse = torch.where(singular > cutoff, 1 / singular, 0)
@@ -270,8 +270,8 @@ def _roots_by_svd(matrix: Tensor, null: float, check: ConvergenceCheck | None) -
 def _spectral_vector_jacobian(gradient: Tensor, factor: Tensor, vectors: Tensor, singular: Tensor) -> Tensor:
     """Return ∂A for the gradient of Q, by the formula of `polar_factor`.
 
-    With a null direction it is correct up to multiples of 1 along the columns, which the derivative of the centring
-    removes.
+    With a null direction, the result is correct up to multiples of 1 in each column, which the derivative of the
+    centring removes.
     """
     cutoff = torch.finfo(factor.dtype).eps * max(factor.shape[-2:]) * singular.amax(-1, keepdim=True)
     sums = singular.unsqueeze(-1) + singular.unsqueeze(-2)
@@ -280,7 +280,7 @@ def _spectral_vector_jacobian(gradient: Tensor, factor: Tensor, vectors: Tensor,
 
     outer = gradient @ factor.mT  # G Qᵀ
     rotated = vectors @ outer @ vectors.mT
-    # G(I − QᵀQ) = G − (G Qᵀ)Q, so every (m, n) product is used once; in place, since these are most of the memory.
+    # G(I − QᵀQ) = G − (G Qᵀ)Q, so every (m, n) product is used once; in place, because they take most of the memory.
     along = vectors.mT @ ((rotated - rotated.mT).div_(sums) - rotated / stretch) @ vectors
     inverse_stretch = vectors.mT @ (vectors / stretch)  # U S⁻¹ Uᵀ
     return (along @ factor).add_(inverse_stretch @ gradient)

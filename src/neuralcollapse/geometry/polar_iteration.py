@@ -1,12 +1,12 @@
-"""The polar factor and its derivative by matrix products alone ("Polar Express"), for accelerators.
+"""Polar factor and its derivative by matrix products alone ("Polar Express"), for accelerators.
 
-An eigendecomposition uses a few per cent of an accelerator and stops the host. Here the inverse root of the Gram
-matrix comes from nine odd polynomials of degree 5, each the best approximation of the sign on the interval that the
-previous polynomial left: H ← h(H)²H and Z ← Z h(H), with x·h(x²) the polynomial, take H to I and Z to (AAᵀ)^(−1/2). All
-of it is computed in fp64, because forming the Gram matrix squares the condition number, and because TF32 does not
-affect fp64.
+An eigendecomposition uses a few per cent of the speed of an accelerator and blocks the host. This module computes the
+inverse root of the Gram matrix by nine odd polynomials of degree 5. Each polynomial x·h(x²) is the best approximation
+of the sign function on the image of the previous one. The iterations H ← h(H)²H and Z ← Z h(H) take H to I and Z to
+(AAᵀ)^(−1/2). All computations are in fp64, because forming the Gram matrix squares the condition number, and because
+TF32 does not affect fp64.
 
-Nothing waits for the device: a `ConvergenceCheck` compares H with I a few solves later.
+The solves do not cause device syncs: a `ConvergenceCheck` compares H with I a few solves later.
 
 Source: Amsel, Persson, Musco, Gower, "The Polar Express" (2025).
 """
@@ -24,12 +24,12 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-# Largest max |H − I| that counts as converged. In fp64 one more Newton–Schulz step squares it.
+# Largest max |H − I| that counts as converged. For fp64 input, a further Newton–Schulz step squares it.
 CONVERGED = 1e-6
-# Ratio of singular values up to which the polynomials converge, whatever the slack of the norm's bound.
+# Ratio of singular values up to which the polynomials converge, however loose the bound of the norm is.
 LEAST_RATIO = 3e-4
-# a, b, c of x·(a + b x² + c x⁴), minimax for 1 on [1e-4, 1], then on the image of the previous polynomial. Together
-# they take [1e-4, 1] to within 2e-15 of 1.
+# Coefficients a, b, c of x·(a + b x² + c x⁴), the minimax approximations of 1 on [1e-4, 1] and then on the image of the
+# previous polynomial. Together they map [1e-4, 1] to within 2e-15 of 1.
 SIGN_POLYNOMIALS = (
     (8.5098853025862775, -25.264304190830911, 18.753567899739639),
     (4.2495734789228772, -3.1549764881142303, 0.58588478249132738),
@@ -44,21 +44,21 @@ SIGN_POLYNOMIALS = (
 
 
 class ConvergenceCheck:
-    """A deferred check of whether solves by products converged, which does not wait for the device.
+    """Deferred convergence check of solves by products, which avoids a device sync.
 
-    The first solve is checked at once, because classes that have not been seen yet can make its matrix singular. Each
-    later one is checked exactly `lag` solves later, when an accelerator has long finished it; if it did not converge,
-    that later solve takes an SVD, which is counted in `fallbacks` and logged. The lag is fixed so that all ranks decide
-    alike.
+    The first solve is checked immediately, because classes that have not been seen yet can make its matrix singular.
+    Each later solve is checked exactly `lag` solves later, when an accelerator has finished it; if it did not converge,
+    the solve at that time uses an SVD, which is counted in `fallbacks` and logged. The lag is fixed, so that all ranks
+    make the same decision.
 
-    A copy, also by pickling, is a new check without history.
+    A copy, including one by pickling, is a new check without history.
 
     Args:
-        lag: Solves between a solve and its check; 0 checks each solve at once, which waits for the device.
+        lag: Number of solves between a solve and its check; 0 checks each solve immediately, which causes a sync.
 
     Attributes:
-        fallbacks: Number of solves that took an SVD.
-        handle: Integer by which a compiled operator finds this check; see `polar`.
+        fallbacks: Number of solves that used an SVD.
+        handle: Integer that identifies this check in a compiled operator; see `polar`.
     """
 
     def __init__(self, lag: int = 4) -> None:
@@ -71,11 +71,11 @@ class ConvergenceCheck:
 
     @staticmethod
     def of_handle(handle: int) -> ConvergenceCheck | None:
-        """Return the check of a handle; None for 0, or if it no longer exists."""
+        """Return the check with a handle; None if the handle is 0 or the check no longer exists."""
         return _checks.get(handle)
 
     def needs_svd(self) -> bool:
-        """Return whether the solve `lag` ago did not converge, so that this one must take an SVD."""
+        """Return whether the solve `lag` solves ago did not converge, so that this solve must use an SVD."""
         if self.lag == 0 or len(self._pending) < self.lag:
             return False
         error, event = self._pending.popleft()
@@ -84,7 +84,7 @@ class ConvergenceCheck:
         return not float(error) <= CONVERGED
 
     def accepts(self, error: Tensor) -> bool:
-        """Return False if this solve is checked at once and did not converge; else leave its error for later."""
+        """Return False if this solve is checked immediately and did not converge; otherwise defer its check."""
         self._solves += 1
         if self.lag == 0 or self._solves == 1:
             return float(error) <= CONVERGED
@@ -92,7 +92,7 @@ class ConvergenceCheck:
         return True
 
     def record_svd(self, error: Tensor) -> None:
-        """Count a solve by SVD, log the first, the second, the fourth and so on, and leave its error for later."""
+        """Count a solve by SVD, log the first, second, fourth, … such solve, and defer the check of this one."""
         if self.lag == 0:
             return
         self._defer(error)
@@ -123,7 +123,7 @@ class ConvergenceCheck:
 _handles = itertools.count(1)
 _checks: weakref.WeakValueDictionary[int, ConvergenceCheck] = weakref.WeakValueDictionary()
 
-# Checks each solve before it is used; waits for the device.
+# Checks each solve before it is used, which causes a device sync.
 IMMEDIATE = ConvergenceCheck(lag=0)
 
 
@@ -143,7 +143,7 @@ def iterate(gram: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
     assert inverse_root is not None
     inverse_root = inverse_root / bound.sqrt()
     factor = inverse_root @ matrix.double()
-    if matrix.dtype == torch.float64:  # one Newton–Schulz step restores what squaring the condition lost
+    if matrix.dtype == torch.float64:  # a Newton–Schulz step restores the accuracy lost by squaring the condition
         factor = 1.5 * factor - 0.5 * (factor @ factor.mT) @ factor
     remaining.diagonal(dim1=-2, dim2=-1).sub_(1)
     return factor.to(matrix.dtype), inverse_root, gram, remaining.abs().max()
@@ -169,7 +169,7 @@ def _even_part(polynomial: tuple[float, float, float], matrix: Tensor, square: T
 
 
 def _norm_bound(symmetric: Tensor) -> Tensor:
-    """Return an upper bound of the greatest eigenvalue, (..., 1, 1), at most m^(1/8) times it; 1 for a zero matrix.
+    """Return a bound (..., 1, 1) of the greatest eigenvalue, at most m^(1/8) times as large; 1 for a zero matrix.
 
     The bound is a Schatten norm, which takes two products.
     """

@@ -1,4 +1,4 @@
-"""The published problem of the nearest simplex ETF, solved as published, for comparison with the closed form."""
+"""Published problem of the nearest simplex ETF and its published solver, for comparison with the closed form."""
 
 from __future__ import annotations
 
@@ -29,19 +29,20 @@ def published_nearest_frame(
 
         ‖Ĉ − ΠP/√(K−1)‖²_F + (δ/2) ‖P − P₀‖²_F   over P (K, d) with orthonormal rows.
 
-    The simplex ETF is √(K/(K−1)) ΠP (`frame_to_etf`). It does not depend on the part of P along the all-ones vector.
-    With that part the problem needs d ≥ K and is singular at δ = 0; `nearest_simplex_etf` solves the problem without
-    it. If no last solution is given, the problem is first solved at δ = 0 to obtain one, as published.
+    The simplex ETF is √(K/(K−1)) ΠP (`frame_to_etf`). It does not depend on the component of P along the all-ones
+    vector. Because of this component, the problem needs d ≥ K and is singular for δ = 0; `nearest_simplex_etf` solves
+    the problem without it. If no previous solution is given, the problem is first solved with δ = 0 to obtain one, as
+    in the publication.
 
     Args:
         class_means: (..., K, d) floating, d ≥ K.
-        last: P₀, (..., K, d), the last solution, which is also the start.
+        last: P₀, (..., K, d), the previous solution, which is also the start.
         proximal_weight: δ ≥ 0.
-        max_iterations: Greatest number of outer iterations; the published 30.
+        max_iterations: Maximum number of outer iterations; by default the published 30.
         **solver: Keyword arguments of `minimize_on_stiefel`.
 
     Returns:
-        `ArgminSolution` of P.
+        `ArgminSolution` with point P.
 
     Raises:
         ValueError: if shapes or the weight are out of range, the means are not finite or all equal, or the last

@@ -1,8 +1,8 @@
-"""The simplex equiangular tight frame (ETF) and the Helmert basis in which it is written.
+"""Simplex equiangular tight frame (ETF), and the Helmert basis in which it is expressed.
 
 Every unit simplex ETF of K vectors is E = √(K/(K−1)) B Q with Q (K−1, d) of orthonormal rows and B (K, K−1)
-an orthonormal basis of the complement of the all-ones vector. The Helmert basis has the columns
-b_j = (1, …, 1, −j, 0, …, 0)/√(j(j+1)), which begin with j ones: its products are cumulative sums.
+an orthonormal basis of the complement of the all-ones vector. The columns of the Helmert basis are
+b_j = (1, …, 1, −j, 0, …, 0)/√(j(j+1)), which begin with j ones, so that products with it are cumulative sums.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def simplex_etf(
 ) -> Tensor:
     """Return the canonical unit simplex ETF: unit rows with pairwise cosine −1/(K−1).
 
-    For d ≥ K it is √(K/(K−1)) (I − 11ᵀ/K) padded with zero columns; for d = K−1 it is the same vectors in
+    For d ≥ K it is √(K/(K−1)) (I − 11ᵀ/K) padded with zero columns; for d = K−1 it consists of the same vectors in
     Helmert coordinates, √(K/(K−1)) B.
 
     Args:
@@ -69,7 +69,7 @@ def random_simplex_etf(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Return a unit simplex ETF of Haar-uniform orientation: E U has the distribution of E for any orthogonal U.
+    """Return a unit simplex ETF E with Haar-uniform orientation: E U has the same distribution for any orthogonal U.
 
     The orthonormal factor of a Gaussian matrix is Haar-uniform if the signs of its columns make the diagonal of the
     triangular factor positive.
@@ -85,7 +85,7 @@ def random_simplex_etf(
         (K, d).
 
     Raises:
-        ValueError: if K < 2, d < K−1, the dtype is not floating, the device is unknown, or the generator has another
+        ValueError: if K < 2, d < K−1, the dtype is not floating, the device is unknown, or the generator has the wrong
             type or is on another device.
 
     Source: Mezzadri, "How to generate random matrices from the classical compact groups" (2007).
@@ -109,7 +109,7 @@ def simplex_basis(
 ) -> Tensor:
     """Return the Helmert basis B (K, K−1) as a matrix: orthonormal columns, each orthogonal to the all-ones vector.
 
-    Its products need no matrix: `reduce` applies Bᵀ and `expand` applies B in O(Kd).
+    Products do not need the matrix: `reduce` applies Bᵀ and `expand` applies B in O(Kd).
 
     Args:
         num_classes: K ≥ 2.
@@ -134,19 +134,19 @@ def simplex_basis(
 
 
 def check_simplex_etf(name: str, etf: Tensor) -> None:
-    """Raise unless (..., K, d) class vectors are a unit simplex ETF; skipped where values cannot be read.
+    """Raise unless (..., K, d) class vectors are a unit simplex ETF; skipped if values are unreadable.
 
-    The product of their Gram matrix with one fixed vector is compared with that of K/(K−1) Π (Freivalds' check), in
-    O(Kd) and without a (K, K) matrix.
+    The product of the Gram matrix with a fixed vector is compared with that of K/(K−1) Π (Freivalds' check), in O(Kd)
+    and without forming a (K, K) matrix.
     """
     if not values_readable(etf):
         return
     exact = etf.detach().to(compute_dtype(etf.dtype))
     num_classes = exact.shape[-2]
     ratio, share = num_classes / (num_classes - 1), num_classes // 2 / num_classes
-    probed = exact @ exact[..., 1::2, :].sum(-2, keepdim=True).mT  # of the vector 0, 1, 0, 1, …
+    probed = exact @ exact[..., 1::2, :].sum(-2, keepdim=True).mT  # product with the vector 0, 1, 0, 1, …
     tolerance = 1e-3 if etf.dtype == exact.dtype else 3e-2
-    # Python floats, since each operation on tensors would cost as much as the product.
+    # Uses Python floats, because each operation on tensors would take as long as the product.
     expected = [-ratio * share, ratio * (1 - share)]
     values = probed.flatten().tolist()
     if not all(abs(value - expected[index % num_classes % 2]) <= tolerance for index, value in enumerate(values)):

@@ -1,4 +1,4 @@
-"""The softmax code, which replaces the simplex ETF where K > d + 1 classes leave none."""
+"""Softmax code, which replaces the simplex ETF for K > d + 1 classes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.nn import functional
 from neuralcollapse._checks import check_at_least, check_finite, check_floating, compute_dtype
 from neuralcollapse.geometry.simplex import simplex_etf
 
-# From 1 down to 2⁻¹² by halves: the smooth maximum is then within 2⁻¹² log K² of the true one, 3e-3 at K = 1000.
-# Margins at (100, 16) for the same number of evaluations: 0.789 in five stages, 0.792 in eleven, 0.768 in one.
+# Temperatures from 1 to 2⁻¹² by halving: the smooth maximum is then within 2⁻¹² log K² of the true maximum, 3e-3 for
+# K = 1000. Margins at (100, 16) for the same number of evaluations: 0.789 in five stages, 0.792 in eleven, 0.768 in one.
 TEMPERATURES = tuple(0.5**stage for stage in range(13))
 _HISTORY = 20
 
@@ -27,7 +27,7 @@ def softmax_code(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    r"""Return unit class vectors that maximise the least one-vs-rest margin, the limit of collapse when K > d + 1.
+    r"""Return unit class vectors that maximise the smallest one-vs-rest margin, the limit of collapse if K > d + 1.
 
     The margin of class k is the distance of w_k from the convex hull of the others. Known optima are returned directly:
     the canonical simplex ETF for K ≤ d+1, the first K vectors e₁, −e₁, e₂, −e₂, … of the orthoplex for d+2 ≤ K ≤ 2d,
@@ -37,7 +37,7 @@ def softmax_code(
     Args:
         num_classes: K ≥ 2.
         feature_dim: d ≥ 1; d ≥ 2 for K > 2.
-        generator: Source of the random start, on ``device``; a generator of seed 0 if not given.
+        generator: Generator of the random start, on ``device``; by default a generator with seed 0.
         max_iterations: L-BFGS iterations at each temperature.
         dtype: Floating dtype of the result; the default dtype if not given.
         device: Device of the computation and the result.
@@ -74,15 +74,16 @@ def softmax_code(
 
 
 def _anneal_code(start: Tensor, *, temperatures: tuple[float, ...] = TEMPERATURES, max_iterations: int = 40) -> Tensor:
-    r"""Maximise the least one-vs-rest margin from a start, by a smooth objective with falling temperature.
+    r"""Maximise the smallest one-vs-rest margin from a start, by a smooth objective with decreasing temperature.
 
     The margin of class k is the maximum over unit h of min_{j≠k} ⟨w_k − w_j, h⟩. With a unit h_k for each class,
 
         min over W, H of  t · log Σ_k Σ_{j≠k} exp(⟨w_j − w_k, h_k⟩/t)
 
-    is minimised by L-BFGS on the product of spheres (rows normalised inside) for t falling to nearly 0; at t → 0 it is
-    minus the least margin. At a high temperature every vector repels every other, which spreads them evenly; at a low
-    temperature only the closest pair counts, so that without annealing the arrangement of the start remains.
+    is minimised by L-BFGS on the product of spheres (rows are normalised in the objective) for t decreasing to nearly
+    0; as t → 0, it tends to minus the smallest margin. At a high temperature, all vectors repel each other, which
+    distributes them evenly; at a low temperature, only the closest pair matters, so that without annealing the
+    arrangement of the start would remain.
 
     Args:
         start: (K, d) floating, rows not zero. fp16 and bf16 are computed in fp32.
@@ -93,10 +94,10 @@ def _anneal_code(start: Tensor, *, temperatures: tuple[float, ...] = TEMPERATURE
         (K, d), unit rows, in the dtype of ``start``.
 
     Raises:
-        ValueError: if the start has another shape, a value that is not finite or a zero row, or if a temperature is not
-            positive.
+        ValueError: if the start has the wrong shape, a value that is not finite or a zero row, or if a temperature is
+            not positive.
 
-    Source: Jiang et al. (ICML 2024): their HardMax problem, smoothed.
+    Source: smoothed version of the HardMax problem of Jiang et al. (ICML 2024).
 
     Examples:
         >>> start = torch.randn(4, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -106,7 +107,7 @@ def _anneal_code(start: Tensor, *, temperatures: tuple[float, ...] = TEMPERATURE
     _check_code("start", start)
     check_at_least("max_iterations", max_iterations, 1)
     if not temperatures or not all(0 < temperature < math.inf for temperature in temperatures):
-        raise ValueError(f"temperatures must be positive and at least one, got {temperatures}")
+        raise ValueError(f"temperatures must contain at least one value, all positive, got {temperatures}")
     code = start.detach().to(compute_dtype(start.dtype))
     pair = functional.normalize(torch.stack([code, code]), dim=-1)  # W and H
     for temperature in temperatures:
@@ -115,7 +116,7 @@ def _anneal_code(start: Tensor, *, temperatures: tuple[float, ...] = TEMPERATURE
 
 
 def _stage(pair: Tensor, temperature: float, max_iterations: int) -> Tensor:
-    """Return W and H, (2, K, d), improved at one temperature."""
+    """Return W and H, (2, K, d), after optimisation at one temperature."""
     variable = pair.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
         [variable],
@@ -149,18 +150,19 @@ def _negative_margins(code: Tensor, directions: Tensor) -> Tensor:
 def one_vs_rest_margins(code: Tensor, *, max_iterations: int = 2000, tolerance: float = 1e-7) -> Tensor:
     r"""Return the distance of each class vector from the convex hull of the others, which a softmax code maximises.
 
-    Solved by accelerated projected gradient in the weights of the hull, for all classes together, O(K²d) per iteration.
+    The distances of all classes are computed together, by accelerated projected gradient in the weights of the hull,
+    with O(K²d) work per iteration.
 
     Args:
         code: (K, d) floating, rows not zero.
-        max_iterations: Greatest number of iterations.
-        tolerance: Gap between the distance to the best point found and its lower bound at which to stop.
+        max_iterations: Maximum number of iterations.
+        tolerance: Gap between the distance to the best point and its lower bound at which to stop.
 
     Returns:
-        (K,), proven lower bounds of the distances, at most ``tolerance`` below them unless the iterations ran out.
+        (K,), proven lower bounds of the distances, within ``tolerance`` unless ``max_iterations`` is reached.
 
     Raises:
-        ValueError: if the code has another shape, a value that is not finite or a zero row.
+        ValueError: if the code has the wrong shape, a value that is not finite or a zero row.
 
     Source: Jiang et al. (ICML 2024); Beck, Teboulle (2009) with the restart of O'Donoghue, Candès (2015).
 

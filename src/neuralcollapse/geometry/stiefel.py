@@ -1,7 +1,7 @@
-"""The Stiefel manifold of matrices with orthonormal rows, as a submanifold of Euclidean space.
+"""Stiefel manifold of matrices with orthonormal rows, as a submanifold of Euclidean space.
 
-A point Q (p, d), p ≤ d, has QQᵀ = I. A tangent vector V at Q has VQᵀ skew. The inner product is the Euclidean one.
-All functions take leading batch dimensions.
+A point Q (p, d), p ≤ d, satisfies QQᵀ = I. For a tangent vector V at Q, VQᵀ is skew-symmetric. The inner product is
+that of Euclidean space. All functions accept leading batch dimensions.
 
 Source: Absil, Mahony, Sepulchre, Optimization Algorithms on Matrix Manifolds (2008); Absil, Mahony, Trumpf, "An
 extrinsic look at the Riemannian Hessian" (2013).
@@ -50,10 +50,10 @@ def project(point: Tensor, ambient: Tensor) -> Tensor:
 
 
 def retract(point: Tensor, tangent: Tensor) -> Tensor:
-    """Return the point reached from Q along V: the orthonormal factor of Q + V, as of a QR decomposition.
+    """Return the point reached from Q along V: the orthonormal factor of Q + V, as in a QR decomposition.
 
-    It is computed from a Cholesky factor of (Q+V)(Q+V)ᵀ = I + VVᵀ. That matrix is never close to singular, so this is
-    as accurate as Householder's QR and costs two matrix products.
+    It is computed from a Cholesky factor of (Q+V)(Q+V)ᵀ = I + VVᵀ. This matrix is never close to singular, so the
+    method is as accurate as Householder's QR; it takes two matrix products.
 
     Args:
         point: Q, (..., p, d).
@@ -69,7 +69,7 @@ def retract(point: Tensor, tangent: Tensor) -> Tensor:
     moved = point + tangent
     factor, _ = torch.linalg.cholesky_ex(moved @ moved.mT)
     reached: Tensor = torch.linalg.solve_triangular(factor, moved, upper=False)
-    return reached.contiguous()  # so that a solution that is saved and loaded gives the same numbers
+    return reached.contiguous()  # so that a solution gives the same numbers after saving and loading
 
 
 def distance(first: Tensor, second: Tensor) -> Tensor:
@@ -120,14 +120,14 @@ def random_point(
 
 
 def check_point(point: Tensor, name: str = "point") -> None:
-    """Raise unless the rows of every matrix are orthonormal, to the square root of the dtype's resolution.
+    """Raise unless the rows of every matrix are orthonormal, up to the square root of the resolution of the dtype.
 
     Args:
         point: (..., p, d) of fp32 or fp64.
         name: Name of the argument in the message.
 
     Raises:
-        ValueError: if the dtype or shape is another, values are not finite, or rows are not orthonormal; the message
+        ValueError: if the dtype or shape is wrong, values are not finite, or rows are not orthonormal; the message
             names the row or pair of rows with the greatest error.
 
     Examples:

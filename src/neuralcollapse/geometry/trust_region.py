@@ -1,6 +1,6 @@
-"""A Riemannian trust region on the Stiefel manifold, for costs without a closed-form minimiser.
+"""Riemannian trust region on the Stiefel manifold, for costs without a closed-form minimiser.
 
-Each iteration minimises the cost's second-order model ⟨g, V⟩ + ½⟨V, Hess[V]⟩ over tangent vectors with ‖V‖ ≤ Δ by
+Each iteration minimises the second-order model ⟨g, V⟩ + ½⟨V, Hess[V]⟩ of the cost over tangent vectors with ‖V‖ ≤ Δ by
 truncated conjugate gradients, retracts, and compares the decrease of the cost with that predicted by the model.
 """
 
@@ -31,7 +31,7 @@ Cost = Callable[[Tensor], Tensor]
 
 
 class Stop(IntEnum):
-    """Why the solver stopped on a problem."""
+    """Reason for which the solver stopped on a problem."""
 
     CONVERGED = 0
     MAX_ITERATIONS = 1
@@ -43,7 +43,7 @@ class Stop(IntEnum):
             Stop.CONVERGED: f"gradient norm within the tolerance {tolerance:.3g}",
             Stop.MAX_ITERATIONS: f"max_iterations = {max_iterations} reached before the tolerance {tolerance:.3g}",
             Stop.STALLED: f"no step lowers the cost any further, above the tolerance {tolerance:.3g}: "
-            "rounding, or a cost that is not twice differentiable there",
+            "rounding errors, or a cost that is not twice differentiable at the point",
         }[self]
 
 
@@ -58,7 +58,7 @@ class StiefelSolution:
         iterations: (...), number of outer iterations.
         converged: (...) bool, whether the gradient norm is within the tolerance.
         status: (...), integers of `Stop`.
-        reason: In words why each problem stopped; for a batch, the number of problems per reason.
+        reason: Reason for stopping in words; for a batch, with the number of problems per reason.
     """
 
     point: Tensor
@@ -80,16 +80,16 @@ def minimize_on_stiefel(
 ) -> StiefelSolution:
     r"""Minimise a cost over matrices with orthonormal rows, by a Riemannian trust region with truncated CG.
 
-    Leading dimensions are independent problems, each with its own radius and stopping test. The cost is evaluated for
-    all of them together. A start at a critical point is returned unchanged, also if it is a saddle.
+    Leading dimensions are independent problems, each with a separate radius and stopping test. The cost is evaluated
+    for all problems together. A start at a critical point is returned unchanged, even if it is a saddle.
 
     Args:
-        cost: Function of points (..., p, d) that returns one value per problem, (...). Twice differentiable by torch.
-        initial: (..., p, d) of fp32 or fp64, rows orthonormal.
-        max_iterations: Greatest number of outer iterations.
-        max_inner_iterations: Greatest number of conjugate-gradient steps in each; the manifold's dimension if not
-            given.
-        tolerance: Riemannian gradient norm at which a problem is solved; if not given, √ε of the dtype times the
+        cost: Function of points (..., p, d) that returns one value per problem, (...), twice differentiable by torch.
+        initial: (..., p, d) of fp32 or fp64 with orthonormal rows.
+        max_iterations: Maximum number of outer iterations.
+        max_inner_iterations: Maximum number of conjugate-gradient steps per outer iteration; by default the dimension
+            of the manifold.
+        tolerance: Riemannian gradient norm at which a problem counts as solved; by default √ε of the dtype times the
             norm of the Euclidean gradient at ``initial`` (the largest of the batch).
 
     Returns:
@@ -99,8 +99,8 @@ def minimize_on_stiefel(
         ValueError: if the start is not on the manifold, the cost does not return one value per problem or is not finite
             at the start, or a setting is out of range.
 
-    Source: Absil, Baker, Gallivan, "Trust-region methods on Riemannian manifolds" (2007); the inner iteration is
-    Steihaug's and Toint's, with the norms of Conn, Gould, Toint (2000), 7.5.
+    Source: Absil, Baker, Gallivan, "Trust-region methods on Riemannian manifolds" (2007); the inner iteration is that
+    of Steihaug and Toint, with the norms of Conn, Gould, Toint (2000), 7.5.
 
     At level DEBUG, the logger of this module reports the objective, the gradient norm and the length of the step of
     each iteration, and the reason for stopping.
@@ -150,11 +150,11 @@ class SecondOrderModel:
 
         grad f = G − SQ,   Hess f[V] = proj(∇²f[V] − SV)   for a tangent V.
 
-    Each quantity is computed on first use, so that the value alone costs one evaluation of f. Nothing larger than Q is
-    formed: ∇²f[V] is the derivative of ⟨G, V⟩.
+    Each quantity is computed on first use, so that the value alone takes a single evaluation of f. Tensors larger than
+    Q are not formed: ∇²f[V] is the derivative of ⟨G, V⟩.
 
     Args:
-        cost: f, of points (..., p, d) to values (...), one per problem, each of which depends on its own matrix only.
+        cost: f, from points (..., p, d) to values (...), one per problem; each value depends only on its matrix.
         point: Q, (..., p, d).
 
     Source: Absil, Mahony, Trumpf, "An extrinsic look at the Riemannian Hessian" (2013).
@@ -170,7 +170,7 @@ class SecondOrderModel:
 
     @cached_property
     def _graph(self) -> Tensor:
-        """The Euclidean gradient, with the graph that its derivative needs."""
+        """Euclidean gradient, with the graph that its derivative needs."""
         if not self._cost.requires_grad:
             raise ValueError("cost must depend on its point differentiably, got a value without a gradient")
         with torch.enable_grad():
@@ -179,7 +179,7 @@ class SecondOrderModel:
 
     @cached_property
     def euclidean_gradient(self) -> Tensor:
-        """The Euclidean gradient G, (..., p, d)."""
+        """Euclidean gradient G, (..., p, d)."""
         return self._graph.detach()
 
     @cached_property
@@ -188,7 +188,7 @@ class SecondOrderModel:
 
     @cached_property
     def gradient(self) -> Tensor:
-        """The Riemannian gradient, (..., p, d)."""
+        """Riemannian gradient, (..., p, d)."""
         return self.euclidean_gradient - self._normal @ self.point
 
     def hessian(self, tangent: Tensor) -> Tensor:
@@ -231,8 +231,8 @@ class _State:
         self.model, self.tolerance = model, tolerance
         self.largest_radius = math.sqrt(model.point.shape[-2])  # ‖Q‖: longer steps retract to almost the same points
         scalar = model.cost[..., None, None]
-        # A step that is too long costs one iteration. An eighth of this radius, the usual start, costs two iterations
-        # of eight on the published problem, and was not clearly better or worse on others.
+        # A step that is too long costs one iteration. The usual start, an eighth of this radius, costs two of eight
+        # iterations on the published problem, and was not clearly better or worse on other problems.
         self.radius = torch.full_like(scalar, self.largest_radius)
         self.status = torch.full_like(scalar, int(Stop.MAX_ITERATIONS), dtype=torch.int64)
         self.iterations = torch.zeros_like(self.status)
@@ -241,7 +241,7 @@ class _State:
         self.first_norm = self.gradient_norm
 
     def _settle(self) -> None:
-        """Mark as finished the problems that reached the tolerance, or whose steps are only rounding error."""
+        """Mark problems as finished if they reached the tolerance or if their steps consist of rounding error only."""
         self.gradient_norm = inner(self.model.gradient, self.model.gradient).sqrt()
         smallest = torch.finfo(self.radius.dtype).eps * self.largest_radius
         for reason, reached in (
@@ -254,7 +254,7 @@ class _State:
     def advance(self, number: int, evaluate: Callable[[Tensor], SecondOrderModel], inner_limit: int) -> None:
         """Take one outer iteration."""
         model, active = self.model, self.active
-        # Superlinear near the solution, but never more accurate than the tolerance requires.
+        # Gives superlinear convergence near the solution, but never more accuracy than the tolerance requires.
         forcing = (self.gradient_norm / self.first_norm.clamp_min(self.tolerance)).clamp_max(_INNER_REDUCTION)
         residual_norm = (self.gradient_norm * forcing).clamp_min(0.1 * self.tolerance)
         step, residual, at_boundary, inner_iterations = truncated_conjugate_gradients(
@@ -267,7 +267,7 @@ class _State:
         accepted = active & (ratio > _ACCEPT)
         factor = torch.where(
             ratio >= _SHRINK, torch.where((ratio > _GROW) & at_boundary, 2.0, 1.0), 0.25
-        )  # NaN shrinks
+        )  # NaN shrinks the radius
         self.radius = torch.where(active, self.radius * factor, self.radius).clamp_max(self.largest_radius)
         self.iterations = self.iterations + active
         if bool(accepted.all()):
@@ -289,16 +289,16 @@ class _State:
             )
 
     def _rounding(self) -> Tensor:
-        """Return the resolution of the cost: steps that promise less are accepted (Conn, Gould, Toint 2000, 17.4.2).
+        """Return the resolution of the cost; steps with a smaller predicted decrease are accepted.
 
-        The cost may be a small difference of larger terms, which are of the size ‖G‖‖Q‖.
+        The cost may be a small difference of larger terms, of size ‖G‖‖Q‖ (Conn, Gould, Toint 2000, 17.4.2).
         """
         reach = torch.linalg.matrix_norm(self.model.euclidean_gradient, keepdim=True) * self.largest_radius
         cost = self.model.cost[..., None, None].abs()
         return 100 * torch.finfo(reach.dtype).eps * torch.maximum(cost, reach)
 
     def solution(self, max_iterations: int) -> StiefelSolution:
-        """Return the result in its present state."""
+        """Return the present state as a result."""
         status = self.status[..., 0, 0]
         counts = torch.bincount(status.flatten(), minlength=len(Stop)).tolist()
         reasons = {

@@ -1,7 +1,7 @@
-"""The unconstrained features model (UFM), its global optimum, saddles and critical points.
+"""Unconstrained features model (UFM), its global optimum, saddles and critical points.
 
-The model and its closed forms need torch only; `minimize` and the Hessian's spectrum use scipy (the extra ``theory``),
-which is imported when they are called.
+The model and its closed forms need only torch; `minimize` and the spectrum of the Hessian use scipy (the extra
+``theory``), which is imported when they are called.
 """
 
 from neuralcollapse.ufm.critical_points import (

@@ -1,4 +1,4 @@
-"""Critical points of a model: descent to one, its kind, and escape from a saddle."""
+"""Critical points of a model: descent to a critical point, its classification, and escape from a saddle."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Descent:
         objective: f.
         gradient_norm: ‖∇f‖₂.
         iterations: Number of iterations.
-        reason: Why the solver stopped, in its words.
+        reason: Message of the solver about why it stopped.
     """
 
     objective: float
@@ -38,17 +38,18 @@ class Descent:
 
 @dataclass(frozen=True)
 class CriticalPoint:
-    """Kind of the point that a model is at, with the evidence.
+    """Classification of the point at which a model is, with the supporting values.
 
     Attributes:
-        kind: ``"not critical"`` if the gradient is larger than the tolerance. Otherwise ``"strict saddle"`` if the
-            least eigenvalue is negative beyond the tolerance. Otherwise ``"global optimum"`` if f is that of the closed
-            form, and ``"undecided"`` if f is larger or no closed form is known for the model.
+        kind: ``"not critical"`` if the gradient exceeds the tolerance. Otherwise ``"strict saddle"`` if the least
+            eigenvalue is negative beyond the tolerance. Otherwise ``"global optimum"`` if f equals the value of the
+            closed form, and ``"undecided"`` if f is larger or a closed form is not known for the model.
         objective: f.
         gradient_norm: ‖∇f‖₂.
         least_eigenvalue: Least eigenvalue of the Hessian; None if the point is not critical.
-        direction: (P,) its unit eigenvector, in the order of ``model.parameters()``; None if the point is not critical.
-        optimum: f of the closed form, or None if none is known.
+        direction: (P,) unit eigenvector of the least eigenvalue, in the order of ``model.parameters()``; None if the
+            point is not critical.
+        optimum: Value of f from the closed form, or None if it is not known.
     """
 
     kind: Kind
@@ -82,9 +83,10 @@ def minimize(
     """Minimise f by L-BFGS in fp64 from the model's parameters, and set them to the result.
 
     Args:
-        model: Its head must be in evaluation mode, or of a kind that moves no class means.
-        max_iterations: Largest number of iterations.
-        gradient_tolerance: The descent stops if no entry of the gradient is larger, or if f cannot be resolved further.
+        model: The model. Its head must be in evaluation mode, or of a type that does not update class means.
+        max_iterations: Maximum number of iterations.
+        gradient_tolerance: The descent stops if no entry of the gradient exceeds this value, or if f cannot be reduced
+            further in fp64.
 
     Returns:
         The final point. The model's parameters keep their dtype: for fp64 results, call ``model.double()`` first.
@@ -131,10 +133,10 @@ def minimize(
 
 
 def known_optimum(model: UnconstrainedFeatures) -> GlobalOptimum | None:
-    """Return the global optimum of a model in closed form, or None if none is known.
+    """Return the global optimum of a model in closed form, or None if it is not known.
 
-    It is known for balanced classes, d ≥ K−1, positive decay of W and H, cross-entropy (smoothed or not) or MSE, and a
-    `LearnedClassifier` that normalises nothing; for MSE with a bias, only if that is not decayed.
+    It is known for balanced classes, d ≥ K−1, positive decay of W and H, cross-entropy (with or without smoothing) or
+    MSE, and a `LearnedClassifier` without normalisation; for MSE with a bias, only if the bias is not decayed.
 
     Args:
         model: The model; its parameters are not used.
@@ -172,14 +174,14 @@ def classify_critical_point(
     loss_tolerance: float = 1e-8,
     generator: torch.Generator | None = None,
 ) -> CriticalPoint:
-    """Decide whether a model is at the global optimum, at a strict saddle, or at no critical point.
+    """Decide whether a model is at the global optimum, at a strict saddle, or not at a critical point.
 
     Args:
-        model: Its head must be in evaluation mode, or of a kind that moves no class means.
+        model: The model. Its head must be in evaluation mode, or of a type that does not update class means.
         gradient_tolerance: Largest ‖∇f‖₂ of a critical point.
-        curvature_tolerance: The least eigenvalue of a strict saddle is less than minus this.
-        loss_tolerance: Largest excess of f over the closed form at the optimum, relative to it.
-        generator: Source of the random start vector of Lanczos.
+        curvature_tolerance: The least eigenvalue of a strict saddle is less than minus this value.
+        loss_tolerance: Largest relative excess of f over the closed form at the optimum.
+        generator: Generator of the random start vector of Lanczos.
 
     Raises:
         ValueError: if the model's objective is not a function of its parameters alone.
@@ -219,15 +221,15 @@ def escape(
     curvature_tolerance: float = 1e-7,
     generator: torch.Generator | None = None,
 ) -> Escape:
-    """Move a model away from a strict saddle along the direction of most negative curvature, as far as f decreases.
+    """Move a model away from a strict saddle along the direction of most negative curvature, while f decreases.
 
-    The first step changes f by about 1e-8 of itself; its length is doubled as long as that lowers f.
+    The first step changes f by about 1e-8 of its value; the length is doubled as long as this lowers f.
 
     Args:
         model: A model at a strict saddle; its parameters are changed.
         gradient_tolerance: As for `classify_critical_point`.
         curvature_tolerance: As for `classify_critical_point`.
-        generator: Source of the random vector that chooses between directions of the same curvature.
+        generator: Generator of the random vector that selects one of several directions with the same curvature.
 
     Raises:
         ValueError: if the model is not at a critical point, or the point is not a strict saddle.

@@ -1,4 +1,4 @@
-"""The unconstrained features model: features are trained parameters, without a network."""
+"""Unconstrained features model: the features are trained parameters, without a network."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ LOSSES: tuple[Loss, ...] = ("cross-entropy", "mse", "focal")
 
 
 class UnconstrainedFeatures(nn.Module):
-    r"""Trained features under a head: a classifier whose backbone can map samples to any features.
+    r"""Trained features with a head: a classifier whose backbone can map samples to arbitrary features.
 
     With N = Kn samples, the features H (N, d) are parameters like those of the head, and the objective is
 
         f = (1/N) Σ_i loss(W h_i + b, y_i) + (λ_W/2) ‖W‖² + (λ_H/2) ‖H‖² + (λ_b/2) ‖b‖²
 
-    where the decay is that of the parameters (H before any normalisation by the head), and a head without a trained
-    weight has no λ_W term. The loss of logits z with label y is
+    where the decay applies to the parameters (H before any normalisation by the head), and the λ_W term is absent for a
+    head without a trained weight. The loss of logits z with label y is
 
     - ``"cross-entropy"``: −Σ_k q_k log p_k, p = softmax(z), q = (1−ε) e_y + ε/K with the label smoothing ε;
     - ``"mse"``: ½ ‖z − e_y‖²;
-    - ``"focal"``: −(1 − p_y)^γ log p_y, with the focusing γ.
+    - ``"focal"``: −(1 − p_y)^γ log p_y, with the focusing parameter γ.
 
     Args:
         num_classes: K ≥ 2.
         samples_per_class: n ≥ 1.
-        feature_dim: d ≥ 1. (Closed forms need d ≥ K−1; their functions check it.)
-        head: A `Head` of K classes in d dimensions, used in its current mode (training or evaluation).
-        class_counts: K class sizes that sum to N, instead of n each.
+        feature_dim: d ≥ 1. (Functions of closed forms check that d ≥ K−1.)
+        head: A `Head` with K classes in d dimensions, used in its current mode (training or evaluation).
+        class_counts: K class sizes that sum to N, instead of n per class.
         loss: ``"cross-entropy"``, ``"mse"`` or ``"focal"``, see above.
         label_smoothing: ε in [0, 1), for cross-entropy.
-        focusing: γ ≥ 0, for the focal loss; 2 if not given.
+        focusing: γ ≥ 0, for the focal loss; by default 2.
         weight_decay: λ_W ≥ 0.
         feature_decay: λ_H ≥ 0.
         bias_decay: λ_b ≥ 0.
-        generator: Source of the initial features, independent normal entries of variance 1/d.
+        generator: Generator of the initial features, whose entries are independent and normal with variance 1/d.
 
     Attributes:
         features: H (N, d), in the order of the classes.
@@ -51,11 +51,11 @@ class UnconstrainedFeatures(nn.Module):
         head: The head.
 
     Raises:
-        ValueError: if sizes are out of range or do not match the head's, class sizes do not sum to N, or an argument
-            has another type.
+        ValueError: if sizes are out of range or do not match those of the head, class sizes do not sum to N, or an
+            argument has the wrong type.
 
     Source: Mixon, Parshall, Pi (2020); Zhu et al., "A Geometric Analysis of Neural Collapse with Unconstrained
-    Features" (NeurIPS 2021); the losses as in Zhou et al. (ICML 2022: MSE; NeurIPS 2022: focal, smoothed).
+    Features" (NeurIPS 2021); Zhou et al. for other losses (ICML 2022: MSE; NeurIPS 2022: focal, label smoothing).
 
     Examples:
         >>> from neuralcollapse.heads import LearnedClassifier
@@ -124,7 +124,7 @@ class UnconstrainedFeatures(nn.Module):
         return -smoothed.mean()
 
     def decay(self) -> Tensor:
-        """Sum of the three terms of decay."""
+        """Sum of the three decay terms."""
         total = self.feature_decay * self.features.square().sum()
         for parameter in self.head.parameters():
             rate = self.weight_decay if parameter.ndim > 1 else self.bias_decay
@@ -133,7 +133,7 @@ class UnconstrainedFeatures(nn.Module):
         return 0.5 * total
 
     def objective(self) -> Tensor:
-        """Objective f, a scalar with its graph."""
+        """Objective f, a scalar with autograd graph."""
         return self.risk(*self()) + self.decay()
 
     @torch.no_grad()
@@ -141,21 +141,21 @@ class UnconstrainedFeatures(nn.Module):
         """Set the parameters.
 
         Args:
-            weight: W (K, d); the head must train one.
+            weight: W (K, d), for a head with a trained weight.
             features: H (N, d).
-            bias: b (K,); 0 if not given.
+            bias: b (K,); by default 0.
 
         Raises:
-            ValueError: if shapes do not match, values are not finite, or the head does not train its weight; the
-                model is then unchanged.
+            ValueError: if shapes do not match, values are not finite, or the weight of the head is not trained; the
+                model is then left unchanged.
         """
         if not isinstance(self.head.weight, nn.Parameter):
-            raise ValueError(f"head must train its weight to be placed, and {type(self.head).__name__} does not")
+            raise ValueError(f"head must have a trained weight, but that of {type(self.head).__name__} is not trained")
         trained_bias = self.head.bias
         if bias is None:
             bias = weight.new_zeros(self.num_classes)
         elif not isinstance(trained_bias, nn.Parameter):
-            raise ValueError("bias must be None: the head trains none")
+            raise ValueError("bias must be None, because the head has no trained bias")
         given = {"weight": (weight, self.head.weight), "features": (features, self.features)}
         if isinstance(trained_bias, nn.Parameter):
             given["bias"] = (bias, trained_bias)

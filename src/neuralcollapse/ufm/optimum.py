@@ -1,10 +1,10 @@
-"""The global optimum of the unconstrained features model, in closed form.
+"""Global optimum of the unconstrained features model, in closed form.
 
-For any d, (λ_W‖W‖² + λ_H‖H‖²)/2 ≥ μ ‖Z‖_* with Z = W Hᵀ (K, N) and μ = √(λ_W λ_H): a convex function of Z and b bounds
-the objective from below. It is invariant under permutations of the classes and of the samples of a class, so that the
-average of a minimiser over both is a minimiser as well: Z = a (I − 11ᵀ/K) ⊗ 1ᵀ_n, with one number a to determine. This
-Z has rank K−1, so that factors W, H which attain the bound exist for every d ≥ K−1. The decay enters through the
-strength s = K √(n λ_W λ_H) only, and the optimum is the origin for s ≥ 1.
+For any d, (λ_W‖W‖² + λ_H‖H‖²)/2 ≥ μ ‖Z‖_* with Z = W Hᵀ (K, N) and μ = √(λ_W λ_H), so the objective is bounded below by
+a convex function of Z and b. This function is invariant under permutations of the classes and of the samples of a
+class, so the average of a minimiser over both is also a minimiser: Z = a (I − 11ᵀ/K) ⊗ 1ᵀ_n, where only the number a
+has to be determined. This Z has rank K−1, so factors W and H that attain the bound exist for every d ≥ K−1. The
+solution depends on the decay only through the strength s = K √(n λ_W λ_H), and the optimum is the origin for s ≥ 1.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class GlobalOptimum:
         loss: f at the optimum, decay included.
         weight_norm_squared: ‖W‖².
         feature_norm_squared: ‖H‖² = (λ_W/λ_H) ‖W‖².
-        margin: z_y − z_k for k ≠ y, the same for every sample.
+        margin: z_y − z_k for k ≠ y, which is the same for every sample.
         frame: Rows of W up to scale: a ``"simplex"`` ETF, an ``"orthogonal"`` frame, or zero (``"origin"``).
-        bias_value: Value of each b_k (0 for cross-entropy, where any common value is optimal).
+        bias_value: Value of each b_k (0 for cross-entropy, for which any common value is optimal).
         num_classes: K.
         samples_per_class: n.
         feature_dim: d.
@@ -56,7 +56,7 @@ class GlobalOptimum:
 
     @property
     def features(self) -> Tensor:
-        """Features H (Kn, d) in fp64, in the order of the classes: those of a class are equal, along its weight."""
+        """Features H (Kn, d) in fp64, in the order of the classes; those of a class are equal, along its weight."""
         scale = math.sqrt(self.feature_norm_squared / (self.num_classes * self.samples_per_class))
         return (scale * self._unit_frame()).repeat_interleave(self.samples_per_class, 0)
 
@@ -118,14 +118,14 @@ def global_optimum(
     ‖W‖² = √(n λ_H/λ_W) r a, where r is the rank:
 
     - cross-entropy: a simplex ETF, r = K−1, t = (s + ε)(K−1)/K, a = log((K−1)(1−t)/t) for s + ε < 1, else 0, and
-      f = log(1 + (K−1) e^(−a)) + (s + ε) a (K−1)/K. A bias, decayed or not, changes nothing.
-    - MSE (½ ‖z − e_y‖²): a = max(0, 1 − s), and each direction that remains costs (s − s²/2)/K, or 1/(2K) for s ≥ 1.
-      With a bias that is not decayed, a simplex ETF, r = K−1, b = 1/K. Without a bias, an orthogonal frame for d ≥ K,
-      r = K; at d = K−1 one direction has to be dropped, at the cost of 1/(2K): any truncation W Wᵀ ∝ I − uuᵀ, ‖u‖ = 1,
-      is optimal, and the returned one has u ∝ 1, a simplex ETF.
+      f = log(1 + (K−1) e^(−a)) + (s + ε) a (K−1)/K. A bias, decayed or not, does not change the optimum.
+    - MSE (½ ‖z − e_y‖²): a = max(0, 1 − s), and each retained direction contributes (s − s²/2)/K to f, or 1/(2K) for
+      s ≥ 1. With a bias that is not decayed: a simplex ETF, r = K−1, b = 1/K. Without a bias: an orthogonal frame for
+      d ≥ K, r = K; for d = K−1, one direction must be dropped, which contributes 1/(2K). Any truncation
+      W Wᵀ ∝ I − uuᵀ, ‖u‖ = 1, is then optimal; the returned one has u ∝ 1 and is a simplex ETF.
 
-    It is the global optimum for every d ≥ K−1 (see the module). Every other critical point is a strict saddle: this is
-    proven for d > K (Zhu et al. 2021; Zhou et al. 2022) and d = K (Shen & Gu, arXiv 2407.10702).
+    The result is the global optimum for every d ≥ K−1 (see the module docstring). Every other critical point is a
+    strict saddle: this is proven for d > K (Zhu et al. 2021; Zhou et al. 2022) and d = K (Shen & Gu, arXiv 2407.10702).
 
     Args:
         num_classes: K ≥ 2.
@@ -135,10 +135,10 @@ def global_optimum(
         feature_dim: d ≥ K−1; K if not given.
         loss: ``"cross-entropy"`` or ``"mse"``.
         label_smoothing: ε in [0, 1), for cross-entropy.
-        bias: Whether there is a bias (for MSE: one that is not decayed).
+        bias: Whether the model has a bias (for MSE, a bias that is not decayed).
 
     Returns:
-        The loss and the norms; W, H and b are computed when they are read.
+        The loss and the norms; W, H and b are computed when the attributes are read.
 
     Raises:
         ValueError: if an argument is out of range or not a number, or the optimum of ``loss`` is not known.
@@ -189,7 +189,7 @@ def global_optimum(
 def _cross_entropy(num_classes: int, strength: float, label_smoothing: float) -> tuple[float, float]:
     """Return the margin a that minimises log(1 + (K−1) e^(−a)) + (s + ε) a (K−1)/K over a ≥ 0, and the minimum."""
     others, slope = num_classes - 1, strength + label_smoothing
-    missed = slope * others / num_classes  # t, the probability of all wrong classes at the optimum
+    missed = slope * others / num_classes  # t, the total probability of the wrong classes at the optimum
     margin = math.log(others * (1 - missed) / missed) if slope < 1 else 0.0
     return margin, math.log1p(others * math.exp(-margin)) + missed * margin
 
@@ -197,6 +197,6 @@ def _cross_entropy(num_classes: int, strength: float, label_smoothing: float) ->
 def _squared_error(num_classes: int, rank: int, strength: float, bias: bool) -> tuple[float, float]:
     """Return the factor by which the remaining directions of the labels are scaled, and the minimum."""
     margin = max(0.0, 1 - strength)
-    cost = strength - strength**2 / 2 if strength < 1 else 0.5  # K times the cost of a direction that remains
+    cost = strength - strength**2 / 2 if strength < 1 else 0.5  # K times the contribution of a retained direction
     dropped = 0 if bias else num_classes - rank
     return margin, (rank * cost + dropped / 2) / num_classes

@@ -21,9 +21,9 @@ def cross_entropy_model(
     feature_decay: float,
     generator: torch.Generator | None = None,
 ) -> UnconstrainedFeatures:
-    """Return the model whose critical points are known: fp64, balanced classes, a `LearnedClassifier` with a bias.
+    """Return a model whose critical points are known: fp64, balanced classes, a `LearnedClassifier` with a bias.
 
-    Arguments are those of `UnconstrainedFeatures`.
+    The arguments are those of `UnconstrainedFeatures`.
     """
     return UnconstrainedFeatures(
         num_classes,
@@ -39,10 +39,10 @@ def cross_entropy_model(
 def origin_curvature(num_classes: int, samples_per_class: int, weight_decay: float, feature_decay: float) -> float:
     """Least eigenvalue of the Hessian at the origin.
 
-    (λ_W + λ_H)/2 − √(((λ_W − λ_H)/2)² + 1/(K²n)): negative if and only if λ_W λ_H < 1/(K²n), that is, if the global
-    optimum is another point. It also bounds the least eigenvalue of every `symmetric_saddle` from above: two classes of
-    a group that move apart in a direction orthogonal to all class vectors change no logit to first order, and the
-    second-order terms are those of the origin.
+    It is (λ_W + λ_H)/2 − √(((λ_W − λ_H)/2)² + 1/(K²n)), which is negative if and only if λ_W λ_H < 1/(K²n), that is, if
+    the global optimum is another point. It is also an upper bound of the least eigenvalue of every `symmetric_saddle`:
+    if two classes of a group move apart in a direction orthogonal to all class vectors, the logits do not change to
+    first order, and the second-order terms are those of the origin.
 
     Args:
         num_classes: K ≥ 2.
@@ -82,7 +82,7 @@ def symmetric_saddle(
         g/(e^x + g − 1) = s,   s = K √(n λ_W λ_H),   so that   x = log(1 + g (1 − s)/s),
 
     which is positive for s < 1, and α² = x ((g−1)/g) √(n λ_H/λ_W). The rank is g−1: one group gives the origin, and
-    K groups would give the global optimum. It is a strict saddle (see `origin_curvature`).
+    K groups would give the global optimum. The point is a strict saddle (see `origin_curvature`).
 
     Args:
         num_classes: K ≥ 2.

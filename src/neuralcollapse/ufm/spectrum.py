@@ -16,7 +16,7 @@ from neuralcollapse._checks import check_at_least, check_choice
 from neuralcollapse.heads.moving_means import MovingMean
 from neuralcollapse.ufm.model import UnconstrainedFeatures
 
-# Up to DENSE_AUTO parameters the dense Hessian is faster; above DENSE_LARGEST (200 MB) it is refused.
+# Up to DENSE_AUTO parameters the dense Hessian is faster; above DENSE_LARGEST (200 MB) it raises an error.
 DENSE_AUTO, DENSE_LARGEST = 300, 5_000
 Method = Literal["auto", "dense", "lanczos"]
 
@@ -25,15 +25,15 @@ Method = Literal["auto", "dense", "lanczos"]
 class HessianExtremes:
     """Least and greatest eigenpairs of the Hessian at a point, in fp64.
 
-    Vectors are of all P trained parameters, in the order of ``model.parameters()``
-    (``torch.nn.utils.vector_to_parameters`` writes one back).
+    Eigenvectors contain all P trained parameters, in the order of ``model.parameters()``
+    (``torch.nn.utils.vector_to_parameters`` writes a vector to the model).
 
     Attributes:
-        least: (count,) ascending: the first is the least eigenvalue.
-        least_directions: (count, P) unit eigenvectors of these.
-        greatest: (count,) ascending: the last is the greatest eigenvalue.
-        greatest_directions: (count, P) unit eigenvectors of these.
-        residual: The largest ‖∇²f v − λv‖ of all pairs: an eigenvalue is within it of each λ.
+        least: (count,) smallest eigenvalues in ascending order.
+        least_directions: (count, P) unit eigenvectors of ``least``.
+        greatest: (count,) greatest eigenvalues in ascending order.
+        greatest_directions: (count, P) unit eigenvectors of ``greatest``.
+        residual: Largest ‖∇²f v − λv‖ of all pairs; within this distance of each λ there is an exact eigenvalue.
         method: ``"dense"`` or ``"lanczos"``.
     """
 
@@ -55,11 +55,11 @@ def hessian_extremes(
 ) -> HessianExtremes:
     """Compute the least and the greatest eigenvalues of ∇²f at the model's parameters, with their directions.
 
-    Lanczos iterations on Hessian–vector products, so that no P × P matrix is formed; up to 300 parameters the dense
-    Hessian is used, which is faster there. The least eigenvalue is computed as an extreme of ∇²f shifted by the
-    greatest, because a relative tolerance means nothing for an eigenvalue near 0. The direction of a multiple least
-    eigenvalue is a random one of its eigenspace, so that it has no symmetry of the parameters. Lanczos may return a
-    multiple eigenvalue fewer times than its multiplicity; the dense Hessian returns it that many times.
+    The method is Lanczos iterations on Hessian–vector products, which do not need a P × P matrix; up to 300 parameters,
+    the dense Hessian is used, because it is faster. The least eigenvalue is computed as an extreme eigenvalue of ∇²f
+    shifted by the greatest one, because a relative tolerance is meaningless for an eigenvalue near 0. The direction of
+    a multiple least eigenvalue is a random vector of its eigenspace, so that it does not share symmetries of the
+    parameters. Lanczos may return a multiple eigenvalue fewer times than its multiplicity, unlike the dense Hessian.
 
     Args:
         model: Its head must be in evaluation mode, or of a kind that moves no class means.
@@ -112,7 +112,7 @@ def _dense(product: Callable[[Tensor], Tensor], start: Tensor, count: int) -> _E
     hessian = torch.func.vmap(product)(torch.eye(len(start), dtype=start.dtype))
     values, columns = torch.linalg.eigh(0.5 * (hessian + hessian.mT))
     multiple = columns[:, values <= values[0] + 1e-10 * values.abs().max()]
-    # The first column is a random vector of the least eigenvalue's eigenspace; the others complete the space.
+    # The first column is a random vector of the eigenspace of the least eigenvalue; the others complete the basis.
     random = multiple @ (multiple.mT @ start)
     columns[:, : multiple.shape[1]] = torch.linalg.qr(torch.cat([random[:, None], multiple], 1)).Q[:, :-1]
     return values[:count], columns.mT[:count], values[-count:], columns.mT[-count:]
@@ -151,7 +151,7 @@ def _largest(product: Callable[[Tensor], Tensor], start: Tensor, count: int, tol
 
 
 class FlatObjective:
-    """Objective f of a model as a function of one fp64 vector of all trained parameters, which scipy's solvers need.
+    """Objective f of a model as a function of one fp64 vector of all trained parameters, as required by scipy.
 
     The order is that of ``model.parameters()``.
 
@@ -159,8 +159,8 @@ class FlatObjective:
         model: The model; a copy of it is used.
 
     Raises:
-        ValueError: if ``model`` is not an `UnconstrainedFeatures`, or its head is in training mode and moves class
-            means: its objective is then not a function of the parameters alone.
+        ValueError: if ``model`` is not an `UnconstrainedFeatures`, or its head is in training mode and updates class
+            means, so that the objective is not a function of the parameters alone.
     """
 
     def __init__(self, model: UnconstrainedFeatures) -> None:
@@ -169,8 +169,8 @@ class FlatObjective:
         moving = any(isinstance(module, MovingMean) for module in model.head.modules())
         if model.head.training and moving:
             raise ValueError(
-                f"model must have an objective of its parameters alone, and {type(model.head).__name__} moves class "
-                "means in training mode: call model.eval(), which holds its classifier, or use another head"
+                f"the objective must depend on the model's parameters alone, but {type(model.head).__name__} updates "
+                "class means in training mode: call model.eval(), which fixes the classifier, or use another head"
             )
         self._objective = _Objective(copy.deepcopy(model).double())
         self._parameters = {
@@ -196,17 +196,17 @@ class FlatObjective:
         return value.detach(), gradient
 
     def hessian_product(self, point: Tensor) -> Callable[[Tensor], Tensor]:
-        """Return the map of v to ∇²f v at a point.
+        """Return the map from v to ∇²f v at a point.
 
-        The graph of the gradient is built once. The Hessian is symmetric, so that its product from the left, which one
-        backward pass gives, is the product.
+        The graph of the gradient is built once. Because the Hessian is symmetric, its product with a vector from the
+        left, which one backward pass computes, equals ∇²f v.
         """
         pull_back: Callable[[Tensor], tuple[Tensor]] = torch.func.vjp(torch.func.grad(self), point)[1]
         return lambda vector: pull_back(vector)[0]
 
 
 class _Objective(nn.Module):
-    """Module whose ``forward`` returns the objective, because a functional call calls ``forward``."""
+    """Module whose ``forward`` returns the objective, as required by functional calls."""
 
     def __init__(self, model: UnconstrainedFeatures) -> None:
         super().__init__()
@@ -225,13 +225,13 @@ def set_parameters(model: UnconstrainedFeatures, point: Tensor) -> None:
 
 
 def _split(point: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Return the pieces of a vector, each of the shape of its parameter."""
+    """Return the parts of a vector, each with the shape of its parameter."""
     pieces = torch.split(point, [parameter.numel() for parameter in parameters])
     return [piece.view_as(parameter) for piece, parameter in zip(pieces, parameters, strict=True)]
 
 
 def scipy_module(name: str) -> Any:
-    """Import a module of scipy, which the model and its closed forms do not need.
+    """Import a module of scipy on demand, because the model and its closed forms do not need it.
 
     Raises:
         ImportError: if scipy is not installed; the message says what to install.
@@ -242,6 +242,6 @@ def scipy_module(name: str) -> Any:
         if error.name is None or error.name.partition(".")[0] != "scipy":
             raise
         raise ImportError(
-            "minimising and the spectrum of the Hessian need scipy, which is not installed: "
+            "minimisation and the spectrum of the Hessian need scipy, which is not installed: "
             "pip install 'neuralcollapse[theory]' (or: pip install scipy)"
         ) from error

@@ -1,4 +1,4 @@
-"""Survey of the landscape: critical points reached from random starts and from saddles, each classified."""
+"""Survey of the landscape: classified critical points that are reached from random starts and from saddles."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Visit:
     Attributes:
         name: Origin of the point: ``"start 3"``, ``"origin"``, ``"2 groups"``, ``"from origin"``, ``"from 2 groups"``.
         model: A model at the point.
-        point: Its kind, with the evidence.
-        iterations: Iterations of the descent that ended there.
-        constructed: Whether the point was constructed, without a descent.
+        point: Classification of the point, with the supporting values.
+        iterations: Number of iterations of the descent that ended at the point.
+        constructed: Whether the point was constructed without a descent.
     """
 
     name: str
@@ -47,8 +47,8 @@ def survey(
     """Descend from random starts and from every symmetric saddle after an escape, and classify every point reached.
 
     Args:
-        model: Model of balanced classes, d ≥ K−1, with positive decay of W and H, none of b, cross-entropy without
-            smoothing, and a `LearnedClassifier` with a bias that normalises nothing. Its parameters are not used.
+        model: Model with balanced classes, d ≥ K−1, positive decay of W and H, no decay of b, cross-entropy without
+            smoothing, and a `LearnedClassifier` with a bias and without normalisation. Its parameters are not used.
         starts: Number of random starts, which have normal entries of variance 1/d.
         generator: Source of randomness.
 
@@ -57,8 +57,8 @@ def survey(
         is the origin), the saddle, and the final point of the descent after the escape.
 
     Raises:
-        ValueError: if ``starts`` is negative, the model is another, or λ_W λ_H ≥ 1/(K²n): the origin is then the only
-            critical point.
+        ValueError: if ``starts`` is negative, the model does not satisfy these conditions, or λ_W λ_H ≥ 1/(K²n), in
+            which case the origin is the only critical point.
         ImportError: if scipy is not installed.
 
     Examples:
@@ -84,7 +84,7 @@ def survey(
     if not plain or model.head.bias is None or known_optimum(model) is None:
         raise ValueError(
             "model must have balanced classes, cross-entropy without label smoothing, no bias_decay, and a "
-            f"LearnedClassifier with a bias that normalises nothing, got {model!r}"
+            f"LearnedClassifier with a bias and without normalisation, got {model!r}"
         )
     for start in range(starts):
         model = cross_entropy_model(*sizes, weight_decay, feature_decay, generator)
@@ -120,7 +120,7 @@ def loss_slice(model: UnconstrainedFeatures, direction: Tensor, steps: Tensor) -
         (m,) in fp64.
 
     Raises:
-        ValueError: if the direction has another length.
+        ValueError: if the direction has the wrong length.
 
     Examples:
         >>> model = symmetric_saddle(4, 1, 2, 0.01, 0.01)

@@ -22,8 +22,8 @@ class Snapshot:
 
     Attributes:
         iteration: Number of steps.
-        seconds: Seconds of training since the start, without measuring.
-        values: Values by name, see `measure_unconstrained_features`.
+        seconds: Training time since the start in seconds, without measurements.
+        values: Values by name; see `measure_unconstrained_features`.
     """
 
     iteration: int
@@ -34,7 +34,7 @@ class Snapshot:
 def train_unconstrained_features(
     model: UnconstrainedFeatures, optimizer: Optimizer, iterations: int, measure_at: Collection[int]
 ) -> Iterator[Snapshot | None]:
-    """Train a model on all samples in every step, and measure it in evaluation mode.
+    """Train a model with all samples in every step, and measure it in evaluation mode.
 
     Args:
         model: The model, trained in place.
@@ -80,15 +80,16 @@ def train_unconstrained_features(
 def measure_unconstrained_features(model: UnconstrainedFeatures) -> dict[str, float]:
     """Measure the loss and the collapse of a model in evaluation mode, in fp64.
 
-    Features are those that the head's weight multiplies. Class means are centred at the mean of all samples.
+    The features are the tensor that the weight of the head multiplies. Class means are centred at the mean of all
+    samples.
 
     Args:
         model: The model; its mode is restored.
 
     Returns:
         ``loss`` (without decay), ``accuracy``, ``nc1_quotient``, ``nc2_etf_means``, ``nc2_etf_weights``,
-        ``nc3_duality``, and ``etf_means``, ``etf_weights``: the squared distance to the nearest simplex ETF, both of
-        unit Frobenius norm.
+        ``nc3_duality``, and ``etf_means``, ``etf_weights``: the squared distance to the nearest simplex ETF, with both
+        matrices scaled to unit Frobenius norm.
 
     Examples:
         >>> from neuralcollapse.heads import LearnedClassifier
