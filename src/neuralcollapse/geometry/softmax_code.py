@@ -13,7 +13,7 @@ from neuralcollapse._checks import check_at_least, check_finite, check_floating,
 from neuralcollapse.geometry.simplex import simplex_etf
 
 # Temperatures from 1 to 2⁻¹² by halving: the smooth maximum is then within 2⁻¹² log K² of the true maximum, 3e-3 for
-# K = 1000. Margins at (100, 16) for the same number of evaluations: 0.789 in five stages, 0.792 in eleven, 0.768 in one.
+# K = 1000. Margins at (100, 16) for the same number of evaluations: 0.789 in 5 stages, 0.792 in 11, 0.768 in one.
 TEMPERATURES = tuple(0.5**stage for stage in range(13))
 _HISTORY = 20
 
