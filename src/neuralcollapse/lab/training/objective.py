@@ -58,7 +58,7 @@ class Objective(nn.Module):
             for name, value in class_options(config, class_counts).items()
         }
         self._own_loss = OwnLoss(config, *model.head.weight.shape) if "." in config.loss else None  # type: ignore[misc]
-        self._regulariser = Penalty(model, config.regulariser) if config.regulariser else None
+        self._regulariser = RunRegulariser(model, config.regulariser) if config.regulariser else None
         self.config = config
         self.model = model
         self.keeps_head_tensors = False
@@ -211,7 +211,7 @@ class OwnLoss:
         return loss
 
 
-class Penalty:
+class RunRegulariser:
     """The regulariser of a run: a weighted loss of features, at the classifier or at a named layer.
 
     Args:
