@@ -132,7 +132,7 @@ def test_methods_are_compared_and_frames_measured_relative_to_their_gram(pairs, 
 
 def test_a_wrong_table_is_one_line_before_anything_is_written(pairs, tmp_path, capsys):
     flags = ["train", "--method=attribute-frame", "--data", str(pairs), "--out", str(tmp_path / "out")]
-    assert error_of(capsys, *flags).startswith("class_attributes must say what classes share")
+    assert error_of(capsys, *flags).startswith("class_attributes must be given for method")
     (tmp_path / "nine.csv").write_text("left\n" + "a\nb\nc\n" * 3)
     line = error_of(capsys, *flags, f"--class_attributes={tmp_path / 'nine.csv'}")
     assert line.startswith("class_attributes must have a line for each of the 3 classes")

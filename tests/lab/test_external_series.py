@@ -75,7 +75,7 @@ def test_a_series_at_once_and_one_after_another_are_the_same_folder(place, capsy
 
 def test_the_commands_on_run_folders_read_a_series(place, capsys):
     assert measured("--checkpoint=a.pt", "--checkpoint=b.pt", "--out", "series") == 0
-    assert "epochs: 1 to 2, in the order given" in capsys.readouterr().out
+    assert "epochs: 1 to 2, in the given order" in capsys.readouterr().out
     assert main(["distance", "series"]) == 0
     assert main(["report", "series", "--out", "page.html"]) == 0
     assert "external.Net" in Path("page.html").read_text()

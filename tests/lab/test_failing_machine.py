@@ -232,7 +232,7 @@ def test_a_comparison_is_extended(tmp_path):
         ("--lr 0.3 --batch_size 30", "batch_size must stay 20 to resume"),
         ("--lr 0.3 --batch_size 30", "got 30; lr must stay 0.05, got 0.3"),
         ("--epochs 1", "epochs must stay 2 to resume the run"),
-        ("--checkpoint_minutes 1", "is finished: larger --epochs extend one"),
+        ("--checkpoint_minutes 1", "is finished: larger --epochs extend it"),
     ],
 )
 def test_what_a_run_does_not_go_on_with_is_named(arguments, expected, run, capsys):

@@ -49,7 +49,7 @@ def test_features_lie_about_their_class_means():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"data": "mnist-1d"}, "data_options must say what data mnist-1d is drawn with, and is not given"),
+        ({"data": "mnist-1d"}, "data_options must define how data mnist-1d is generated, but is not given"),
         (
             {"data": "mnist-1d", "data_options": {"seed": 1}},
             "data_options of mnist-1d must have .* or be 'published', got",

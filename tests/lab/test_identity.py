@@ -123,7 +123,7 @@ def test_data_that_changed_since_are_refused(change, arguments, place, run, caps
     change_data(place / "data")
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file() and path.name != ".lock"}
     message = error_of(capsys, *arguments.split())
-    assert f"data must stay those that the run in 'run' was begun with (environment.yaml): {expected}" in message
+    assert f"data must be those with which the run in 'run' was started (environment.yaml): {expected}" in message
     assert {path: path.read_bytes() for path in before} == before
 
 
@@ -150,13 +150,13 @@ RECORDS: dict[str, tuple[Callable[[RunFolder, Path], object], str]] = {
     "splits": (lambda run, _: exchange(run.measurement(2, "train"), run.measurement(2, "test")), "epoch 2, test split"),
     "runs": (
         lambda run, place: shutil.copy(RunFolder(place / "seed").measurement(2, "train"), run.measurement(2, "train")),
-        "it is of another run, or of another model",
+        "it belongs to another run or another model",
     ),
     "labels": (
         lambda run, place: shutil.copy(
             RunFolder(place / "label_noise").measurement(2, "train"), run.measurement(2, "train")
         ),
-        "must be of the run's labels",
+        "must have the labels of the run",
     ),
 }
 

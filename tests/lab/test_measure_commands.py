@@ -209,7 +209,9 @@ def test_tables_for_papers_have_the_last_epoch_of_each_group(runs, tmp_path, cap
     assert "| epoch" in (tmp_path / "all.md").read_text()
     assert "not reached" in (tmp_path / "all-reach.md").read_text()
     assert r"nc3\_duality & $1 \cdot 10^{-9}$ & not reached" in (tmp_path / "all-reach.tex").read_text()
-    assert "it is for .tex and .md" in error_of(capsys, "aggregate", str(runs), "--out", "a.csv", "--metrics", "all")
+    assert "metrics has an effect on .tex and .md only" in error_of(
+        capsys, "aggregate", str(runs), "--out", "a.csv", "--metrics", "all"
+    )
     assert "got 'nc9'" in error_of(capsys, "aggregate", str(runs), "--out", "a.tex", "--metrics", "nc9")
 
 
@@ -385,7 +387,7 @@ def test_bad_input_is_one_line(runs, foreign, tmp_path, capsys):
         ([*elsewhere, str(tmp_path / "none.pt")], "checkpoint must be a file"),
         ([*elsewhere, str(tmp_path / "broken.pt")], "cannot be read"),
         ([*elsewhere, str(tmp_path / "model.pt")], "does not fit"),
-        (["distance", str(runs / "runs" / "standard-seed1")], "must have records in moments/, and has none"),
+        (["distance", str(runs / "runs" / "standard-seed1")], "must have records in moments/, but has none"),
         (["distance", one, "--reference", "9"], "reference must be a measured epoch"),
         (
             ["aggregate", str(runs), "--out", "a.txt"],
@@ -408,7 +410,7 @@ def test_distances_to_another_reference_epoch_replace_those_that_are_there(runs,
     before = read_table(run.metrics)
     assert main(["distance", str(run.path)]) == 0
     assert main(["distance", str(run.path), "--reference", "2"]) == 0
-    assert "distances to the ETFs of epoch 2 replace those of epoch 1" in capsys.readouterr().out
+    assert "distances to the ETFs of epoch 2 replace those to epoch 1" in capsys.readouterr().out
     table = read_table(run.metrics).set_index(["epoch", "split", "metric"])["value"].sort_index()
     for (epoch, split), path in run.measured().items():
         record, other = Measurement.load(path), Measurement.load(run.measurement(2, split))
@@ -434,7 +436,7 @@ def test_distances_to_another_reference_epoch_replace_those_that_are_there(runs,
     out = ["--out", str(tmp_path / "all.csv")]
     assert main(["distance", str(runs / "runs" / "implicit-seed0")]) == 0
     line = error_of(capsys, "aggregate", str(runs / "runs" / "implicit-seed0"), str(run.path), *out)
-    assert "must be to the same reference epoch, and are to 1 in" in line
+    assert "must have the same reference epoch, but have 1 in" in line
 
 
 def test_distances_of_a_table_that_names_no_reference_epoch_are_known_by_their_zero(runs, capsys):
@@ -486,7 +488,7 @@ def test_features_in_files_are_measured_and_recorded(files_of_features, tmp_path
         (["--labels", "y.npy"], "labels belongs to --features"),
         (["--features", "x.npy", "--labels", "y.npy", "--flips"], "flips has no effect with features"),
         (["--features", "x.npy", "--labels", "y.npy", "--data", "digits"], "data has no effect with features"),
-        (["--features", "x.npy", "--labels", "y.npy", "--epoch", "1"], "epoch is for the record, and needs --out"),
+        (["--features", "x.npy", "--labels", "y.npy", "--epoch", "1"], "epoch is part of the record and needs --out"),
         (["--features", "x.npy", "--labels", "y.npy", "--out", "f"], "weight must be given with out"),
         (["--features", "x.npy", "--labels", "y.npy", "--metrics", "some"], "metrics must be core or all"),
         (["--metrics", "all", "runs/a"], "metrics belongs to --checkpoint"),

@@ -168,7 +168,7 @@ def test_lbfgs_searches_along_a_line_and_decays_inside_the_loss():
 
 
 def test_lbfgs_refuses_the_implicit_head():
-    with pytest.raises(ValueError, match="optimizer lbfgs cannot train the method implicit"):
+    with pytest.raises(ValueError, match="optimizer lbfgs cannot train method implicit"):
         small(method="implicit", optimizer="lbfgs")
 
 

@@ -81,12 +81,12 @@ def test_the_table_of_comparisons_holds_own_runs(runs):
 def test_a_folder_is_created_once(tmp_path):
     folder = RunFolder.create(tmp_path / "run", name="first", settings={"seed": 1})
     assert folder.settings() == {"name": "first", "seed": 1}
-    with pytest.raises(ValueError, match=r"path must be a new or an empty folder, and .* holds a run"):
+    with pytest.raises(ValueError, match=r"path must be a new or empty folder, but .* has a run"):
         RunFolder.create(tmp_path / "run", name="second")
     assert RunFolder.create(tmp_path / "run", name="second", overwrite=True).settings() == {"name": "second"}
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("mine")
-    with pytest.raises(ValueError, match="holds other files"):
+    with pytest.raises(ValueError, match="has other files"):
         RunFolder.create(tmp_path / "other", name="third", overwrite=True)
 
 
@@ -95,7 +95,7 @@ def test_a_folder_is_created_once(tmp_path):
     [
         ("", {}, "name must be a text, got ''"),
         (3, {}, "name must be a text, got 3"),
-        ("a", {"name": "b"}, "settings must not hold 'name', which the folder keeps itself"),
+        ("a", {"name": "b"}, "settings must not contain 'name', which is reserved"),
         ("a", {"seed": "first"}, "settings: seed must be an integer, got 'first'"),
         ("a", {"lr": torch.tensor(0.1)}, r"settings\['lr'\] must be a plain value .*, got Tensor"),
         ("a", {"options": {"layers": [Path()]}}, r"settings\['options'\]\['layers'\] must be a plain value"),
@@ -110,5 +110,5 @@ def test_what_a_folder_does_not_keep_is_refused(name, settings, expected, tmp_pa
 
 def test_the_commands_that_train_and_measure_refuse_an_own_run(runs, capsys):
     mine = str(runs / "mine0")
-    assert "is of another program" in error_of(capsys, "train", "--resume", "--out", mine)
+    assert "was written by another program" in error_of(capsys, "train", "--resume", "--out", mine)
     assert "must have checkpoints to measure, and has none" in error_of(capsys, "measure", mine)

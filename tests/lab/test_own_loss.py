@@ -159,6 +159,8 @@ def test_the_class_is_imported_only_if_the_command_line_names_it(mine, tmp_path,
     del sys.modules[mine]
     assert main(["measure", "out"]) == 0  # without the loss
     line = error_of(capsys, "train", "--out=out", "--resume", "--epochs=2")
-    assert line.startswith(f"loss '{mine}.Rows' is a class named in 'out/config.yaml', and is not imported for that")
+    assert line.startswith(
+        f"loss '{mine}.Rows' is a class named in 'out/config.yaml', which is not imported automatically"
+    )
     (tmp_path / f"{mine}.py").write_text(MINE)
     assert main(["train", "--out=out", "--resume", "--epochs=2", f"--loss={mine}.Rows"]) == 0

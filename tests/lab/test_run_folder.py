@@ -29,7 +29,7 @@ def test_a_folder_of_the_unreleased_format_0_is_refused(tmp_path, capsys):
     for command in ("train --resume --out", "plot --figure papyan", "aggregate --out all.csv", "distance", "measure"):
         assert "a run of an unreleased format, 0" in error_of(capsys, *command.split(), str(tmp_path))
     file = ["--config", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "new")]
-    assert "a run of format 0, which was never released" in error_of(capsys, "train", *file)
+    assert "a run in format 0, which was never released" in error_of(capsys, "train", *file)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_a_measurement_is_recorded_under_its_epoch_and_split(tmp_path):
     with pytest.raises(ValueError, match="measurement must be the result of measure, got dict"):
         folder.record(2, "train", measurement.metrics)
     for split in ("", "..", "a/b", "=1+1"):
-        with pytest.raises(ValueError, match="split must be a name without any path"):
+        with pytest.raises(ValueError, match="split must be a name without a path"):
             folder.record(2, split, measurement)
     with pytest.raises(ValueError, match="epoch must be"):
         folder.record(-1, "train", measurement)

@@ -444,7 +444,7 @@ def test_a_study_changed_after_its_runs_says_which(tiny, capsys):
         ({"claims": [TINY["claims"][0] | {"below": ["slow"]}]}, "a claim needs one of below, above"),
         ({"claims": [TINY["claims"][0] | {"publshed": "2"}]}, "publshed"),
         ({"small": {"seeds": [1]}}, "cost"),
-        ({"ood": ["held-out"]}, "ood and scores belong together"),
+        ({"ood": ["held-out"]}, "ood and scores must be given together"),
         ({"ood": ["held-out"], "scores": ["nco"]}, "scores must be among msp"),
         (
             {

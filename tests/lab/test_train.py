@@ -187,7 +187,7 @@ def test_a_damaged_file_of_a_run_is_named(tmp_path, capsys):
         capsys, "train", "--out", str(out), "--resume"
     )
     (out / "config.yaml").write_text("")
-    assert "config.yaml' must be a run's settings" in error_of(capsys, "train", "--out", str(out), "--resume")
+    assert "config.yaml' must be the settings of a run" in error_of(capsys, "train", "--out", str(out), "--resume")
 
 
 def test_a_recipe_trains_on_another_folder(tmp_path, monkeypatch, real_data, capsys):
@@ -215,7 +215,7 @@ def test_a_recipe_trains_on_another_folder(tmp_path, monkeypatch, real_data, cap
         ),
         (["--method", "fixed", "--proximal_weight", "1"], "proximal_weight belongs to method implicit"),
         (["--learning_rat", "1"], "unrecognized arguments: --learning_rat 1; nearest: --"),
-        (["--optimizer", "lbfgs"], "optimizer lbfgs cannot train the method implicit"),
+        (["--optimizer", "lbfgs"], "optimizer lbfgs cannot train method implicit"),
         (["--feature_dim", "8"], "must be at least num_classes - 1 = 9, got 8"),
         (["--device", "cuda"], "device must be auto or one that is there"),
         (["--recip", "zhu2021-mnist-sgd"], "unrecognized arguments: --recip"),

@@ -149,10 +149,10 @@ def test_patches_and_heads_that_do_not_fit_are_refused():
         build_backbone(ModelSettings(backbone="vit-small"), (3, 33, 20))
     with pytest.raises(ValueError, match=re.escape("width must be a multiple of its 3 heads (width / 64), got 200")):
         build_backbone(ModelSettings(backbone="vit-tiny", width=200), (3, 32, 32))
-    with pytest.raises(ValueError, match="batch_norm_affine belongs to the backbones that have a name and batch norm"):
+    with pytest.raises(ValueError, match="batch_norm_affine belongs to the built-in backbones with batch norm"):
         ModelSettings(backbone="vit-tiny", batch_norm_affine=True)
     with pytest.raises(
-        ValueError, match="backbone_options belongs to a backbone of your own, or backbone fast-convnet, vit"
+        ValueError, match="backbone_options belongs to a backbone by dotted path, or backbone fast-convnet, vit"
     ):
         ModelSettings(backbone="mlp", backbone_options={"patch_size": 4})
 
@@ -166,7 +166,7 @@ def test_a_vision_transformer_trains(tmp_path):
 
 
 def test_a_feature_dim_or_width_that_a_backbone_cannot_give_is_refused():
-    with pytest.raises(ValueError, match="feature_dim belongs to the backbones that have a name; here backbone is"):
+    with pytest.raises(ValueError, match="feature_dim belongs to the built-in backbones; here backbone is"):
         ModelSettings(backbone="package.module.Class", feature_dim=10)
     with pytest.raises(ValueError, match="width must be such that 32 groups divide 2 x width, got 8"):
         build_backbone(ModelSettings(backbone="resnext50-32x4d", width=8), (3, 32, 32))
@@ -348,7 +348,7 @@ def test_a_class_of_the_users_own(tmp_path, monkeypatch):
         (
             "mlp",
             {"neurons": 3},
-            "backbone_options belongs to a backbone of your own, or backbone fast-convnet, vit-tiny or vit-small; here",
+            "backbone_options belongs to a backbone by dotted path, or backbone fast-convnet, vit-tiny or vit-small",
         ),
     ]
     for path, options, message in wrong:

@@ -125,7 +125,7 @@ def test_names_of_runs_lead_nowhere_else(name, arguments, run, capsys):
     elsewhere = Path(shutil.copytree(run.path, "elsewhere"))
     before = {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()}
     rewrite(Path("all/environment.yaml"), runs=["implicit-seed0", name])
-    assert "runs must be a list of names of folders" in error_of(capsys, *arguments.split())
+    assert "runs must be a list of folder names" in error_of(capsys, *arguments.split())
     assert {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()} == before
 
 

@@ -1,7 +1,7 @@
-"""Settings of a training run: the same as flags, in a YAML file and in Python.
+"""Settings of a training run, which have the same names as flags, in YAML files and in Python.
 
-The sections together are `RunConfig`. A condition in a setting's annotation says with which other settings it has an
-effect; without an effect it is refused.
+`RunConfig` combines all sections. A condition in the annotation of a setting states with which other settings it has an
+effect; a setting that is given but has no effect raises an error.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ Bias = Literal["learned", "centring", "none"]
 
 @dataclass(frozen=True)
 class Classifier:
-    """The classifier of a training method.
+    """Classifier of a training method.
 
     Attributes:
         text: Description in one line.
-        head: Name of a class of `neuralcollapse.heads`, or of a function of `models.build` that returns one.
-        options: For each of its arguments the setting with its value, or the name of a value that `models.build` makes.
-        biases: The values of ``classifier_bias`` that it can have, its default first.
-        follows_means: Whether its weight changes with the class means of every batch.
+        head: Name of a class of `neuralcollapse.heads`, or of a function of `models.build` that returns a head.
+        options: For each argument of the head, the setting with its value, or the name of a value that `models.build`
+            computes.
+        biases: Possible values of ``classifier_bias``, beginning with the default.
+        follows_means: Whether the weight changes with the class means of every batch.
     """
 
     text: str
@@ -60,7 +61,7 @@ METHODS: dict[Method, Classifier] = {
         "the moving class means", "ClassMeanClassifier", _CENTRED | {"means": "class_means"}, **_MOVING
     ),
     "frame": Classifier(
-        "the nearest frame of the class means' leading directions, or of a code",
+        "the nearest frame of the leading directions of the class means, or of a code",
         "NearestFrameClassifier",
         _WEIGHTED | {"frame": "code"},
         **_MOVING,
@@ -78,7 +79,7 @@ METHODS: dict[Method, Classifier] = {
     ),
     "softmax-code": Classifier("a fixed code for any number of classes", "softmax_code_classifier", _CENTRED),
     "trust-region": Classifier(
-        "implicit, solved as published", "NearestETFClassifier", _NEAREST | {"solver": "trust_region"}, **_MOVING
+        "implicit with the published solver", "NearestETFClassifier", _NEAREST | {"solver": "trust_region"}, **_MOVING
     ),
 }
 
@@ -101,9 +102,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
 HeldOut = Annotated[float, Field(gt=0, le=0.9)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
-# A class has one form, whether it is written as a number or as a text.
+# A class has the same form, whether it is written as a number or as text.
 ClassName = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
-# Infinity has one form, whether it is written as inf, .inf or math.inf.
+# Infinity has the same form, whether it is written as inf, .inf or math.inf.
 Margin = Annotated[
     Literal["inf"] | NotNegative | None,
     BeforeValidator(lambda value: "inf" if isinstance(value, float) and value == float("inf") else value),
@@ -122,7 +123,7 @@ Loss = Literal[
     "decoupled",
     "two-way",
 ]
-# The dotted path of a class of your own.
+# The dotted path of a user-defined class.
 OwnClass = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")]
 Optimizer = Literal["sgd", "adam", "adamw", "lbfgs", "agd"]
 
@@ -148,7 +149,7 @@ _PICTURES = Condition(
     f"data other than {listed(DRAWN_DATA)}", ("data",), lambda values: values["data"] not in DRAWN_DATA
 )
 _DRAWN = Condition(
-    "what is drawn from it: digits_per_image above 1, imbalance, label_noise or validation_share",
+    "a random choice: digits_per_image above 1, imbalance, label_noise or validation_share",
     ("digits_per_image", "imbalance", "label_noise", "validation_share"),
     lambda values: (
         values["digits_per_image"] > 1
@@ -164,18 +165,18 @@ _WITH_LOSS_OPTIONS = Condition(
 )
 _ONE_IMAGE = Condition("digits_per_image 1", ("digits_per_image",), lambda values: values["digits_per_image"] == 1)
 _WITH_BACKBONE_OPTIONS = Condition(
-    f"a backbone of your own, or backbone {listed((FAST_CONVNET, *VITS), 'or')}",
+    f"a backbone by dotted path, or backbone {listed((FAST_CONVNET, *VITS), 'or')}",
     ("backbone",),
     lambda values: "." in values["backbone"] or values["backbone"] in (FAST_CONVNET, *VITS),
 )
-_BUILT_IN = Condition("the backbones that have a name", ("backbone",), lambda values: "." not in values["backbone"])
+_BUILT_IN = Condition("the built-in backbones", ("backbone",), lambda values: "." not in values["backbone"])
 _OF_ONE_WIDTH = Condition(
-    f"the backbones that have a name, other than {FAST_CONVNET}",
+    f"the built-in backbones other than {FAST_CONVNET}",
     ("backbone",),
     lambda values: "." not in values["backbone"] and values["backbone"] != FAST_CONVNET,
 )
 _BATCH_NORM = Condition(
-    f"the backbones that have a name and batch norm, other than {FAST_CONVNET}, whose batch norm trains a shift alone",
+    f"the built-in backbones with batch norm, other than {FAST_CONVNET}, whose batch norm trains only a shift",
     ("backbone",),
     lambda values: "." not in values["backbone"] and values["backbone"] not in (FAST_CONVNET, *VITS),
 )
@@ -191,12 +192,12 @@ _WITH_ATTRIBUTES = Condition(
     lambda values: values["method"] == "attribute-frame" or values["code"] == "attributes",
 )
 _STEADY_MOMENTUM = Condition(
-    "optimizer sgd, where one-cycle does not move it (cycle_momentum)",
+    "optimizer sgd without cycle_momentum of one-cycle",
     ("optimizer", "one_cycle"),
     lambda values: values["optimizer"] == "sgd" and not (values["one_cycle"] or {}).get("cycle_momentum"),
 )
 _DECAYING = Condition(
-    "an optimizer other than agd; with feature_decay, to a classifier that is trained",
+    "an optimizer other than agd; with feature_decay, to a trained classifier",
     ("optimizer", "feature_decay", "method", "classifier_bias"),
     lambda values: (
         values["optimizer"] != "agd"
@@ -222,7 +223,7 @@ class OneRun(Settings):
     """Run."""
 
     recipe: str | None = None
-    """Name of a published experiment, one that `neuralcollapse recipes` lists; --config and flags override its
+    """Name of a published experiment from the list of `neuralcollapse recipes`; --config and flags override its
     settings."""
     method: Annotated[
         Method,
@@ -236,39 +237,40 @@ class WeightedLoss(Settings):
     """Options of ntce and nonl."""
 
     class_weights: Literal["none", "inverse"] = "none"
-    """Weight of each sample: none, the same for all; inverse, one over the number of training images of its class."""
+    """Weight of each sample: none, equal weights; inverse, one over the number of training images of its class."""
 
 
 class AdjustedLoss(WeightedLoss):
     """Options of losses that compare classes."""
 
     prior: NotNegative = 0.0
-    """Logit adjustment in training: the factor of the logarithm of the classes' shares of the training images, which
-    is added to the logits. 1 is the balanced softmax. Classes without images count as one image."""
+    """Logit adjustment in training: this factor times the logarithm of the share of training images of each class is
+    added to the logits. 1 is the balanced softmax. A class without images counts as having one image."""
 
 
 class DotRegressionLoss(WeightedLoss):
     """Options of dot-regression."""
 
     class_lengths: Literal["given", "inverse-root"] = "given"
-    """Lengths of the class vectors: as the classifier has them; or inverse-root, the root of the mean number of
-    training images of a class over that of the class (Yang et al., 2022, who take the numbers of each batch)."""
+    """Lengths of the class vectors: by default those of the classifier; or inverse-root, the square root of the mean
+    number of training images per class over that of the class (Yang et al., 2022, with the numbers in each batch)."""
 
 
 class Regularisation(Settings):
     """Options of regulariser."""
 
     loss: Literal["variability", "koleo", "supcon", "center"] = "variability"
-    """variability, the logarithm of within-class over between-class variability; koleo, which spreads features;
-    supcon, the supervised contrastive loss; center, half the squared distance to the row of the classifier, scaled to
-    feature_norm if there is one."""
+    """variability, the logarithm of the ratio of within-class to between-class variability; koleo, which spreads
+    features; supcon, the supervised contrastive loss; center, half the squared distance to the row of the classifier,
+    which is scaled to feature_norm if it is set."""
     weight: float | None = None
-    """Factor of the loss, needed: of variability, above 0 for more collapse and below 0 for less."""
+    """Factor of the loss, required. For variability, positive values increase collapse and negative values decrease
+    it."""
     layer: str | None = None
-    """Module of the model whose output is taken, averaged over positions, as for `measure --layers`. By default the
-    features that the classifier multiplies."""
+    """Module whose output is regularised, averaged over positions, as for `measure --layers`. By default the features
+    that the classifier multiplies."""
     detach_between: Annotated[bool | None, where(loss="variability")] = False
-    """Keep between-class variability out of the gradient."""
+    """Treat between-class variability as constant in the gradient."""
 
     def check(self) -> None:
         """Check settings together."""
@@ -283,21 +285,22 @@ class LossSettings(Settings):
     """Loss."""
 
     loss: Loss | OwnClass = "cross-entropy"
-    """Of logits: cross-entropy, mse (mean squared error to one-hot targets) or dot-regression-published ((logit of the
-    true class - 1)^2 / 2, as in the released code of Markou et al., for any feature norm). Of products without a bias:
-    dot-regression (pulls each feature to the vector of its class, for classifiers that are not trained). Of directions
-    alone: normface (cross-entropy of cosines), ntce and nonl (a class's samples against those of its batch),
-    bidirectional-nonl (nonl that also compares each sample with the vectors of the other classes, in one sum, as in the
-    released code), decoupled (cross-entropy with a margin on the positive logit), two-way (half decoupled, half
-    nonl). Or the dotted path of a class of your own or of another library, such as
-    pytorch_metric_learning.losses.ArcFaceLoss, called with features (N, d) and classes (N,). The classifier takes the
-    place of its class weights, a parameter (K, d) or (d, K); without one, the method must follow the class means."""
+    """Losses of logits: cross-entropy, mse (mean squared error to one-hot targets) or dot-regression-published ((logit
+    of the true class - 1)^2 / 2, as in the released code of Markou et al., for any feature norm). Losses of products
+    without a bias: dot-regression (pulls each feature towards the vector of its class, for classifiers that are not
+    trained). Losses of directions only: normface (cross-entropy of cosines), ntce and nonl (the samples of a class
+    against other samples of the batch), bidirectional-nonl (nonl that also compares each sample with the vectors of the
+    other classes, in one sum, as in the released code), decoupled (cross-entropy with a margin on the positive logit),
+    two-way (half decoupled, half nonl). Or the dotted path of a user-defined class or of a class of another library,
+    such as pytorch_metric_learning.losses.ArcFaceLoss, which is called with features (N, d) and classes (N,). The
+    classifier replaces its class weights, a parameter (K, d) or (d, K); if it has none, the method must follow the
+    class means."""
     label_smoothing: Annotated[Share | None, where(loss="cross-entropy")] = 0.0
-    """Share of the target that is spread over all classes."""
+    """Share of the target that is distributed over all classes."""
     temperature: Annotated[Positive | None, where(loss=OF_DIRECTIONS)] = 0.1
     """Divisor of the cosines."""
     margin: Annotated[Margin, where(loss=WITH_MARGIN)] = "inf"
-    """Margin on the positive logit in the denominator, in units of logits; inf leaves the positive out."""
+    """Margin on the positive logit in the denominator, in units of logits; inf leaves the positive logit out."""
     loss_options: Annotated[
         dict[str, Any] | None,
         _WITH_LOSS_OPTIONS,
@@ -314,41 +317,41 @@ class LossSettings(Settings):
             (WeightedLoss, AdjustedLoss, DotRegressionLoss),
         ),
     ] = Field(default_factory=dict)
-    """Keyword arguments of a class by dotted path; num_classes and embedding_size are given if it has them. Of the
-    others, options for long tails:"""
+    """Keyword arguments of a class by dotted path; num_classes and embedding_size are passed if the class accepts them.
+    For the built-in losses, options for long tails:"""
     regulariser: Annotated[dict[str, Any] | None, Options(lambda _: Regularisation, (Regularisation,))] = None
-    """A loss of features that is added, for more collapse or less:"""
+    """Additional loss of features, for more or less collapse:"""
 
 
 class StoredData(Settings):
     """Options of data from a folder or the hub."""
 
     config: str | None = None
-    """Configuration of a data set on the hub that has several."""
+    """Configuration of a data set on the hub, if it has several."""
     train_split: str | None = None
-    """Split to train on. By default train, or the only one."""
+    """Split to train on. By default train, or the only split."""
     test_split: str | None = None
-    """Split to test on. By default test or validation; if there is none, one image in five is held out."""
+    """Split to test on. By default test or validation; if neither exists, every fifth image is held out."""
     label_column: str | None = None
     """Column of the labels, if a data set has several."""
     table: str | None = None
-    """CSV, TSV or JSONL file in the data folder with paths and labels, used in place of class folders."""
+    """CSV, TSV or JSONL file in the data folder with paths and labels, used instead of class folders."""
 
 
 class Augmentation(Settings):
     """Augmentation of training images."""
 
     crop_padding: Annotated[int, Field(ge=0)] = 0
-    """Pad by this many pixels, then crop at random."""
+    """Pad by this number of pixels, then crop at random."""
     padding: Literal["reflect"] | None = None
-    """reflect: pad with the image itself, mirrored at its border. By default with 0."""
+    """reflect: pad with the image mirrored at its border. By default, pad with 0."""
     flip: Literal["alternating"] | bool = False
-    """Mirror images: true, each at random in every epoch; alternating, a random half of them in the first epoch, the
-    others in the second, and so on in turns (Jordan, 2024)."""
+    """Mirror images: true, each image at random in every epoch; alternating, a random half of the images in the first
+    epoch, the other half in the second, and so on alternately (Jordan, 2024)."""
     rotation: NotNegative = 0.0
-    """Rotate at random by up to this many degrees, either way."""
+    """Rotate at random by up to this number of degrees in either direction."""
     cutout: AtLeast1 | None = None
-    """Height and width of a square at random inside the image whose pixels are replaced by the mean."""
+    """Height and width of a square, at a random position inside the image, whose pixels are replaced by the mean."""
 
     def check(self) -> None:
         """Check settings together."""
@@ -361,65 +364,64 @@ class DataSettings(Settings):
     """Data."""
 
     data: str = "digits"
-    """`digits` (embedded), mnist-1d or features (drawn as `data_options` say), a known data set (mnist, fashion-mnist,
-    svhn, emnist-balanced, cifar10, cifar100, stl10, tiny-imagenet, imagenet: fetched from the Hugging Face hub), a
-    folder (class folders of images, or Parquet files), or the id of any data set on the hub."""
+    """`digits` (embedded), mnist-1d or features (generated according to `data_options`), a known data set (mnist,
+    fashion-mnist, svhn, emnist-balanced, cifar10, cifar100, stl10, tiny-imagenet, imagenet: downloaded from the Hugging
+    Face hub), a folder (class folders of images, or Parquet files), or the id of any data set on the hub."""
     data_options: Annotated[
         Literal["published"] | dict[str, Any] | None,
         _WITH_OPTIONS,
         Options(lambda values: None if values["data"] in DRAWN_DATA else StoredData, (StoredData,)),
     ] = None
-    """Of mnist-1d, `published` or all settings of that generator; of features, num_classes, feature_dim,
-    train_per_class, test_per_class, noise, seed: needed for them. Of data from a folder or the hub:"""
+    """Required for mnist-1d: `published` or all settings of that generator; required for features: num_classes,
+    feature_dim, train_per_class, test_per_class, noise, seed. For data from a folder or the hub:"""
     leave_out: list[Literal["unlabelled", "copies", "absent-classes"]] = Field(default_factory=list)
-    """Leave out what is refused by default: test images labelled -1 and images without a label (unlabelled), test
-    images that are also training images (copies), classes without training images (absent-classes: metrics are over
-    the others, and say so)."""
+    """Leave out images that are an error by default: test images labelled -1 and images without a label (unlabelled),
+    test images that are also training images (copies), classes without training images (absent-classes: metrics are
+    computed over the other classes, with a note)."""
     hold_out_classes: Annotated[list[ClassName] | None, _ONE_IMAGE] = None
     """Leave the images of these classes, given by name or by number from 0, out of all splits, and train on the other
-    classes. `neuralcollapse detect` takes the test images of these classes as unknown inputs."""
+    classes. `neuralcollapse detect` uses the test images of these classes as unknown inputs."""
     image_size: Annotated[AtLeast1 | None, _PICTURES] = None
-    """Scale every image to this height and width. Needed if images differ in size."""
+    """Scale every image to this height and width. Required if images differ in size."""
     channels: Annotated[Literal[1, 3] | None, _PICTURES] = None
-    """Channels of every image. By default 1 if all images are grey, else 3."""
+    """Number of channels of every image. By default 1 if all images are grey, else 3."""
     digits_per_image: Annotated[int, Field(ge=1, le=20)] = 1
-    """Put this many images k side by side, drawn at random, whose labels together are one of 10^k classes (C^k for data
-    with C classes)."""
+    """Number k of randomly drawn images that are placed side by side; their labels together give one of 10^k classes
+    (C^k for data with C classes)."""
     train_samples: AtLeast1 | None = None
-    """Number of images to train on, of all classes in proportion; with digits_per_image, number to draw. By default
-    all."""
+    """Number of training images, from all classes in proportion; with digits_per_image, number of images to generate.
+    By default all."""
     test_samples: AtLeast1 | None = None
-    """Number of images to test on. By default all."""
+    """Number of test images. By default all."""
     samples_per_class: AtLeast1 | None = None
-    """Train on the first images of each class, this many. By default all."""
+    """Number of training images per class, taken from the start of the data. By default all."""
     imbalance: dict[Literal["exponential", "step"], PositiveShare] | None = None
-    """Long-tailed training data: {exponential: FACTOR}, the images of a class fall geometrically from the first class
-    to the last; {step: FACTOR}, the second half of the classes has fewer. FACTOR: images of the smallest class over
-    those of the largest."""
+    """Long-tailed training data: {exponential: FACTOR}, the number of images decreases geometrically from the first
+    class to the last; {step: FACTOR}, the second half of the classes has fewer images. FACTOR is the number of images
+    of the smallest class over that of the largest class."""
     validation_share: HeldOut | None = None
-    """Share of the training images, every class in proportion, that is held out and measured as a third split, to make
-    choices on. Its labels are the true ones."""
+    """Share of the training images, from every class in proportion, that is held out and measured as a third split, for
+    model selection. Its labels are the true labels."""
     label_noise: Literal["permuted"] | Share = 0.0
-    """Share of training images whose label is replaced by one drawn among all classes; permuted permutes the labels of
-    all training images. The run keeps them."""
+    """Share of training images whose label is replaced by a random class; permuted permutes the labels of all training
+    images. The labels do not change during the run."""
     data_seed: Annotated[Seed | None, _DRAWN] = 0
-    """Seed of images put side by side, the long tail, the validation images, and noisy labels, the same for every
-    seed."""
+    """Seed of side-by-side images, the long tail, the validation images and noisy labels, independent of `seed`."""
     workers: Literal["auto", "in-memory"] | Annotated[int, Field(ge=0)] = "auto"
-    """Worker processes that decode images during training; 0 decodes in the training process. in-memory decodes all
-    images once and keeps them on the training device. auto is in-memory up to 4 GiB, else one worker per CPU core, at
-    most 16."""
+    """Number of worker processes that decode images during training; 0 decodes in the training process. in-memory
+    decodes all images once and stores them on the training device. auto is in-memory up to 4 GiB, else one worker per
+    CPU core, at most 16."""
 
     @property
     def stored(self) -> StoredData:
-        """The options of data from a folder or the hub."""
+        """Options of data from a folder or the hub."""
         return StoredData.model_construct(**self.data_options if isinstance(self.data_options, dict) else {})
 
     def check(self) -> None:
         """Check settings together."""
         super().check()
         if self.data in DRAWN_DATA and self.data_options is None:
-            raise ValueError(f"data_options must say what data {self.data} is drawn with, and is not given")
+            raise ValueError(f"data_options must define how data {self.data} is generated, but is not given")
         if self.data_options == "published" and self.data != "mnist-1d":
             raise ValueError(f"data_options must be a mapping for data {self.data}, got 'published'")
         if len(self.imbalance or "1") != 1:
@@ -441,30 +443,30 @@ class BatchSettings(Settings):
     batch_size: AtLeast2 = 128
     """Images per batch."""
     sampling: Literal["random", "stratified"] | AtLeast2 = "random"
-    """How batches are drawn: random; stratified, every batch holds the classes in proportion; or a number, every batch
-    holds this many classes, drawn at random, and batch_size / sampling images of each; images of small classes come
-    more often. An epoch has as many batches as the train split has full ones."""
+    """Sampling of batches: random; stratified, every batch contains the classes in proportion; or a number, every batch
+    contains this number of random classes with batch_size / sampling images each, so that images of small classes occur
+    more often. The number of batches per epoch is that of full batches in the train split."""
     augmentation: Annotated[dict[str, Any] | None, _PICTURES, Options(lambda _: Augmentation, (Augmentation,))] = Field(
         default_factory=dict
     )
     """Augmentation of training images:"""
     crop_size: Annotated[AtLeast1 | None, _PICTURES] = None
-    """Height and width of crops. By default those of the images. Images that are not augmented are cropped at the
+    """Height and width of crops. By default those of the images. Images without augmentation are cropped at the
     centre."""
     pixel_mean: list[float] | None = None
-    """Subtracted from each channel of pixels in [0, 1]; one value, or one per channel. By default the mean of the
+    """Value subtracted from each channel of pixels in [0, 1]; one value, or one per channel. By default the mean of the
     training images."""
     pixel_std: list[float] | None = None
-    """Divisor of each channel after that. By default the standard deviation of the training images."""
+    """Divisor of each channel after the subtraction. By default the standard deviation of the training images."""
 
     @property
     def augment(self) -> Augmentation:
-        """The augmentation of training images."""
+        """Augmentation of training images."""
         return Augmentation.model_construct(**self.augmentation or {})
 
     @property
     def classes_per_batch(self) -> int | None:
-        """Number of classes in every batch, if that is how batches are drawn."""
+        """Number of classes in every batch, if `sampling` is a number."""
         return self.sampling if isinstance(self.sampling, int) else None
 
     def check(self) -> None:
@@ -500,7 +502,7 @@ class ModelSettings(Settings):
     backbone: str = "convnet"
     """Network that computes the features: convnet, mlp, resnet18, resnet34, resnet50, resnet101, resnet152,
     resnext50-32x4d, resnext101-32x8d, wide-resnet50-2, wide-resnet101-2, vgg13, fast-convnet, vit-tiny, vit-small, or
-    the dotted path of your own class, such as package.module.Class, which gives features (N, feature_dim)."""
+    the dotted path of a user-defined class, such as package.module.Class, which returns features (N, feature_dim)."""
     backbone_options: Annotated[
         dict[str, Any] | None,
         _WITH_BACKBONE_OPTIONS,
@@ -515,7 +517,7 @@ class ModelSettings(Settings):
             (FastConvNetOptions, VitOptions),
         ),
     ] = Field(default_factory=dict)
-    """Keyword arguments of your own class. Of the others:"""
+    """Keyword arguments of a user-defined class. For built-in backbones:"""
     width: Annotated[AtLeast1 | None, _OF_ONE_WIDTH, _WIDTH] = None
     """Channels of the first stage, neurons of a layer, or dimension of a token. By default 32 (convnet), 512 (mlp), 64
     (resnets, vgg13), 192 (vit-tiny), 384 (vit-small)."""
@@ -523,46 +525,48 @@ class ModelSettings(Settings):
     """Layers. By default 3 (mlp), 12 (vit-tiny, vit-small)."""
     feature_dim: Annotated[AtLeast1 | None, _BUILT_IN] = None
     """Dimension of the features: output channels of the last block or convolution, or neurons of the last layer, which
-    a vision transformer has for this alone. By default the backbone's own."""
+    a vision transformer has only with this setting. By default that of the backbone."""
     stem: Annotated[Literal["7x7", "3x3"] | None, where(backbone=RESNETS)] = "7x7"
     """First layer: 7x7 of stride 2 and max-pooling, or 3x3 of stride 1."""
     batch_norm_affine: Annotated[bool | None, _BATCH_NORM] = True
-    """Batch norm trains a scale and a shift."""
+    """Train a scale and a shift in batch norm."""
     feature_norm: Annotated[Literal["auto", "none"] | Positive | None, _of_methods("feature_norm")] = "auto"
-    """Norm to which features are scaled before the classifier; auto follows from the number of classes."""
+    """Norm to which features are scaled before the classifier; auto computes it from the number of classes."""
     unit_weight: Annotated[Literal["published"] | bool | None, _of_methods("unit_weight")] = True
-    """Keep the rows of the classifier at unit norm: true, from the start; published, from the first step on, as the
-    released code of Markou et al. does."""
+    """Keep the rows of the classifier at unit norm: true, from the start; published, from the first step on, as in the
+    released code of Markou et al."""
     orientation: Annotated[Literal["random", "canonical"] | None, _of_methods("orientation")] = "random"
     """Orientation of a fixed classifier: random, the same for every seed; or canonical, one axis per class, as in the
-    released codes, which often does not train behind a ReLU."""
+    released code, which often does not train after a ReLU."""
     classifier_bias: Annotated[Bias | None, where(loss=OF_LOGITS), _BIAS] = None
-    """Bias of the classifier: learned (standard, linear and the fixed ones), centring: minus weight times mean feature
-    (all but standard and linear), or none. By default learned for standard and linear, else centring."""
+    """Bias of the classifier: learned (for standard, linear and fixed classifiers); centring, minus the weight times
+    the mean feature (for all but standard and linear); or none. By default learned for standard and linear, else
+    centring."""
     code: Annotated[
         Literal["means", "attributes", "seli"] | None,
         _of_methods("code"),
         Default(lambda values: "means" if values["method"] == "frame" else "attributes"),
     ] = None
-    """Lengths and angles of the class vectors: seli, those of simplex-encoded-labels interpolation for the classes'
-    numbers of training images (Thrampoulidis et al., 2022; for equal numbers, the simplex ETF); of frame, means: equal
-    lengths in the class means' leading directions, the default; of fixed-frame, attributes (class_attributes), the
-    default. Classes without images count as one image."""
+    """Lengths and angles of the class vectors: seli, those of simplex-encoded-labels interpolation for the numbers of
+    training images per class (Thrampoulidis et al., 2022; for equal numbers, the simplex ETF); means, the default of
+    method frame: equal lengths in the leading directions of the class means; attributes (class_attributes), the default
+    of method fixed-frame. For seli, a class without images counts as having one image."""
     class_attributes: Annotated[str | None, _WITH_ATTRIBUTES] = None
-    """Attributes that classes share: digits, those of their number; or a CSV file whose first line names attributes,
-    and each further line has the values of a class, in the order of the classes. Needed for these methods."""
+    """Attributes that classes share: digits, the digits of their number; or a CSV file whose first line names the
+    attributes and whose other lines have the values of one class each, in the order of the classes. Required for these
+    methods."""
     attribute_weight: Annotated[Literal["auto"] | PositiveShare | None, _WITH_ATTRIBUTES] = "auto"
-    """Cosine that each attribute adds between the classes that share it. auto: 0.6 over the number of attributes, or 1
-    over it if feature_dim is below K - 1, too small for the simplex ETF that is the rest."""
+    """Cosine that each attribute adds between classes that share it. auto: 0.6 over the number of attributes, or 1 over
+    this number if feature_dim is below K - 1, which is too small for the remaining simplex ETF."""
     proximal_weight: Annotated[NotNegative | None, _of_methods("proximal_weight")] = 0.5
     """Weight of the proximal term towards the previous classifier."""
     class_weights: Annotated[Literal["none", "inverse"] | None, _of_methods("class_weights")] = "none"
-    """Weight of each class in the distance of the classifier from the class means: none, the same for all; inverse, one
-    over its number of training images."""
+    """Weight of each class in the distance between classifier and class means: none, equal weights; inverse, one over
+    the number of training images of the class."""
     class_means: Annotated[Literal["previous", "current", "differentiable"] | None, _of_methods("class_means")] = (
         "previous"
     )
-    """Class means used for a training batch: before it, after it, or after it with their gradient."""
+    """Class means used for a training batch: those before the batch, after it, or after it with their gradient."""
     means_momentum: Annotated[Literal["cumulative", "published"] | PositiveShare | None, _MOVING_MEANS] = 0.1
     """Weight of a new batch in the moving means."""
 
@@ -571,9 +575,9 @@ class SgdOptions(Settings):
     """Options of sgd."""
 
     nesterov: bool | None = None
-    """Nesterov momentum. By default not."""
+    """Use Nesterov momentum. By default false."""
     shift_lr_factor: Positive | None = None
-    """Factor of the learning rate of batch norm's shifts; their weight decay is divided by it, so that each step
+    """Factor of the learning rate of batch norm shifts; their weight decay is divided by this factor, so that each step
     decays them as much as other parameters. By default 1."""
 
 
@@ -581,9 +585,9 @@ class LbfgsOptions(Settings):
     """Options of lbfgs."""
 
     history: AtLeast1 = 10
-    """Steps from which the curvature is estimated."""
+    """Number of steps from which the curvature is estimated."""
     iterations: AtLeast1 = 20
-    """Largest number of iterations on each batch."""
+    """Maximum number of iterations per batch."""
 
 
 class AgdOptions(Settings):
@@ -597,22 +601,22 @@ class CycleOfRate(Settings):
     """Options of one-cycle with lbfgs."""
 
     three_phase: bool = False
-    """Fall as fast as it rose, then to 0 in a third phase."""
+    """Decrease the rate as fast as it increased, then to 0 in a third phase."""
     div_factor: Annotated[float, Field(ge=1)] = 25.0
-    """Begin at lr over this."""
+    """Begin at lr divided by this value."""
     final_div_factor: Annotated[float, Field(ge=1)] = 1e4
-    """End at the first learning rate over this."""
+    """End at the initial learning rate divided by this value."""
     pct_start: Annotated[float, Field(gt=0, lt=1)] = 0.3
-    """Share of the steps in which it rises."""
+    """Share of the steps in which the rate increases."""
     anneal_strategy: Literal["cos", "linear"] = "cos"
-    """Shape of rise and fall: half a cosine, or linear, which is the triangular schedule."""
+    """Shape of increase and decrease: cos, half a cosine; or linear, the triangular schedule."""
 
 
 class OneCycle(CycleOfRate):
     """Options of one-cycle."""
 
     cycle_momentum: bool = True
-    """Move the momentum (of adam and adamw beta1) from 0.95 to 0.85 and back, against the learning rate; not with
+    """Move the momentum (beta1 of adam and adamw) from 0.95 to 0.85 and back, opposite to the learning rate; not with
     lbfgs."""
 
 
@@ -622,7 +626,7 @@ class Optimisation(Settings):
     epochs: AtLeast1 = 20
     """Passes over the train split."""
     optimizer: Optimizer = "sgd"
-    """Optimiser of all parameters. agd has no learning rate and needs a network without vectors."""
+    """Optimiser of all parameters. agd has no learning rate and needs a network without vector parameters."""
     optimizer_options: Annotated[
         dict[str, Any] | None,
         where(optimizer=("sgd", "lbfgs", "agd")),
@@ -635,22 +639,24 @@ class Optimisation(Settings):
     initialisation: Annotated[
         Literal["he", "torch"] | None, where(backbone=(*RESNETS, "vgg13"), optimizer=(*_FIRST_ORDER, "lbfgs"))
     ] = "he"
-    """First weights of convolutions: normal by the fan-out (He et al., ICCV 2015), or torch's own. agd has its own."""
+    """Initial weights of convolutions: he, normal by the fan-out (He et al., ICCV 2015), or the default of torch. agd
+    uses a separate initialisation."""
     lr: Annotated[Positive | None, _WITH_RATE] = 0.05
-    """Learning rate at the start; of one-cycle, the greatest."""
+    """Initial learning rate; for one-cycle, the maximum."""
     feature_decay: Literal["published"] | NotNegative | None = None
-    """Part of the loss: this over 2 times the sum of squares of a batch's features, which feature_norm must leave as
-    they are. weight_decay is then of the classifier alone, and part of the loss too. published: 1e-4 of the normalised
-    features, a constant, as the released code of Zhu et al. (2021) does."""
+    """Add half this value times the sum of squares of the features of a batch to the loss; requires feature_norm none.
+    weight_decay then applies to the classifier only, and is part of the loss as well. published: 1e-4 of the normalised
+    features, which is constant, as in the released code of Zhu et al. (2021)."""
     weight_decay: Annotated[NotNegative | None, _DECAYING] = 5e-4
-    """Weight decay; of lbfgs it is part of the loss."""
+    """Weight decay; with lbfgs it is part of the loss."""
     momentum: Annotated[NotNegative | None, _STEADY_MOMENTUM] = 0.9
     """Momentum."""
     schedule: Annotated[Literal["constant", "cosine", "step", "one-cycle"] | None, _WITH_RATE] = "cosine"
-    """Schedule of the learning rate: cosine ends at 0; step multiplies it by lr_factor; one-cycle rises, then falls."""
+    """Schedule of the learning rate: cosine ends at 0; step multiplies by lr_factor; one-cycle increases, then
+    decreases."""
     warmup_epochs: Annotated[Annotated[int, Field(ge=0)] | None, where(schedule=("constant", "cosine", "step"))] = 0
-    """Epochs at the start in which the learning rate rises linearly, batch by batch, to lr. The cosine falls in the
-    epochs after them; step_at counts them in."""
+    """Number of epochs at the start in which the learning rate increases linearly, batch by batch, to lr. The cosine
+    begins after these epochs; step_at includes them in its count."""
     one_cycle: Annotated[
         dict[str, Any] | None,
         where(schedule="one-cycle"),
@@ -658,38 +664,38 @@ class Optimisation(Settings):
     ] = Field(default_factory=dict)
     """Options of one-cycle:"""
     step_at: Annotated[AtLeast1 | list[AtLeast1] | None, where(schedule="step"), _THIRDS] = None
-    """Multiply the learning rate after every n epochs, or after the epochs of a list. By default after one and two
-    thirds of all."""
+    """Multiply the learning rate after every n epochs, or after the epochs in a list. By default after one third and
+    two thirds of all epochs."""
     lr_factor: Annotated[Positive | None, where(schedule="step")] = 0.1
     """Factor of the learning rate in each step."""
     gradient_clip: Annotated[Positive | None, where(optimizer=_FIRST_ORDER)] = None
-    """Scale the gradient of all parameters down to this norm if it is longer."""
+    """Scale the gradient of all parameters down to this norm if it exceeds it."""
     weight_average: PositiveShare | None = None
-    """Measure an average of the weights in place of the current weights: mostly of this share of the steps so far. 1 is
-    the mean of all steps; after step t, step s counts as s^(1/share - 1)."""
+    """Measure an average of the weights, mainly over this share of the steps so far, instead of the current weights. 1
+    is the mean over all steps; after step t, the weight of step s is proportional to s^(1/share - 1)."""
     accumulate: Annotated[AtLeast1 | None, where(optimizer=(*_FIRST_ORDER, "agd"))] = 1
-    """Batches whose gradients one step takes together, each sample with the same weight. The classifier and its class
-    means still move with every batch."""
+    """Number of batches whose gradients are accumulated per step, with equal weight for each sample. The classifier and
+    its class means are still updated with every batch."""
     precision: Literal["32", "bf16-mixed", "16-mixed", "auto"] = "32"
-    """Precision of the network's products in training, by autocast; weights, class means, classifier, losses and
-    measurements stay in 32 bits. 16-mixed, with scaled losses, needs cuda. auto is bf16-mixed on an accelerator that
-    computes in bfloat16 and on a CPU with AMX or AVX512_BF16 instructions for it, else 32."""
+    """Precision of the matrix products of the network in training, by autocast; weights, class means, classifier,
+    losses and measurements stay in 32 bits. 16-mixed, with scaled losses, needs cuda. auto is bf16-mixed on
+    accelerators that compute in bfloat16 and on CPUs with AMX or AVX512_BF16 instructions, else 32."""
     compile: bool = False
-    """Train the backbone compiled by torch.compile: a wait at the start, then faster steps."""
+    """Compile the backbone with torch.compile for training: a delay at the start, then faster steps."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Device to train on; auto takes an accelerator if there is one."""
+    """Device to train on; auto selects an accelerator if one is available."""
 
 
 class Ranks(Settings):
     """Ranks."""
 
     devices: AtLeast1 = 1
-    """Processes per machine, one per device; on a CPU, processes with a part of its cores. Every batch is split over
-    them, with the gradient of the whole one."""
+    """Number of processes per machine, one per device; on a CPU, each process uses a part of the cores. Every batch is
+    split over the processes, with the gradient of the whole batch."""
     num_nodes: AtLeast1 = 1
-    """Machines, each with as many processes."""
+    """Number of machines, each with the same number of processes."""
     sync_batchnorm: Annotated[bool | None, _SEVERAL_RANKS] = False
-    """Batch norm takes the statistics of the whole batch, not of each process's part. Needs cuda."""
+    """Compute batch norm statistics over the whole batch instead of the part of each process. Needs cuda."""
 
     @property
     def ranks(self) -> int:
@@ -701,14 +707,14 @@ class Record(Settings):
     """Record."""
 
     measure_at: Epochs = 1
-    """Epochs after which collapse is measured. A number n: the first, every n-th (n, 2n, ...) and the last. A list: the
-    epochs in it; `..` continues the two epochs before it up to the epoch after it, or to the end, and `last` is the
-    last epoch: 1,6,..,last."""
+    """Epochs after which collapse is measured. A number n: the first epoch, every n-th epoch (n, 2n, ...) and the last
+    epoch. A list: the given epochs; `..` continues the two preceding epochs up to the epoch after it, or to the end,
+    and `last` is the last epoch: 1,6,..,last."""
     keep_at: Epochs | None = None
-    """Epochs whose checkpoint is kept, in the form of measure_at; a number n does not add the last epoch, whose
-    checkpoint is kept as last.ckpt in any case. By default none."""
+    """Epochs whose checkpoint is kept, in the same form as measure_at; a number n does not include the last epoch,
+    whose checkpoint is kept as last.ckpt in any case. By default none."""
     checkpoint_minutes: Positive = 10.0
-    """Inside a long epoch, save the state of training after each interval of this many minutes."""
+    """Save the state of training within long epochs at intervals of this number of minutes."""
     loggers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
     """Loggers to write to in addition to the CSV files."""
 
@@ -723,7 +729,7 @@ class RunConfig(Record, Ranks, Optimisation, ModelSettings, BatchSettings, DataS
     """All settings of one training run.
 
     Raises:
-        ValueError: if a setting is out of range, has no effect, or does not fit another.
+        ValueError: if a setting is out of range, has no effect, or does not fit another setting.
     """
 
     def check(self) -> None:
@@ -741,13 +747,13 @@ class RunConfig(Record, Ranks, Optimisation, ModelSettings, BatchSettings, DataS
                 f"code must be {default} or seli for method {self.method}, got {self.code!r}: that is method {other}"
             )
         if (self.method == "attribute-frame" or self.code == "attributes") and self.class_attributes is None:
-            raise ValueError(f"class_attributes must say what classes share for method {self.method}, and is not given")
+            raise ValueError(f"class_attributes must be given for method {self.method}: the attributes of the classes")
         if self.warmup_epochs and self.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"warmup_epochs must be less than epochs, which is {self.epochs}, got {self.warmup_epochs}"
             )
         if self.feature_decay not in (None, 0, "published") and self.feature_norm not in ("none", None):
-            raise ValueError("feature_decay needs feature_norm none: of normalised features it is a constant")
+            raise ValueError("feature_decay needs feature_norm none: for normalised features it is constant")
         if self.batch_size < 2 * self.ranks:
             raise ValueError(
                 f"batch_size must be at least {2 * self.ranks}, two for each of {self.ranks} ranks, "
@@ -756,20 +762,20 @@ class RunConfig(Record, Ranks, Optimisation, ModelSettings, BatchSettings, DataS
         if self.momentum == 0 and (self.optimizer_options or {}).get("nesterov"):
             raise ValueError("optimizer_options.nesterov needs momentum above 0, got 0")
         if self.regulariser and self.regulariser.get("layer") and self.compile:
-            raise ValueError("compile must be false with regulariser.layer, whose hook a compiled backbone may not run")
+            raise ValueError("compile must be false with regulariser.layer: a compiled backbone may not run its hook")
         if "." in self.loss and self.ranks > 1:
-            raise ValueError("a loss by dotted path needs one rank: it compares the samples of the whole batch")
+            raise ValueError("a loss by dotted path needs one rank, because it compares the samples of the whole batch")
         if self.optimizer == "lbfgs":
             self._check_lbfgs(method)
 
     def _check_lbfgs(self, method: Classifier) -> None:
         if method.follows_means:
             raise ValueError(
-                f"optimizer lbfgs cannot train the method {self.method}, whose weight would change during its line "
-                "search: take method fixed or standard, or another optimiser"
+                f"optimizer lbfgs cannot train method {self.method}, whose weight would change during the line "
+                "search: use method fixed or standard, or another optimiser"
             )
         if self.ranks > 1:
-            raise ValueError("optimizer lbfgs needs one rank: its line search compares losses of whole batches")
+            raise ValueError("optimizer lbfgs needs one rank, because its line search compares losses of whole batches")
         if self.precision == "16-mixed":
             raise ValueError(
                 "optimizer lbfgs needs another precision than 16-mixed: its line search cannot scale the loss"
@@ -818,13 +824,13 @@ def _epochs_of(items: list[Any], epochs: int) -> set[int]:
 
 
 def _check_progressions(name: str, items: Any) -> None:
-    """Raise unless each ``..`` continues two growing epochs, up to one that they lead to."""
+    """Raise unless each ``..`` continues two increasing epochs and ends at an epoch of their progression."""
     for position, item in enumerate(items if isinstance(items, list) else []):
         if item != "..":
             continue
         before, after = items[max(position - 2, 0) : position], items[position + 1 : position + 2]
         if len(before) < 2 or not all(isinstance(epoch, int) for epoch in before) or before[0] >= before[1]:
-            raise ValueError(f"{name} must have two growing epochs before .., got {items}")
+            raise ValueError(f"{name} must have two increasing epochs before .., got {items}")
         first, second = before
         if after == [".."] or (
             after and after != ["last"] and (after[0] < second or (after[0] - first) % (second - first))
@@ -833,7 +839,7 @@ def _check_progressions(name: str, items: Any) -> None:
 
 
 def derived_seed(*numbers: int) -> int:
-    """Return a seed that follows from these numbers alone; other numbers give an unrelated one."""
+    """Return a seed that depends only on these numbers; different numbers give unrelated seeds."""
     import numpy as np
 
     (state,) = np.random.SeedSequence(list(numbers)).generate_state(1)

@@ -1,4 +1,4 @@
-"""Experiments as lists of run configurations: one run, methods over seeds, or the base sessions of added classes."""
+"""Experiments as lists of run configurations: single runs, comparisons, and base sessions of incremental training."""
 
 from __future__ import annotations
 
@@ -40,26 +40,26 @@ class Comparison(Settings):
 
     recipe: str | None = None
     """Name of a published comparison: NAME-standard, NAME-fixed and NAME-implicit are recipes, and each method is
-    trained with its own; --config and flags override its settings."""
+    trained with its recipe; --config and flags override the settings."""
     methods: list[Method] = Field(default_factory=lambda: list(_PUBLISHED))
-    """Methods, which `train --help` explains, with commas between them. By default standard,fixed,implicit."""
+    """Comma-separated methods, which `train --help` explains. By default standard,fixed,implicit."""
     losses: list[Loss] | None = None
-    """Train every method with each of these losses, with commas between them; by default with that of `loss`."""
+    """Train every method with each of these comma-separated losses; by default with that of `loss`."""
     weight_averages: list[Share] | None = None
-    """Train every method and loss with each of these shares as `weight_average`, 0 for none."""
+    """Train every method and loss with each of these values of `weight_average`; 0 means no average."""
     seeds: Seed | list[Seed] = 3
-    """Number of seeds, or the seeds with commas between them; of a recipe, by default its own. The runs of a seed start
-    from the same weights and see the same batches."""
+    """Number of seeds, or comma-separated seeds; by default those of the recipe, if any. Runs with the same seed start
+    from the same weights and use the same batches."""
     lr: Literal["auto"] | Positive | None = None
-    """Learning rate at the start; of one-cycle, the greatest. auto: every method takes with each loss the one of
-    lr_candidates that is best on a validation split, which is held out of the training images for that alone."""
+    """Initial learning rate; for one-cycle, the maximum. auto: every method with each loss uses the value of
+    lr_candidates that is best on a validation split, which is held out of the training images only for this choice."""
     lr_candidates: Annotated[list[Positive] | None, where(lr="auto")] = Field(
         default_factory=lambda: [0.005, 0.015, 0.05, 0.15, 0.5]
     )
-    """Rates to choose from, with commas between them: by the last validation accuracy, then by the mean over epochs, of
-    one seed that is not compared. By default 0.005,0.015,0.05,0.15,0.5."""
+    """Comma-separated candidate rates. The criterion is the last validation accuracy, then the mean over epochs, of one
+    seed that is not compared. By default 0.005,0.015,0.05,0.15,0.5."""
     tuning_share: Annotated[HeldOut | None, where(lr="auto")] = 0.2
-    """Share of the training images held out while rates are chosen, unless validation_share gives another."""
+    """Share of the training images that is held out for the choice of rates, unless validation_share is given."""
 
     def check(self) -> None:
         """Check settings together."""
@@ -77,11 +77,11 @@ class Comparison(Settings):
 
     @property
     def seed_list(self) -> list[int]:
-        """The seeds, one by one."""
+        """List of the seeds."""
         return self.seeds if isinstance(self.seeds, list) else list(range(self.seeds))
 
     def kinds(self) -> list[dict[str, Any]]:
-        """Return the method of each combination, and its loss and weight average if several are compared."""
+        """Return the method of each combination, with its loss and weight average if several are compared."""
         axes: dict[str, list[Any]] = {"method": list(self.methods)}
         if self.losses is not None:
             axes["loss"] = list(self.losses)
@@ -91,7 +91,7 @@ class Comparison(Settings):
 
 
 Strategy = Literal["class-means", "preassigned-etf", "grown-etf", "learned"]
-# Method with which the base session of each strategy is trained.
+# Method that trains the base session of each strategy.
 STRATEGIES: dict[Strategy, Method] = {
     "class-means": "standard",
     "preassigned-etf": "fixed",
@@ -104,7 +104,7 @@ _TRAINED = Condition(
 
 
 class Incremental(Settings):
-    """Classes that are added.
+    """Class-incremental training.
 
     Raises:
         ValueError: if a setting is out of range, has no effect, or repeats a value.
@@ -115,40 +115,41 @@ class Incremental(Settings):
     """
 
     recipe: str | None = None
-    """Name of a published experiment, whose settings --config and flags override; its method does not count."""
+    """Name of a published experiment, whose settings --config and flags override; its method is ignored."""
     sessions: list[AtLeast1] = Field(default_factory=list)
-    """Number of classes of each session, in the order of the classes, with commas between them: 6,1,1,1,1. Needed. The
-    first session is an ordinary run, and those after it add their classes. Classes beyond the sum are left out."""
+    """Comma-separated number of classes per session, in the order of the classes, such as 6,1,1,1,1. Required. The
+    first session is an ordinary run, and each later session adds its classes. Classes beyond the sum are left out."""
     strategies: list[Strategy] = Field(default_factory=lambda: list(get_args(Strategy)))
-    """Strategies, with commas between them; by default all. class-means: nearest class mean of the frozen network,
-    trained in the first session with method standard. The others train the whole network on the images of each
-    session, with the statistics of batch norm and the centring mean of the first one: preassigned-etf (method fixed),
-    rows of the simplex ETF of all classes, assigned before the first session; grown-etf (method implicit), the simplex
-    ETF nearest to the means of old and new classes when a session begins; learned (method standard), a learned
-    classifier, the baseline of forgetting."""
+    """Comma-separated strategies; by default all. class-means: nearest class mean of the frozen network, which is
+    trained in the first session with method standard. The others train the whole network on the images of each session,
+    with the batch norm statistics and the centring mean of the first session: preassigned-etf (method fixed), rows of
+    the simplex ETF of all classes, which are assigned before the first session; grown-etf (method implicit), the
+    simplex ETF nearest to the means of old and new classes at the start of a session; learned (method standard), a
+    learned classifier, the baseline for forgetting."""
     shots: AtLeast1 | None = None
-    """Images of each class that is added, drawn by the seed, the same for all strategies. By default all."""
+    """Number of images per added class, drawn according to the seed and equal for all strategies. By default all."""
     replay: Annotated[Annotated[int, Field(ge=0)] | None, _TRAINED] = 0
-    """Images of each earlier class that are trained on in every later session, drawn by the seed; all images of a class
-    that had fewer."""
+    """Number of images of each earlier class that are replayed in every later session, drawn according to the seed; all
+    images if a class has fewer."""
     session_epochs: Annotated[AtLeast1 | None, _TRAINED] = 10
-    """Epochs of each session after the first."""
+    """Number of epochs of each session after the first."""
     session_lr: Annotated[Literal["auto"] | Positive | None, _TRAINED] = None
     """Learning rate in the sessions after the first, with the schedule of the run; by default a tenth of lr. auto:
-    every strategy takes the one of session_lr_candidates with the best accuracy on a validation split, on average over
-    these sessions, with one seed that is not compared; the split is held out of the training images for that alone."""
+    every strategy uses the value of session_lr_candidates with the best accuracy on a validation split, averaged over
+    these sessions, for one seed that is not compared; the split is held out of the training images only for this
+    choice."""
     session_lr_candidates: Annotated[list[Positive] | None, where(session_lr="auto")] = Field(
         default_factory=lambda: [0.00005, 0.00015, 0.0005, 0.0015, 0.005]
     )
-    """Rates to choose from, with commas between them. By default 0.00005,0.00015,0.0005,0.0015,0.005."""
+    """Comma-separated candidate rates. By default 0.00005,0.00015,0.0005,0.0015,0.005."""
     tuning_share: Annotated[HeldOut | None, where(session_lr="auto")] = 0.2
-    """Share of the training images held out while rates are chosen, unless validation_share gives another."""
+    """Share of the training images that is held out for the choice of rates, unless validation_share is given."""
     freeze: Annotated[list[str] | None, _TRAINED] = Field(default_factory=list)
-    """Modules of the model that keep their weights in the sessions after the first, as for `measure --layers`, with
-    commas between them. By default none."""
+    """Comma-separated modules of the model whose weights are frozen in the sessions after the first, named as for
+    `measure --layers`. By default none."""
     seeds: Seed | list[Seed] = 3
-    """Number of seeds, or the seeds with commas between them. Strategies of a seed start from the same weights and see
-    the same images."""
+    """Number of seeds, or comma-separated seeds. Strategies with the same seed start from the same weights and use the
+    same images."""
 
     def check(self) -> None:
         """Check settings together."""
@@ -168,19 +169,19 @@ class Incremental(Settings):
 
     @property
     def base_sessions(self) -> Comparison:
-        """The methods and seeds of the first session."""
+        """Methods and seeds of the first session."""
         return Comparison(methods=list(dict.fromkeys(STRATEGIES[name] for name in self.strategies)), seeds=self.seeds)
 
 
 def single_run(settings: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> RunConfig:
-    """Return one run, with the settings of the named recipe, if any, where no others are given.
+    """Return one run; settings that are not given are those of the named recipe, if any.
 
     Args:
-        settings: Settings that are asked for; each must have an effect.
-        base: Values to take where none is given, in place of the recipe's.
+        settings: Requested settings; each must have an effect.
+        base: Values for settings that are not given, instead of those of the recipe.
 
     Raises:
-        ValueError: if there is no such recipe, or a setting is wrong or has no effect.
+        ValueError: if the recipe does not exist, or a setting is invalid or has no effect.
 
     Examples:
         >>> run = single_run({"recipe": "zhu2021-mnist-sgd", "epochs": 3})
@@ -203,16 +204,17 @@ def comparison_runs(
 ) -> list[RunConfig]:
     """Return a run for every method with every loss, weight average and seed.
 
-    Each method has the settings of its recipe, if the comparison names a published one.
+    If the comparison names a published one, each method has the settings of its recipe.
 
     Args:
-        comparison: Methods, losses, weight averages and seeds. If its ``lr`` is ``"auto"`` the rates are still to be
+        comparison: Methods, losses, weight averages and seeds. If its ``lr`` is ``"auto"``, the rates remain to be
             chosen.
-        settings: Settings of all runs; each counts where it has an effect, and must have one in one run at least.
-        base: Values to take where none is given, before those of a recipe.
+        settings: Settings of all runs; each applies to the runs in which it has an effect, of which there must be at
+            least one.
+        base: Values for settings that are not given, with priority over those of a recipe.
 
     Raises:
-        ValueError: if there are no such recipes, they are of different data, or a setting is wrong or has no effect.
+        ValueError: if the recipes do not exist or have different data, or a setting is invalid or has no effect.
 
     Examples:
         >>> runs = comparison_runs(Comparison(methods=["fixed", "implicit"], seeds=2), {"proximal_weight": 0.1})
@@ -252,16 +254,16 @@ def comparison_runs(
 def incremental_runs(
     protocol: Incremental, settings: Mapping[str, Any], base: Mapping[str, Any] | None = None
 ) -> list[RunConfig]:
-    """Return the runs of the first session, one for each method and seed, without the classes to hold out.
+    """Return the runs of the first session, one for each method and seed, not yet with the classes to hold out.
 
     Args:
         protocol: Sessions, strategies and seeds.
         settings: Settings of all runs, as for `comparison_runs`.
-        base: Values to take where none is given, in place of those of the recipe.
+        base: Values for settings that are not given, instead of those of the recipe.
 
     Raises:
-        ValueError: if there is no such recipe, or a setting is wrong, has no effect or does not fit classes that are
-            added.
+        ValueError: if the recipe does not exist, or a setting is invalid, has no effect or does not fit incremental
+            training.
 
     Examples:
         >>> runs = incremental_runs(Incremental(sessions=[6, 4], strategies=["learned"], seeds=2), {"epochs": 5})
@@ -273,19 +275,19 @@ def incremental_runs(
     runs = comparison_runs(protocol.base_sessions, settings, base)
     first = runs[0]
     for name, is_refused, reason in (
-        ("hold_out_classes", first.hold_out_classes is not None, "sessions says which classes come when"),
+        ("hold_out_classes", first.hold_out_classes is not None, "sessions determines when classes are added"),
         ("digits_per_image", first.digits_per_image > 1, "a session adds single classes"),
-        ("label_noise", first.label_noise != 0, "sessions go by the labels"),
-        ("optimizer", first.optimizer == "agd", "it starts from weights of its own"),
-        ("devices", first.ranks > 1, "ranks are for one run"),
+        ("label_noise", first.label_noise != 0, "sessions are defined by the labels"),
+        ("optimizer", first.optimizer == "agd", "it uses a separate initialisation"),
+        ("devices", first.ranks > 1, "several ranks are supported for single runs only"),
     ):
         if is_refused:
-            raise ValueError(f"{name} must not be {getattr(first, name)} where classes are added: {reason}")
+            raise ValueError(f"{name} must not be {getattr(first, name)} in incremental training: {reason}")
     return runs
 
 
 def comparison_of(settings: Mapping[str, Any]) -> Comparison:
-    """Return what to compare; the seeds are by default those of the recipes, if some are named."""
+    """Return the comparison to run; the seeds are by default those of the recipes, if recipes are named."""
     given = {name: settings[name] for name in Comparison.model_fields if settings.get(name) is not None}
     if "seeds" not in given and "recipe" in given:
         given["seeds"] = next(iter(recipe_comparison(str(given["recipe"])).values())).seeds
@@ -293,7 +295,7 @@ def comparison_of(settings: Mapping[str, Any]) -> Comparison:
 
 
 def _recipes_by_method(name: str, methods: Sequence[str]) -> dict[str, Recipe]:
-    """Return the recipes of a published comparison, after checking that they are of the same data."""
+    """Return the recipes of a published comparison, after checking that they have the same data."""
     recipes: Mapping[str, Recipe] = recipe_comparison(name)
     first, *others = (
         {setting: recipe.settings.get(setting) for setting in DataSettings.model_fields} for recipe in recipes.values()
@@ -301,13 +303,13 @@ def _recipes_by_method(name: str, methods: Sequence[str]) -> dict[str, Recipe]:
     differing = [setting for setting in first if any(other[setting] != first[setting] for other in others)]
     if differing:
         raise ValueError(
-            f"recipe must name recipes of the same data, and those of {name!r} differ in {', '.join(differing)}"
+            f"recipe must name recipes with the same data, but those of {name!r} differ in {', '.join(differing)}"
         )
     return {method: recipes[method] for method in methods}
 
 
 def _check_epochs(settings: Mapping[str, Any], config: RunConfig) -> None:
-    """Check that epochs that are asked for come; those of a recipe need not, if it is cut short."""
+    """Check that requested epochs occur; epochs of a recipe need not occur if the run is shorter."""
     for name in ("measure_at", "keep_at", "step_at"):
         epochs = settings.get(name) if getattr(config, name) is not None else None
         for epoch in epochs if isinstance(epochs, list) else []:

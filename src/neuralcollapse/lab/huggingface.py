@@ -22,20 +22,20 @@ __all__ = ["CollapseCallback"]
 class CollapseCallback(TrainerCallback):
     """Callback that measures a model after epochs of training and records the measurements in a run folder.
 
-    The model is measured in evaluation mode and without labels, by the first process. A training that resumes from a
-    checkpoint continues the records of its folder.
+    The first process measures the model, in evaluation mode and without passing labels to it. Training that resumes
+    from a checkpoint continues the records of its folder.
 
     Args:
         loaders: Loader of un-augmented data for each split, by name, such as
-            ``{"train": trainer.get_eval_dataloader(train_set)}``. The split ``"train"``, if there is one, is measured
+            ``{"train": trainer.get_eval_dataloader(train_set)}``. If there is a split ``"train"``, it is measured
             first, and the others relative to its class means. Batches are mappings; ``"labels"`` are the targets.
-        folder: Run folder of `neuralcollapse.lab.RunFolder.create`, or its path. It is created with the name of the
-            model's class if it does not exist.
+        folder: Run folder from `neuralcollapse.lab.RunFolder.create`, or its path. If it does not exist, it is created
+            with the name of the class of the model.
         every_n_epochs: Measure after every n epochs, and after the first and the last epoch.
         options: Further arguments of `neuralcollapse.measure`, such as ``classifier`` or ``unpack``.
 
     Raises:
-        ValueError: if arguments are out of range; when training begins, if the folder holds measurements and the
+        ValueError: if arguments are out of range; when training begins, if the folder contains measurements and
             training does not resume.
 
     Examples:
@@ -68,7 +68,7 @@ class CollapseCallback(TrainerCallback):
         model: nn.Module | None = None,
         **_: Any,
     ) -> None:
-        """Create the folder, or check that it has no measurements of another training."""
+        """Create the folder, or check that it does not contain measurements of another training."""
         self._measured = 0
         if not state.is_world_process_zero:
             return
@@ -76,8 +76,8 @@ class CollapseCallback(TrainerCallback):
             RunFolder.create(self.folder.path, name=type(model).__name__)
         elif state.global_step == 0 and self.folder.metrics.exists():
             raise ValueError(
-                f"folder must be a run without measurements; {str(self.folder.path)!r} has: choose another folder or "
-                "resume its training with resume_from_checkpoint"
+                f"folder must be a run without measurements, but {str(self.folder.path)!r} has some: choose another "
+                "folder or resume its training with resume_from_checkpoint"
             )
 
     def on_epoch_end(
@@ -113,7 +113,7 @@ class CollapseCallback(TrainerCallback):
 
 
 def _epoch(state: TrainerState) -> int:
-    """Return the number of epochs trained, of which the last may be incomplete."""
+    """Return the number of trained epochs; the last one may be incomplete."""
     return math.ceil((state.epoch or 0.0) - 1e-6)
 
 

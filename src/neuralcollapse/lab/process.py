@@ -1,4 +1,4 @@
-"""The process of a command: signals that end it, its standard streams, and its rank in a run."""
+"""Process of a command: signals that end it, standard streams, and ranks."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-# What a shell says of a process that these signals ended.
+# Exit codes that shells report for processes ended by these signals.
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
-# Seconds until Ctrl-C comes again where its exception could not be raised.
+# Seconds after which Ctrl-C is raised again if its exception could not be raised.
 _AGAIN = 0.05
 
 
 class Terminated(SystemExit):
-    """SIGTERM came; left alone, it ends the process with exit code 143."""
+    """SIGTERM was received; if not caught, this exception ends the process with exit code 143."""
 
 
 class LostRank(ValueError):
-    """Another rank of the run is lost: the first rank may be that one, so each rank that is left prints the error."""
+    """Another rank of the run is lost, possibly the first rank; therefore each remaining rank prints the error."""
 
 
 def terminate(*_: Any) -> NoReturn:
-    """End by raising `Terminated`; also as a handler of signals."""
+    """Raise `Terminated`; can be used as a signal handler."""
     raise Terminated(TERMINATED)
 
 
 @contextmanager
 def on_sigterm(handler: Callable[..., Any]) -> Iterator[None]:
-    """Have SIGTERM answered by this handler inside; in a thread other than the first, which gets none, do nothing."""
+    """Use a handler for SIGTERM inside the context; do nothing outside the main thread, which receives all signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -46,11 +46,12 @@ def on_sigterm(handler: Callable[..., Any]) -> Iterator[None]:
 
 
 class StopRequests:
-    """Ctrl-C and SIGTERM in training, which wait until a step is done.
+    """Requests to stop training by Ctrl-C or SIGTERM, which are deferred to the end of a step.
 
     Attributes:
-        waits: Whether a signal waits for `answer`; a second Ctrl-C does not. Otherwise it is answered at once.
-        signal: Number of the signal that waits; 0 for none.
+        waits: Whether a signal is deferred until `answer` is called; otherwise it is handled immediately, and so is a
+            second Ctrl-C.
+        signal: Number of the deferred signal; 0 for none.
     """
 
     def __init__(self) -> None:
@@ -59,13 +60,13 @@ class StopRequests:
         self._handlers: dict[int, Any] = {}
 
     def on_signal(self, number: int, frame: Any) -> None:
-        """Keep or answer a signal, as its handler."""
+        """Defer or handle a signal; the signal handler."""
         if not self.waits or number == self.signal == signal.SIGINT:
             self.answer(number)
         self.signal = number
 
     def answer(self, number: int | None = None) -> None:
-        """End as the handler of before would for a signal: of that number, or the one that waits, if any.
+        """Call the previous handler for the signal with this number, or for the deferred signal, if any.
 
         Raises:
             KeyboardInterrupt: for Ctrl-C.
@@ -81,7 +82,7 @@ class StopRequests:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequests]:
-    """Have Ctrl-C and SIGTERM answered by `StopRequests` inside, in the main thread; another one gets no signals."""
+    """Handle Ctrl-C and SIGTERM by `StopRequests` inside the context, if this is the main thread."""
     requests = StopRequests()
     if threading.current_thread() is not threading.main_thread():
         yield requests
@@ -96,15 +97,15 @@ def stop_requests() -> Iterator[StopRequests]:
 
 
 class Signals:
-    """Answers to signals while a command runs.
+    """Handlers of signals while a command runs.
 
     Args:
-        line: What to write to stderr at a second Ctrl-C, which then ends the process at once; None if the process goes
-            on after the command.
+        line: Text to write to stderr at a second Ctrl-C, which then ends the process immediately; None if the process
+            continues after the command.
 
     Attributes:
-        interrupted: Whether Ctrl-C came, whatever became of the exception that it raised: a library may have turned it
-            into another one.
+        interrupted: Whether Ctrl-C was received, regardless of the exception that it raised, because a library may
+            have converted it to another one.
     """
 
     def __init__(self, line: str | None) -> None:
@@ -112,7 +113,7 @@ class Signals:
         self.interrupted = False
 
     def on_interrupt(self, *_: Any) -> NoReturn:
-        """Raise KeyboardInterrupt, as a handler of SIGINT."""
+        """Raise KeyboardInterrupt; the handler of SIGINT."""
         if self.interrupted and self.line is not None:
             with contextlib.suppress(OSError):
                 os.write(2, f"{self.line}\n".encode())
@@ -121,9 +122,10 @@ class Signals:
         raise KeyboardInterrupt
 
     def exit_as_interrupted(self) -> None:
-        """End the process with exit code 130 if Ctrl-C came, as the last thing that it does.
+        """End the process with exit code 130 if Ctrl-C was received, as its last action.
 
-        Python itself may end it by the signal, for an interrupt that came in a call of `exec`, although it was caught.
+        Python may otherwise end the process by the signal for an interrupt during a call of `exec`, even if the
+        interrupt was caught.
         """
         if self.interrupted:
             for stream in (sys.stdout, sys.stderr):
@@ -132,16 +134,16 @@ class Signals:
             os._exit(INTERRUPTED)
 
     def ignore(self) -> None:
-        """Ignore Ctrl-C from now on: the command ends already."""
+        """Ignore Ctrl-C from now on, because the command is already ending."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager
 def answering_signals(line: str | None) -> Iterator[Signals]:
-    """Have Ctrl-C raise KeyboardInterrupt and SIGTERM raise `Terminated` inside, in the main thread.
+    """Let Ctrl-C raise KeyboardInterrupt and SIGTERM raise `Terminated` inside the context, in the main thread.
 
-    An interrupt that comes where no exception can be raised, as in the finalizer of an object, comes again.
+    An interrupt that is received while exceptions cannot be raised, as in the finalizer of an object, is repeated.
 
     Args:
         line: As for `Signals`; unless it is None, Ctrl-C is ignored afterwards.
@@ -159,7 +161,7 @@ def answering_signals(line: str | None) -> Iterator[Signals]:
         threading.Timer(_AGAIN, os.kill, (os.getpid(), signal.SIGINT)).start()
 
     if line is not None:
-        atexit.register(signals.exit_as_interrupted)  # first, so that it is called last
+        atexit.register(signals.exit_as_interrupted)  # registered first, so that it is called last
     report, before = sys.unraisablehook, signal.signal(signal.SIGINT, signals.on_interrupt)
     sys.unraisablehook = on_unraisable
     try:
@@ -171,7 +173,7 @@ def answering_signals(line: str | None) -> Iterator[Signals]:
 
 
 def caused_by(error: BaseException | None, kind: type[BaseException]) -> bool:
-    """Return whether an exception is of a kind, or was raised in answer to one."""
+    """Return whether an exception has a type, or was raised while one of this type was handled."""
     seen: set[int] = set()
     waiting = [error]
     while waiting:
@@ -186,11 +188,11 @@ def caused_by(error: BaseException | None, kind: type[BaseException]) -> bool:
 
 
 class _Lasting:
-    """A stream that drops what cannot be written.
+    """Stream that drops text which cannot be written.
 
     Args:
         stream: The stream.
-        lost: Kinds of errors by which it is known to be lost.
+        lost: Types of errors that indicate that the stream is lost.
     """
 
     def __init__(self, stream: Any, lost: type[OSError]) -> None:
@@ -198,13 +200,13 @@ class _Lasting:
         self._lost = lost
 
     def write(self, text: str) -> int:
-        """Write, or drop the text."""
+        """Write the text, or drop it if the stream is lost."""
         with contextlib.suppress(self._lost):
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Flush, or do nothing."""
+        """Flush the stream, or do nothing if it is lost."""
         with contextlib.suppress(self._lost):
             self._stream.flush()
 
@@ -214,14 +216,14 @@ class _Lasting:
 
 @contextmanager
 def lasting_streams(*, alone: bool) -> Iterator[None]:
-    """Keep what is inside from failing when stdout or stderr is closed.
+    """Prevent failures inside the context if stdout or stderr is closed.
 
-    Of stdout, other errors are raised, such as those of a full disk.
+    Other errors of stdout, such as those of a full disk, are raised.
 
     Args:
-        alone: Whether the process ends afterwards. Then a stream that is closed is opened on the null device, so that
-            no file takes its number; stdout is written line by line, also into a file, in any encoding; and what could
-            not be written is dropped in the end.
+        alone: Whether the process ends afterwards. In this case, closed streams are opened on the null device, so that
+            files do not reuse their numbers; stdout is written line by line, even to files, in any encoding; and text
+            that could not be written is dropped at the end.
     """
     if alone:
         _open_closed()
@@ -242,7 +244,7 @@ def _open_closed() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # uses the lowest free number
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w" if number else "r", encoding="utf-8"))  # noqa: SIM115
 
@@ -252,11 +254,11 @@ def _drop_unwritten(stream: Any) -> None:
         stream.flush()
     except OSError:
         null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, stream.fileno())  # the interpreter flushes once more
+        os.dup2(null, stream.fileno())  # the interpreter flushes once more at exit
 
 
 def global_rank() -> int:
-    """Return the rank among all processes of a run; 0 if no launcher has set it."""
+    """Return the rank among all processes of a run; 0 without a launcher."""
     for name in ("RANK", "SLURM_PROCID"):
         if name in os.environ:
             return int(os.environ[name])
@@ -269,7 +271,7 @@ def local_rank() -> int:
 
 
 def launched_ranks() -> int | None:
-    """Return the number of processes that torchrun has started; None without it."""
+    """Return the number of processes started by torchrun; None without torchrun."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return int(os.environ["WORLD_SIZE"])
     return None

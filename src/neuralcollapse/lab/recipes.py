@@ -1,8 +1,9 @@
-"""Recipes: the settings of published experiments, with the source of every value.
+"""Recipes: settings of published experiments, with the source of every value.
 
-A file of ``recipes/`` is a family: the settings of its ``base``, the ``parts`` in which its experiments differ, and its
-``variants``. A variant is a recipe: the base with the parts that it names, later ones over earlier ones. The comment
-at the end of a setting's line is its source, and that of a variant's line is what it reproduces.
+Each file in ``recipes/`` is a family of recipes: the settings of its ``base``, the ``parts`` in which its experiments
+differ, and its ``variants``. Each variant is a recipe: the base, overridden by the parts that it names, in their order.
+The comment at the end of the line of a setting is its source, and that of the line of a variant states what it
+reproduces.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import yaml
 from neuralcollapse.lab.config import PUBLISHED_METHODS, RunConfig
 from neuralcollapse.lab.settings import closest_names
 
-# Source of a setting that was not published; a reason may follow in parentheses.
+# Source text of settings that were not published; a reason may follow in parentheses.
 OUR_CHOICE = "not published: our choice"
 _FOLDER = Path(__file__).parent / "recipes"
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -33,8 +34,8 @@ class Family:
         name: File name without its suffix; the names of its recipes begin with it.
         title: Subject of the experiments.
         source: Paper, figures and released code.
-        published: Published result, with the numbers that are known.
-        cost: Compute that a run takes.
+        published: Published result, with known numbers.
+        cost: Compute time of a run.
         notes: Remarks that hold for all recipes.
         recipes: Names of the recipes, in the order of the file.
     """
@@ -53,12 +54,12 @@ class Recipe:
     """A published experiment.
 
     Attributes:
-        name: Name by which commands find it.
+        name: Name of the recipe in commands.
         reproduces: Paper, figure and experiment.
         settings: Settings of one run, with the first of the published seeds.
         seeds: Published seeds.
-        lines: By setting, its line of the file: name, value and source.
-        family: Family that has it.
+        lines: Line of each setting in the file: name, value and source.
+        family: Family to which the recipe belongs.
     """
 
     name: str
@@ -80,7 +81,7 @@ class Recipe:
 
     @property
     def text(self) -> str:
-        """The recipe as one YAML file of settings, each with its source."""
+        """Text of the recipe as a YAML file of settings, each with its source."""
         header = {"Reproduces": self.reproduces, "Source": self.family.source, "Published": self.family.published}
         remarks = [f"{name}: {value}" for name, value in (header | {"Cost": self.family.cost}).items()]
         comments = [
@@ -110,7 +111,7 @@ def load_recipe(name: str) -> Recipe:
     """Return a recipe, read from the file of its family.
 
     Raises:
-        ValueError: if no recipe has that name; the message has the nearest names.
+        ValueError: if no recipe has this name; the message contains the nearest names.
 
     Examples:
         >>> recipe = load_recipe("zhu2021-mnist-sgd")
@@ -130,7 +131,7 @@ def load_recipe(name: str) -> Recipe:
 
 
 def recipe_comparisons() -> list[str]:
-    """Return every NAME of which NAME-standard, NAME-fixed and NAME-implicit are recipes, sorted."""
+    """Return every NAME for which NAME-standard, NAME-fixed and NAME-implicit are recipes, sorted."""
     names = set(recipe_names())
     stems = {name.removesuffix(f"-{PUBLISHED_METHODS[0]}") for name in names}
     return sorted(stem for stem in stems if all(f"{stem}-{method}" in names for method in PUBLISHED_METHODS))
@@ -140,7 +141,8 @@ def recipe_comparison(name: str) -> dict[Any, Recipe]:
     """Return the recipes of a published comparison by method.
 
     Raises:
-        ValueError: if NAME-standard, NAME-fixed and NAME-implicit are not recipes; the message has the nearest names.
+        ValueError: if NAME-standard, NAME-fixed and NAME-implicit are not recipes; the message contains the nearest
+            names.
 
     Examples:
         >>> [recipe.name for recipe in recipe_comparison("markou2024-mnist").values()]
@@ -157,7 +159,7 @@ def recipe_comparison(name: str) -> dict[Any, Recipe]:
 
 
 def _family_of(name: str) -> dict[str, Recipe]:
-    """Return the recipes of the file with the longest name that begins the given one."""
+    """Return the recipes of the file whose name is the longest prefix of the given name."""
     paths = [path for path in _FOLDER.glob("*.yaml") if f"{name}-".startswith(f"{path.stem}-")]
     return _read(max(paths, key=lambda path: len(path.stem))) if paths else {}
 
@@ -198,5 +200,5 @@ def _read(path: Path) -> dict[str, Recipe]:
 
 
 def _place(name: str) -> int:
-    """Return the position of a setting among those of a run."""
+    """Return the position of a setting among the settings of a run."""
     return _ORDER.index("seed" if name == "seeds" else name)

@@ -1,7 +1,7 @@
-"""Settings: types and bounds, which setting belongs to which others, and values read from text.
+"""Settings with types, bounds, and conditions on other settings, and parsing of their values from text.
 
-Types, bounds and descriptions are pydantic's. This module adds the rule that a setting without an effect is refused,
-defaults that follow from other settings, and a reader of text in which numbers are decimal and text stays text.
+Types, bounds and descriptions are those of pydantic. This module adds errors for settings that have no effect, defaults
+that follow from other settings, and a parser in which numbers are decimal and text stays text.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _Section = TypeVar("_Section", bound="Settings")
 
 @dataclass(frozen=True)
 class Condition:
-    """The values of other settings with which a setting has an effect; part of its annotation.
+    """Condition on other settings under which a setting has an effect; part of its annotation.
 
     Attributes:
-        text: What the setting belongs to, for messages and help.
-        reads: The settings that decide it.
-        holds: From the values of the settings, whether the setting has an effect.
+        text: Description of the condition, for messages and help.
+        reads: Names of the settings on which the condition depends.
+        holds: Function of the values of the settings that returns whether the setting has an effect.
     """
 
     text: str
@@ -43,18 +43,19 @@ class Condition:
 
 @dataclass(frozen=True)
 class Default:
-    """A default that follows from other settings; part of a setting's annotation."""
+    """Default that follows from other settings; part of the annotation of a setting."""
 
     of: Callable[[Values], Any]
 
 
 @dataclass(frozen=True)
 class Options:
-    """The settings that a mapping holds, which follow from other settings; part of the mapping's annotation.
+    """Settings that a mapping may contain, which depend on other settings; part of the annotation of the mapping.
 
     Attributes:
-        of: From the values of the settings, those of the mapping; None if any are accepted.
-        kinds: All that ``of`` returns, for the help text.
+        of: Function of the values of the settings that returns the settings class of the mapping; None if any keys are
+            accepted.
+        kinds: All classes that ``of`` may return, for the help text.
     """
 
     of: Callable[[Values], type[Settings] | None]
@@ -62,7 +63,7 @@ class Options:
 
 
 def where(**choices: str | tuple[str, ...]) -> Condition:
-    """Return the condition that each of these settings has one of these values."""
+    """Return the condition that each of the given settings has one of the given values."""
     allowed = {name: values if isinstance(values, tuple) else (values,) for name, values in choices.items()}
     return Condition(
         " and ".join(f"{name} {listed(values, 'or')}" for name, values in allowed.items()),
@@ -72,13 +73,13 @@ def where(**choices: str | tuple[str, ...]) -> Condition:
 
 
 class Settings(BaseModel):
-    """Settings that are checked when they are made; those not given have their defaults where they have an effect.
+    """Settings that are validated on construction; settings that are not given have their defaults if they apply.
 
-    A setting without an effect is None. None asks for the default.
+    The value of a setting that has no effect is None. The value None selects the default.
 
     Raises:
-        ValueError: if a value has another type, is out of its bounds, or is of a setting that has no effect with the
-            others.
+        ValueError: if a value has the wrong type or is out of bounds, or if its setting has no effect together with the
+            other settings.
     """
 
     model_config = ConfigDict(
@@ -92,35 +93,35 @@ class Settings(BaseModel):
         self.check()
 
     def _repr_html_(self) -> str:
-        """The settings that have an effect."""
+        """Return a table of the settings that have an effect."""
         values = {name: getattr(self, name) for name in type(self).model_fields}
         rows = [[name, value] for name, value in values.items() if value is not None]
         return html_table(type(self).__name__, ["", ""], rows)
 
     @classmethod
     def resolve(cls, given: Values, base: Values | None = None) -> tuple[Self, dict[str, str]]:
-        """Fill in what is not given, without `check`.
+        """Fill in settings that are not given, without calling `check`.
 
         Args:
-            given: Values that were asked for.
-            base: Values to take where none is given, such as a recipe's; they count only where they have an effect,
-                and names that are not settings are ignored.
+            given: Values that were requested.
+            base: Values for settings that are not given, such as those of a recipe. Values without an effect and names
+                that are not settings are ignored.
 
         Returns:
-            The settings; and for each setting that was given without an effect, what it belongs to.
+            The settings; and for each given setting without an effect, the condition that it needs.
 
         Raises:
-            ValueError: if a value has another type or is out of its bounds.
+            ValueError: if a value has the wrong type or is out of bounds.
         """
         settings = cls.__new__(cls)
         return settings, settings._fill_in(given, base or {})
 
     def check(self) -> None:
-        """Check settings together; raises ValueError if some do not fit each other."""
+        """Check settings together; raise a `ValueError` if some do not fit each other."""
 
     @classmethod
     def sound(cls, values: Values) -> dict[str, Any]:
-        """Return those of some values, such as those of a damaged file, that are of the types of their settings."""
+        """Return those of the given values, such as those of a damaged file, that have the types of their settings."""
         known = {name: value for name, value in values.items() if name in cls.model_fields and value is not None}
         try:
             cls.__pydantic_validator__.validate_python(known, self_instance=cls.__new__(cls))
@@ -130,20 +131,20 @@ class Settings(BaseModel):
         return known
 
     def in_force(self) -> dict[str, Any]:
-        """Return the settings that have a value: enough to make the same ones again."""
+        """Return the settings that have a value, from which equal settings can be constructed."""
         values = {name: getattr(self, name) for name in type(self).model_fields}
         return {name: value for name, value in values.items() if value is not None}
 
     def replace(self, **changes: Any) -> Self:
-        """Return settings in which those given differ, and what follows from them."""
+        """Return settings with the given changes, and with updated defaults that depend on them."""
         return type(self)(**self.in_force() | changes)
 
     def section(self, kind: type[_Section]) -> _Section:
-        """Return those of the settings that are of one section, without checking them again."""
+        """Return the settings of one section, without validating them again."""
         return kind.model_construct(**{name: getattr(self, name) for name in kind.model_fields})
 
     def _fill_in(self, given: Values, base: Values) -> dict[str, str]:
-        """Set the values; return what is refused, as `resolve`."""
+        """Set the values; return the conditions of settings without an effect, as `resolve` does."""
         known = type(self).model_fields
         asked = {name: value for name, value in base.items() if name in known} | dict(given)
         asked = {name: value for name, value in asked.items() if value is not None}
@@ -158,10 +159,10 @@ class Settings(BaseModel):
 
 
 class _Resolution(dict[str, Any]):
-    """The values of settings, each worked out when it is first read.
+    """Values of settings, each of which is determined when it is first read.
 
     Attributes:
-        refused: For each setting that was given without an effect, what it belongs to.
+        refused: For each given setting without an effect, the condition that it needs.
     """
 
     def __init__(self, kind: type[Settings], asked: Values, given: Values, base: Values) -> None:
@@ -187,13 +188,13 @@ class _Resolution(dict[str, Any]):
                     value = notes[Default].of(self)
                 if isinstance(value, dict) and Options in notes:
                     value = self._options(name, value, notes[Options].of(self))
-        except KeyError:  # a section by itself lacks a setting that decides
+        except KeyError:  # a single section may lack a setting on which the condition depends
             pass
         self[name] = value
         return value
 
     def _options(self, name: str, value: dict[str, Any], kind: type[Settings] | None) -> dict[str, Any] | None:
-        """Return the options of a mapping; those of the base count where there are such options."""
+        """Return the options of a mapping; options of the base are used if the mapping accepts them."""
         if kind is None:
             return value
         base, given = self.base.get(name), self.given.get(name)
@@ -205,13 +206,13 @@ class _Resolution(dict[str, Any]):
 
 
 def listed(names: Iterable[Any], word: str = "and") -> str:
-    """Return names as in a sentence: a, b and c."""
+    """Return names as text, such as "a, b and c"."""
     *first, last = map(str, names)
     return f"{', '.join(first)} {word} {last}" if first else last
 
 
 def closest_names(name: str, names: Iterable[str]) -> str:
-    """Return the end of a message: the names most similar to one that does not exist."""
+    """Return the names most similar to a name that does not exist, as the end of a message."""
     similar = difflib.get_close_matches(name, list(names), n=3, cutoff=0.0)
     return f"; nearest: {', '.join(similar)}" if similar else ""
 
@@ -247,7 +248,7 @@ def _cached_schema(hint: Any) -> dict[str, Any]:
 
 
 def describe(schema: Mapping[str, Any]) -> str:
-    """Return the type that a JSON schema describes, in words."""
+    """Return a description of the type that a JSON schema defines."""
     if "anyOf" in schema:
         return listed((describe(part) for part in schema["anyOf"] if part.get("type") != "null"), "or")
     if "const" in schema:
@@ -262,7 +263,7 @@ def describe(schema: Mapping[str, Any]) -> str:
 
 
 def _in_one_line(error: ValidationError, kind: type[Settings], values: Values) -> str:
-    """Return the first error of pydantic as a line: the setting, what it must be, and its value."""
+    """Return the first error of pydantic in one line: the setting, its requirement, and its value."""
     problems = error.errors(include_url=False)
     name = str(problems[0]["loc"][0])
     if problems[0]["type"] == "extra_forbidden":
@@ -284,24 +285,24 @@ _INTEGER = re.compile(r"[-+]?[0-9]+")
 _NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.?(?:inf|nan)", re.IGNORECASE)
 _NULL = ("", "~", "null")
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
-# What YAML 1.1 reads differently from YAML 1.2, other than zeros in front of a number.
+# Scalars that YAML 1.1 and YAML 1.2 read differently, other than numbers with leading zeros.
 _AMBIGUOUS = re.compile(r"yes|no|on|off|[-+]?0[xob][0-9a-f_]+|[-+]?[0-9][0-9._]*(?:_|:[0-9])[0-9._:]*", re.IGNORECASE)
 _MOST_SHOWN = 80
 
 
 class Plain(str):
-    """A YAML scalar without quotes, whose type is that of the setting that it is given to."""
+    """YAML scalar without quotes, which takes the type of the setting to which it is assigned."""
 
     __slots__ = ()
 
 
-class _Loader(yaml.SafeLoader):  # in Python: the C loader crashes on deep nesting
+class _Loader(yaml.SafeLoader):  # implemented in Python, because the C loader crashes on deep nesting
     """Loader of mappings and lists that leaves scalars as text."""
 
     yaml_constructors: ClassVar[dict[str | None, Any]] = {}
 
     def mapping(self, node: yaml.MappingNode) -> Any:
-        """Construct a mapping; refuse repeated keys."""
+        """Construct a mapping; raise an error for repeated keys."""
         loaded: dict[Any, Any] = {}
         yield loaded
         for key_node, value_node in node.value:
@@ -309,7 +310,7 @@ class _Loader(yaml.SafeLoader):  # in Python: the C loader crashes on deep nesti
             if not isinstance(key, str):
                 raise yaml.constructor.ConstructorError(None, None, "keys must be text", key_node.start_mark)
             if str(key) in loaded:
-                raise yaml.constructor.ConstructorError(None, None, f"{str(key)!r} is there twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"{str(key)!r} occurs twice", key_node.start_mark)
             loaded[str(key)] = self.construct_object(value_node, deep=True)
 
     def scalar(self, node: yaml.ScalarNode) -> str:
@@ -317,11 +318,11 @@ class _Loader(yaml.SafeLoader):  # in Python: the C loader crashes on deep nesti
         return Plain(node.value) if not node.style else str(node.value)
 
     def refused(self, node: yaml.Node) -> Any:
-        """Refuse a tag."""
-        raise yaml.constructor.ConstructorError(None, None, f"tag {node.tag!r} has no meaning here", node.start_mark)
+        """Raise an error for a tag."""
+        raise yaml.constructor.ConstructorError(None, None, f"tag {node.tag!r} is not supported", node.start_mark)
 
 
-_Loader.yaml_implicit_resolvers = {}  # scalars have no type until they are given to a setting
+_Loader.yaml_implicit_resolvers = {}  # scalars have no type until they are assigned to a setting
 _Loader.yaml_constructors.update(
     {
         "tag:yaml.org,2002:map": _Loader.mapping,
@@ -333,7 +334,7 @@ _Loader.yaml_constructors.update(
 
 
 def load_yaml(text: str) -> Any:
-    """Load YAML whose scalars stay text: quoted ones as `str`, others as `Plain`.
+    """Load YAML with scalars as text: quoted scalars as `str`, others as `Plain`.
 
     Raises:
         yaml.YAMLError: if it is not YAML, repeats a key, has a tag, or exceeds the limits of `check_limits`.
@@ -343,25 +344,25 @@ def load_yaml(text: str) -> Any:
 
 
 def load_typed_yaml(text: str) -> Any:
-    """Load YAML whose plain scalars have the type that they look like, whatever the version of YAML.
+    """Load YAML whose plain scalars have the type that they look like, independent of the version of YAML.
 
     Raises:
-        ValueError: if versions of YAML read a scalar differently, as they do ``no`` and ``0x10``.
-        yaml.YAMLError: as `load_yaml`.
+        ValueError: if versions of YAML read a scalar differently, such as ``no`` and ``0x10``.
+        yaml.YAMLError: as for `load_yaml`.
     """
     return _typed(load_yaml(text))
 
 
 def parse(name: str, value: Any, hint: Any) -> Any:
-    """Convert the text of a setting to its type; null asks for the default.
+    """Convert the text of a setting to its type; null selects the default.
 
     Args:
         name: Name of the setting.
-        value: A text of the command line, or a value from `load_yaml`. Values of other types are returned as they are.
+        value: Text from the command line, or a value from `load_yaml`. Values of other types are returned unchanged.
         hint: Type of the setting.
 
     Raises:
-        ValueError: if the text is not of that type.
+        ValueError: if the text does not represent a value of this type.
 
     Examples:
         >>> parse("seeds", "010,011", int | list[int]), parse("lr", "1e-3", float), parse("data", "no", str)
@@ -378,7 +379,7 @@ def parse(name: str, value: Any, hint: Any) -> Any:
 
 
 def _converted(value: Any, schema: Mapping[str, Any]) -> Any:
-    """Convert a value to the first alternative of a schema that takes it; raise ValueError if none does."""
+    """Convert a value to the first alternative of a schema that accepts it; raise a `ValueError` if none does."""
     parts = schema.get("anyOf", [schema])
     alternatives = {part.get("type"): part for part in parts}
     choices = [choice for part in parts for choice in _choices(part)]
@@ -419,7 +420,7 @@ def _items(values: list[Any], alternatives: Mapping[str, Mapping[str, Any]]) -> 
 
 
 def _split(text: str) -> list[str]:
-    """Split a list that is written with commas, in brackets or not; items may be quoted."""
+    """Split a comma-separated list, with or without brackets; items may be quoted."""
     if text.startswith("[") and text.endswith("]") and len(text) > 1:
         text = text[1:-1].strip()
     if not text:
@@ -439,7 +440,7 @@ def _mapping(value: Any, alternatives: Mapping[str, Any]) -> Any:
 
 
 def _typed(value: Any) -> Any:
-    """Give plain scalars the type that they look like; raise ValueError where versions of YAML differ."""
+    """Give plain scalars the type that they look like; raise a `ValueError` if versions of YAML differ."""
     if isinstance(value, dict):
         return {str(key): _typed(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -456,7 +457,7 @@ def _typed(value: Any) -> Any:
     if _NUMBER.fullmatch(text) and text.lstrip("+-").lower() not in ("inf", "nan"):
         return _number(text)
     if _AMBIGUOUS.fullmatch(text):
-        raise ValueError(f"write true, false or a decimal number in place of {text}, or quote it if it is a text")
+        raise ValueError(f"write true, false or a decimal number instead of {text}, or quote it if it is text")
     return text
 
 

@@ -1,4 +1,4 @@
-"""Studies: a published figure as runs, claims and two scales, one YAML file each; their runs, figures and verdicts."""
+"""Studies: published figures as YAML files of runs, claims and scales, with their execution, figures and verdicts."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ _FOLDER = Path(__file__).parent / "studies"
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """Size of a study's runs.
+    """Size of the runs of a study.
 
     Attributes:
-        cost: Compute of all runs, in words.
+        cost: Compute time of all runs, in words.
         seeds: Seeds of every run.
-        settings: Settings of all runs where they have an effect; they override those of recipes.
-        runs: Settings of single runs, which override these.
-        reduced: Differences from the published size, in words; None without any.
+        settings: Settings of all runs in which they have an effect; they override those of recipes.
+        runs: Settings of single runs, which override ``settings``.
+        reduced: Differences from the published size, in words; None without differences.
     """
 
     cost: str
@@ -59,10 +59,10 @@ class Scale:
     reduced: str | None
 
     def seeds_from(self, given: int | list[int] | None) -> list[int]:
-        """Return the seeds of every run: a list as it is, or that number of seeds from the scale's first one on.
+        """Return the seeds of every run: the given list, or the given number of seeds from the first seed of the scale.
 
         Raises:
-            ValueError: if they are not distinct, or negative.
+            ValueError: if seeds are not distinct, or negative.
         """
         if given is None:
             return self.seeds
@@ -74,19 +74,19 @@ class Scale:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A published figure.
+    """Study of a published figure.
 
     Attributes:
         name: File name without its suffix.
         title: Subject of the figure.
         source: Paper and figure.
-        figure: Name of the figure to draw, of those of `plot`.
-        runs: Settings of each run by its name, with the ``recipe`` that it starts from. Empty for the unconstrained
+        figure: Name of the figure to draw, as in `plot`.
+        runs: Settings of each run by name, with the ``recipe`` on which it is based. Empty for the unconstrained
             features model.
         is_ufm: If True, the runs are all methods and optimisers of the unconstrained features model.
         ood: Sets of unknown inputs on which the scores of every kept checkpoint are evaluated: built-in sets of
             `detect`, or names whose folders are given (`StudyOptions`).
-        scores: Names of these scores.
+        scores: Names of the evaluated scores.
         transfer: If True, the features of every kept checkpoint are evaluated on the classes that the runs held out.
         profile: If True, the blocks of every kept checkpoint are measured, with probes.
         claims: Claims to judge.
@@ -110,7 +110,7 @@ class Study:
         """Return a scale by name.
 
         Raises:
-            ValueError: if the study has no scale of that name.
+            ValueError: if the study has no scale with this name.
         """
         if name not in self.scales:
             raise ValueError(f"scale must be {' or '.join(self.scales)} for the study {self.name}, got {name!r}")
@@ -129,7 +129,7 @@ def load_study(name: str | Path) -> Study:
         name: One of `study_names`, or the path of a file that ends in ``.yaml``.
 
     Raises:
-        ValueError: if no study has that name (the message has the nearest names), or the file is not a study.
+        ValueError: if no study has this name (the message contains the nearest names), or the file is not a study.
 
     Examples:
         >>> study = load_study("papyan2020-cifar10")
@@ -152,7 +152,7 @@ def load_study(name: str | Path) -> Study:
         study = Study(name=path.stem, runs=runs, is_ufm=not runs, claims=claims, scales=scales, **content)
     except (yaml.YAMLError, ValueError, AttributeError, KeyError, TypeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise ValueError(f"{str(path)!r} must be a study, and is not: {reason}") from error
+        raise ValueError(f"{str(path)!r} must be a study, but is not: {reason}") from error
     _check(study, path)
     return study
 
@@ -165,7 +165,7 @@ def _check(study: Study, path: Path) -> None:
     if not study.scales:
         wrong.append(f"it has no scale, {' or '.join(SCALES)}")
     if bool(study.ood) != bool(study.scores):
-        wrong.append("ood and scores belong together: which sets, and which scores are evaluated on them")
+        wrong.append("ood and scores must be given together: the sets, and the scores to evaluate on them")
     if study.scores:
         from neuralcollapse.ood import SCORES
 
@@ -181,17 +181,17 @@ def _check(study: Study, path: Path) -> None:
         for value in [claim.value] + ([] if claim.than_value is None else [claim.than_value]):
             wrong += _wrong_with(value, study, metrics, splits)
         if claim.than_value is not None and not claim.than:
-            wrong.append("than_value belongs to a claim that compares runs")
+            wrong.append("than_value must be part of a claim that compares runs")
         if claim.bound is None and (claim.relation == "like" or not claim.than):
             wrong.append(f"a claim {claim.relation!r} needs a bound")
     if wrong:
-        raise ValueError(f"{str(path)!r} must be a study, and is not: {wrong[0]}")
+        raise ValueError(f"{str(path)!r} must be a study, but is not: {wrong[0]}")
 
 
 def _wrong_with(
     value: Value, study: Study, metrics: Sequence[str], splits: Mapping[str, Sequence[str]]
 ) -> Iterator[str]:
-    """Yield the errors of the value of a claim, given the names of metrics and the splits that some of them need."""
+    """Yield the errors in the value of a claim, given the names of metrics and the splits that some of them need."""
     if value.kind != "fact" and value.of not in metrics and not study.is_ufm:
         yield f"a claim is about {value.of!r}, which is not a metric{closest_names(value.of, metrics)}"
     if value.split not in splits.get(value.of, [value.split]):
@@ -224,11 +224,11 @@ def study_runs(
     Args:
         study: Study to run.
         scale: Name of its scale.
-        seeds: Seeds of every run, in place of the scale's.
-        data: Data of every run, in place of the recipes'.
+        seeds: Seeds of every run, instead of those of the scale.
+        data: Data of every run, instead of those of the recipes.
 
     Raises:
-        ValueError: if the study has no such scale, or a setting is invalid.
+        ValueError: if the study does not have the scale, or a setting is invalid.
 
     Examples:
         >>> runs = study_runs(load_study("markou2024-mnist"), "small", seeds=[1])
@@ -248,15 +248,15 @@ def study_runs(
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """Choices for running a study.
+    """Options for running a study.
 
     Attributes:
-        seeds: Number of seeds, or the seeds of every run; those of the scale by default.
+        seeds: Number of seeds, or the seeds of every run; by default those of the scale.
         data: Data of every run; by default those of earlier runs in the folder, then those of the recipes.
-        backbone: Class that may be imported if the study's file names it as a backbone.
+        backbone: Class that may be imported if the file of the study names it as a backbone.
         parallel: Number of runs to train at a time.
-        ood: Folder of each set of unknown inputs of the study that is not built in, by its name.
-        overwrite: Whether to delete the runs in the folder, and train again.
+        ood: Folder of each set of unknown inputs that is not built in, by name.
+        overwrite: Whether to delete the runs in the folder and train again.
     """
 
     seeds: int | list[int] | None = None
@@ -273,10 +273,10 @@ def run_study(
     """Train the missing runs of a study, draw its figure, judge its claims, and write verdicts and summary.
 
     Returns:
-        The record of the verdicts, and the files written, the most informative first.
+        The record of the verdicts, and the written files, beginning with the most informative.
 
     Raises:
-        ValueError: if the folder has runs with other settings, or no run could be trained to its end.
+        ValueError: if the folder has runs with other settings, or no run could be completed.
     """
     from neuralcollapse.lab.figures.summary import write_summary
 
@@ -341,10 +341,10 @@ def _is_finished(run: RunFolder) -> bool:
 
 
 def _check_existing(runs: Mapping[str, RunConfig], folder: RunFolder) -> None:
-    """Check that the runs that exist have the settings of the study.
+    """Check that existing runs have the settings of the study.
 
     Raises:
-        ValueError: if some have others; the message has each difference.
+        ValueError: if some have other settings; the message lists the differences.
     """
     differences = []
     for name, config in runs.items():
@@ -355,14 +355,14 @@ def _check_existing(runs: Mapping[str, RunConfig], folder: RunFolder) -> None:
                 differences.append(f"{name}: {error}")
     if differences:
         raise ValueError(
-            f"{len(differences)} of the runs in {str(folder.path)!r} are not the study's: {'; '.join(differences)}; "
-            "--out names another folder, --overwrite trains all of it again"
+            f"{len(differences)} of the runs in {str(folder.path)!r} differ from the study: {'; '.join(differences)}; "
+            "--out selects another folder, --overwrite trains all runs again"
         )
 
 
 def _train_missing(runs: Mapping[str, RunConfig], folder: RunFolder, *, resume: bool, parallel: int) -> None:
-    """Train the runs that are not finished; one that fails is named and skipped."""
-    from neuralcollapse.lab.training.runs import Preparation, train_each  # seconds
+    """Train the runs that are not finished; runs that fail are reported and skipped."""
+    from neuralcollapse.lab.training.runs import Preparation, train_each  # this import takes seconds
 
     preparation = Preparation(resumed=resume, progress=True)
     folder.begin(preparation.check(runs, folder, parallel))
@@ -372,10 +372,10 @@ def _train_missing(runs: Mapping[str, RunConfig], folder: RunFolder, *, resume: 
 
 
 def _check_sets(study: Study, options: StudyOptions) -> None:
-    """Check that the folders given are those of sets of the study.
+    """Check that the given folders belong to sets of the study.
 
     Raises:
-        ValueError: if one is not.
+        ValueError: if one does not.
     """
     if unknown := [name for name in options.ood if name not in study.ood]:
         sets = ", ".join(study.ood) or "no such sets"
@@ -383,10 +383,10 @@ def _check_sets(study: Study, options: StudyOptions) -> None:
 
 
 def _detect(study: Study, runs: Sequence[RunFolder], options: StudyOptions) -> None:
-    """Evaluate the scores on every kept checkpoint of the runs whose last one has not been evaluated.
+    """Evaluate the scores on every kept checkpoint of each run whose last checkpoint has not been evaluated.
 
     Raises:
-        ValueError: if a set needs a folder that is not given, or as `detect_run`.
+        ValueError: if a set needs a folder that is not given, or as for `detect_run`.
     """
     from neuralcollapse.lab.data.unknown import BUILT_IN
     from neuralcollapse.lab.evaluate.detection import detect_run
@@ -405,10 +405,10 @@ def _detect(study: Study, runs: Sequence[RunFolder], options: StudyOptions) -> N
 
 
 def _transfer(runs: Sequence[RunFolder], options: StudyOptions) -> None:
-    """Evaluate the features of every kept checkpoint of the runs whose last one has not been evaluated.
+    """Evaluate the features of every kept checkpoint of each run whose last checkpoint has not been evaluated.
 
     Raises:
-        ValueError: if a run held out no classes, or as `transfer_run`.
+        ValueError: if a run did not hold out classes, or as for `transfer_run`.
     """
     from neuralcollapse.lab.evaluate.transfer import transfer_run
     from neuralcollapse.lab.training.runs import Preparation
@@ -422,10 +422,10 @@ def _transfer(runs: Sequence[RunFolder], options: StudyOptions) -> None:
 
 
 def _measure_blocks(runs: Sequence[RunFolder], options: StudyOptions) -> None:
-    """Measure the blocks, with probes, of every kept checkpoint of the runs that is not measured so yet.
+    """Measure the blocks, with probes, of every kept checkpoint for which this measurement is missing.
 
     Raises:
-        ValueError: if a checkpoint cannot be measured, or as `measure_run`.
+        ValueError: if a checkpoint cannot be measured, or as for `measure_run`.
     """
     from neuralcollapse.lab.evaluate.checkpoints import measure_run
     from neuralcollapse.lab.training.runs import Preparation
@@ -438,7 +438,7 @@ def _measure_blocks(runs: Sequence[RunFolder], options: StudyOptions) -> None:
 
 
 def _is_detected(run: RunFolder, study: Study) -> bool:
-    """Whether the last epoch of a run has the rates of each set and score: epochs are evaluated in their order."""
+    """Return whether the last epoch of a run has the rates of each set and score; epochs are evaluated in order."""
     if not run.detection.exists():
         return False
     table = read_table(run.detection)
@@ -449,7 +449,7 @@ def _is_detected(run: RunFolder, study: Study) -> bool:
 
 
 def _measured(run: RunFolder, study: Study) -> pd.DataFrame:
-    """Return the metrics of a run with detection rates (split: the set) and transfer accuracies of its features."""
+    """Return the metrics of a run with detection rates (the set as split) and transfer accuracies of its features."""
     import pandas as pd
 
     from neuralcollapse.metrics.profile import FEATURES
@@ -473,8 +473,8 @@ def _draw(study: Study, runs: Mapping[str, list[RunFolder]], folder: RunFolder) 
 
     finished = {label: of_label for label, of_label in runs.items() if of_label}
     if not finished:
-        raise ValueError(f"study {study.name} has no finished run: none trained to its end")
-    if study.figure == "markou":  # it shows distances, which training does not measure
+        raise ValueError(f"study {study.name} has no finished run")
+    if study.figure == "markou":  # this figure shows distances, which training does not measure
         for run in (run for of_label in finished.values() for run in of_label):
             if "etf_means" not in set(read_table(run.metrics)["metric"]):
                 add_distances(run)
@@ -488,14 +488,12 @@ def _draw(study: Study, runs: Mapping[str, list[RunFolder]], folder: RunFolder) 
 def _ufm_results(
     scale: Scale, seeds: Sequence[int], folder: RunFolder, options: StudyOptions
 ) -> tuple[Groups, list[Path]]:
-    """Train the unconstrained features model as `ufm` does; its runs, with iterations in place of epochs."""
+    """Train the unconstrained features model as `ufm` does, and return its runs, with iterations instead of epochs."""
     from neuralcollapse.lab.ufm.compare import train_ufm
     from neuralcollapse.lab.ufm.settings import UFMSettings
 
     if list(seeds) != list(range(len(seeds))) or options.data is not None:
-        raise ValueError(
-            "seeds of the unconstrained features model must be a number, and data must not be given: it has none"
-        )
+        raise ValueError("seeds of the unconstrained features model must be a number, and data must not be given")
     config = UFMSettings(**scale.settings, seeds=len(seeds))
     _, metrics, figures = train_ufm(config, folder, resume=folder.config.exists(), overwrite=options.overwrite)
     groups: dict[str, dict[int, Finished]] = {}
@@ -509,7 +507,7 @@ def _ufm_results(
 
 
 def _record(study: Study, scale: str, seeds: Sequence[int], groups: Groups) -> dict[str, Any]:
-    """Return the verdicts on the claims of a study, with the origin of its runs."""
+    """Return the verdicts on the claims of a study, with the provenance of its runs."""
     from neuralcollapse.lab.data.unknown import BUILT_IN
 
     facts = [run.facts for runs in groups.values() for run in runs.values()]
@@ -551,11 +549,11 @@ def _last_of_groups(groups: Groups) -> list[dict[str, Any]]:
 
 
 def _last_values(groups: Groups, quantities: Mapping[str, tuple[str, str]]) -> list[dict[str, Any]]:
-    """Return for each finished run the mean over seeds of last values with half of Student's 95% interval.
+    """Return for each finished run the mean over seeds of last values, with half the width of Student's 95% interval.
 
     Args:
         groups: Finished runs, by name and seed.
-        quantities: For each name, the metric and the split.
+        quantities: Metric and split of each quantity by name.
     """
     import pandas as pd
 
@@ -588,7 +586,10 @@ def _sections(record: Mapping[str, Any]) -> list[str]:
     for claim in record["claims"]:
         sections.append(f"**{claim['verdict']}**: {claim['claim']} ({claim['measure']}).")
         sections.append("\n".join(f"- {numbers}" for numbers in claim["numbers"]))
-    return [*sections, "Differences are of the same seed, intervals are Student's 95% interval over seeds (n - 1)."]
+    return [
+        *sections,
+        "Differences are of runs with the same seed; intervals are Student's 95% over seeds (n - 1).",
+    ]
 
 
 def _scale(content: Mapping[str, Any]) -> Scale:
@@ -596,11 +597,11 @@ def _scale(content: Mapping[str, Any]) -> Scale:
 
 
 def _claim(content: Mapping[str, Any]) -> Claim:
-    """Return a claim from its mapping, whose key ``below`` etc. is the relation, with runs or a bound as its value."""
+    """Return a claim from its mapping, in which a key such as ``below`` gives the relation, with runs or a bound."""
     given = {str(name).replace("_", " "): value for name, value in content.items()}
     relations = [name for name in given if name in get_args(Relation)]
     if len(relations) != 1:
-        raise TypeError(f"a claim needs one of {', '.join(get_args(Relation))}, and has {relations}")
+        raise TypeError(f"a claim needs one of {', '.join(get_args(Relation))}, but has {relations}")
     relation = given.pop(relations[0])
     than, bound = ([], relation) if isinstance(relation, int | float) else (_list(relation), given.pop("bound", None))
     value, of = Value(**given.pop("value")), _list(given.pop("of"))

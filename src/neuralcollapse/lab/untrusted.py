@@ -1,4 +1,4 @@
-"""Protection from files of other people: limits of YAML, no import of named classes, no display of secrets."""
+"""Protection against untrusted files: limits of YAML, no import of named classes, no display of secrets."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def load_yaml(text: str) -> Any:
     """Return the plain values of a YAML document.
 
     Raises:
-        ValueError: if it is not YAML of plain values, or exceeds the limits of `check_limits`.
+        ValueError: if the text is not YAML of plain values, or exceeds the limits of `check_limits`.
     """
     try:
         check_limits(text)
@@ -38,14 +38,14 @@ def load_yaml(text: str) -> Any:
 def check_limits(text: str) -> None:
     """Check the size of a YAML document before it is loaded.
 
-    Deep nesting would end the process inside libyaml, and aliases of aliases may expand to more values than memory
-    holds.
+    Deep nesting would crash the process inside libyaml, and nested aliases may expand to more values than fit into
+    memory.
 
     Raises:
-        yaml.YAMLError: if it is nested deeper or expands to more values than settings need, or is not YAML.
+        yaml.YAMLError: if the document is nested deeper or expands to more values than settings need, or is not YAML.
     """
     anchors: dict[str, int] = {}
-    sizes: list[int] = [0]  # number of values in each open collection, the document first
+    sizes: list[int] = [0]  # number of values in each open collection, beginning with the document
     names: list[str | None] = [None]
     for event in yaml.parse(text, _LOADER):
         if isinstance(event, yaml.AliasEvent):
@@ -84,18 +84,18 @@ def check_class_is_named(
         setting: Setting that may name a class.
 
     Raises:
-        ValueError: if it is not.
+        ValueError: if the class is not named on the command line.
     """
     path = settings.get(setting)
     if isinstance(path, str) and "." in path and path != named:
         raise ValueError(
-            f"{setting} {path!r} is a class named in {str(where)!r}, and is not imported for that: if you trust it, "
-            f"name it on the command line with --{setting} {path}"
+            f"{setting} {path!r} is a class named in {str(where)!r}, which is not imported automatically: if you trust "
+            f"it, name it on the command line with --{setting} {path}"
         )
 
 
 def without_secrets(values: Any, name: str = "") -> Any:
-    """Return plain values in which every text is replaced that looks like a secret, or whose name does.
+    """Return plain values with every text replaced that looks like a secret or whose name looks like that of a secret.
 
     Args:
         values: A mapping, a list or a single value.

@@ -1,4 +1,4 @@
-"""Commands of the command line; the module of a command is imported when it is chosen."""
+"""Commands of the command line; the module of a command is imported only when the command is used."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ if TYPE_CHECKING:
 
     from neuralcollapse.lab.settings import Settings
 
-# Module and name of each command, and its line in `neuralcollapse --help`, in that order.
+# Module and object of each command, and its line in `neuralcollapse --help`, in the order of that list.
 COMMANDS = {
     "compare": (
         "train:COMPARE",
-        "train methods over several seeds, print what they reach and after how many epochs, draw figures",
+        "train methods over several seeds, print final values and epochs to reach them, draw figures",
     ),
     "train": ("train:TRAIN", "train one run, from the recipe of a published experiment or any settings"),
     "incremental": (
         "incremental:INCREMENTAL",
-        "add classes to a trained model session by session: accuracy of old and new ones, forgetting, figure",
+        "add classes to a trained model in sessions: accuracy of old and new classes, forgetting, figure",
     ),
     "recipes": ("recipes:RECIPES", "list the recipes of published experiments, or show one"),
     "study": (
         "study:STUDY",
-        "a published figure from its runs to its picture and a verdict on each claim; without a name, list the studies",
+        "reproduce a published figure: runs, figure and a verdict on each claim; without a name, list the studies",
     ),
     "measure": (
         "measure:MEASURE",
@@ -35,7 +35,7 @@ COMMANDS = {
     "distance": ("distance:DISTANCE", "distances to the nearest simplex ETF over the measured epochs of a run"),
     "detect": (
         "detect:DETECT",
-        "how well scores of a trained run detect inputs of unknown classes",
+        "evaluate how well scores of a trained run detect inputs of unknown classes",
     ),
     "transfer": (
         "transfer:TRANSFER",
@@ -43,7 +43,7 @@ COMMANDS = {
     ),
     "aggregate": (
         "aggregate:AGGREGATE",
-        "mean, std, median, min and max over seeds, of runs that differ in nothing else",
+        "mean, std, median, min and max over seeds, for runs that differ only in their seed",
     ),
     "plot": ("plot:PLOT", "the published figures, from one run or several side by side"),
     "report": ("report:REPORT", "one self-contained HTML page of one run or several"),
@@ -57,13 +57,13 @@ COMMANDS = {
 
 @dataclass(frozen=True)
 class Command:
-    """A command of the command line.
+    """Command of the command line.
 
     Attributes:
-        description: First paragraph of its help.
-        add_arguments: Function that adds its own arguments to a parser.
-        run: Function that runs it with the parsed arguments, and returns the exit code; None for 0.
-        sections: Settings that it takes, each as a flag.
+        description: First paragraph of the help text.
+        add_arguments: Function that adds the arguments of the command to a parser.
+        run: Function that runs the command with the parsed arguments and returns the exit code; None means 0.
+        sections: Settings that the command accepts, each as a flag.
     """
 
     description: str

@@ -22,9 +22,9 @@ def _add_arguments(parser: ArgumentParser) -> None:
     add_runs(parser)
     parser.add_argument("--out", metavar="FILE", help="file to write: .csv or .parquet with every epoch, or "
                         ".tex (booktabs) or .md with the last epoch of each group")  # fmt: skip
-    parser.add_argument("--reach", metavar="METRIC=LEVEL,...", help="such as accuracy=0.99,nc3_duality=0.1")
+    parser.add_argument("--reach", metavar="METRIC=LEVEL,...", help="levels, such as accuracy=0.99,nc3_duality=0.1")
     parser.add_argument(
-        "--metrics", metavar="core|all|A,B", help="those of a .tex or .md; by default core, about twelve"
+        "--metrics", metavar="core|all|A,B", help="metrics of a .tex or .md file; by default core, about twelve"
     )
     parser.add_argument("--split", metavar="SPLIT", help="split of the levels of --reach; by default train")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
@@ -38,7 +38,7 @@ def _run(settings: Namespace) -> int:
         raise ValueError(f"out must be a file ending in .csv, .parquet, .tex or .md, got {settings.get('out')!r}")
     metrics = option(settings, "metrics", list[str], ["core"])
     if settings.get("metrics") is not None and not printed:
-        raise ValueError(f"metrics has no effect on {out.suffix}, which has every metric: it is for .tex and .md")
+        raise ValueError(f"metrics has an effect on .tex and .md only; a {out.suffix} file contains every metric")
     reach = out.with_name(f"{out.stem}-reach{out.suffix}")
     runs = runs_of(settings.runs)
 
@@ -109,10 +109,10 @@ def _print(table: pd.DataFrame, path: Path, note: str) -> None:
 
 AGGREGATE = Command(
     "Find the runs that differ only in their seed, and write mean, standard deviation (n - 1), median, minimum and "
-    "maximum over seeds, and the number of seeds: for each epoch, split and metric, distances included, and for the "
-    "training metrics (split `training`). With --reach, also the epochs that each run took to a level of a metric, "
-    "interpolated linearly between measured epochs. A .tex (for LaTeX with booktabs) or .md has one column per group, "
-    "and one row per split and metric, at the last epoch of the group.",
+    "maximum over seeds, and the number of seeds, for each epoch, split and metric, including distances, and for the "
+    "training metrics (split `training`). With --reach, also write the number of epochs that each run takes to reach a "
+    "level of a metric, interpolated linearly between measured epochs. A .tex file (for LaTeX with booktabs) or .md "
+    "file has one column per group, and one row per split and metric, at the last epoch of the group.",
     _add_arguments,
     _run,
 )

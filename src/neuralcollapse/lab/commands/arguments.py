@@ -1,4 +1,4 @@
-"""Settings as flags: each with its description, type, default, and what it belongs to."""
+"""Settings as flags, with their descriptions, types, defaults and conditions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _OUTPUT = {"out": str, "resume": bool, "overwrite": bool, "print_config": bool}
 def add_sections(parser: ArgumentParser, *sections: type[Settings]) -> None:
     """Add the settings of each section as a group of flags, and `--config`.
 
-    Flags have no default, so that only what was asked for is parsed. Of a setting in two sections, the first counts.
+    Flags have no default, so that only given values are parsed. If a setting is in two sections, the first one is used.
     """
     parser.add_argument("--config", action="config", help="YAML file of settings; flags override it")
     added: set[str] = set()
@@ -39,7 +39,7 @@ def add_sections(parser: ArgumentParser, *sections: type[Settings]) -> None:
             if name in added:
                 continue
             added.add(name)
-            # The text is kept as it is; `asked_for` converts it.
+            # The text is stored unchanged; `asked_for` converts it.
             if _is_switch(field):
                 group.add_argument(f"--{name}", nargs="?", const="true", metavar="{true,false}", help=_help(field))
                 group.add_argument(f"--no-{name}", dest=name, action="store_const", const="false", help=SUPPRESS)
@@ -48,21 +48,21 @@ def add_sections(parser: ArgumentParser, *sections: type[Settings]) -> None:
 
 
 def add_output(parser: ArgumentParser, default: str) -> None:
-    """Add the flags of the folder to write, and of the run that it may hold."""
+    """Add the flags of the output folder, and of the run that it may contain."""
     output = parser.add_argument_group("Output")
     output.add_argument("--out", metavar="OUT", help=f"folder to write; by default {default}")
-    output.add_argument("--resume", action="store_true", help="resume the run that the folder holds")
-    output.add_argument("--overwrite", action="store_true", help="delete the run that the folder holds")
-    output.add_argument("--print_config", action="store_true", help="print the settings in force as YAML, and exit")
+    output.add_argument("--resume", action="store_true", help="resume the run in the folder")
+    output.add_argument("--overwrite", action="store_true", help="delete the run in the folder")
+    output.add_argument("--print_config", action="store_true", help="print the effective settings as YAML and exit")
 
 
 def asked_for(settings: Namespace, *sections: type[Settings]) -> dict[str, Any]:
-    """Return the explicitly given settings of these sections, from a file or flags; null asks for the default.
+    """Return the explicitly given settings of these sections, from a file or flags; null selects the default.
 
     The arguments of `add_output` are converted in place.
 
     Raises:
-        ValueError: if a value is not of its setting's type.
+        ValueError: if a value does not have the type of its setting.
     """
     for name, hint in _OUTPUT.items():
         if name in settings:
@@ -77,13 +77,13 @@ def asked_for(settings: Namespace, *sections: type[Settings]) -> dict[str, Any]:
 
 
 def load_settings(text: str) -> Any:
-    """Load a file of settings; the config.yaml of a run may be of an earlier format."""
+    """Load a file of settings, which may be the config.yaml of a run in an earlier format."""
     loaded = load_yaml(text)
     if not isinstance(loaded, dict) or not {"format", "environment"} & set(loaded):
         return loaded
     number = parse("format", loaded.pop("format", 0), int)
     if number < 1:
-        raise ValueError("config must not be the settings of a run of format 0, which was never released")
+        raise ValueError("config must not be the settings of a run in format 0, which was never released")
     if number >= FORMAT:
         return loaded
     typed = load_typed_yaml(text)
@@ -91,7 +91,7 @@ def load_settings(text: str) -> Any:
 
 
 def check_named_classes(settings: Namespace, arguments: Sequence[str]) -> None:
-    """Check that classes, which are imported, are named on the command line, not only in a file of settings.
+    """Check that classes to import are named on the command line, not only in a file of settings.
 
     Args:
         settings: The parsed arguments.
@@ -108,8 +108,8 @@ def check_named_classes(settings: Namespace, arguments: Sequence[str]) -> None:
         given |= {argument.partition("=")[2] for argument in arguments if argument.startswith(f"{flag}=")}
         if value not in given:
             raise ValueError(
-                f"{name} {str(value)!r} is a class named in a file of settings, and is not imported for that: if you "
-                f"trust it, name it on the command line with {flag} {value}"
+                f"{name} {str(value)!r} is a class named in a file of settings, which is not imported automatically: "
+                f"if you trust it, name it on the command line with {flag} {value}"
             )
 
 
@@ -119,7 +119,7 @@ def _is_switch(field: FieldInfo) -> bool:
 
 
 def _help(field: FieldInfo) -> str:
-    """Description, options, type, default and condition of a setting."""
+    """Return description, options, type, default and condition of a setting."""
     words = [describe(schema_of(field.annotation))]
     if field.default not in (None, PydanticUndefined, []):
         words.append(f"by default {str(field.default).lower() if isinstance(field.default, bool) else field.default}")

@@ -1,4 +1,4 @@
-"""Helpers shared by the commands: values of flags, folders to read, files to write, and lines that are printed."""
+"""Helpers shared by the commands: values of flags, input folders, output files, and printed lines."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NAME_OF_SET = re.compile(r"[A-Za-z0-9][\w.+-]*")
 
 
 class Append(Action):
-    """A flag that may be given several times, as a list of its values; a file may hold one value or a list."""
+    """Flag that may be given several times, as a list of its values; a file may contain one value or a list."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         earlier = namespace.get(self.dest) or []
@@ -35,7 +35,7 @@ def option(settings: Namespace, name: str, hint: Any = str, default: Any = None)
     """Return the value of a flag, converted to its type; the default if it is not given.
 
     Raises:
-        ValueError: if the value is not of the type.
+        ValueError: if the value does not have this type.
     """
     value = parse(name, settings.get(name), hint)
     return default if value is None else value
@@ -48,44 +48,44 @@ def add_runs(parser: ArgumentParser, *, required: bool = True) -> None:
 
 
 def add_backbone(parser: ArgumentParser) -> None:
-    """Add the class that may be imported if the settings of a run name it."""
-    parser.add_argument("--backbone", metavar="CLASS", help="class of yours that a run was trained with: it is not "
-                        "imported because config.yaml names it")  # fmt: skip
+    """Add the flag of the class that may be imported if the settings of a run name it."""
+    parser.add_argument("--backbone", metavar="CLASS", help="user-defined class with which a run was trained; it is "
+                        "not imported merely because config.yaml names it")  # fmt: skip
 
 
 def add_epochs(parser: ArgumentParser) -> None:
-    """Add the epochs whose checkpoints are evaluated."""
-    parser.add_argument("--epochs", metavar="EPOCHS", help="last, all, or epochs of kept checkpoints with commas "
-                        "between them; by default last")  # fmt: skip
+    """Add the flag of the epochs whose checkpoints are evaluated."""
+    parser.add_argument("--epochs", metavar="EPOCHS", help="last, all, or comma-separated epochs of kept checkpoints; "
+                        "by default last")  # fmt: skip
 
 
 def epochs_of(settings: Namespace) -> Epochs:
     """Return the value of the flag of `add_epochs`.
 
     Raises:
-        ValueError: if it is something else.
+        ValueError: if the value is invalid.
     """
     epochs: Epochs = option(settings, "epochs", Epochs, "last")
     return epochs
 
 
 def runs_and_figures(settings: Namespace) -> list[tuple[RunFolder, Path]]:
-    """Return the runs to read, each with the folder of its figures: its own, or for one run the flag ``out``.
+    """Return the runs to read, each with the folder for its figures; ``out`` sets it for a single run.
 
     Raises:
-        ValueError: if a path is not the folder of a run or of several, or ``out`` is given for several.
+        ValueError: if a path is not the folder of a run or of several runs, or ``out`` is given for several runs.
     """
     runs, out = runs_of(option(settings, "runs", list[str])), option(settings, "out")
     if out is not None and len(runs) > 1:
-        raise ValueError(f"out belongs to one run, got {len(runs)} runs, whose figures are in their own folders")
+        raise ValueError(f"out belongs to one run, got {len(runs)} runs: the figures of each are in its folder")
     return [(run, Path(out or run.figures)) for run in runs]
 
 
 def runs_of(paths: Sequence[str]) -> list[RunFolder]:
-    """Return the runs in folders, each once; diverged runs of several are skipped, and named on stderr.
+    """Return the runs in folders, each once; in folders of several runs, diverged runs are skipped and reported.
 
     Raises:
-        ValueError: if a path is not the folder of a run or of several.
+        ValueError: if a path is not the folder of a run or of several runs.
     """
     runs: dict[Path, RunFolder] = {}
     for folder in map(RunFolder, paths):
@@ -98,10 +98,10 @@ def runs_of(paths: Sequence[str]) -> list[RunFolder]:
 
 
 def unknown_sets_of(texts: list[str]) -> dict[str, Path | None]:
-    """Return the folder of each set of unknown inputs by its name, None for sets that need no folder.
+    """Return the folder of each set of unknown inputs by name; None for built-in sets.
 
     Raises:
-        ValueError: if a set is unknown or repeated, a name cannot be one, or a folder does not exist.
+        ValueError: if a set is unknown or repeated, a name is invalid, or a folder does not exist.
     """
     from neuralcollapse.lab.data.unknown import BUILT_IN
 
@@ -127,16 +127,16 @@ def unknown_sets_of(texts: list[str]) -> dict[str, Path | None]:
 
 
 def output_folder(settings: Namespace, default: str) -> str:
-    """Return the folder to write.
+    """Return the output folder.
 
     Raises:
-        ValueError: if it is empty, or there is no run to resume in it.
+        ValueError: if the name is empty, or the folder does not contain a run to resume.
     """
     out = default if settings.get("out") is None else settings.out
     if not out:
         raise ValueError("out must name a folder, got ''")
     if settings.get("resume") and not RunFolder(out).config.exists():
-        raise ValueError(f"resume needs the folder of a run, and {out!r} holds none: without --resume a new run starts")
+        raise ValueError(f"resume needs the folder of a run, but {out!r} has none: omit --resume to start a new run")
     return str(out)
 
 
@@ -144,17 +144,17 @@ def check_new_file(path: Path, *, overwrite: bool) -> None:
     """Check that a file may be written.
 
     Raises:
-        ValueError: if it exists, and ``overwrite`` is False.
+        ValueError: if it exists and ``overwrite`` is False.
     """
     if path.exists() and not overwrite:
-        raise ValueError(f"out must be a new file, and {str(path)!r} exists: --overwrite replaces it")
+        raise ValueError(f"out must be a new file, but {str(path)!r} exists: --overwrite replaces it")
 
 
 @contextmanager
 def new_files(paths: Sequence[Path], *, overwrite: bool) -> Iterator[None]:
-    """Check and write files that belong together, and lock their folder meanwhile if it is that of a run.
+    """Check and write files that belong together; if their folder is that of a run, it is locked in the meantime.
 
-    None of the files may exist, unless ``overwrite`` is True or the same command was stopped while it wrote them.
+    The files must not exist, unless ``overwrite`` is True or the same command was stopped while it wrote them.
 
     Raises:
         ValueError: if a file exists, or another process writes to the folder of the run.
@@ -163,7 +163,7 @@ def new_files(paths: Sequence[Path], *, overwrite: bool) -> Iterator[None]:
     unfinished = folder / f".{paths[0].name}.unfinished"
     for path in paths:
         if path.exists() and not path.is_file():
-            raise ValueError(f"out must be a regular file, and {str(path)!r} is not")
+            raise ValueError(f"out must be a regular file, but {str(path)!r} is not")
         check_new_file(path, overwrite=overwrite or unfinished.exists())
     with sole_writer(folder) if (folder / RunFolder.FILES["environment"]).exists() else nullcontext():
         existing, is_new = {path for path in paths if path.exists()}, not folder.exists()
@@ -175,7 +175,7 @@ def new_files(paths: Sequence[Path], *, overwrite: bool) -> Iterator[None]:
         except BaseException:
             if not any(path.exists() for path in paths if path not in existing):
                 unfinished.unlink(missing_ok=True)
-                with suppress(OSError):  # it has other files
+                with suppress(OSError):  # the folder contains other files
                     if is_new:
                         folder.rmdir()
             raise
@@ -183,18 +183,18 @@ def new_files(paths: Sequence[Path], *, overwrite: bool) -> Iterator[None]:
 
 
 def print_config(settings: dict[str, Any]) -> None:
-    """Print settings as the YAML that `--config` takes."""
+    """Print settings as YAML for `--config`."""
     print(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), end="")
 
 
 def print_written(paths: Sequence[Path]) -> None:
-    """Print the files that were written, most informative first."""
+    """Print the written files, beginning with the most informative."""
     for position, path in enumerate(paths):
         print(f"{'wrote' if position == 0 else '     '} {path}")
 
 
 class Outcome:
-    """Files that were written, and the number of items that were skipped."""
+    """Written files, and the number of skipped items."""
 
     def __init__(self) -> None:
         self.written: list[Path] = []
@@ -212,7 +212,7 @@ class Outcome:
         return valid
 
     def report(self, nothing: str = "") -> int:
-        """Print the files written, or a line if there are none; return the exit code."""
+        """Print the written files, or the given line if nothing was written; return the exit code."""
         if self.written:
             print_written(self.written)
         else:

@@ -62,7 +62,7 @@ def _scores(names: list[str] | None) -> list[str] | Literal["all"]:
     """Return the names of scores.
 
     Raises:
-        ValueError: if one is unknown.
+        ValueError: if a name is unknown.
     """
     from neuralcollapse.ood import SCORES
 
@@ -78,13 +78,13 @@ def _scores(names: list[str] | None) -> list[str] | Literal["all"]:
 
 
 DETECT = Command(
-    "Evaluate how well out-of-distribution scores, fitted to the record of the train split, tell test images from "
-    "inputs of unknown classes: AUROC, false positives at 95% true positives, average precision. The sets noise "
+    "Evaluate how well out-of-distribution scores, fitted to the record of the train split, distinguish test images "
+    "from inputs of unknown classes: AUROC, false positives at 95% true positives, average precision. The sets noise "
     "(Gaussian, with mean and standard deviation of the training pixels), shuffled (test images with permuted pixels), "
-    "rotated (test images turned by 90 degrees) and held-out (test images of hold_out_classes) need no download; a "
-    "folder of images is brought to the channels and the image_size of the run. Rates go to detection.csv of the run, "
-    "in place of those of the same epoch, set and score. Figures: the distributions of the scores on each set, and "
-    "AUROC against NC1 over the epochs.",
+    "rotated (test images rotated by 90 degrees) and held-out (test images of hold_out_classes) need no download; the "
+    "images of a folder are converted to the channels and the image_size of the run. Rates are written to "
+    "detection.csv of the run and replace those of the same epoch, set and score. Figures show the distributions of "
+    "the scores on each set, and AUROC against NC1 over the epochs.",
     _add_arguments,
     _run,
 )

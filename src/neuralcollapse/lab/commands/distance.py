@@ -1,4 +1,4 @@
-"""`neuralcollapse distance`: distances of classifier and class means to simplex ETFs, epoch by epoch."""
+"""`neuralcollapse distance`: distances of classifier and class means to simplex ETFs, for each epoch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def _add_arguments(parser: ArgumentParser) -> None:
     add_runs(parser)
     parser.add_argument("--reference", metavar="EPOCH", help="measured epoch to compare with; by default that of "
-                        "existing distances, or the first")  # fmt: skip
+                        "existing distances, or the first epoch")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="compute existing distances again")
 
 
@@ -37,7 +37,7 @@ def _run(settings: Namespace) -> int:
         name = run.path.name
         if distances.replaced:
             replaced = " and ".join(map(str, distances.replaced))
-            print(f"{name}: distances to the ETFs of epoch {distances.reference} replace those of epoch {replaced}")
+            print(f"{name}: distances to the ETFs of epoch {distances.reference} replace those to epoch {replaced}")
         outcome.written.append(run.metrics)
         tables.append(_at_last_epoch(name, distances.table))
     if tables:
@@ -58,10 +58,10 @@ def _at_last_epoch(name: str, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 DISTANCE = Command(
-    "For each measured epoch and split of each run: the distance of the classifier and of the class means to their "
-    "nearest simplex ETFs, of these to each other, and to those of a reference epoch. Computed from the records in "
-    "moments/ alone; added to metrics.csv as etf_... rows, of which etf_reference_epoch is the reference epoch. "
-    "Distances to another reference epoch are replaced.",
+    "Compute, for each measured epoch and split of each run, the distances of the classifier and of the class means to "
+    "their nearest simplex ETFs, between these ETFs, and to those of a reference epoch. The distances are computed "
+    "from the records in moments/ alone and added to metrics.csv as etf_... rows; etf_reference_epoch is the reference "
+    "epoch. Distances to another reference epoch are replaced.",
     _add_arguments,
     _run,
 )

@@ -1,4 +1,4 @@
-"""`neuralcollapse incremental`: classes that are added to a trained model, session by session."""
+"""`neuralcollapse incremental`: addition of classes to a trained model in sessions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _run(settings: Namespace) -> None:
     if settings.get("resume"):
         base = folder.settings()
         if "sessions" not in base:
-            raise ValueError(f"resume needs a folder that `incremental` started, and {out!r} is of another command")
+            raise ValueError(f"resume needs a folder of `incremental`, but {out!r} was written by another command")
         for name in ("backbone", "loss"):
             check_class_is_named(base, given.get(name), folder.config, name)
     names = Incremental.model_fields
@@ -41,7 +41,7 @@ def _run(settings: Namespace) -> None:
 
     options = {name: bool(settings.get(name)) for name in ("resume", "overwrite")}
     with folder.writing(config, **options):
-        from neuralcollapse.lab.figures.incremental import summarise_sessions  # seconds: after the checks
+        from neuralcollapse.lab.figures.incremental import summarise_sessions  # takes seconds, so after the checks
         from neuralcollapse.lab.figures.panels import check_drawing
         from neuralcollapse.lab.training.incremental import train_incremental
 
@@ -55,10 +55,10 @@ def _run(settings: Namespace) -> None:
 
 INCREMENTAL = Command(
     "Train a model on the first classes, then add the others in sessions, with several strategies over several seeds: "
-    "class means of the frozen network, rows of a simplex ETF assigned beforehand, the nearest simplex ETF grown, and "
-    "a learned classifier. After each session: accuracy of all classes, of old ones (of the first session) and of new "
-    "ones (added since), their harmonic mean, forgetting, and NC1 to NC3 of old and of new classes. Everything is "
-    "measured in evaluation mode on un-augmented data.",
+    "class means of the frozen network, rows of a simplex ETF assigned in advance, the nearest simplex ETF grown, and "
+    "a learned classifier. After each session, the accuracy of all classes, of old classes (those of the first "
+    "session) and of new classes (added since), the harmonic mean of the last two, forgetting, and NC1 to NC3 of old "
+    "and of new classes are measured in evaluation mode on un-augmented data.",
     _add_arguments,
     _run,
     _SECTIONS,

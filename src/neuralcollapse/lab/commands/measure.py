@@ -24,33 +24,33 @@ _NOTHING = "nothing to do: every checkpoint is measured"
 
 def _add_arguments(parser: ArgumentParser) -> None:
     add_runs(parser, required=False)
-    parser.add_argument("--every", metavar="N", help="every N-th of the saved checkpoints, and the last")
+    parser.add_argument("--every", metavar="N", help="measure every N-th of the saved checkpoints, and the last one")
     parser.add_argument("--split", metavar="A,B", help="splits to measure; by default all")
     parser.add_argument("--layers", metavar="A,B", help="modules whose outputs are measured as well; blocks: all "
-                        "blocks of the model, found by its structure")  # fmt: skip
+                        "blocks of the model, determined from its structure")  # fmt: skip
     parser.add_argument("--probes", action="store_true", help="include the errors of the nearest class mean and of the "
-                        "linear probe, in each layer too, and the effective depth")  # fmt: skip
+                        "linear probe, for each layer as well, and the effective depth")  # fmt: skip
     add_backbone(parser)
-    parser.add_argument("--metrics", metavar="core|all", help="metrics that are printed of an external model or of "
-                        "features; by default core, about twelve")  # fmt: skip
-    parser.add_argument("--flips", action="store_true", help="instead, print the accuracy of the last checkpoint with "
-                        "test-time flips: of logits averaged over each image and its mirror image")  # fmt: skip
+    parser.add_argument("--metrics", metavar="core|all", help="metrics to print for an external model or for features; "
+                        "by default core, about twelve")  # fmt: skip
+    parser.add_argument("--flips", action="store_true", help="instead of measuring, print the accuracy of the last "
+                        "checkpoint with logits averaged over each image and its mirror image")  # fmt: skip
     external = parser.add_argument_group("An external model")
     external.add_argument("--checkpoint", action=Append, metavar="FILE", help="state_dict; may be given several times")
     external.add_argument("--model", metavar="CLASS", help="package.module.Class, or the name of a ResNet")
     external.add_argument("--model_options", metavar="OPTIONS", help="keyword arguments of the class")
-    external.add_argument("--classifier", metavar="NAME", help="name of the classifier, if it cannot be found")
-    external.add_argument("--epoch", action=Append, metavar="N", help="epochs it was trained, for the record, once "
-                          "per checkpoint; by default 0, of several 1, 2, ...")  # fmt: skip
-    external.add_argument("--seed", metavar="N", help="seed it was trained with, for the record")
+    external.add_argument("--classifier", metavar="NAME", help="name of the classifier, if it is ambiguous")
+    external.add_argument("--epoch", action=Append, metavar="N", help="number of trained epochs, for the record, once "
+                          "per checkpoint; by default 0, or 1, 2, ... for several checkpoints")  # fmt: skip
+    external.add_argument("--seed", metavar="N", help="training seed, for the record")
     external.add_argument("--out", metavar="FOLDER", help="folder to write")
     features = parser.add_argument_group("Features in files")
-    features.add_argument("--features", metavar="FILE", help="features (N, d): .npy, .npz, .safetensors or .parquet, "
-                          "with :NAME after it for one of several arrays, a column or columns such as f*")  # fmt: skip
-    features.add_argument("--labels", metavar="FILE", help="their classes (N,), or 'predicted': those of the "
-                          "classifier; without them, ranks, norms and uniformity are measured")  # fmt: skip
+    features.add_argument("--features", metavar="FILE", help="features (N, d): .npy, .npz, .safetensors or .parquet; "
+                          "append :NAME for one of several arrays, a column, or columns such as f*")  # fmt: skip
+    features.add_argument("--labels", metavar="FILE", help="classes (N,) of the features, or 'predicted' for those "
+                          "of the classifier; without labels, ranks, norms and uniformity are measured")  # fmt: skip
     features.add_argument("--weight", metavar="FILE", help="weight (K, d) of the classifier, if there is one")
-    features.add_argument("--bias", metavar="FILE", help="its bias (K,)")
+    features.add_argument("--bias", metavar="FILE", help="bias (K,) of the classifier")
 
 
 def _run(settings: Namespace) -> int:
@@ -91,7 +91,7 @@ def _run(settings: Namespace) -> int:
     if settings.get("flips"):
         for name in ("every", "split", "layers", "probes"):
             if settings.get(name):
-                raise ValueError(f"{name} has no effect with flips, which are of the last checkpoint")
+                raise ValueError(f"{name} has no effect with flips, which use the last checkpoint")
         for run in runs:
             accuracies = accuracy_with_flips(run, preparation, backbone=settings.get("backbone"))
             for split, (plain, flipped) in accuracies.items():
@@ -129,7 +129,7 @@ def _measure_external(
     outcome.written = measure_state_dict(checkpoints, model, folder.path, given, splits=splits, layers=layers)
     print(_standardisation(folder.read_environment().get("pixels") or {}))
     if asked is None and len(epochs) > 1:
-        print(f"epochs: 1 to {len(epochs)}, in the order given; --epoch names others")
+        print(f"epochs: 1 to {len(epochs)}, in the given order; use --epoch for others")
     for epoch in epochs:
         print(f"\n{_values(read_table(folder.metrics), epoch, splits, metrics)}")
     print()
@@ -137,7 +137,7 @@ def _measure_external(
 
 
 def _check_features(settings: Namespace, given: dict[str, Any]) -> None:
-    """Raise if a flag that has no effect on features in files is given, or a flag is missing."""
+    """Raise if a flag without effect on features in files is given, or a flag is missing."""
     others = [
         *given,
         "runs",
@@ -161,18 +161,18 @@ def _check_features(settings: Namespace, given: dict[str, Any]) -> None:
     if settings.get("out") is None:
         for name in ("split", "epoch", "seed"):
             if settings.get(name) is not None:
-                raise ValueError(f"{name} is for the record, and needs --out")
+                raise ValueError(f"{name} is part of the record and needs --out")
     elif settings.get("weight") is None:
-        raise ValueError("weight must be given with out: the tables and figures of a folder compare it with the means")
+        raise ValueError("weight must be given with out, because tables and figures compare it with the class means")
 
 
 def _measure_features(settings: Namespace, splits: list[str] | None, metrics: str) -> int:
-    """Measure features in files, print the metrics, and record them in the folder of a run if there is one to write."""
+    """Measure features in files, print the metrics, and record them in a run folder if ``out`` is given."""
     from neuralcollapse.metrics import measure_features
 
     epochs = option(settings, "epoch", list[int], [0])
     if len(epochs) != 1 or (splits is not None and len(splits) != 1):
-        raise ValueError("features are of one epoch and one split, got several")
+        raise ValueError("features must have one epoch and one split, got several")
     paths = {name: option(settings, name) for name in ("features", "labels", "weight", "bias")}
     seed = option(settings, "seed", int)
     folder = None
@@ -194,19 +194,19 @@ def _measure_features(settings: Namespace, splits: list[str] | None, metrics: st
 
 
 def _standardisation(pixels: dict[str, Any]) -> str:
-    """Return a sentence on the constants that pixels were standardised by."""
+    """Return a sentence about the constants by which pixels were standardised."""
     parts = [
         f"{words} {', '.join(f'{value:g}' for value in pixels.get(name, []))}, {pixels.get(f'{name}_from')}"
         for name, words in (("mean", "mean"), ("std", "standard deviation"))
     ]
     return (
-        f"pixels in [0, 1] were standardised by {'; '.join(parts)}. A model that was trained with other constants "
-        "needs them: --pixel_mean, --pixel_std"
+        f"pixels in [0, 1] were standardised by {'; '.join(parts)}. If the model was trained with other constants, "
+        "give them with --pixel_mean and --pixel_std"
     )
 
 
 def _values(table: pd.DataFrame, epoch: int, splits: list[str] | None, metrics: str) -> str:
-    """Return the values of an epoch as a table: one row per metric, one column per split."""
+    """Return the values of an epoch as a table with one row per metric and one column per split."""
     from neuralcollapse.catalogue import CORE
 
     of_epoch = table[(table["epoch"] == epoch) & (table["metric"].isin(CORE) | (metrics == "all"))]
@@ -217,13 +217,13 @@ def _values(table: pd.DataFrame, epoch: int, splits: list[str] | None, metrics: 
 
 
 MEASURE = Command(
-    "Measure every saved checkpoint that is not measured yet, on every split, in evaluation mode: all metrics into "
-    "metrics.csv, and a record per epoch and split into moments/. Existing measurements are kept. With --checkpoint, "
-    "measure an external model: a state_dict (safetensors, or a torch file that holds only tensors) of a class of "
-    "yours, or of a ResNet with torchvision's names, on the data that the settings below name. Several checkpoints of "
-    "one training, given together or one after another, become one folder that plot, report, distance and aggregate "
-    "read. With --features, measure features in files, without a model, and print the metrics; without --labels "
-    "only those that need none. --out FOLDER records them in the folder of a run.",
+    "Measure every saved checkpoint that is not measured yet, on every split, in evaluation mode. All metrics are "
+    "written to metrics.csv, and one record per epoch and split to moments/. Existing measurements are kept. With "
+    "--checkpoint, measure an external model: a state_dict (safetensors, or a torch file that contains only tensors) "
+    "of a user-defined class, or of a ResNet with the names of torchvision, on the data of the settings below. Several "
+    "checkpoints of one training, given together or in several commands, form one folder that plot, report, distance "
+    "and aggregate can read. With --features, measure features in files, without a model, and print the metrics; "
+    "without --labels, only metrics that do not need labels. --out FOLDER records them in a run folder.",
     _add_arguments,
     _run,
     SECTIONS,

@@ -1,4 +1,4 @@
-"""`neuralcollapse plot`: the published figures, from run folders alone."""
+"""`neuralcollapse plot`: published figures, drawn from run folders alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
     add_runs(parser)
     parser.add_argument("--figure", metavar="NAME", help=f"one of {', '.join(FIGURES)}")
     parser.add_argument("--out", metavar="FOLDER", help="folder to write; by default figures")
-    parser.add_argument("--format", metavar="A,B", help="of png, pdf and svg; by default png")
+    parser.add_argument("--format", metavar="A,B", help="formats, from png, pdf and svg; by default png")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
 
 
@@ -40,8 +40,8 @@ def _run(settings: Namespace) -> int:
 
 
 PLOT = Command(
-    "Draw a figure from the tables and records in run folders: a page of all its panels, and each panel in a file of "
-    "the width of a column of print. Runs that differ only in their seed are one line, with a band over the seeds. "
+    "Draw a figure from the tables and records in run folders: a page of all its panels, and each panel in a file with "
+    "the width of a printed column. Runs that differ only in their seed are one line, with a band over the seeds. "
     "Figures: " + "; ".join(f"{name} ({figure.description})" for name, figure in FIGURES.items()) + ".",
     _add_arguments,
     _run,

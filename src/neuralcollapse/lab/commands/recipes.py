@@ -18,7 +18,7 @@ def _run(settings: Namespace) -> None:
 
 
 def recipes_table() -> str:
-    """Return all recipes as a table for the terminal: texts on the left, the two numbers on the right."""
+    """Return all recipes as a table for the terminal, with texts on the left and the two numbers on the right."""
     header = ("name", "reproduces", "data", "model", "method", "epochs", "our choices")
     fields = ("data", "backbone", "method", "epochs")
     rows = [(r.name, r.reproduces, *(str(r.settings[name]) for name in fields), str(r.choices)) for r in recipes()]
@@ -32,8 +32,9 @@ def recipes_table() -> str:
 
 
 RECIPES = Command(
-    "List the recipes of published experiments: what each reproduces, and how many of its settings no source gives, so "
-    "that they are our choice. With a name: its settings with their sources, the published result and the cost.",
+    "List the recipes of published experiments: what each reproduces, and the number of settings without a published "
+    "value, which are our choice. With a name, show the settings with their sources, the published result and the "
+    "cost.",
     _add_arguments,
     _run,
 )

@@ -1,4 +1,4 @@
-"""`neuralcollapse report`: one HTML page of runs, from their folders alone."""
+"""`neuralcollapse report`: HTML page about runs, written from their folders alone."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def _run(settings: Namespace) -> int:
 
 
 REPORT = Command(
-    "Write a page that needs only a browser: tables, interactive figures of every metric over epochs, cosines of the "
-    "classes, and class means, classifier rows and features of three or four classes as they collapse, from epoch to "
-    "epoch. Runs that differ only in their seed are one line, with a band over the seeds.",
+    "Write a page that needs only a browser. It contains tables, interactive figures of every metric over epochs, "
+    "cosines between classes, and an animation of the class means, classifier rows and features of three or four "
+    "classes over the epochs. Runs that differ only in their seed are one line, with a band over the seeds.",
     _add_arguments,
     _run,
 )

@@ -1,4 +1,4 @@
-"""`neuralcollapse study`: a published figure from its runs to its picture and a verdict on each claim."""
+"""`neuralcollapse study`: reproduction of a published figure, with a verdict on each claim."""
 
 from __future__ import annotations
 
@@ -18,19 +18,18 @@ _FOLDER = Path("runs/studies")
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", help="the study, of those that are listed without a name; or a YAML file of "
-                        "your own")  # fmt: skip
+    parser.add_argument("name", nargs="?", help="name of the study (omit it for a list), or a YAML file")
     parser.add_argument("--scale", metavar="SCALE", help="small, for two CPU cores, or full, as published; by default "
                         "small if the study has it")  # fmt: skip
-    parser.add_argument("--seeds", metavar="N", help="number of seeds, or the seeds with commas between them")
-    parser.add_argument("--data", metavar="FOLDER", help="folder of the data; by default fetched from the hub")
+    parser.add_argument("--seeds", metavar="N", help="number of seeds, or comma-separated seeds")
+    parser.add_argument("--data", metavar="FOLDER", help="folder of the data; by default downloaded from the hub")
     parser.add_argument("--out", metavar="FOLDER", help="folder to write; by default runs/studies/NAME-SCALE")
-    parser.add_argument("--backbone", metavar="CLASS", help="class of yours that the study's file names: it is not "
-                        "imported because the file names it")  # fmt: skip
+    parser.add_argument("--backbone", metavar="CLASS", help="user-defined class that the file of the study names; it "
+                        "is not imported merely because the file names it")  # fmt: skip
     parser.add_argument("--ood", action=Append, metavar="NAME=FOLDER", help="folder of a set of unknown inputs of a "
                         "study of detection; may be given several times")  # fmt: skip
     parser.add_argument("--parallel", metavar="N", help="train N runs at a time; by default 1")
-    parser.add_argument("--overwrite", action="store_true", help="delete what the folder holds, and train again")
+    parser.add_argument("--overwrite", action="store_true", help="delete the content of the folder and train again")
 
 
 def _run(settings: Namespace) -> None:
@@ -80,10 +79,10 @@ def _listing() -> str:
 
 
 STUDY = Command(
-    "Train the missing runs of a study, draw its figure, and judge each of its claims: it holds, does not hold or is "
-    "undecided, by differences of the same seed with Student's 95% interval over seeds (n - 1). A study that was "
-    "stopped resumes when the command is given again; finished runs are not trained again. Without a name: list the "
-    "studies, with their costs and the last verdicts in runs/studies.",
+    "Train the missing runs of a study, draw its figure, and judge each of its claims. A claim holds, does not hold or "
+    "is undecided, according to differences of runs with the same seed and Student's 95% interval over seeds (n - 1). "
+    "If a study was stopped, the same command resumes it; finished runs are not trained again. Without a name, list "
+    "the studies, with their costs and the last verdicts in runs/studies.",
     _add_arguments,
     _run,
 )

@@ -1,4 +1,4 @@
-"""`neuralcollapse train` and `neuralcollapse compare`: one run, or methods over seeds."""
+"""`neuralcollapse train` and `neuralcollapse compare`: a single run, and methods over seeds."""
 
 from __future__ import annotations
 
@@ -55,37 +55,37 @@ def _compare(settings: Namespace) -> int:
 
 
 def _stored_settings(settings: Namespace, given: dict[str, Any], out: str) -> dict[str, Any] | None:
-    """Return the settings of the run to resume, which are the defaults of the others; None for a new run.
+    """Return the settings of the run to resume, which are the defaults of settings not given; None for a new run.
 
     Raises:
-        ValueError: if the folder is of an external model or of another program, or its settings name a class that the
-            command line does not.
+        ValueError: if the folder belongs to an external model or to another program, or its settings name a class that
+            the command line does not name.
     """
     if not settings.get("resume"):
         return None
     folder = RunFolder(out)
     stored = folder.settings()
     if is_external(stored):
-        raise ValueError(f"resume needs the folder of a run, and {out!r} holds measurements of an external model")
+        raise ValueError(f"resume needs the folder of a run, but {out!r} has measurements of an external model")
     if "name" in stored:
-        raise ValueError(f"resume needs the folder of a run that `train` started, and {out!r} is of another program")
+        raise ValueError(f"resume needs the folder of a run of `train`, but {out!r} was written by another program")
     for name in ("backbone", "loss"):
         check_class_is_named(stored, given.get(name), folder.config, name)
     return stored
 
 
 def _check_unfinished(folder: RunFolder, config: dict[str, Any]) -> None:
-    """Check that a run that is to resume has neither diverged nor finished.
+    """Check that the run to resume has neither diverged nor finished.
 
     Raises:
-        ValueError: if it has.
+        ValueError: if it has diverged or finished.
     """
     if (reason := folder.read_environment().get("diverged")) is not None:
         raise ValueError(f"the run in {str(folder.path)!r} cannot be resumed: {reason}")
     if folder.is_reported(config):
         raise ValueError(
-            f"resume needs an unfinished run, and that in {str(folder.path)!r} is finished: larger --epochs extend one "
-            "that was trained, --overwrite starts it again"
+            f"resume needs an unfinished run, but that in {str(folder.path)!r} is finished: larger --epochs extend it, "
+            "--overwrite starts it again"
         )
 
 
@@ -96,10 +96,10 @@ def _train_and_report(
     settings: Namespace,
     comparison: Comparison | None = None,
 ) -> int:
-    """Train, write and print the table, the summary and the figures; with --print_config, print the settings instead.
+    """Train, and write and print table, summary and figures; with --print_config, print the settings instead.
 
     Returns:
-        The exit code: 1 if some of several runs diverged; the table is then of the others.
+        The exit code: 1 if some of several runs diverged, in which case the table contains the other runs.
     """
     if settings.get("print_config"):
         print_config(config)
@@ -107,7 +107,7 @@ def _train_and_report(
 
     folder, parallel = RunFolder(out), option(settings, "parallel", int, 1)
     options = {name: bool(settings.get(name)) for name in ("resume", "overwrite")}
-    if isinstance(runs, RunConfig) and runs.ranks > 1 and global_rank() > 0:  # the first rank checks, and writes
+    if isinstance(runs, RunConfig) and runs.ranks > 1 and global_rank() > 0:  # the first rank checks and writes
         from neuralcollapse.lab.training.runs import train_runs
 
         train_runs(runs, folder, **options)
@@ -118,7 +118,7 @@ def _train_and_report(
             if options["resume"]:
                 _check_unfinished(folder, config)
 
-            from neuralcollapse.lab.figures.panels import check_drawing  # seconds: after the checks of the arguments
+            from neuralcollapse.lab.figures.panels import check_drawing  # takes seconds, so after argument checks
             from neuralcollapse.lab.figures.summary import summarise
             from neuralcollapse.lab.training.objective import Diverged
             from neuralcollapse.lab.training.runs import train_runs
@@ -148,16 +148,17 @@ def _train_and_report(
 
 
 TRAIN = Command(
-    "Train one run, from the recipe of a published experiment or from any settings; print the table, write the "
-    "figures. Everything is measured in evaluation mode on un-augmented data.",
+    "Train one run, from the recipe of a published experiment or from any settings; print a table and draw figures. "
+    "Everything is measured in evaluation mode on un-augmented data.",
     _add_train_arguments,
     _train,
     _OF_RUN,
 )
 COMPARE = Command(
-    "Train methods (by default standard, fixed and implicit), with one loss or several, over several seeds, from the "
-    "same weights and batches for each seed; print their final values, and the epochs that each took to the final "
-    "values of standard; write the figures. Everything is measured in evaluation mode on un-augmented data.",
+    "Train methods (by default standard, fixed and implicit), with one or several losses, over several seeds, with the "
+    "same initial weights and batches for each seed; print their final values and the number of epochs that each takes "
+    "to reach the final values of standard; draw figures. Everything is measured in evaluation mode on un-augmented "
+    "data.",
     _add_compare_arguments,
     _compare,
     _OF_COMPARISON,

@@ -1,4 +1,4 @@
-"""`neuralcollapse transfer`: linear probe and nearest class mean of the frozen features of runs, on other data."""
+"""`neuralcollapse transfer`: linear probe and nearest class mean on frozen features of runs, for other data."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 def _add_arguments(parser: ArgumentParser) -> None:
     add_runs(parser)
-    parser.add_argument("--layers", metavar="A,B", help="modules whose outputs are evaluated besides the features; by "
-                        "default blocks, all blocks of the model; features for none")  # fmt: skip
+    parser.add_argument("--layers", metavar="A,B", help="modules whose outputs are evaluated in addition to the "
+                        "features; by default blocks, all blocks of the model; features: only these")  # fmt: skip
     add_epochs(parser)
     parser.add_argument("--ridge", metavar="LAMBDA", help="penalty of the linear probe, in units of the mean variance "
                         "of a feature; by default 0")  # fmt: skip
@@ -76,11 +76,11 @@ def _table(layers: Sequence[TransferredLayer]) -> str:
 
 
 TRANSFER = Command(
-    "Evaluate the frozen features of checkpoints on other data, by layer: the accuracies on their test split of a "
-    "linear probe (least squares on one-hot targets, in closed form) and of the nearest class mean, both fitted to "
-    "their train split. The settings below name the data; without them, it is the data of the run, of the classes that "
-    "it held out (hold_out_classes). Accuracies go to transfer.csv of the run, in place of those of the same epoch, "
-    "data and layer; a figure shows them by depth.",
+    "Evaluate the frozen features of checkpoints on other data, by layer: the test accuracies of a linear probe (least "
+    "squares on one-hot targets, in closed form) and of the nearest class mean, both fitted to the train split of "
+    "these data. The settings below select the data; by default they are the data of the run, restricted to the "
+    "classes that it held out (hold_out_classes). Accuracies are written to transfer.csv of the run and replace those "
+    "of the same epoch, data and layer; a figure shows them by depth.",
     _add_arguments,
     _run,
     (DataSettings,),

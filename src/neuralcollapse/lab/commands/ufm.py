@@ -1,4 +1,4 @@
-"""`neuralcollapse ufm` and `neuralcollapse landscape`: the unconstrained features model."""
+"""`neuralcollapse ufm` and `neuralcollapse landscape`: unconstrained features model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _ufm(settings: Namespace) -> None:
         return
     folder = RunFolder(output_folder(settings, "runs/ufm"))
 
-    from neuralcollapse.lab.ufm.compare import train_ufm  # seconds: after the checks of the arguments
+    from neuralcollapse.lab.ufm.compare import train_ufm  # this import takes seconds, so after argument checks
 
     options = {name: bool(settings.get(name)) for name in ("resume", "overwrite")}
     table, _, written = train_ufm(config, folder, **options)
@@ -40,10 +40,10 @@ def _landscape(settings: Namespace) -> None:
         print_config(config.in_force())
         return
     if settings.get("resume"):
-        raise ValueError("resume must not be given: landscape takes seconds, --overwrite starts it again")
+        raise ValueError("resume must not be given: landscape takes seconds; use --overwrite to start it again")
     folder = RunFolder(output_folder(settings, "runs/landscape"))
 
-    from neuralcollapse.lab.ufm.landscape import survey_landscape  # seconds: after the checks of the arguments
+    from neuralcollapse.lab.ufm.landscape import survey_landscape  # this import takes seconds, so after checks
 
     table, written = survey_landscape(config, folder, overwrite=bool(settings.get("overwrite")))
     print(f"\n{table}\n")
@@ -51,17 +51,18 @@ def _landscape(settings: Namespace) -> None:
 
 
 UFM = Command(
-    "Train unconstrained features, without a network, with standard, fixed and implicit, each with sgd and agd; print "
-    "after how many iterations each reaches levels of loss and of collapse, and draw them over seeds. The rate of each "
-    "method, optimiser and size is first chosen from the same candidates, on a seed that is not compared.",
+    "Train unconstrained features, without a network, with the methods standard, fixed and implicit, each with sgd and "
+    "agd; print the number of iterations that each takes to reach levels of loss and of collapse, and draw figures "
+    "over seeds. The rate of each method, optimiser and size is first chosen from the same candidates, with a seed "
+    "that is not compared.",
     _add_ufm_arguments,
     _ufm,
     (UFMSettings,),
 )
 LANDSCAPE = Command(
     "Find critical points of the unconstrained features model with cross-entropy: descend from random starts, "
-    "construct saddles, classify each by gradient and curvature, escape from every saddle; draw the edge of the "
-    "Hessian's spectrum and the loss along the way out.",
+    "construct saddles, classify each point by gradient and curvature, and escape from every saddle; draw the edge of "
+    "the spectrum of the Hessian and the loss along the escape direction.",
     _add_landscape_arguments,
     _landscape,
     (LandscapeSettings,),

@@ -1,4 +1,4 @@
-"""Figures of runs, drawn from their folders alone, and their registry."""
+"""Registry of the figures of runs, which are drawn from run folders alone."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FIGURES |= {
     ),
     "overview": OF_RECORDS["overview"],
 }
-"""Figures of run folders: those of measurements, and those that need the tables of a run."""
+"""Figures of run folders by name: those of measurements, and those that need the tables of a run."""
 
 
 def draw(name: str, runs: RunGroups, out: Path, formats: Sequence[str]) -> list[Path]:
@@ -47,15 +47,15 @@ def draw(name: str, runs: RunGroups, out: Path, formats: Sequence[str]) -> list[
         name: Name of the figure, a key of `FIGURES`.
         runs: Runs to draw.
         out: Folder to write to.
-        formats: File formats, of `FORMATS`.
+        formats: File formats from `FORMATS`.
 
     Returns:
-        The files written.
+        The written files.
     """
     from neuralcollapse.lab.figures.panels import save_figures, write_panels
 
     entry = FIGURES[name]
     title, make = entry.title(runs.title), resolve_name(entry.panels)
-    if name == "overview":  # a page without single panels, whose number is too large for matplotlib's layout
+    if name == "overview":  # only a page, because there are too many panels for the layout engine of matplotlib
         return save_figures({name: make(runs, title)}, out, formats)
     return write_panels(name, title, make(runs), out, formats, columns=entry.columns)

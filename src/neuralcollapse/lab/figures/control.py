@@ -1,4 +1,4 @@
-"""Collapse that is controlled: NC1 of layers by group, and transfer and detection against NC1, at the last epoch."""
+"""Controlled collapse: NC1 of layers by group, and transfer and detection against NC1, at the last epoch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def control(runs: RunGroups) -> list[Panel]:
 
 
 def _draw_layers(axes: Axes, *, runs: RunGroups) -> None:
-    """Draw NC1 of each measured layer at the last epoch for each group: mean, least and greatest over seeds."""
+    """Draw NC1 of each measured layer at the last epoch for each group: mean, minimum and maximum over seeds."""
     rows = [
         {"group": label, "layer": layer, "value": values[_NC1]}
         for label in runs.groups
@@ -80,7 +80,7 @@ def _draw_auroc(axes: Axes, *, runs: RunGroups, name: str, score: str) -> None:
 
 
 def _draw_against_nc1(axes: Axes, runs: RunGroups, values: pd.DataFrame, ylabel: str) -> None:
-    """Draw the last value of each group against its last NC1: mean, least and greatest over seeds of both."""
+    """Draw the last value of each group against its last NC1, both with mean, minimum and maximum over seeds."""
     metrics, keys = last_epoch(runs.metrics), ["method", "seed"]
     collapse = metrics[(metrics["split"] == "train") & (metrics["metric"] == _NC1)][[*keys, "value"]]
     points = last_epoch(values).merge(collapse, on=keys, suffixes=("", "_nc1"))

@@ -37,7 +37,7 @@ def draw_figures(metrics: pd.DataFrame, folder: Path, title: str, num_classes: i
         num_classes: K, for values at collapse that depend on it.
 
     Returns:
-        The files written.
+        The written files.
     """
     seeds = metrics["seed"].nunique()
     title += f"; mean, and range of {seeds} seeds" if seeds > 1 else ""

@@ -63,7 +63,7 @@ def write_detection(run: RunFolder, evaluation: Evaluation, epoch: int, out: Pat
     Args:
         run: Folder of the run.
         evaluation: Rates and scores at the epoch.
-        epoch: Number of epochs trained.
+        epoch: Number of trained epochs.
         out: Folder to write to.
     """
     sets = dict.fromkeys(row.set for row in evaluation.rows)
@@ -107,7 +107,7 @@ def _points(runs: RunGroups, chosen: pd.Series) -> pd.DataFrame:
     """Return the AUROC (value) and the NC1 (value_nc1) at each epoch of chosen rows of the detection rates.
 
     Raises:
-        ValueError: if there are none that are finite.
+        ValueError: if no epoch has finite values of both.
     """
     rates, metrics = runs.detection[chosen & (runs.detection["metric"] == "auroc")], runs.metrics
     if rates.empty:

@@ -1,4 +1,4 @@
-"""Gradients of the layers and of the head, as bars."""
+"""Bars of the gradients of the layers and of the head."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from neuralcollapse.lab.results.groups import RunGroups
 
-# Tensors of a head, in the order of their bars: what it computes from a batch, and its parameters.
+# Tensors of a head, in the order of their bars: tensors that it computes from a batch, and its parameters.
 _OF_HEAD = {"head.features": "features", "head.class_means": "class means", "head.weight": "W", "head.bias": "b"}
 
 
@@ -32,14 +32,14 @@ def gradient_flow(runs: RunGroups) -> list[Panel]:
 def _draw_gradients(axes: Axes, *, runs: RunGroups, label: str) -> None:
     tables = runs.gradients(label)
     if not tables:
-        raise ValueError("no gradients were written: these runs were not trained here")
+        raise ValueError("no gradients were written, because these runs were not trained by neuralcollapse")
     last = pd.concat([table[table["epoch"] == table["epoch"].max()] for table in tables])
     shown = last[~last["parameter"].str.endswith("bias") | last["parameter"].isin(_OF_HEAD)]
     sizes = shown.groupby("parameter", sort=False)[["mean", "max"]].mean()
     head = [name for name in _OF_HEAD if name in sizes.index]
     sizes = sizes.reindex([*(name for name in sizes.index if name not in head), *head])
     count = len(sizes) - len(head)
-    wide = max(1.0, count / 12)  # bars of the head, so that their names fit
+    wide = max(1.0, count / 12)  # width of the bars of the head, so that their names fit
     positions = [*range(count), *(count + wide * number for number in range(1, len(head) + 1))]
     shape: Any = {"x": positions, "width": [0.8] * count + [0.8 * wide] * len(head)}
     axes.bar(height=sizes["max"], color=COLORS[5], label="largest", **shape)

@@ -1,4 +1,4 @@
-"""Accuracy and NC1 of the classes with many, a medium number of and few training images."""
+"""Accuracy and NC1 of the classes with many, a medium number of, and few training images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from neuralcollapse.metrics.figures.panels import Panel, literal
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_WIDTH = 0.7  # of the markers of one group of classes, side by side
+_WIDTH = 0.7  # total width of the adjacent markers of one group of classes
 
 
 def groups_of_classes(runs: RunGroups) -> list[Panel]:
@@ -25,7 +25,7 @@ def groups_of_classes(runs: RunGroups) -> list[Panel]:
 
 
 def _draw(axes: Axes, *, runs: RunGroups, metric: str, split: str) -> None:
-    """Draw the last values of each group of classes and of all classes: mean, least and greatest over seeds.
+    """Draw the last values of each group of classes and of all classes: mean, minimum and maximum over seeds.
 
     Raises:
         ValueError: if no run has groups of classes.
@@ -35,7 +35,7 @@ def _draw(axes: Axes, *, runs: RunGroups, metric: str, split: str) -> None:
     names = [f"{metric}_{group}" for group in GROUPS]
     names = [name for name in names if (last["metric"] == name).any()]
     if not names:
-        raise ValueError("no groups of classes: runs with the setting imbalance have them")
+        raise ValueError("no groups of classes: they are measured in runs with the setting imbalance")
     labels = [*runs.groups]
     styles = line_styles(labels, markers=True)
     over_seeds = last.groupby(["method", "metric"])["value"].agg(["mean", "min", "max"])

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from neuralcollapse.lab.results.folder import RunFolder
 
 _WORDS = (
-    "After the last session, on the test split: accuracy of all classes, of old ones (those of the first session) and\n"
-    "of new ones (added since), harmonic mean of the two, and forgetting. The average accuracy is over all sessions.\n"
-    "NC1 (`nc1_quotient`) is of the images trained on. `sessions.csv` has the values after each session."
+    "After the last session, on the test split: accuracy of all classes, of old classes (of the first session) and\n"
+    "of new classes (added since), harmonic mean of the two, and forgetting. The average accuracy is over all\n"
+    "sessions. NC1 (`nc1_quotient`) is that of the training images. `sessions.csv` has the values after each session."
 )
 
 
@@ -54,7 +54,7 @@ def write_sessions_figure(table: pd.DataFrame, title: str, name: str, out: Path,
 
 
 def summarise_sessions(folder: RunFolder) -> tuple[str, list[Path]]:
-    """Write the figure and the summary of a folder; return its table as text, and the files, most informative first."""
+    """Write the figure and the summary of a folder; return its table as text, and the written files."""
     table, settings = read_table(folder.sessions), folder.settings()
     shots = "all images" if settings.get("shots") is None else f"{settings['shots']} images of each added class"
     sizes = " + ".join(map(str, settings["sessions"]))

@@ -16,7 +16,7 @@ from neuralcollapse.metrics.figures.panels import Panel, draw_page, draw_single,
 
 @without_latex()
 def check_drawing() -> None:
-    """Draw a small figure, so that wrong settings of matplotlib are an error before training and not after it.
+    """Draw a small figure, so that invalid settings of matplotlib raise an error before training instead of after it.
 
     Raises:
         ValueError: if matplotlib cannot draw.
@@ -25,7 +25,7 @@ def check_drawing() -> None:
     figure.text(0, 0, "text and $x^2$")
     try:
         figure.savefig(io.BytesIO(), format="png")
-    except Exception as error:  # whatever a font or a setting makes matplotlib raise
+    except Exception as error:  # fonts and settings can make matplotlib raise any exception
         reason = str(error) or type(error).__name__
         raise ValueError(f"matplotlib cannot draw with {matplotlib.matplotlib_fname()}: {reason}") from error
 
@@ -34,10 +34,10 @@ def check_drawing() -> None:
 def write_panels(
     name: str, title: str, panels: Sequence[Panel], out: Path, formats: Sequence[str], *, columns: int = 3
 ) -> list[Path]:
-    """Write a page of all panels, and, if there are several, each panel at the width of a column of print.
+    """Write a page of all panels and, if there are several, each panel at the width of a printed column.
 
     Args:
-        name: Name of the figure, with which the names of its files begin.
+        name: Name of the figure, with which its file names begin.
         title: Title of the page.
         panels: Panels to draw.
         out: Folder to write to.
@@ -45,7 +45,7 @@ def write_panels(
         columns: Maximum number of columns of the page.
 
     Returns:
-        The files written.
+        The written files.
     """
     figures: dict[str, Figure] = {name: draw_page(title, panels, columns)}
     if len(panels) > 1:

@@ -1,4 +1,4 @@
-"""Summaries of folders in Markdown; table, summary and figures of a run or a comparison, from its folder alone."""
+"""Table, Markdown summary and figures of a run or a comparison, from its folder alone."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from neuralcollapse.lab.results.tables import (
 )
 
 _TO_BASELINE = (
-    "Epochs until a method is at least as good on the test split as standard of the same seed is at its end (measured\n"
-    "after epochs {epochs}): test accuracy, nc1_quotient, nc2_etf_means, nc3_duality. Test accuracy: mean over these\n"
-    "epochs, the last, and points more than standard, paired by seed, with Student's 95% interval."
+    "Epochs until a method is at least as good on the test split as standard with the same seed is at the end\n"
+    "(measured after epochs {epochs}): test accuracy, nc1_quotient, nc2_etf_means, nc3_duality. Test accuracy: mean\n"
+    "over these epochs, last value, and difference to standard in points, paired by seed, with Student's 95% interval."
 )
 _GROUPS = (
-    "Classes with many, a medium number of and few training images: more than 100, 20 to 100, fewer than 20; thirds\n"
-    "of the classes if one of these groups would have no class. NC1 is relative to the variability between all classes."
+    "Classes with many, a medium number of, and few training images: more than 100, 20 to 100, fewer than 20; thirds\n"
+    "of the classes if one of these groups would be empty. NC1 is relative to the variability between all classes."
 )
 _EXPLANATION = (
-    "Accuracies and collapse metrics are those of the last epoch, on the train split\n"
-    "unless stated otherwise, taken in evaluation mode, without targets, on images without augmentation; `metrics.csv` "
-    "has all\nof them for each epoch measured. Seconds per epoch are of training alone, without measuring."
+    "Accuracies and collapse metrics are those of the last epoch, on the train split unless stated\n"
+    "otherwise, measured in evaluation mode, without targets, on images without augmentation; `metrics.csv` has all\n"
+    "metrics of each measured epoch. Seconds per epoch are those of training without measurements."
 )
 
 
@@ -44,10 +44,10 @@ class Summary:
     """Results of a run or a comparison.
 
     Attributes:
-        table: One row per method, as text; below it, the groups of classes of imbalanced data, and the epochs in which
-            each method reaches the final values of standard.
+        table: One row per method, as text; below it, the groups of classes of imbalanced data, and the number of epochs
+            in which each method reaches the final values of standard.
         metrics: Columns method, seed, epoch, split, metric, value.
-        written: The files written, the most informative first.
+        written: Written files, beginning with the most informative.
     """
 
     table: str
@@ -60,7 +60,7 @@ def summarise(folder: RunFolder, command: str) -> Summary:
 
     Args:
         folder: Folder of one run, or of several.
-        command: Command that made it, ``"train"`` or ``"compare"``.
+        command: Command that wrote the folder, ``"train"`` or ``"compare"``.
     """
     runs = folder.run_folders()
     metrics, log = gather(runs, "metrics"), gather(runs, "training_log")
@@ -103,7 +103,7 @@ def write_summary(
         folder: Folder to write to.
         title: Heading.
         sections: Tables and paragraphs, in Markdown.
-        figures: Pictures below them, inside the folder.
+        figures: Figures inside the folder, to show below the sections.
         footer: Last paragraph.
     """
     pictures = "\n".join(f"![{figure.stem}]({figure.relative_to(folder.path)})" for figure in figures)
@@ -112,7 +112,7 @@ def write_summary(
 
 
 def made_by(folder: RunFolder) -> str:
-    """Return the command, the versions and the machine with which a folder was made, as a paragraph of Markdown."""
+    """Return a paragraph of Markdown with the command, the versions and the machine with which a folder was written."""
     environment = folder.read_environment()
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
     return (
@@ -122,7 +122,7 @@ def made_by(folder: RunFolder) -> str:
 
 
 def _report(folder: RunFolder, runs: list[RunFolder]) -> list[Path]:
-    """Write the report; for runs without records, print why it is missing."""
+    """Write the report; if runs have no records, print why it is missing."""
     try:
         write_report(runs, folder.report)
     except ValueError as error:
@@ -140,7 +140,7 @@ def _listed_epochs(metrics: pd.DataFrame) -> str:
 
 
 def _at_chance(runs: list[RunFolder], metrics: pd.DataFrame) -> list[str]:
-    """Return a line for each run whose final accuracy is at most that of always predicting the largest class."""
+    """Return a line for each run whose final accuracy does not exceed that of always predicting the largest class."""
     last = metrics[(metrics["split"] == "train") & (metrics["metric"] == "accuracy")]
     last = last[last["epoch"] == last["epoch"].max()].set_index(["method", "seed"])["value"]
     lines = []
@@ -150,6 +150,6 @@ def _at_chance(runs: list[RunFolder], metrics: pd.DataFrame) -> list[str]:
         if chance is not None and len(accuracy) == 1 and accuracy.iloc[0] <= 1.05 * chance:
             lines.append(
                 f"\n{method}, seed {seed}, ends at chance: {accuracy.iloc[0]:.1%} of the training images are "
-                f"right, and the largest class is {chance:.1%}. It diverged, or has not learned anything yet."
+                f"correct, and the largest class has {chance:.1%}. It diverged, or has not learned anything yet."
             )
     return lines

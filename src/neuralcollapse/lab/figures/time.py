@@ -25,7 +25,7 @@ def against_time(runs: RunGroups) -> list[Panel]:
 
 
 def _draw(axes: Axes, *, runs: RunGroups, name: str, split: str) -> None:
-    """Draw a metric; an epoch is at the mean over seeds of the time of all training steps up to its end.
+    """Draw a metric; the position of an epoch is the time of all training steps up to its end, averaged over seeds.
 
     Raises:
         ValueError: if no finite value was measured, or the training logs have no seconds.
@@ -33,7 +33,7 @@ def _draw(axes: Axes, *, runs: RunGroups, name: str, split: str) -> None:
     metrics = runs.metrics
     seconds = metrics[(metrics["split"] == TRAINING) & (metrics["metric"] == "seconds")].sort_values("epoch")
     if seconds.empty:
-        raise ValueError("no training times: runs that were trained have them")
+        raise ValueError("no training times: these runs were not trained by neuralcollapse")
     minutes = seconds.assign(minutes=seconds.groupby(["method", "seed"])["value"].cumsum() / 60)
     of_epoch = minutes.groupby(["method", "epoch"])["minutes"].mean().reset_index()
     values = metrics[metrics["split"] == split].merge(of_epoch, on=["method", "epoch"])

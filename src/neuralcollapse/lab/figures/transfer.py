@@ -24,7 +24,7 @@ def write_transfer(layers: Sequence[TransferredLayer], title: str, stem: str, ou
     Args:
         layers: Accuracies of each layer.
         title: Title of the figure.
-        stem: Words of the name of the file.
+        stem: Stem of the file name.
         out: Folder to write to.
     """
     figure = Figure(figsize=(5, 3.4), layout="constrained")

@@ -16,13 +16,13 @@ from neuralcollapse.lab.results.tables import COLUMNS, Row, add_rows, read_table
 
 @dataclass(frozen=True)
 class Distances:
-    """Distances of a run that were computed.
+    """Computed distances of a run.
 
     Attributes:
-        table: Columns epoch, split, metric, value; without rows if no record could be read.
+        table: Columns epoch, split, metric, value; empty if no record could be read.
         reference: Reference epoch.
-        replaced: Other reference epochs, whose distances in the run's table were replaced.
-        problems: Errors of the records that were skipped.
+        replaced: Other reference epochs, whose distances in the table of the run were replaced.
+        problems: Errors of skipped records.
     """
 
     table: pd.DataFrame
@@ -32,15 +32,16 @@ class Distances:
 
 
 def add_distances(run: RunFolder, reference: int | None = None, *, overwrite: bool = False) -> Distances | None:
-    """Compute the distances of a run and add them to its table; return None if the table has them.
+    """Compute the distances of a run and add them to its table; return None if the table already contains them.
 
     Args:
         run: Folder of the run.
-        reference: Reference epoch; by default that of existing distances, if they have one, or the first epoch.
+        reference: Reference epoch; by default that of existing distances, or else the first epoch.
         overwrite: Compute existing distances again.
 
     Raises:
-        ValueError: if the run has no records, or none of the reference epoch; or another process writes to the folder.
+        ValueError: if the run has no records, or none for the reference epoch, or if another process writes to the
+            folder.
         OSError: if the table cannot be written.
     """
     with sole_writer(run.path):
@@ -61,31 +62,31 @@ def add_distances(run: RunFolder, reference: int | None = None, *, overwrite: bo
 
 
 def _is_complete(table: pd.DataFrame, run: RunFolder) -> bool:
-    """Return whether a table has the reference epoch of each record's distances."""
+    """Return whether a table has the reference epoch of the distances of each record."""
     rows = table[table["metric"] == REFERENCE_EPOCH]
     records = set(run.measured())
     return bool(records) and records <= set(zip(rows["epoch"], rows["split"], strict=True))
 
 
 def distance_rows(run: RunFolder, reference: int = 1) -> Iterator[Row | ValueError]:
-    """Yield the distances of classifier and class means to their nearest simplex ETFs, from the run's records alone.
+    """Yield the distances of classifier and class means to their nearest simplex ETFs, from the records of a run.
 
     Args:
         run: Folder of the run.
-        reference: Epoch to whose ETFs, of the weights and of the means, those of each epoch are compared.
+        reference: Epoch with whose ETFs (of weights and means) those of each epoch are compared.
 
     Yields:
         (epoch, split, metric, value), with the reference epoch as the value of `REFERENCE_EPOCH`; or the error of a
         record that cannot be read, which is skipped.
 
     Raises:
-        ValueError: if the run has no records, or none of the reference epoch.
+        ValueError: if the run has no records, or none for the reference epoch.
     """
-    from neuralcollapse.metrics import etf_distances  # loads torch, which readers of tables need not
+    from neuralcollapse.metrics import etf_distances  # loads torch, which is not needed to read tables
 
     measured, records = run.measured(), Records(run)
     if not measured:
-        raise ValueError(f"run {str(run.path)!r} must have records in {run.moments.name}/, and has none: measure it")
+        raise ValueError(f"run {str(run.path)!r} must have records in {run.moments.name}/, but has none: measure it")
     splits_of_reference = {split for epoch, split in measured if epoch == reference}
     for split in dict.fromkeys(split for _, split in measured):
         epochs = [epoch for epoch, other in measured if other == split]

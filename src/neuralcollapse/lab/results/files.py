@@ -1,4 +1,4 @@
-"""Files of run folders: one writer per folder; text files written whole and read within limits, without formulas."""
+"""Files of run folders: locks for a single writer, and reading and writing of text files with protections."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from neuralcollapse.lab.untrusted import load_yaml
 
 try:
     import fcntl
-except ImportError:  # not on every system; there, nothing is locked
+except ImportError:  # not available on every system; without it, locks have no effect
     fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _LOCK = ".lock"
-# Beginning of a cell that a spreadsheet takes for a formula; that of a number is not one.
+# Beginning of a cell that a spreadsheet would interpret as a formula; numbers are not formulas.
 _FORMULA = re.compile(r"[=+@\t\r]|-(?![\d.]|inf)")
 # Content of YAML files that this process has read or written, with their signature.
 _PARSED: dict[Path, tuple[tuple[int, int, int], dict[str, Any] | None]] = {}
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file completely or not at all, in a folder that is locked by this process or by none.
+    """Write a file completely or not at all, in a folder that is not locked by another process.
 
     Args:
         path: The file.
@@ -55,7 +55,7 @@ def read_file(path: Path) -> bytes:
         OSError: if it cannot be read.
     """
     if path.exists() and not path.is_file():
-        raise ValueError(f"{str(path)!r} must be a regular file, and is not")
+        raise ValueError(f"{str(path)!r} must be a regular file, but is not")
     return path.read_bytes()
 
 
@@ -73,13 +73,13 @@ def write_yaml(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:
-    """Write a table without its index, and without cells that a spreadsheet would take for formulas."""
+    """Write a table without its index, and without cells that a spreadsheet would interpret as formulas."""
     text = without_formulas(table)
     write_whole(path, lambda partial: text.to_csv(partial, index=False, na_rep="nan"))
 
 
 def without_formulas(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a table whose texts and headings that a spreadsheet would take for formulas begin with an apostrophe.
+    """Return a table in which texts and headings that look like formulas to a spreadsheet begin with an apostrophe.
 
     Examples:
         >>> import pandas as pd
@@ -98,7 +98,7 @@ def _without_formula(cell: Any) -> Any:
 
 
 def read_yaml(path: Path) -> dict[str, Any] | None:
-    """Return the mapping from texts in a file, or None if the file holds something else.
+    """Return the mapping with text keys in a file, or None if the file contains something else.
 
     A file that this process has read or written is parsed again only if it has changed.
 
@@ -121,17 +121,17 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
 
 
 def signature(path: Path) -> tuple[int, int, int]:
-    """Return inode, time of modification and size of a file, which tell whether it has changed."""
+    """Return inode, time of modification and size of a file, which show whether it has changed."""
     status = path.stat()
     return status.st_ino, status.st_mtime_ns, status.st_size
 
 
-# --- locks: advisory ones of the kernel, which end with their process however that ends -------------------------------
+# --- advisory locks of the kernel, which are released when their process ends, even if it is killed -------------------
 
 
 @dataclass
 class _Held:
-    """A lock that this process holds."""
+    """Lock that this process holds."""
 
     file: IO[str]
     folder: str
@@ -144,10 +144,10 @@ _HELD: dict[tuple[int, int], _Held] = {}
 
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Lock a folder for writing, created if it does not exist; delete temporary files that a killed process left.
+    """Lock a folder for writing; create it if it does not exist, and delete temporary files of killed processes.
 
-    The process that holds the lock may take it again. If an exception leaves the folder as it was, the file of the lock
-    and the folders that were created for it are removed.
+    A process may acquire a lock that it already holds. If an exception occurs before anything else is written, the lock
+    file and the folders that were created for it are removed.
 
     Raises:
         ValueError: if another process holds the lock.
@@ -184,19 +184,19 @@ def sole_writer(folder: Path) -> Iterator[None]:
 
 
 def _undo(folder: Path, created: list[Path], before: set[str]) -> None:
-    """Remove the file of a lock, and the folders created for it, if they are new and nothing else was written."""
+    """Remove the lock file and the folders created for it, if they are new and nothing else was written."""
     with suppress(OSError):
         if _LOCK not in before and set(os.listdir(folder)) <= before | {_LOCK}:
             (folder / _LOCK).unlink()
-            for place in created:  # the innermost first
+            for place in created:  # beginning with the innermost folder
                 place.rmdir()
 
 
 def check_held(path: Path) -> None:
-    """Check that the locked folder in which a file is to be written, if any, is still the one that was locked.
+    """Check that the locked folder in which a file will be written, if any, has not been replaced since it was locked.
 
     Raises:
-        OSError: if it was deleted or replaced: what is written now would be all that a new one has.
+        OSError: if it was deleted or replaced, because the new folder would lack all earlier files.
     """
     place = os.path.abspath(path)
     for held in _HELD.values():
@@ -207,18 +207,18 @@ def check_held(path: Path) -> None:
 
 
 def _open(folder: Path) -> IO[str]:
-    """The lock's file, which is not a link that leads elsewhere."""
+    """Return the opened lock file, which must not be a link to another file."""
     path = folder / _LOCK
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         descriptor = os.open(path, flags, 0o666)
     except OSError as error:
         if path.is_symlink():
-            raise ValueError(f"{str(path)!r} must be a file of its own, and is a link: delete it") from error
+            raise ValueError(f"{str(path)!r} must be a regular file, but is a link: delete it") from error
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise ValueError(f"{str(path)!r} must be a regular file, and is not: delete it")
+        raise ValueError(f"{str(path)!r} must be a regular file, but is not: delete it")
     return os.fdopen(descriptor, "a+")
 
 
@@ -235,15 +235,15 @@ def _lock(file: IO[str], folder: Path) -> None:
     except BlockingIOError:
         file.seek(0)
         raise ValueError(
-            f"{str(folder)!r} is being written by process {file.read() or 'unknown'}: wait for its end, "
-            "or name another folder"
+            f"{str(folder)!r} is being written by process {file.read() or 'unknown'}: wait until it ends, "
+            "or use another folder"
         ) from None
 
 
 def _delete_temporary_files(folder: Path) -> None:
-    """In the folder and in the folders inside it; those of single runs are locked by themselves."""
+    """Delete temporary files in a folder and its subfolders, except those of single runs, which have separate locks."""
     for place in (folder, *(path for path in folder.iterdir() if path.is_dir())):
-        with suppress(OSError):  # what cannot be deleted is replaced or left, and harms nothing
+        with suppress(OSError):  # files that cannot be deleted are replaced or left, which is harmless
             for path in list(place.iterdir()):
                 if _files.TEMPORARY.fullmatch(path.name) and (path.is_file() or path.is_symlink()):
                     path.unlink()

@@ -1,4 +1,4 @@
-"""Run folders: their files, their settings and facts, and the start, resumption and end of a run in them."""
+"""Run folders: files, settings and facts of runs, and start, resumption and end of a run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from neuralcollapse.lab.results.tables import MetricRows
     from neuralcollapse.metrics import Measurement
 
-# Checksums of the other files, which earlier versions kept.
+# File of checksums of the other files, which earlier versions wrote.
 _MANIFEST = "checksums.yaml"
 
 
@@ -39,26 +39,26 @@ class RunFolder:
 
     Attributes:
         path: Path of the folder.
-        config: Settings in force, enough to run it again, and the number of the format.
-        environment: Facts of the run besides its settings: versions, machine, command, data, times, whether it is
-            finished.
+        config: Effective settings, from which the run can be repeated, and the format number.
+        environment: Facts of the run in addition to its settings: versions, machine, command, data, times, and whether
+            it is finished.
         metrics: Table of measured values: epoch, split, metric, value.
-        training_log: Table of training itself, per epoch: seconds, learning rate (of AGD its step η), and loss,
-            accuracy and alignment of the training batches, which are never compared.
-        gradients: Table of the size of each parameter's gradient at the end of each epoch.
+        training_log: Table of training metrics per epoch: seconds, learning rate (for AGD the step η), and loss,
+            accuracy and alignment of the training batches, which are not used in comparisons.
+        gradients: Table of the size of the gradient of each parameter at the end of each epoch.
         train_labels: Training labels, if they are not those of the data set.
         summary: Table of results, in Markdown.
         report: HTML page of the results.
         verdict: Verdicts on the claims of a study.
-        detection: Table of rates at which scores detect unknown inputs: epoch, set, score, metric, value.
+        detection: Table of detection rates of unknown inputs: epoch, set, score, metric, value.
         sessions: Table of class-incremental training: strategy, seed, session, split, classes, metric, value.
         transfer: Table of accuracies of frozen features on other data: epoch, data, layer, metric, value.
-        moments: One file per measured epoch and split: a `Measurement`, from which metrics and figures can be computed
+        moments: One file per measured epoch and split, a `Measurement`, from which metrics and figures can be computed
             again.
-        checkpoints: One file per kept epoch, and the last one, from which a run resumes.
+        checkpoints: One file per kept epoch, and the last checkpoint, from which a run resumes.
         figures: Figures.
         runs: Folders of several runs.
-        tuning: Folder of the runs by which learning rates were chosen.
+        tuning: Folder of the runs for the choice of learning rates.
 
     Examples:
         >>> RunFolder("runs/digits").metrics.name
@@ -117,18 +117,18 @@ class RunFolder:
     def create(
         cls, path: str | Path, *, name: str, settings: Mapping[str, Any] | None = None, overwrite: bool = False
     ) -> RunFolder:
-        """Create the folder of a run that your own program trains, and in which it records measurements.
+        """Create a folder in which another training program records the measurements of a run.
 
         Args:
-            path: A new or an empty folder.
+            path: A new or empty folder.
             name: Name of the run in tables and figures.
-            settings: Plain values that tell the run from others, such as data, learning rate and seed. Runs that differ
-                in their ``"seed"`` alone are aggregated.
-            overwrite: Delete the run that the folder holds.
+            settings: Plain values that distinguish the run from others, such as data, learning rate and seed. Runs that
+                differ only in their ``"seed"`` are aggregated.
+            overwrite: Delete the run in the folder.
 
         Raises:
-            ValueError: if the folder holds files, settings are not plain values, or one that this package writes too,
-                such as ``"seed"``, is of another type.
+            ValueError: if the folder contains files, settings are not plain values, or a setting that this package also
+                writes, such as ``"seed"``, has another type.
             OSError: if the folder cannot be written to.
 
         Examples:
@@ -144,14 +144,14 @@ class RunFolder:
         if not isinstance(name, str) or not name:
             raise ValueError(f"name must be a text, got {name!r}")
         if reserved := {"name", "format"} & set(settings):
-            raise ValueError(f"settings must not hold {min(reserved)!r}, which the folder keeps itself")
+            raise ValueError(f"settings must not contain {min(reserved)!r}, which is reserved")
         settings = {"name": name, **settings}
         check_plain(settings, "settings")
         check_types(settings, SETTINGS, "settings")
         if folder.config.exists() and not overwrite:
             raise ValueError(
-                f"path must be a new or an empty folder, and {str(folder.path)!r} holds a run: RunFolder(path) is that "
-                "run's folder, overwrite=True deletes it"
+                f"path must be a new or empty folder, but {str(folder.path)!r} has a run: RunFolder(path) opens it, "
+                "overwrite=True deletes it"
             )
         _check_writable(folder.path)
         with sole_writer(folder.path):
@@ -201,21 +201,21 @@ class RunFolder:
         return records
 
     def record(self, epoch: int, split: str, measurement: Measurement) -> Path:
-        """Save the measurement of an epoch and a split: its record in ``moments``, its metrics in the table.
+        """Save the measurement of an epoch and a split: the record in ``moments``, and the metrics in the table.
 
-        Rows and record of the same epoch and split are replaced, whatever else they held; those of other epochs stay.
-        A training that resumes from an earlier epoch replaces later rows when it reaches their epochs again.
+        An existing record and all rows of the same epoch and split are replaced; those of other epochs are unchanged.
+        If training resumes from an earlier epoch, later rows are replaced when it reaches their epochs again.
 
         Args:
-            epoch: Number of epochs trained.
+            epoch: Number of trained epochs.
             split: Name of the split, such as ``"train"``.
-            measurement: Result of `neuralcollapse.measure`; epoch and split are added to its provenance if it has none.
+            measurement: Result of `neuralcollapse.measure`; epoch and split are added to its provenance if missing.
 
         Returns:
             Path of the record.
 
         Raises:
-            ValueError: if this is not the folder of a run, the measurement is of another epoch or split, or another
+            ValueError: if this is not the folder of a run, the measurement has another epoch or split, or another
                 process writes to the folder.
             OSError: if a file cannot be written.
         """
@@ -223,14 +223,14 @@ class RunFolder:
         return self.measurement(epoch, split)
 
     def record_splits(self, epoch: int, measurements: Mapping[str, Measurement]) -> None:
-        """Save the measurements of an epoch by split, as `record` does; the table is written once.
+        """Save the measurements of all splits of an epoch, as `record` does; the table is written once.
 
         Args:
-            epoch: Number of epochs trained.
-            measurements: Name of the split to its measurement.
+            epoch: Number of trained epochs.
+            measurements: Measurement of each split by name.
 
         Raises:
-            ValueError: as `record`; nothing is then written.
+            ValueError: as for `record`; nothing is then written.
             OSError: if a file cannot be written.
         """
         for split, measurement in measurements.items():
@@ -244,12 +244,12 @@ class RunFolder:
             self.metric_rows.replace(epoch, self.metric_values(measurements))
 
     def metric_values(self, measurements: Mapping[str, Measurement]) -> dict[str, dict[str, float]]:
-        """Return the values that the table has of measurements of an epoch, by split and name.
+        """Return the values of measurements of an epoch that the table contains, by split and name.
 
-        They are the metrics, and for a run with the setting ``imbalance`` those of `group_metrics`.
+        These are the metrics and, for a run with the setting ``imbalance``, those of `group_metrics`.
 
         Args:
-            measurements: Name of the split to its measurement.
+            measurements: Measurement of each split by name.
         """
         values = {split: dict(one.metrics) for split, one in measurements.items()}
         if not self.settings().get("imbalance"):
@@ -271,15 +271,15 @@ class RunFolder:
 
         check_at_least("epoch", epoch, 0)
         if not is_folder_name(split) or not split[0].isalnum():
-            raise ValueError(f"split must be a name without any path, such as 'train', got {split!r}")
+            raise ValueError(f"split must be a name without a path, such as 'train', got {split!r}")
         if not isinstance(measurement, Measurement):
             raise ValueError(f"measurement must be the result of measure, got {type(measurement).__name__}")
         if not self.config.exists():
             raise ValueError(f"{str(self.path)!r} must be the folder of a run, and has no {self.config.name}")
         if not len(measurement.weight):
             raise ValueError(
-                "measurement must have the weight of the classifier, with which tables and figures compare the class "
-                "means, and has none: save it with measurement.save(path)"
+                "measurement must have the weight of the classifier, because tables and figures compare it with the "
+                "class means, but has none: save it with measurement.save(path) instead"
             )
         origin = measurement.provenance
         if origin.epoch not in (None, epoch) or origin.split not in (None, split):
@@ -304,10 +304,10 @@ class RunFolder:
         return RunFolder(self.runs / name)
 
     def run_folders(self, *, diverged: bool = False) -> list[RunFolder]:
-        """Return the folders of its runs, in the order of training; a list of itself for a single run.
+        """Return the folders of the runs, in the order of training; for a single run, a list of this folder.
 
         Args:
-            diverged: Include those of several runs whose training diverged, which have no result.
+            diverged: Include runs whose training diverged, which have no result, if there are several runs.
 
         Raises:
             ValueError: if this is not the folder of a run.
@@ -323,32 +323,34 @@ class RunFolder:
         """Return the settings of the run.
 
         Raises:
-            ValueError: if this is not the folder of a run, or its format is newer or unreleased.
+            ValueError: if this is not the folder of a run, or its format is newer or was never released.
         """
         if not self.config.exists():
             raise ValueError(f"{str(self.path)!r} must be the folder of a run, and has no {self.config.name}")
         return settings_of_format(read_yaml(self.config), self.config)
 
     def read_environment(self) -> dict[str, Any]:
-        """Return what the result depends on besides the settings, such as data and versions; empty if it is missing.
+        """Return the facts on which the result depends in addition to the settings, such as data and versions.
+
+        The mapping is empty if the file is missing.
 
         Raises:
-            ValueError: if it is damaged.
+            ValueError: if the file is damaged.
         """
         if not self.environment.exists():
             return {}
         stored = read_yaml(self.environment)
         if stored is None:
-            raise ValueError(f"{str(self.environment)!r} must be facts of a run by name, and is damaged")
+            raise ValueError(f"{str(self.environment)!r} must contain facts of a run by name, but is damaged")
         check_types(stored, FACTS, f"{str(self.environment)!r} is damaged")
         return stored
 
     def check(self, settings: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False) -> None:
-        """Check that a run with these settings may use the folder; change nothing.
+        """Check that a run with these settings may use the folder, without changing anything.
 
         Raises:
-            ValueError: if it holds a run that is neither to be resumed nor to be overwritten, a run with other settings
-                than those to resume with, or other files than those of a run.
+            ValueError: if the folder contains a run that shall be neither resumed nor overwritten, a run with settings
+                that differ from those to resume with, or files that do not belong to a run.
         """
         if self.config.exists() and overwrite:
             return
@@ -357,44 +359,44 @@ class RunFolder:
             self._check_facts()
         elif self.config.exists():
             raise ValueError(
-                f"out must not hold a run, and {str(self.path)!r} does: resume it with --resume, "
-                "--overwrite deletes it, --out names another folder"
+                f"out must not contain a run, but {str(self.path)!r} does: --resume resumes it, "
+                "--overwrite deletes it, --out selects another folder"
             )
         elif self.path.exists() and not (self.path.is_dir() and self._is_empty()):
-            raise ValueError(f"out must be a new folder, an empty one or a run's; {str(self.path)!r} holds other files")
+            raise ValueError(f"out must be a new or empty folder or that of a run; {str(self.path)!r} has other files")
 
     def check_data(self, facts: Mapping[str, Any]) -> None:
-        """Check that the data are those that the run was begun with.
+        """Check that the data are those with which the run was started.
 
         Args:
-            facts: With the fingerprint of the data as they are now, under ``"data_fingerprint"``.
+            facts: Facts with the present fingerprint of the data under ``"data_fingerprint"``.
 
         Raises:
-            ValueError: if labels or images of a split changed since.
+            ValueError: if labels or images of a split have changed.
         """
         kept = self.read_environment().get("data_fingerprint") or {}
         changed = changed_data(kept, facts.get("data_fingerprint") or {})
         if changed is not None:
             raise ValueError(
-                f"data must stay those that the run in {str(self.path)!r} was begun with ({self.environment.name}): "
+                f"data must be those with which the run in {str(self.path)!r} was started ({self.environment.name}): "
                 f"{changed}"
             )
 
     @contextlib.contextmanager
     def writing(self, settings: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False) -> Iterator[None]:
-        """Lock the folder for a run with these settings, and check once that it may use it.
+        """Lock the folder for a run with these settings, and check once that the run may use it.
 
-        Nothing is written until `begin`. Afterwards the run counts as finished, unless an exception ended it. Inside,
-        ``writing`` of the same object does nothing.
+        Nothing is written until `begin` is called. After the context, the run counts as finished, unless an exception
+        ended it. A nested ``writing`` of the same object has no effect.
 
         Args:
-            settings: Settings to keep in it.
-            resume: Resume the run that it holds.
-            overwrite: Delete the run that it holds.
+            settings: Settings to store in the folder.
+            resume: Resume the run in the folder.
+            overwrite: Delete the run in the folder.
 
         Raises:
-            ValueError: as `check`; or if another process writes to the folder.
-            OSError: if it cannot be written to.
+            ValueError: as for `check`, or if another process writes to the folder.
+            OSError: if the folder cannot be written to.
         """
         if self._pending is not None:
             yield
@@ -417,13 +419,13 @@ class RunFolder:
                 self._pending = None
 
     def begin(self, facts: Mapping[str, Any] | None = None) -> None:
-        """Make the folder that of the run of `writing`, or note that its run resumes; a further call adds facts.
+        """Write the files of the run of `writing`, or record that the run resumes; further calls add facts.
 
         Args:
-            facts: Facts to keep in the environment, such as the fingerprint of the data.
+            facts: Facts to store in the environment, such as the fingerprint of the data.
 
         Raises:
-            ValueError: if the run that is resumed was begun with other data.
+            ValueError: if the run to resume was started with other data.
         """
         assert self._pending is not None, "begin belongs inside writing"
         resumes = self.config.exists() and (self._has_begun or not self._pending["overwrite"])
@@ -437,29 +439,29 @@ class RunFolder:
             self._has_begun = True
 
     def _is_empty(self) -> bool:
-        """Return whether it holds nothing but the files of a run that was killed at its start."""
+        """Return whether the folder contains only files of a run that was killed at its start."""
         return {path.name for path in self.path.glob("[!.]*")} <= {_MANIFEST, self.environment.name}
 
     def _check_facts(self) -> None:
-        """Check that the environment is complete before a training whose summary needs it."""
+        """Check, before training, that the environment has the facts that the summary needs."""
         facts = self.read_environment()
         missing = [name for name in NEEDED_FACTS if facts.get(name) is None]
         if missing:
             lacking = f"lacks {', '.join(missing)}" if self.environment.exists() else "is missing"
             raise ValueError(
-                f"{str(self.environment)!r} {lacking}, and without it the run is not resumed: put it back, or start "
+                f"{str(self.environment)!r} {lacking}, which is needed to resume the run: restore it, or start "
                 "the run again with --overwrite"
             )
 
     def start(
         self, settings: Mapping[str, Any], *, overwrite: bool = False, facts: Mapping[str, Any] | None = None
     ) -> None:
-        """Write the settings and the environment of a run that starts, or note that it resumes, after `check`.
+        """Write settings and environment of a run that starts, or record that it resumes; to be called after `check`.
 
         Args:
             settings: Settings of the run.
-            overwrite: Delete the run that the folder holds.
-            facts: Facts to keep in the environment.
+            overwrite: Delete the run in the folder.
+            facts: Facts to store in the environment.
         """
         if self.config.exists() and overwrite:
             self._clear()
@@ -468,38 +470,38 @@ class RunFolder:
             write_yaml(
                 self.environment, {**made, "reported": False, **(facts or {}), "started": now(), "finished": False}
             )
-            write_yaml(self.config, {"format": FORMAT, **settings})  # last: this makes it a run's folder
+            write_yaml(self.config, {"format": FORMAT, **settings})  # last, because this file marks the folder of a run
             return
-        (self.path / _MANIFEST).unlink(missing_ok=True)  # what is written from here on is not entered there
+        (self.path / _MANIFEST).unlink(missing_ok=True)  # files written from now on are not entered there
         made, again = self.read_environment(), start(self.path)
         extended = self.settings().get("epochs") != settings.get("epochs")
         if extended:
             again["epochs"] = settings["epochs"]
         new = {name: fact for name, fact in (facts or {}).items() if name not in made}
-        if "runs" in made:  # of a study that is given more seeds
+        if "runs" in made:  # a study may be given more seeds
             runs = made["runs"]
             new["runs"] = [*runs, *(name for name in (facts or {}).get("runs", []) if name not in runs)]
-        # First: a kill between the two leaves a run that is not finished, with the epochs of before.
+        # Written first: if the process is killed between the two, the run is unfinished, with the earlier epochs.
         self.add_facts(**new, finished=False, reported=False, resumed=[*made.get("resumed", []), again])
         if extended:
             write_yaml(self.config, {"format": FORMAT, **settings})
 
     def is_finished(self, settings: Mapping[str, Any]) -> bool:
-        """Return whether it holds a run with these settings, trained to its end."""
+        """Return whether the folder has a completed run with these settings."""
         exists = self.config.exists() and self.last_checkpoint.exists()
         same = exists and self.settings().get("epochs") == settings.get("epochs")
         return same and self.read_environment().get("finished") is True and self._is_logged(settings)
 
     def is_reported(self, settings: Mapping[str, Any]) -> bool:
-        """Return whether it is finished, and its table, figures and page are those of its last epoch."""
+        """Return whether the run is finished and its table, figures and page are those of its last epoch."""
         written = self.config.exists() and all(path.exists() for path in (self.summary, self.metrics))
         made = self.read_environment() if written else {}
         same = written and self.settings().get("epochs") == settings.get("epochs")
-        # Earlier versions kept no `reported`.
+        # Earlier versions did not store `reported`.
         return same and made.get("finished") is True and made.get("reported") is not False and self._is_logged(settings)
 
     def _is_logged(self, settings: Mapping[str, Any]) -> bool:
-        """Return whether its runs were trained for all epochs of its settings; true without such tables."""
+        """Return whether the runs were trained for all epochs of the settings; true if they have no training log."""
         from neuralcollapse.lab.results.tables import read_table
 
         if not self.training_log.exists() or settings.get("epochs") is None:
@@ -514,14 +516,14 @@ class RunFolder:
         write_yaml(self.environment, self.read_environment() | facts)
 
     def _clear(self) -> None:
-        """Delete the files of a run; of a link to another folder only the link."""
+        """Delete the files of a run; links to other folders are removed without deleting their targets."""
         for name in self.FOLDERS.values():
             path = self.path / name
             if path.is_symlink():
                 path.unlink()
             elif path.exists():
                 shutil.rmtree(path)
-        for name in (_MANIFEST, *reversed(self.FILES.values())):  # config.yaml last: until then it is a run's folder
+        for name in (_MANIFEST, *reversed(self.FILES.values())):  # config.yaml, which marks a run, comes last
             (self.path / name).unlink(missing_ok=True)
 
     def _check_same(self, settings: Mapping[str, Any]) -> None:
@@ -540,8 +542,8 @@ def _check_writable(folder: Path) -> None:
     while not os.path.lexists(place) and place != place.parent:
         place = place.parent
     if place == folder.absolute() and not place.is_dir():
-        raise ValueError(f"out must be a new folder, an empty one or a run's; {str(folder)!r} is a file")
+        raise ValueError(f"out must be a new or empty folder or that of a run; {str(folder)!r} is a file")
     if not place.is_dir():
-        raise ValueError(f"out must be a folder, and {str(place)!r} in its path is a file")
+        raise ValueError(f"out must be a folder, but {str(place)!r} in its path is a file")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise ValueError(f"out must be a folder that can be written to, and {str(place)!r} cannot")
+        raise ValueError(f"out must be a writable folder, but {str(place)!r} cannot be written to")

@@ -1,4 +1,4 @@
-"""Formats of run folders: the settings of earlier ones with the names and meanings of today."""
+"""Formats of run folders: conversion of the settings of earlier formats to current names and meanings."""
 
 from __future__ import annotations
 
@@ -8,35 +8,36 @@ from typing import Any
 
 from neuralcollapse.lab.results.resuming import SETTINGS, check_types
 
-# Number of the format that is written. 0, which had settings and environment in one file, was never released. Until 2 a
-# fixed classifier had the canonical orientation, one-cycle kept the momentum, and dot-regression was what is
-# dot-regression-published now. Until 3 settings that are options of one setting now were settings of their own.
+# Number of the format that is written. Format 0, with settings and environment in one file, was never released. Before
+# format 2, a fixed classifier had the canonical orientation, one-cycle did not change the momentum, and dot-regression
+# was what is now dot-regression-published. Before format 3, options that now belong to one setting were separate
+# settings.
 FORMAT = 3
 
 
 def settings_of_format(stored: Mapping[str, Any] | None, config: Path) -> dict[str, Any]:
-    """Return the settings in a run's file, whatever its format, with the names and meanings of today.
+    """Return the settings in the file of a run, in any format, with current names and meanings.
 
     Args:
         stored: Content of the file; None if it is not a mapping.
         config: The file.
 
     Raises:
-        ValueError: if these are not the settings of a run, or their format is newer or unreleased.
+        ValueError: if these are not the settings of a run, or their format is newer or was never released.
     """
     if stored is None or not {"format", "environment"} & set(stored):
-        raise ValueError(f"{str(config)!r} must be a run's settings, and is not; --overwrite starts that run again")
+        raise ValueError(f"{str(config)!r} must be the settings of a run, but is not; --overwrite starts it again")
     number, folder = stored.get("format", 0), str(config.parent)
     if not isinstance(number, int):
         raise ValueError(f"{str(config)!r} is damaged: format must be a number, got {number!r}")
     if number > FORMAT:
         raise ValueError(
-            f"{folder!r} is a run of format {number}, and this version of neuralcollapse reads up to {FORMAT}: install "
-            "a newer one"
+            f"{folder!r} is a run of format {number}, but this version of neuralcollapse reads up to {FORMAT}: install "
+            "a newer version"
         )
     if number < 1:
         raise ValueError(
-            f"{folder!r} is a run of an unreleased format, {number}, and this version of neuralcollapse reads 1 to "
+            f"{folder!r} is a run of an unreleased format, {number}, but this version of neuralcollapse reads 1 to "
             f"{FORMAT}; --overwrite starts that run again"
         )
     settings = {name: value for name, value in stored.items() if name != "format"}
@@ -45,10 +46,10 @@ def settings_of_format(stored: Mapping[str, Any] | None, config: Path) -> dict[s
 
 
 def with_earlier_meanings(stored: Mapping[str, Any], number: int) -> dict[str, Any]:
-    """Return settings of an earlier format with today's names and meanings.
+    """Return settings of an earlier format with current names and meanings.
 
     Args:
-        stored: The settings as they were written.
+        stored: The settings as stored.
         number: Number of their format.
     """
     settings = dict(stored)
@@ -63,13 +64,13 @@ def with_earlier_meanings(stored: Mapping[str, Any], number: int) -> dict[str, A
 
 
 def _renamed_loss(value: Any) -> Any:
-    """A loss, or a list of losses, with the name of today."""
+    """Return a loss, or a list of losses, with current names."""
     if isinstance(value, list):
         return [_renamed_loss(loss) for loss in value]
     return "dot-regression-published" if value == "dot-regression" else value
 
 
-# Settings until format 3 that are options now: the setting that holds them, and their name there.
+# Settings before format 3 that are options now, with the setting that contains them and their name in it.
 _OPTIONS = {
     **{name: ("data_options", name) for name in ("train_split", "test_split", "label_column", "table")},
     "data_config": ("data_options", "config"),
@@ -80,12 +81,12 @@ _OPTIONS = {
     "lbfgs_history": ("optimizer_options", "history"),
     "lbfgs_iterations": ("optimizer_options", "iterations"),
 }
-# Settings until format 3 that are an item of `leave_out` now.
+# Settings before format 3 that are items of `leave_out` now.
 _LEFT_OUT = {"drop_unlabelled": "unlabelled", "drop_copies": "copies", "allow_absent_classes": "absent-classes"}
 
 
 def _with_todays_names(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings of a format before 3 with the names of today."""
+    """Return settings of a format before 3 with current names."""
     settings = {name: value for name, value in stored.items() if value is not None and name not in _OPTIONS}
     for name, (holder, option) in _OPTIONS.items():
         if stored.get(name) is not None:
@@ -97,7 +98,7 @@ def _with_todays_names(stored: Mapping[str, Any]) -> dict[str, Any]:
         settings["data_options"] = settings.pop("generator")
     if settings.pop("bidirectional", False):
         settings["loss"] = "bidirectional-nonl"
-    if settings.pop("published_quirk", False):  # a constant: its factor is in the logged loss alone
+    if settings.pop("published_quirk", False):  # constant: its factor affects only the logged loss
         settings["feature_decay"] = "published"
     if settings.pop("unit_start", True) is False:
         settings["unit_weight"] = "published"
@@ -131,5 +132,5 @@ def _with_todays_names(stored: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _epochs(every: int, first: int) -> list[Any]:
-    """The first epoch, and from ``first`` on every ``every``-th."""
+    """Return the first epoch, and every ``every``-th epoch from ``first`` on."""
     return [*([1] if first > 1 else []), first, first + every, ".."]

@@ -1,4 +1,4 @@
-"""Runs in groups that differ in more than the seed, with their tables and records read once."""
+"""Groups of runs that differ in more than the seed; tables and records are read once."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class RunGroups:
     """Runs that are shown together, in groups that differ in more than the seed.
 
     Args:
-        runs: Folders of the runs; or the groups themselves, by name.
+        runs: Folders of the runs, or a mapping from names to groups of runs.
 
     Attributes:
-        groups: Runs of each group by its label, which says in what the groups differ.
+        groups: Runs of each group by label; the labels show in which settings the groups differ.
         num_classes: K, or None if it is unknown.
-        problems: Error for each file that could not be read, by its message.
+        problems: Error for each file that could not be read, by message.
 
     Raises:
         ValueError: if the numbers of classes differ, or two runs of a group have the same seed.
@@ -53,18 +53,18 @@ class RunGroups:
         self.split = "train"  # of figures of classes, layers and features
 
     def hint(self, command: str) -> str:
-        """Return words that follow "was not measured", with the command that measures it."""
+        """Return text to append to "was not measured": the command that measures the values."""
         return f": run `neuralcollapse {command}` on the runs"
 
     @property
     def title(self) -> str:
-        """Settings that the runs share, and those in which they differ."""
+        """Text with the settings that the runs share, and those in which they differ."""
         runs = [run for group in self.groups.values() for run in group]
         return title_of([run.settings() for run in runs], [run.read_environment().get("data") for run in runs])
 
     @cached_property
     def stems(self) -> dict[str, str]:
-        """Part of the names of files for each group, unique and without characters that a path cannot have."""
+        """Part of the file names of each group, unique and without characters that are invalid in paths."""
         stems: dict[str, str] = {}
         for label in self.groups:
             stem = re.sub(r"[^\w.=+-]+", "-", label)[:80]
@@ -88,7 +88,7 @@ class RunGroups:
         return self._gather("transfer", TRANSFER_COLUMNS)
 
     def _gather(self, table: str, columns: Sequence[str]) -> pd.DataFrame:
-        """Return the rows of a table of the run folders, given by its attribute; runs without the table have none."""
+        """Return the rows of a table of all run folders, given by its attribute; runs without it are left out."""
         paths = [(label, run, getattr(run, table)) for label, runs in self.groups.items() for run in runs]
         with self._noting_problems():
             tables = [
@@ -110,7 +110,7 @@ class RunGroups:
         """Return the epochs with a record in the first run of a group.
 
         Raises:
-            ValueError: if it has no record of the split.
+            ValueError: if the run has no record of the split.
         """
         return _recorded_epochs(self.groups[label][0], split)
 
@@ -118,7 +118,7 @@ class RunGroups:
         """Return a record of the first run of a group.
 
         Raises:
-            ValueError: if it has no record of the epoch, or the record cannot be read.
+            ValueError: if the run has no record of the epoch, or the record cannot be read.
         """
         return self._load(self.groups[label][0], split, epoch)
 
@@ -160,11 +160,11 @@ def _no_records(run: RunFolder, split: str) -> str:
 
 
 def group_runs(runs: Sequence[RunFolder], always: Sequence[str] = ("name", "method")) -> dict[str, list[RunFolder]]:
-    """Group runs that differ in their seed alone, under a label that says in what the groups differ.
+    """Group runs that differ only in their seed, by labels that show in which settings the groups differ.
 
     Args:
         runs: Folders of the runs.
-        always: Settings that are in each label, whether the groups differ in them or not.
+        always: Settings that are part of each label, even if the groups do not differ in them.
 
     Raises:
         ValueError: if two runs have the same settings and seed.
@@ -176,7 +176,7 @@ def group_runs(runs: Sequence[RunFolder], always: Sequence[str] = ("name", "meth
         seed = of_run.get("seed")
         if seed in seeds.setdefault(label, set()):
             same = f"have seed {seed}" if seed is not None else "have no seed (`measure --checkpoint` takes --seed)"
-            raise ValueError(f"runs must differ, and two of {label!r} {same}: {str(run.path)!r} is one")
+            raise ValueError(f"runs must differ, but two of {label!r} {same}: {str(run.path)!r} is one of them")
         seeds[label].add(seed)
         groups.setdefault(label, []).append(run)
     return groups
@@ -188,23 +188,23 @@ def gather_groups(groups: Mapping[str, Sequence[RunFolder]]) -> pd.DataFrame:
     Values of the training log (loss, alignment and accuracy of training batches) have the split ``"training"``.
 
     Raises:
-        ValueError: if a run has no table, or the distances of the runs of a group are to different reference epochs.
+        ValueError: if a run has no table, or the distances of the runs of a group have different reference epochs.
     """
     tables = []
     for label, runs in groups.items():
         references: dict[int, RunFolder] = {}
         for run in runs:
             if not run.metrics.exists():
-                raise ValueError(f"run {str(run.path)!r} must have a {run.metrics.name}, and has none: measure it")
+                raise ValueError(f"run {str(run.path)!r} must have a {run.metrics.name}, but has none: measure it")
             measured, trained = read_table(run.metrics), _training_values(run)
-            # An empty table, whose columns have no type, would make epochs and values objects.
+            # The columns of an empty table have no type, and would turn epochs and values into objects.
             table = pd.concat([measured, trained], ignore_index=True) if len(trained) else measured
             references |= dict.fromkeys(reference_epochs(table), run)
             if len(references) > 1:
                 (first, run_of_first), (second, run_of_second) = references.items()
                 raise ValueError(
-                    f"distances of the runs of {label!r} must be to the same reference epoch, and are to {first} in "
-                    f"{str(run_of_first.path)!r} and to {second} in {str(run_of_second.path)!r}: `neuralcollapse "
+                    f"distances of the runs of {label!r} must have the same reference epoch, but have {first} in "
+                    f"{str(run_of_first.path)!r} and {second} in {str(run_of_second.path)!r}: `neuralcollapse "
                     "distance` with --reference computes them again"
                 )
             table.insert(0, "group", label)

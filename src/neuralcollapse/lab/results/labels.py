@@ -1,4 +1,4 @@
-"""Labels and titles of runs, from the settings in which they differ and those that they share."""
+"""Labels and titles of runs, from settings in which the runs differ and settings that they share."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from neuralcollapse.lab.untrusted import without_secrets
 
 Settings = Mapping[str, Any]
 
-# Settings that make two runs different experiments. A label names each of them that differs, a title all of them.
+# Main settings, which define an experiment. A label contains each of them that differs, a title contains all of them.
 MAIN = ("name", "method", "loss", "data", "backbone", "model", "optimizer", "weight_average")
 _OF_TITLE = ("name", "backbone", "model", "method", "loss", "optimizer", "weight_average")
-# Of the others a label has as few as tell the runs apart, these before the rest.
+# A label contains as few other settings as are needed to distinguish the runs, with preference for these.
 _NEXT = ("feature_dim", "width", "depth", "stem", "classifier_bias", "lr", "batch_size", "epochs", "train_samples")
-# Settings without a part in the result, and the seed.
+# Settings that do not affect the result, and the seed.
 _IGNORED = ("seed", "recipe", "loggers", "device")
 _PATH = re.compile(r"[/\\~]|\.{1,2}[/\\]|[A-Za-z]:[/\\]|[\w.-]+[/\\]")  # how a path begins
 _MOST_VALUES, _LONGEST = 4, 30
@@ -26,13 +26,13 @@ _MOST_VALUES, _LONGEST = 4, 30
 def labels_of(runs: Sequence[Settings], always: Sequence[str] = ()) -> list[str]:
     """Return a short label for each run, with the settings in which it differs from the others.
 
-    Runs that differ in their seed alone have the same label, all others different ones. The main settings, such as
-    method, data, backbone and optimizer, are included if they differ, by their value alone if that is clear; of the
-    other settings as few as distinguish the runs.
+    Runs that differ only in their seed have the same label, other runs have different labels. Main settings, such as
+    method, data, backbone and optimizer, are included if they differ, and only by their value if it is unambiguous. Of
+    the other settings, as few as possible are included to distinguish the runs.
 
     Args:
         runs: Settings of each run.
-        always: Settings that are in each label, whether they differ or not.
+        always: Settings that are part of each label, even if they do not differ.
 
     Examples:
         >>> labels_of([{"method": "fixed", "optimizer": name, "lr": lr} for name, lr in (("sgd", 0.1), ("adam", 0.01))])
@@ -42,7 +42,7 @@ def labels_of(runs: Sequence[Settings], always: Sequence[str] = ()) -> list[str]
     """
     runs = [without_secrets(run) for run in runs]
     names = _distinguishing(runs, always)
-    if not names:  # one group: its name
+    if not names:  # a single group is labelled by its name
         names = [name for name in ("name", "method", "backbone", "model", "data") if runs and runs[0].get(name)][:1]
     texts = {name: short_values([run.get(name) for run in runs]) for name in names}
     clear = {name: _is_clear(name, texts) for name in names}
@@ -54,20 +54,20 @@ def labels_of(runs: Sequence[Settings], always: Sequence[str] = ()) -> list[str]
             if run.get(name) is not None
         ]
         labels.append(" ".join(words) or (f"{names[0]}=default" if names else "run"))
-    if len(set(labels)) < len(_groups(runs, names)):  # values that hold spaces or the names of settings
+    if len(set(labels)) < len(_groups(runs, names)):  # values contain spaces or the names of settings
         return [" ".join(f"{name}={run.get(name)!r}" for name in names) for run in runs]
     return labels
 
 
 def tell_apart(runs: Sequence[Settings]) -> list[dict[str, Any]]:
-    """Return the settings that tell each run from the others, seeds apart.
+    """Return the settings, other than the seed, that distinguish each run from the others.
 
-    These are its method, its loss and weight average if not all runs have the same, and the settings in which runs with
-    the same of these three differ. Of a run without a method, its name or that of its model counts. Secrets are left
-    out, and absolute paths are relative to what they have in common.
+    These are the method, the loss and the weight average (the latter two if they differ between runs), and the settings
+    in which runs that agree in these three differ. For a run without a method, its name or that of its model is used.
+    Secrets are left out, and absolute paths are relative to their common folder.
 
     Args:
-        runs: Their settings.
+        runs: Settings of each run.
 
     Examples:
         >>> tell_apart([{"method": "fixed", "lr": 0.1}, {"method": "fixed", "lr": 0.2}, {"method": "means", "lr": 0.1}])
@@ -88,7 +88,7 @@ def tell_apart(runs: Sequence[Settings]) -> list[dict[str, Any]]:
 
 
 def label_of(telling: Settings) -> str:
-    """Return what tells a run from others, in words: the method, the loss, then other settings in force by name.
+    """Return the distinguishing settings of a run as text: the method, the loss, then other settings by name.
 
     Examples:
         >>> label_of({"method": "fixed", "loss": "nonl", "lr": 0.1})
@@ -99,7 +99,7 @@ def label_of(telling: Settings) -> str:
 
 
 def common_settings(runs: Sequence[RunConfig]) -> dict[str, Any]:
-    """Return the settings on which all runs with them in force agree, except recipe, method, seed and ranks."""
+    """Return the settings with the same value in all runs that have them, except recipe, method, seed and ranks."""
     shared: dict[str, Any] = {}
     for name in RunConfig.model_fields:
         values = [getattr(run, name) for run in runs if getattr(run, name) is not None]
@@ -109,7 +109,7 @@ def common_settings(runs: Sequence[RunConfig]) -> dict[str, Any]:
 
 
 def title_of(runs: Sequence[Settings], data: Sequence[str | None]) -> str:
-    """Return the settings that runs share, and those in which they differ with their values.
+    """Return a title with the settings that runs share, and those in which they differ with their values.
 
     Args:
         runs: Settings of each run.
@@ -137,10 +137,10 @@ def title_of(runs: Sequence[Settings], data: Sequence[str | None]) -> str:
 
 
 def differing_settings(runs: Sequence[Settings]) -> list[str]:
-    """Return the names of the settings other than the seed in which runs differ, the main ones first.
+    """Return the names of the settings other than the seed in which runs differ, beginning with the main settings.
 
-    A setting that some runs lack, and that has one value in all others, is left out unless labels need it: it follows
-    from another one, as the momentum does from the optimizer.
+    A setting that is absent from some runs and has the same value in all others is left out unless labels need it,
+    because it follows from another setting, such as the momentum from the optimizer.
     """
     needed = _distinguishing(runs)
     return [
@@ -151,7 +151,7 @@ def differing_settings(runs: Sequence[Settings]) -> list[str]:
 
 
 def short_values(values: Sequence[Any]) -> list[str]:
-    """Return values as short texts, distinct for distinct values; paths and dotted names are shortened to their end.
+    """Return values as short, distinct texts; paths and dotted names are shortened to their last parts.
 
     Examples:
         >>> short_values(["/data/mnist", "/data/cifar10", None, 0.05, True])
@@ -170,7 +170,7 @@ def short_values(values: Sequence[Any]) -> list[str]:
 
 
 def _distinguishing(runs: Sequence[Settings], always: Sequence[str] = ()) -> list[str]:
-    """Settings of a label: ``always``, the main ones that differ, and as few others as distinguish all runs."""
+    """Return the settings of a label: ``always``, differing main settings, and the fewest others that are needed."""
     names = _names(runs)
     shown = [name for name in MAIN if name in names or name in always]
     number = len(_groups(runs, names))
@@ -184,7 +184,7 @@ def _distinguishing(runs: Sequence[Settings], always: Sequence[str] = ()) -> lis
 
 
 def _names(runs: Sequence[Settings]) -> list[str]:
-    """Settings in which runs differ, the main ones first."""
+    """Return the settings in which runs differ, beginning with the main settings."""
     names = sorted({name for run in runs for name in run}.difference(_IGNORED), key=lambda name: (_rank(name), name))
     return [name for name in names if len(_values(runs, name)) > 1]
 
@@ -195,7 +195,7 @@ def _rank(name: str) -> int:
 
 
 def _values(runs: Sequence[Settings], name: str) -> dict[str, Any]:
-    """Distinct values of a setting, in order."""
+    """Return the distinct values of a setting in their order."""
     return {_key(run.get(name)): run.get(name) for run in runs}
 
 
@@ -208,7 +208,7 @@ def _key(value: Any) -> str:
 
 
 def _with_values(name: str, runs: Sequence[Settings]) -> str:
-    """A setting and its values, or their number."""
+    """Return a setting with its values, or with their number."""
     values = list(_values(runs, name).values())
     if len(values) > _MOST_VALUES or any(isinstance(value, Mapping) for value in values):
         return f"{name} ({len(values)} values)"
@@ -222,7 +222,7 @@ def _named_if_unclear(name: str, value: Any) -> str:
 
 
 def _is_clear(name: str, texts: Mapping[str, Sequence[str]]) -> bool:
-    """Return whether the values of a main setting are clear without its name: not numbers, nor another's values."""
+    """Return whether values of a main setting are clear without its name: not numbers or values of another setting."""
     if name not in MAIN or name == "weight_average":
         return False
     others = {text for other, of_other in texts.items() if other != name for text in of_other if text}
@@ -236,7 +236,7 @@ def _text(value: Any) -> str:
 
 
 def _end(text: str, parts: int) -> str:
-    """Last parts of a path or a dotted name."""
+    """Return the given number of last parts of a path or a dotted name."""
     if re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", text):
         return ".".join(text.split(".")[-parts:])
     if not _PATH.match(text):
@@ -245,7 +245,7 @@ def _end(text: str, parts: int) -> str:
 
 
 def _short_paths(values: list[Any]) -> list[Any]:
-    """Absolute paths relative to their common folder; other values as they are."""
+    """Return absolute paths relative to their common folder, and other values unchanged."""
     paths = {value for value in values if isinstance(value, str) and os.path.isabs(value)}
     if not paths:
         return values

@@ -1,4 +1,4 @@
-"""Tables of groups of runs for a paper or a page: values over seeds as text, in LaTeX (booktabs) or Markdown."""
+"""Tables of groups of runs for publications, with values over seeds as text, in LaTeX (booktabs) or Markdown."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def last_values(values: pd.DataFrame, metrics: str | Sequence[str] = "core") -> 
         metrics: ``"core"``, ``"all"``, or names of metrics.
 
     Returns:
-        Columns split, metric and one per group; the first row is that of the epochs.
+        Columns split, metric and one per group; the first row contains the epochs.
 
     Raises:
         ValueError: if a metric was not measured.
@@ -45,7 +45,7 @@ def last_values(values: pd.DataFrame, metrics: str | Sequence[str] = "core") -> 
     known = [*in_order(dict.fromkeys(last["metric"]))]
     names = [name for name in known if metrics == "all" or name in CORE] if isinstance(metrics, str) else [*metrics]
     if missing := [name for name in names if name not in known]:
-        raise ValueError(f"metrics must be core, all or measured ones ({', '.join(known)}), got {missing[0]!r}")
+        raise ValueError(f"metrics must be core, all or measured metrics ({', '.join(known)}), got {missing[0]!r}")
     groups = [*dict.fromkeys(values["group"])]
     epochs = {group: f"{of_group['epoch'].iloc[0]}" for group, of_group in last.groupby("group", sort=False)}
     rows = [{"split": "", "metric": "epoch"} | epochs]
@@ -80,19 +80,19 @@ def levels_reached(epochs: pd.DataFrame) -> pd.DataFrame:
 
 
 def markdown(table: pd.DataFrame, note: str) -> str:
-    """Return a table of texts in Markdown, and a note below it."""
+    """Return a table of texts in Markdown, with a note below it."""
     escaped = table.rename(columns=_in_markdown).map(_in_markdown)
     return f"{aligned(escaped)}\n\n{note}\n"
 
 
 def booktabs(table: pd.DataFrame, note: str) -> str:
-    r"""Return a table of texts as a LaTeX tabular, for which a document needs ``\usepackage{booktabs}``.
+    r"""Return a table of texts as a LaTeX tabular; the document needs ``\usepackage{booktabs}``.
 
-    Values such as ``1.2e-05 ± 3e-06`` are mathematics; special characters of all other texts are escaped.
+    Values such as ``1.2e-05 ± 3e-06`` are set as mathematics; special characters of all other texts are escaped.
 
     Args:
-        table: The table; a column ``split`` has a rule where its text changes, and shows each text once.
-        note: Comment above it.
+        table: The table. In a column ``split``, each text is shown once, and a rule is drawn where it changes.
+        note: Comment above the table.
     """
     columns = [str(name) for name in table]
     alignment = "".join("l" if name in ("split", "metric", "level") else "r" for name in columns)
@@ -126,7 +126,7 @@ def _over_seeds(values: pd.Series, name: str) -> str:
 
 
 def _cell(column: str, text: str) -> str:
-    """Return a cell in LaTeX; mean and deviation of a value as mathematics."""
+    """Return a cell in LaTeX, with mean and deviation of a value as mathematics."""
     value, _, counted = text.partition(" (")
     parts = [part.removesuffix("%") for part in value.split(" ± ")]
     if column in ("split", "metric") or not all(_VALUE.fullmatch(part) for part in parts):

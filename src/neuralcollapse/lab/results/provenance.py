@@ -1,4 +1,4 @@
-"""Provenance of a result besides its settings: versions, machine, command, time and memory."""
+"""Provenance of a result in addition to its settings: versions, machine, command, time and memory."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def environment(folder: Path) -> dict[str, Any]:
 
 
 def start(folder: Path) -> dict[str, Any]:
-    """Return time, command and the versions that decide numbers, of a run that starts or resumes."""
+    """Return time, command, and versions that affect results, for a run that starts or resumes."""
     versions = {"neuralcollapse": version("neuralcollapse"), "torch": _version("torch")}
     return {"time": now(), "command": command(sys.argv, folder), **versions}
 
@@ -78,7 +78,7 @@ def command(arguments: Sequence[str], folder: Path) -> str:
 
 
 def shown_settings(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return settings with absolute paths relative to the run's folder and without secrets."""
+    """Return settings without secrets and with absolute paths relative to the folder of the run."""
     shown: dict[str, Any] = without_secrets(dict(settings))
     return {name: relative_path(value, folder) for name, value in shown.items()}
 
@@ -89,7 +89,7 @@ def relative_path(value: Any, folder: Path) -> Any:
 
 
 def _shown_value(value: str, name: str, folder: Path) -> str:
-    if "." in name or re.search(r"[\[{:]", value):  # one entry of a mapping, or a whole one
+    if "." in name or re.search(r"[\[{:]", value):  # an entry of a mapping, or a whole mapping
         with contextlib.suppress(ValueError):
             parsed = load_yaml(value)
             safe = without_secrets(parsed, name.rpartition(".")[2])
@@ -113,7 +113,7 @@ def forget_peak_memory() -> None:
 
 
 def peak_memory() -> float:
-    """Return the peak memory in MiB: of the accelerator if there is one, else of this process."""
+    """Return the peak memory in MiB of the accelerator, or of this process if there is no accelerator."""
     import torch
 
     if torch.cuda.is_available():
@@ -129,7 +129,7 @@ def peak_memory() -> float:
 
 
 def _cpu() -> str | None:
-    """Model of the processor."""
+    """Return the model of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n")
     except OSError:  # not on every system
@@ -146,9 +146,9 @@ def _version(package: str) -> str | None:
 
 @cache
 def _git_commit() -> str | None:
-    """Commit of this package if it runs from a checkout, marked if files differ from it.
+    """Return the commit of this package if it runs from a checkout, with a mark if files differ from it.
 
-    It is cached: a process keeps running the code that it has imported.
+    The result is cached, because a process continues to run the code that it has imported.
     """
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:

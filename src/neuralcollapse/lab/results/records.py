@@ -1,4 +1,4 @@
-"""Records of a run: epochs that have one, and checks that a record is of its run, epoch and split."""
+"""Records of a run: epochs with records, and checks that a record belongs to its run, epoch and split."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def is_due(epoch: int, every: int, first: int | None = None) -> bool:
 
     Args:
         epoch: The epoch.
-        every: Number of epochs from one record to the next.
-        first: First epoch of these steps; ``every`` by default.
+        every: Number of epochs between records.
+        first: First epoch of this progression; by default ``every``.
 
     Examples:
         >>> [epoch for epoch in range(1, 21) if is_due(epoch, 5)]
@@ -47,14 +47,14 @@ class Records:
         """Load the record of an epoch and a split.
 
         Raises:
-            ValueError: if it is damaged, or of another epoch, split, run or labels than its name and folder say.
-            OSError: if it cannot be read.
+            ValueError: if the record is damaged, or its epoch, split, run or labels do not match its name and folder.
+            OSError: if the record cannot be read.
         """
         from neuralcollapse.metrics import Measurement
 
         path = self.run.measurement(epoch, split)
         if path.exists() and not path.is_file():
-            raise ValueError(f"{str(path)!r} must be a regular file, and is not")
+            raise ValueError(f"{str(path)!r} must be a regular file, but is not")
         try:
             record = Measurement.load(path)
         except (
@@ -68,27 +68,27 @@ class Records:
         origin = record.provenance
         if origin.epoch not in (None, epoch) or origin.split not in (None, split):
             raise ValueError(
-                f"{path} must be the record of epoch {epoch}, {split} split, and says that it is of epoch "
+                f"{path} must be the record of epoch {epoch}, {split} split, but is that of epoch "
                 f"{origin.epoch}, {origin.split} split"
             )
         labels = (self._fingerprint.get(split) or {}).get("labels")
         if labels and origin.labels and labels != origin.labels:
             raise ValueError(
-                f"{path} must be of the run's labels, whose SHA-256 is {labels[:12]}… ({self.run.environment.name}), "
-                f"and is of labels with {origin.labels[:12]}…"
+                f"{path} must have the labels of the run, with SHA-256 {labels[:12]}… ({self.run.environment.name}), "
+                f"but has labels with SHA-256 {origin.labels[:12]}…"
             )
         for name, value in self._table.get((epoch, split), {}).items():
             recorded = record.metrics.get(name, value)
             undefined = math.isnan(recorded) and math.isnan(value)
             if not undefined and not math.isclose(recorded, value, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE**2):
                 raise ValueError(
-                    f"{path} must be the record that {self.run.metrics.name} is of, where {name} is {value:.6g} for "
-                    f"epoch {epoch}, {split} split, and has {recorded:.6g}: it is of another run, or of another model"
+                    f"{path} must match {self.run.metrics.name}, where {name} is {value:.6g} for epoch {epoch}, "
+                    f"{split} split, but has {recorded:.6g}: it belongs to another run or another model"
                 )
         return record
 
     def is_in_table(self, epoch: int, split: str, record: Measurement) -> bool:
-        """Return whether the run's table has every metric of a record."""
+        """Return whether the table of the run has every metric of a record."""
         return set(record.metrics) <= set(self._table.get((epoch, split), {}))
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Checks of a run's stored settings, facts and data, against types and against those to resume with."""
+"""Checks of the stored settings, facts and data of a run, for types and for resuming."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 from neuralcollapse.lab.config import RunConfig
 from neuralcollapse.lab.untrusted import without_secrets
 
-# Settings that may change when a run resumes, since they do not affect its numbers.
+# Settings that may change when a run resumes, because they do not affect results.
 FREE = ("checkpoint_minutes", "devices", "num_nodes")
-# Schedules whose rate at an epoch does not depend on the number of epochs; None for an optimiser without a rate.
+# Schedules whose rate at an epoch is independent of the number of epochs; None for an optimiser without a rate.
 OPEN_ENDED = (None, "constant", "step")
 
 
@@ -33,7 +33,7 @@ def _is_fingerprint(value: Any) -> bool:
 
 _Check = tuple[Callable[[Any], bool], str]
 _TEXT, _INTEGER = (_is_text, "a text"), (_is_integer, "an integer")
-# Types of the values that are read again; None counts as missing.
+# Types of values that are read from files; None counts as missing.
 SETTINGS: dict[str, _Check] = {
     **dict.fromkeys(("method", "loss", "backbone", "model", "data", "recipe", "schedule"), _TEXT),
     **dict.fromkeys(("seed", "epochs"), _INTEGER),
@@ -51,17 +51,17 @@ FACTS: dict[str, _Check] = {
     "resumed": (lambda value: isinstance(value, list), "a list"),
     "runs": (
         lambda value: isinstance(value, list) and all(map(is_folder_name, value)),
-        "a list of names of folders, without any path",
+        "a list of folder names without paths",
     ),
     "data_fingerprint": (_is_fingerprint, "a mapping of splits to mappings"),
     "checkpoints": (_is_fingerprint, "a mapping of epochs to mappings"),
 }
-# Facts without which a run is not resumed: its summary shows them.
+# Facts that are required to resume a run, because the summary shows them.
 NEEDED_FACTS = ("neuralcollapse", "packages", "machine", "command")
 
 
 def is_folder_name(name: Any) -> bool:
-    """Return whether a value is the name of a folder without any path.
+    """Return whether a value is the name of a folder without a path.
 
     Examples:
         >>> [is_folder_name(name) for name in ("fixed-seed0", "..", "a/b", "/tmp", "")]
@@ -71,20 +71,20 @@ def is_folder_name(name: Any) -> bool:
 
 
 def is_external(settings: Mapping[str, Any]) -> bool:
-    """Return whether settings are of measurements of an external model, not of a run."""
+    """Return whether settings belong to measurements of an external model instead of a run."""
     return "method" not in settings and "model" in settings
 
 
 def check_types(values: Mapping[str, Any], checks: Mapping[str, _Check], where: str) -> None:
-    """Check values by name.
+    """Check the types of values.
 
     Args:
-        values: Name to value; missing and None are accepted.
-        checks: Name to check.
+        values: Values by name; missing values and None are accepted.
+        checks: Checks by name.
         where: Beginning of the message.
 
     Raises:
-        ValueError: if one is of another type.
+        ValueError: if a value has the wrong type.
     """
     for name, (fits, words) in checks.items():
         value = values.get(name)
@@ -93,10 +93,10 @@ def check_types(values: Mapping[str, Any], checks: Mapping[str, _Check], where: 
 
 
 def check_plain(value: Any, name: str) -> None:
-    """Check that a value is plain: a text, number, truth value or None, or a list or mapping of these.
+    """Check that a value is plain: a text, number, boolean or None, or a list or mapping of these.
 
     Raises:
-        ValueError: if it is not.
+        ValueError: if the value is not plain.
     """
     if isinstance(value, dict):
         if strange := [key for key in value if not isinstance(key, str)]:
@@ -113,15 +113,15 @@ def check_plain(value: Any, name: str) -> None:
 def changed_settings(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> tuple[dict[str, tuple[Any, Any]], str]:
     """Return the settings that prevent a run or a checkpoint from being resumed.
 
-    A setting that was added after the stored ones were written had its default. More epochs are allowed if no rate
-    depends on their number.
+    A setting that did not exist when the settings were stored is assumed to have its default. More epochs are allowed
+    if the learning rate does not depend on their number.
 
     Args:
         stored: Settings of the run.
         asked: Settings to resume with.
 
     Returns:
-        Name to stored and given value; and a reason that is added to the message, if it is not obvious.
+        Stored and given value by name; and a reason to add to the message, if it is not obvious.
     """
     stored, asked = (dict(without_secrets(settings)) for settings in (stored, asked))
     compared = [*asked, *(name for name in stored if name not in asked)]
@@ -132,22 +132,22 @@ def changed_settings(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> tup
         if known.get("schedule") in OPEN_ENDED:
             changed.remove("epochs")
         else:
-            reason = f" (schedule {known['schedule']} ends with the last epoch: a run with it is not extended)"
+            reason = f" (schedule {known['schedule']} ends with the last epoch, so the run cannot be extended)"
     return {name: (known.get(name), asked.get(name)) for name in changed}, reason
 
 
 def changed_data(stored: Mapping[str, Any], present: Mapping[str, Any]) -> str | None:
-    """Describe the first part of the data whose fingerprint has changed; None if none has or none is known.
+    """Describe the first part of the data whose fingerprint has changed; None if nothing changed or is known.
 
     Args:
-        stored: Split to part to SHA-256, as stored.
-        present: The same for the present data.
+        stored: Stored SHA-256 by split and part.
+        present: SHA-256 of the present data by split and part.
     """
     for split, of_split in stored.items():
         for part, digest in of_split.items():
             now = present.get(split, {}).get(part)
             if now != digest:
-                is_now = "there are none" if now is None else f"it is {str(now)[:12]}…"
-                return f"{part} of the {split} split had the SHA-256 {str(digest)[:12]}…, now {is_now}"
+                is_now = "are missing" if now is None else f"have {str(now)[:12]}…"
+                return f"{part} of the {split} split had the SHA-256 {str(digest)[:12]}… and now {is_now}"
     more = [split for split in present if split not in stored]
-    return f"there is a {more[0]} split, and there was none" if stored and more else None
+    return f"the data now have a {more[0]} split, but had none" if stored and more else None

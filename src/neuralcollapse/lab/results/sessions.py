@@ -9,7 +9,7 @@ import pandas as pd
 
 from neuralcollapse.lab.results.tables import aligned, spread
 
-# Metrics of collapse that are recorded of all, old and new classes.
+# Metrics of collapse that are recorded for all, old and new classes.
 COLLAPSE = ("nc1_quotient", "nc2_etf_means", "nc3_duality")
 # Heading of a column of the printed table: classes, metric, and format of its value after the last session.
 _COLUMNS = {
@@ -24,30 +24,30 @@ _OF_TRAIN = {"nc1 old": ("old", "nc1_quotient", "{:.2g}"), "nc1 new": ("new", "n
 
 
 def of_session(number: int) -> str:
-    """Return the name of the classes of a session, counted from 1, in the table."""
+    """Return the name in the table of the classes of a session, counted from 1."""
     return f"session {number}"
 
 
 def session_metrics(accuracies: Sequence[Sequence[float]], counts: Sequence[int]) -> dict[tuple[str, str], float]:
-    """Return the results after the last of some sessions, by classes and metric.
+    """Return the results after the last of several sessions, by classes and metric.
 
-    With a_tj the accuracy on the classes of session j after session t, among all classes seen, n_j their number of
-    images, and T sessions so far:
+    Let a_tj be the accuracy on the classes of session j after session t, with decisions among all classes seen, n_j the
+    number of images of session j, and T the number of sessions so far:
 
-    - ``accuracy`` of ``all`` classes, Σ_j n_j a_Tj/Σ_j n_j; of ``old`` ones, a_T1, those of the first session; of
-      ``new`` ones, the same mean over j ≥ 2;
-    - ``average_accuracy``: mean over t of the accuracy of all classes, the first session included;
-    - ``harmonic_mean`` 2ab/(a + b) of the accuracies of old and new classes, 0 if both are 0;
+    - ``accuracy`` of ``all`` classes: Σ_j n_j a_Tj/Σ_j n_j; of ``old`` classes, those of the first session: a_T1; of
+      ``new`` classes: the same mean over j ≥ 2;
+    - ``average_accuracy``: mean over t of the accuracy of all classes, including the first session;
+    - ``harmonic_mean``: 2ab/(a + b) of the accuracies of old and new classes, 0 if both are 0;
     - ``forgetting``: mean over j < T of max_{t<T} a_tj − a_Tj.
 
-    What needs new classes is NaN after the first session.
+    Results that need new classes are NaN after the first session.
 
     Args:
-        accuracies: Row t has the accuracies a_tj of the sessions j ≤ t.
+        accuracies: Accuracies a_tj of the sessions j ≤ t in row t.
         counts: n_j of each session.
 
     Returns:
-        Value by (classes, metric), with ``("session j", "accuracy")`` of each session.
+        Values by (classes, metric), including ``("session j", "accuracy")`` of each session.
 
     Raises:
         ValueError: if row t does not have t values.

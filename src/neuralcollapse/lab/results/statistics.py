@@ -1,4 +1,4 @@
-"""Statistics over seeds: mean and spread, Student's interval, paired differences, epochs to a level."""
+"""Statistics over seeds: mean and spread, Student's interval, paired differences, and epochs to a level."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CONFIDENCE = 0.95
 
 
 def statistics_over_seeds(values: pd.DataFrame) -> pd.DataFrame:
-    """Return mean, standard deviation (n − 1), median, least and greatest value over seeds, and their number.
+    """Return mean, standard deviation (n − 1), median, minimum and maximum over seeds, and the number of seeds.
 
     Args:
         values: Table of `groups.gather_groups`.
@@ -49,23 +49,24 @@ def half_width(std: float, seeds: int) -> float:
 
 
 def paired_differences(values: pd.Series, others: pd.Series) -> pd.Series:
-    """Return the difference of each seed that both have a value for; the index is the seed."""
+    """Return the difference for each seed with a value in both; the index is the seed."""
     return (values - others).dropna()
 
 
 def epochs_to_reach(course: pd.Series, level: float, *, interpolate: bool = False, sustained: bool = False) -> float:
-    """Return the epoch at which a metric reaches a level, NaN if it never does.
+    """Return the epoch at which a metric reaches a level; NaN if it never does.
 
-    The level is reached from below if the catalogue calls higher values of the metric better, else from above. An
-    undefined value does not reach it.
+    The level is reached from below if higher values of the metric are better according to the catalogue, else from
+    above. Undefined values do not reach a level.
 
     Args:
         course: Values by epoch, in order of epochs, named after the metric.
         level: The level.
-        interpolate: Interpolate linearly between the last measured epoch before the level is reached and the first one
-            after; otherwise the epoch is a measured one. A course that begins beyond the level has its first epoch.
-        sustained: Return the first measured epoch from which on the level is kept, instead of the first that reaches
-            it.
+        interpolate: Interpolate linearly between the last measured epoch before the level is reached and the first
+            measured epoch after it; otherwise the result is a measured epoch. If the first value is already beyond the
+            level, the result is the first epoch.
+        sustained: Return the first measured epoch from which on all values reach the level, instead of the first epoch
+            that reaches it.
 
     Examples:
         >>> import pandas as pd
@@ -94,7 +95,7 @@ def epochs_to_levels(values: pd.DataFrame, levels: Mapping[str, float], split: s
 
     Args:
         values: Table of `groups.gather_groups`.
-        levels: Metric to level.
+        levels: Level of each metric.
         split: Split of the data.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Tables of runs: one run's table of metrics, several runs' gathered, and the tables that are printed."""
+"""Tables of runs: table of metrics of a run, gathered tables of several runs, and printed tables."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DETECTION_COLUMNS = ["epoch", "set", "score", "metric", "value"]
 SESSION_COLUMNS = ["strategy", "seed", "session_lr", "session", "split", "classes", "metric", "value"]
 TRANSFER_COLUMNS = ["epoch", "data", "layer", "metric", "value"]
 GOAL = 0.99
-# Columns that a table of this name always has.
+# Columns that each table, by file name, always has.
 _NEEDED = {
     "metrics.csv": COLUMNS,
     "training.csv": ["epoch"],
@@ -30,7 +30,7 @@ _NEEDED = {
     "sessions.csv": SESSION_COLUMNS,
     "transfer.csv": TRANSFER_COLUMNS,
 }
-# Heading of a column of the results: split, metric and format of its value at the last epoch.
+# Heading of each column of the results, with split, metric and format of its value at the last epoch.
 _COLUMNS = {
     "train acc": ("train", "accuracy", "{:.2%}"),
     "validation acc": ("validation", "accuracy", "{:.2%}"),
@@ -40,9 +40,9 @@ _COLUMNS = {
     "nc3_duality": ("train", "nc3_duality", "{:.3f}"),
     "nc4_ncc_mismatch": ("train", "nc4_ncc_mismatch", "{:.2%}"),
 }
-# Heading and metric, on the test split, of the epochs to the baseline's last values.
+# Heading and test metric of the columns with epochs to the last values of the baseline.
 _GOALS = {"acc": "accuracy", "nc1": "nc1_quotient", "nc2": "nc2_etf_means", "nc3": "nc3_duality"}
-# Heading of a column of the groups of classes, before the name of the group: metric, split and format.
+# Heading of each column of the groups of classes, without the name of the group, with metric, split and format.
 OF_GROUPS = {
     "test acc": ("accuracy", "test", "{:.2%}"),
     "train nc1": ("nc1_quotient", "train", "{:.2g}"),
@@ -52,11 +52,11 @@ _BASELINES = ("standard", "standard cross-entropy")
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """Return a table of a run folder, with every value as it was written.
+    """Return a table of a run folder, with every value exactly as written.
 
     Raises:
-        ValueError: if it is damaged.
-        OSError: if it cannot be read.
+        ValueError: if the table is damaged.
+        OSError: if the table cannot be read.
     """
     content = read_file(path)
     try:
@@ -64,10 +64,10 @@ def read_table(path: Path) -> pd.DataFrame:
             io.BytesIO(content),
             converters={"value": float, "session_lr": float},  # the default parser is not exact
             dtype={"set": str, "score": str, "data": str, "layer": str},
-            na_filter=path.name not in ("detection.csv", "transfer.csv"),  # a set may be called null or NA
+            na_filter=path.name not in ("detection.csv", "transfer.csv"),  # a set may be named null or NA
         )
-    except ValueError as error:  # pandas' own errors are of this type
-        raise ValueError(f"{str(path)!r} must be a table, and is damaged: {' '.join(str(error).split())}") from error
+    except ValueError as error:  # the errors of pandas have this type
+        raise ValueError(f"{str(path)!r} must be a table, but is damaged: {' '.join(str(error).split())}") from error
     needed = _NEEDED.get(path.name, ())
     if missing := [name for name in needed if name not in table]:
         raise ValueError(f"{str(path)!r} is damaged: it must have a column {missing[0]!r}")
@@ -83,13 +83,13 @@ def add_rows(
     in_place_of: Collection[str] = (),
     columns: Sequence[str] = tuple(COLUMNS),
 ) -> None:
-    """Add measured values to a run's table, in order of epochs; they replace those of the same name.
+    """Add measured values to the table of a run, in order of epochs; existing values with the same keys are replaced.
 
     Args:
         path: The table.
         rows: Values of the columns.
         in_place_of: Metrics whose other rows are removed.
-        columns: Columns of the table, among them epoch and metric; the last one is the value.
+        columns: Columns of the table, including epoch and metric; the last column is the value.
     """
     table = pd.DataFrame(rows, columns=[*columns])
     if path.exists():
@@ -100,9 +100,9 @@ def add_rows(
 
 
 class MetricRows:
-    """Rows (epoch, split, metric, value) of a run's table of metrics, in order of epochs.
+    """Rows (epoch, split, metric, value) of the table of metrics of a run, in order of epochs.
 
-    They stay in memory, and the file is read again only if something else has changed it.
+    The rows are cached in memory, and the file is read again only if another process has changed it.
 
     Args:
         path: The table, which need not exist.
@@ -117,7 +117,7 @@ class MetricRows:
 
         Raises:
             ValueError: if the table is damaged.
-            OSError: if it cannot be read.
+            OSError: if the table cannot be read.
         """
         if not self.path.exists():
             return []
@@ -127,11 +127,11 @@ class MetricRows:
         return self._known[1]
 
     def replace(self, epoch: int, metrics: Mapping[str, Mapping[str, float]]) -> None:
-        """Write the metrics of an epoch in place of the earlier rows of the same epoch and splits.
+        """Write the metrics of an epoch; earlier rows of the same epoch and splits are replaced.
 
         Args:
             epoch: Epoch of the metrics.
-            metrics: Split to name to value.
+            metrics: Values by split and name.
         """
         others = [row for row in self.load() if row[0] != epoch or row[1] not in metrics]
         new = [
@@ -140,7 +140,7 @@ class MetricRows:
         self._write(others + new)
 
     def add_missing(self, rows: Sequence[Row]) -> None:
-        """Write those of the given rows that the table lacks."""
+        """Write those of the given rows that the table does not contain."""
         present = self.load()
         known = {row[:3] for row in present}
         if missing := [row for row in rows if row[:3] not in known]:
@@ -153,7 +153,7 @@ class MetricRows:
 
 
 def gather(runs: Sequence[RunFolder], table: str) -> pd.DataFrame:
-    """Return one table of several runs, with the method and the seed in front; a run without that table is skipped.
+    """Return a table of several runs, with method and seed as first columns; runs without the table are skipped.
 
     Args:
         runs: Folders of the runs.
@@ -171,13 +171,13 @@ def gather(runs: Sequence[RunFolder], table: str) -> pd.DataFrame:
 
 
 def seed_of(run: RunFolder) -> float:
-    """Return the seed that a run was trained with; NaN if it is not known."""
+    """Return the seed with which a run was trained; NaN if it is unknown."""
     seed = run.settings().get("seed")
     return math.nan if seed is None else seed
 
 
 def methods_of(runs: Sequence[RunFolder]) -> list[str]:
-    """Return the method of each run, and what else tells it from the others, such as its loss."""
+    """Return the method of each run, with other settings that distinguish it from the others, such as the loss."""
     return [label_of(telling) for telling in tell_apart([run.settings() for run in runs])]
 
 
@@ -194,7 +194,7 @@ def results_table(
     Args:
         metrics: Measured values, gathered.
         log: Training logs, gathered.
-        further: Further cells of each method, by heading, such as its recipe.
+        further: Additional cells of each method by heading, such as the recipe.
     """
     last = last_epoch(metrics)
     columns = {name: column for name, column in _COLUMNS.items() if column[0] in set(metrics["split"])}
@@ -213,19 +213,19 @@ def results_table(
 
 
 def baseline_table(metrics: pd.DataFrame, baseline: str | None = None) -> pd.DataFrame | None:
-    """Return how many epochs each method takes to the last values of the method standard, of the same seed.
+    """Return the number of epochs that each method takes to reach the last values of method standard with equal seed.
 
-    The epoch is the first measured one at which the method is at least as good on the test split as standard is at its
-    end. Further columns are the test accuracy: its mean over the measured epochs, the last one, and the paired
-    difference of the last one to standard's, with Student's 95% interval (n − 1).
+    The number is the first measured epoch at which the method is at least as good on the test split as standard is at
+    the end. Further columns show the test accuracy: its mean over the measured epochs, the last value, and the paired
+    difference of the last value to that of standard, with Student's 95% interval (n − 1).
 
     Args:
         metrics: Measured values, gathered.
-        baseline: Name of standard among the methods; by default ``"standard"`` or ``"standard cross-entropy"``.
+        baseline: Label of standard among the methods; by default ``"standard"`` or ``"standard cross-entropy"``.
 
     Returns:
-        One row per method: mean epochs over the seeds that reach the value, and their number if not all do; accuracies
-        as mean ± standard deviation over seeds. None if nothing is compared with standard.
+        One row per method: mean number of epochs over the seeds that reach the value, with the number of these seeds if
+        not all do; accuracies as mean ± standard deviation over seeds. None without a comparison with standard.
     """
     test = metrics[metrics["split"] == "test"]
     if baseline is None:
@@ -249,7 +249,7 @@ def baseline_table(metrics: pd.DataFrame, baseline: str | None = None) -> pd.Dat
 
 
 def group_table(metrics: pd.DataFrame) -> pd.DataFrame | None:
-    """Return the last test accuracy and train NC1 of the classes with many, a medium number of and few training images.
+    """Return the last test accuracy and train NC1 of classes with many, a medium number of, and few training images.
 
     Args:
         metrics: Measured values, gathered.
@@ -278,7 +278,7 @@ def group_table(metrics: pd.DataFrame) -> pd.DataFrame | None:
 
 
 def aligned(table: pd.DataFrame) -> str:
-    """Return a Markdown table whose columns are aligned as plain text too."""
+    """Return a Markdown table whose columns are also aligned as plain text."""
     columns = [[str(name), *map(str, table[name])] for name in table]
     widths = [max(map(len, column)) for column in columns]
     rule = ["-" * width for width in widths]
@@ -313,7 +313,7 @@ def _epochs_to_baseline(metrics: pd.DataFrame, metric: str, levels: pd.Series) -
 
 
 def _epochs_of_seeds(metrics: pd.DataFrame, metric: str, levels: pd.Series | float) -> pd.Series:
-    """The first measured epoch at which each seed reaches its level; NaN for a seed that does not."""
+    """Return the first measured epoch at which each seed reaches its level; NaN for seeds that do not reach it."""
     course = metrics[metrics["metric"] == metric]
     level = course["seed"].map(levels) if isinstance(levels, pd.Series) else levels
     epochs = {}
@@ -324,12 +324,12 @@ def _epochs_of_seeds(metrics: pd.DataFrame, metric: str, levels: pd.Series | flo
 
 
 def _last_values(metrics: pd.DataFrame, metric: str) -> pd.Series:
-    """The last value of each seed."""
+    """Return the last value of each seed."""
     of_metric = metrics[metrics["metric"] == metric].sort_values("epoch", kind="stable")
     return of_metric.groupby("seed", dropna=False)["value"].last()
 
 
 def _interval(differences: pd.Series) -> str:
-    """Mean difference and half of Student's 95% interval, in points."""
+    """Return the mean difference and half the width of Student's 95% interval, in percentage points."""
     mean, half = student_interval(differences)
     return f"{mean:+.2f}" + ("" if math.isnan(half) else f" ± {half:.2f}")

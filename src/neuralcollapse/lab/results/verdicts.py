@@ -1,4 +1,4 @@
-"""Verdicts on claims: paired differences over seeds with Student's interval, from run folders alone."""
+"""Verdicts on claims, by paired differences over seeds with Student's interval, from run folders alone."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _MOST_SEEDS = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Value:
-    """A number of a run.
+    """Number that is computed from a run.
 
     Attributes:
         kind: ``"last"``, the last measured value of a metric; ``"mean"``, its mean over the measured epochs;
-            ``"change"``, its last minus its first value; ``"epochs"``, the number until it reaches ``level``;
-            ``"fall"``, its value at the first measured epoch with the train accuracy ``level`` over its last value;
-            ``"deviation"``, its absolute deviation from the mean over seeds at the same epoch, mean over epochs;
+            ``"change"``, its last minus its first value; ``"epochs"``, the number of epochs until it reaches ``level``;
+            ``"fall"``, its value at the first measured epoch with train accuracy ``level``, divided by its last value;
+            ``"deviation"``, its absolute deviation from the mean over seeds at the same epoch, averaged over epochs;
             ``"correlation"``, Spearman's rank correlation over the measured epochs with the train ``nc1_quotient``; or
-            ``"fact"``, a value of the run's environment, such as its parameters.
+            ``"fact"``, a value from the environment of the run, such as the number of parameters.
         of: Name of the metric or the fact.
         split: Split of the data.
         level: Level to reach.
@@ -43,19 +43,19 @@ class Value:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A claim about runs of a study, and its measure.
+    """Claim about runs of a study, with the number that decides it.
 
     Attributes:
         text: The claim in words.
-        value: Number of each run that decides it.
-        of: Runs that it is about.
+        value: Number of each run by which the claim is judged.
+        of: Runs to which the claim refers.
         relation: ``"below"`` or ``"above"`` each of ``than``, by more than ``bound`` if it is given; ``"like"`` each
             of them, within ``bound``; or ``"at least"`` or ``"at most"`` ``bound``.
-        than: Runs of the same seed to compare with.
-        than_value: Number of these runs, in the same units; by default ``value``.
+        than: Runs with the same seed to compare with.
+        than_value: Number of the runs in ``than``, in the same units; by default ``value``.
         bound: Bound in the units of the value; a factor for falls, facts and metrics that the catalogue draws on a
             logarithmic scale.
-        published: Number in the paper, if it has one.
+        published: Number in the paper, if it is given there.
     """
 
     text: str
@@ -70,7 +70,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished run.
+    """Finished run.
 
     Attributes:
         metrics: Measured values: columns epoch, split, metric, value.
@@ -90,7 +90,7 @@ class Judgement:
 
     Attributes:
         verdict: ``"holds"``, ``"does not hold"`` or ``"undecided"``.
-        numbers: One sentence per comparison, with the numbers that decided it.
+        numbers: One sentence per comparison, with the decisive numbers.
     """
 
     verdict: str
@@ -98,18 +98,18 @@ class Judgement:
 
 
 def judge(claim: Claim, groups: Groups) -> Judgement:
-    """Judge a claim: it holds if all of its comparisons do, and does not hold if one of them does not.
+    """Judge a claim: it holds if all of its comparisons hold, and does not hold if one of them does not.
 
-    A comparison is of the difference in each seed, or of the difference to the bound; of logarithms if the catalogue
-    draws the metric on a logarithmic scale, and for falls. It is decided if Student's 95% interval over seeds is
-    completely on one side; one seed decides nothing.
+    A comparison tests the difference for each seed, or the difference to the bound. For falls, and for metrics that the
+    catalogue draws on a logarithmic scale, it tests differences of logarithms. It is decided if Student's 95% interval
+    over seeds is completely on one side; a comparison with a single seed is undecided.
 
     Args:
         claim: The claim, with the names of its runs.
         groups: Finished runs, by name and seed.
 
     Raises:
-        ValueError: if a metric that the claim is about was not measured.
+        ValueError: if a metric of the claim was not measured.
     """
     values = {name: _values(claim.value, groups.get(name, {})) for name in claim.of}
     others: dict[str | None, _Values | None] = {None: None}
@@ -126,7 +126,7 @@ def judge(claim: Claim, groups: Groups) -> Judgement:
 
 
 def describe(value: Value) -> str:
-    """Return the description of the number that a claim is judged by.
+    """Return a description of the number by which a claim is judged.
 
     Examples:
         >>> describe(Value(kind="epochs", of="accuracy", level=0.95))
@@ -147,7 +147,7 @@ def describe(value: Value) -> str:
 
 @dataclass(frozen=True)
 class _Values:
-    """The compared value of each seed, and the seeds for which it is only a lower bound."""
+    """Compared value of each seed, and the seeds for which it is only a lower bound."""
 
     of_seed: pd.Series
     more: set[int]
@@ -172,7 +172,7 @@ def _values(value: Value, runs: Mapping[int, Finished]) -> _Values:
     }[value.kind]
     of_seed = pd.Series({seed: number(seed) for seed in courses}, dtype=float)
     more = set()
-    if value.kind == "epochs":  # not reached: more than the last epoch
+    if value.kind == "epochs":  # if the level is not reached, the number exceeds the last epoch
         more = set(of_seed.index[of_seed.isna()])
         of_seed = of_seed.fillna(pd.Series({seed: float(course.index[-1]) for seed, course in courses.items()}))
     return _Values(of_seed.map(_logarithm) if _is_ratio(value) else of_seed, more)
@@ -185,7 +185,7 @@ def _logarithm(number: float) -> float:
 def _course(table: pd.DataFrame, metric: str, split: str) -> pd.Series:
     chosen = table[(table["metric"] == metric) & (table["split"] == split)]
     if chosen.empty:
-        raise ValueError(f"{metric} of the {split} split must be measured to judge a claim about it, and is not")
+        raise ValueError(f"{metric} of the {split} split must be measured to judge a claim about it, but is not")
     return chosen.sort_values("epoch").set_index("epoch")["value"].rename(metric)
 
 
@@ -195,7 +195,7 @@ def _fall(course: pd.Series, accuracy: pd.Series, level: float) -> float:
 
 
 def _correlation(course: pd.Series, collapse: pd.Series) -> float:
-    """Spearman's rank correlation over the epochs at which both are finite; NaN if one of them is constant."""
+    """Return Spearman's rank correlation over epochs at which both are finite; NaN if one of them is constant."""
     both = course.to_frame("value").join(collapse.rename("collapse"), how="inner").dropna()
     ranks = both.rank()
     return float(ranks["value"].corr(ranks["collapse"]))
@@ -208,7 +208,7 @@ def _is_ratio(value: Value) -> bool:
 
 
 def _compare(claim: Claim, name: str, of_name: _Values, other: str | None, of_other: _Values | None) -> tuple[str, str]:
-    """The verdict on one comparison, and its numbers in words."""
+    """Return the verdict on one comparison, and its numbers in words."""
     ratio = _is_ratio(claim.value)
     words = f"{name} {_over_seeds(of_name, ratio)}"
     compared, more = of_name.of_seed, set()
@@ -253,7 +253,7 @@ def _decide(relation: str, mean: float, half: float, bound: float) -> str:
 
 
 def _what_it_takes(compared: pd.Series, relation: str, bound: float) -> str:
-    """The number of seeds that would decide, for the same mean and spread."""
+    """Return a sentence about the number of seeds that would decide, for the same mean and spread."""
     mean, spread = float(compared.mean()), float(compared.std())
     distance = abs(abs(mean) - bound) if relation == "like" else abs(mean - bound)
     for seeds in range(len(compared) + 1, _MOST_SEEDS + 1):

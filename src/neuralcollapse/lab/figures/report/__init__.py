@@ -1,4 +1,4 @@
-"""Report: one self-contained HTML page of one run or several, made from their folders alone."""
+"""Report: self-contained HTML page about one or several runs, written from their folders alone."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def write_report(folders: Sequence[RunFolder], path: Path, classes: Sequence[int
     """Write the page.
 
     Args:
-        folders: Folders of single runs, all of the same number of classes.
+        folders: Folders of single runs, all with the same number of classes.
         path: File to write.
         classes: Three or four classes whose collapse is shown; by default the first three that have samples.
 
@@ -83,7 +83,7 @@ def _results(runs: RunGroups, metrics: pd.DataFrame) -> str:
 
 
 def _seconds(runs: RunGroups) -> pd.DataFrame:
-    """Return the training logs with the labels of the groups; an empty table if a run has none."""
+    """Return the training logs with the labels of the groups; an empty table if a run has no log."""
     tables = []
     for label, group in runs.groups.items():
         for run in group:
@@ -94,7 +94,7 @@ def _seconds(runs: RunGroups) -> pd.DataFrame:
 
 
 def _baseline(runs: RunGroups) -> str | None:
-    """Return the label of the group of the method standard with cross-entropy and no average, if there is one such."""
+    """Return the label of the group with method standard, cross-entropy and no average, if there is exactly one."""
     plain = {"method": "standard", "loss": "cross-entropy", "weight_average": None}
     labels = []
     for label, group in runs.groups.items():
@@ -124,8 +124,8 @@ def _caption_of_motion(runs: RunGroups, moving: dict[str, Any]) -> str:
     simplex = "on the plane" if len(moving["classes"]) == 3 else "in the space (drag to turn it)"
     sentences = [
         f"Classes {chosen} {simplex} of the simplex ETF nearest to their means. Small marks are up to "
-        f"{moving['samples']} training samples per class, large ones the class means, lines from the centre the "
-        "classifier's rows; the dotted simplex is where they lie at collapse.",
+        f"{moving['samples']} training samples per class, large marks the class means, and lines from the centre the "
+        "rows of the classifier; at collapse, all are at the vertices of the dotted simplex.",
         *_left_out(runs),
     ]
     if moving["thinned"]:
@@ -144,7 +144,7 @@ def _caption_of_cosines(runs: RunGroups, size: int, num_classes: int) -> str:
 
 
 def _left_out(runs: RunGroups) -> list[str]:
-    """Return a sentence about runs that are not shown, if there are some."""
+    """Return sentences about runs that are not shown, if any."""
     several = any(len(group) > 1 for group in runs.groups.values())
     sentences = ["The first seed of each group is shown."] if several else []
     if len(runs.groups) > numbers.MAX_GROUPS:
@@ -157,7 +157,7 @@ def _colours(colours: Sequence[str]) -> str:
 
 
 def _embedded(content: dict[str, Any]) -> str:
-    """Return JSON for a script element, escaped so that no text of a folder can end the element."""
+    """Return JSON for a script element, escaped so that texts from a folder cannot end the element."""
     return json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 

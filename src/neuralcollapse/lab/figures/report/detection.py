@@ -1,4 +1,4 @@
-"""Section of the page on the detection of unknown inputs: a table, and figures as images inside the page."""
+"""Section of the page about the detection of unknown inputs: a table and embedded figures."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _against_nc1(runs: RunGroups) -> str:
 
 
 def _distributions(runs: RunGroups) -> Iterator[str]:
-    """Yield the distributions of scores that `detect` drew into the folder of the first run of each group."""
+    """Yield the figures of score distributions that `detect` wrote to the folder of the first run of each group."""
     rates = runs.detection
     for label, group in [*runs.groups.items()][:MAX_GROUPS]:
         for name in rates[rates["method"] == label]["set"].unique():

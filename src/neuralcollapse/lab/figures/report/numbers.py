@@ -1,4 +1,4 @@
-"""Data of the page's figures: metrics over epochs, cosines of classes, and classes as they collapse."""
+"""Data of the figures of the page: metrics over epochs, cosines between classes, and the animation of collapse."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     from neuralcollapse.metrics import Measurement
 
 SPLITS = ("train", "validation", "test")
-# Limits of the size of the page. A frame is an epoch of the animation.
+# Limits of the size of the page. A frame is one epoch of the animation.
 MAX_FRAMES, MAX_SAMPLES, MAX_MATRIX, MAX_GROUPS = 60, 300, 150, 6
-_MAX_MOVING, _MAX_OF_COURSES = 250_000, 300_000  # numbers of all frames, and of all courses
+_MAX_MOVING, _MAX_OF_COURSES = 250_000, 300_000  # maximum count of numbers in all frames, and in all curves
 _MAX_EPOCHS, _MIN_EPOCHS, _MIN_SAMPLES = 250, 20, 30
-_MAX_REACH = 3.0  # half width of the plane shown, in mean norms of the class means: early features lie far outside
+_MAX_REACH = 3.0  # half the width of the shown plane, in mean norms of the class means; early features are far outside
 
 
 def shown_groups(runs: RunGroups) -> list[str]:
-    """Return the labels of the groups whose records are shown, the first ones."""
+    """Return the labels of the first groups, whose records are shown."""
     return list(islice(runs.groups, MAX_GROUPS))
 
 
 def courses(metrics: pd.DataFrame) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return epochs, means, least and greatest values over seeds by split, metric and group.
+    """Return epochs, and means, minima and maxima over seeds, by split, metric and group.
 
     Args:
         metrics: Columns method, seed, epoch, split, metric, value.
@@ -54,7 +54,7 @@ def courses(metrics: pd.DataFrame) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def described(metrics: pd.DataFrame, num_classes: int) -> dict[str, dict[str, Any]]:
-    """Return the catalogue's entries of the metrics in a table, in its order; labels are without their formulas."""
+    """Return the catalogue entries of the metrics in a table, in their order, with labels without formulas."""
     measured = set(metrics["metric"])
     return {
         name: {
@@ -69,9 +69,9 @@ def described(metrics: pd.DataFrame, num_classes: int) -> dict[str, dict[str, An
 
 
 def cosine_matrices(runs: RunGroups) -> dict[str, Any]:
-    """Return the cosines of the means and of the weights of the first classes.
+    """Return the cosines between the means and between the weights of the first classes.
 
-    They are of the last record of the first run of each group shown.
+    They are those of the last record of the first run of each shown group.
     """
     matrices: dict[str, dict[str, list[list[float | None]]]] = {}
     for label in shown_groups(runs):
@@ -90,11 +90,11 @@ def motion(runs: RunGroups, classes: Sequence[int] | None = None) -> dict[str, A
     """Return class means, classifier rows and some features on the simplex of a few classes at each measured epoch.
 
     Args:
-        runs: Runs, of which the first of each group is shown.
+        runs: Runs; the first run of each group is shown.
         classes: Three or four classes; by default the first three that have samples.
 
     Returns:
-        None if there are only two classes, and so no plane.
+        The data of the animation; None if there are only two classes, which do not span a plane.
 
     Raises:
         ValueError: if a run has no records, or a class is not in the records.
@@ -113,7 +113,7 @@ def motion(runs: RunGroups, classes: Sequence[int] | None = None) -> dict[str, A
         of_epoch: dict[int, dict[str, Any]] = {}
         frames[label] = []
         for epoch in epochs:
-            # A run that was not measured at this epoch, or that ended before it, is shown at its previous record.
+            # If a run was not measured at this epoch or ended earlier, its previous record is shown.
             last = max((number for number in recorded[label] if number <= epoch), default=recorded[label][0])
             if last not in of_epoch:
                 of_epoch[last] = _frame(runs.record(label, "train", last), chosen, each) | {"epoch": last}
@@ -130,7 +130,7 @@ def motion(runs: RunGroups, classes: Sequence[int] | None = None) -> dict[str, A
 
 
 def thinned(epochs: Sequence[int], limit: int) -> list[int]:
-    """Return at most the given number of epochs, evenly spaced, with the first and the last.
+    """Return at most the given number of evenly spaced epochs, including the first and the last.
 
     Examples:
         >>> thinned(range(1, 101), 4)
@@ -162,7 +162,7 @@ def _chosen(record: Measurement, classes: Sequence[int] | None) -> list[int] | N
 def _frame(record: Measurement, classes: Sequence[int], each: int) -> dict[str, Any]:
     try:
         projected = project(record, classes)
-    except ValueError:  # class means that are all equal: no simplex is the nearest
+    except ValueError:  # if the class means are all equal, there is no nearest simplex
         undefined: list[list[float | None]] = [[None] * len(classes)] * (len(classes) - 1)
         coordinates = {"features": [undefined] * len(classes), "means": undefined, "weights": undefined}
     else:
@@ -182,7 +182,7 @@ def _coordinates(rows: Any) -> list[list[float | None]]:
 
 
 def _reach(frames: Iterable[dict[str, Any]]) -> float:
-    """Return half the width of the plane shown: that of the simplexes and of 98% of the coordinates of samples."""
+    """Return half the width of the shown plane, which contains the simplexes and 98% of the coordinates of samples."""
     sizes = sorted(
         abs(value)
         for frame in frames
@@ -195,5 +195,5 @@ def _reach(frames: Iterable[dict[str, Any]]) -> float:
 
 
 def _significant(values: Iterable[float], digits: int = 5) -> list[float | None]:
-    """Return values rounded to significant digits, and None, the null of JSON, for values that are not finite."""
+    """Return values rounded to significant digits, with None (null in JSON) for values that are not finite."""
     return [float(f"{value:.{digits}g}") if math.isfinite(value) else None for value in values]

@@ -1,4 +1,4 @@
-"""Tables of the page, as HTML in which every text from a folder is escaped."""
+"""HTML tables of the page, in which every text from a folder is escaped."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from neuralcollapse.lab.results.labels import labels_of
 from neuralcollapse.lab.results.provenance import shown_settings
 from neuralcollapse.lab.results.tables import last_epoch, spread
 
-# Facts that are of no use to a reader, or are shown elsewhere on the page.
+# Facts that are not useful to readers, or are shown elsewhere on the page.
 _LEFT_OUT = {"seed", "checkpoints", "reported", "environment", "runs", "num_classes", "largest_class_share"}
 
 
 def html_table(table: pd.DataFrame, caption: str) -> str:
-    """Return a table whose first column names its rows; if it is wider than the page, it scrolls by itself."""
+    """Return a table whose first column contains row headings; if it is wider than the page, it can be scrolled."""
     heading = "".join(f'<th scope="col">{escape(str(name))}</th>' for name in table)
     rows = "".join(
         f'<tr><th scope="row">{escape(str(first))}</th>'
@@ -51,7 +51,7 @@ def metric_tables(metrics: pd.DataFrame, num_classes: int | None) -> str:
 
 
 def provenance_tables(runs: Sequence[RunFolder]) -> str:
-    """Return tables of settings and environment: those that all runs share, and those in which they differ."""
+    """Return tables of settings and environment: values that all runs share, and values in which they differ."""
     settings = [run.settings() for run in runs]
     labels = labels_of(settings)
     tables = []
