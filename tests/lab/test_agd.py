@@ -95,7 +95,7 @@ def test_a_weight_without_a_gradient_stays():
 
 
 def test_vectors_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"agd has no rule for biases and other vectors, and 1 .* \(bias, \.\.\.\)"):
+    with pytest.raises(ValueError, match=r"agd has no rule for biases and other vectors, but 1 .* \(bias, \.\.\.\)"):
         AGD(nn.Linear(3, 2).named_parameters())
     with pytest.raises(ValueError, match="gain must be positive and finite, got 0"):
         AGD(nn.Linear(3, 2, bias=False).parameters(), gain=0)

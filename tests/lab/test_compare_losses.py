@@ -106,7 +106,7 @@ def test_the_config_runs_the_whole_again(tuned, capsys):
 def test_a_method_that_trains_at_no_candidate_is_named(tmp_path, capsys):
     flags = ["--lr=auto", "--lr_candidates=1e30,1e31", "--feature_norm=none", "--no-unit_weight", "--epochs=1"]
     line = error_of(capsys, "compare", *SMALL, *flags, "--methods=standard", "--out", str(tmp_path / "out"))
-    assert line == ("lr_candidates must hold one at which standard trains with cross-entropy, got [1e+30, 1e+31]")
+    assert line == ("lr_candidates must have one at which standard trains with cross-entropy, got [1e+30, 1e+31]")
 
 
 def test_nothing_is_written_where_a_setting_is_wrong(tmp_path, capsys):

@@ -181,4 +181,4 @@ def test_a_rate_at_which_training_diverges_loses(tmp_path, capsys):
     capsys.readouterr()
     assert main([*flags, "--lr_candidates=1e29,1e30", "--out", str(tmp_path / "other")]) == 2
     line = capsys.readouterr().err.strip().split("\n")[-1]
-    assert line.endswith("lr_candidates must hold one at which linear trains with cross-entropy, got [1e+29, 1e+30]")
+    assert line.endswith("lr_candidates must have one at which linear trains with cross-entropy, got [1e+29, 1e+30]")

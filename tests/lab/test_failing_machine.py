@@ -71,9 +71,12 @@ SPOILT = {
     "empty": (lambda path: path.write_bytes(b""), "it is truncated, or not a checkpoint"),
     "text": (lambda path: path.write_text("notes"), "it is truncated, or not a checkpoint"),
     "zip": (lambda path: zipfile.ZipFile(path, "w").writestr("a/b", "c"), "it is not a checkpoint"),
-    "foreign": (lambda path: torch.save({"weight": torch.ones(3)}, path), "it is foreign: no run of the laboratory"),
-    "list": (lambda path: torch.save([1, 2], path), "it is foreign"),
-    "payload": (lambda path: torch.save(Payload(), path), "which are not executed"),
+    "foreign": (
+        lambda path: torch.save({"weight": torch.ones(3)}, path),
+        "it is not a checkpoint of a run of the laboratory",
+    ),
+    "list": (lambda path: torch.save([1, 2], path), "it is not a checkpoint of a run of the laboratory"),
+    "payload": (lambda path: torch.save(Payload(), path), "which are not loaded"),
     "newer": (
         changed(lambda found: found["neuralcollapse"].update(format_version=7, package_version="9.1")),
         "it is of format 7, written by neuralcollapse 9.1, and this version reads up to 2",
@@ -88,7 +91,7 @@ SPOILT = {
     ),
     "another model": (
         changed(lambda found: found["state_dict"].update({"model.model.extra.weight": torch.ones(2)})),
-        "it is of another model than settings and data ask for: model.model.extra.weight is (2,), not missing",
+        "its model does not match settings and data: model.model.extra.weight is (2,), not missing",
     ),
 }
 

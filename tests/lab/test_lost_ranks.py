@@ -42,7 +42,7 @@ SETTINGS = {
     "device": "cpu",
     "checkpoint_minutes": 1e-9,  # after every batch
 }
-LOST = "neuralcollapse: error: ranks: one of them is lost, or cannot be reached: "
+LOST = "neuralcollapse: error: ranks: one rank is lost or cannot be reached: "
 SECONDS = 240  # for processes on a busy machine
 
 
@@ -169,7 +169,7 @@ def test_a_port_that_is_taken_is_said(place):
         port = taken.getsockname()[1]
         assert end(start(place, place / "taken", port, ranks=1)) == [2]
     message = (place / "taken-0.log").read_text().strip()
-    assert message == f"neuralcollapse: error: MASTER_PORT must be a port that is free, and {port} is taken"
+    assert message == f"neuralcollapse: error: MASTER_PORT must be a free port, but {port} is in use"
 
 
 @pytest.mark.parametrize("rank", [0, 1])

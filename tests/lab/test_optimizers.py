@@ -139,7 +139,7 @@ def test_shifts_of_batch_norm_have_their_own_rate_and_the_same_decay():
 
 def test_a_factor_for_shifts_that_are_not_there_is_refused():
     config = small(optimizer_options={"shift_lr_factor": 8.0}, batch_norm_affine=False)
-    with pytest.raises(ValueError, match="shift_lr_factor needs batch norm with a shift, and the model has none"):
+    with pytest.raises(ValueError, match="shift_lr_factor needs batch norm with a shift, but the model has none"):
         build_optimizer(config, build_model(config, SHAPE, 10))
 
 

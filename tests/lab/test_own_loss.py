@@ -148,7 +148,7 @@ def test_losses_that_cannot_be_used_are_refused(mine, loss, arguments, message, 
 
 def test_a_loss_that_is_not_a_scalar_is_refused(mine, tmp_path, capsys):
     loss = OwnLoss(RunConfig(loss=f"{mine}.PerSample", method="linear"), 4, 8)
-    with pytest.raises(ValueError, match=r"loss must return a scalar, and .*PerSample returns shape \(6,\)"):
+    with pytest.raises(ValueError, match=r"loss must return a scalar, but .*PerSample returns shape \(6,\)"):
         loss(normal(6, 8), torch.tensor([0, 2, 1, 1, 3, 0]), normal(4, 8))
 
 

@@ -137,7 +137,7 @@ def test_what_ranks_cannot_do_is_refused(settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"precision": "16-mixed"}, r"precision must be one that device cpu has \(32, bf16-mixed\), got '16-mixed'"),
+        ({"precision": "16-mixed"}, r"precision must be supported by device cpu \(32, bf16-mixed\), got '16-mixed'"),
         ({"devices": 2, "sync_batchnorm": True}, "sync_batchnorm needs device cuda"),
         ({"devices": 4, "train_samples": 7, "leave_out": ["absent-classes"]}, "devices must leave two training images"),
     ],

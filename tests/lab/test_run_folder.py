@@ -111,7 +111,7 @@ def test_a_folder_of_a_newer_format_is_refused(tmp_path, capsys):
     settings = yaml.safe_load((out / "config.yaml").read_text())
     (out / "config.yaml").write_text(yaml.safe_dump(settings | {"format": 99}))
     message = error_of(capsys, "train", "--resume", "--out", str(out))
-    assert "is a run of format 99, and this version of neuralcollapse reads up to 3: install a newer one" in message
+    assert "is a run of format 99, but this version of neuralcollapse reads up to 3: install a newer version" in message
 
 
 def test_what_is_no_run_folder_is_said(tmp_path):
@@ -129,9 +129,9 @@ def test_a_list_of_runs_trains_each_into_a_folder_named_after_what_it_is(tmp_pat
     assert "lr" not in stored
     with pytest.raises(ValueError, match="resume it with --resume"):
         train_runs(runs, tmp_path / "out", progress=False)
-    with pytest.raises(ValueError, match="runs must be different ones"):
+    with pytest.raises(ValueError, match="runs must be distinct"):
         train_runs([runs[0], runs[0]], tmp_path / "other", progress=False)
-    with pytest.raises(ValueError, match="runs must hold at least one run"):
+    with pytest.raises(ValueError, match="runs must contain at least one run"):
         train_runs([], tmp_path / "other", progress=False)
     assert not (tmp_path / "other").exists()
 

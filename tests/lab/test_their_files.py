@@ -180,7 +180,7 @@ def test_the_summary_reports_a_run_that_ends_at_chance(tmp_path):
 def test_batches_larger_than_the_data_are_reported(tmp_path, capsys):
     settings = {"backbone": "mlp", "width": 12, "depth": 1, "train_samples": 60, "epochs": 1}
     train_runs(RunConfig(**settings), tmp_path / "out")
-    assert "batch_size 128 is over the 60 training images: one batch an epoch" in capsys.readouterr().err
+    assert "batch_size 128 exceeds the 60 training images: one batch per epoch" in capsys.readouterr().err
 
 
 def test_memory_is_checked_before_it_is_allocated():

@@ -183,7 +183,7 @@ def test_a_damaged_file_of_a_run_is_named(tmp_path, capsys):
     assert train(out, "--epochs", "1", "--label_noise", "0.1") == 0
     (out / "summary.md").unlink()
     (out / "train_labels.csv").write_text("image,name\n0,a\n")
-    assert "train_labels.csv' must hold the labels trained on" in error_of(
+    assert "train_labels.csv' must contain the training labels" in error_of(
         capsys, "train", "--out", str(out), "--resume"
     )
     (out / "config.yaml").write_text("")
@@ -217,7 +217,7 @@ def test_a_recipe_trains_on_another_folder(tmp_path, monkeypatch, real_data, cap
         (["--learning_rat", "1"], "unrecognized arguments: --learning_rat 1; nearest: --"),
         (["--optimizer", "lbfgs"], "optimizer lbfgs cannot train method implicit"),
         (["--feature_dim", "8"], "must be at least num_classes - 1 = 9, got 8"),
-        (["--device", "cuda"], "device must be auto or one that is there"),
+        (["--device", "cuda"], "device must be auto or an available device"),
         (["--recip", "zhu2021-mnist-sgd"], "unrecognized arguments: --recip"),
         (["--seed", "1" + "0" * 30], "seed must be at most"),
         (["--data="], "data must name a data set or a folder"),

@@ -378,7 +378,7 @@ def test_building_a_model_leaves_the_global_generator_alone():
 
 def test_a_device_that_is_not_there_is_refused():
     missing = "cuda" if not torch.cuda.is_available() else "mps"
-    with pytest.raises(ValueError, match=r"device must be auto or one that is there \(.*cpu\)"):
+    with pytest.raises(ValueError, match=r"device must be auto or an available device \(.*cpu\)"):
         resolve_device(missing)
 
 
@@ -455,7 +455,9 @@ def test_a_run_does_not_resume_in_another_precision(monkeypatch, tmp_path):
             train_runs(config, tmp_path / "run", progress=False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    with pytest.raises(ValueError, match="precision auto is 32 on this machine, and the run began with bf16-mixed"):
+    with pytest.raises(
+        ValueError, match="precision auto is 32 on this machine, but the run was started with bf16-mixed"
+    ):
         train_runs(config, tmp_path / "run", resume=True, progress=False)
 
 
@@ -635,7 +637,7 @@ def test_two_runs_of_one_process_are_two_runs_of_wandb(tmp_path, monkeypatch):
 
 def test_a_logger_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr("neuralcollapse.lab.training.progress.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="wandb where it is installed, and it is not: pip install wandb"):
+    with pytest.raises(ValueError, match="wandb only if it is installed, but it is not: pip install wandb"):
         check_loggers(["wandb"])
 
 
@@ -644,7 +646,7 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path):
     config = RunConfig(**SMALL | {"epochs": 2})
     data = load_data(DataSettings(image_size=12, train_samples=200, test_samples=60))
     with pytest.raises(
-        ValueError, match="checkpoint .* is not of this run: its data are other ones: images of the train split"
+        ValueError, match="checkpoint .* is not of this run: its data are different: images of the train split"
     ):
         Run(config, data).train(RunFolder(tmp_path / "run"))
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 
 class AGD(Optimizer):
-    r"""Automatic gradient descent, whose step follows from the gradients and the shapes of the layers.
+    r"""Automatic gradient descent, whose step size follows from the gradients and the shapes of the layers.
 
     For the L weights W_l, of shape fan-out × fan-in (× kernel), with ``s_l = sqrt(fan_out / fan_in)`` divided by
     the square root of the number of kernel positions, and ‖∇_l‖ the Frobenius norm over the first two dimensions at
@@ -20,17 +20,18 @@ class AGD(Optimizer):
 
         G = (1/L) Σ_l s_l Σ‖∇_l‖,   η = log((1 + sqrt(1 + 4G))/2),   W_l ← W_l − gain (η/L) s_l ∇_l/‖∇_l‖
 
-    Weights are to start from `orthogonal_start`. There is no rule for vectors, such as biases and batch norm's scale.
+    Weights must be initialised by `orthogonal_start`. The method does not define steps for vectors, such as biases and
+    the scale of batch norm.
 
     Args:
-        parameters: Weights of at least two dimensions, or (name, weight) pairs, whose names errors give.
-        gain: Multiplies every step.
+        parameters: Weights of at least two dimensions, or (name, weight) pairs, whose names are used in errors.
+        gain: Factor of every step.
 
     Attributes:
-        eta: η of the last step, a tensor on the weights' device; None before the first.
+        eta: η of the last step, a tensor on the device of the weights; None before the first step.
 
     Raises:
-        ValueError: A parameter is a vector or a number, or ``gain`` is not positive.
+        ValueError: if a parameter is a vector or a number, or ``gain`` is not positive.
 
     Source: Bernstein, Mingard, Huang, Azizan, Yue, "Automatic gradient descent: deep learning without
     hyperparameters" (2023); formula as in Markou, Ajanthan, Gould (NeurIPS 2024).
@@ -54,14 +55,14 @@ class AGD(Optimizer):
             vectors = [name for name, weight in zip(names, group["params"], strict=True) if weight.ndim < 2]
             if vectors:
                 raise ValueError(
-                    f"agd has no rule for biases and other vectors, and {len(vectors)} parameters are vectors "
+                    f"agd has no rule for biases and other vectors, but {len(vectors)} parameters are vectors "
                     f"({vectors[0]}, ...): train without biases, and with batch norm without scale and shift"
                 )
         self.eta: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; weights without a gradient stay."""
+        """Take one step; weights without a gradient do not change."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -82,9 +83,9 @@ class AGD(Optimizer):
 
 @torch.no_grad()
 def orthogonal_start(module: nn.Module) -> None:
-    """Give a module's weights AGD's start: orthogonal at each kernel position, scaled by s_l.
+    """Initialise the weights of a module for AGD: orthogonal at each kernel position, scaled by s_l.
 
-    They are drawn from the global generator. Parameters of fewer than two dimensions stay.
+    The weights are drawn from the global generator. Parameters with fewer than two dimensions do not change.
     """
     for weight in module.parameters():
         if weight.ndim < 2:
@@ -96,6 +97,6 @@ def orthogonal_start(module: nn.Module) -> None:
 
 
 def _scale(weight: Tensor) -> float:
-    """s_l, the singular values that a weight of this shape starts with."""
+    """Return s_l, the initial singular values of a weight with this shape."""
     fan_out, fan_in = weight.shape[:2]
     return math.sqrt(fan_out / fan_in / math.prod(weight.shape[2:]))

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: one file of tensors and plain values that training resumes from, to the bit."""
+"""Checkpoints of a run: files of tensors and plain values, from which training resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from neuralcollapse.lab.results.formats import with_earlier_meanings
 from neuralcollapse.lab.results.resuming import OPEN_ENDED, changed_data, changed_settings
 from neuralcollapse.lab.untrusted import without_secrets
 
-# Number of the format that is written. A checkpoint of format 1, written by lightning's Trainer, can be measured.
+# Number of the format that is written. Checkpoints of format 1, written by the Trainer of lightning, can be measured.
 FORMAT = 2
-# Entry with which a checkpoint names its run.
+# Entry that identifies the run of a checkpoint.
 PROVENANCE = "neuralcollapse"
 
 
@@ -32,23 +32,23 @@ class CheckpointFiles:
 
     Attributes:
         config: Settings of the run.
-        fingerprint: Fingerprint of its data.
+        fingerprint: Fingerprint of the data of the run.
     """
 
     config: RunConfig
     fingerprint: Mapping[str, Any]
 
     def save(self, path: Path, *, epoch: int, batches: int | None, state: Mapping[str, Any]) -> None:
-        """Write a checkpoint, in place of an earlier one only once it is whole.
+        """Write a checkpoint; an earlier one is replaced only after the new file is complete.
 
         Args:
             path: The file.
             epoch: Epoch of training, counted from 1.
-            batches: Number of its batches that are done; None if the epoch is complete.
-            state: What to save, by name: ``"state_dict"``, and what else training needs to resume.
+            batches: Number of completed batches of the epoch; None if the epoch is complete.
+            state: Values to save by name: ``"state_dict"``, and other values that training needs to resume.
 
         Raises:
-            OSError: if it cannot be written.
+            OSError: if the file cannot be written.
         """
         provenance = {
             "format_version": FORMAT,
@@ -62,20 +62,21 @@ class CheckpointFiles:
             provenance["batches"] = batches
 
         def write(partial: Path) -> None:
-            with partial.open("wb") as file:  # torch itself would not say why a write failed
+            with partial.open("wb") as file:  # torch itself would not report why a write failed
                 torch.save({PROVENANCE: provenance, **state}, file)
 
         write_whole(path, write)
 
     def load(self, path: Path, *, resumed: nn.Module | None = None) -> dict[str, Any]:
-        """Read a checkpoint, and execute nothing of it.
+        """Read a checkpoint without executing code from it.
 
         Args:
-            path: The file; a name such as ``epoch0003.ckpt`` says of which epoch it must be.
-            resumed: The model whose training is to resume from it, if any.
+            path: The file; a name such as ``epoch0003.ckpt`` determines the epoch that it must have.
+            resumed: The model whose training shall resume from the checkpoint, if any.
 
         Raises:
-            ValueError: if it is truncated, damaged, foreign, of another format, run, epoch or model.
+            ValueError: if the file is truncated, damaged or not a checkpoint of the laboratory, or belongs to another
+                format, run, epoch or model.
         """
         try:
             checkpoint = _read(path)
@@ -95,10 +96,10 @@ class CheckpointFiles:
         return checkpoint
 
     def _check_run(self, provenance: Mapping[str, Any], epoch: int | None) -> None:
-        """Check that a checkpoint is of this run, and of the epoch of its name if it has one."""
+        """Check that a checkpoint belongs to this run, and to the epoch in its name, if any."""
         stored: Mapping[str, Any] = provenance.get("config", {})
         fingerprint = provenance.get("data")
-        # Of an earlier version, in which some settings had other meanings or names.
+        # The checkpoint may be from an earlier version, in which some settings had other meanings or names.
         stored = with_earlier_meanings(stored, 2 if fingerprint else 1)
         compared_otherwise = ("epochs", "data") if fingerprint else ("epochs",)
         compared = {name: value for name, value in stored.items() if name not in compared_otherwise}
@@ -106,7 +107,7 @@ class CheckpointFiles:
         changed, _ = changed_settings(compared, asked)
         different = [f"its {name} is {was!r}, not {now!r}" for name, (was, now) in changed.items()]
         if data := changed_data(fingerprint or {}, self.fingerprint):
-            different.append(f"its data are other ones: {data}")
+            different.append(f"its data are different: {data}")
         at, epochs = provenance.get("epoch"), stored.get("epochs", self.config.epochs)
         if epochs != self.config.epochs and (self.config.schedule not in OPEN_ENDED or epochs > self.config.epochs):
             different.append(f"its epochs are {epochs}, not {self.config.epochs}")
@@ -121,16 +122,16 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError("it holds other things than tensors and plain values, which are not executed") from error
-    except Exception as error:  # a file that torch did not write fails in many ways
+        raise ValueError("it contains objects other than tensors and plain values, which are not loaded") from error
+    except Exception as error:  # files that were not written by torch fail in many ways
         raise ValueError(f"it is not a checkpoint ({_first_line(error)})") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError("it is foreign: no run of the laboratory wrote it")
+        raise ValueError("it is not a checkpoint of a run of the laboratory")
     provenance = checkpoint.get(PROVENANCE)
     if provenance is None and {"loops", "epoch"} <= set(checkpoint):
-        raise ValueError("it is of an unreleased format")
+        raise ValueError("it has an unreleased format")
     if provenance is None:
-        raise ValueError("it is foreign: no run of the laboratory wrote it")
+        raise ValueError("it is not a checkpoint of a run of the laboratory")
     is_sound = (
         isinstance(provenance, dict)
         and isinstance(provenance.get("config", {}), dict)
@@ -138,21 +139,21 @@ def _read(path: Path) -> dict[str, Any]:
         and all(isinstance(provenance.get(name), int) for name in ("format_version", "epoch"))
     )
     if not is_sound:
-        raise ValueError("it is foreign: what it says of itself is not what the laboratory writes")
+        raise ValueError("it is not a checkpoint of a run of the laboratory: its provenance is invalid")
     if provenance["format_version"] > FORMAT:
         raise ValueError(
             f"it is of format {provenance['format_version']}, written by neuralcollapse "
-            f"{provenance.get('package_version')}, and this version reads up to {FORMAT}: install a newer one"
+            f"{provenance.get('package_version')}, but this version reads up to {FORMAT}: install a newer version"
         )
     return checkpoint
 
 
 def check_zip(path: Path) -> None:
-    """Check that each record of a file written by torch matches the checksum that it was written with.
+    """Check that each record of a file written by torch matches its checksum.
 
     Raises:
-        ValueError: if it is truncated or damaged, or holds compressed records, which torch does not write.
-        OSError: if it cannot be read.
+        ValueError: if the file is truncated or damaged, or contains compressed records, which torch does not write.
+        OSError: if the file cannot be read.
     """
     if path.exists() and not path.is_file():
         raise ValueError("it is not a regular file")
@@ -163,15 +164,15 @@ def check_zip(path: Path) -> None:
     except (zipfile.BadZipFile, EOFError) as error:
         raise ValueError(f"it is truncated, or not a checkpoint ({error})") from error
     except OSError as error:
-        if error.errno != errno.EINVAL:  # its directory names a place outside the file
+        if error.errno != errno.EINVAL:  # EINVAL: the directory refers to a position outside the file
             raise
-        raise ValueError("it is damaged: its directory is not that of its records") from error
-    except Exception as error:  # a damaged directory fails in many ways
+        raise ValueError("it is damaged: its directory does not match its records") from error
+    except Exception as error:  # damaged directories fail in many ways
         raise ValueError(f"it is damaged ({_first_line(error)})") from error
     if compressed is not None:
         raise ValueError(f"it is damaged, or not a checkpoint: its record {compressed} is compressed")
     if damaged is not None:
-        raise ValueError(f"it is damaged: its record {damaged} does not have the checksum that it was written with")
+        raise ValueError(f"it is damaged: its record {damaged} does not match its checksum")
 
 
 def _first_line(error: Exception) -> str:
@@ -184,13 +185,11 @@ def _check_model(stored: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> N
     if names:
         was, expected = (of_file.get(names[0], "missing") for of_file in shapes)
         more = f", and {len(names) - 1} more differ" if len(names) > 1 else ""
-        raise ValueError(
-            f"it is of another model than settings and data ask for: {names[0]} is {was}, not {expected}{more}"
-        )
+        raise ValueError(f"its model does not match settings and data: {names[0]} is {was}, not {expected}{more}")
 
 
 def generator_states(ranks: int) -> list[list[Tensor]]:
-    """Return the states of the generators of each rank: that of the CPU, then those of cuda."""
+    """Return the states of the random generators of each rank: that of the CPU, then those of cuda."""
     states = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
     gathered: list[Any] = [states]
     if ranks > 1:
@@ -200,7 +199,7 @@ def generator_states(ranks: int) -> list[list[Tensor]]:
 
 
 def set_generator_states(states: list[list[Tensor]], rank: int) -> None:
-    """Set the states of this rank's generators, if a checkpoint has some of it."""
+    """Set the states of the random generators of this rank, if a checkpoint contains them."""
     if rank < len(states):
         of_cpu, *of_cuda = states[rank]
         torch.set_rng_state(of_cpu)

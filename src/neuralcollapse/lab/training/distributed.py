@@ -1,4 +1,4 @@
-"""Devices, ranks and processes that train: checks of what is available, lightning's Fabric, and runs side by side."""
+"""Devices, ranks and processes of training: checks of availability, lightning Fabric, and parallel runs."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _SECONDS_TO_END = 10.0
 
 
 def training_device(config: RunConfig) -> torch.device:
-    """Return the device of this rank, after checking that this machine has what a run asks for.
+    """Return the device of this rank, after checking that this machine supports the settings of a run.
 
     Raises:
-        ValueError: if it lacks the device, the ranks or the precision.
+        ValueError: if the device, the number of ranks or the precision is not available.
     """
     device = resolve_device(config.device, config.ranks)
     launched = launched_ranks()
@@ -42,13 +42,13 @@ def training_device(config: RunConfig) -> torch.device:
     if config.devices > available:
         raise ValueError(f"devices must be at most the {available} of {device.type}, got {config.devices}")
     if config.sync_batchnorm and device.type != "cuda":
-        raise ValueError(f"sync_batchnorm needs device cuda, of which torch synchronises batch norm, got {device.type}")
+        raise ValueError(f"sync_batchnorm needs device cuda, which alone supports it in torch, got {device.type}")
     precisions = {"cpu": ("32", "bf16-mixed"), "cuda": ("32", "16-mixed"), "mps": ("32",)}[device.type]
     if _computes_in_bfloat16(device) and device.type == "cuda":
         precisions += ("bf16-mixed",)
     if config.precision not in (*precisions, "auto"):
         raise ValueError(
-            f"precision must be one that device {device.type} has ({', '.join(precisions)}), got {config.precision!r}"
+            f"precision must be supported by device {device.type} ({', '.join(precisions)}), got {config.precision!r}"
         )
     return device
 
@@ -56,37 +56,37 @@ def training_device(config: RunConfig) -> torch.device:
 def resolve_precision(
     name: Literal["32", "bf16-mixed", "16-mixed", "auto"], device: torch.device
 ) -> Literal["32", "bf16-mixed", "16-mixed"]:
-    """Return the precision of a name; ``auto`` is ``bf16-mixed`` if the device has instructions for it, else ``32``."""
+    """Return the precision for a name; ``auto`` is ``bf16-mixed`` if the device has instructions for it, else 32."""
     if name == "auto":
         return "bf16-mixed" if _computes_in_bfloat16(device) else "32"
     return name
 
 
 def _computes_in_bfloat16(device: torch.device) -> bool:
-    """Whether a device has instructions for products in bfloat16; a CPU without AMX and AVX512_BF16 is slow at them."""
+    """Return whether a device has instructions for bfloat16 products; CPUs without AMX or AVX512_BF16 have not."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 def resolve_device(name: str, ranks: int = 1) -> torch.device:
-    """Return the device of a name, with several ranks this one's; ``auto`` is an accelerator if there is one.
+    """Return the device for a name, which with several ranks is that of this rank; ``auto`` prefers an accelerator.
 
     Raises:
-        ValueError: if there is no such device.
+        ValueError: if the device is not available.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, is_available in available.items() if is_available)
     if not available.get(name):
         names = ", ".join(kind for kind in available if available[kind])
-        raise ValueError(f"device must be auto or one that is there ({names}), got {name!r}")
+        raise ValueError(f"device must be auto or an available device ({names}), got {name!r}")
     return torch.device(name, local_rank()) if name == "cuda" and ranks > 1 else torch.device(name)
 
 
 @contextmanager
 def launched_fabric(config: RunConfig, device: torch.device, loggers: Sequence[Logger] = ()) -> Iterator[Fabric]:
-    """Start the ranks of a run, unless torchrun or SLURM has started them, and end those that were started here.
+    """Start the ranks of a run, unless torchrun or SLURM has started them, and end the ranks that were started here.
 
     Raises:
         LostRank: if another rank cannot be reached or is lost.
@@ -106,7 +106,7 @@ def launched_fabric(config: RunConfig, device: torch.device, loggers: Sequence[L
             fabric.launch()
             yield fabric
         except torch._dynamo.exc.BackendCompilerFailed as error:
-            raise ValueError(f"compile must be off where torch.compile fails: {error}") from error
+            raise ValueError(f"compile must be false, because torch.compile fails: {error}") from error
         except RuntimeError as error:
             failure = _failure_of_ranks(error) if config.ranks > 1 else None
             if failure is None:
@@ -117,21 +117,21 @@ def launched_fabric(config: RunConfig, device: torch.device, loggers: Sequence[L
 
 
 def _failure_of_ranks(error: RuntimeError) -> ValueError | None:
-    """Return the error of ranks that cannot be reached, in one line; None if an error is of something else."""
+    """Return the error for ranks that cannot be reached, in one line; None if the error has another cause."""
     message = str(error)
     if "EADDRINUSE" in message:
-        return ValueError(f"MASTER_PORT must be a port that is free, and {os.environ.get('MASTER_PORT')} is taken")
+        return ValueError(f"MASTER_PORT must be a free port, but {os.environ.get('MASTER_PORT')} is in use")
     words = ("Connection", "connect", "timed out", "Timed out", "peer")
     if not isinstance(error, torch.distributed.DistError) and not any(word in message for word in words):
         return None
     reason = re.sub(r"^\[\S+\] ", "", message.partition(". ")[0])  # without the line of the C++ source
-    return LostRank(f"ranks: one of them is lost, or cannot be reached: {reason}")
+    return LostRank(f"ranks: one rank is lost or cannot be reached: {reason}")
 
 
 def _end_launched(fabric: Fabric) -> None:
-    """Wait for the ranks that Fabric started, so that each can print why it ends; kill them after a while."""
+    """Wait for the ranks that Fabric started, so that each can print why it ends; kill them after a time limit."""
     processes = getattr(fabric.strategy.launcher, "procs", [])
-    waiting, processes[:] = list(processes), []  # else lightning kills this process soon after one of them failed
+    waiting, processes[:] = list(processes), []  # otherwise lightning kills this process soon after one of them failed
     until = time.monotonic() + _SECONDS_TO_END
     for process in waiting:
         try:
@@ -142,7 +142,7 @@ def _end_launched(fabric: Fabric) -> None:
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Hide lightning's tips and warnings; errors are shown."""
+    """Hide tips and warnings of lightning; errors are shown."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
@@ -159,28 +159,28 @@ def quiet_lightning() -> Iterator[None]:
 def in_processes(
     target: Callable[..., None], tasks: Mapping[str, tuple[Any, ...]], number: int
 ) -> Generator[tuple[str, ValueError | None], None, None]:
-    """Carry out tasks, each in a process of its own, the given number at a time.
+    """Run tasks in separate processes, the given number at a time.
 
-    On a CPU each has as many threads as this process divided by their number; of the accelerators of cuda each sees
-    one, in turn. Whatever ends this process, or the loop over the results, ends them by SIGTERM. An executor of
-    `concurrent.futures` would fail all tasks when the process of one dies.
+    On a CPU, the threads of this process are divided among the processes; with cuda, each process uses one accelerator,
+    in turn. If this process or the loop over the results ends for any reason, the processes are ended by SIGTERM. An
+    executor of `concurrent.futures` is not used, because it fails all tasks if one process dies.
 
     Args:
-        target: Function at the top of a module, called with the values of a task. Its ValueError or OSError fails that
-            task alone.
-        tasks: Arguments by name.
+        target: Function at the top level of a module, called with the values of a task. If it raises a ValueError or
+            OSError, only this task fails.
+        tasks: Arguments of each task by name.
         number: Number of processes at a time.
 
     Yields:
-        Each task's name as it ends, and what it failed with, or None.
+        The name of each task when it ends, and its failure, or None.
 
     Raises:
-        Terminated: if SIGTERM ended one of them.
+        Terminated: if SIGTERM ended one of the processes.
     """
     forks = "forkserver" in multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
     if forks:
-        multiprocessing.set_forkserver_preload([target.__module__])  # imported once for all
+        multiprocessing.set_forkserver_preload([target.__module__])  # imported once for all processes
     threads, devices = max(1, torch.get_num_threads() // number), _cuda_devices()
     waiting, slots = list(tasks), list(range(number))
     running: dict[Any, tuple[str, int, BaseProcess]] = {}
@@ -207,7 +207,7 @@ def in_processes(
 
 
 def _failure(receiver: Any, process: BaseProcess) -> str | None:
-    """Return what a process failed with, or None."""
+    """Return the failure of a process, or None."""
     try:
         message: str | None = receiver.recv()
     except EOFError:
@@ -221,7 +221,7 @@ def _failure(receiver: Any, process: BaseProcess) -> str | None:
 def _carry_out(
     sender: connection.Connection, threads: int, device: str | None, target: Callable[..., None], task: tuple[Any, ...]
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal: the first one ends these
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent process ends this one
     with on_sigterm(terminate):
         threading.Thread(target=_end_with_parent, daemon=True).start()
         torch.set_num_threads(threads)
@@ -241,6 +241,6 @@ def _end_with_parent() -> None:
 
 
 def _cuda_devices() -> list[str]:
-    """Return the accelerators of cuda, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the names of cuda accelerators as in CUDA_VISIBLE_DEVICES."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]

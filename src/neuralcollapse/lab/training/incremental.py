@@ -1,4 +1,4 @@
-"""Class-incremental training: a first session that is an ordinary run, and sessions that add classes to its model."""
+"""Class-incremental training: a first session, which is an ordinary run, and later sessions that add classes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from neuralcollapse.lab.training.runs import Preparation, data_facts, train_prep
 from neuralcollapse.metrics import ClassMoments, MeasureOptions
 from neuralcollapse.metrics.collapse import measure_moments
 
-# Combined with the seed of a run, they give the seeds of what is drawn per class or session.
+# Constants that, combined with the seed of a run, give the seeds of random choices per class or session.
 _SHOTS, _REPLAY, _ROWS = 4, 5, 6
 
 
@@ -57,22 +57,22 @@ def train_incremental(
     Args:
         protocol: Sessions, strategies and seeds.
         settings: Settings of all runs, as for `incremental_runs`.
-        folder: Folder to write; inside its ``writing``, a `RunFolder` that is locked and checked already.
+        folder: Folder to write; or a `RunFolder` inside its ``writing`` context, which is already locked and checked.
         base: As for `incremental_runs`.
-        resume: Resume what the folder holds.
-        overwrite: Delete what the folder holds.
+        resume: Resume the sessions in the folder.
+        overwrite: Delete the content of the folder.
         progress: Show progress.
 
     Returns:
-        The table that is in ``sessions.csv``: columns strategy, seed, session_lr (0 for class-means, which trains
-        nothing in these sessions), session (from 1), split, classes
-        (``all`` that were seen; ``old``, those of the first session; ``new``, those added since; ``session j``), metric
-        and value. The metrics are those of `session_metrics`, and NC1 to NC3 of the classes (NaN for one class), in
-        evaluation mode on images without augmentation. The train split has all images that were trained on so far.
+        The table in ``sessions.csv``: columns strategy, seed, session_lr (0 for class-means, which does not train in
+        these sessions), session (from 1), split, classes (``all`` classes seen; ``old``, those of the first session;
+        ``new``, those added since; ``session j``), metric and value. The metrics are those of `session_metrics`, and
+        NC1 to NC3 of the classes (NaN for a single class), in evaluation mode on images without augmentation. The train
+        split contains all images that were trained on so far.
 
     Raises:
-        ValueError: if settings, data or a folder cannot be used; before anything is written.
-        Diverged: if a session diverged; it is named.
+        ValueError: if settings, data or a folder cannot be used; raised before anything is written.
+        Diverged: if a session diverged; the message names it.
     """
     whole = folder if isinstance(folder, RunFolder) else RunFolder(folder)
     runs = incremental_runs(protocol, settings, base)
@@ -97,7 +97,7 @@ def train_incremental(
 
 
 class SessionData:
-    """Images of each session, counted from 1; labels stay those of the data.
+    """Images of each session, counted from 1; the labels are those of the data.
 
     Args:
         data: Images of all classes, on the training device.
@@ -105,12 +105,12 @@ class SessionData:
         settings: Batches of all runs.
 
     Attributes:
-        base: Images of the first session, the same as those of a run that holds out the other classes.
-        evaluation: Un-augmented batches of the first session, with whose standardisation all images are standardised.
+        base: Images of the first session, equal to those of a run that holds out the other classes.
+        evaluation: Un-augmented batches of the first session; their standardisation is used for all images.
         ends: Number of classes seen after each session.
 
     Raises:
-        ValueError: if there are fewer classes, or fewer images of a class, than the protocol needs.
+        ValueError: if the data have fewer classes, or fewer images of a class, than the protocol needs.
     """
 
     def __init__(self, data: ImageData, protocol: Incremental, settings: BatchSettings) -> None:
@@ -133,7 +133,7 @@ class SessionData:
         for split, part in data.splits.items():
             present = part.labels.bincount(minlength=data.num_classes)[:total].split(protocol.sessions)
             if (empty := next((number for number, of in enumerate(present, 1) if not int(of.sum())), 0)) > 0:
-                raise ValueError(f"sessions must have {split} images of their classes, and session {empty} has none")
+                raise ValueError(f"sessions must have {split} images of their classes, but session {empty} has none")
         self.names = data.class_names or tuple(map(str, range(data.num_classes)))
         self.later_classes = list(self.names[first:])
         labels = data.train.labels.cpu()
@@ -144,7 +144,7 @@ class SessionData:
         self.evaluation = evaluation_batches(self.base, settings)
 
     def training_images(self, session: int, seed: int) -> ImageData:
-        """Return the images that a later session trains on: of its classes, and of earlier ones that are replayed."""
+        """Return the training images of a later session: those of its classes, and replayed ones of earlier classes."""
         start, end = self.ends[session - 2 : session]
         indices = [self._trained_on(label, seed) for label in range(start, end)]
         for label in range(start if self.protocol.replay else 0):
@@ -154,12 +154,12 @@ class SessionData:
         return self._images(session, torch.cat(indices))
 
     def added_images(self, session: int, seed: int) -> EvaluationBatches:
-        """Return un-augmented batches of the training images of a session's own classes."""
+        """Return un-augmented batches of the training images of the classes that a session adds."""
         start, end = ([0, *self.ends])[session - 1 : session + 1]
         return self._batches("train", torch.cat([self._trained_on(label, seed) for label in range(start, end)]))
 
     def seen_images(self, session: int, seed: int) -> dict[str, EvaluationBatches]:
-        """Return un-augmented batches of each split after a session; of train, of all images trained on so far."""
+        """Return un-augmented batches of each split after a session; train contains all images trained on so far."""
         batches = {}
         for name, split in self.data.splits.items():
             if name == "train":
@@ -176,7 +176,7 @@ class SessionData:
         return of_class[_permutation(len(of_class), seed, label, _SHOTS)[:shots].sort().values]
 
     def _images(self, session: int, train: Tensor) -> ImageData:
-        """Return some training images, and those of the other splits of all classes seen after a session."""
+        """Return the given training images, and the other splits restricted to the classes seen after a session."""
         end, splits = self.ends[session - 1], self.data.splits
         parts: dict[str, Any] = {
             name: split.take(train if name == "train" else (split.labels < end).nonzero().flatten())
@@ -193,10 +193,10 @@ def _permutation(number: int, *seeds: int) -> Tensor:
 
 
 class _LaterSession(Run):
-    """A session after the first, in which means and variances are constants, since its batches are of a few classes.
+    """Session after the first, in which means and variances are constant, because its batches contain only few classes.
 
-    They are the statistics of batch norm, and the class means and the global mean of a head that is not learned: in a
-    batch of one class, the class mean is the global mean.
+    These are the statistics of batch norm, and the class means and the global mean of a head that is not learned: in a
+    batch with a single class, the class mean equals the global mean.
     """
 
     def _set_up(self) -> tuple[int, int]:
@@ -211,7 +211,7 @@ class _LaterSession(Run):
 
 @dataclass(frozen=True)
 class Course:
-    """One strategy with one seed: the first session and those after it.
+    """All sessions of one strategy with one seed.
 
     Attributes:
         strategy: Name of the strategy.
@@ -258,7 +258,7 @@ class Course:
         return Run(self.config, images, batches, new_model(self.config, images, batches["train"], assigned=assigned))
 
     def add_classes(self, session: int, model: AttachedHead) -> None:
-        """Add the classes of a later session to the model, and freeze what is to keep its weights."""
+        """Add the classes of a later session to the model, and freeze the modules of the setting ``freeze``."""
         number = self.protocol.sessions[session - 1]
         generator = torch.Generator().manual_seed(derived_seed(self.run.seed, session, _ROWS))
         model.grow(number, generator=None if self.strategy == "preassigned-etf" else generator)
@@ -269,15 +269,15 @@ class Course:
                 raise ValueError(f"freeze must name modules of the model, got {name!r}") from None
             module.requires_grad_(False)
         if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise ValueError(f"freeze must leave parameters to train, and with {self.strategy} it leaves none")
+            raise ValueError(f"freeze must leave parameters to train, but with {self.strategy} it leaves none")
 
     def later_run(self, session: int, model: AttachedHead) -> Run:
-        """Build a later session of a model that has its classes."""
+        """Build a later session for a model that already has its classes."""
         images = self.sessions.training_images(session, self.run.seed)
         return _LaterSession(self.later_config, images, {"train": self.sessions.evaluation["train"]}, model)
 
     def models(self, folder: RunFolder, progress: Progress) -> Iterator[AttachedHead]:
-        """Yield the model after each session, in turn; what is not finished in the folder is trained."""
+        """Yield the model after each session in turn; sessions that are not finished in the folder are trained."""
         first = self.first_run()
         self._train(first, folder.run(_base_name(self.run)), 1, progress)
         model = first.trained.model
@@ -295,7 +295,7 @@ class Course:
             yield model
 
     def _train(self, run: Run, folder: RunFolder, session: int, progress: Progress) -> None:
-        """Train a session unless it is finished, and give its model the weights that are measured."""
+        """Train a session unless it is finished, and set its model to the weights that are measured."""
         name = f"{self.strategy}, seed {self.run.seed}, session {session}"
         if not folder.is_finished(run.config.in_force()):
             try:
@@ -310,7 +310,7 @@ class Course:
 
     @torch.no_grad()
     def _of_class_means(self, model: AttachedHead) -> Iterator[AttachedHead]:
-        """Yield the frozen model with the class means of each session's images added."""
+        """Yield the frozen model after adding the class means of the images of each session."""
         trained: Head = model.head  # type: ignore[assignment]
         head = ClassMeanClassifier(trained.in_features, trained.num_classes, feature_norm=trained.feature_norm)
         model.head = head.to(next(model.parameters()).device)
@@ -320,7 +320,7 @@ class Course:
 
     @torch.no_grad()
     def _admit(self, session: int, model: AttachedHead) -> None:
-        """Let the head admit the classes of a session, by the training images that it has of them."""
+        """Let the head admit the classes of a session by means of their training images."""
         model.eval()
         images = self.sessions.added_images(session, self.run.seed)
         with evaluation_layout(model):
@@ -336,7 +336,7 @@ def _base_name(run: RunConfig) -> str:
 
 
 def _check(sessions: SessionData, runs: Sequence[RunConfig]) -> None:
-    """Build every session of each strategy once, with untrained models; raises ValueError if one is refused."""
+    """Build every session of each strategy once, with untrained models; raise a `ValueError` if one is invalid."""
     for strategy in sessions.protocol.strategies:
         run = next(run for run in runs if run.method == STRATEGIES[strategy])
         course = Course(strategy, run, run.lr, sessions)
@@ -349,7 +349,7 @@ def _check(sessions: SessionData, runs: Sequence[RunConfig]) -> None:
                     course.add_classes(session, model)
                     course.later_run(session, model).check_loss()
                 except ValueError as error:
-                    raise ValueError(f"session {session} with {strategy} is refused: {error}") from error
+                    raise ValueError(f"session {session} with {strategy} is invalid: {error}") from error
 
 
 def _train_courses(
@@ -358,13 +358,13 @@ def _train_courses(
     """Train courses, and write the table after each session; return it.
 
     Args:
-        courses: What to train.
-        folder: Folder to write, begun.
+        courses: Courses to train.
+        folder: Folder to write, for which `RunFolder.begin` was called.
         preparation: Whether progress is shown.
-        skip_diverged: Print a course that diverged, and train the others.
+        skip_diverged: Report courses that diverge, and train the others.
 
     Raises:
-        Diverged: if a course diverged, unless that is skipped.
+        Diverged: if a course diverged and ``skip_diverged`` is False.
     """
     table = read_table(folder.sessions) if folder.sessions.exists() else pd.DataFrame(columns=SESSION_COLUMNS)
     rows = list(table.itertuples(index=False, name=None))
@@ -390,9 +390,9 @@ def _train_courses(
 def _chosen_rates(
     protocol: Incremental, runs: Sequence[RunConfig], preparation: Preparation, folder: RunFolder, *, resume: bool
 ) -> dict[Strategy, float]:
-    """Return the candidate of each strategy with the best validation accuracy, on average over the later sessions.
+    """Return the candidate of each strategy with the best validation accuracy, averaged over the later sessions.
 
-    The folder keeps these trainings in its ``tuning/``.
+    These trainings are stored in ``tuning/`` of the folder.
 
     Raises:
         ValueError: if a strategy diverges at every candidate.
@@ -422,7 +422,7 @@ def _chosen_rates(
     for name in trained:
         of_rates = {rate: whole[name, rate] for rate in candidates if (name, rate) in whole.index}
         if not of_rates:
-            raise ValueError(f"session_lr_candidates must hold one at which {name} does not diverge, got {candidates}")
+            raise ValueError(f"session_lr_candidates must have one at which {name} does not diverge, got {candidates}")
         rates[name] = max(of_rates, key=lambda rate: (of_rates[rate], -rate))
     return rates
 
@@ -452,7 +452,7 @@ def _results(
 
 
 def _observed(model: AttachedHead, batches: EvaluationBatches, old: int) -> tuple[Tensor, dict[str, ClassMoments]]:
-    """Return the number of right answers of each class (K,), and the moments of old and of new classes."""
+    """Return the number of correct predictions per class (K,), and the moments of old and of new classes."""
     model.eval()
     head: Head = model.head  # type: ignore[assignment]
     shape, device = head.weight.shape, head.weight.device
@@ -469,7 +469,7 @@ def _observed(model: AttachedHead, batches: EvaluationBatches, old: int) -> tupl
 
 
 def _collapse(head: Head, moments: Mapping[str, ClassMoments]) -> Iterator[tuple[str, str, float]]:
-    """Yield NC1 to NC3 of old, new and all classes, which are defined for two classes or more."""
+    """Yield NC1 to NC3 of old, new and all classes; they are defined for two or more classes."""
     both = ClassMoments.from_state({name: value.clone() for name, value in moments["old"].state.items()})
     both.merge(moments["new"])
     bias = None if head.bias is None else head.bias.double()

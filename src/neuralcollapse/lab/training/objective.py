@@ -1,4 +1,4 @@
-"""Objective of training: loss and penalties; and what is logged of it: metrics, gradients, values not finite."""
+"""Objective of training: loss and penalties, training metrics, sizes of gradients, and search for non-finite values."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _OF_FEATURES: dict[str, Callable[..., Tensor]] = {
     "decoupled": losses.decoupled_cross_entropy,
     "two-way": losses.two_way,
 }
-# Of the released code of Zhu et al. (NeurIPS 2021).
+# Value in the released code of Zhu et al. (NeurIPS 2021).
 PUBLISHED_FEATURE_DECAY = 1e-4
 _NEVER = 2**62
 
 
 class Objective(nn.Module):
-    """Loss of a batch as a function of a model's parameters, in training mode.
+    """Loss of a batch as a function of the parameters of a model, in training mode.
 
     Args:
         config: All settings.
@@ -46,14 +46,14 @@ class Objective(nn.Module):
         class_counts: (K,), training images of each class.
 
     Attributes:
-        keeps_head_tensors: Whether the features, class means, weight and bias that a head with class means makes of a
-            batch keep their gradients, in ``head_tensors``.
+        keeps_head_tensors: Whether the features, class means, weight and bias that a head with class means computes
+            from a batch retain their gradients, in ``head_tensors``.
     """
 
     def __init__(self, config: RunConfig, model: AttachedHead, class_counts: Tensor) -> None:
         super().__init__()
         device = next(model.parameters()).device
-        self._of_classes = {  # in the dtype and on the device of the loss, not moved at each step
+        self._of_classes = {  # stored in the dtype and on the device of the loss, to avoid a copy at each step
             name: value.to(device, torch.float32) if isinstance(value, Tensor) else value
             for name, value in class_options(config, class_counts).items()
         }
@@ -66,7 +66,7 @@ class Objective(nn.Module):
         self._backbone = torch.compile(model.model.forward) if config.compile else model.model.forward
 
     def forward(self, images: Tensor, targets: Tensor, samples: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Return the loss, the training metrics and the features of this rank's part of a batch.
+        """Return the loss, the training metrics and the features for the part of a batch on this rank.
 
         Args:
             images: (N, C, H, W).
@@ -78,11 +78,11 @@ class Objective(nn.Module):
             `batch_alignment` and `batch_accuracy_top5` over all ranks; the features (N, d).
 
         Raises:
-            ValueError: if the features are not finite, where the head checks that.
+            ValueError: if the features are not finite and the head checks them.
         """
         head: Head = self.model.head  # type: ignore[assignment]
         with self._keeping_head_tensors(head) as keep:
-            # In evaluation mode a head takes its statistics as constants.
+            # In evaluation mode, a head treats its statistics as constants.
             features, weight, bias = head.prepare(self._backbone(images), targets if head.training else None)
             keep(features=features, weight=weight, bias=bias)
         logits, features = head.decide(features, weight, bias).float(), features.float()
@@ -101,7 +101,7 @@ class Objective(nn.Module):
 
     @contextmanager
     def _keeping_head_tensors(self, head: Head) -> Iterator[Callable[..., None]]:
-        """Keep the class means of a head; yield a function that keeps other tensors."""
+        """Store the class means of a head; yield a function that stores other tensors."""
         self.head_tensors = {}
         class_means = getattr(head, "class_means", None) if self.keeps_head_tensors else None
         if class_means is None:
@@ -155,10 +155,10 @@ def class_options(config: LossSettings, class_counts: Tensor) -> dict[str, Any]:
 
 
 class OwnLoss:
-    """A loss that is a class of the user's own or of another library, such as pytorch-metric-learning.
+    """Loss given by a user-defined class or a class of another library, such as pytorch-metric-learning.
 
-    It is called with features (N, d) and targets (N,). The weight of the classifier takes the place of its class
-    weights, so that its gradient is that of the classifier and the optimiser holds no second copy.
+    The loss is called with features (N, d) and targets (N,). The weight of the classifier replaces its class weights,
+    so that their gradient is that of the classifier, and the optimiser does not hold a second copy.
 
     Args:
         config: The settings: dotted path, options and method.
@@ -166,9 +166,9 @@ class OwnLoss:
         feature_dim: d.
 
     Raises:
-        ValueError: if the class cannot be imported or made, or is not an `nn.Module`; if it has other parameters or
-            buffers than one parameter (K, d) or (d, K), which training could not resume; or if it has none, and the
-            weight of the classifier would not be trained either.
+        ValueError: if the class cannot be imported or constructed, or is not an `nn.Module`; if it has parameters or
+            buffers other than one parameter (K, d) or (d, K), from which training could not resume; or if it has no
+            such parameter and the weight of the classifier would not be trained either.
     """
 
     def __init__(self, config: RunConfig, num_classes: int, feature_dim: int) -> None:
@@ -182,12 +182,12 @@ class OwnLoss:
             listed_shapes = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
             raise ValueError(
                 f"loss must have no state besides class weights {(num_classes, feature_dim)} or "
-                f"{(feature_dim, num_classes)}, and {self.path} has {listed_shapes}"
+                f"{(feature_dim, num_classes)}, but {self.path} has {listed_shapes}"
             )
         if self._name is not None and num_classes == feature_dim:
             raise ValueError(
-                f"feature_dim must differ from the number of classes, {num_classes}, for the loss {self.path}: which "
-                "side of its class weights is which cannot be seen"
+                f"feature_dim must differ from the number of classes, {num_classes}, for the loss {self.path}: "
+                "otherwise the dimensions of its class weights are ambiguous"
             )
         if self._name is None and not METHODS[config.method].follows_means:
             raise ValueError(
@@ -207,19 +207,19 @@ class OwnLoss:
             loss = torch.func.functional_call(self.module, replaced, (features, targets))
         if not isinstance(loss, Tensor) or loss.ndim:
             got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"loss must return a scalar, and {self.path} returns {got}")
+            raise ValueError(f"loss must return a scalar, but {self.path} returns {got}")
         return loss
 
 
 class RunRegulariser:
-    """The regulariser of a run: a weighted loss of features, at the classifier or at a named layer.
+    """Regulariser of a run: a weighted loss of the features at the classifier or at a named layer.
 
     Args:
         model: The model.
         options: The setting ``regulariser``.
 
     Raises:
-        ValueError: if the model has no such layer.
+        ValueError: if the model does not have the layer.
     """
 
     def __init__(self, model: AttachedHead, options: Mapping[str, Any]) -> None:
@@ -239,7 +239,7 @@ class RunRegulariser:
                 raise ValueError(f"regulariser.{error}") from None
 
     def __call__(self, features: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-        """Return the weighted loss of a batch, whose mean over ranks is that of the whole batch."""
+        """Return the weighted loss of a batch; its mean over ranks is the loss of the whole batch."""
         if self._of_layer is not None:
             return self._of_layer(targets)
         if self.loss == "center":
@@ -256,20 +256,20 @@ def batch_loss(
     share: float = 1.0,
     of_classes: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """Return the loss of a batch, a mean over its samples; with several ranks, the mean of their values is.
+    """Return the mean loss over the samples of a batch; with several ranks, the mean over ranks is this loss.
 
-    - ``"cross-entropy"``, with the share ``label_smoothing`` of each target spread over all classes;
+    - ``"cross-entropy"``, with the share ``label_smoothing`` of each target distributed over all classes;
     - ``"mse"``: mean over samples and classes of (logit − one-hot)² (Zhu et al., NeurIPS 2021);
     - ``"dot-regression-published"``: ½(w_y·h + b_y − 1)² (released code of Markou, Ajanthan, Gould, NeurIPS 2024);
-    - those of `neuralcollapse.losses`, of features and weight.
+    - losses of `neuralcollapse.losses`, of features and weight.
 
     Args:
         config: The settings.
         logits: (N, K).
         targets: (N,).
-        features: (N, d), which the weight multiplies.
+        features: (N, d), the input of the weight.
         weight: (K, d), with its graph.
-        share: This rank's fraction of the samples of the whole batch, times the number of ranks.
+        share: Share of the samples of the whole batch on this rank, times the number of ranks.
         of_classes: `class_options`, with the ``bias`` of the logits.
     """
     bias, classes = None, dict(of_classes or {})
@@ -292,7 +292,7 @@ def batch_loss(
 
 
 def penalty(config: Optimisation, model: AttachedHead, features: Tensor, ranks: int = 1) -> Tensor | None:
-    """Return the penalty added to the loss of a batch, or None; with several ranks, the mean of their values is.
+    """Return the penalty for the loss of a batch, or None; with several ranks, the mean over ranks is the penalty.
 
     With a ``feature_decay`` λ_H, λ/2 (‖W‖² + ‖b‖²) of the classifier and λ_H/2 Σ‖h‖² over the batch (separate decay,
     Zhu et al., NeurIPS 2021); for L-BFGS without it, λ/2 of the squared norm of all parameters.
@@ -300,7 +300,7 @@ def penalty(config: Optimisation, model: AttachedHead, features: Tensor, ranks: 
     Args:
         config: The settings.
         model: The model.
-        features: h (N, d), which the classifier's weight multiplies.
+        features: h (N, d), the input of the classifier.
         ranks: Number of ranks that share the batch.
     """
     if config.feature_decay is not None:
@@ -322,13 +322,13 @@ def _half_square(module: nn.Module, decay: float, like: Tensor) -> Tensor:
 
 
 class Diverged(ValueError):
-    """Error of a run in which a value is not finite."""
+    """Error raised if a value of a run is not finite."""
 
 
 class FirstNonFinite:
-    """Search for the first value of an epoch that is not finite: of the features, the loss or a parameter.
+    """Search for the first value of an epoch that is not finite, among the features, the loss and the parameters.
 
-    Results stay on the device until `find` reads them, so that no training step waits for it.
+    Results stay on the device until `find` reads them, so that training steps do not cause device syncs.
 
     Args:
         model: The model whose parameters are checked.
@@ -342,7 +342,7 @@ class FirstNonFinite:
         self.begin_epoch()
 
     def begin_epoch(self) -> None:
-        """Forget the values of the previous epoch."""
+        """Discard the values of the previous epoch."""
         self._of_loss: Tensor | None = None
         self._of_parameters: Tensor | None = None
         self._finite: Tensor | None = None
@@ -354,7 +354,7 @@ class FirstNonFinite:
         Args:
             step: Number of the batch in its epoch, counted from 1.
             loss: Loss of the batch, over all ranks.
-            features: Features of this rank's part.
+            features: Features of the part of the batch on this rank.
         """
         # Metrics and penalties use squares, which overflow long before the features.
         whole = features.detach().square().isfinite().all()
@@ -366,7 +366,7 @@ class FirstNonFinite:
     @torch.no_grad()
     def see_parameters(self, step: int) -> None:
         """Check the parameters after a step."""
-        if self._parameters[0].device.type == "cpu":  # ten times as fast there as the norms
+        if self._parameters[0].device.type == "cpu":  # on a CPU, this is ten times as fast as computing norms
             bounds = torch.stack([torch.stack(parameter.aminmax()) for parameter in self._parameters])
             finite = bounds.isfinite().all(1)
         else:
@@ -375,12 +375,12 @@ class FirstNonFinite:
         self._of_parameters = code if self._of_parameters is None else torch.minimum(self._of_parameters, code)
 
     def find(self, *, scaled: bool = False, of_all_ranks: bool = False) -> tuple[int, str] | None:
-        """Return the step and the name of the first value that is not finite, or None; this waits for the device.
+        """Return the step and the name of the first value that is not finite, or None; this causes a device sync.
 
         Args:
-            scaled: Whether a gradient scaler skips steps that overflow. Then batches without a finite loss count where
-                no batch of the epoch has one.
-            of_all_ranks: Whether to find the first one of all ranks, which must then all ask.
+            scaled: Whether a gradient scaler skips steps that overflow. In this case, a batch without a finite loss
+                counts only if no batch of the epoch has a finite loss.
+            of_all_ranks: Whether to search over all ranks; all ranks must then call this method.
         """
         codes = [_NEVER if code is None else int(code) for code in (self._of_loss, self._of_parameters)]
         if scaled and self._finite is not None and int(self._finite) > 0:
@@ -399,15 +399,15 @@ class FirstNonFinite:
 
 @dataclass
 class EpochLog:
-    """Training metrics of an epoch so far, weighted by samples, and the time that it took without measuring.
+    """Training metrics of an epoch so far, weighted by samples, and training time without measurements.
 
     Attributes:
-        lr: Learning rate at its beginning; NaN for AGD, which has none.
-        samples: Number of samples; those of a batch that overflowed and was skipped do not count.
+        lr: Learning rate at the start of the epoch; NaN for AGD, which has none.
+        samples: Number of samples, without those of batches that overflowed and were skipped.
         sums: Sum of each metric.
         eta: Sum of the steps η of AGD.
-        steps: Number of these.
-        seconds: Time before training resumed inside the epoch.
+        steps: Number of steps in ``eta``.
+        seconds: Training time of the epoch before training was resumed within it.
     """
 
     lr: float
@@ -421,7 +421,7 @@ class EpochLog:
         self._started = time.perf_counter() - self.seconds
 
     def add(self, metrics: dict[str, Tensor], samples: int | Tensor, optimizer: Optimizer, *, skips: bool) -> None:
-        """Add a batch; if steps that overflow are skipped, only where its loss is finite."""
+        """Add a batch; if steps that overflow are skipped, only batches with a finite loss are added."""
         if skips:
             samples = samples * metrics["batch_loss"].isfinite()
             metrics = {name: torch.where(samples > 0, value, 0.0) for name, value in metrics.items()}
@@ -433,13 +433,13 @@ class EpochLog:
             self.steps += 1
 
     def end(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Return the metrics, and the row of the training log; this waits for the device."""
+        """Return the metrics, and the row of the training log; this causes a device sync."""
         metrics = {name: float(total / self.samples) for name, total in self.sums.items()}
         row = {"seconds": time.perf_counter() - self._started, **metrics}
         return metrics, row | ({"agd_eta": float(self.eta / self.steps)} if self.steps else {"lr": self.lr})
 
     def state(self) -> dict[str, Any]:
-        """Return the fields, to save."""
+        """Return the fields for saving."""
         state = {name: value for name, value in vars(self).items() if name != "_started"}
         return state | {"seconds": time.perf_counter() - self._started}
 
@@ -447,8 +447,8 @@ class EpochLog:
 def gradient_sizes(objective: Objective, scale: float = 1.0) -> list[dict[str, Any]]:
     """Return the size of each gradient after a backward pass: mean and largest magnitude, and norm.
 
-    They are of the parameters; and of the features, class means, weight and bias that a head makes of a batch, where
-    they are not parameters and their gradients are kept.
+    Included are the gradients of the parameters, and those of the features, class means, weight and bias that a head
+    computes from a batch, if they are not parameters and their gradients are retained.
 
     Args:
         objective: The objective.

@@ -1,4 +1,4 @@
-"""Optimiser of a run, schedule of its learning rate, and average of the model's weights."""
+"""Optimiser of a run, schedule of its learning rate, and average of the weights of the model."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from neuralcollapse.metrics.measure import Layers
 
 _T = TypeVar("_T")
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
-# Combined with a run's seed, it gives the seed of initial weights that the optimiser asks for.
+# Constant that, combined with the seed of a run, gives the seed of initial weights that the optimiser requires.
 _START = 2
 
 
 def build_optimizer(config: RunConfig, model: AttachedHead) -> torch.optim.Optimizer:
-    """Return the optimiser of all parameters; without a unit start, its first step gives rows of a weight unit norm.
+    """Return the optimiser of all parameters.
 
-    AGD needs its own initial weights, which are drawn here from the run's seed.
+    If the weight does not start with unit rows, the rows have unit norm after the first step. AGD needs special initial
+    weights, which are drawn here from the seed of the run.
 
     Raises:
         ValueError: if the optimiser cannot train this model.
@@ -59,7 +60,7 @@ def _optimizer(config: RunConfig, model: AttachedHead) -> torch.optim.Optimizer:
             history_size=_value(config.optimizer_options)["history"],
             line_search_fn="strong_wolfe",
         )
-    # With a feature decay, the weight decay is part of the loss.
+    # With feature decay, weight decay is part of the loss.
     weight_decay = _value(config.weight_decay) if config.feature_decay is None else 0.0
     if config.optimizer == "sgd":
         momentum = 0.9 if config.momentum is None else config.momentum  # None: one-cycle sets it
@@ -71,12 +72,12 @@ def _optimizer(config: RunConfig, model: AttachedHead) -> torch.optim.Optimizer:
 
 
 def _groups(model: AttachedHead, rate: float, weight_decay: float, factor: float) -> list[dict[str, Any]]:
-    """Return the parameters in groups: all but batch norm's shifts; and these, if their learning rate differs."""
+    """Return the parameter groups: batch norm shifts are a separate group if their learning rate differs."""
     if factor == 1:
         return [{"params": list(model.parameters()), "lr": rate, "weight_decay": weight_decay}]
     shifts = [module.bias for module in model.modules() if isinstance(module, _BATCH_NORM) and module.bias is not None]
     if not shifts:
-        raise ValueError("optimizer_options.shift_lr_factor needs batch norm with a shift, and the model has none")
+        raise ValueError("optimizer_options.shift_lr_factor needs batch norm with a shift, but the model has none")
     others = [parameter for parameter in model.parameters() if all(parameter is not shift for shift in shifts)]
     return [
         {"params": others, "lr": rate, "weight_decay": weight_decay},
@@ -87,7 +88,7 @@ def _groups(model: AttachedHead, rate: float, weight_decay: float, factor: float
 def build_schedule(
     config: Optimisation, optimizer: torch.optim.Optimizer, batches: int
 ) -> lr_scheduler.LRScheduler | None:
-    """Return the schedule of the learning rate, stepped after every optimiser step; None for one without a rate.
+    """Return the schedule of the learning rate, stepped after every optimiser step; None without a learning rate.
 
     Args:
         config: The settings.
@@ -117,7 +118,7 @@ def build_schedule(
 
 
 def _after_warmup(config: Optimisation, batches: int) -> Callable[[int], float]:
-    """Return the factor of the learning rate at step t: (t+1)/W in the W steps of the warm-up, then the schedule's."""
+    """Return the factor of the learning rate at step t: (t+1)/W in the W warm-up steps, then that of the schedule."""
     warmup, steps = _value(config.warmup_epochs) * batches, config.epochs * batches
 
     def factor(step: int) -> float:
@@ -144,15 +145,15 @@ def _value(setting: _T | None) -> _T:
 
 
 class TrainedModel(nn.Module):
-    """A model in training, and the average of its weights if that is measured in its place.
+    """Model in training, with the average of its weights if the average is measured in its place.
 
     Args:
         model: The model.
-        average: Share of the steps that the average is mostly of; None for none.
+        average: Share of the steps over which the average is mainly taken; None for no average.
 
     Attributes:
         model: The model.
-        average: Copy of it, with averaged weights; None for none.
+        average: Copy of the model with averaged weights, or None.
     """
 
     def __init__(self, model: AttachedHead, average: float | None = None) -> None:
@@ -163,11 +164,11 @@ class TrainedModel(nn.Module):
 
     @property
     def measured(self) -> AttachedHead:
-        """The model that is measured: the average, if there is one."""
+        """Measured model: the average, if there is one, else the model."""
         return self.model if self.average is None else self.average
 
     def measured_layers(self, layers: Layers) -> Layers:
-        """Return names of modules of the measured model as names in this one; ``"blocks"`` stays."""
+        """Return names of modules of the measured model as names in this module; ``"blocks"`` is unchanged."""
         if isinstance(layers, str):
             return layers
         return [f"{'model' if self.average is None else 'average'}.{name}" for name in layers]
@@ -178,25 +179,25 @@ class TrainedModel(nn.Module):
         return logits
 
     def update_average(self, steps: int) -> None:
-        """Move the average towards the model, after a step that the given number of steps preceded."""
+        """Move the average towards the model after a step, given the number of preceding steps."""
         if self.average is not None and self._share is not None:
             update_average(self.average, self.model, share=self._share, steps=steps)
 
 
 @torch.no_grad()
 def update_average(average: AttachedHead, model: AttachedHead, *, share: float, steps: int) -> None:
-    """Move an average of the model's weights towards the model, in place.
+    """Move an average of the weights of a model towards the model, in place.
 
-    After step t every earlier step s has weight ∝ s^(1/share − 1): a share of 1 is the mean of all steps, a share of
-    0.1 is mostly the mean of the last tenth. The running statistics of batch norm are averaged alike. Class means, and
-    a classifier that follows from them, are copied from the model, because the average of several frames is not a
-    frame; unit rows are projected back to unit norm.
+    After step t, the weight of every earlier step s is proportional to s^(1/share − 1): a share of 1 is the mean of all
+    steps, a share of 0.1 is mainly the mean of the last tenth. The running statistics of batch norm are averaged in the
+    same way. Class means, and classifiers that follow from them, are copied from the model, because the average of
+    several frames is not a frame; unit rows are projected back to unit norm.
 
     Args:
         average: Copy of the model.
         model: The model after its step.
         share: In (0, 1].
-        steps: Number of steps averaged before; with 0 the average becomes the model.
+        steps: Number of steps averaged before; with 0, the average becomes equal to the model.
 
     Source: polynomial-decay averaging of Shamir and Zhang (ICML 2013), with η = 1/share − 1.
     """

@@ -1,4 +1,4 @@
-"""Progress of training, as a bar in a terminal and as lines elsewhere, and the loggers of a run."""
+"""Progress of training, shown as a bar in terminals and as lines otherwise, and the loggers of a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from neuralcollapse.lab.process import global_rank
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.provenance import shown_settings
 
-# Least number of seconds between two plain lines; the last epoch of a run always has one.
+# Minimum number of seconds between two plain lines; the last epoch of a run always has a line.
 _PLAIN_LINES = 10.0
 
 
@@ -43,12 +43,12 @@ class Progress:
         self._last_line = time.monotonic()
 
     def next_run(self, name: str, position: int) -> Progress:
-        """Take up the run of a name, which the given number of runs came before; return this object."""
+        """Switch to the run with a name, after the given number of runs; return this object."""
         self.name, self.position = name, position
         return self
 
     def count_runs(self, ended: int, last: str | None = None) -> None:
-        """Count runs in place of batches: the given number of further ones has ended, trained by other processes."""
+        """Count runs instead of batches: the given number of further runs has ended in other processes."""
         self.position += ended
         self.bar.unit, self.bar.unit_scale, self.bar.total = "run", False, self.runs
         self.bar.update(ended)
@@ -56,14 +56,14 @@ class Progress:
             print(f"{last}: ended, {self.position} of {self.runs} runs", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Close the bar, which stays visible."""
         self.bar.close()
 
     def begin(self, batches: int, done: int) -> None:
-        """Begin or resume a run of the given number of batches, of which some are done."""
+        """Begin or resume a run with the given number of batches, some of which are completed."""
         done += self.position * batches
         if not self.bar.total:
-            self.bar.initial = done  # what was done before this start does not count for the estimate
+            self.bar.initial = done  # batches completed before this start are excluded from the time estimate
         self.bar.total, self.bar.n = self.runs * batches, done
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
@@ -72,13 +72,13 @@ class Progress:
         self.bar.set_description(self._epoch, refresh=False)
 
     def end_batch(self, *, is_last: bool) -> None:
-        """Count a batch; after the last one of an epoch, measuring takes the time."""
+        """Count a batch; after the last batch of an epoch, show that measuring is in progress."""
         self.bar.update()
         if is_last:
             self.bar.set_description(f"{self._epoch}, measuring", refresh=False)
 
     def end_epoch(self, accuracy: float | None, *, is_last: bool) -> None:
-        """Show the test accuracy that was measured last, if any."""
+        """Show the last measured test accuracy, if any."""
         shown = "" if accuracy is None else f"test accuracy {accuracy:.1%}"
         self.bar.set_postfix_str(shown, refresh=False)
         if self.plain and (is_last or time.monotonic() - self._last_line >= _PLAIN_LINES):
@@ -90,25 +90,25 @@ def check_loggers(names: list[Any]) -> None:
     """Check that loggers can be used.
 
     Raises:
-        ValueError: if a package is not installed, or there is no access to W&B.
+        ValueError: if a package is not installed, or W&B cannot be accessed.
     """
     for name in names:
         if find_spec(name) is None:
-            raise ValueError(f"loggers can name {name} where it is installed, and it is not: pip install {name}")
+            raise ValueError(f"loggers can include {name} only if it is installed, but it is not: pip install {name}")
     if "wandb" in names and os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
         import wandb
 
         if not wandb.api.api_key:
             raise ValueError(
-                "loggers can name wandb after `wandb login`, or with WANDB_MODE=offline in the environment"
+                "loggers can include wandb only after `wandb login`, or with WANDB_MODE=offline in the environment"
             )
 
 
 @contextmanager
 def open_loggers(config: RunConfig, folder: RunFolder) -> Iterator[list[Logger]]:
-    """Open a run's loggers, on its first rank, which write into its folder.
+    """Open the loggers of a run on its first rank, which write to the folder of the run.
 
-    W&B's also sends to its service, unless WANDB_MODE is offline.
+    The logger of W&B also sends data to its service, unless WANDB_MODE is offline.
     """
     loggers: list[Any] = []
     names = config.loggers if global_rank() == 0 else []
@@ -126,5 +126,5 @@ def open_loggers(config: RunConfig, folder: RunFolder) -> Iterator[list[Logger]]
     finally:
         for logger in loggers:
             logger.finalize("success")
-            if "Wandb" in type(logger).__name__:  # else it would log the next run of this process as well
+            if "Wandb" in type(logger).__name__:  # otherwise it would also log the next run of this process
                 logger.experiment.finish()

@@ -1,4 +1,4 @@
-"""One training run: data, model, optimiser and schedule; then the loop that trains, logs, measures and saves."""
+"""Training run: data, model, optimiser and schedule, and the loop that trains, logs, measures and saves."""
 
 from __future__ import annotations
 
@@ -37,26 +37,26 @@ from neuralcollapse.lab.training.progress import Progress, open_loggers
 from neuralcollapse.metrics import ClassMoments, MeasureOptions, Provenance
 from neuralcollapse.metrics.measure import measure_splits
 
-# The scatter of each class, from which layers have a numerical rank, takes K d² numbers: kept up to this many bytes.
+# Maximum number of bytes for the scatter of each class, K d² numbers, from which the numerical rank of layers follows.
 _CLASS_SCATTER_BYTES = 2**28
-# Training images whose patches are whitened, as many as Jordan (2024) takes.
+# Number of training images whose patches are whitened, as in Jordan (2024).
 _WHITENED_IMAGES = 5000
 
 
 class Run:
-    """A run that is ready to be trained: everything that its settings can refuse is built.
+    """Run that is ready to be trained: everything that may fail because of invalid settings is built.
 
     Args:
         config: All settings.
         data: Data to train on.
-        evaluation: Un-augmented batches of each split, to measure on; by default those of the data.
-        model: Model to train further; by default a new one.
+        evaluation: Un-augmented batches of each split for measurements; by default those of the data.
+        model: Model to train further; by default a new model.
 
     Attributes:
         trained: The model, and the average of its weights if there is one.
 
     Raises:
-        ValueError: if settings do not fit together, or do not fit the data.
+        ValueError: if settings do not fit each other or the data.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Run:
         self.class_counts = class_counts
         present = int((class_counts > 0).sum())
         if len(data.train) < 2 * config.ranks:
-            raise ValueError(f"devices must leave two training images to a rank, got {config.ranks} ranks for {data}")
+            raise ValueError(f"devices must leave two training images per rank, got {config.ranks} ranks for {data}")
         if (config.classes_per_batch or 0) > present:
             raise ValueError(
                 f"classes_per_batch must be at most the number of classes with training images, which is {present}, "
@@ -92,31 +92,31 @@ class Run:
         return self.data.fingerprint()
 
     def check_loss(self) -> None:
-        """Check a loss by dotted path, which is imported to train and not to measure.
+        """Check a loss by dotted path, which is imported for training but not for measurements.
 
         Raises:
-            ValueError: if it cannot be used.
+            ValueError: if the loss cannot be used.
         """
         if "." in self.config.loss:
             OwnLoss(self.config, *self.trained.model.head.weight.shape)  # type: ignore[misc]
 
     def batches(self, epoch: int, done: int = 0) -> EpochBatches:
-        """Return this rank's batches of an epoch, counted from 1, without those that are done."""
+        """Return the batches of an epoch, counted from 1, on this rank, without completed batches."""
         config, standardise = self.config, self.evaluation["train"].standardise
         return EpochBatches(self.data.train, standardise, config, config.seed, epoch - 1, done, self.rank, config.ranks)
 
     def train(self, folder: RunFolder, progress: Progress | None = None) -> None:
-        """Train to the end, from the last checkpoint if there is one.
+        """Train to the end, starting from the last checkpoint if there is one.
 
         Args:
-            folder: Folder of the run, begun.
-            progress: Where to show how far it is.
+            folder: Folder of the run, for which `RunFolder.begin` was called.
+            progress: Display of the progress.
 
         Raises:
             Diverged: if a feature, the loss or a parameter is not finite.
-            ValueError: if a checkpoint cannot be read or is of another model, or another rank is lost.
-            KeyboardInterrupt: if Ctrl-C stopped it, after the step in progress was saved.
-            Terminated: if SIGTERM stopped it, after the step in progress was saved.
+            ValueError: if a checkpoint cannot be read or has another model, or another rank is lost.
+            KeyboardInterrupt: if Ctrl-C stopped training, after the step in progress was saved.
+            Terminated: if SIGTERM stopped training, after the step in progress was saved.
         """
         config, device, per_epoch = self.config, self.data.train.labels.device, len(self.batches(1))
         self.folder, self.progress = folder, progress or Progress(shown=False)
@@ -136,7 +136,7 @@ class Run:
             self.stop.answer()
 
     def _set_up(self) -> tuple[int, int]:
-        """Wrap model and optimiser, and load the last checkpoint; return the first epoch and its batches done."""
+        """Wrap model and optimiser, and load the last checkpoint; return the first epoch and its completed batches."""
         self.rank = self.fabric.global_rank
         if self.config.sync_batchnorm:
             self.trained.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.trained.model)
@@ -144,15 +144,15 @@ class Run:
         self.objective = Objective(self.config, self.trained.model, self.class_counts)
         self.compute_loss, self.fabric_optimizer = self.fabric.setup(self.objective, self.optimizer)
         self.scaler = getattr(self.fabric.strategy.precision, "scaler", None)
-        self.stop.waits = self.config.ranks > 1  # with several ranks, none stops alone
+        self.stop.waits = self.config.ranks > 1  # with several ranks, all stop together
         self.rows: dict[str, list[dict[str, Any]]] = {"training_log": [], "gradients": []}
         self.accuracy: float | None = None
         self.saved = time.monotonic()
         return self._resume() if self.fabric.broadcast(self.folder.last_checkpoint.exists()) else (1, 0)
 
     def _train_epoch(self, epoch: int, done: int) -> None:
-        """Train on the batches of an epoch that are not done."""
-        if not done:  # what the network draws, as dropout does, follows from seed, epoch and rank alone
+        """Train on the remaining batches of an epoch."""
+        if not done:  # random choices of the network, such as dropout, depend on seed, epoch and rank alone
             torch.manual_seed(derived_seed(self.config.seed, epoch - 1, 1) + self.rank)
             self.log = EpochLog(self.optimizer.param_groups[0].get("lr", math.nan))
         self.first_non_finite.begin_epoch()
@@ -180,12 +180,12 @@ class Run:
     def _compute_gradients(
         self, number: int, batch: tuple[Tensor, Tensor], sizes: list[int], *, is_step: bool
     ) -> dict[str, Tensor]:
-        """Add the gradients of a batch to those of its step; return its training metrics.
+        """Add the gradients of a batch to those of its step; return the training metrics of the batch.
 
-        L-BFGS computes them at several points of a line search, and takes its step here; the first point is logged.
+        L-BFGS takes its step here and computes gradients at several points of a line search; the first one is logged.
         """
         first = (number - 1) // self.accumulate * self.accumulate  # index of the first batch of the step
-        # All samples of a step have the same weight, also in a short group at the end of an epoch.
+        # All samples of a step have the same weight, even in a short group at the end of an epoch.
         weight = self.accumulate * sizes[number - 1] / sum(sizes[first : first + self.accumulate])
         self.objective.keeps_head_tensors = number == len(sizes) and self.config.ranks == 1
         evaluations: list[dict[str, Tensor]] = []
@@ -210,7 +210,7 @@ class Run:
         return evaluations[0]
 
     def _step(self, epoch: int, number: int) -> None:
-        """Clip the gradients, and take the step of optimiser, average and schedule that follows a batch."""
+        """Clip the gradients, and take the steps of optimiser, average and schedule after a batch."""
         if self.config.gradient_clip is not None:
             self.fabric.clip_gradients(
                 self.compute_loss, self.fabric_optimizer, max_norm=self.config.gradient_clip, error_if_nonfinite=False
@@ -223,7 +223,7 @@ class Run:
             self.schedule.step()
 
     def _save_and_stop_if_due(self, epoch: int, number: int, *, is_last: bool) -> None:
-        """Save inside an epoch if that is due on any rank, and end if any was asked to."""
+        """Save within an epoch if this is due on any rank, and end if any rank was asked to stop."""
         due = self.stop.signal or int(time.monotonic() - self.saved > 60 * self.config.checkpoint_minutes)
         if self.config.ranks > 1:
             due = int(greatest_over_ranks(torch.tensor(due, device=self.fabric.device)))
@@ -248,7 +248,9 @@ class Run:
             self.fabric.log_dict(values | {"epoch": epoch - 1}, step=epoch * self.steps_per_epoch - 1)
         if self.config.is_kept(epoch):
             self._save(self.folder.checkpoint(epoch), epoch)
-        self._save(self.folder.last_checkpoint, epoch)  # last: a run that is killed before it writes the other again
+        self._save(
+            self.folder.last_checkpoint, epoch
+        )  # saved last, so that a run killed before repeats the epoch's end
         self.accuracy = values.get("test/accuracy", self.accuracy)
         self.progress.end_epoch(self.accuracy, is_last=epoch == self.config.epochs)
 
@@ -262,7 +264,7 @@ class Run:
             if "finite" not in str(error):
                 raise
             raise Diverged(
-                f"training diverged in epoch {epoch}, after its last step: {error}; take a smaller learning rate"
+                f"training diverged in epoch {epoch}, after its last step: {error}; use a smaller learning rate"
             ) from error
         self.folder.record_splits(epoch, measurements)
         return {f"{split}/{name}": value for split, one in measurements.items() for name, value in one.metrics.items()}
@@ -276,16 +278,16 @@ class Run:
         """
         head: Any = self.trained.measured.head
         scatter = ClassMoments.required_bytes(*head.weight.shape, class_scatter=True) <= _CLASS_SCATTER_BYTES
-        # The Gram of a frame does not depend on its rotation.
+        # The Gram matrix of a frame does not depend on its rotation.
         is_code = self.config.class_attributes is not None or self.config.code == "seli"
         code = head.weight.detach().clone() if is_code else None
         return {"classifier": head, "options": MeasureOptions(class_scatter=scatter, dtype="mixed", code=code)}
 
     def _check_finite(self, epoch: int) -> None:
-        """Check that the epoch was finite so far on all ranks; this waits for the device.
+        """Check that all values of the epoch so far are finite on all ranks; this causes a device sync.
 
         Raises:
-            Diverged: if a feature, a loss or a parameter is not; a batch that a gradient scaler skips does not count.
+            Diverged: if a feature, a loss or a parameter is not finite, except in batches that a gradient scaler skips.
         """
         first = self.first_non_finite.find(scaled=self.scaler is not None, of_all_ranks=True)
         if first is not None:
@@ -298,7 +300,7 @@ class Run:
         )
 
     def _save(self, path: Path, epoch: int, batches: int | None = None) -> None:
-        """Save all that training resumes from, after an epoch or after a number of its batches."""
+        """Save the state from which training resumes, after an epoch or after a number of its batches."""
         state: dict[str, Any] = {}
         if batches is not None:
             state = {"log": self.log.state(), "generators": generator_states(self.config.ranks)}
@@ -314,7 +316,7 @@ class Run:
         self.saved = time.monotonic()
 
     def _resume(self) -> tuple[int, int]:
-        """Restore what `_save` saved; return the epoch to train, and the number of its batches that are done."""
+        """Restore the state saved by `_save`; return the epoch to train, and the number of its completed batches."""
         checkpoint = self.files.load(self.folder.last_checkpoint, resumed=self.trained)
         self.trained.load_state_dict(checkpoint["state_dict"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -337,7 +339,7 @@ class Run:
 def new_model(
     config: RunConfig, data: ImageData, training_images: EvaluationBatches, *, assigned: int | None = None
 ) -> AttachedHead:
-    """Return the model of a run before training, with its whitened first layer if it has one.
+    """Return the model of a run before training, with a whitened first layer if the backbone has one.
 
     Args:
         config: All settings.
@@ -346,7 +348,7 @@ def new_model(
         assigned: As for `build_model`.
 
     Raises:
-        ValueError: as `build_model`.
+        ValueError: as for `build_model`.
     """
     model = build_model(
         config,

@@ -1,4 +1,4 @@
-"""Training of one run or of several: what `train`, `compare` and a notebook call."""
+"""Training of one or several runs, as called by `train`, `compare` and notebooks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from neuralcollapse.lab.training.objective import Diverged
 from neuralcollapse.lab.training.progress import Progress, check_loggers
 from neuralcollapse.lab.training.run import Run
 
-# Longest name of a folder, in bytes; the rest is left for the suffixes of temporary files.
+# Maximum length of a folder name in bytes, which leaves room for the suffixes of temporary files.
 _LONGEST_NAME = 200
 
 
@@ -44,29 +44,29 @@ def train_runs(
     progress: bool = True,
     parallel: int = 1,
 ) -> RunFolder:
-    """Train one run, or several, one after another or several at a time.
+    """Train one or several runs, one after another or several at a time.
 
-    Settings, data, models and folders of all runs are checked before anything is written. A run that is finished is
-    left as it is, and one that was stopped resumes.
+    Settings, data, models and folders of all runs are checked before anything is written. Finished runs are not
+    changed, and runs that were stopped resume.
 
     Args:
-        runs: The settings of one run, whose folder it will be; or of several, each with its own folder in ``runs/``,
-            whose name says in what it differs, or is given: a plain name of a folder, which differs from the others in
-            more than case.
-        folder: Folder to write; inside its ``writing``, a `RunFolder` that is locked and checked already.
-        resume: Resume what the folder holds.
-        overwrite: Delete what the folder holds.
+        runs: Settings of a single run, which is written to the folder itself; or of several runs, each with a folder in
+            ``runs/``. The names of these folders show in which settings the runs differ, unless names are given as the
+            keys of a mapping: plain folder names that differ from each other in more than case.
+        folder: Folder to write; or a `RunFolder` inside its ``writing`` context, which is already locked and checked.
+        resume: Resume the runs in the folder.
+        overwrite: Delete the content of the folder.
         progress: Show progress.
-        parallel: Number of runs to train at a time, each in a process of its own: on a CPU with a part of its threads,
-            on cuda on one device in turn.
+        parallel: Number of runs to train at a time, each in a separate process: on a CPU with a part of its threads,
+            with cuda on one device in turn.
 
     Returns:
         The folder, whose `run_folders` are those of the runs.
 
     Raises:
-        ValueError: if settings, data or a folder cannot be used; or a run failed, which is named.
-        Diverged: if runs diverged; the others are trained to their end first.
-        KeyboardInterrupt: if Ctrl-C stopped it; it can be resumed.
+        ValueError: if settings, data or a folder cannot be used, or if a run failed; the message names it.
+        Diverged: if runs diverged; the other runs are completed first.
+        KeyboardInterrupt: if Ctrl-C stopped training, which can be resumed.
 
     Examples:
         >>> from neuralcollapse.lab import RunConfig, train_runs
@@ -107,8 +107,8 @@ class Preparation:
     """Data on the training device, loaded and standardised once for all runs that share them.
 
     Args:
-        resumed: Whether runs may resume: the labels that their folders keep are then used.
-        progress: Show progress, also while images are decoded.
+        resumed: Whether runs may resume; the labels stored in their folders are then used.
+        progress: Show progress, including that of decoding images.
     """
 
     def __init__(self, *, resumed: bool, progress: bool) -> None:
@@ -119,10 +119,10 @@ class Preparation:
         self._evaluation: dict[str, dict[str, EvaluationBatches]] = {}
 
     def run(self, config: RunConfig, folder: RunFolder) -> Run:
-        """Build what trains a run, with the labels that its folder keeps if it is resumed.
+        """Build a run for training, with the labels stored in its folder if it is resumed.
 
         Raises:
-            ValueError: if settings do not fit together, the data or this machine.
+            ValueError: if settings do not fit each other, the data or this machine.
         """
         data = self.data(config)
         if data.relabelled and self.resumed and folder.train_labels.exists():
@@ -146,7 +146,7 @@ class Preparation:
         return self._data[key]
 
     def check(self, runs: Mapping[str, RunConfig], folder: RunFolder, parallel: int = 1) -> dict[str, Any]:
-        """Check all that can be refused of several runs, and return facts of their data for the folder.
+        """Check names, settings and data of several runs, and return facts of their data for the folder.
 
         Raises:
             ValueError: if names, settings or data cannot be used.
@@ -155,7 +155,7 @@ class Preparation:
             raise ValueError(f"parallel must be at least 1, got {parallel}")
         _check_folder_names(runs)
         if any(run.ranks > 1 for run in runs.values()):
-            raise ValueError("devices must be 1 for each of several runs: ranks are for one run")
+            raise ValueError("devices must be 1 for several runs; several ranks are supported for single runs only")
         kinds = {repr(run.in_force() | {"seed": 0}): name for name, run in reversed([*runs.items()])}
         built = [self.run(runs[name], folder.run(name)) for name in kinds.values()]
         for run in built:
@@ -168,20 +168,20 @@ class Preparation:
         """Print once if a batch is larger than the train split."""
         if self.progress and not self._warned and config.batch_size > len(data.train):
             images = f"the {len(data.train)} training images"
-            print(f"batch_size {config.batch_size} is over {images}: one batch an epoch", file=sys.stderr)
+            print(f"batch_size {config.batch_size} exceeds {images}: one batch per epoch", file=sys.stderr)
             self._warned = True
 
 
 def train_each(
     runs: Mapping[str, RunConfig], folder: RunFolder, preparation: Preparation, parallel: int = 1
 ) -> Generator[tuple[str, ValueError], None, None]:
-    """Train each run that is not finished, into its folder in ``runs/``; yield the names of those that fail, and why.
+    """Train each run that is not finished, into its folder in ``runs/``; yield the names of failed runs with reasons.
 
     Args:
-        runs: Settings by name, which `Preparation.check` has checked.
-        folder: Folder of all runs, begun.
-        preparation: Their data.
-        parallel: Number of runs to train at a time, each in a process of its own.
+        runs: Settings by name, already checked by `Preparation.check`.
+        folder: Folder of all runs, for which `RunFolder.begin` was called.
+        preparation: Data of the runs.
+        parallel: Number of runs to train at a time, each in a separate process.
     """
     unfinished = [name for name, run in runs.items() if not folder.run(name).is_finished(run.in_force())]
     with closing(Progress(len(runs), shown=preparation.progress)) as progress:
@@ -215,7 +215,7 @@ def _train_into(config: RunConfig, folder: RunFolder, preparation: Preparation, 
 def _train_one(config: RunConfig, folder: RunFolder, preparation: Preparation, progress: Progress) -> None:
     """Train a run whose folder is locked."""
     reason = folder.read_environment().get("diverged") if preparation.resumed else None
-    if reason is not None:  # from the same state it would diverge again
+    if reason is not None:  # the run would diverge again from the same state
         raise Diverged(f"the run in {str(folder.path)!r} cannot be resumed: {reason}")
     run = preparation.run(config, folder)
     run.check_loss()
@@ -224,22 +224,22 @@ def _train_one(config: RunConfig, folder: RunFolder, preparation: Preparation, p
 
 
 def train_prepared(run: Run, folder: RunFolder, progress: Progress, *, resumed: bool) -> None:
-    """Train a run that is built, into its locked folder, with the facts of its data, and of its divergence if it does.
+    """Train a run into its locked folder, and record facts of its data and, if it diverges, of its divergence.
 
     Args:
         run: The run.
-        folder: Its folder, inside ``writing``.
-        progress: Where to show how far it is.
-        resumed: Whether it may resume what the folder holds.
+        folder: Folder of the run, inside ``writing``.
+        progress: Display of the progress.
+        resumed: Whether the run may resume from the folder.
 
     Raises:
         Diverged: if a value is not finite.
-        ValueError: if it began with another precision, or as `Run.train`.
+        ValueError: if the run was started with another precision, or as for `Run.train`.
     """
     precision = resolve_precision(run.config.precision, run.data.train.labels.device)
     began_with = folder.read_environment().get("precision", precision) if resumed else precision
     if precision != began_with:
-        raise ValueError(f"precision auto is {precision} on this machine, and the run began with {began_with}")
+        raise ValueError(f"precision auto is {precision} on this machine, but the run was started with {began_with}")
     folder.begin(data_facts(run.data) | {"precision": precision})
     _keep_labels(run.data, folder)
     forget_peak_memory()
@@ -249,7 +249,7 @@ def train_prepared(run: Run, folder: RunFolder, progress: Progress, *, resumed: 
         folder.add_facts(diverged=str(error))
         raise
     parameters = sum(parameter.numel() for parameter in run.trained.model.parameters())
-    earlier = folder.read_environment().get("peak_memory_mib") or 0  # of a run that resumed
+    earlier = folder.read_environment().get("peak_memory_mib") or 0  # present if the run was resumed
     folder.add_facts(parameters=parameters, peak_memory_mib=max(earlier, round(peak_memory())))
 
 
@@ -259,7 +259,7 @@ def _key(config: RunConfig) -> str:
 
 
 def data_facts(data: ImageData) -> dict[str, Any]:
-    """Return the facts of a run's data and device that its environment keeps."""
+    """Return the facts of data and device to store in the environment of a run."""
     facts = {"data": str(data), "num_classes": data.num_classes, "data_fingerprint": data.fingerprint()}
     facts |= {"data_revision": data.revision, "device": str(data.train.labels.device)}
     if data.absent_classes:
@@ -270,9 +270,9 @@ def data_facts(data: ImageData) -> dict[str, Any]:
 
 
 def named_runs(runs: Sequence[RunConfig]) -> dict[str, RunConfig]:
-    """The runs by the names of their folders, which say in what they differ."""
+    """Return the runs by folder names that show in which settings the runs differ."""
     if not runs:
-        raise ValueError("runs must hold at least one run")
+        raise ValueError("runs must contain at least one run")
     names = [f"{run.method}-seed{run.seed}" for run in runs]
     if len(set(names)) < len(names):
         parts = [
@@ -285,15 +285,15 @@ def named_runs(runs: Sequence[RunConfig]) -> dict[str, RunConfig]:
         ]
         names = ["-".join([*part, f"seed{run.seed}"]) for part, run in zip(parts, runs, strict=True)]
     if len(set(map(repr, runs))) < len(runs):
-        raise ValueError("runs must be different ones, got one of them twice")
+        raise ValueError("runs must be distinct, got one of them twice")
     return dict(zip(_folder_names(names, runs), runs, strict=True))
 
 
 def _folder_names(names: Sequence[str], runs: Sequence[RunConfig]) -> list[str]:
-    """Names that every file system tells apart.
+    """Return folder names that are distinct on every file system.
 
-    Where two differ in characters that it does not take, in case alone or not at all, or one is too long, a hash of the
-    settings follows.
+    If names are equal, differ only in case or in invalid characters, or are too long, a hash of the settings is
+    appended.
     """
     plain = [re.sub(r"[^\w.=-]+", "_", name) for name in names]
     alike = Counter(map(_alike, plain))
@@ -306,7 +306,7 @@ def _folder_names(names: Sequence[str], runs: Sequence[RunConfig]) -> list[str]:
 
 
 def _alike(name: str) -> str:
-    """A name as file systems see it that ignore case, or how letters are composed."""
+    """Return a name as it is compared by file systems that ignore case or the composition of letters."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
@@ -314,7 +314,7 @@ def _check_folder_names(names: Iterable[str]) -> None:
     seen: dict[str, str] = {}
     for name in names:
         if not is_folder_name(name) or name.startswith("."):
-            raise ValueError(f"runs must be named by plain names of folders, got {name!r}")
+            raise ValueError(f"runs must have plain folder names, got {name!r}")
         other = seen.setdefault(_alike(name), name)
         if other != name:
             raise ValueError(f"runs must have names that differ in more than case, got {other!r} and {name!r}")
@@ -330,4 +330,4 @@ def _read_labels(path: Path) -> torch.Tensor:
     try:
         return torch.tensor(read_table(path)["label"].tolist())
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{str(path)!r} must hold the labels trained on: {error}") from error
+        raise ValueError(f"{str(path)!r} must contain the training labels: {error}") from error

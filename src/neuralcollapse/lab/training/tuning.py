@@ -18,21 +18,22 @@ from neuralcollapse.lab.training.runs import Preparation, named_runs, train_each
 def with_chosen_rates(
     runs: Sequence[RunConfig], comparison: Comparison, folder: RunFolder, *, resume: bool = False, parallel: int = 1
 ) -> list[RunConfig]:
-    """Train each method with each loss and weight average at every candidate, and give their runs the best rate.
+    """Train each method with each loss and weight average at every candidate rate, and set the best rate in the runs.
 
-    That is the rate of the greatest last validation accuracy, then of the greatest mean over measured epochs, then the
-    smallest, in runs of the first seed that is not compared. The folder keeps these runs in its ``tuning/``; those that
-    are finished are not trained again. One that fails is named and left out.
+    The best rate is that with the greatest last validation accuracy, then with the greatest mean over measured epochs,
+    then the smallest rate, in runs of the first seed that is not compared. These runs are stored in ``tuning/`` of the
+    folder; finished runs are not trained again. Runs that fail are reported and left out.
 
     Args:
-        runs: Runs that are to be compared.
-        comparison: With ``lr_candidates`` and ``tuning_share``.
-        folder: Folder of the comparison, inside its ``writing``; it is begun once all candidates are checked.
-        resume: Resume the runs that the folder holds.
+        runs: Runs to compare.
+        comparison: Comparison with ``lr_candidates`` and ``tuning_share``.
+        folder: Folder of the comparison, inside its ``writing`` context; `RunFolder.begin` is called after all
+            candidates are checked.
+        resume: Resume the runs in the folder.
         parallel: Number of runs to train at a time.
 
     Raises:
-        ValueError: as `train_runs`; or if a method fails at every candidate.
+        ValueError: as for `train_runs`, or if a method fails at every candidate.
     """
     rates = sorted(comparison.lr_candidates or [])
     seed = next(seed for seed in count() if seed not in comparison.seed_list)
@@ -60,7 +61,7 @@ def with_chosen_rates(
             scores[_kind(run)][run.lr] = (accuracies[run.epochs], mean, -run.lr)
     for (method, loss, _), by_rate in scores.items():
         if not by_rate:
-            raise ValueError(f"lr_candidates must hold one at which {method} trains with {loss}, got {rates}")
+            raise ValueError(f"lr_candidates must have one at which {method} trains with {loss}, got {rates}")
     best = {kind: max(by_rate, key=by_rate.__getitem__) for kind, by_rate in scores.items()}
     return [run.replace(lr=best[_kind(run)]) for run in runs]
 
