@@ -16,7 +16,7 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, tor
 
 
 def values_readable(tensor: Tensor) -> bool:
-    """Return whether Python can branch on the tensor's values: not while compiling, nor under vmap or grad."""
+    """Return whether Python can branch on the values of a tensor, which is not possible in compile, vmap or grad."""
     return not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
@@ -108,7 +108,7 @@ def check_floating(name: str, tensor: Tensor) -> None:
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Raise unless every entry is finite. Copies one bit from device to host; skipped where values cannot be read."""
+    """Raise unless every entry is finite. Copies one bit from device to host; skipped if values are unreadable."""
     if values_readable(tensor) and not bool(torch.isfinite(tensor).all()):
         raise ValueError(f"{name} must be finite, got NaN or infinity")
 
@@ -130,7 +130,7 @@ def check_targets(
     check_integers("targets", targets, num_samples)
     if not (values and num_samples and values_readable(targets)):
         return
-    targets = targets.long()  # uint8 would compare -100 as 156
+    targets = targets.long()  # in uint8, -100 would equal 156
     if ignore_index is not None:
         targets = targets[targets != ignore_index]
     if targets.numel():
@@ -190,7 +190,7 @@ def check_samples(features: object, targets: object, weight: object, *center: ob
     check_integers("targets", targets, len(features))
     assert isinstance(targets, Tensor)
     targets = targets.long()  # a uint8 index is a mask
-    # On an accelerator, reading values would wait for the device.
+    # On an accelerator, reading values would cause a device sync.
     check_targets(targets, len(features), len(weight), values=targets.device.type == "cpu")
     return targets
 
@@ -218,31 +218,31 @@ def _type_name(value: Any) -> str:
 
 
 def available_memory() -> float:
-    """Return the bytes that this process may still use: those that are free, or the limit of its container."""
-    found = []
+    """Return the number of bytes that this process can still use: free memory, or the limit of its container."""
+    limits = []
     with contextlib.suppress(OSError, StopIteration):  # not on every system
         lines = Path("/proc/meminfo").read_text().split("\n")
-        found.append(next(int(line.split()[1]) * 2.0**10 for line in lines if line.startswith("MemAvailable")))
+        limits.append(next(int(line.split()[1]) * 2.0**10 for line in lines if line.startswith("MemAvailable")))
     with contextlib.suppress(OSError, ValueError):
-        found.append(float(Path("/sys/fs/cgroup/memory.max").read_text()))  # "max" where there is no limit
-    if not found and hasattr(os, "sysconf"):
-        found.append(float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")))
-    return min(found, default=math.inf)
+        limits.append(float(Path("/sys/fs/cgroup/memory.max").read_text()))  # "max" if the memory is not limited
+    if not limits and hasattr(os, "sysconf"):
+        limits.append(float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")))
+    return min(limits, default=math.inf)
 
 
 def check_memory(needed: float, what: str, advice: str = "") -> None:
-    """Check that something fits into memory, before it is made.
+    """Check that arrays fit into memory before they are allocated.
 
     Args:
-        needed: Its bytes.
-        what: What takes them, for the message.
-        advice: What to do, for the message.
+        needed: Required number of bytes.
+        what: Description of the arrays, for the message.
+        advice: Advice to the user, for the message.
 
     Raises:
-        ValueError: if it does not fit.
+        ValueError: if they do not fit.
     """
-    there = available_memory()
-    if needed > there:
+    available = available_memory()
+    if needed > available:
         raise ValueError(
-            f"{what} take {needed / 2**30:.4g} GiB, and there are {there / 2**30:.3g} GiB of memory{advice}"
+            f"{what} take {needed / 2**30:.4g} GiB, but only {available / 2**30:.3g} GiB of memory are free{advice}"
         )

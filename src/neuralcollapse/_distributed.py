@@ -12,7 +12,7 @@ def number_of_ranks() -> int:
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """Return the sum over ranks of a tensor, which has the same shape on all; the gradient is summed as well."""
+    """Return the sum over ranks of a tensor with the same shape on all ranks; the gradient is summed as well."""
     return tensor if number_of_ranks() == 1 else _SumOverRanks.apply(tensor)
 
 
@@ -26,9 +26,9 @@ def greatest_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def gather_over_ranks(tensor: Tensor) -> Tensor:
-    """Return the rows (N, ...) of all ranks, in the order of the ranks, which may hold different numbers of rows.
+    """Return the rows (N, ...) of all ranks, in the order of the ranks; the number of rows per rank may differ.
 
-    The gradient of a rank's rows is the sum over ranks. With several ranks this waits for the device.
+    The gradient of the rows of a rank is the sum over ranks. With several ranks, this function causes a device sync.
     """
     ranks = number_of_ranks()
     if ranks == 1:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Names of the temporary files that a killed process leaves: those of this version, and of earlier ones.
+# Names of temporary files that a killed process leaves, in this version and in earlier ones.
 TEMPORARY = re.compile(
     r"\..+\.(ya?ml|csv|parquet|md|tex|html?|png|pdf|svg|ckpt|safetensors)(\.\d+)?\.partial|\..+\.safetensors\.\d+"
 )
@@ -18,12 +18,12 @@ TEMPORARY = re.compile(
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Write a file under a temporary name, sync it to disk and rename it.
 
-    A kill, a full disk or a loss of power leaves the former file or the new one. A symbolic link is replaced, not
-    followed.
+    If the process is killed, the disk is full or power is lost, either the old or the new file remains. A symbolic link
+    is replaced, not followed.
 
     Args:
         path: The file; its folder is created if it does not exist.
-        write: Function that writes the content to the path that it is given.
+        write: Function that writes the content to a given path.
 
     Raises:
         OSError: if the file cannot be written; an existing file is then left unchanged.
@@ -39,10 +39,10 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save raises an error of its own
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save raises another exception
         if isinstance(cause, KeyboardInterrupt | SystemExit):
             raise cause from None
         if isinstance(cause, OSError):
             reason = cause.strerror or str(cause)
-            raise OSError(f"{str(path)!r} cannot be written: {reason}; what it held before is left") from error
+            raise OSError(f"{str(path)!r} cannot be written: {reason}; the previous content is unchanged") from error
         raise

@@ -10,10 +10,10 @@ def html_table(caption: str, head: Sequence[str], rows: Iterable[Sequence[object
     """Return a table; the first column is aligned to the left, the others to the right. All texts are escaped.
 
     Args:
-        caption: Text above it.
+        caption: Text above the table.
         head: Headings of the columns.
-        rows: Rows of as many cells; a row of one cell is a heading of the rows that follow.
-        notes: Lines below it.
+        rows: Rows with one cell per column; a row with a single cell is a heading of the following rows.
+        notes: Lines below the table.
 
     Examples:
         >>> html_table("two", ["name", "value"], [["a<b", 1]]).count("a&lt;b")

@@ -1,4 +1,4 @@
-"""Runs of a model that leave its mode, and after an error its buffers and random state, unchanged."""
+"""Runs of a model that restore its mode and, after an error, its buffers and the random state."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch.nn.parameter import is_lazy
 
 
 def with_progress(batches: Iterable[Any], description: str, *, progress: bool) -> Iterable[Any]:
-    """Return batches with a progress bar that disappears at their end.
+    """Return batches with a progress bar that disappears at the end.
 
-    `tqdm.auto` starts an iterable twice, which would start the workers of a data loader twice and draw from the random
-    state; it is given the iterator instead.
+    The iterator is passed to `tqdm.auto`, because it would start an iterable twice, which would start the workers of a
+    data loader twice and draw from the random state.
 
     Args:
         batches: The batches; their number is shown if they have a length.
-        description: Words in front of the bar.
+        description: Text in front of the bar.
         progress: Show the bar.
     """
     from tqdm.auto import tqdm
@@ -33,8 +33,8 @@ def with_progress(batches: Iterable[Any], description: str, *, progress: bool) -
 def call_model(model: nn.Module, inputs: Any, device: torch.device) -> Any:
     """Run a model on a tensor, a tuple of positional or a mapping of keyword arguments, and return its output.
 
-    Compiled parts run uncompiled, because compiled code may skip hooks; they stay compiled. If the model is parallel
-    over ranks or devices, the module inside runs.
+    Compiled parts run uncompiled during the call, because compiled code may skip hooks. If the model is parallel over
+    ranks or devices, the wrapped module runs.
 
     Args:
         model: The model.
@@ -63,7 +63,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def uncompiled() -> AbstractContextManager[Any]:
     """Return a context in which compiled modules and functions run uncompiled."""
-    # Without an import of dynamo nothing is compiled, and the import takes a second.
+    # If dynamo has not been imported, nothing is compiled, and importing it would take a second.
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 

@@ -1,17 +1,18 @@
-"""Catalogue of metrics: how each one is computed, and how figures, tables and documentation show it.
+"""Catalogue of metrics: their computation, and their presentation in figures, tables and documentation.
 
-Importing it imports neither torch nor matplotlib. Symbols: K classes, d dimensions, N samples, n_k of class k; W (K, d)
-the weight of the classifier, b its bias, M (K, d) class means, m the centre, C = M − m, h a feature, Σ_W = S/N the
-pooled within-class covariance, Σ_B = CᵀC/K, v_k the mean of ‖h − M_k‖² over class k, T = (I − 11ᵀ/K)/√(K − 1).
+Importing this module imports neither torch nor matplotlib. Symbols: K classes, d dimensions, N samples, n_k samples of
+class k; W (K, d) the weight of the classifier, b its bias, M (K, d) class means, m the centre, C = M − m, h a feature,
+Σ_W = S/N the pooled within-class covariance, Σ_B = CᵀC/K, v_k the mean of ‖h − M_k‖² over class k,
+T = (I − 11ᵀ/K)/√(K − 1).
 
-A new metric takes two steps: its function in a module of `neuralcollapse.metrics`, and an entry here that names the
-function and its inputs. Whoever has all inputs of an entry computes the metric:
+To add a metric, write its function in a module of `neuralcollapse.metrics`, and add an entry here that names the
+function and its inputs. A module that has all inputs of an entry computes the metric:
 
-- of class moments (`neuralcollapse.metrics.collapse`): class_means, centred_means, center, counts, within_class_trace,
-  within_class_variances, within_class_covariance, spectrum (of Σ_B), and if there are any class_scatter, weight, bias,
-  code and ood_mean;
-- of single samples (`neuralcollapse.metrics.samples`): features, targets, predictions, weight, center and class_means
-  for each sample; unit_class_sums, present_weight and entropies of all samples.
+- metrics of class moments (`neuralcollapse.metrics.collapse`): class_means, centred_means, center, counts,
+  within_class_trace, within_class_variances, within_class_covariance, spectrum (of Σ_B) and, if available,
+  class_scatter, weight, bias, code and ood_mean;
+- metrics of single samples (`neuralcollapse.metrics.samples`): features, targets, predictions, weight, center and
+  class_means for each sample; unit_class_sums, present_weight and entropies over all samples.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any, Literal, TypeVar
 Value = TypeVar("Value")
 Center = Literal["any", "classes", "balanced"]
 
-# Conditions under which metrics with an input are undefined; `neuralcollapse.metrics.undefined` says when they hold.
+# Conditions under which metrics with each input are undefined; `neuralcollapse.metrics.undefined` evaluates them.
 _CONDITIONS = {
     "class_means": ("range",),
     "center": ("range",),
@@ -44,7 +45,7 @@ _CONDITIONS = {
 
 @dataclass(frozen=True)
 class OfClasses:
-    """Number that depends on K, with its formula."""
+    """Number that depends on the number of classes K, with its formula."""
 
     formula: str
     function: Callable[[int], float]
@@ -59,24 +60,25 @@ class Metric:
 
     Attributes:
         name: Key under which the metric is returned and written.
-        label: Words and symbols for an axis of a figure, with mathematics as matplotlib reads it.
+        label: Words and symbols for an axis of a figure, with mathematics in the syntax of matplotlib.
         group: NC0 to NC5, ``"accuracy"`` or ``"other"``.
         formula: Definition in plain characters.
-        range: Least and greatest value.
-        at_collapse: Value at perfect collapse: a number, a function of K, or None if there is none.
+        range: Minimum and maximum.
+        at_collapse: Value at perfect collapse: a number, a function of K, or None if it is not defined.
         scale: Suitable scale of an axis; ``"percent"`` for shares.
-        better: Direction of collapse (or of a better classifier); None for neither.
+        better: Direction of collapse (or of a better classifier), or None.
         source: First publication.
-        cost: Order of the work after the moments, or what else is needed.
-        center: Centre for which an exact ETF with unequal n_k has the value at collapse; ``"balanced"`` for none.
+        cost: Order of the work after the moments, or other requirements.
+        center: Centre for which an exact ETF with unequal n_k has the value at collapse; ``"balanced"`` if there is no
+            such centre.
         function: ``"MODULE.FUNCTION"`` in `neuralcollapse.metrics`, looked up when the metric is computed; empty for
             accuracies and distances to ETFs.
         inputs: Names of the arguments of the function, in their order.
-        over: Values whose statistic the metric is. Empty: the function returns the metric. ``"pairs"``: it returns a
-            value for each pair of rows of the first input, given as a `PairTile`. ``"samples"``: it returns a value for
-            each sample.
+        over: Values of which the metric is a statistic. Empty: the function returns the metric itself. ``"pairs"``: it
+            returns a value for each pair of rows of the first input, given as a `PairTile`. ``"samples"``: it returns a
+            value for each sample.
         statistic: Statistic of the values over pairs or samples; ``"class mean"`` averages over samples, then classes.
-        undefined_if: Further conditions under which the metric is undefined, besides those of its inputs.
+        undefined_if: Conditions under which the metric is undefined, in addition to those of its inputs.
         optional: Computed only with ``MeasureOptions(information=True)``.
     """
 
@@ -105,11 +107,11 @@ class Metric:
 
     @property
     def of_samples(self) -> bool:
-        """Whether the metric cannot be computed from class moments without per-class scatter."""
+        """True if the metric cannot be computed from class moments without per-class scatter."""
         return bool({"features", "unit_class_sums", "entropies", "class_scatter"} & {*self.inputs})
 
     def value_at_collapse(self, num_classes: int) -> float | None:
-        """Return the value at perfect collapse of K classes, or None if there is none.
+        """Return the value at perfect collapse of K classes, or None if it is not defined.
 
         Examples:
             >>> METRICS["nc2_cos_margin"].value_at_collapse(5)
@@ -152,7 +154,7 @@ _SHARED = OfClasses("1/(K−1) + (K−2)log(K−2)/((K−1)log(K−1))", _shared
 
 
 def _of_means_and_weights(template: Metric) -> list[Metric]:
-    """Return the entries of a metric of NC2 of rows x_k of X: of the centred class means C, and of the weight W."""
+    """Return the entries of an NC2 metric of rows x_k of X, for the centred class means C and for the weight W."""
     of_means: dict[str, Any] = {"center": "classes", "inputs": ("centred_means",)}
     of_weights: dict[str, Any] = {"inputs": ("weight",), "undefined_if": ("zero weight",)}
     if template.over == "pairs":
@@ -360,19 +362,19 @@ CORE = (
     "nc5_ood",
     "accuracy",
 )
-"""Metrics that are printed, some of each group."""
+"""Metrics that are printed by default, some from each group."""
 
 REFERENCE_EPOCH = "etf_reference_epoch"
-"""Metric of a table whose value is the epoch to whose ETFs the reference distances of the same row are."""
+"""Name in tables of the reference epoch, to whose ETFs the reference distances are computed."""
 
 TO_REFERENCE = ("etf_weights_reference", "etf_means_reference", REFERENCE_EPOCH)
 """Metrics that depend on the reference epoch."""
 
-_SAME = 1e-20  # squared distances below are of an ETF to itself
+_SAME = 1e-20  # smaller squared distances are those of an ETF to itself
 
 
 def in_order(values: Mapping[str, Value]) -> dict[str, Value]:
-    """Return values in the order of `METRICS`; names that are not in it come last, in their own order.
+    """Return values in the order of `METRICS`; names that are not in it come last, in their original order.
 
     Examples:
         >>> in_order({"nc4_bias": 1.0, "nc1_vci": 2.0})
@@ -383,11 +385,11 @@ def in_order(values: Mapping[str, Value]) -> dict[str, Value]:
 
 
 def reference_epochs(table: Any) -> set[int]:
-    """Return the epochs to whose simplex ETFs a table holds distances.
+    """Return the epochs to whose simplex ETFs a table contains distances.
 
     Args:
-        table: Data frame with columns epoch, metric, value; without rows of `REFERENCE_EPOCH`, as earlier versions
-            wrote it, the epoch at which the distance is 0.
+        table: Data frame with columns epoch, metric, value. If it has no rows of `REFERENCE_EPOCH`, as in earlier
+            versions, the reference epoch is the epoch at which the distance is 0.
 
     Examples:
         >>> import pandas as pd

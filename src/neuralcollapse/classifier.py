@@ -1,8 +1,8 @@
-"""The classifier of a model, found by running the model, or from its structure.
+"""Search for the classifier of a model, by running the model or from its structure.
 
-Running decides by arithmetic: `ClassifierObserver` records the inputs and outputs of all modules with a weight (K, d)
-during a forward, and compares features · Wᵀ + b with what the model returned. The structure is
-used where the model cannot be run.
+If the model is run, the classifier is determined by arithmetic: `ClassifierObserver` records the inputs and outputs of
+all modules with a weight (K, d) during a forward pass, and compares features · Wᵀ + b with the output of the model. The
+structure is used if the model cannot be run.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from neuralcollapse._checks import check_module, listed
 from neuralcollapse._running import call_model, device_of, evaluation_mode, unchanged_on_error, uncompiled, unwrapped
 
 _CONVENTIONAL_NAMES = ("classifier", "fc", "head", "heads", "linear", "output", "lm_head", "score")
-_KEPT_BYTES = 2**28  # maximum size of the recorded inputs of a forward; those of the earliest calls are dropped
+_KEPT_BYTES = 2**28  # maximum size of the recorded inputs of a forward pass; inputs of the earliest calls are dropped
 _FIRST_PRODUCTS = 2**28  # maximum number of multiplications to compare a candidate on the first batch
-_LATER_ROWS = 16  # samples that are compared in each later batch
+_LATER_ROWS = 16  # number of samples that are compared in each later batch
 _HOW_TO_NAME = "Name it with classifier='dotted.name'; find_classifier(model, example) finds it by running the model"
 
 
@@ -42,13 +42,13 @@ def is_classifier(module: nn.Module) -> bool:
 def find_classifier(model: nn.Module, example: Any = None) -> tuple[str, nn.Module]:
     """Find the module whose output is the logits of a model.
 
-    With an ``example`` the model is run on it, in evaluation mode and without gradients: the classifier is the
-    module for which features · Wᵀ + b equals the output of the model, within rounding. Names such as ``fc`` or ``head``
-    decide only between several such modules.
+    With an ``example``, the model is run on it, in evaluation mode and without gradients: the classifier is the module
+    for which features · Wᵀ + b equals the output of the model, up to rounding. Names such as ``fc`` or ``head`` are
+    used only to choose between several such modules.
 
-    Without an example, the structure decides: the classifier is what ``get_classifier()`` returns (as in timm).
-    Otherwise an ``nn.Sequential`` ends in its last child, and any other module in its only direct child that is, or
-    ends in, a classifier; if no direct child does, in the only classifier inside.
+    Without an example, the classifier follows from the structure. It is the result of ``get_classifier()`` if the model
+    has this method (as in timm). Otherwise, an ``nn.Sequential`` ends in its last child, and any other module in its
+    only direct child that is, or ends in, a classifier; if there is no such child, in the only classifier inside.
 
     Args:
         model: Any module.
@@ -59,8 +59,8 @@ def find_classifier(model: nn.Module, example: Any = None) -> tuple[str, nn.Modu
         The dotted name inside ``model`` (empty if the model itself is the classifier), and the module.
 
     Raises:
-        ValueError: if ``model`` is not a module, has no classifier, or several modules could be it; with an example,
-            if no module computes its output. The message names them. The model is left unchanged.
+        ValueError: if ``model`` is not a module, or has no classifier or several candidates; with an example, if no
+            module computes its output. The message names the candidates. The model is left unchanged.
 
     Examples:
         >>> from torch import nn
@@ -87,7 +87,7 @@ def resolve_classifier(
     Args:
         model: The model.
         classifier: The classifier, or its dotted name.
-        in_features: Number of features d, which decides between several candidates.
+        in_features: Number of features d, which is used to choose between several candidates.
     """
     check_module("model", model)
     if classifier is None:
@@ -118,7 +118,7 @@ def expected_classifier(model: nn.Module, classifier: str | nn.Module | None = N
 def classifier_with(
     model: nn.Module, weight: Tensor, bias: Tensor | None, classifier: str | nn.Module | None = None
 ) -> nn.Module:
-    """Return the module of a model that has a given weight and bias, within the rounding of its dtype.
+    """Return the module of a model that has a given weight and bias, up to the rounding of its dtype.
 
     Args:
         model: The model.
@@ -127,7 +127,7 @@ def classifier_with(
         classifier: The classifier or its dotted name, if several modules have the same weight.
 
     Raises:
-        ValueError: if no module has this weight and bias, or several do.
+        ValueError: if no module or several modules have this weight and bias.
     """
     check_module("model", model)
     given = None if classifier is None else _named(model, classifier)
@@ -147,7 +147,7 @@ def classifier_with(
 
 
 def _has_parameters(module: nn.Module, weight: Tensor, bias: Tensor | None) -> bool:
-    """Return whether the module has a weight and bias, within the rounding of its dtype."""
+    """Return whether the module has the given weight and bias, up to the rounding of its dtype."""
     own_weight, own_bias = _parameters(module)
     if own_weight is None or own_weight.shape != weight.shape or not own_weight.is_floating_point():
         return False
@@ -169,10 +169,10 @@ def _shape_of_weight(module: nn.Module) -> tuple[int, ...] | None:
 
 
 def classifier_features(module: nn.Module, inputs: Tensor) -> Tensor:
-    """Return what the weight of a classifier multiplies, given its input.
+    """Return the tensor that the weight of a classifier multiplies, given the input of the classifier.
 
-    That is the input itself for an ``nn.Linear``, its mean over positions for a 1 × 1 convolution, and what the method
-    ``features`` returns for a head that normalises.
+    This is the input itself for an ``nn.Linear``, its mean over positions for a 1 × 1 convolution, and the result of
+    the method ``features`` for a head that normalises its input.
     """
     if isinstance(module, _CONVOLUTIONS) and inputs.ndim > 2:
         inputs = inputs.flatten(2).mean(dim=2)
@@ -187,7 +187,7 @@ def check_named(classifier: object) -> None:
 
 
 def check_classifier(name: str, module: nn.Module, is_accepted: Callable[[nn.Module], bool] = is_classifier) -> None:
-    """Raise a ValueError, with words for the name, unless a module is accepted and knows its number of features."""
+    """Raise a ValueError that contains the name unless a module is accepted and knows its number of features."""
     kind = type(module).__name__
     if not is_accepted(module):
         raise ValueError(
@@ -195,7 +195,7 @@ def check_classifier(name: str, module: nn.Module, is_accepted: Callable[[nn.Mod
         )
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
         raise ValueError(
-            f"classifier {name} must know its number of features, got a {kind} without any input so far: "
+            f"classifier {name} must know its number of features, got a {kind} that has not been called yet: "
             "run the model on a batch first"
         )
 
@@ -220,9 +220,9 @@ class OutputClassifier:
 
 
 class ClassifierObserver:
-    """Observer of forward passes of a model, which finds the module that computes its output in the first one.
+    """Observer of forward passes of a model, which determines in the first pass the module that computes the output.
 
-    The model is run inside this context manager; `read` is called with the output of each run.
+    Run the model inside this context manager, and call `read` with the output of each run.
 
     Args:
         model: The model.
@@ -237,7 +237,7 @@ class ClassifierObserver:
         if isinstance(unwrapped(model), torch.jit.ScriptModule):
             raise ValueError(
                 f"model must be a plain nn.Module, got a TorchScript {type(unwrapped(model)).__name__}, whose modules "
-                "cannot be observed: use the module that it was made from"
+                "cannot be observed: use the original module"
             )
         self._model = model
         self._modules = {name: module for name, module in model.named_modules() if _has_weight(module)}
@@ -257,7 +257,7 @@ class ClassifierObserver:
 
     @property
     def classifier(self) -> OutputClassifier:
-        """The classifier, known after the first `read`."""
+        """Classifier, which is known after the first call of `read`."""
         if self._classifier is None:
             raise RuntimeError("the classifier is known after the first batch")
         return self._classifier
@@ -273,15 +273,15 @@ class ClassifierObserver:
     def read(self, returned: Any) -> tuple[Tensor, Tensor]:
         """Return features (..., d) and logits (..., K) of the last run.
 
-        The first call decides which module is the classifier, by a comparison of all samples (evenly spaced ones if the
-        batch is very large). Later calls compare a few samples.
+        The first call determines which module is the classifier, by comparing all samples (or evenly spaced samples if
+        the batch is very large). Later calls compare a few samples.
 
         Args:
             returned: Output of the model.
 
         Raises:
-            ValueError: if no module computes the output, or several do; later, if the classifier was not called exactly
-                once or no longer computes the output.
+            ValueError: if no module or several modules compute the output; in later calls, if the classifier was not
+                called exactly once or no longer computes the output.
         """
         calls, self._calls = self._calls, {}
         if self._classifier is not None:
@@ -293,7 +293,7 @@ class ClassifierObserver:
         return match.features, match.logits
 
     def _observe(self, modules: dict[str, nn.Module]) -> None:
-        """Observe the given modules only."""
+        """Restrict the observation to the given modules."""
         self._hooks.close()
         self._calls = {}
         for name, module in modules.items():
@@ -361,9 +361,9 @@ class ClassifierObserver:
     def _no_match(
         self, results: list[_Match | _Mismatch], passing: list[_Match], tensors: list[tuple[Path, Tensor]]
     ) -> str:
-        """Return the message that no module computes the output, with the reasons of the nearest ones."""
+        """Return the message that no module computes the output, with reasons for the nearest candidates."""
         if not tensors:
-            return f"model must return logits, but what {self._model_name} returned holds no floating-point tensor"
+            return f"model must return logits, but the output of {self._model_name} has no floating-point tensor"
         if self.named is not None:
             results = [result for result in results if result.name == self.named]
         nearest = sorted(results, key=lambda result: result.difference)[:3]
@@ -382,10 +382,10 @@ class ClassifierObserver:
 
 
 class FeaturesAndLogits(NamedTuple):
-    """Features and logits of one forward.
+    """Features and logits of a forward pass.
 
     Attributes:
-        features: h (N, d), or (N, T, d) of tokens: what the weight of the classifier multiplies.
+        features: h (N, d), or (N, T, d) for tokens: the tensor that the weight of the classifier multiplies.
         logits: (N, K), or (N, T, K).
     """
 
@@ -394,7 +394,7 @@ class FeaturesAndLogits(NamedTuple):
 
 
 class FeaturesOf:
-    """Function from inputs of a model to features and logits, which `features_of` returns."""
+    """Function from inputs of a model to features and logits, as returned by `features_of`."""
 
     def __init__(self, model: nn.Module, classifier: str | nn.Module | None = None) -> None:
         self._model = model
@@ -402,15 +402,15 @@ class FeaturesOf:
         self._classifier: OutputClassifier | None = None
 
     def __call__(self, *inputs: Any, **named_inputs: Any) -> FeaturesAndLogits:
-        """Run the model once, in its current mode; the first call runs it before that to find the classifier.
+        """Run the model once, in its current mode; the first call runs it once more before, to find the classifier.
 
         Args:
             *inputs: Positional arguments of the model.
             **named_inputs: Keyword arguments of the model.
 
         Raises:
-            ValueError: if no module computes the output of the model, or several do; or if the classifier is not called
-                exactly once.
+            ValueError: if no module or several modules compute the output of the model, or if the classifier is not
+                called exactly once.
         """
         model = unwrapped(self._model)
         if self._classifier is None:
@@ -435,11 +435,12 @@ class FeaturesOf:
 
 
 def features_of(model: nn.Module, classifier: str | nn.Module | None = None) -> FeaturesOf:
-    """Return a function of inputs that gives the features and the logits of one forward of a model.
+    """Return a function that computes the features and the logits of a model from its inputs in one forward pass.
 
-    The classifier is found at the first call, as by `measure`: the module for which features · Wᵀ + b equals what the
-    model returns. That call runs the model twice, first in evaluation mode and without gradients. Features and logits
-    keep their gradients, and the model its mode, hooks and output. A compiled model runs uncompiled.
+    The classifier is determined at the first call, as in `measure`: it is the module for which features · Wᵀ + b equals
+    the output of the model. This call runs the model twice, first in evaluation mode and without gradients. Features
+    and logits keep their gradients, and mode, hooks and output of the model are unchanged. A compiled model runs
+    uncompiled.
 
     Args:
         model: Any module that ends in a classifier.
@@ -449,7 +450,7 @@ def features_of(model: nn.Module, classifier: str | nn.Module | None = None) -> 
         A function of the arguments of the model, which returns ``(features, logits)``.
 
     Raises:
-        ValueError: if ``model`` is not a module or has no classifier, or the given one is not in it.
+        ValueError: if ``model`` is not a module or has no classifier, or does not contain the given classifier.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -476,11 +477,11 @@ class FeatureRecorder:
         self.features = classifier_features(module, inputs.clone())  # the model may change its input in place
 
     def start(self) -> None:
-        """Begin to record."""
+        """Start recording."""
         self.active, self.calls, self.features = True, 0, None
 
     def stop(self) -> tuple[Tensor | None, int]:
-        """Return the recorded features, which are released, and the number of calls."""
+        """Stop recording, and return the recorded features and the number of calls."""
         features, self.active, self.features = self.features, False, None
         return features, self.calls
 
@@ -490,7 +491,7 @@ Path = tuple[str | int, ...]
 
 @dataclass
 class _Call:
-    """Calls of one module during a forward: their number, and the tensors of the first one."""
+    """Calls of a module during a forward pass: their number, and the tensors of the first call."""
 
     count: int = 0
     inputs: Tensor | None = None
@@ -505,7 +506,7 @@ class _Call:
         self.output, self.version, self.dtype = weakref.ref(output), _version(output), output.dtype
 
     def returned(self, tensor: Tensor) -> bool:
-        """Return whether the tensor is the module's output itself, unchanged."""
+        """Return whether the tensor is the unchanged output of the module."""
         if self.output is None or self.output() is not tensor:
             return False
         return self.version is not None and self.version == _version(tensor)
@@ -520,7 +521,7 @@ class _Match:
     logits: Tensor
     is_output: bool
     difference: float = 0.0
-    reason: ClassVar[str] = "computes the features that another module takes"  # if it is not the classifier
+    reason: ClassVar[str] = "computes the features that another module takes"  # reason if it is not the classifier
 
     @property
     def name(self) -> str:
@@ -529,7 +530,7 @@ class _Match:
 
 @dataclass(frozen=True)
 class _Mismatch:
-    """Module that computes no tensor of the output of the model, with the reason and the least difference."""
+    """Module that does not compute any tensor of the output of the model, with the reason and the least difference."""
 
     name: str
     reason: str
@@ -546,30 +547,30 @@ def _compare(
     tensors: list[tuple[Path, Tensor]],
     known: OutputClassifier | None = None,
 ) -> _Match | _Mismatch:
-    """Compare features · Wᵀ + b with tensors of the output, and return the first equal one, or the nearest.
+    """Compare features · Wᵀ + b with tensors of the output; return the first equal tensor, or else the nearest.
 
     Args:
         name: Name of the module.
         module: The module.
         call: Calls during the forward.
         tensors: Tensors of the output of the model, with their keys.
-        known: The result for an earlier batch: its weight is used again, and only a few samples are compared.
+        known: Result for an earlier batch; its weight is used again, and only a few samples are compared.
     """
     if call.count != 1:
         times = f"was called {call.count} times" if call.count else "was not called"
         return _Mismatch(name, f"{times} per forward")
     if call.inputs is None:
         return _Mismatch(
-            name, "was not compared: it takes or returns no floating-point tensor, or too much was called after it"
+            name, "was not compared: its input or output is not a floating-point tensor, or was dropped to save memory"
         )
     weight, bias = _parameters(module) if known is None else (known.weight, known.bias)
     if weight is None or weight.ndim != 2 or not weight.is_floating_point() or weight.device.type == "meta":
         return _Mismatch(name, f"({type(module).__name__}) has no floating-point weight of shape (K, d)")
     try:
         inputs = classifier_features(module, call.inputs)
-    except Exception as error:  # a method called features with another purpose
+    except Exception as error:  # the module may have a method named features with another meaning
         return _Mismatch(name, f"({type(module).__name__}) has a method features that fails: {error}")
-    failed = _Mismatch(name, "is compared with nothing")
+    failed = _Mismatch(name, "was not compared: the model returned no tensor")
     for path, logits in tensors:
         features = _in_layout(inputs, logits)
         shapes = f"with weight {tuple(weight.shape)} on features {tuple(call.inputs.shape)}"
@@ -592,10 +593,10 @@ def _compare(
 def _difference(
     features: Tensor, weight: Tensor, bias: Tensor | None, logits: Tensor, computed: torch.dtype, rows: int
 ) -> tuple[float, bool]:
-    """Return max |features · Wᵀ + b − logits| over samples, and whether every difference is within rounding.
+    """Return max |features · Wᵀ + b − logits| over samples, and whether all differences are rounding errors.
 
-    The rounding error of an entry is bounded by a multiple of the unit of rounding times Σ|h_i w_i| + |b|: a few units
-    if products are summed in a higher precision (half precision, TF32), else √d units more.
+    The rounding error of an entry is bounded by a multiple of the rounding unit times Σ|h_i w_i| + |b|: by a few units
+    if products are summed in a higher precision (half precision, TF32), otherwise by √d units more.
 
     Args:
         features: (..., d).
@@ -609,7 +610,7 @@ def _difference(
     rounding = max(_rounding(dtype, logits.device) for dtype in dtypes)
     smallest = max(torch.finfo(dtype).smallest_normal for dtype in (computed, logits.dtype))
     dtype = torch.float64 if weight.numel() <= 2**22 else torch.promote_types(weight.dtype, torch.float32)
-    device = torch.device("cpu") if logits.device.type == "mps" else logits.device  # without fp64
+    device = torch.device("cpu") if logits.device.type == "mps" else logits.device  # MPS does not support fp64
     rows = rows or max(_LATER_ROWS, _FIRST_PRODUCTS // weight.numel())
     features, logits = features.flatten(0, -2), logits.flatten(0, -2)
     if len(features) > rows:
@@ -620,7 +621,7 @@ def _difference(
     if bias is not None:
         expected, scale = expected + bias.to(expected), scale + bias.abs().to(scale)
     units = 4.0 if rounding > 1e-4 else 4 + math.sqrt(features.shape[1])
-    # Features that are not finite are refused later; a logit beyond the range of its dtype is infinite.
+    # Features that are not finite raise an error later; a logit beyond the range of its dtype is infinite.
     comparable = inputs.isfinite().all(dim=1, keepdim=True) & (expected.abs() < torch.finfo(logits.dtype).max)
     differences = (expected - outputs).abs().nan_to_num(math.inf, math.inf)[comparable]
     if not differences.numel():
@@ -630,7 +631,7 @@ def _difference(
 
 
 def _rounding(dtype: torch.dtype, device: torch.device) -> float:
-    """Return the unit of rounding of a dtype; that of fp32 depends on the precision of its products."""
+    """Return the rounding unit of a dtype; that of fp32 depends on the precision of its products."""
     unit = torch.finfo(dtype).eps
     if dtype != torch.float32:
         return unit
@@ -645,7 +646,7 @@ def _rounding(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def _in_layout(features: Tensor, logits: Tensor) -> Tensor | None:
-    """Return the features in the layout of the logits: averaged over positions if the logits have none."""
+    """Return the features in the layout of the logits, averaged over positions if the logits do not have positions."""
     if not _is_floating(features) or not features.ndim:
         return None
     if features.shape[:-1] == logits.shape[:-1]:
@@ -656,7 +657,7 @@ def _in_layout(features: Tensor, logits: Tensor) -> Tensor | None:
 
 
 def _parameters(module: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Return the current W (K, d) and b: dequantised for quantised layers, without positions for convolutions."""
+    """Return the current W (K, d) and b, dequantised for quantised layers and without positions for convolutions."""
     weight, bias = (value() if callable(value) else value for value in (module.weight, getattr(module, "bias", None)))
     if not isinstance(weight, Tensor):
         return None, None
@@ -669,7 +670,7 @@ def _parameters(module: Any) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Return whether the output of the module follows from its weight and bias, whatever its arithmetic."""
+    """Return whether the output of the module follows from its weight and bias, regardless of its arithmetic."""
     if type(module) not in (nn.Linear, NonDynamicallyQuantizableLinear) and not _is_dynamic_quantised(module):
         return False
     return "forward" not in vars(module) and len(module._forward_hooks) <= 1 and not module._forward_pre_hooks
@@ -719,7 +720,7 @@ def _break_tie(passing: list[_Match]) -> list[_Match]:
 
 
 def _tensors(returned: Any) -> list[tuple[Path, Tensor]]:
-    """Return the floating-point tensors of an output with their keys; only those called logits if there are any."""
+    """Return the floating-point tensors of an output with their keys; if some are named logits, only these."""
     tensors = list(_leaves((), returned))
     return [(path, tensor) for path, tensor in tensors if path and path[-1] == "logits"] or tensors
 
@@ -752,7 +753,7 @@ def _version(tensor: Tensor) -> int | None:
 
 
 def _only(model: nn.Module, candidates: list[tuple[str, nn.Module]]) -> tuple[str, nn.Module]:
-    """Return the only candidate; raise if there is none, or several."""
+    """Return the only candidate; raise a `ValueError` if there is not exactly one."""
     if len(candidates) == 1:
         return candidates[0]
     if not candidates:
@@ -770,7 +771,7 @@ def _named(model: nn.Module, classifier: str | nn.Module) -> tuple[str, nn.Modul
     if isinstance(classifier, nn.Module):
         names = [name for name, module in model.named_modules() if module is unwrapped(classifier)]
         if not names:
-            raise ValueError(f"classifier ({type(classifier).__name__}) must be a module of the model; it is not in it")
+            raise ValueError(f"classifier ({type(classifier).__name__}) must be a module of the model, but is not")
         return names[0], unwrapped(classifier)
     assert isinstance(classifier, str)
     for root in (model, unwrapped(model)):
@@ -792,7 +793,7 @@ def _in_features(classifier: nn.Module) -> int | None:
 
 
 def _structural_candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the modules that could be the classifier by the structure of the model."""
+    """Return the modules that may be the classifier according to the structure of the model."""
     return _declared_classifier(model) or _ends("", model)
 
 
@@ -811,7 +812,7 @@ def _declared_classifier(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _ends(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the classifiers that a module could end in."""
+    """Return the classifiers in which a module may end."""
     if is_classifier(module):
         return [(name, module)]
     children = [

@@ -1,7 +1,7 @@
-"""The command ``neuralcollapse``: parsing, and errors in one line.
+"""Command ``neuralcollapse``: parsing of arguments, and errors in one line.
 
-Importing this module needs only the standard library: other packages are imported while Ctrl-C is handled, and only
-the module of the chosen command. A package that is not installed is an error in one line.
+Importing this module needs only the standard library. Other packages, and only the module of the chosen command, are
+imported after the handler of Ctrl-C is installed. If a package is not installed, the error is a single line.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _RESUMABLE = ("compare", "train", "ufm")
 _USER_ERROR = 2
 _OUT_OF_MEMORY = re.compile(r"can't allocate memory|out of memory", re.IGNORECASE)
-# Packages of the extra `lab`, by the names under which they are imported.
+# Packages of the extra `lab`, by import name.
 _LAB = (
     "datasets",
     "jsonargparse",
@@ -53,8 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; user errors are one line on stderr and exit code 2.
 
     Args:
-        arguments: Arguments of the command line; None for those of this process, which then ends with the command: its
-            streams are prepared, a second Ctrl-C ends it at once, and Ctrl-C after the command has ended is ignored.
+        arguments: Arguments of the command line. If None, those of this process are used, which then ends with the
+            command: its streams are prepared, a second Ctrl-C ends it immediately, and Ctrl-C after the command has
+            ended is ignored.
 
     Returns:
         The exit code: 130 after Ctrl-C, 143 after SIGTERM.
@@ -89,12 +90,15 @@ def _run(arguments: list[str]) -> int:
 
 
 def _end(line: str, code: int, *, all_ranks: bool = False) -> int:
-    """Print the reason of the end, below a progress bar if there is one, on the first rank or on all; return the code.
+    """Print the reason for the end, below a progress bar if there is one, on the first or on all ranks.
 
     Args:
         line: The reason.
         code: The exit code.
-        all_ranks: Whether each rank prints it.
+        all_ranks: Whether each rank prints the reason.
+
+    Returns:
+        The exit code.
     """
     if all_ranks or global_rank() == 0:
         print("\n" * (code != _USER_ERROR and sys.stderr.isatty()) + line, file=sys.stderr)
@@ -113,7 +117,7 @@ def _message(error: BaseException) -> str | None:
 
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error))):
         reason = _one_line(str(error)).partition("DefaultCPUAllocator: ")
-        return f"there is too little memory: {reason[2] or reason[0] or 'an array could not be made'}"
+        return f"there is too little memory: {reason[2] or reason[0] or 'an array could not be allocated'}"
     return _one_line(str(error)) if isinstance(error, ArgumentError | ValueError | OSError) else None
 
 
@@ -124,11 +128,11 @@ def _name(arguments: Sequence[str]) -> str | None:
 
 
 def _parse(arguments: list[str]) -> tuple[Command, Namespace]:
-    """Return the chosen command and its arguments; without one, the parser prints its help or raises.
+    """Return the chosen command and its arguments; without a command, the parser prints its help or raises.
 
     Raises:
-        ValueError: if a flag is unknown (the message names the most similar ones), or a class is named in a file only.
-        ArgumentError: if the arguments are invalid otherwise.
+        ValueError: if a flag is unknown (the message names the most similar flags), or a class is named only in a file.
+        ArgumentError: if the arguments are otherwise invalid.
     """
     from argparse import ArgumentError
 
@@ -161,7 +165,7 @@ def _parser(chosen: str | None, command: Command | None) -> ArgumentParser:
     from neuralcollapse.lab.commands.arguments import load_settings
 
     class Help(DefaultHelpFormatter):
-        """Help texts as written, without the types and defaults that jsonargparse adds."""
+        """Formatter of help texts without the types and defaults that jsonargparse adds."""
 
         def _get_help_string(self, action: Any) -> str:
             return action.help or ""
@@ -187,7 +191,7 @@ def _parser(chosen: str | None, command: Command | None) -> ArgumentParser:
 
 
 def _add_arguments(parser: ArgumentParser, command: Command) -> None:
-    """Add the arguments of a command: its own, and a flag per setting, which the usage line summarises."""
+    """Add the arguments of a command, and one flag per setting, which the usage line summarises."""
     from neuralcollapse.lab.commands.arguments import add_sections
 
     parser.description = command.description
@@ -199,7 +203,7 @@ def _add_arguments(parser: ArgumentParser, command: Command) -> None:
 
 
 def _location(message: str, arguments: Sequence[str]) -> str:
-    """Return the file and line of the setting that a message is about, if it was not given as a flag."""
+    """Return the file and line of the setting to which a message refers, if it was not given as a flag."""
     locations: dict[str, str] = {}
     for flag, following in pairwise([*arguments, ""]):
         file = Path(flag.partition("=")[2] or following)
@@ -215,9 +219,9 @@ def _location(message: str, arguments: Sequence[str]) -> str:
 
 
 def _one_line(message: str) -> str:
-    """Return a message in one line; of jsonargparse's own, those on the file of settings are reworded."""
+    """Return a message in one line; messages of jsonargparse about the file of settings are reworded."""
     if message.startswith("Unexpected config: "):
-        message = "Unexpected config: a file of settings holds lines NAME: VALUE"
+        message = "Unexpected config: a file of settings must consist of lines NAME: VALUE"
     message = message.replace('Parser key "config":', "--config:").replace('in "<unicode string>", ', "in ")
     return " ".join(message.split())
 

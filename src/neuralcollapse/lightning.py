@@ -1,4 +1,4 @@
-"""Callback that measures neural collapse while lightning's Trainer trains a model."""
+"""Callback that measures neural collapse during training with the Trainer of lightning."""
 
 from __future__ import annotations
 
@@ -35,41 +35,41 @@ class CollapseCallback(Callback):
     """Callback that measures a model on loaders after epochs of training, in evaluation mode and without targets.
 
     Metrics are logged as ``SPLIT/METRIC`` and written to a table. The table is part of the checkpoints, so that a run
-    that is stopped and resumed ends with the same table. With several ranks, the first rank measures alone: its loaders
-    must give all samples. With a true half or double precision of the trainer, batches are cast as in training; with a
-    mixed precision, the model is measured in the precision of its weights.
+    that is stopped and resumed ends with the same table. With several ranks, only the first rank measures, and its
+    loaders must yield all samples. If the trainer uses a true half or double precision, batches are cast as in
+    training; with mixed precision, the model is measured in the precision of its weights.
 
-    Each `fit` that does not resume another one begins a new table. A callback that is used again writes the table next
-    to the previous one, as ``NAME-2.csv`` and ``MOMENTS-2`` (or ``FOLDER-2``); files written by anything else are
-    replaced only with ``overwrite``.
+    Each `fit` that does not resume training begins a new table. If the callback is used again, its table is written
+    next to the previous one, as ``NAME-2.csv`` and ``MOMENTS-2`` (or ``FOLDER-2``); files that the callback has not
+    written are replaced only with ``overwrite``.
 
     Args:
-        loaders: Loader of un-augmented data for each split, by name. The split ``"train"``, if there is one, is
-            measured first, and the others relative to its class means.
+        loaders: Loader of un-augmented data for each split, by name. If there is a split ``"train"``, it is measured
+            first, and the others relative to its class means.
         every_n_epochs: Measure after every n epochs, and after the first epoch.
-        first_epoch: First of these epochs: 1 with ``every_n_epochs=5`` is epochs 1, 6, 11, … By default it is
-            ``every_n_epochs``: epochs 1, 5, 10, …
-        last_epoch: Measure after the last epoch as well, whether ``max_epochs``, ``max_steps``, ``max_time`` or early
-            stopping ends the training. Nothing is measured after an interrupt or an error.
-        folder: Run folder in which measurements are recorded, which `plot`, `aggregate`, `distance` and `report` read:
-            of `neuralcollapse.lab.RunFolder.create`, or its path. It is created with the name of the `LightningModule`
-            if it does not exist.
-        csv: File of the table: epoch, split, metric, value; without ``folder``.
-        moments: Folder to which each `Measurement` is saved, as ``epoch0005-train.safetensors``: every metric can be
-            recomputed from it; without ``folder``.
+        first_epoch: First epoch of this progression: with 1 and ``every_n_epochs=5``, epochs 1, 6, 11, … are measured.
+            By default ``every_n_epochs``: epochs 1, 5, 10, …
+        last_epoch: Measure after the last epoch as well, regardless of whether ``max_epochs``, ``max_steps``,
+            ``max_time`` or early stopping ends the training. After an interrupt or an error, nothing is measured.
+        folder: Run folder in which measurements are recorded, which `plot`, `aggregate`, `distance` and `report` can
+            read: the result of `neuralcollapse.lab.RunFolder.create`, or its path. If it does not exist, it is created
+            with the name of the `LightningModule`.
+        csv: File of the table (epoch, split, metric, value), if ``folder`` is not given.
+        moments: Folder to which each `Measurement` is saved, as ``epoch0005-train.safetensors``, from which every
+            metric can be recomputed, if ``folder`` is not given.
         model: Dotted name of the measured module in the `LightningModule`. By default it is the `LightningModule`
             itself if it defines ``forward``, else its only child with parameters (``self.model``, ``self.net``, …).
         classifier: The classifier, or its dotted name in the measured module, if several modules compute an output.
-        overwrite: Replace existing tables and records when a training begins.
+        overwrite: Replace existing tables and records when training begins.
         options: Further arguments of `neuralcollapse.measure`, such as ``layers`` or ``options=MeasureOptions(...)``.
 
     Attributes:
         rows: Values measured in this training, as (epoch, split, metric, value).
-        measured: Name of the measured module, set when training begins; empty for the `LightningModule`.
+        measured: Name of the measured module, set when training begins; empty for the `LightningModule` itself.
 
     Raises:
-        ValueError: if arguments are out of range; when training begins, if the measured module is ambiguous or missing,
-            it has no classifier, or existing files would be replaced.
+        ValueError: if arguments are out of range; when training begins, if the measured module is ambiguous or missing
+            or has no classifier, or if existing files would be replaced.
 
     Examples:
         >>> import torch
@@ -128,14 +128,14 @@ class CollapseCallback(Callback):
             self.rows = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log which module will be measured, before anything is trained."""
+        """Log which module will be measured, before training."""
         self.measured, model = measured_module(pl_module, self.model)
         classifier = expected_classifier(model, self.classifier)
         name = self.measured or "the LightningModule"
         logger.info("measuring %s (%s) and its classifier %s", name, type(model).__name__, classifier)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin a table; when a training is resumed, keep rows that were added to the table for completed epochs."""
+        """Begin a table; if training is resumed, retain rows of the table for completed epochs."""
         self._ended = self._measured = 0
         if not _has_trained(trainer):
             if self._has_written and not self.overwrite:
@@ -158,7 +158,7 @@ class CollapseCallback(Callback):
             pl_module.log_dict(self._record(trainer, pl_module, self._ended), rank_zero_only=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the last epoch if a callback that is called later has ended the training after it."""
+        """Measure the last epoch if a callback that is called later ended the training after it."""
         if not self.last_epoch or not trainer.is_global_zero or self._measured == self._ended:
             return
         values = self._record(trainer, pl_module, self._ended)
@@ -219,7 +219,7 @@ class CollapseCallback(Callback):
             if self.folder is not None and (has_table or records):
                 raise ValueError(f"folder must be a run without measurements; {str(self.folder.path)!r} has: {_ADVICE}")
             if has_table:
-                raise ValueError(f"csv must be a new file, and {str(self.path)!r} exists: {_ADVICE}")
+                raise ValueError(f"csv must be a new file, but {str(self.path)!r} exists: {_ADVICE}")
             if records:
                 raise ValueError(f"moments must be a folder without records, and {str(self.moments)!r} has: {_ADVICE}")
         elif trainer.is_global_zero:
@@ -240,7 +240,7 @@ class _Converted:
 
 @contextmanager
 def _called_in(model: nn.Module, precision: Precision) -> Iterator[None]:
-    """Run the model's forward as in training, except for autocast: tensors that it creates have the trainer's dtype."""
+    """Run the forward of a model as in training but without autocast: new tensors have the dtype of the trainer."""
     if isinstance(precision, MixedPrecision):
         yield
         return
@@ -265,7 +265,7 @@ def _has_trained(trainer: Trainer) -> bool:
 
 
 def _is_last(trainer: Trainer, epoch: int) -> bool:
-    """Return whether the trainer stops after this epoch, as far as this is known at the end of the epoch."""
+    """Return whether the trainer stops after this epoch, as far as it is known at the end of the epoch."""
     if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epoch:
         return True
     if 0 <= trainer.max_steps <= trainer.global_step:
@@ -275,7 +275,7 @@ def _is_last(trainer: Trainer, epoch: int) -> bool:
 
 
 def _free_names(files: Sequence[Path | None]) -> list[Path | None]:
-    """Return the names of the next files: with the first number from 2 on that is free for all of them."""
+    """Return the names of the next files, with the first number from 2 that is free for all of them."""
     for number in count(2):
         names = [path and path.with_name(f"{path.stem}-{number}{path.suffix}") for path in files]
         if not any(path is not None and path.exists() for path in names):
@@ -291,8 +291,8 @@ def measured_module(pl_module: LightningModule, name: str | None = None) -> tupl
         name: Dotted name of the module; None to find it.
 
     Raises:
-        ValueError: if there is no module of that name, or, without a name, neither a ``forward`` nor exactly one child
-            with parameters.
+        ValueError: if no module has this name; or, without a name, if the `LightningModule` has neither a ``forward``
+            nor exactly one child with parameters.
     """
     if name is None and type(pl_module).forward is not LightningModule.forward:
         return "", pl_module

@@ -139,7 +139,7 @@ def test_ambiguous_models_are_refused():
         attach_head(Net(), FixedETFClassifier(12, 5), classifier="fcc")
     with pytest.raises(ValueError, match="classifier 'body' must be an nn.Linear"):
         attach_head(Net(), FixedETFClassifier(12, 5), classifier="body")
-    with pytest.raises(ValueError, match="must be a module of the model; it is not in it"):
+    with pytest.raises(ValueError, match="must be a module of the model, but is not"):
         attach_head(Net(), FixedETFClassifier(12, 5), classifier=nn.Linear(12, 5))
     with pytest.raises(
         ValueError, match=r"head must take the 12 features that classifier 'fc' takes, got in_features = 9"

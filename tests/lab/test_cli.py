@@ -66,7 +66,7 @@ def test_a_mistake_in_a_flag_is_one_line_and_writes_nothing(arguments, expected,
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("- 1\n", "Unexpected config: a file of settings holds lines NAME: VALUE (settings.yaml)"),
+        ("- 1\n", "Unexpected config: a file of settings must consist of lines NAME: VALUE (settings.yaml)"),
         ("lr: [0.1\n", "Problems parsing config: while parsing a flow sequence in line 1, column 5"),
         (None, "--config: File does not exist: "),
     ],

@@ -119,7 +119,7 @@ def test_overwrite_starts_again_and_deletes_nothing_else(tmp_path):
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("mine")
-    for flags, expected in (([], "other files"), (["--overwrite"], "other files"), (["--resume"], "holds none")):
+    for flags, expected in (([], "other files"), (["--overwrite"], "other files"), (["--resume"], "has none")):
         assert compare(tmp_path, *flags) == 2
         assert expected in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]

@@ -396,7 +396,7 @@ def test_missing_labels_are_refused(tmp_path):
 
 def test_a_class_without_any_image_is_refused(tmp_path):
     save_table(tmp_path, {"label": [0, 2] * 5}, {"label": datasets.ClassLabel(num_classes=5)})
-    with pytest.raises(ValueError, match="must have training images of each of its 5 classes, and has none of 1, 3, 4"):
+    with pytest.raises(ValueError, match="must have training images of each of its 5 classes, but has none of 1, 3, 4"):
         load(tmp_path)
 
 

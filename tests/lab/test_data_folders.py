@@ -152,7 +152,7 @@ def test_splits_are_distinguished_from_classes(folders, options, train, test, no
         ({"train/steam": 4, "train/fast": 4, "car": 3}, "train with folders in it may be either, beside car"),
         ({"a/train": 4, "a/test": 4, "b/train": 3, "b/test": 2}, "'a' of .* is a class with splits in it"),
         ({"val/a": 4, "val/b": 4, "test/a": 3, "test/b": 2}, "train_split must say which split"),
-        ({"train/a": 4, "train/b": 4, "test/a": 3, "test/c": 2}, "of each of its 3 classes, and has none of c"),
+        ({"train/a": 4, "train/b": 4, "test/a": 3, "test/c": 2}, "of each of its 3 classes, but has none of c"),
         (
             {"train/a": 4, "train/b": 4, "test/A": 3, "test/b": 2},
             "'A' of its test split and 'a' of its train split differ",
@@ -231,7 +231,7 @@ def test_strays_are_listed_in_a_line_and_skipped(tmp_path, capsys):
 def test_a_broken_link_and_an_unreadable_folder_are_refused(tmp_path, monkeypatch):
     make(tmp_path, {"a": 6, "b": 6})
     os.symlink("missing.png", tmp_path / "a" / "x.png")
-    with pytest.raises(ValueError, match="links that lead to a file, and 'a/x.png'"):
+    with pytest.raises(ValueError, match="links that lead to a file, but 'a/x.png'"):
         load(tmp_path)
     (tmp_path / "a" / "x.png").unlink()
     scandir = os.scandir
@@ -249,7 +249,7 @@ def test_a_broken_link_and_an_unreadable_folder_are_refused(tmp_path, monkeypatc
 def test_a_name_that_is_not_utf8_is_refused(tmp_path):
     make(tmp_path, {"a": 6, "b": 6})
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/a/\xff.png")).write_bytes(encoded(0))
-    with pytest.raises(ValueError, match=r"file names in UTF-8, and .* holds '\\udcff.png'"):
+    with pytest.raises(ValueError, match=r"file names in UTF-8, but .* has '\\udcff.png'"):
         load(tmp_path)
 
 

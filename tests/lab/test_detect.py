@@ -205,7 +205,7 @@ def test_a_missing_or_other_record_is_measured_again(run, capsys):
     record.unlink()
     capsys.readouterr()
     assert main(command) == 0
-    assert "epoch 3: train split measured again: there is no record of it" in capsys.readouterr().out
+    assert "epoch 3: train split measured again: its record is missing" in capsys.readouterr().out
     assert record.exists()
     pd.testing.assert_frame_equal(read_table(run.detection), before, rtol=1e-6)
     shutil.copy(run.measurement(1, "train"), record)

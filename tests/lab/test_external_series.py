@@ -144,11 +144,11 @@ def test_what_does_not_belong_together_is_refused(place, capsys):
         assert message in error_of(capsys, "measure", *MODEL, *arguments, "--out=series"), arguments
     for path in (path for path in Path("kept").rglob("*") if path.is_file() and path.name != ".lock"):
         assert (Path("series") / path.relative_to("kept")).read_bytes() == path.read_bytes()
-    assert "holds measurements of an external model" in error_of(capsys, "train", "--resume", "--out", "series")
+    assert "has measurements of an external model" in error_of(capsys, "train", "--resume", "--out", "series")
     assert "must have checkpoints to measure" in error_of(capsys, "measure", "series")
     assert main(["train", "--backbone=mlp", "--width=16", "--epochs=1", "--train_samples=100", "--out=run"]) == 0
     message = error_of(capsys, "measure", *MODEL, "--checkpoint=a.pt", "--out=run")
-    assert "one of measurements of an external model, and 'run' holds a run" in message
+    assert "one of measurements of an external model, but 'run' has a run" in message
 
 
 def test_pixels_that_are_given_are_said(place, capsys):

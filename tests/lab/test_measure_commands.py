@@ -109,7 +109,7 @@ def test_flips_refuse_what_has_no_effect_on_them(runs, capsys):
     run = str(runs / "runs" / "implicit-seed0")
     assert "every has no effect with flips" in error_of(capsys, "measure", run, "--flips", "--every", "2")
     shutil.rmtree(RunFolder(run).checkpoints)
-    assert "must have its last checkpoint, and has none" in error_of(capsys, "measure", run, "--flips")
+    assert "must have its last checkpoint, but has none" in error_of(capsys, "measure", run, "--flips")
 
 
 def test_every_split_and_layers_say_what_is_measured(runs):
@@ -375,9 +375,9 @@ def test_bad_input_is_one_line(runs, foreign, tmp_path, capsys):
     elsewhere = ["measure", "--out", str(tmp_path / "new"), "--model", "resnet18", "--checkpoint"]
     (tmp_path / "there.csv").write_text("mine")
     for arguments, message in [
-        (["measure", str(tmp_path)], "must be the folder of a run, and has no config.yaml"),
+        (["measure", str(tmp_path)], "must be the folder of a run, but has no config.yaml"),
         (["measure"], "RUN must be the folder of a run or of several"),
-        (["measure", one], "must have checkpoints to measure, and has none"),
+        (["measure", one], "must have checkpoints to measure, but has none"),
         (
             ["measure", str(runs / "runs" / "implicit-seed0"), "--split", "train,exam"],
             "split must be of train, test",

@@ -111,4 +111,4 @@ def test_what_a_folder_does_not_keep_is_refused(name, settings, expected, tmp_pa
 def test_the_commands_that_train_and_measure_refuse_an_own_run(runs, capsys):
     mine = str(runs / "mine0")
     assert "was written by another program" in error_of(capsys, "train", "--resume", "--out", mine)
-    assert "must have checkpoints to measure, and has none" in error_of(capsys, "measure", mine)
+    assert "must have checkpoints to measure, but has none" in error_of(capsys, "measure", mine)

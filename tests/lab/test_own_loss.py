@@ -127,8 +127,8 @@ def test_a_loss_without_class_weights_goes_with_class_means(mine, tmp_path, caps
     [
         ("{}.WithBias", [], "loss must have no state besides class weights (10, 32) or (32, 10), and "),
         ("{}.Missing", [], "loss '{}.Missing' cannot be imported: "),
-        ("{}.function", [], "loss must be a class that is a torch.nn.Module, and '{}.function' is a function"),
-        ("{}.instance", [], "loss must be a class that is a torch.nn.Module, and '{}.instance' is a Square"),
+        ("{}.function", [], "loss must be a class that is a torch.nn.Module, but '{}.function' is a function"),
+        ("{}.instance", [], "loss must be a class that is a torch.nn.Module, but '{}.instance' is a Square"),
         ("{}.Rows", ["--loss_options={depth: 1}"], "loss '{}.Rows' cannot be made with loss_options"),
         ("{}.Rows", ["--width=10"], "feature_dim must differ from the number of classes, 10, for the loss {}.Rows"),
         ("{}.Rows", ["--devices=2"], "a loss by dotted path needs one rank"),

@@ -236,7 +236,7 @@ def test_settings_that_are_shown_are_settings_again(tmp_path, capsys):
 def test_options_without_a_type_refuse_what_versions_of_yaml_read_differently(text, capsys):
     message = error_of(capsys, "train", "--backbone=some.Net", f"--backbone_options={{a: {text}}}")
     assert message.startswith("backbone_options must be a mapping, got ")
-    assert f"in place of {text}, or quote it" in message
+    assert f"instead of {text}, or quote it" in message
     with pytest.raises(ValueError, match="quote it"):
         load_typed_yaml(f"a: [{text}]")
     assert load_typed_yaml(f"a: ['{text}']") == {"a": [text]}
@@ -251,8 +251,8 @@ def test_options_without_a_type_refuse_what_versions_of_yaml_read_differently(te
         ("? [a]\n: 3\n", "keys must be text"),
         ("[" * 10**4 + "]" * 10**4, "nested more than 50 deep"),
         ("epochs: 3\n---\nepochs: 4\n", "expected a single document"),
-        ("", "a file of settings holds lines NAME: VALUE"),
-        ("many words, of no meaning " * 1000, "a file of settings holds lines NAME: VALUE"),
+        ("", "a file of settings must consist of lines NAME: VALUE"),
+        ("many words, of no meaning " * 1000, "a file of settings must consist of lines NAME: VALUE"),
         ("epochs: 3\n\x07", "Problems parsing config"),
     ],
 )
@@ -267,8 +267,6 @@ def test_a_file_of_settings_that_is_damaged_is_one_line(text, expected, tmp_path
 def test_output_flags_in_a_file_have_their_types(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text("out: 010\noverwrite: no\nresume: yes\n")
-    assert "resume needs the folder of a run, and '010' holds none" in error_of(
-        capsys, "train", "--config", "mine.yaml"
-    )
+    assert "resume needs the folder of a run, but '010' has none" in error_of(capsys, "train", "--config", "mine.yaml")
     Path("mine.yaml").write_text("overwrite: perhaps\n")
     assert "overwrite must be true or false, got 'perhaps'" in error_of(capsys, "train", "--config", "mine.yaml")

@@ -167,7 +167,7 @@ def test_bad_input_is_one_line(trained, tmp_path, capsys):
         ([str(trained), "--figure", "papian", "--out", out], "got 'papian'; nearest: papyan"),
         ([str(trained), "--out", out], "figure must be one of papyan, zhu"),
         ([str(trained), "--figure", "zhu", "--format", "gif"], "format must be of png, pdf, svg, got 'gif'"),
-        ([str(tmp_path), "--figure", "zhu", "--out", out], "must be the folder of a run, and has no config.yaml"),
+        ([str(tmp_path), "--figure", "zhu", "--out", out], "must be the folder of a run, but has no config.yaml"),
         ([str(trained), "--figure", "zhu", "--out", str(tmp_path / "there")], "exists: --overwrite replaces it"),
     ]:
         assert message in error_of(capsys, "plot", *arguments), arguments

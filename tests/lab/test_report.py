@@ -252,7 +252,7 @@ def test_bad_input_is_one_line(digits, hundred, tmp_path, capsys):
         ([str(digits), *out, "--classes", "0,1"], "three or four different ones of 0 to 9, got [0, 1]"),
         ([str(digits), *out, "--classes", "0,1,1"], "three or four different ones of 0 to 9, got [0, 1, 1]"),
         ([str(digits), *out, "--classes", "0,1,two"], "classes must be a list, each item an integer, got '0,1,two'"),
-        ([str(tmp_path), *out], "must be the folder of a run, and has no config.yaml"),
+        ([str(tmp_path), *out], "must be the folder of a run, but has no config.yaml"),
     ]:
         assert message in error_of(capsys, "report", *arguments), arguments
     assert there.read_text() == "mine"

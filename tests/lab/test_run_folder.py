@@ -115,7 +115,7 @@ def test_a_folder_of_a_newer_format_is_refused(tmp_path, capsys):
 
 
 def test_what_is_no_run_folder_is_said(tmp_path):
-    with pytest.raises(ValueError, match="must be the folder of a run, and has no config.yaml"):
+    with pytest.raises(ValueError, match="must be the folder of a run, but has no config.yaml"):
         RunFolder(tmp_path).run_folders()
 
 
@@ -205,7 +205,7 @@ def test_a_measurement_is_recorded_under_its_epoch_and_split(tmp_path):
     folder = RunFolder(tmp_path)
     batches = [(torch.randn(8, 6), torch.arange(8) % 4)]
     measurement = measure(torch.nn.Linear(6, 4), batches, progress=False)
-    with pytest.raises(ValueError, match="must be the folder of a run, and has no config.yaml"):
+    with pytest.raises(ValueError, match="must be the folder of a run, but has no config.yaml"):
         folder.record(1, "train", measurement)
     folder.start({})
     record = Measurement.load(folder.record(2, "train", measurement))

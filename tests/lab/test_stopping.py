@@ -230,4 +230,4 @@ def test_a_checkpoint_inside_an_epoch_is_not_measured(tmp_path, capsys):
     with at_batch(2, sigterm), pytest.raises(Terminated):
         train_runs(config("sgd"), out, progress=False)
     assert main(["measure", str(out)]) == 1
-    assert "the run was stopped inside epoch 1" in capsys.readouterr().err
+    assert "the run was stopped within epoch 1" in capsys.readouterr().err

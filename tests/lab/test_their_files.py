@@ -101,7 +101,7 @@ MISSING = {
     ),
     "two columns of images": (
         lambda folder: parquet(folder, left=STRUCTS, right=STRUCTS, label=CLASSES),
-        "must have one column of images, and has left, right",
+        "must have one column of images, but has left, right",
     ),
     "bytes of no image": (
         lambda folder: parquet(folder, image=[b"none"] * NUMBER, label=CLASSES),
@@ -119,11 +119,11 @@ MISSING = {
     ),
     "a single image in the hold-out": (
         lambda folder: parquet(folder, image=STRUCTS, label=[*range(25), *range(5)]),
-        "must have training images of each of its 25 classes, and has none of",
+        "must have training images of each of its 25 classes, but has none of",
     ),
     "an empty table": (
         lambda folder: (folder / "train.csv").write_text("path,label\n"),
-        "must have a line of column names and at least one row, and has no data",
+        "must have a line of column names and at least one row, but has no data",
     ),
 }
 
@@ -143,7 +143,7 @@ def test_absent_classes_are_named_and_reported_in_the_summary(tmp_path):
     pd.DataFrame({"image": STRUCTS[10:], "label": labels[10:]}).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(
         ValueError,
-        match="training images of each of its 4 classes, and has none of rare; with --leave_out absent-classes",
+        match="training images of each of its 4 classes, but has none of rare; with --leave_out absent-classes",
     ):
         load_data(DataSettings(data=str(tmp_path)), progress=False)
     settings = {"backbone": "mlp", "width": 8, "depth": 1, "batch_size": 10, "epochs": 1}
@@ -184,7 +184,7 @@ def test_batches_larger_than_the_data_are_reported(tmp_path, capsys):
 
 
 def test_memory_is_checked_before_it_is_allocated():
-    with pytest.raises(ValueError, match="128 images of 100000x100000 take 4768 GiB, and there are"):
+    with pytest.raises(ValueError, match="128 images of 100000x100000 take 4768 GiB, but only"):
         load_data(RunConfig(image_size=100_000), batch_size=128)
 
 

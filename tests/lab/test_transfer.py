@@ -115,7 +115,7 @@ def test_images_of_another_shape_are_refused(run, tmp_path, capsys):
                 Image.fromarray(random.integers(0, 255, (9, 9, 3), dtype=np.uint8)).save(folder / f"{number}.png")
     images = ["--data", str(tmp_path / "images")]
     message = error_of(capsys, "transfer", str(run.path), *images)
-    assert "data must have images of 1x8x8 as the run, got 3x9x9: --image_size 8 --channels 1" in message
+    assert "data must have images of 1x8x8 like the run, got 3x9x9: --image_size 8 --channels 1" in message
     assert main(["transfer", str(run.path), *images, "--image_size", "8", "--channels", "1"]) == 0
     assert accuracies(run, "images", "features").keys() == {"linear_probe", "nearest_class_mean"}
 

@@ -114,7 +114,7 @@ def test_a_class_that_the_command_line_names_is_imported(run, capsys):
 @pytest.mark.parametrize("name", ["trap.make", "os.system", "os.path", "collections.OrderedDict"])
 def test_what_is_no_class_of_a_module_is_not_called(name, run, capsys):
     message = error_of(capsys, "train", "--backbone", name, "--out", "new")
-    assert f"must be a class that is a torch.nn.Module, and {name!r} is a" in message
+    assert f"must be a class that is a torch.nn.Module, but {name!r} is a" in message
     assert not Path("called").exists()
 
 

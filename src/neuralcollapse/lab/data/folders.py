@@ -119,12 +119,12 @@ def list_folder(root: Path, path: str = "", ancestors: tuple[tuple[int, int], ..
         if entry.name.casefold() in _LITTER:
             continue
         if any("\ud800" <= character <= "\udfff" for character in entry.name):  # bytes that are not UTF-8
-            raise ValueError(f"data must have file names in UTF-8, and {str(root)!r} holds {entry.name!r}")
+            raise ValueError(f"data must have file names in UTF-8, but {str(root)!r} has {entry.name!r}")
         path = f"{listing.path}/{entry.name}" if listing.path else entry.name
         image = os.path.splitext(entry.name)[1].lower() in image_extensions() and not entry.name.startswith(".")
         if entry.is_symlink() and not os.path.exists(entry.path):
             if image:
-                raise ValueError(f"data must have links that lead to a file, and {path!r} of {str(root)!r} does not")
+                raise ValueError(f"data must have links that lead to a file, but {path!r} of {str(root)!r} does not")
             listing.others.append(path)
         elif entry.is_dir():
             status = os.stat(entry.path)

@@ -220,7 +220,7 @@ def _check_classes(data: ImageData, config: DataSettings) -> None:
     if absent and config.digits_per_image == 1 and "absent-classes" not in config.leave_out:
         names = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
         raise ValueError(
-            f"data {config.data!r} must have training images of each of its {data.num_classes} classes, and has none "
+            f"data {config.data!r} must have training images of each of its {data.num_classes} classes, but has none "
             f"of {names}; with --leave_out absent-classes the others are trained and measured"
         )
 

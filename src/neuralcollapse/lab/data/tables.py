@@ -40,7 +40,7 @@ def find_image_column(data: str, rows: Any) -> str:
     declared = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
     candidates = declared[:1] or [name for name, feature in rows.features.items() if _holds_images(rows, name, feature)]
     if len(candidates) > 1:
-        raise ValueError(f"data {data!r} must have one column of images, and has {', '.join(candidates)}")
+        raise ValueError(f"data {data!r} must have one column of images, but has {', '.join(candidates)}")
     if not candidates:
         raise ValueError(
             f"data must have images, but {data!r} has only the columns {', '.join(rows.features)}: none is of images, "
@@ -116,7 +116,7 @@ def read_table(path: Path) -> PathTable:
         raise ValueError(f"table {str(path)!r} cannot be read: {error}") from error
     rows = _json_lines(text, path) if path.suffix.lower() == ".jsonl" else _separated(text, path)
     if len(rows) < 2:
-        raise ValueError(f"table {str(path)!r} must have a line of column names and at least one row, and has no data")
+        raise ValueError(f"table {str(path)!r} must have a line of column names and at least one row, but has no data")
     (_, header), *body = rows
     if any(_is_image_path(name) for name in header):
         raise ValueError(f"table {str(path)!r} must begin with a line of column names, and begins with {header}")

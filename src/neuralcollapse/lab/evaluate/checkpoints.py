@@ -1,4 +1,4 @@
-"""Measure the checkpoints of a run after the fact, as they would have been measured while it trained."""
+"""Measurement of the checkpoints of a run after training, with the same results as during training."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ def measure_run(
     Args:
         run: Folder of the run.
         preparation: Data, loaded once for several runs, and whether progress is shown.
-        every: Measure every n-th of the saved checkpoints, from the first on, and the last.
-        splits: Splits to measure; all by default.
+        every: Measure every n-th of the saved checkpoints, from the first one on, and the last checkpoint.
+        splits: Splits to measure; by default all.
         layers: Dotted names of modules of the model whose outputs are measured as well, or ``"blocks"``.
         probes: Include the errors of probes and the effective depth, as for `measure`.
         backbone: Class that may be imported if the settings of the run name it as their backbone.
 
     Yields:
-        Each record written; a ValueError for a checkpoint that is skipped.
+        Each written record, or a ValueError for a skipped checkpoint.
 
     Raises:
-        ValueError: if the run has no checkpoints or no such split, its data cannot be loaded or have changed, or its
+        ValueError: if the run has no checkpoints or lacks a split, its data cannot be loaded or have changed, or its
             settings name a class other than ``backbone``.
     """
     with sole_writer(run.path):
@@ -66,14 +66,14 @@ def measure_run(
         shown = None if preparation.progress else True
         for path in tqdm(chosen, desc=run.path.name, unit="checkpoint", disable=shown):
             try:
-                # The name of the last checkpoint has no epoch; others are not read if they are measured.
+                # The name of the last checkpoint does not contain its epoch; others are not read if already measured.
                 checkpoint = files.load(path) if path == run.last_checkpoint else None
                 epoch = int(checkpoint[PROVENANCE]["epoch"] if checkpoint else path.stem.removeprefix("epoch"))
                 if is_measured(records, epoch, splits, layers, probes=probes):
                     continue
                 checkpoint = checkpoint or files.load(path)
                 if "batches" in checkpoint[PROVENANCE]:
-                    raise ValueError(f"the run was stopped inside epoch {epoch}; resume it with --resume")
+                    raise ValueError(f"the run was stopped within epoch {epoch}; resume it with --resume")
                 prepared.trained.load_state_dict(checkpoint["state_dict"])
             except (ValueError, KeyError, RuntimeError) as error:
                 yield ValueError(f"{str(path)!r} cannot be measured: {str(error).splitlines()[0]}")
@@ -89,11 +89,11 @@ def checkpoint_files(run: RunFolder) -> list[Path]:
     """Return the files of the checkpoints of a run, the last one at the end.
 
     Raises:
-        ValueError: if it has none.
+        ValueError: if the run has no checkpoints.
     """
     paths = sorted(run.checkpoints.glob("*.ckpt"), key=lambda path: (path == run.last_checkpoint, path.name))
     if not paths:
-        raise ValueError(f"run {str(run.path)!r} must have checkpoints to measure, and has none")
+        raise ValueError(f"run {str(run.path)!r} must have checkpoints to measure, but has none")
     return paths
 
 
@@ -103,7 +103,7 @@ def chosen_checkpoints(
     """Return the chosen checkpoints by epoch, in order.
 
     Raises:
-        ValueError: if there is none of an epoch, or the run was stopped inside its first epoch.
+        ValueError: if an epoch has no checkpoint, or the run was stopped within its first epoch.
     """
     numbers = {path: path.stem.removeprefix("epoch") for path in paths}
     checkpoints = {int(number): path for path, number in numbers.items() if number.isdecimal()}
@@ -113,7 +113,7 @@ def chosen_checkpoints(
             checkpoints[provenance["epoch"]] = run.last_checkpoint
         elif not checkpoints:
             raise ValueError(
-                f"run {str(run.path)!r} must have a checkpoint of the end of an epoch, and was stopped inside epoch "
+                f"run {str(run.path)!r} must have a checkpoint of the end of an epoch, but was stopped within epoch "
                 f"{provenance['epoch']}; resume it with --resume"
             )
     chosen = {"last": [max(checkpoints)], "all": sorted(checkpoints)}[epochs] if isinstance(epochs, str) else epochs
@@ -126,7 +126,7 @@ def chosen_checkpoints(
 
 
 def saved_run(run: RunFolder, preparation: Preparation, backbone: str | None) -> Run:
-    """Return a run as it was before training, with its data.
+    """Return a run in its state before training, with its data.
 
     Args:
         run: Folder of the run.
@@ -157,10 +157,10 @@ def accuracy_with_flips(
         backbone: As for `measure_run`.
 
     Raises:
-        ValueError: if there is no last checkpoint, or as for `measure_run`.
+        ValueError: if the last checkpoint is missing, or as for `measure_run`.
     """
     if not run.last_checkpoint.exists():
-        raise ValueError(f"run {str(run.path)!r} must have its last checkpoint, and has none")
+        raise ValueError(f"run {str(run.path)!r} must have its last checkpoint, but has none")
     prepared = saved_run(run, preparation, backbone)
     checkpoint = CheckpointFiles(prepared.config, prepared.fingerprint).load(run.last_checkpoint)
     prepared.trained.load_state_dict(checkpoint["state_dict"])
@@ -182,9 +182,9 @@ def accuracy_with_flips(
 
 
 def is_measured(records: Records, epoch: int, splits: Sequence[str], layers: Layers, *, probes: bool = False) -> bool:
-    """Return whether an epoch has valid records of these splits with these layers, and the run's table has their rows.
+    """Return whether an epoch has valid records of these splits with these layers, and their rows are in the table.
 
-    Any layers count as the blocks. A command that was stopped may have left records without rows: they are measured
+    For ``"blocks"``, any layers are accepted. If a command was stopped, records may have no rows; they are measured
     again.
     """
     for split in splits:
@@ -210,7 +210,7 @@ def select_splits(
     The loaders include that of the train split, because other splits are measured against its class means.
 
     Raises:
-        ValueError: if there is no such split.
+        ValueError: if a split does not exist.
     """
     selected = list(loaders) if splits is None else list(splits)
     if unknown := [split for split in selected if split not in loaders]:
@@ -219,7 +219,7 @@ def select_splits(
 
 
 def write_measurements(folder: RunFolder, epoch: int, measurements: Mapping[str, Measurement]) -> list[Path]:
-    """Write a record per split, and its metrics into the table of the folder; return the records' files."""
+    """Write one record per split, and the metrics to the table of the folder; return the files of the records."""
     paths = [folder.measurement(epoch, split) for split in measurements]
     for path, measurement in zip(paths, measurements.values(), strict=True):
         measurement.save(path)

@@ -1,4 +1,4 @@
-"""Detect inputs of unknown classes with the checkpoints of a run, and record the rates in its folder."""
+"""Detection of inputs of unknown classes with the checkpoints of a run, recorded in its folder."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class Detection:
     """Detection at one epoch of a run.
 
     Attributes:
-        epoch: Number of epochs trained.
+        epoch: Number of trained epochs.
         evaluation: Rates and scores of each set.
-        measured_because: Reason why the train split was measured again; empty if its record was used.
-        written: Files written.
+        measured_because: Reason for which the train split was measured again; empty if its record was used.
+        written: Written files.
     """
 
     epoch: int
@@ -61,9 +61,9 @@ def detect_run(
 ) -> Iterator[Detection]:
     """Evaluate scores on checkpoints of a run, and add their rates to ``detection.csv``.
 
-    Scores are fitted to the record of the train split in the folder. If it is missing, damaged, of another classifier,
-    or lacks what a score needs, the train split is measured again and recorded. The folder is locked for other
-    processes until the iterator ends.
+    Scores are fitted to the record of the train split in the folder. If the record is missing or damaged, belongs to
+    another classifier, or lacks values that a score needs, the train split is measured again and recorded. The folder
+    is locked for other processes until the iterator ends.
 
     Args:
         run: Folder of the run.
@@ -77,7 +77,7 @@ def detect_run(
         One detection per epoch.
 
     Raises:
-        ValueError: if the run has no such checkpoints, its data or a set cannot be loaded, or its settings name a class
+        ValueError: if the run lacks a checkpoint, its data or a set cannot be loaded, or its settings name a class
             other than ``backbone``.
     """
     with sole_writer(run.path):
@@ -106,9 +106,9 @@ def detect_run(
 
 
 def _train_record(run: RunFolder, prepared: Run, epoch: int, scores: str | Sequence[str]) -> Measurement | str:
-    """Return the record of the train split; if the scores cannot be fitted to it, the reason."""
+    """Return the record of the train split or, if the scores cannot be fitted to it, the reason."""
     if not run.measurement(epoch, "train").exists():
-        return "there is no record of it"
+        return "its record is missing"
     try:
         record = Records(run).load(epoch, "train")
         classifier_with(prepared.trained, record.weight, record.bias, prepared.trained.measured.head)

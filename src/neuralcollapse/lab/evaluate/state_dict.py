@@ -1,4 +1,4 @@
-"""Measure external models from their state_dicts: one checkpoint, or several of one training."""
+"""Measurement of external models from their state_dicts: a single checkpoint, or several of one training."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class EvaluationSettings(BatchSettings, DataSettings):
 
 @dataclass(frozen=True)
 class ExternalModel:
-    """A model that was not trained by the laboratory.
+    """External model, which was not trained by the laboratory.
 
     Attributes:
         model: Dotted path of an ``nn.Module`` class that ends in a classifier; or the name of a ResNet of the
-            laboratory, for a state_dict with torchvision's names.
+            laboratory, for a state_dict with the names of torchvision.
         model_options: Keyword arguments of the class.
-        classifier: Dotted name of the classifier; found automatically by default.
-        seed: Seed that the model was trained with, for the record.
+        classifier: Dotted name of the classifier; by default it is determined automatically.
+        seed: Training seed of the model, for the record.
     """
 
     model: str
@@ -71,7 +71,7 @@ class ExternalModel:
             network.load_state_dict(state)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"checkpoint must be a state_dict of {self.model}, and does not fit: {reason}") from error
+            raise ValueError(f"checkpoint must be a state_dict of {self.model}, but does not fit: {reason}") from error
         return network
 
 
@@ -84,26 +84,26 @@ def measure_state_dict(
     splits: Sequence[str] | None = None,
     layers: Sequence[str] = (),
 ) -> list[Path]:
-    """Measure an external model on data of the laboratory, at one checkpoint or several.
+    """Measure an external model on data of the laboratory, at one or several checkpoints.
 
-    If the folder holds earlier measurements of the same model on the same data, epochs are added to it, and
-    existing measurements are kept.
+    If the folder contains earlier measurements of the same model on the same data, epochs are added, and existing
+    measurements are not changed.
 
     Args:
-        checkpoints: File of each state_dict by epoch: a safetensors file, or a torch file that holds only tensors,
+        checkpoints: File of each state_dict by epoch: a safetensors file, or a torch file that contains only tensors,
             possibly under ``"state_dict"`` or ``"model"``.
         model: The model.
         out: Folder to write: settings, environment, metrics.csv and moments/.
         settings: Settings of the data and their batches.
-        splits: Splits to measure; all by default.
+        splits: Splits to measure; by default all.
         layers: Dotted names of modules whose outputs are measured as well.
 
     Returns:
-        The files written; empty if everything is measured already.
+        The written files; empty if everything is already measured.
 
     Raises:
-        ValueError: if a file is not a state_dict, the class cannot be built, a state_dict is of another class, an
-            epoch was measured with another checkpoint, or data or folder cannot be used.
+        ValueError: if a file is not a state_dict, the class cannot be constructed, a state_dict does not fit the class,
+            an epoch was measured with a different checkpoint, or data or folder cannot be used.
     """
     evaluation, folder = EvaluationSettings(**settings), RunFolder(out)
     for path in checkpoints.values():
@@ -117,7 +117,7 @@ def measure_state_dict(
             if earlier is not None and earlier.get("sha256") != digests[epoch]:
                 raise ValueError(
                     f"epoch {epoch} of {str(folder.path)!r} was measured with the checkpoint {earlier.get('file')!r}, "
-                    f"and {str(path)!r} is another one: --epoch sets the epoch of a checkpoint, --out names another "
+                    f"but {str(path)!r} differs from it: --epoch sets the epoch of a checkpoint, --out selects another "
                     "folder"
                 )
         data = load_data(evaluation, batch_size=evaluation.batch_size)
@@ -145,7 +145,7 @@ def measure_state_dict(
                 yield epoch, {split: measurements[split] for split in splits}
 
         series, written = measure_missing(), []
-        first = list(islice(series, 1))  # a model that does not fit fails here, before anything is written
+        first = list(islice(series, 1))  # a model that does not fit raises an error here, before anything is written
         folder.begin(facts)
         for epoch, measurements in chain(first, series):
             written += write_measurements(folder, epoch, measurements)
@@ -159,7 +159,7 @@ def series_epochs(checkpoints: int, epochs: Sequence[int] | None) -> list[int]:
     """Return the epochs of a number of checkpoints; by default 0 for one, and 1, 2, … for several.
 
     Raises:
-        ValueError: if there is not one distinct epoch for each checkpoint.
+        ValueError: unless there is one distinct epoch for each checkpoint.
 
     Examples:
         >>> series_epochs(3, None), series_epochs(1, None), series_epochs(2, [10, 20])
@@ -169,35 +169,34 @@ def series_epochs(checkpoints: int, epochs: Sequence[int] | None) -> list[int]:
         return [0] if checkpoints == 1 else list(range(1, checkpoints + 1))
     if len(epochs) != checkpoints or len(set(epochs)) < len(epochs) or min(epochs, default=0) < 0:
         raise ValueError(
-            f"epoch must be given once for each of {checkpoints} checkpoints, different ones, got {list(epochs)}"
+            f"epoch must be given once for each of {checkpoints} checkpoints, with distinct values, got {list(epochs)}"
         )
     return list(epochs)
 
 
 def _is_external_folder(folder: RunFolder) -> bool:
-    """Return whether a folder holds measurements of an external model, or False if it holds no run.
+    """Return whether a folder contains measurements of an external model, or False if it does not contain a run.
 
     Raises:
-        ValueError: if it holds a run of the laboratory, or measurements of an earlier version.
+        ValueError: if it contains a run of the laboratory, or measurements of an earlier version.
     """
     if not folder.config.exists():
         return False
     stored = folder.settings()
     if not is_external(stored):
         raise ValueError(
-            f"out must be a new folder or one of measurements of an external model, and {str(folder.path)!r} "
-            "holds a run"
+            f"out must be a new folder or one of measurements of an external model, but {str(folder.path)!r} has a run"
         )
     if "checkpoint" in stored:
         raise ValueError(
-            f"out must be a new folder: {str(folder.path)!r} was written by an earlier version, which kept one "
-            "checkpoint per folder"
+            f"out must be a new folder: {str(folder.path)!r} was written by an earlier version, which supported only "
+            "one checkpoint per folder"
         )
     return True
 
 
 def _measured_checkpoints(folder: RunFolder) -> dict[int, dict[str, Any]]:
-    """Return the file and the digest of each checkpoint that was measured in a folder, by epoch."""
+    """Return file and digest of each measured checkpoint in a folder, by epoch."""
     checkpoints = folder.read_environment().get("checkpoints") or {}
     return {int(epoch): dict(checkpoint) for epoch, checkpoint in checkpoints.items()}
 
@@ -215,7 +214,7 @@ def _standardisation(batches: EvaluationBatches, settings: EvaluationSettings) -
 
 def _check_file(path: Path) -> None:
     if not path.is_file():
-        raise ValueError(f"checkpoint must be a file, and {str(path)!r} is not")
+        raise ValueError(f"checkpoint must be a file, but {str(path)!r} is not")
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -234,17 +233,17 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             state: Any = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # truncated files and files of other kinds fail in many ways
+    except Exception as error:  # truncated files and files in other formats fail in many ways
         raise ValueError(f"checkpoint {str(path)!r} cannot be read: {str(error).splitlines()[0]}") from error
     for key in ("state_dict", "model"):
         state = state.get(key, state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"checkpoint {str(path)!r} must hold a state_dict: tensors by name")
+        raise ValueError(f"checkpoint {str(path)!r} must contain a state_dict: tensors by name")
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
 def _from_torchvision(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """Rename the tensors of a ResNet of torchvision to the names of the laboratory's."""
+    """Rename the tensors of a torchvision ResNet to the names of the laboratory."""
     names = {
         f"{name}.{tensor}": f"{_torchvision_name(name, module)}.{tensor}"
         for name, module in network.named_modules()
@@ -254,7 +253,7 @@ def _from_torchvision(state: dict[str, Tensor], network: nn.Module) -> dict[str,
     mismatched = sorted(set(state).symmetric_difference(names.values()))
     if mismatched:
         raise ValueError(
-            f"checkpoint must have torchvision's names of a ResNet where model is a name; {mismatched[0]!r} is "
+            f"checkpoint must have the names of a torchvision ResNet if model is a name; {mismatched[0]!r} is "
             f"{'not one of them' if mismatched[0] in state else 'missing'} (and {len(mismatched) - 1} more)"
         )
     return {ours: state[theirs] for ours, theirs in names.items()}

@@ -29,9 +29,9 @@ class Transferred:
     """Accuracies of the layers of a run at one epoch, on other data.
 
     Attributes:
-        epoch: Number of epochs trained.
-        data: The data, in words, as in the table.
-        layers: Accuracies of each layer, the features last.
+        epoch: Number of trained epochs.
+        data: Description of the data, as in the table.
+        layers: Accuracies of each layer, ending with the features.
     """
 
     epoch: int
@@ -51,13 +51,13 @@ def transfer_run(
 ) -> Iterator[Transferred]:
     """Evaluate frozen features of checkpoints of a run on other data, and add the accuracies to ``transfer.csv``.
 
-    The images are standardised as those of the run. The probes are fitted to their train split and evaluated on their
-    test split. The folder is locked for other processes until the iterator ends.
+    The images are standardised like those of the run. The probes are fitted to the train split of these data and
+    evaluated on their test split. The folder is locked for other processes until the iterator ends.
 
     Args:
         run: Folder of the run.
         preparation: Data, loaded once for several runs, and whether progress is shown.
-        given: Settings of the other data; without any, the data of the run, of the classes that it held out.
+        given: Settings of the other data; by default the data of the run, restricted to the classes that it held out.
         layers: Names of modules of the model, or ``"blocks"``.
         epochs: Epochs with a checkpoint: the last one, all or some.
         ridge: Penalty of the linear probe, as for `linear_probe`.
@@ -67,8 +67,8 @@ def transfer_run(
         One result per epoch.
 
     Raises:
-        ValueError: if the run has no such checkpoints, data cannot be loaded or have images of another shape, no data
-            are given and the run held out no classes, or its settings name a class other than ``backbone``.
+        ValueError: if the run lacks a checkpoint, data cannot be loaded or have images of another shape, no data are
+            given and the run did not hold out classes, or its settings name a class other than ``backbone``.
     """
     with sole_writer(run.path):
         paths, prepared = checkpoint_files(run), saved_run(run, preparation, backbone)
@@ -119,13 +119,13 @@ def _check_shape(data: ImageData, of_run: ImageData) -> None:
         shown = ["x".join(map(str, one.image_shape)) for one in (of_run, data)]
         channels, height, _ = of_run.image_shape
         raise ValueError(
-            f"data must have images of {shown[0]} as the run, got {shown[1]}: "
-            f"--image_size {height} --channels {channels} bring them to it"
+            f"data must have images of {shown[0]} like the run, got {shown[1]}: "
+            f"--image_size {height} --channels {channels} convert them"
         )
 
 
 def _name_of(config: DataSettings) -> str:
-    """Return the data in words."""
+    """Return a description of the data."""
     known = Path(config.data).name or config.data
     if config.hold_out_classes is None:
         return known

@@ -15,7 +15,7 @@ ImageShape = tuple[int, int, int]
 
 
 class Backbone(nn.Module):
-    """A network from images (N, C, H, W) to features (N, feature_dim)."""
+    """Network from images (N, C, H, W) to features (N, feature_dim)."""
 
     feature_dim: int
     layers: nn.Module
@@ -25,14 +25,14 @@ class Backbone(nn.Module):
 
 
 class ConvolutionalBackbone(Backbone):
-    """A backbone of convolutions, which work in both memory layouts."""
+    """Backbone of convolutions, which supports both memory layouts."""
 
 
 @contextmanager
 def evaluation_layout(model: nn.Module) -> Iterator[None]:
-    """Put the weights of convolutional backbones on a CPU into channels-last layout: evaluation is 1.7 times faster.
+    """Convert the weights of convolutional backbones on a CPU to channels-last layout: evaluation is 1.7 times faster.
 
-    With gradients, that layout gains little, and with few channels torch 2.13 crashes in its backward pass.
+    With gradients, the gain is small, and with few channels torch 2.13 crashes in the backward pass.
     """
     backbones = [module for module in model.modules() if isinstance(module, ConvolutionalBackbone)]
     backbones = [backbone for backbone in backbones if next(backbone.parameters()).device.type == "cpu"]
@@ -51,7 +51,7 @@ class ConvNet(ConvolutionalBackbone):
     Args:
         image_shape: Channels, height and width.
         width: Channels of the first two convolutions; the others have twice as many.
-        feature_dim: Channels of the last convolution, if not twice ``width``.
+        feature_dim: Channels of the last convolution; by default twice ``width``.
         affine: Train a scale and a shift in batch norm.
     """
 
@@ -73,7 +73,7 @@ class MLP(Backbone):
         image_shape: Channels, height and width.
         width: Neurons of each layer.
         depth: Number of layers.
-        feature_dim: Neurons of the last layer, if not ``width``.
+        feature_dim: Neurons of the last layer; by default ``width``.
         affine: Train a scale and a shift in batch norm.
     """
 
@@ -97,18 +97,18 @@ class MLP(Backbone):
 
 
 class ResNet(ConvolutionalBackbone):
-    """A residual network of He et al. (CVPR 2016), section 4.1, without its classifier.
+    """Residual network of He et al. (CVPR 2016), section 4.1, without the classifier.
 
     Args:
         image_shape: Channels, height and width.
         blocks: Residual blocks of each of the four stages.
-        bottleneck: Blocks of three convolutions, whose output has four times the channels, in place of two.
+        bottleneck: Use blocks of three convolutions, whose output has four times as many channels, instead of two.
         widening: Factor of the inner channels of bottlenecks (Zagoruyko and Komodakis, BMVC 2016).
-        groups: Groups of their 3×3 convolutions (Xie et al., CVPR 2017).
+        groups: Groups of the 3×3 convolutions of bottlenecks (Xie et al., CVPR 2017).
         width: Channels k of the first stage; the others have 2k, 4k and 8k.
         stem: ``"7x7"`` of stride 2, then max-pooling, as published; or ``"3x3"`` of stride 1, for small images.
-        feature_dim: Output channels of the last block, if not 8k (32k with bottlenecks) as those of the other blocks
-            of its stage.
+        feature_dim: Output channels of the last block; by default 8k (32k with bottlenecks), as for the other blocks of
+            the last stage.
         affine: Train a scale and a shift in batch norm.
         initialisation: ``"he"``, normal by the fan-out (He et al., ICCV 2015), or ``"torch"``, as `nn.Conv2d` does.
 
@@ -163,7 +163,7 @@ class ResNet(ConvolutionalBackbone):
 
 
 class ResidualBlock(nn.Module):
-    """The function relu(x + f(x)); if f changes the shape, x goes through a 1×1 convolution (option B)."""
+    """Function relu(x + f(x)); if f changes the shape, x passes through a 1×1 convolution (option B)."""
 
     def __init__(
         self, residual: nn.Module, in_channels: int, out_channels: int, stride: int = 1, affine: bool = True
@@ -205,7 +205,7 @@ class VGG13(ConvolutionalBackbone):
     Args:
         image_shape: Channels, height and width.
         width: Channels k of the first stage; the others have 2k, 4k, 8k and 8k.
-        feature_dim: Channels of the last convolution, if not 8k.
+        feature_dim: Channels of the last convolution; by default 8k.
         affine: Train a scale and a shift in batch norm.
         initialisation: As in `ResNet`.
     """
@@ -235,21 +235,21 @@ class VGG13(ConvolutionalBackbone):
 
 
 class FastConvNet(Backbone):
-    """A convolutional network that trains in seconds on an accelerator, without its classifier (Jordan, 2024).
+    """Convolutional network that trains in seconds on an accelerator, without the classifier (Jordan, 2024).
 
-    A whitening of 2×2 patches, which is not trained but for its bias; three stages of 3×3 convolutions, the first of
-    each before a max-pooling by 2, with batch norm without a scale and GELU after each; the maximum over what is left
-    of the image, divided by 9. Convolutions begin as the identity of their first channels. Weights are in
-    channels-last layout, which is the faster one on CPUs and accelerators.
+    The network consists of a whitening of 2×2 patches, of which only the bias is trained; three stages of 3×3
+    convolutions, the first of which is followed by max-pooling by 2, and each by batch norm without a scale and GELU;
+    and the maximum over the remaining positions, divided by 9. Convolutions are initialised as the identity of their
+    first channels. Weights are in channels-last layout, which is faster on CPUs and accelerators.
 
     Args:
         image_shape: Channels, height and width.
         widths: Channels of each stage.
         convolutions: Convolutions of each stage, 2 or 3; with 3, the output of the first is added to that of the last.
-        feature_dim: Channels of the last stage, if not the last of ``widths``.
+        feature_dim: Channels of the last stage; by default the last of ``widths``.
 
     Raises:
-        ValueError: if the images are smaller than 9×9, of which nothing is left after the stages.
+        ValueError: if the images are smaller than 9×9, for which no positions remain after the stages.
 
     Source: airbench94 (2 convolutions) and airbench96 (3) of K. Jordan, "94% on CIFAR-10 in 3.29 seconds on a single
     GPU", arXiv:2404.00498, and their released code.
@@ -289,10 +289,11 @@ class FastConvNet(Backbone):
 
     @torch.no_grad()
     def whiten(self, batches: Iterable[Tensor]) -> None:
-        """Set the first layer to the whitening of the images' 2×2 patches, and its negative.
+        """Set the first layer to the whitening of the 2×2 patches of images, and its negative.
 
-        With eigenvectors v and eigenvalues λ of the second moments of patches, filters are ±v/√(λ + 5e-4): responses
-        have second moment λ/(λ + 5e-4), which is 1 where patches vary and 0 in directions in which they are constant.
+        With eigenvectors v and eigenvalues λ of the second moments of patches, the filters are ±v/√(λ + 5e-4). The
+        responses have second moment λ/(λ + 5e-4), which is nearly 1 in directions in which patches vary and 0 in
+        directions in which they are constant.
 
         Args:
             batches: Standardised images, each batch (N, C, H, W).
@@ -327,34 +328,35 @@ class _FastStage(nn.Module):
 
 
 def _identity_convolution(in_channels: int, out_channels: int) -> nn.Conv2d:
-    """Return a 3×3 convolution whose first channels are the identity, as far as there are channels."""
+    """Return a 3×3 convolution whose first channels are the identity."""
     convolution = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
     nn.init.dirac_(convolution.weight.data[:in_channels])
     return convolution
 
 
 def _shift_norm(channels: int) -> nn.BatchNorm2d:
-    """Return batch norm that trains a shift, and no scale."""
+    """Return batch norm that trains a shift but not a scale."""
     norm = nn.BatchNorm2d(channels, eps=1e-12, momentum=0.4)
     norm.weight.requires_grad_(False)
     return norm
 
 
 class VisionTransformer(Backbone):
-    """A vision transformer of Dosovitskiy et al. (ICLR 2021), whose features are the normalised class token.
+    """Vision transformer of Dosovitskiy et al. (ICLR 2021), whose features are the normalised class token.
 
-    Pre-norm blocks of width/64 heads and MLPs of four times the width, without dropout; trained position embeddings.
+    It has pre-norm blocks with width/64 heads and MLPs of four times the width, trained position embeddings, and no
+    dropout.
 
     Args:
         image_shape: Channels, height and width.
         width: Dimension of a token.
         depth: Number of blocks.
-        patch_size: Height and width of a patch; if not given, 16 for images of at least 128 pixels, 4 for at least 16,
-            else 2.
-        feature_dim: Neurons of a linear layer after the class token; by default there is no such layer.
+        patch_size: Height and width of a patch; by default 16 for images of at least 128 pixels, 4 for at least 16
+            pixels, else 2.
+        feature_dim: Neurons of a linear layer after the class token; by default without this layer.
 
     Raises:
-        ValueError: if the patches do not divide the images, or the heads the width.
+        ValueError: if the patch size does not divide the size of the images, or the number of heads the width.
     """
 
     def __init__(

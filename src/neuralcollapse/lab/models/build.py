@@ -1,4 +1,4 @@
-"""Models of runs: backbones by name or of your own class, with the head of a training method."""
+"""Models of runs: built-in or user-defined backbones with the head of a training method."""
 
 from __future__ import annotations
 
@@ -53,17 +53,16 @@ def build_model(
     class_counts: Tensor | None = None,
     assigned: int | None = None,
 ) -> AttachedHead:
-    """Return a backbone with the head of its method. Its first weights follow from the seed, the same for all methods.
+    """Return a backbone with the head of a method; initial weights follow from the seed and are equal for all methods.
 
     Args:
         config: The settings.
         image_shape: Channels, height and width.
         num_classes: K.
         class_names: Names of the classes, for the attributes that they share.
-        class_counts: (K,), training images of each class, for ``class_weights`` and ``code``; the same for all if not
-            given.
-        assigned: Of a fixed simplex ETF, number of classes that rows are assigned to, K and those that are added
-            later; by default K.
+        class_counts: (K,), numbers of training images per class, for ``class_weights`` and ``code``; equal by default.
+        assigned: For a fixed simplex ETF, number of classes to which rows are assigned: K plus the number of classes
+            that are added later; by default K.
 
     Returns:
         A module from images (N, C, H, W) to logits (N, K), ``forward(images, targets=None)``.
@@ -112,7 +111,7 @@ def build_head(
         num_classes: K.
         class_names: As for `build_model`.
         class_counts: As for `build_model`.
-        first_bias: (K,), first values of the learned bias of a fixed ETF: as published, the bias of the linear layer
+        first_bias: (K,), initial values of the learned bias of a fixed ETF: as published, the bias of the linear layer
             that the head replaces. By default 0.
         assigned: As for `build_model`.
 
@@ -152,7 +151,7 @@ def build_head(
 
 
 def softmax_code_classifier(feature_dim: int, num_classes: int, **options: Any) -> FixedFrameClassifier:
-    """Return a fixed classifier of the softmax code: the simplex ETF if there is room for it."""
+    """Return a fixed classifier of the softmax code, which is the simplex ETF if K ≤ d + 1."""
     if num_classes <= feature_dim + 1:
         return FixedETFClassifier(feature_dim, num_classes, **options)
     code = _softmax_code(num_classes, feature_dim)
@@ -174,21 +173,21 @@ _HEADS: dict[str, Callable[..., Head]] = {
 
 
 def _inverse(class_counts: Tensor | None, num_classes: int) -> Tensor:
-    """One over the number of images of each class; 0 for a class without images, which has no mean."""
+    """Return one over the number of images of each class; 0 for a class without images, which has no mean."""
     counts = _counts(class_counts, num_classes).float()
     return torch.where(counts > 0, 1 / counts, 0.0)
 
 
 def _counts(class_counts: Tensor | None, num_classes: int) -> Tensor:
-    """The number of images of each class, equal if they are not known."""
+    """Return the number of images of each class; equal numbers if they are unknown."""
     return torch.ones(num_classes, dtype=torch.int64) if class_counts is None else class_counts.cpu()
 
 
 @lru_cache(maxsize=4)
 def _softmax_code(num_classes: int, feature_dim: int) -> Tensor:
-    """The softmax code of K > d + 1 classes, cached because it is the same for all seeds and can take minutes.
+    """Return the softmax code of K > d + 1 classes, cached because it is equal for all seeds and can take minutes.
 
-    A code known in closed form (K ≤ 2d) has its vectors on the axes and is rotated at random, the same each time.
+    A code in closed form (K ≤ 2d) has its vectors on the axes; it is rotated by a fixed random rotation.
     """
     code = softmax_code(num_classes, feature_dim)
     if num_classes > 2 * feature_dim:
@@ -197,7 +196,7 @@ def _softmax_code(num_classes: int, feature_dim: int) -> Tensor:
 
 
 class OwnBackbone(Backbone):
-    """A user's own module, whose feature dimension is determined by a call.
+    """Backbone given by a user-defined module, whose feature dimension is determined by a call.
 
     Args:
         module: From images (N, C, H, W) to features (N, feature_dim).
@@ -217,7 +216,7 @@ class OwnBackbone(Backbone):
             except Exception as error:
                 raise ValueError(
                     f"backbone must take images (N, C, H, W), of C, H, W = {image_shape}; "
-                    f"{type(module).__name__} fails: {error}"
+                    f"{type(module).__name__} failed: {error}"
                 ) from error
         module.train(training)
         if not (isinstance(features, Tensor) and features.ndim == 2 and len(features) == 2):
@@ -229,7 +228,7 @@ class OwnBackbone(Backbone):
 
 
 _deep = partial(ResNet, bottleneck=True)
-# Class of each backbone, with the settings that it takes besides feature_dim and batch_norm_affine.
+# Class of each backbone, with the settings that it takes in addition to feature_dim and batch_norm_affine.
 _BACKBONES: dict[str, tuple[Callable[..., Backbone], tuple[str, ...]]] = {
     "convnet": (ConvNet, ("width",)),
     "mlp": (MLP, ("width", "depth")),
@@ -254,10 +253,10 @@ def build_backbone(config: ModelSettings, image_shape: ImageShape, *, initialisa
     Args:
         config: The settings.
         image_shape: Channels, height and width.
-        initialisation: First weights of convolutions, for backbones that have the setting.
+        initialisation: Initial weights of convolutions, for backbones that have the setting.
 
     Raises:
-        ValueError: if there is no backbone of that name, or the user's own class cannot be made or used.
+        ValueError: if the name is unknown, or the user-defined class cannot be constructed or used.
     """
     if "." in config.backbone:
         return OwnBackbone(
@@ -265,7 +264,7 @@ def build_backbone(config: ModelSettings, image_shape: ImageShape, *, initialisa
         )
     if config.backbone not in _BACKBONES:
         raise ValueError(
-            f"backbone must be one of {', '.join(_BACKBONES)}, or the dotted path of your own class, "
+            f"backbone must be one of {', '.join(_BACKBONES)}, or the dotted path of a user-defined class, "
             f"got {config.backbone!r}"
         )
     backbone, names = _BACKBONES[config.backbone]
@@ -275,18 +274,18 @@ def build_backbone(config: ModelSettings, image_shape: ImageShape, *, initialisa
 
 
 def own_module(path: str, options: dict[str, Any], known: Mapping[str, Any], *, setting: str = "backbone") -> nn.Module:
-    """Return a module of the user's class, which is also looked up in the working directory.
+    """Return a module of a user-defined class, which is also searched for in the working directory.
 
-    The caller checks that the user named the class, not a file that another person may have written.
+    The caller checks that the user named the class, and not only a file that another person may have written.
 
     Args:
-        path: package.module.Class, of a class that is an `nn.Module`: nothing else is called.
+        path: Path package.module.Class of a subclass of `nn.Module`; other objects are not called.
         options: Keyword arguments of the class.
-        known: Further ones by name, such as ``image_shape``, for the arguments that the class has.
+        known: Further arguments by name, such as ``image_shape``, which are passed if the class accepts them.
         setting: Name of the setting, for messages.
 
     Raises:
-        ValueError: if it cannot be imported or made, or is not such a class.
+        ValueError: if the class cannot be imported or constructed, or is not a subclass of `nn.Module`.
     """
     module_name, _, name = path.rpartition(".")
     if "/" in path or not all(path.split(".")):
@@ -295,14 +294,14 @@ def own_module(path: str, options: dict[str, Any], known: Mapping[str, Any], *, 
     sys.path.insert(0, working_directory)
     try:
         own_class = getattr(importlib.import_module(module_name), name)
-    except Exception as error:  # the user's code may fail in any way, here and below
+    except Exception as error:  # user code may raise any exception, here and below
         raise ValueError(f"{setting} {path!r} cannot be imported: {error}") from error
     finally:
         sys.path.remove(working_directory)
     if not (isinstance(own_class, type) and issubclass(own_class, nn.Module)):
         raise ValueError(
-            f"{setting} must be a class that is a torch.nn.Module, and {path!r} is "
-            f"{_article(type(own_class).__name__)}: a module is made in the __init__ of your own class"
+            f"{setting} must be a class that is a torch.nn.Module, but {path!r} is "
+            f"{_article(type(own_class).__name__)}: construct a module in the __init__ of a class instead"
         )
     try:
         arguments = inspect.signature(own_class).parameters
@@ -318,25 +317,25 @@ def _article(name: str) -> str:
 
 # --- attributes that classes share ------------------------------------------------------------------------------------
 
-# Weight of all attributes together, if the features have room for the simplex ETF that is the rest of the Gram.
+# Total weight of all attributes, if the feature dimension suffices for the simplex ETF in the rest of the Gram matrix.
 _SHARED = 0.6
-# Names of the column, in a table of attributes, that gives the class of each line.
+# Names of the column in a table of attributes that contains the class of each line.
 _NAMES_OF_CLASSES = ("class", "class name", "class_name", "name")
 
 
 def attribute_code(
     config: ModelSettings, feature_dim: int, num_classes: int, *, class_names: Sequence[str] | None = None
 ) -> Tensor:
-    """Return the code (K, r) of the Gram of what classes share, every attribute with the same weight.
+    """Return the code (K, r) of the Gram matrix of shared attributes, with the same weight for every attribute.
 
     Args:
         config: The settings.
         feature_dim: d, the greatest rank r.
         num_classes: K.
-        class_names: The names of the classes. Without them, classes are called by their number.
+        class_names: Names of the classes; by default their numbers.
 
     Raises:
-        ValueError: if the attributes cannot be read or do not fit the classes, or the Gram does not fit.
+        ValueError: if the attributes cannot be read or do not fit the classes, or the Gram matrix is invalid.
     """
     source = str(config.class_attributes)
     cosines = f"class_attributes needs fewer classes: the cosines of {num_classes} of them, and their decomposition,"
@@ -360,7 +359,7 @@ def attribute_code(
 
 
 def digits_of_classes(num_classes: int, *, class_names: Sequence[str] | None = None) -> Tensor:
-    """Return the decimal digits (K, places) of 0 to K−1, or of the classes' names, the greatest place first.
+    """Return the decimal digits (K, places) of 0 to K−1, or of the names of the classes, beginning with the highest.
 
     Raises:
         ValueError: if a name is not a number.
@@ -368,9 +367,7 @@ def digits_of_classes(num_classes: int, *, class_names: Sequence[str] | None = N
     names = [str(label) for label in range(num_classes)] if class_names is None else class_names
     other = next((name for name in names if not re.fullmatch("[0-9]+", name)), None)
     if other is not None:
-        raise ValueError(
-            f"class_attributes digits needs classes that are called by numbers, and one is called {other!r}"
-        )
+        raise ValueError(f"class_attributes digits needs classes whose names are numbers, but one is named {other!r}")
     places = len(str(max(map(int, names))))
     return torch.tensor([[int(digit) for digit in f"{int(name):0{places}}"] for name in names])
 
@@ -378,16 +375,16 @@ def digits_of_classes(num_classes: int, *, class_names: Sequence[str] | None = N
 def read_attributes(path: str, num_classes: int, *, class_names: Sequence[str] | None = None) -> Tensor:
     """Return the values of each attribute as integers (K, A), from a CSV file whose first line names the attributes.
 
-    Lines are in the order of the classes. If a column called class or name, or a column whose values are the names of
-    the classes, is there, it gives the class of each line, in any order.
+    Lines are in the order of the classes. If there is a column named class or name, or a column whose values are the
+    names of the classes, it determines the class of each line, and the lines may be in any order.
 
     Args:
         path: The file.
         num_classes: K.
-        class_names: The names of the classes, if they have names.
+        class_names: Names of the classes, if they have names.
 
     Raises:
-        ValueError: if it cannot be read, lacks a value, or its lines are not those of the classes.
+        ValueError: if the file cannot be read or lacks a value, or its lines do not match the classes.
     """
     import pandas as pd
 
@@ -407,7 +404,7 @@ def read_attributes(path: str, num_classes: int, *, class_names: Sequence[str] |
 
 
 def _in_order_of_classes(table: Any, path: str, class_names: Sequence[str] | None) -> Any:
-    """Return the table's lines in the order of the classes, without the column that names them."""
+    """Return the lines of a table in the order of the classes, without the column of class names."""
     if class_names is None:
         return table
     names = sorted(class_names)

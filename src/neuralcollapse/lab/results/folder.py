@@ -275,7 +275,7 @@ class RunFolder:
         if not isinstance(measurement, Measurement):
             raise ValueError(f"measurement must be the result of measure, got {type(measurement).__name__}")
         if not self.config.exists():
-            raise ValueError(f"{str(self.path)!r} must be the folder of a run, and has no {self.config.name}")
+            raise ValueError(f"{str(self.path)!r} must be the folder of a run, but has no {self.config.name}")
         if not len(measurement.weight):
             raise ValueError(
                 "measurement must have the weight of the classifier, because tables and figures compare it with the "
@@ -326,7 +326,7 @@ class RunFolder:
             ValueError: if this is not the folder of a run, or its format is newer or was never released.
         """
         if not self.config.exists():
-            raise ValueError(f"{str(self.path)!r} must be the folder of a run, and has no {self.config.name}")
+            raise ValueError(f"{str(self.path)!r} must be the folder of a run, but has no {self.config.name}")
         return settings_of_format(read_yaml(self.config), self.config)
 
     def read_environment(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The unconstrained features model (UFM) under the methods: single runs, tuning, and their comparison over seeds."""
+"""Comparison of methods on the unconstrained features model (UFM): single runs, tuning, and runs over seeds."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from neuralcollapse.lab.ufm.settings import OptimizerName, UFMSettings
 from neuralcollapse.ufm import UnconstrainedFeatures, train_unconstrained_features
 
 _MOMENTUM = 0.9
-# Published (δ = 1e-3 of formulas §1), as the proximal weight of an ETF of K classes: δ(K−1)/2. Every batch is all the
-# data, so that the class means are those of the batch.
+# Published δ = 1e-3, which corresponds to the proximal weight δ(K−1)/2 of an ETF of K classes. Every batch contains all
+# data, so the class means are those of the batch.
 _PROXIMAL_WEIGHT, _MEANS_MOMENTUM = 1e-3, 1.0
-_TUNING_SEED = 2**62  # of no run that is compared
+_TUNING_SEED = 2**62  # differs from the seeds of all compared runs
 
 
 @dataclass(frozen=True)
 class UFMRun:
-    """One run of the UFM with the head of a method.
+    """Run of the UFM with the head of a method.
 
     Attributes:
         method: standard, fixed or implicit.
@@ -65,7 +65,7 @@ class UFMRun:
         return f"ufm{self.num_classes}-{self.optimizer}-{self.method}"
 
     def label(self, table: pd.DataFrame) -> pd.DataFrame:
-        """Insert the columns classes, optimizer and method in front of a table of the run."""
+        """Insert the columns classes, optimizer and method as first columns of a table of the run."""
         for position, name in enumerate(("num_classes", "optimizer", "method")):
             table.insert(position, name.removeprefix("num_"), getattr(self, name))
         return table
@@ -78,8 +78,8 @@ class Schedule:
     Attributes:
         iterations: Number of steps of a run.
         measurements_per_decade: Number of measurements in 1 … 10, in 10 … 100 iterations, and so on.
-        tuning_iterations: Number of steps after which the rate with the least loss is chosen.
-        rates: Candidate rates of each optimiser; one candidate is not tuned.
+        tuning_iterations: Number of steps after which the rate with the smallest loss is chosen.
+        rates: Candidate rates of each optimiser; a single candidate is used without tuning.
     """
 
     iterations: int
@@ -114,7 +114,7 @@ def train_ufm(
     """Train the runs of a comparison, and write its tables, figures and summary.
 
     Returns:
-        The table as text, the measurements, and the files written, the most informative first.
+        The table as text, the measurements, and the written files, beginning with the most informative.
     """
     from neuralcollapse.lab.ufm.figures import write_ufm
 
@@ -148,7 +148,7 @@ def compare_on_ufm(
         optimizer, method, rate, excess_loss, chosen.
 
     Raises:
-        ValueError: if a run diverges at the rate chosen.
+        ValueError: if a run diverges at the chosen rate.
     """
     total = sum(_steps(run, schedule, len(seeds)) for run, schedule in settings)
     measured, tuned = [], []
@@ -167,7 +167,7 @@ def compare_on_ufm(
 
 
 def measurement_points(iterations: int, per_decade: int) -> set[int]:
-    """Return the iterations after which to measure: evenly spaced in their logarithm, and the last.
+    """Return the iterations after which to measure: logarithmically spaced ones, and the last.
 
     Examples:
         >>> sorted(measurement_points(30, 4))
@@ -187,7 +187,7 @@ def feature_radius(feature_norm: float | Literal["auto"], num_classes: int) -> f
 
 
 def least_loss(run: UFMRun) -> float:
-    """Least cross-entropy for features of norm τ and unit rows, at collapse: log(1 + (K−1) e^(−τK/(K−1))).
+    """Return the minimal cross-entropy for features of norm τ and unit rows, at collapse: log(1 + (K−1) e^(−τK/(K−1))).
 
     Examples:
         >>> round(least_loss(UFMRun("fixed", "sgd", 10, 5, 16, 5.0, 0)), 4)
@@ -266,7 +266,7 @@ def _train(run: UFMRun, rate: float, schedule: Schedule, step: Callable[[], Any]
 
 
 def _read_or_make(path: Path, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-    """Read a table; make and write it first if the file does not exist."""
+    """Read a table; if the file does not exist, compute and write it first."""
     if not path.exists():
         write_csv(path, make())
     return read_table(path)
@@ -284,7 +284,7 @@ def _model(run: UFMRun) -> UnconstrainedFeatures:
         )
         if run.optimizer == "agd":
             torch.manual_seed(derived_seed(run.seed, 2))
-            orthogonal_start(model)  # the features come first, and are the same for every head
+            orthogonal_start(model)  # the features are drawn first, so that they are equal for all heads
     if isinstance(model.head, LearnedClassifier):
         model.head.project_weight()
     return model
@@ -295,7 +295,7 @@ def _head(run: UFMRun) -> Head:
     if run.method == "standard":
         return LearnedClassifier(*sizes, bias=False, feature_norm=run.feature_norm, unit_weight=True)
     if run.method == "fixed":
-        # As published. Unconstrained features reach every orientation equally well.
+        # As published. The orientation does not matter for unconstrained features.
         return FixedETFClassifier(
             *sizes, orientation="canonical", feature_norm=run.feature_norm, momentum=_MEANS_MOMENTUM
         )
@@ -311,7 +311,7 @@ def _optimizer(run: UFMRun, model: UnconstrainedFeatures, rate: float) -> Optimi
     weights = list(model.head.parameters())
     if run.optimizer == "agd":
         return AGD([model.features, *weights], gain=rate)
-    # The mean loss gives each sample 1/N of the gradient, and each class 1/K.
+    # In the gradient of the mean loss, each sample has the factor 1/N, and each class 1/K.
     groups = [{"params": [model.features], "lr": rate * len(model.targets)}]
     groups += [{"params": weights, "lr": rate * run.num_classes}] if weights else []
     return torch.optim.SGD(groups, momentum=_MOMENTUM)

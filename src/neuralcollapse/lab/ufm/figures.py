@@ -20,14 +20,14 @@ from neuralcollapse.metrics.figures.panels import without_latex
 
 # Metric, and the title of its panel.
 _PANELS = {
-    "excess_loss": "loss above the least possible",
+    "excess_loss": "loss above the minimum",
     "nc1_quotient": "NC1: tr Σ_W / tr Σ_B",
     "nc2_etf_means": "NC2: C Cᵀ to a simplex ETF",
     "nc3_duality": "NC3: W Cᵀ to a simplex ETF",
     "etf_means": "C to its nearest ETF, squared",
 }
 _FLOOR = 1e-7  # smaller values are rounding errors of single precision
-# Heading of a column of the table: metric and level.
+# Heading of each column of the table, with metric and level.
 _GOALS = {
     "loss +0.01": ("excess_loss", 0.01),
     "loss +0.001": ("excess_loss", 0.001),
@@ -40,7 +40,7 @@ _GOALS = {
 
 
 def ufm_table(metrics: pd.DataFrame) -> pd.DataFrame:
-    """Return the measured iteration from which on each level is kept: the mean and the range over seeds.
+    """Return the measured iteration from which on each level is maintained: mean and range over seeds.
 
     Args:
         metrics: Columns classes, optimizer, method, seed, rate, iteration, metric, value.
@@ -75,7 +75,7 @@ def draw_ufm(metrics: pd.DataFrame, folder: Path) -> list[Path]:
         optimizers = list(of_size["optimizer"].unique())
         height = 3.1 * len(optimizers) + 0.9
         figure = Figure(figsize=(16, height))
-        # Margins by hand and no minor ticks: matplotlib's layout engine takes seconds for this number of panels.
+        # Explicit margins and no minor ticks, because the layout engine of matplotlib takes seconds for these panels.
         margins = {"left": 0.04, "right": 0.99, "bottom": 0.5 / height, "top": 1 - 0.65 / height}
         panels = figure.subplots(
             len(optimizers), len(_PANELS), squeeze=False, sharex=True, gridspec_kw={"wspace": 0.2, **margins}
@@ -108,7 +108,7 @@ def write_ufm(
         sizes: Description of each size.
 
     Returns:
-        The table as text, and the files written, the most informative first.
+        The table as text, and the written files, beginning with the most informative.
     """
     tuning_path = folder.path / "tuning.csv"
     write_csv(folder.metrics, metrics)
@@ -116,11 +116,11 @@ def write_ufm(
     table = aligned(ufm_table(metrics))
     figures = draw_ufm(metrics, folder.figures)
     explanation = (
-        "The iteration from which on the loss stays within 0.01 and 0.001 of the least possible, and a measure of "
-        f"collapse at its\nlevel: mean over {metrics['seed'].nunique()} seeds, and their range if they differ; – if no "
-        "seed reaches it. Measured in evaluation mode, at\niterations evenly spaced in their logarithm. The rate of "
-        "each row was chosen from the candidates in `tuning.csv`, on a\nseed that is not compared. Milliseconds per "
-        "iteration are of training alone."
+        "Iterations from which on the loss stays within 0.01 and 0.001 of the minimum, and collapse metrics stay at "
+        f"their\nlevels: mean over {metrics['seed'].nunique()} seeds, and range if they differ; – if no "
+        "seed reaches the level. Measured in evaluation mode, at\nlogarithmically spaced iterations. The rate of "
+        "each row was chosen from the candidates in `tuning.csv`, with a\nseed that is not compared. Milliseconds per "
+        "iteration are those of training alone."
     )
     listed = "\n".join(f"- {size}" for size in sizes)
     title = "The unconstrained features model, trained with each method"
@@ -141,7 +141,7 @@ def _draw_panel(axes: Axes, values: pd.DataFrame) -> None:
 
 
 def _iterations_to(values: pd.DataFrame, metric: str, level: float) -> str:
-    """Return the mean over seeds of the iteration from which on a level is kept, their range, and their number."""
+    """Return the mean over seeds of the iteration from which on a level is maintained, with range and number."""
     courses = [group.set_index("iteration")["value"].sort_index() for _, group in values.groupby("seed")]
     iterations = pd.Series([epochs_to_reach(course.rename(metric), level, sustained=True) for course in courses])
     reached = iterations.dropna()

@@ -42,7 +42,7 @@ def survey_landscape(
     """Find and classify critical points, and write their tables, figure and summary.
 
     Returns:
-        The table of points as text, and the files written, the most informative first.
+        The table of points as text, and the written files, beginning with the most informative.
     """
     num_classes, feature_dim = settings.num_classes, settings.feature_dim or settings.num_classes
     model = UnconstrainedFeatures(
@@ -73,8 +73,8 @@ class LandscapeTables:
     Attributes:
         points: name, kind, objective, excess (over the optimum), gradient_norm, least_eigenvalue, iterations.
         spectrum: name, index, eigenvalue: the least eigenvalues of the Hessian at each saddle and at one optimum.
-        slices: name, step, objective: along each saddle's direction of most negative curvature.
-        optimum: Least value of f, in closed form.
+        slices: name, step, objective: along the direction of most negative curvature of each saddle.
+        optimum: Minimum of f, in closed form.
     """
 
     points: list[dict[str, Any]] = field(default_factory=list)
@@ -128,7 +128,7 @@ def write_landscape(folder: RunFolder, tables: LandscapeTables, title: str, boun
         bound: Least eigenvalue of the Hessian at the origin, by its formula.
 
     Returns:
-        The table of points as text, and the files written, the most informative first.
+        The table of points as text, and the written files, beginning with the most informative.
     """
     frames = tables.frames()
     paths = {name: folder.path / f"{name}.csv" for name in frames}
@@ -139,9 +139,9 @@ def write_landscape(folder: RunFolder, tables: LandscapeTables, title: str, boun
     write_whole(picture, partial(figure.savefig, format="png", dpi=130))
     table = aligned(_table_of_points(frames["points"]))
     explanation = (
-        f"`excess` is f less that of the global optimum, {tables.optimum:.10g}, in closed form. Random starts are in "
-        f"one row, with the\nlargest value of each column (the least of the least eigenvalues). The formula's least "
-        f"eigenvalue at the origin is {bound:.6g}."
+        f"`excess` is f minus its value at the global optimum, {tables.optimum:.10g}, in closed form. Random starts\n"
+        "are in one row, with the largest value of each column (for eigenvalues, the smallest). By the formula, the\n"
+        f"least eigenvalue at the origin is {bound:.6g}."
     )
     write_summary(folder, f"The landscape: {title}", [table, explanation], [picture], made_by(folder))
     return table, [folder.summary, picture, *paths.values(), folder.config]
@@ -166,7 +166,7 @@ def _add_slice(tables: LandscapeTables, visit: Visit) -> None:
 
 
 def _table_of_points(points: pd.DataFrame) -> pd.DataFrame:
-    """Return one row for all random starts of a kind, and one for every other point."""
+    """Return one row for all random starts that end at the same kind of point, and one row for every other point."""
     random = points["name"].str.startswith("start ")
     groups = [
         (f"{len(group)} random starts", kind, group) for kind, group in points[random].groupby("kind", sort=False)
