@@ -149,7 +149,7 @@ def test_splits_are_distinguished_from_classes(folders, options, train, test, no
         ({"train/a": 4, "train/b": 4, "test": 3}, "a folder of images for each class in each split, and test of"),
         ({"train": 4, "test": 3}, "has images in test, train"),
         ({"train_images": 4, "test_images": 3}, "test_images, train_images of .* may be either"),
-        ({"train/steam": 4, "train/fast": 4, "car": 3}, "train with folders in it may be either, beside car"),
+        ({"train/steam": 4, "train/fast": 4, "car": 3}, "train with folders in it may be either, next to car"),
         ({"a/train": 4, "a/test": 4, "b/train": 3, "b/test": 2}, "'a' of .* is a class with splits in it"),
         ({"val/a": 4, "val/b": 4, "test/a": 3, "test/b": 2}, "train_split must say which split"),
         ({"train/a": 4, "train/b": 4, "test/a": 3, "test/c": 2}, "of each of its 3 classes, but has none of c"),

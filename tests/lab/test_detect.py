@@ -272,7 +272,7 @@ def test_what_cannot_be_detected_is_one_line(arguments, message, run, tmp_path, 
 def test_held_out_classes_and_square_images_must_be_there(tmp_path):
     with pytest.raises(ValueError, match=r"needs test images of classes held out in training \(hold_out_classes\)"):
         batches_of({"held-out": None})
-    with pytest.raises(ValueError, match="rotated needs square images, and those of the run are 8x16"):
+    with pytest.raises(ValueError, match="rotated needs square images, but those of the run are 8x16"):
         batches_of({"rotated": None}, digits_per_image=2)
 
 

@@ -125,7 +125,7 @@ def test_a_loss_without_class_weights_goes_with_class_means(mine, tmp_path, caps
 @pytest.mark.parametrize(
     ("loss", "arguments", "message"),
     [
-        ("{}.WithBias", [], "loss must have no state besides class weights (10, 32) or (32, 10), and "),
+        ("{}.WithBias", [], "loss must have no state besides class weights (10, 32) or (32, 10), but "),
         ("{}.Missing", [], "loss '{}.Missing' cannot be imported: "),
         ("{}.function", [], "loss must be a class that is a torch.nn.Module, but '{}.function' is a function"),
         ("{}.instance", [], "loss must be a class that is a torch.nn.Module, but '{}.instance' is a Square"),

@@ -331,7 +331,7 @@ class StoredData(Settings):
     train_split: str | None = None
     """Split to train on. By default train, or the only split."""
     test_split: str | None = None
-    """Split to test on. By default test or validation; if neither exists, every fifth image is held out."""
+    """Split to test on. By default test or validation; if neither exists, a fixed fifth of the images is held out."""
     label_column: str | None = None
     """Column of the labels, if a data set has several."""
     table: str | None = None

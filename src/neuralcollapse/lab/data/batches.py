@@ -1,4 +1,4 @@
-"""Standardised batches on the training device: augmented ones of a training epoch, and unchanged ones to measure on."""
+"""Standardised batches on the training device: augmented batches of an epoch, and unchanged batches to measure on."""
 
 from __future__ import annotations
 
@@ -15,26 +15,28 @@ from neuralcollapse.lab.config import BatchSettings, derived_seed
 from neuralcollapse.lab.data.images import AnySplit, ImageData, StreamedSplit
 from neuralcollapse.lab.data.selection import stratified_order, subset
 
-# Largest number of images that the statistics of streamed data are estimated from.
+# Maximum number of images from which the statistics of streamed data are estimated.
 _STATISTICS_SAMPLES = 10_000
-# Combined with a run's seed, it gives the seed of the images that are mirrored in its first epoch.
+# Constant that, combined with the seed of a run, gives the seed of the images that are mirrored in the first epoch.
 _ALTERNATING = 3
-# Images per batch, and bytes of them, where no setting asks for a batch size.
+# Maximum number of images per batch, and of their bytes, if the batch size is not a setting.
 _BATCH_SIZE, _BATCH_BYTES = 512, 2**25
 
 
 @dataclass(frozen=True)
 class EpochBatches:
-    """The batches of one training epoch, which depend on the data, the settings, the seed and the epoch alone.
+    """Batches of a training epoch, which depend only on the data, the settings, the seed and the epoch.
 
-    Every sample is in one batch. The last batch may be smaller; a single sample, which has no variance for batch norm,
-    joins the batch before it. With stratified ``sampling``, all batches are full; their sizes differ by at most one.
+    Every sample is in one batch. The last batch may be smaller; a single remaining sample, which has no variance for
+    batch norm, is added to the preceding batch. With stratified ``sampling``, the sizes of batches differ by at most
+    one.
 
-    With a number of classes per batch, there are only full batches of one size, with equally many samples of each of
-    their classes: in an epoch, a sample of a small class may come several times, and one of a large class not at all.
+    With a number of classes per batch, all batches have the same size and the same number of samples of each of their
+    classes. Within an epoch, a sample of a small class may occur several times, and a sample of a large class not at
+    all.
 
-    Of several ranks, each gets its part of every batch, at least two samples. The batches are those of one rank, except
-    that a last batch with fewer than two samples per rank joins the batch before it.
+    With several ranks, each rank receives a part of every batch, with at least two samples. The batches are those of a
+    single rank, except that a last batch with fewer than two samples per rank is added to the preceding batch.
 
     On a mid-epoch resume, the ``done`` completed batches are skipped; the others are unchanged.
     """
@@ -54,13 +56,13 @@ class EpochBatches:
 
     @property
     def sizes(self) -> list[int]:
-        """Number of samples of each batch, completed ones included."""
+        """Number of samples of each batch, including completed batches."""
         if self.settings.classes_per_batch is not None:
             return [self.settings.batch_size] * len(self)
         return [len(batch) for batch in self._divide(torch.arange(len(self.split)))]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        # Drawn on the CPU, so that every device sees the same batches; also for batches that are skipped.
+        # Drawn on the CPU, so that the batches are equal on all devices; drawn for skipped batches as well.
         generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
         batches = self._divide(self._order(generator))
         shape = self.split.image_shape
@@ -80,7 +82,7 @@ class EpochBatches:
             yield cut_out(images, self.settings, values), labels
 
     def _mirrored(self) -> Tensor:
-        """Which samples are mirrored: a random half in the first epoch, the others in the next, and so on in turns."""
+        """Return which samples are mirrored: a random half in the first epoch, the other half in the next, etc."""
         generator = torch.Generator().manual_seed(derived_seed(self.seed, 0, _ALTERNATING))
         return (torch.rand(len(self.split), generator=generator) < 0.5) ^ bool(self.epoch % 2)
 
@@ -131,7 +133,7 @@ def evaluation_batches(data: ImageData, settings: BatchSettings) -> dict[str, Ev
 
 
 def some_images(batches: EvaluationBatches, limit: int) -> Iterator[Tensor]:
-    """Yield at most ``limit`` standardised images of a split, with the classes in proportion, batch by batch."""
+    """Yield batches of at most ``limit`` standardised images of a split in total, with the classes in proportion."""
     indices = subset(batches.split.labels.cpu(), limit).split(batches.batch_size)
     return (batches.standardise(images) for images, _ in batches.split.batches(indices))
 
@@ -145,8 +147,8 @@ def balanced_order(
 ) -> Tensor:
     """Return indices for the given number of batches, in order, each with equally many samples of some classes.
 
-    Classes are drawn in rounds of all classes, and samples of a class in rounds of all its samples, so that the classes
-    of a batch are distinct, and its samples too wherever a class has enough.
+    Classes are drawn in rounds of all classes, and samples of a class in rounds of all its samples. Thus the classes of
+    a batch are distinct, and so are its samples if the classes are large enough.
     """
     classes = labels.unique().tolist()
     samples = {label: _Rounds((labels == label).nonzero().flatten().tolist(), generator) for label in classes}
@@ -165,7 +167,7 @@ class _Rounds:
         self._remaining: list[int] = []
 
     def take(self, number: int) -> list[int]:
-        """Return the next items, each at most once more often than another."""
+        """Return the next items; their numbers of occurrences differ by at most one."""
         rounds, rest = divmod(number, len(self._items))
         taken, self._remaining = self._remaining[:rest], self._remaining[rest:]
         if missing := rest - len(taken):
@@ -191,7 +193,7 @@ class Standardisation:
 
     @classmethod
     def of(cls, batches: Iterable[Tensor]) -> Standardisation:
-        """Return the standardisation by all pixels of batches (N, C, H, W); a constant channel is only centred."""
+        """Return the standardisation by all pixels of batches (N, C, H, W); constant channels are only centred."""
         pixels, sums = 0, torch.zeros(2, 1, dtype=torch.int64)
         for images in batches:  # bytes are summed as integers, so that the sums are exact on every device
             pixels += images.numel() // images.shape[1]
@@ -235,7 +237,7 @@ def standardisation(data: ImageData, settings: BatchSettings) -> Standardisation
 
 
 def _per_channel(setting: str, values: list[float] | None, channels: int) -> Tensor | None:
-    """Return pixel values in [0, 1], one or one per channel, as (C, 1, 1) in units of bytes."""
+    """Return pixel values in [0, 1], a single value or one per channel, as (C, 1, 1) in units of bytes."""
     if values is None:
         return None
     if len(values) not in (1, channels):
@@ -276,7 +278,7 @@ def batch_shape(image_shape: tuple[int, int, int], settings: BatchSettings) -> t
 def draw_augmentation(
     number: int, image_shape: tuple[int, int, int], settings: BatchSettings, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Draw the augmentation of a number of images: values (N,) by name, those that the settings ask for.
+    """Draw the augmentation of the given number of images: values (N,) by name, for the enabled settings.
 
     ``top`` and ``left`` are the offsets of the crop in the padded image, ``degrees`` the angle of the rotation, and
     ``cut_top`` and ``cut_left`` the offsets of the square that is cut out. Flips in turns are not drawn here.
@@ -301,7 +303,7 @@ def draw_augmentation(
 def augment(images: Tensor, settings: BatchSettings, drawn: Mapping[str, Tensor]) -> Tensor:
     """Crop, mirror and rotate images (N, C, H, W) of bytes as drawn by `draw_augmentation`.
 
-    New pixels are 0; those around a crop are the image's own, mirrored at its border, if ``padding`` is ``"reflect"``.
+    New pixels are 0; if ``padding`` is ``"reflect"``, pixels around the image are its pixels mirrored at the border.
     """
     number, *shape = images.shape
     if "top" in drawn:
@@ -325,8 +327,8 @@ def crop(images: Tensor, padding: int, top: Tensor, left: Tensor, size: tuple[in
     (number, channels, *_), (height, width) = images.shape, size
     padded = functional.pad(images, (padding,) * 4)
     arange = partial(torch.arange, device=images.device)
-    # A window's rows are contiguous stretches of the padded images' memory: whole stretches are copied much faster
-    # than pixels are gathered one by one.
+    # The rows of a window are contiguous in the memory of the padded images: copying rows is much faster than gathering
+    # single pixels.
     row = padded.shape[2] * (channels * arange(number)[:, None] + arange(channels))[:, :, None]
     row = row + top[:, None, None] + arange(height)
     start = padded.shape[3] * row + left[:, None, None]
@@ -334,7 +336,7 @@ def crop(images: Tensor, padding: int, top: Tensor, left: Tensor, size: tuple[in
 
 
 def reflected(images: Tensor, padding: int) -> Tensor:
-    """Return images padded on every side by their own pixels, mirrored at the border pixel, which is not repeated."""
+    """Return images padded on every side by their pixels mirrored at the border pixel, which is not repeated."""
     for dimension in (2, 3):
         last = images.shape[dimension] - 1
         position = torch.arange(-padding, last + padding + 1, device=images.device).abs()
@@ -356,7 +358,7 @@ def cut_out(images: Tensor, settings: BatchSettings, drawn: Mapping[str, Tensor]
 
 
 def centre_crop(images: Tensor, size: int) -> Tensor:
-    """Return the square in the middle, or half a pixel to the top left of it, padded by 0 where images are smaller."""
+    """Return the central square, rounded to the top left by half a pixel, padded by 0 if images are smaller."""
     height, width = images.shape[2:]
     above, before = (height - size) // 2, (width - size) // 2
     return functional.pad(images, (-before, size - width + before, -above, size - height + above))

@@ -1,7 +1,7 @@
-"""Data folders: which sub-folders or Parquet files are splits, which sub-folders are classes, and what is left out.
+"""Interpretation of data folders: splits, classes, Parquet files, and files that are left out.
 
-The folder is listed here rather than by `datasets`, which silently drops classes whose names look like those of splits,
-and takes names of files and folders for patterns.
+The folder is listed by this module instead of `datasets`, which silently drops classes whose names look like those of
+splits, and interprets names of files and folders as patterns.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-# The usual names of splits, each in order of preference.
+# Usual names of splits, in order of preference.
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation")
 _KINDS = {"train": TRAIN_NAMES, "test": ("test", "testing"), "validation": ("validation", "valid", "val", "dev")}
-# Words by which the name of a folder may mean a split.
+# Words in names of folders that may denote splits.
 _SPLIT_WORDS = {
     "train": re.compile(r"(?<![a-z])train", re.IGNORECASE),
     "test": re.compile(r"(?<![a-z])(test|valid|val(?![a-z])|dev(?![a-z])|eval)", re.IGNORECASE),
@@ -31,26 +31,26 @@ _FILE_WORDS = {
     **dict.fromkeys(("eval", "evaluation"), "test"),
 }
 _SHARD = re.compile(r"(?P<split>.+)-(?P<number>[0-9]{5})-of-(?P<total>[0-9]{5})")
-# Left behind by file managers, archivers and notebooks.
+# Files left by file managers, archivers and notebooks.
 _LITTER = {".ds_store", "thumbs.db", "desktop.ini", "__macosx", "__pycache__", "@eadir", "lost+found"}
-# Formats that Pillow names and cannot decode by itself.
+# Formats that Pillow lists but cannot decode by itself.
 _NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}
 _LISTED = 3
 
 
 def is_split_name(name: str) -> bool:
-    """Return whether a name is a usual one of a split, in upper or lower case."""
+    """Return whether a name is a usual name of a split, in upper or lower case."""
     return name.strip().casefold() in (*TRAIN_NAMES, *TEST_NAMES)
 
 
 def split_kind(name: str) -> str:
-    """Return one name for all usual names of a split with the same meaning."""
+    """Return the common name for all usual names of splits with the same meaning."""
     name = name.strip().casefold()
     return next((kind for kind, names in _KINDS.items() if name in names), name)
 
 
 def listed(names: Sequence[str]) -> str:
-    """Return the first of many names and the number of the others, for a message."""
+    """Return the first names and the number of the others, for a message."""
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more
 
@@ -78,18 +78,18 @@ class Listing:
     """Files that are not images, hidden files, and folders that are not entered."""
 
     def walk(self) -> Iterator[Listing]:
-        """Yield the folder itself and all folders below it."""
+        """Yield this folder and all folders below it."""
         yield self
         for folder in self.folders.values():
             yield from folder.walk()
 
     @cached_property
     def with_images(self) -> dict[str, Listing]:
-        """The sub-folders that hold images, directly or further below."""
+        """Sub-folders that contain images, directly or in folders below."""
         return {name: folder for name, folder in self.folders.items() if any(each.images for each in folder.walk())}
 
     def contents(self) -> str:
-        """Return the kinds of files and their numbers, for a message."""
+        """Return the types of files and their numbers, for a message."""
         files = [path for folder in self.walk() for path in (*folder.images, *folder.others)]
         kinds = Counter(Path(path).suffix.lower() or "without an extension" for path in files)
         return ", ".join(f"{number} {kind}" for kind, number in kinds.most_common(5)) or "no files"
@@ -145,20 +145,20 @@ def list_folder(root: Path, path: str = "", ancestors: tuple[tuple[int, int], ..
 def class_folders(
     listing: Listing, data: str, train: str | None = None, test: str | None = None, *, drop_unlabelled: bool = False
 ) -> tuple[dict[str, dict[str, list[str]]], list[str]] | None:
-    """Return the splits and classes that the sub-folders are, or None if they are not class folders.
+    """Return the splits and classes of the sub-folders, or None if they are not class folders.
 
-    Sub-folders are splits if they are named, or have the usual names and all contain folders of images; else they are
-    classes, whatever their names. Images in sub-folders of a class belong to the class.
+    Sub-folders are splits if the settings name them, or if they have usual names of splits and all contain folders of
+    images. Otherwise they are classes, regardless of their names. Images in sub-folders of a class belong to the class.
 
     Args:
         listing: The folder.
-        data: Its name, for messages.
-        train: The sub-folder to train on, if it is named.
-        test: The sub-folder to test on, if it is named.
+        data: Name of the folder, for messages.
+        train: Sub-folder to train on, if it is given.
+        test: Sub-folder to test on, if it is given.
         drop_unlabelled: Leave out a split whose images are not in class folders.
 
     Returns:
-        The image files of each split by class, and one line for each kind of thing that was left out.
+        The image files of each split by class, and one line for each kind of omission.
 
     Raises:
         ValueError: if the sub-folders can be read in more than one way, or a split has no class folders.
@@ -166,7 +166,7 @@ def class_folders(
     notes: list[str] = []
     strays: list[str] = []
     outermost = listing
-    while not listing.images and len(listing.with_images) == 1:  # as archives have one folder around all others
+    while not listing.images and len(listing.with_images) == 1:  # archives often have one folder around all others
         ((name, inner),) = listing.with_images.items()
         if is_split_name(name) or name in (train, test) or inner.images or not inner.with_images:
             break
@@ -211,7 +211,7 @@ def class_folders(
 def _named_splits(
     folders: dict[str, Listing], data: str, train: str | None, test: str | None
 ) -> dict[str, Listing] | None:
-    """Return the splits that the settings name and others with usual names; None if the settings name no folder."""
+    """Return the splits that the settings name and others with usual names; None if the settings do not name one."""
     named = [name for name in (train, test) if name in folders]
     for name in named:
         if not folders[name].with_images:
@@ -223,7 +223,7 @@ def _named_splits(
 
 
 def _usual_splits(folders: dict[str, Listing], data: str, drop_unlabelled: bool) -> dict[str, Listing] | None:
-    """Return the splits by their usual names; None if the folders are classes, or neither."""
+    """Return the splits by their usual names; None if the folders are not splits."""
     known = {name: folder for name, folder in folders.items() if is_split_name(name)}
     others = [name for name in folders if name not in known]
     with_classes = {name: folder for name, folder in known.items() if folder.with_images}
@@ -238,20 +238,20 @@ def _usual_splits(folders: dict[str, Listing], data: str, drop_unlabelled: bool)
             "with --leave_out unlabelled it is left out; a table, named in data_options, gives labels instead"
         )
     shared = Counter(name for folder in with_classes.values() for name in folder.with_images)
-    if not flat and max(shared.values()) > 1:  # the splits have classes in common
+    if not flat and max(shared.values()) > 1:  # the splits share classes
         return with_classes
     raise ValueError(
         f"data must show which sub-folders are splits and which are classes: in {data!r}, {listed(list(with_classes))} "
-        f"with folders in it may be either, beside {listed([*flat, *others])}; name the splits "
+        f"with folders in it may be either, next to {listed([*flat, *others])}; name the splits "
         "(data_options: train_split, test_split), or move one of these folders away"
     )
 
 
 def _like_splits(names: Sequence[str], data: str) -> list[str]:
-    """Return the names of classes that could be those of splits.
+    """Return the names of classes that could also be names of splits.
 
     Raises:
-        ValueError: if all could be, such as ``train_images`` and ``test_images``.
+        ValueError: if this applies to all names, such as ``train_images`` and ``test_images``.
     """
     kinds = {name: {kind for kind, word in _SPLIT_WORDS.items() if word.search(name)} for name in names}
     alike = [name for name, meanings in kinds.items() if meanings]
@@ -438,7 +438,7 @@ def _by_name(files: Sequence[str], data: str, config: str | None) -> dict[str, l
 
 
 def _split_of(path: str) -> tuple[str, str]:
-    """Return a file's split, by its own name or by the folder nearest to it, and the folder around that."""
+    """Return the split of a file, from its name or from the nearest folder, and the folder that contains the split."""
     parts = path[: -len(".parquet")].split("/")
     if shard := _SHARD.fullmatch(parts[-1]):
         name = shard["split"].casefold()

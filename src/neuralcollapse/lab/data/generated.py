@@ -13,7 +13,7 @@ from neuralcollapse.lab.data.images import ArrayImages
 from neuralcollapse.lab.data.selection import Samples
 from neuralcollapse.lab.data.sources import Source
 
-# Greydanus and Kobak, "Scaling down deep learning with MNIST-1D" (ICML 2024): the curve of each digit, the settings.
+# Curve of each digit, and settings, of Greydanus and Kobak, "Scaling down deep learning with MNIST-1D" (ICML 2024).
 _DIGITS = (
     (5, 6, 6.5, 6.75, 7, 7, 7, 7, 6.75, 6.5, 6, 5),
     (5, 3, 3, 3.4, 3.8, 4.2, 4.6, 5, 5.4, 5.8, 5, 5),
@@ -54,9 +54,9 @@ def generated(config: DataSettings) -> Source:
 
 
 def mnist_1d(settings: Mapping[str, Any]) -> Source:
-    """Return ten curves padded, stretched, scaled, moved and sheared, with correlated and white noise, standardised.
+    """Return ten curves padded, stretched, scaled, shifted and sheared, with correlated and white noise, standardised.
 
-    Defined as published; the random numbers differ, so that single samples do too.
+    The definition is the published one; random numbers, and hence single samples, differ.
     """
     random = np.random.default_rng(settings["seed"])
     curves = np.array(_DIGITS)

@@ -1,4 +1,4 @@
-"""Images: stored ones, decoded one by one, and a data set's splits with all of them in memory or streamed."""
+"""Images: stored images, which are decoded one by one, and splits of a data set in memory or streamed."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Rows that are read from a table at once: reading single rows takes ten times as long.
+# Number of rows that are read from a table at a time: reading single rows takes ten times as long.
 _ROWS = 256
-# Bytes at the end of a file that its fingerprint is made of.
+# Number of bytes at the end of a file from which its fingerprint is computed.
 _TAIL = 4096
-# Largest number of streamed images that a fingerprint is made of.
+# Maximum number of streamed images from which a fingerprint is computed.
 _FINGERPRINT_SAMPLES = 1000
 
 
 @dataclass(frozen=True)
 class ArrayImages:
-    """Images that are arrays (H, W, C) already."""
+    """Images that are stored as arrays (H, W, C)."""
 
     arrays: Sequence[np.ndarray]
     description: str
@@ -80,7 +80,7 @@ class EncodedImages:
             try:
                 with self._open(encoded) as file:
                     pixels = _decode(file)
-            except Exception as error:  # Pillow's decoders fail in many ways
+            except Exception as error:  # the decoders of Pillow fail in many ways
                 raise self._unreadable(encoded, row, error) from error
             yield pixels
 
@@ -92,7 +92,7 @@ class EncodedImages:
     def fingerprints(self, rows: Sequence[int]) -> Iterator[bytes]:
         """Yield the size and a digest of each image, equal for equal content and nearly always different otherwise.
 
-        The digest of a file is that of its end, so that little of a large one is read.
+        The digest of a file is that of its end, so that large files are not read completely.
         """
         for row, encoded in self._encoded(rows):
             try:
@@ -104,7 +104,7 @@ class EncodedImages:
                 raise self._unreadable(encoded, row, error) from error
 
     def content(self, row: int) -> bytes:
-        """Return an image as it is stored."""
+        """Return the stored bytes of an image."""
         ((_, encoded),) = self._encoded([row])
         with self._open(encoded) as file:
             return file.read()
@@ -159,11 +159,11 @@ Images = ArrayImages | EncodedImages
 
 
 def _decode(file: BinaryIO) -> np.ndarray:
-    """Return an image (H, W, C) of bytes, rotated by its EXIF orientation, with white in place of transparency."""
+    """Return an image (H, W, C) of bytes, rotated by its EXIF orientation, with transparent pixels in white."""
     from PIL import Image, ImageOps
 
     with warnings.catch_warnings():
-        # Pillow only warns of smaller decompression bombs: they are refused too, before their pixels are decoded.
+        # Pillow only warns about smaller decompression bombs; here they raise an error before their pixels are decoded.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(file) as image:
             if image.mode[0] in "IF":
@@ -181,7 +181,7 @@ def _decode(file: BinaryIO) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Format:
-    """The size and the channels that every image is brought to, where they are not None."""
+    """Size and channels to which every image is converted, unless they are None."""
 
     size: int | None = None
     channels: int | None = None
@@ -189,7 +189,7 @@ class Format:
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         """Return an image (H, W, C) in this format.
 
-        It is scaled so that its shorter side fits, then cropped at the centre; colour becomes grey by its luminance.
+        The image is scaled so that its shorter side fits, then cropped at the centre; colour is converted to luminance.
         """
         if self.size is None and self.channels in (None, pixels.shape[-1]):
             return pixels
@@ -208,13 +208,13 @@ def stack(images: Iterable[np.ndarray], number: int, description: str, size: tup
     """Return images (H, W, C) as one tensor (N, C, H, W), in colour if one of them is.
 
     Args:
-        images: The images; they are not held at once, so that memory holds each of them once.
-        number: Their number N.
-        description: The description in messages.
-        size: Their height and width, by default those of the first image.
+        images: The images, which are consumed one by one, so that each is in memory only once.
+        number: Number of images N.
+        description: Description for messages.
+        size: Height and width; by default those of the first image.
 
     Raises:
-        ValueError: if there are none, or they differ in size.
+        ValueError: if there are no images, or they differ in size.
     """
     stacked: np.ndarray | None = None
     for position, image in enumerate(images):
@@ -247,7 +247,7 @@ def one_size(sizes: Iterable[tuple[int, ...]], description: str) -> tuple[int, .
 
 
 def side_by_side(images: Tensor, places: Tensor) -> Tensor:
-    """Return for each row of places (N, k) the images (., C, H, W) there, from left to right: (N, C, H, k·W)."""
+    """Return the images (., C, H, W) with the indices in each row of (N, k), side by side: (N, C, H, k·W)."""
     return images[places].permute(0, 2, 3, 1, 4).flatten(3)
 
 
@@ -298,7 +298,7 @@ class EncodedSamples:
     """Height and width of one image."""
 
     def __getitem__(self, indices: Sequence[int]) -> Tensor | ValueError:
-        """Return a batch (B, C, H, W), or an error, which the user would see as a worker's traceback if raised here."""
+        """Return a batch (B, C, H, W), or an error, which would appear as a traceback of a worker if raised here."""
         rows = self.rows[indices]
         decoded = (self.form(image) for image in self.images.read(rows.flatten().tolist()))
         try:
@@ -310,14 +310,14 @@ class EncodedSamples:
 
 @dataclass(frozen=True)
 class StreamedSplit:
-    """Images that stay encoded, decoded by worker processes batch by batch, and labels (N,), on the training device."""
+    """Encoded images, which worker processes decode batch by batch, and labels (N,), on the training device."""
 
     samples: EncodedSamples
     labels: Tensor
     image_shape: tuple[int, int, int]
     """Channels, height and width."""
     workers: int
-    """Number of worker processes; with 0, this process decodes."""
+    """Number of worker processes; with 0, the main process decodes."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -368,7 +368,7 @@ AnySplit = Split | StreamedSplit
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set with its train and test split, and a validation split if one is held out of the train split."""
+    """Data set with a train and a test split, and a validation split if one is held out of the train split."""
 
     name: str
     train: AnySplit
@@ -382,7 +382,7 @@ class ImageData:
     splits."""
     class_names: tuple[str, ...] | None = None
     revision: str | None = None
-    """The commit, of a data set of the hub."""
+    """Commit of a data set on the hub."""
     notes: tuple[str, ...] = ()
     """One line for each kind of thing that was left out or decided in reading the data."""
 
@@ -421,10 +421,10 @@ class ImageData:
         return {name: {"labels": _sha256(split.labels)} | split.fingerprint for name, split in self._parts.items()}
 
     def with_train_labels(self, labels: Tensor) -> ImageData:
-        """Return the same data with these labels (N,) of the training images, such as those that a run kept.
+        """Return the same data with these labels (N,) of the training images, such as those stored by a run.
 
         Raises:
-            ValueError: if there is not one for each training image, or one is not a class.
+            ValueError: unless there is one label per training image, and each label is a class.
         """
         if labels.shape != (len(self.train),) or labels.is_floating_point():
             raise ValueError(

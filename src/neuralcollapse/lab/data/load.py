@@ -1,4 +1,4 @@
-"""Load a data set: from its name or folder to the images and labels of its splits."""
+"""Loading of data sets by name or folder, with the images and labels of all splits."""
 
 from __future__ import annotations
 
@@ -57,17 +57,17 @@ _Decoded = tuple[Tensor, Tensor]
 def load_data(config: DataSettings, *, batch_size: int = 1, progress: bool = True) -> ImageData:
     """Load a data set.
 
-    If it has no test split, one image in five is held out, always the same ones. Data over the memory budget stay
-    encoded; whether they are grey is then decided by the first training image, and all others are converted.
+    Without a test split, a fixed fifth of the images is held out. Data that exceed the memory budget
+    stay encoded; the number of channels is then that of the first training image, and other images are converted.
 
     Args:
-        config: The data set, how much of it to take, and what to make of it.
-        batch_size: Images of a training batch, whose memory is checked before an image is decoded.
+        config: Settings of the data set.
+        batch_size: Number of images in a training batch, whose memory is checked before images are decoded.
         progress: Show a progress bar while decoding.
 
     Raises:
-        ValueError: if there is no such data set, or it has no images, no labels, labels that do not fit, images that
-            cannot be read, or images of different size while ``image_size`` is not given.
+        ValueError: if the data set does not exist, has no images or no labels, has labels that do not fit or images
+            that cannot be read, or has images of different sizes and ``image_size`` is not given.
 
     Examples:
         >>> from neuralcollapse.lab import RunConfig
@@ -86,7 +86,7 @@ def load_data(config: DataSettings, *, batch_size: int = 1, progress: bool = Tru
     if held_out is not None:
         samples[_HELD_OUT] = held_out
 
-    # The first image of each split gives the shape that all are decoded to; an image of another size is refused then.
+    # The first image of each split determines the shape of all images; images of another size then raise an error.
     form = Format(config.image_size, config.channels)
     shapes = [_first_image_shape(part, form) for part in samples.values()]
     channels = shapes[0][0]
@@ -130,17 +130,17 @@ def load_data(config: DataSettings, *, batch_size: int = 1, progress: bool = Tru
 def load_unlabelled(
     folder: Path, config: DataSettings, image_shape: tuple[int, int, int], *, progress: bool = True
 ) -> AnySplit:
-    """Load the images of a folder, whatever their labels, in the form of those of a data set; the labels are 0.
+    """Load the images of a folder in the format of a data set; their labels are ignored and set to 0.
 
     Args:
-        folder: The folder: images in it and in its sub-folders, Parquet files, or a data set saved by `datasets`; of a
-            folder with splits, the test split.
-        config: Settings of the data set, with the size that its images are scaled to.
-        image_shape: Channels, height and width of its images.
+        folder: Folder with images in it and in its sub-folders, Parquet files, or a data set saved by `datasets`. If
+            the folder has splits, the test split is used.
+        config: Settings of the data set, including the size to which images are scaled.
+        image_shape: Channels, height and width of the images of the data set.
         progress: Show a progress bar while decoding.
 
     Raises:
-        ValueError: if there are no images, or they cannot be read or are of another height or width.
+        ValueError: if there are no images, or they cannot be read or have another height or width.
     """
     images = unlabelled_images(folder)
     channels, *size = image_shape
@@ -166,9 +166,9 @@ def _source(config: DataSettings) -> Source:
 
 
 def _with_test_split(source: Source, copy_groups: Callable[[Samples], Tensor] | None) -> Source:
-    """Return the source with a test split; if it has none, one image in five is held out.
+    """Return the source with a test split; if it has none, a fixed fifth of the images is held out.
 
-    All copies of one image are on the same side.
+    All copies of an image are in the same split.
     """
     train, notes = source.train, source.notes
     if source.test is not None:
@@ -232,10 +232,10 @@ def _check_batch(number: int, shape: tuple[int, int, int]) -> None:
 
 
 def _fits_into_memory(required: int, config: DataSettings, data: str) -> bool:
-    """Return whether images are decoded once and kept in memory.
+    """Return whether images are decoded once and stored in memory.
 
     Raises:
-        ValueError: if they are to be, and memory is short.
+        ValueError: if this is requested but memory is insufficient.
     """
     if not (config.workers == "in-memory" or (config.workers == "auto" and required <= MEMORY_BUDGET)):
         return False
@@ -292,7 +292,7 @@ def _compose(samples: Samples, images: Tensor, rows: Tensor) -> Split:
     return Split(images, samples.labels)
 
 
-# Copies of images. An image of a single colour is never taken for a copy, since nothing identifies it.
+# Copies of images. Images of a single colour are not considered copies, because their content does not identify them.
 
 
 def _without_copies(
@@ -301,7 +301,7 @@ def _without_copies(
     """Return the samples to test on, without training images if they are to be dropped, and a line about those.
 
     Raises:
-        ValueError: if a test image is a training image too, and they are to be refused.
+        ValueError: if a test image is also a training image, and this is not permitted.
     """
     test = samples["test"]
     train_row_of = {} if treatment == "ignore" else _copies(samples, decoded, form)
@@ -322,9 +322,9 @@ def _without_copies(
 
 
 def _copies(samples: Mapping[str, Samples], decoded: Mapping[str, _Decoded] | None, form: Format) -> dict[int, int]:
-    """Return the rows to test on whose image is trained on too, with the row of that one.
+    """Return the test rows whose image is also a training image, with the row of the training image.
 
-    Images are compared by the content of files, or by their pixels if they are decoded.
+    Images are compared by the content of their files, or by their pixels if they are decoded.
     """
     if decoded is None:
         rows = {name: part.rows.unique().tolist() for name, part in samples.items()}
@@ -376,5 +376,5 @@ def _pixel_key(image: np.ndarray) -> bytes | None:
 
 
 def _same_pixels(train: Samples, row: int, test: Samples, test_row: int) -> bool:
-    """Return whether two images are the same before they are scaled, which may have made them alike."""
+    """Return whether two images are equal before scaling, which may have made them equal."""
     return np.array_equal(next(train.images.read([row])), next(test.images.read([test_row])))

@@ -1,4 +1,4 @@
-"""The samples of each split and their labels, chosen from labels alone, before any image is decoded."""
+"""Selection of the samples of each split from labels alone, before images are decoded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from neuralcollapse.lab.config import DataSettings, derived_seed
 from neuralcollapse.lab.data.images import Images
 from neuralcollapse.lab.settings import closest_names
 
-# Parts of a data set are drawn with this seed, so that the images in them never change.
+# Seed for drawing parts of a data set, so that the selected images never change.
 _PART_SEED = 0
 # A classifier with more classes, with its means and moments, does not fit into memory.
 _MOST_CLASSES = 10**6
@@ -20,7 +20,7 @@ _MOST_CLASSES = 10**6
 
 @dataclass(frozen=True)
 class Samples:
-    """A table of images, its rows that make each sample, from left to right, (N, k), and the labels (N,)."""
+    """Table of images, rows (N, k) of the images of each sample from left to right, and labels (N,)."""
 
     images: Images
     rows: Tensor
@@ -57,7 +57,7 @@ def class_numbers(classes: Sequence[str], class_names: Sequence[str]) -> list[in
         class_names: Names of all classes, in order.
 
     Raises:
-        ValueError: if there is no such class, one is given twice, or fewer than two others are left.
+        ValueError: if a class does not exist or is given twice, or fewer than two other classes remain.
 
     Examples:
         >>> class_numbers(["2", "cat"], ["bird", "cat", "dog", "frog"])
@@ -104,8 +104,8 @@ def select(
 ) -> dict[str, Samples]:
     """Choose the samples of each split.
 
-    The train split is limited per class, made imbalanced and limited in all; the validation split is taken out of it;
-    then its labels are replaced by random ones. The other splits keep their true labels.
+    The train split is limited per class, made imbalanced and limited in total; then the validation split is taken out
+    of it, and the labels of the remaining train split are replaced by random ones. Other splits keep their true labels.
 
     Args:
         train: The samples of the train split, of one image each.
@@ -152,9 +152,9 @@ def stratified_order(labels: Tensor, generator: torch.Generator) -> Tensor:
 def hold_out(
     labels: Tensor, share: float = 0.2, generator: torch.Generator | None = None, groups: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return indices of a part to keep and of a part to hold out, every class in proportion; by default always equal.
+    """Return indices of a part to keep and a part to hold out, with classes in proportion; by default always equal.
 
-    Samples of equal ``groups`` (N,), if they are given, are in the same part.
+    If ``groups`` (N,) are given, samples with equal values are in the same part.
     """
     first = torch.arange(len(labels))
     if groups is not None:
@@ -221,5 +221,5 @@ def _rank_in_class(labels: Tensor) -> Tensor:
 
 
 def _generator(seed: int | None, purpose: str) -> torch.Generator:
-    """Return a separate generator for each purpose, so that one more thing drawn changes no other."""
+    """Return a separate generator for each purpose, so that additional draws do not change others."""
     return torch.Generator().manual_seed(derived_seed(seed or 0, *purpose.encode()))

@@ -42,34 +42,34 @@ from neuralcollapse.lab.data.tables import (
 _HUB_SECONDS = 5.0
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _INTEGER = re.compile(r"[+-]?[0-9]+")
-# The label of images of no known class.
+# Label of images without a known class.
 _UNLABELLED = -1
 
 
-# Known data sets: the path on the hub, and the options that their images and labels need.
+# Known data sets, with the path on the hub and the options for their images and labels.
 KNOWN: dict[str, tuple[str, dict[str, str]]] = {
     "mnist": ("ylecun/mnist", {}),
     "fashion-mnist": ("zalando-datasets/fashion_mnist", {}),
     "svhn": ("ufldl-stanford/svhn", {"config": "cropped_digits"}),
-    # The best-known copies hold IDX files or a loading script, which `datasets` does not read. Characters may lie on
-    # their side, as in NIST's own files.
+    # The best-known copies contain IDX files or a loading script, which `datasets` does not read. Characters may be
+    # rotated, as in the files of NIST.
     "emnist-balanced": ("claudiogsc/emnist_balanced", {}),
     "cifar10": ("uoft-cs/cifar10", {}),
     "cifar100": ("uoft-cs/cifar100", {"label_column": "fine_label"}),
     "stl10": ("tanganke/stl10", {"train_split": "train", "test_split": "test"}),
     "tiny-imagenet": ("zh-plus/tiny-imagenet", {"test_split": "valid"}),
-    # The labels of its split `test` are not public.
+    # The labels of the split `test` are not public.
     "imagenet": ("ILSVRC/imagenet-1k", {"test_split": "validation"}),
 }
 
 
 @dataclass(frozen=True)
 class Source:
-    """All samples to train and to test on, of one image each."""
+    """All training and test samples, with one image each."""
 
     train: Samples
     test: Samples | None
-    """None if a part of the train split is to be held out."""
+    """None if a part of the train split must be held out."""
     num_classes: int
     class_names: tuple[str, ...] | None = None
     revision: str | None = None
@@ -95,7 +95,7 @@ def stored(config: DataSettings) -> Source:
     """Read a folder or a data set of the hub.
 
     Raises:
-        ValueError: if there is no such data set, or it has no images, no labels, or labels that do not fit.
+        ValueError: if the data set does not exist, or has no images, no labels, or labels that do not fit.
     """
     data, drop = config.data, "unlabelled" in config.leave_out
     path, options = _resolve(config)
@@ -150,7 +150,7 @@ def unlabelled_images(folder: Path) -> EncodedImages:
     """Return the images of a folder, without their labels; those of its test split, if it has splits.
 
     Raises:
-        ValueError: if it has none, or they cannot be read.
+        ValueError: if the folder has no images, or they cannot be read.
     """
     listing = list_folder(folder)
     splits = {name: inner for name, inner in listing.with_images.items() if is_split_name(name)}
@@ -165,7 +165,7 @@ def unlabelled_images(folder: Path) -> EncodedImages:
 
 
 def _resolve(config: DataSettings) -> tuple[str, StoredData]:
-    """Return the path and the options of a data set; a known name is the hub's, even if a folder has it too."""
+    """Return the path and the options of a data set; a known name refers to the hub, even if a folder has this name."""
     known = KNOWN | {path: (path, options) for path, options in KNOWN.values()}
     path, options = known.get(config.data, (config.data, {}))
     return path, StoredData.model_construct(**options | config.stored.model_dump(exclude_none=True))
@@ -368,9 +368,9 @@ def _offline_without_answer(path: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet_hub() -> Iterator[None]:
-    """Silence the hub's warning of each failed attempt, since the last one raises an error that is reported.
+    """Silence the warnings of the hub about failed attempts, because the last attempt raises an error.
 
-    Its progress bars are shown in a terminal only.
+    Progress bars of the hub are shown only in a terminal.
     """
     import datasets
 
@@ -388,7 +388,7 @@ def _quiet_hub() -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the first two lines: if a configuration is missing, the second line lists those that there are."""
+    """Return the first two lines; if a configuration is missing, the second line lists the available ones."""
     return " ".join(str(error).strip().split("\n")[:2])
 
 
@@ -411,7 +411,7 @@ def _read_labels(data: str, split: str, parts: Sequence[Any], column: str) -> _L
     """Read the labels of Hugging Face data sets, which may declare the classes in different orders.
 
     Raises:
-        ValueError: if there is no such column, or a label cannot be a class.
+        ValueError: if the column does not exist, or a label is not a valid class.
     """
     names: list[str | int | None] = []
     declared: list[Sequence[str] | None] = []

@@ -1,4 +1,4 @@
-"""Tables of images and labels: the columns that hold them, and tables of image paths in a data folder."""
+"""Tables of images and labels: detection of their columns, and tables of image paths in a data folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pandas as pd
 from neuralcollapse.lab.data.folders import Listing, image_extensions, is_split_name, listed, split_kind
 
 TABLES = (".csv", ".tsv", ".jsonl")
-# Names of a column of labels that is not declared to hold class labels.
+# Usual names of a column of labels that is not declared as such.
 _LABEL_COLUMNS = ("label", "labels", "class", "target")
 _SPLIT_COLUMNS = ("split", "subset", "set", "data set", "dataset", "data_set", "partition", "phase", "usage")
 _NUMBER_COLUMN = re.compile(r"(^|[^a-z])(id|idx|ids|index|label|labels|class|target|number|num|code)s?($|[^a-z])", re.I)
@@ -30,10 +30,10 @@ _FRACTION = re.compile(r"[+-]?[0-9]*\.?[0-9]*(e[+-]?[0-9]+)?", re.I)
 
 
 def find_image_column(data: str, rows: Any) -> str:
-    """Return the column of images: declared as such, or else of bytes, {bytes, path}, or paths of image files.
+    """Return the column of images: declared as such, or else with bytes, {bytes, path}, or paths of image files.
 
     Raises:
-        ValueError: if there is none, or there are several.
+        ValueError: unless there is exactly one such column.
     """
     import datasets
 
@@ -62,10 +62,10 @@ def _holds_images(rows: Any, name: str, feature: Any) -> bool:
 
 
 def find_label_column(data: str, wanted: str | None, features: Mapping[str, Any]) -> str:
-    """Return the column of labels: the wanted one, or else one of class labels, or one with a usual name.
+    """Return the column of labels: the requested column, or else a column of class labels or with a usual name.
 
     Raises:
-        ValueError: if there is none, or there are several.
+        ValueError: unless there is exactly one such column.
     """
     import datasets
 
@@ -94,14 +94,14 @@ def find_label_column(data: str, wanted: str | None, features: Mapping[str, Any]
 
 
 class PathTable(NamedTuple):
-    """A table of texts; the index of its rows is the line of the file on which each ends."""
+    """Table of texts; the index of each row is the line of the file on which the row ends."""
 
     path: Path
     rows: pd.DataFrame
 
 
 def read_table(path: Path) -> PathTable:
-    """Read a table; its first line names the columns. Every value is a text, also ``None``, ``NA`` and ``01``.
+    """Read a table whose first line names the columns. Every value is a text, including ``None``, ``NA`` and ``01``.
 
     Raises:
         ValueError: if it cannot be read, or a row has more or fewer values than there are columns.
@@ -330,7 +330,7 @@ def _numbered_names(
     Of names and numbers that belong together one to one, the numbers give the order and the names the classes.
 
     Returns:
-        The name of the other column, the names in order, and the labels of each split; None if there is no such column.
+        The name of the other column, the names in order, and the labels of each split; None without such a column.
 
     Raises:
         ValueError: if several columns of numbers put the classes in different orders.

@@ -17,13 +17,13 @@ from neuralcollapse.lab.data.images import ImageData
 from neuralcollapse.lab.data.load import load_unlabelled
 
 BUILT_IN = ("noise", "shuffled", "rotated", "held-out")
-# Noise and permutations are drawn with this seed, so that all runs see the same.
+# Seed of noise and permutations, so that they are equal for all runs.
 _SEED = 0
 
 
 @dataclass(frozen=True)
 class ChangedBatches:
-    """Images of evaluation batches, each batch changed by a function of it and a generator, the same in every pass."""
+    """Images of evaluation batches, changed by a function of each batch and a generator, equally in every pass."""
 
     batches: EvaluationBatches
     change: Callable[[Tensor, torch.Generator], Tensor]
@@ -48,13 +48,13 @@ def unknown_sets(
     """Return batches of each set, standardised and cropped as the test images of a run.
 
     Args:
-        sets: Name to folder of images; or one of `BUILT_IN` to None: ``noise``, as many images as the test split has,
-            whose pixels are independent and normal with the mean and standard deviation of the training pixels of
-            their channel; ``shuffled``, test images whose pixels are permuted, each image by itself; ``rotated``, test
-            images turned by 90 degrees; ``held-out``, test images of the classes that are held out.
+        sets: Mapping from names to folders of images, or from names in `BUILT_IN` to None: ``noise``, the same number
+            of images as in the test split, with independent normal pixels that have the mean and standard deviation of
+            the training pixels of their channel; ``shuffled``, test images whose pixels are permuted separately for
+            each image; ``rotated``, test images rotated by 90 degrees; ``held-out``, test images of held-out classes.
         data: Data of the run.
-        test: Batches of its test split.
-        config: Its settings.
+        test: Batches of the test split.
+        config: Settings of the run.
         progress: Show a progress bar while decoding.
 
     Raises:
@@ -96,5 +96,5 @@ def _shuffled(images: Tensor, generator: torch.Generator) -> Tensor:
 def _rotated(images: Tensor, _: torch.Generator) -> Tensor:
     height, width = images.shape[2:]
     if height != width:
-        raise ValueError(f"ood rotated needs square images, and those of the run are {height}x{width}")
+        raise ValueError(f"ood rotated needs square images, but those of the run are {height}x{width}")
     return images.rot90(dims=(2, 3))
