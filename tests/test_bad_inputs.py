@@ -94,7 +94,10 @@ BAD_INPUTS = {
         torch.no_grad()(lambda: attached().eval()(INPUTS, labels=TARGETS + 1)),
         r"targets must lie in \[0, 4\)",
     ),
-    "training in eval": (lambda: attached().eval()(INPUTS, labels=TARGETS), "in evaluation mode with gradients on"),
+    "training in eval": (
+        lambda: attached().eval()(INPUTS, labels=TARGETS),
+        "in evaluation mode with gradients enabled",
+    ),
     "padding unsaid": (lambda: attached()(INPUTS, labels=PADDED), "got labels from -100 to 3"),
     "other padding": (lambda: attached(ignore_index=-1)(INPUTS, labels=PADDED), "got labels from -100 to 3"),
     "ignore_index='pad'": (lambda: attached(ignore_index="pad"), "ignore_index must be an integer or None, got 'pad'"),

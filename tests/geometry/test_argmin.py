@@ -79,7 +79,7 @@ def test_a_singular_hessian_gives_the_gradient_of_least_norm_and_reports_it():
         (ours,) = torch.autograd.grad(solution.point, matrix, upstream)
     assert bool(solution.adjoint.singular)
     assert bool(solution.adjoint.converged)
-    assert "least norm" in solution.adjoint.reason
+    assert "minimal norm" in solution.adjoint.reason
 
     at = solution.point.detach()
     units = torch.eye(18, dtype=torch.float64).reshape(18, 3, 6)

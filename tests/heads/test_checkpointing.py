@@ -34,7 +34,7 @@ FOLLOWING = {
     "fixed": FixedETFClassifier,
 }
 OTHERS = {"learned": LearnedClassifier, "fixed, learned bias": partial(FixedETFClassifier, bias="learned")}
-REFUSAL = "must not be recomputed by torch.utils.checkpoint, .*: leave the head out of what is checkpointed"
+REFUSAL = "must not be recomputed by torch.utils.checkpoint, .*: leave the head out of the checkpointed function"
 REENTRANT = pytest.mark.parametrize("use_reentrant", [False, True])
 
 

@@ -68,9 +68,14 @@ def test_training_in_evaluation_mode_raises(make):
         lambda: attached.head(batch().requires_grad_(), TARGETS),
         lambda: attached.head.prepare(batch().requires_grad_(), TARGETS),
     ):
-        with pytest.raises(ValueError, match=r"in evaluation mode with gradients on.* call model.train\(\) to train"):
+        with pytest.raises(
+            ValueError, match=r"in evaluation mode with gradients enabled.* call model.train\(\) to train"
+        ):
             call()
-    with attached.head.use_targets(TARGETS), pytest.raises(ValueError, match="in evaluation mode with gradients on"):
+    with (
+        attached.head.use_targets(TARGETS),
+        pytest.raises(ValueError, match="in evaluation mode with gradients enabled"),
+    ):
         attached(batch())
     assert unchanged(attached, before)
     attached.train()

@@ -103,7 +103,7 @@ def test_a_seeds_methods_differ_in_nothing_but_the_head(finished):
 def test_a_run_is_never_overwritten_unasked(finished, tmp_path, capsys):
     before = (finished / "metrics.csv").read_bytes()
     assert compare(finished, "--seeds", "1", "--epochs", "1") == 2
-    assert "resume it with --resume, --overwrite deletes it" in capsys.readouterr().err
+    assert "--resume resumes it, --overwrite deletes it" in capsys.readouterr().err
     assert (finished / "metrics.csv").read_bytes() == before
 
 

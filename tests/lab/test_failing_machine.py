@@ -79,7 +79,7 @@ SPOILT = {
     "payload": (lambda path: torch.save(Payload(), path), "which are not loaded"),
     "newer": (
         changed(lambda found: found["neuralcollapse"].update(format_version=7, package_version="9.1")),
-        "it is of format 7, written by neuralcollapse 9.1, and this version reads up to 2",
+        "it is of format 7, written by neuralcollapse 9.1, but this version reads up to 2",
     ),
     "format 1": (
         changed(lambda found: found["neuralcollapse"].update(format_version=1)),
@@ -87,7 +87,7 @@ SPOILT = {
     ),
     "format 0": (
         lambda path: torch.save({"state_dict": {}, "epoch": 1, "loops": {}}, path),
-        "it is of an unreleased format",
+        "it has an unreleased format",
     ),
     "another model": (
         changed(lambda found: found["state_dict"].update({"model.model.extra.weight": torch.ones(2)})),

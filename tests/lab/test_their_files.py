@@ -174,7 +174,7 @@ def test_the_summary_reports_a_run_that_ends_at_chance(tmp_path):
     metrics = folder.metrics.read_text().replace("train,accuracy,", "train,accuracy,0.1#")
     folder.metrics.write_text("\n".join(line.split("#")[0] for line in metrics.split("\n")))
     text = summarise(folder, "train").table
-    assert "standard, seed 0, ends at chance: 10.0% of the training images are right" in text
+    assert "standard, seed 0, ends at chance: 10.0% of the training images are correct" in text
 
 
 def test_batches_larger_than_the_data_are_reported(tmp_path, capsys):

@@ -82,7 +82,7 @@ def test_another_ignore_index_and_plain_tokens():
     [
         (
             lambda tokens: {"labels": tokens.roll(-1, 1).index_fill(1, torch.tensor([T - 1]), -100)},
-            "got those of the next",
+            "must not be shifted",
         ),
         (lambda tokens: {"labels": tokens[:, 1:]}, "labels must be of the shape of input_ids"),
         (lambda tokens: {"attention_mask": tokens[:, :1]}, "attention_mask must be of the shape of input_ids"),

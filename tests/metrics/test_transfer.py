@@ -76,7 +76,7 @@ def test_samples_that_are_ignored_or_of_classes_without_train_samples_are_left_o
         ({"test": [(TEST, TARGETS + 1)]}, r"targets must lie in \[0, 5\), got labels from 1 to 5"),
         (
             {"train": loader(TRAIN, TARGETS % 2), "test": [(TEST, 0 * TARGETS + 3)]},
-            "test must have a sample of a class",
+            "test must have at least one sample of a class",
         ),
         ({"test": []}, "test must yield at least one batch, got none"),
         ({"ridge": -1.0}, "ridge must be finite and at least 0"),
