@@ -22,7 +22,7 @@ FIGURES |= {
         "mean and largest gradient of each layer, and of features, class means, W and b",
         f"{__name__}.gradients:gradient_flow",
     ),
-    "time": FigureEntry("accuracy and NC1 to NC3 against training time", f"{__name__}.time:against_time"),
+    "time": FigureEntry("accuracy and NC1 to NC3 against training time", f"{__name__}.time:against_time", 2),
     "groups": FigureEntry(
         "test accuracy and train NC1 of classes with many and few training images",
         f"{__name__}.groups:groups_of_classes",
