@@ -266,7 +266,7 @@ def test_after_a_refused_attach_the_model_can_be_saved(tmp_path):
     model = vit()
     classifier = model.classifier
     refused = attach_head(model, NearestETFClassifier(16, 5), output="logit")
-    with pytest.raises(ValueError, match="it has no 'logit'"):
+    with pytest.raises(ValueError, match="which has no 'logit'"):
         refused(IMAGES, targets=LABELS)
     assert model.classifier is classifier
     model.save_pretrained(tmp_path)

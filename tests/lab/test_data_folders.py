@@ -738,7 +738,7 @@ def test_images_over_the_memory_are_refused_before_they_are_decoded(tmp_path, mo
     monkeypatch.setattr("neuralcollapse._checks.available_memory", lambda: 500.0)
     make(tmp_path, {"a": 12, "b": 12})
     with pytest.raises(
-        ValueError, match="workers must be a number where memory is short: .* GiB of memory; with a number"
+        ValueError, match="workers must be a number where memory is short: .* GiB of memory are free; with a number"
     ):
         load(tmp_path)
     assert len(load(tmp_path, workers=0).train) == 19

@@ -365,4 +365,4 @@ def test_what_cannot_be_is_refused_before_anything_is_written(arguments, expecte
 def test_resume_needs_a_folder_of_this_command(finished, capsys):
     base = finished.run("fixed-seed0").path
     assert "was written by another command" in error_of(capsys, "incremental", "--resume", "--out", str(base))
-    assert "resume it with --resume" in error_of(capsys, "incremental", *PROTOCOL, "--out", str(finished.path))
+    assert "--resume resumes it" in error_of(capsys, "incremental", *PROTOCOL, "--out", str(finished.path))

@@ -127,7 +127,7 @@ def test_a_list_of_runs_trains_each_into_a_folder_named_after_what_it_is(tmp_pat
     stored = folder.settings()
     assert stored["epochs"] == 1
     assert "lr" not in stored
-    with pytest.raises(ValueError, match="resume it with --resume"):
+    with pytest.raises(ValueError, match="--resume resumes it"):
         train_runs(runs, tmp_path / "out", progress=False)
     with pytest.raises(ValueError, match="runs must be distinct"):
         train_runs([runs[0], runs[0]], tmp_path / "other", progress=False)

@@ -77,6 +77,8 @@ def test_a_study_is_of_runs_that_can_be_made_and_of_metrics_that_there_are(name)
         assert set(scale.runs) <= set(study.runs)
     for one in study.claims:
         rates = {f"{score} auroc" for score in study.scores}
+        if study.transfer:
+            rates |= {"linear_probe", "nearest_class_mean"}
         if study.figure == "groups":
             rates |= {f"{name}_{group}" for name in ("accuracy", "nc1_quotient") for group in ("many", "medium", "few")}
         assert one.value.of in {*METRICS, *rates, "parameters", "peak_memory_mib", "excess_loss"}

@@ -51,7 +51,7 @@ def test_ufm_resumes_with_the_same_result(tmp_path, capsys):
     again = pd.read_csv(out / "metrics.csv")
     timed = whole["metric"] == "seconds"
     pd.testing.assert_frame_equal(whole[~timed], again[~timed])
-    assert "resume it with --resume" in error_of(capsys, *few, "--out", str(out))
+    assert "--resume resumes it" in error_of(capsys, *few, "--out", str(out))
     assert "seeds must stay 2" in error_of(capsys, *few, "--out", str(out), "--seeds", "3", "--resume")
 
 
@@ -123,7 +123,7 @@ def test_config_shown_is_the_one_in_force(capsys):
     ("arguments", "expected"),
     [
         ("ufm --classes 1", "classes must be at least 2, got [1]"),
-        ("ufm --classes 10,10", "classes must be distinct"),
+        ("ufm --classes 10,10", "classes must contain at least one value, all distinct"),
         ("ufm --methods best", "methods must be a list, each item one of standard, fixed, implicit"),
         ("ufm --optimizers sgd,lion", "optimizers must be a list, each item one of sgd, agd"),
         ("ufm --seeds 0", "seeds must be at least 1, got 0"),

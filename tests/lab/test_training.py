@@ -341,7 +341,7 @@ def test_a_class_of_the_users_own(tmp_path, monkeypatch):
         ("not_there.Net", {}, "cannot be imported: No module named 'not_there'"),
         ("my_own_nets.Net", {"colour": 1}, "cannot be made with backbone_options .*colour"),
         ("my_own_nets.Pictures", {}, r"must give features of shape \(N, feature_dim\), Pictures gives \(2, 1, 8, 7\)"),
-        ("my_own_nets.Wrong", {}, r"must take images .*, of C, H, W = \(1, 8, 7\); Wrong fails"),
+        ("my_own_nets.Wrong", {}, r"must take images .*, of C, H, W = \(1, 8, 7\); Wrong failed"),
         ("./my_own_nets.py", {}, "backbone must be a dotted path"),
         (".my_own_nets.Net", {}, "backbone must be a dotted path"),
         ("vgg", None, "backbone must be one of convnet, .*vgg13, .*or the dotted path"),

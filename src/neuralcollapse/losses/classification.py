@@ -28,8 +28,9 @@ def cross_entropy(
 ) -> Tensor:
     r"""Cross-entropy of the logits z_ik = w_kᵀh_i + b_k: mean_i [ log Σ_k e^{z_ik} − z_{i,y_i} ].
 
-    The argument ``bias`` is b (K,), the third output of `Head.prepare`, or None for 0. With a prior, the logits are
-    w_kᵀh_i + b_k + τ log π_k. With ``label_smoothing`` ε in [0, 1], z_{i,y_i} becomes (1−ε) z_{i,y_i} + ε/K Σ_k z_ik.
+    With ``bias``, b (K,) is the third output of `Head.prepare`; without it, b is 0. With a prior, the logits are
+    w_kᵀh_i + b_k + τ log π_k.
+    With ``label_smoothing`` ε in [0, 1], z_{i,y_i} becomes (1−ε) z_{i,y_i} + ε/K Σ_k z_ik.
 
     Arguments, result and errors: see `neuralcollapse.losses`.
 
@@ -307,8 +308,8 @@ def center_loss(
     With the rows of a head as centres, the loss pulls features towards the row of their class and, if the rows are
     trained, the rows towards the features. Like `dot_regression`, it does not push classes apart.
 
-    By default the centres are w_k; with ``radius`` ρ > 0 they are ρ w_k/‖w_k‖. For unit rows and features of norm τ,
-    use ρ = τ.
+    By default the centres are w_k.
+    With ``radius`` ρ > 0, the centres are ρ w_k/‖w_k‖. For unit rows and features of norm τ, use ρ = τ.
 
     Arguments, result and errors: see `neuralcollapse.losses`.
 
