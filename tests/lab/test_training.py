@@ -22,7 +22,7 @@ from neuralcollapse.lab.models.backbones import FastConvNet
 from neuralcollapse.lab.models.build import build_backbone, build_model
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.tables import read_table
-from neuralcollapse.lab.training.distributed import quiet_lightning, resolve_device
+from neuralcollapse.lab.training.distributed import launched_fabric, quiet_lightning, resolve_device
 from neuralcollapse.lab.training.optimizers import build_optimizer
 from neuralcollapse.lab.training.progress import check_loggers
 from neuralcollapse.lab.training.run import Run
@@ -272,6 +272,23 @@ def test_whitening_of_constant_images_is_finite(pixel):
     network = FastConvNet((3, 10, 10), widths=(8, 8, 8))
     network.whiten([torch.full((5, 3, 10, 10), pixel)])
     assert network(torch.full((5, 3, 10, 10), pixel)).isfinite().all()
+
+
+def test_whitening_is_in_32_bits_under_autocast():
+    torch.manual_seed(0)
+    network, images = FastConvNet((3, 10, 10), widths=(4, 4, 4)), torch.randn(20, 3, 10, 10)
+    network.whiten([images])
+    expected = network.whitening(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(network.whitening(images), expected)
+        assert network.layers[2].first[0](network.layers[:2](images)).dtype == torch.bfloat16
+
+
+def test_inputs_are_not_rounded_with_bf16_mixed():
+    inputs, config = torch.tensor([1 + 2**-12]), RunConfig(**SMALL, precision="bf16-mixed", device="cpu")
+    with launched_fabric(config, torch.device("cpu")) as fabric:
+        module = fabric.setup_module(torch.nn.Identity())
+        assert torch.equal(module(inputs), inputs)
 
 
 def test_a_run_whitens_the_patches_of_its_own_training_images():

@@ -275,7 +275,7 @@ class FastConvNet(Backbone):
             raise ValueError(
                 f"images must be at least 9x9 for backbone fast-convnet, got {sides[0]}x{sides[1]}: see image_size"
             )
-        self.whitening = nn.Conv2d(channels, 8 * channels, 2)
+        self.whitening = _Whitening(channels, 8 * channels, 2)
         self.whitening.weight.requires_grad_(False)
         nn.init.zeros_(self.whitening.bias)  # type: ignore[arg-type]
         stage_widths = (8 * channels, *widths[:2], feature_dim or widths[2])
@@ -306,6 +306,14 @@ class FastConvNet(Backbone):
         values, vectors = torch.linalg.eigh(total / number)
         filters = (vectors / (values.clamp(min=0) + 5e-4).sqrt()).T.flip(0)
         weight.copy_(torch.cat([filters, -filters]).view(weight.shape))
+
+
+class _Whitening(nn.Conv2d):
+    """Convolution in 32 bits, also under autocast: in directions that vary little, whitening amplifies rounding."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, enabled=False):
+            return super().forward(images)
 
 
 class _FastStage(nn.Module):

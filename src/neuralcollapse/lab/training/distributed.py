@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.loggers.logger import Logger
+from lightning.fabric.plugins.precision import MixedPrecision, Precision
 from lightning.fabric.strategies.ddp import DDPStrategy
 
 from neuralcollapse.lab.config import RunConfig
@@ -84,6 +85,13 @@ def resolve_device(name: str, ranks: int = 1) -> torch.device:
     return torch.device(name, local_rank()) if name == "cuda" and ranks > 1 else torch.device(name)
 
 
+class _Autocast(MixedPrecision):
+    """Autocast that leaves inputs in 32 bits: lightning rounds them, and first layers may amplify the rounding."""
+
+    def convert_input(self, data: Any) -> Any:
+        return data
+
+
 @contextmanager
 def launched_fabric(config: RunConfig, device: torch.device, loggers: Sequence[Logger] = ()) -> Iterator[Fabric]:
     """Start the ranks of a run, unless torchrun or SLURM has started them, and end the ranks that were started here.
@@ -92,14 +100,15 @@ def launched_fabric(config: RunConfig, device: torch.device, loggers: Sequence[L
         LostRank: if another rank cannot be reached or is lost.
         ValueError: if ``torch.compile`` fails, or the port of the first rank is taken.
     """
-    precision = resolve_precision(config.precision, device)
+    name = resolve_precision(config.precision, device)
+    precision = Precision() if name == "32" else _Autocast(name, device.type)
     with quiet_lightning():
         fabric = Fabric(
             accelerator=device.type,
             devices=config.devices,
             num_nodes=config.num_nodes,
             strategy=DDPStrategy(broadcast_buffers=False) if config.ranks > 1 else "auto",
-            precision="32-true" if precision == "32" else precision,
+            plugins=precision,
             loggers=list(loggers),
         )
         try:
