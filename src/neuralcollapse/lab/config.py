@@ -677,8 +677,8 @@ class Optimisation(Settings):
     """Number of batches whose gradients are accumulated per step, with equal weight for each sample. The classifier and
     its class means are still updated with every batch."""
     precision: Literal["32", "bf16-mixed", "16-mixed", "auto"] = "32"
-    """Precision of the matrix products of the network in training, by autocast; weights, class means, classifier,
-    losses and measurements stay in 32 bits. 16-mixed, with scaled losses, needs cuda. auto is bf16-mixed on
+    """Precision of the matrix products of the network in training, by autocast; inputs, weights, class means,
+    classifier, losses and measurements stay in 32 bits. 16-mixed, with scaled losses, needs cuda. auto is bf16-mixed on
     accelerators that compute in bfloat16 and on CPUs with AMX or AVX512_BF16 instructions, else 32."""
     compile: bool = False
     """Compile the backbone with torch.compile for training: a delay at the start, then faster steps."""
