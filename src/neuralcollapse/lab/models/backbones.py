@@ -312,8 +312,10 @@ class _Whitening(nn.Conv2d):
     """Convolution in 32 bits, also under autocast: in directions that vary little, whitening amplifies rounding."""
 
     def forward(self, images: Tensor) -> Tensor:
-        with torch.autocast(images.device.type, enabled=False):
-            return super().forward(images)
+        device = images.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else images.dtype
+        with torch.autocast(device, enabled=False):
+            return super().forward(images).to(dtype)
 
 
 class _FastStage(nn.Module):
