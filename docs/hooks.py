@@ -297,16 +297,19 @@ def detection_table(study: str) -> str:
     rows = yaml.safe_load((CLAIMS / f"{study}.yaml").read_text())["detection"]
     lines = [
         '<details class="table" markdown="1" open>',
-        f"<summary>AUROC of each score with each head, train NC1 and test accuracy: {study}</summary>",
+        f"<summary>AUROC of each score, train NC1 and accuracies of each run: {study}</summary>",
         "",
     ]
     lines += [
         "| AUROC | " + " | ".join(row["run"] for row in rows) + " |",
         "|---" * (len(rows) + 1) + "|",
     ]
-    for quantity in (
-        name for name in rows[0] if name not in ("run", "accuracy", "nc1_quotient")
-    ):
+    last = {
+        "linear_probe": ("linear probe on the held-out classes, accuracy", "{:.3f}"),
+        "nc1_quotient": ("train NC1 (`nc1_quotient`)", "{:.2g}"),
+        "accuracy": ("test accuracy", "{:.3f}"),
+    }
+    for quantity in (name for name in rows[0] if name not in ("run", *last)):
         greatest = max(row[quantity][0] for row in rows)
         cells = [
             f"{mean:.3f} ± {half:.3f}" for mean, half in (row[quantity] for row in rows)
@@ -316,13 +319,11 @@ def detection_table(study: str) -> str:
             for cell, row in zip(cells, rows, strict=True)
         ]
         lines.append(f"| {quantity.replace(' ', ': ', 1)} | {' | '.join(marked)} |")
-    for quantity, words, form in (
-        ("nc1_quotient", "train NC1 (`nc1_quotient`)", "{:.2g}"),
-        ("accuracy", "test accuracy", "{:.3f}"),
-    ):
-        lines.append(
-            f"| {words} | {' | '.join(form.format(row[quantity][0]) for row in rows)} |"
-        )
+    lines += [
+        f"| {words} | {' | '.join(form.format(row[quantity][0]) for row in rows)} |"
+        for quantity, (words, form) in last.items()
+        if quantity in rows[0]
+    ]
     lines += ["", "</details>"]
     return "\n".join(lines)
 
