@@ -42,7 +42,7 @@ MOVED = {
     "choosing": "head-and-loss",
 }  # former names of pages
 
-# Material asks this host for a script when pages are opened as files; without it, there is no search there.
+# Material asks this host for a script when pages are opened as files; without it, search does not work there.
 _ELSEWHERE = re.compile(r"https://unpkg\.com/[\w./@-]+")
 _RECIPES = re.compile(r"<!-- recipes (\w+) -->")
 _REFERENCE = re.compile(r"<!-- reference (\w+) -->")

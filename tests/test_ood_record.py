@@ -1,4 +1,4 @@
-"""What out-of-distribution scores need beyond moments, weight and bias, and every measurement keeps."""
+"""Statistics of a measurement for out-of-distribution scores, beyond moments, weight and bias."""
 
 from __future__ import annotations
 

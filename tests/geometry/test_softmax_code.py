@@ -12,7 +12,7 @@ from neuralcollapse.geometry.softmax_code import _anneal_code, one_vs_rest_margi
 
 
 def polygon_error(code):
-    """How far the angles between neighbours of a planar code are from those of the regular polygon."""
+    """Largest deviation of the angles between neighbours of a planar code from those of the regular polygon."""
     angles = torch.atan2(code[:, 1], code[:, 0]).sort().values
     gaps = torch.cat([angles.diff(), angles[:1] + 2 * math.pi - angles[-1:]])
     return float((gaps - 2 * math.pi / len(code)).abs().max())

@@ -147,7 +147,7 @@ def keep_from_replacing(name: str) -> Callable[[Path, Path], None]:
 
 @contextmanager
 def small_files(most: int) -> Iterator[None]:
-    """No file can be longer than so many bytes: as a disk that is full."""
+    """Limit the size of every file, as a full disk does."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
     try:

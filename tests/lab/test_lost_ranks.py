@@ -1,4 +1,4 @@
-"""Ranks that are stopped or die, and the run that goes on: on one machine, and on two hosts."""
+"""Ranks that are stopped or killed, and the resumed run, on one machine and on two hosts."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ SECONDS = 240  # for processes on a busy machine
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the ranks run: the backbone is there."""
+    """Working folder of the ranks, which contains the backbone."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "plain_backbone.py").write_text(BACKBONE)
     return folder

@@ -37,7 +37,7 @@ RUNS = {method: {"method": method, "augmentation": {"crop_padding": 1}} for meth
 
 
 def train_all(rank, ranks, port, folder):
-    """The runs of one process of so many."""
+    """The runs of one process of the given number of processes."""
     torch.set_num_threads(1)
     os.chdir(folder)
     if ranks > 1:

@@ -225,7 +225,7 @@ def test_a_measurement_is_recorded_under_its_epoch_and_split(tmp_path):
 
 @pytest.fixture
 def opened() -> Iterator[list[str]]:
-    """Whether the table of metrics is read or put in its place: each time, in order."""
+    """Record each time, in order, that the table of metrics is read or replaced."""
     events: list[str] = []
     names = {"open": "read", "os.rename": "written"}
 

@@ -1,4 +1,4 @@
-"""A run that is stopped, anywhere, goes on as if it had not been."""
+"""A run that is stopped at any point resumes as if it had not been stopped."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_a_run_that_is_killed_goes_on_from_the_last_minutes(tmp_path):
     def fail() -> None:
         raise OSError("pulled the plug")
 
-    for batch in (4, 3, BATCHES + 2):  # counted from where it goes on
+    for batch in (4, 3, BATCHES + 2):  # counted from where it resumes
         with at_batch(batch, fail), pytest.raises(OSError, match="pulled the plug"):
             train_runs(run, out, resume=True, progress=False)
     kept = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["neuralcollapse"]

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from neuralcollapse.lab.results.folder import RunFolder
     from neuralcollapse.ood import Evaluation
 
-_NC1 = "nc1_quotient"
+NC1 = "nc1_quotient"
+NC1_LABEL = METRICS[NC1].label.replace("  $", "\n$")  # words and formula on two lines
 
 
 def detection(runs: RunGroups) -> list[Panel]:
@@ -103,21 +104,39 @@ def _draw_score(axes: Axes, *, runs: RunGroups, name: str, score: str) -> None:
     _finish(axes, points)
 
 
+def with_nc1(runs: RunGroups, values: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of a table with their NC1 of the train split (value_nc1); rows without it are left out.
+
+    Args:
+        runs: The runs.
+        values: Columns method, seed, epoch, value, of these runs.
+    """
+    metrics, keys = runs.metrics, ["method", "seed", "epoch"]
+    collapse = metrics[(metrics["split"] == "train") & (metrics["metric"] == NC1)]
+    points = values.merge(collapse[[*keys, "value"]], on=keys, suffixes=("", "_nc1"))
+    return points[np.isfinite(points["value"]) & np.isfinite(points["value_nc1"])]
+
+
+def label_axes(axes: Axes, ylabel: str) -> None:
+    """Label axes whose horizontal one is NC1, and turn it, so that collapse is to the right."""
+    axes.invert_xaxis()
+    axes.set_xlabel(NC1_LABEL, fontsize=8, linespacing=1.5)
+    axes.set_ylabel(ylabel, fontsize=8)
+    axes.grid(alpha=0.3, linewidth=0.5)
+
+
 def _points(runs: RunGroups, chosen: pd.Series) -> pd.DataFrame:
     """Return the AUROC (value) and the NC1 (value_nc1) at each epoch of chosen rows of the detection rates.
 
     Raises:
         ValueError: if no epoch has finite values of both.
     """
-    rates, metrics = runs.detection[chosen & (runs.detection["metric"] == "auroc")], runs.metrics
+    rates = runs.detection[chosen & (runs.detection["metric"] == "auroc")]
     if rates.empty:
         raise ValueError("no detection rates: run `neuralcollapse detect`")
-    collapse = metrics[(metrics["split"] == "train") & (metrics["metric"] == _NC1)]
-    keys = ["method", "seed", "epoch"]
-    points = rates.merge(collapse[[*keys, "value"]], on=keys, suffixes=("", "_nc1"))
-    points = points[np.isfinite(points["value"]) & np.isfinite(points["value_nc1"])]
+    points = with_nc1(runs, rates)
     if points.empty:
-        raise ValueError(f"no finite AUROC at an epoch with a finite {_NC1}")
+        raise ValueError(f"no finite AUROC at an epoch with a finite {NC1}")
     return points
 
 
@@ -135,10 +154,7 @@ def _finish(axes: Axes, points: pd.DataFrame) -> None:
         axes.xaxis.set_minor_formatter(NullFormatter())
     else:
         axes.xaxis.set_major_locator(MaxNLocator(4))
-    axes.invert_xaxis()  # collapse to the right
-    axes.set_xlabel(METRICS[_NC1].label.replace("  $", "\n$"), fontsize=8, linespacing=1.5)
-    axes.set_ylabel("AUROC", fontsize=8)
-    axes.grid(alpha=0.3, linewidth=0.5)
+    label_axes(axes, "AUROC")
 
 
 def _means(points: pd.DataFrame) -> pd.DataFrame:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from neuralcollapse.lab.results.groups import RunGroups
 from neuralcollapse.lab.results.tables import GROUPS, OF_GROUPS, last_epoch
-from neuralcollapse.metrics.figures.curves import line_styles
+from neuralcollapse.metrics.figures.curves import draw_bars, line_styles
 from neuralcollapse.metrics.figures.panels import Panel, literal
 
 if TYPE_CHECKING:
@@ -45,15 +45,7 @@ def _draw(axes: Axes, *, runs: RunGroups, metric: str, split: str) -> None:
         shown = [(place, key) for place, key in shown if key in over_seeds.index]
         rows = over_seeds.loc[[key for _, key in shown]]
         style = {**styles[label], "linestyle": "none"}
-        axes.errorbar(
-            [place + shift for place, _ in shown],
-            rows["mean"],
-            yerr=[rows["mean"] - rows["min"], rows["max"] - rows["mean"]],
-            label=literal(label),
-            markersize=5,
-            elinewidth=1,
-            **style,
-        )
+        draw_bars(axes, [place + shift for place, _ in shown], rows, label=literal(label), **style)
     axes.set_xticks(range(len(names) + 1), [*(name.rpartition("_")[2] for name in names), "all"])
     if metric != "accuracy":
         axes.set_yscale("log")

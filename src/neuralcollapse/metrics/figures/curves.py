@@ -102,6 +102,22 @@ def draw_range(axes: Axes, positions: Any, middle: Any, least: Any, greatest: An
     axes.fill_between(positions, least, greatest, color=style["color"], alpha=0.18, linewidth=0)
 
 
+def draw_bars(axes: Axes, positions: Any, values: pd.DataFrame, **style: Any) -> None:
+    """Draw means as markers with bars from the minimum to the maximum.
+
+    Args:
+        axes: Axes to draw on.
+        positions: Horizontal positions (n,); or a table like ``values``, for horizontal bars as well.
+        values: One row per marker (n), with the columns mean, min and max.
+        **style: Style of the markers, as `line_styles` returns it, and their label.
+    """
+    bars: dict[str, Any] = {"yerr": [values["mean"] - values["min"], values["max"] - values["mean"]]}
+    if hasattr(positions, "columns"):
+        bars["xerr"] = [positions["mean"] - positions["min"], positions["max"] - positions["mean"]]
+        positions = positions["mean"]
+    axes.errorbar(positions, values["mean"], **bars, **({"markersize": 5, "elinewidth": 1} | style))
+
+
 def finish_axes(axes: Axes, values: pd.Series, name: str, num_classes: int | None) -> None:
     """Set scale, ticks and grid of a metric from the catalogue, and draw a thin line at its value at collapse."""
     _scale(axes, values, name)
