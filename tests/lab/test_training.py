@@ -274,6 +274,23 @@ def test_whitening_of_constant_images_is_finite(pixel):
     assert network(torch.full((5, 3, 10, 10), pixel)).isfinite().all()
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_gradients_of_the_fast_network_are_bounded_on_grey_images_with_an_even_background(seed):
+    torch.manual_seed(seed)
+    images = torch.zeros(200, 1, 28, 28)
+    for image in images[:, 0]:  # a horizontal and a vertical line
+        row, column = torch.randint(6, 22, (2,))
+        image[row, 6:22] = image[6:22, column] = 1
+    images = (images - images.mean()) / images.std()
+    network = FastConvNet((1, 28, 28), widths=(16, 32, 64))
+    network.whiten([images])
+    head, labels = torch.nn.Linear(64, 8), torch.randint(8, (200,))
+    torch.nn.functional.cross_entropy(head(network(images)), labels).backward()
+    assert all(
+        float(shift.grad.norm()) < 1 for shift in network.parameters() if shift.grad is not None and shift.dim() == 1
+    )
+
+
 def test_whitening_is_in_32_bits_under_autocast():
     torch.manual_seed(0)
     network, images = FastConvNet((3, 10, 10), widths=(4, 4, 4)), torch.randn(20, 3, 10, 10)

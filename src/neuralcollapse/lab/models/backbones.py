@@ -345,8 +345,13 @@ def _identity_convolution(in_channels: int, out_channels: int) -> nn.Conv2d:
 
 
 def _shift_norm(channels: int) -> nn.BatchNorm2d:
-    """Return batch norm that trains a shift but not a scale."""
-    norm = nn.BatchNorm2d(channels, eps=1e-12, momentum=0.4)
+    """Return batch norm that trains a shift but not a scale.
+
+    Its eps is 1e-3 instead of the published 1e-12. On grey images with an even background, the maximum over each window
+    is that of the background in some channels, which are constant then. Each layer divides their gradients by √eps, and
+    with 1e-12 they explode at the first step.
+    """
+    norm = nn.BatchNorm2d(channels, eps=1e-3, momentum=0.4)
     norm.weight.requires_grad_(False)
     return norm
 
