@@ -180,6 +180,23 @@ def test_epochs_that_are_not_reached_count_as_more_than_all():
     assert judge(asked, {"a": never, "b": never}).verdict == "undecided"
 
 
+def test_share_of_the_epochs_until_the_last_value_of_another_run_with_the_same_seed():
+    def runs(*courses):
+        return {seed: Finished(course(values, "accuracy"), {}) for seed, values in enumerate(courses)}
+
+    reference = runs([0.1, 0.2, 0.3, 0.8], [0.1, 0.2, 0.3, 0.9], [0.1, 0.2, 0.3, 0.7])
+    soon = runs([0.1, 0.8, 0.9, 0.9], [0.1, 0.9, 0.9, 0.95])  # reached at the second of four epochs, with both seeds
+    asked = claim("at most", bound=0.6, kind="share", of="accuracy", level_of="b")
+    judgement = judge(asked, {"a": soon, "b": reference})
+    assert judgement.verdict == "holds"
+    assert "a 0.5 [0.5, 0.5] over 2 seeds" in judgement.numbers[0]
+    later = runs([0.1, 0.2, 0.8, 0.9], [0.1, 0.2, 0.9, 0.9])
+    assert judge(asked, {"a": later, "b": reference}).verdict == "does not hold"
+    never = runs([0.1, 0.2, 0.3, 0.4], [0.1, 0.2, 0.3, 0.5])
+    assert "a 1 [1, 1]" in judge(asked, {"a": never, "b": reference}).numbers[0]
+    assert verdict_record(asked, judgement)["measure"] == "share of the epochs until train accuracy is the last of b"
+
+
 def test_deviations_are_from_the_mean_over_seeds_of_the_same_epoch():
     calm = {seed: Finished(course([0.5, 0.9 + seed / 1000], "accuracy", "test"), {}) for seed in range(3)}
     wild = {seed: Finished(course([0.1 + seed / 5, 0.5 + seed / 5], "accuracy", "test"), {}) for seed in range(3)}
@@ -443,6 +460,14 @@ def test_a_study_changed_after_its_runs_says_which(tiny, capsys):
             "not a metric; nearest: accuracy",
         ),
         ({"claims": [TINY["claims"][0] | {"value": {"kind": "epochs", "of": "accuracy"}}]}, "no level"),
+        (
+            {"claims": [TINY["claims"][0] | {"value": {"kind": "share", "of": "accuracy"}}]},
+            "level_of belongs to claims of kind share, which need it; the kind is share",
+        ),
+        (
+            {"claims": [TINY["claims"][0] | {"value": {"kind": "share", "of": "accuracy", "level_of": "other"}}]},
+            "a claim is about 'other', which is not one of its runs",
+        ),
         ({"claims": [TINY["claims"][0] | {"below": ["slow"]}]}, "a claim needs one of below, above"),
         ({"claims": [TINY["claims"][0] | {"publshed": "2"}]}, "publshed"),
         ({"small": {"seeds": [1]}}, "cost"),

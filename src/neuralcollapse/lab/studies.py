@@ -175,10 +175,12 @@ def _check(study: Study, path: Path) -> None:
     splits = _splits_of_evaluations(study)
     metrics = [*METRICS, *splits, *(f"{metric}_{group}" for metric, _, _ in OF_GROUPS.values() for group in GROUPS)]
     for claim in study.claims:
-        unknown = [run for run in (*claim.of, *claim.than) if run not in study.runs]
+        values = [claim.value] + ([] if claim.than_value is None else [claim.than_value])
+        levels = [value.level_of for value in values if value.level_of is not None]
+        unknown = [run for run in (*claim.of, *claim.than, *levels) if run not in study.runs]
         if unknown and not study.is_ufm:
             wrong.append(f"a claim is about {unknown[0]!r}, which is not one of its runs {', '.join(study.runs)}")
-        for value in [claim.value] + ([] if claim.than_value is None else [claim.than_value]):
+        for value in values:
             wrong += _wrong_with(value, study, metrics, splits)
         if claim.than_value is not None and not claim.than:
             wrong.append("than_value must be part of a claim that compares runs")
@@ -200,6 +202,8 @@ def _wrong_with(
         yield f"kind must be one of {', '.join(get_args(Kind))}, got {value.kind!r}"
     if value.kind in ("epochs", "fall") and math.isnan(value.level):
         yield f"a claim about {value.kind} of {value.of} has no level"
+    if (value.kind == "share") != (value.level_of is not None):
+        yield f"level_of belongs to claims of kind share, which need it; the kind is {value.kind}"
 
 
 def _splits_of_evaluations(study: Study) -> dict[str, list[str]]:

@@ -13,7 +13,7 @@ from neuralcollapse.lab.results.statistics import epochs_to_reach, half_width, p
 if TYPE_CHECKING:
     import pandas as pd
 
-Kind = Literal["last", "mean", "change", "epochs", "fall", "deviation", "correlation", "fact"]
+Kind = Literal["last", "mean", "change", "epochs", "share", "fall", "deviation", "correlation", "fact"]
 Relation = Literal["below", "above", "like", "at least", "at most"]
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 _MOST_SEEDS = 1000
@@ -26,6 +26,7 @@ class Value:
     Attributes:
         kind: ``"last"``, the last measured value of a metric; ``"mean"``, its mean over the measured epochs;
             ``"change"``, its last minus its first value; ``"epochs"``, the number of epochs until it reaches ``level``;
+            ``"share"``, the share of all epochs until it reaches the last value of ``level_of`` with the same seed;
             ``"fall"``, its value at the first measured epoch with train accuracy ``level``, divided by its last value;
             ``"deviation"``, its absolute deviation from the mean over seeds at the same epoch, averaged over epochs;
             ``"correlation"``, Spearman's rank correlation over the measured epochs with the train ``nc1_quotient``; or
@@ -33,12 +34,14 @@ class Value:
         of: Name of the metric or the fact.
         split: Split of the data.
         level: Level to reach.
+        level_of: Run whose last value is the level.
     """
 
     kind: Kind
     of: str
     split: str = "train"
     level: float = math.nan
+    level_of: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,10 +114,10 @@ def judge(claim: Claim, groups: Groups) -> Judgement:
     Raises:
         ValueError: if a metric of the claim was not measured.
     """
-    values = {name: _values(claim.value, groups.get(name, {})) for name in claim.of}
+    values = {name: _values(claim.value, name, groups) for name in claim.of}
     others: dict[str | None, _Values | None] = {None: None}
     if claim.than:
-        others = {name: _values(claim.than_value or claim.value, groups.get(name, {})) for name in claim.than}
+        others = {name: _values(claim.than_value or claim.value, name, groups) for name in claim.than}
     comparisons = [
         _compare(claim, name, of_name, other, of_other)
         for name, of_name in values.items()
@@ -138,6 +141,7 @@ def describe(value: Value) -> str:
         "mean": f"{metric}, mean over measured epochs",
         "change": f"last minus first {metric}",
         "epochs": f"epochs until {metric} is {value.level}",
+        "share": f"share of the epochs until {metric} is the last of {value.level_of}",
         "fall": f"{metric} when train accuracy first is {value.level}, over its last value",
         "correlation": f"rank correlation of {metric} with train nc1_quotient over measured epochs",
         "deviation": f"{metric}, deviation from the mean over seeds at equal epoch, mean over epochs",
@@ -153,28 +157,37 @@ class _Values:
     more: set[int]
 
 
-def _values(value: Value, runs: Mapping[int, Finished]) -> _Values:
+def _values(value: Value, name: str, groups: Groups) -> _Values:
+    """Return the value of each run with a name."""
     import pandas as pd
 
+    runs = groups.get(name, {})
     if value.kind == "fact":
         return _Values(pd.Series({seed: _logarithm(float(run.facts[value.of])) for seed, run in runs.items()}), set())
     courses = {seed: _course(run.metrics, value.of, value.split) for seed, run in runs.items()}
     if value.kind == "deviation":
         table = pd.DataFrame(courses)
         return _Values(table.sub(table.mean(axis=1), axis=0).abs().mean(), set())
+    levels = dict.fromkeys(courses, value.level)
+    if value.level_of is not None:
+        references = groups.get(value.level_of, {})
+        courses = {seed: course for seed, course in courses.items() if seed in references}
+        levels = {seed: _course(references[seed].metrics, value.of, value.split).iloc[-1] for seed in courses}
     number = {
         "last": lambda seed: courses[seed].iloc[-1],
         "mean": lambda seed: courses[seed].mean(),
         "change": lambda seed: courses[seed].iloc[-1] - courses[seed].iloc[0],
-        "epochs": lambda seed: epochs_to_reach(courses[seed], value.level, interpolate=True),
+        "epochs": lambda seed: epochs_to_reach(courses[seed], levels[seed], interpolate=True),
+        "share": lambda seed: epochs_to_reach(courses[seed], levels[seed], interpolate=True) / courses[seed].index[-1],
         "fall": lambda seed: _fall(courses[seed], _course(runs[seed].metrics, "accuracy", "train"), value.level),
         "correlation": lambda seed: _correlation(courses[seed], _course(runs[seed].metrics, "nc1_quotient", "train")),
     }[value.kind]
     of_seed = pd.Series({seed: number(seed) for seed in courses}, dtype=float)
     more = set()
-    if value.kind == "epochs":  # if the level is not reached, the number exceeds the last epoch
+    if value.kind in ("epochs", "share"):  # if the level is not reached, the number exceeds that of the last epoch
         more = set(of_seed.index[of_seed.isna()])
-        of_seed = of_seed.fillna(pd.Series({seed: float(course.index[-1]) for seed, course in courses.items()}))
+        ends = {seed: 1.0 if value.kind == "share" else float(course.index[-1]) for seed, course in courses.items()}
+        of_seed = of_seed.fillna(pd.Series(ends, dtype=float))
     return _Values(of_seed.map(_logarithm) if _is_ratio(value) else of_seed, more)
 
 
