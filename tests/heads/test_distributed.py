@@ -28,6 +28,18 @@ OVERFLOWING = {
     "fixed": lambda: FixedETFClassifier(12, 5),
 }
 
+ADMITTING = {
+    "nearest": lambda: NearestETFClassifier(12, 4, momentum="cumulative").double(),
+    "class means": lambda: ClassMeanClassifier(12, 4, ignore_index=-100).double(),
+    "nearest frame of a code": lambda: NearestFrameClassifier(12, 6, frame=normal(6, 3, seed=3)).double(),
+}
+REFUSED = {  # targets of two samples on each rank, whether the features of rank 1 are finite, and the message
+    "seen before": (([4, 5], [5, 0]), True, "seen before: 0"),
+    "left out": (([4, 4], [6, 6]), True, "none of 5"),
+    "negative": (([4, 4], [-1, 4]), True, "at least 0"),
+    "not finite": (([4, 4], [4, 4]), False, "features must be finite"),
+}
+
 
 def data(step):
     total = sum(SIZES)
@@ -62,6 +74,50 @@ def run_with_overflow_on_one_rank(head, rank):
     return unchanged, ""
 
 
+def admit(head, shards, trained):
+    """Return the state after classes 4 and 5 were admitted by one shard of their samples, and then class 6."""
+    if trained:  # otherwise the given samples determine the global mean
+        known = normal(12, 12, seed=1) + 0.3, torch.arange(12) % 4
+        head(*(part[shards[0]] for part in known))
+    features, targets = normal(9, 12, seed=2) + 4, torch.tensor([4, 4, 4, 4, 5, 4, 5, 5, 5])
+    head.admit(features[shards[1]], targets[shards[1]])
+    if isinstance(head, ClassMeanClassifier):
+        head.eval()
+        last = normal(3, 12, seed=3)[shards[2]]
+        head.admit(last, torch.full((len(last),), 6))
+    return head.state_dict()
+
+
+def refuse(head, targets, features):
+    """Return whether a refused admission leaves the head unchanged, and its message."""
+    head(normal(8, 12, seed=1), torch.arange(8) % 4)
+    before = {name: value.clone() for name, value in head.state_dict().items()}
+    try:
+        head.admit(features, torch.tensor(targets))
+    except ValueError as error:
+        return all(torch.equal(before[name], value) for name, value in head.state_dict().items()), str(error)
+    return False, ""
+
+
+def features_of_rank(rank, finite):
+    features = normal(2, 12, seed=4 + rank)
+    features[0, 0] = features[0, 0] if finite or rank == 0 else torch.nan
+    return features
+
+
+WHOLE = (slice(None),) * 3
+
+
+def admitted_by(rank):
+    """States of the heads; class 4 has samples on both ranks, classes 5 and 6 on rank 1 only."""
+    shards = (slice(0, 7), slice(0, 4), slice(0, 0)) if rank == 0 else (slice(7, 12), slice(4, 9), slice(0, 3))
+    return {
+        f"{name}, {trained}": admit(make(), shards, trained)
+        for name, make in ADMITTING.items()
+        for trained in (False, True)
+    }
+
+
 def worker(rank, folder):
     distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=len(SIZES))
     torch.set_num_threads(1)
@@ -70,6 +126,12 @@ def worker(rank, folder):
     torch.save({name: run(make(), shard) for name, make in HEADS.items()}, f"{folder}/trained-{rank}.pt")
     overflows = {name: run_with_overflow_on_one_rank(make(), rank) for name, make in OVERFLOWING.items()}
     torch.save(overflows, f"{folder}/overflows-{rank}.pt")
+    torch.save(admitted_by(rank), f"{folder}/admitted-{rank}.pt")
+    refused = {
+        name: refuse(ClassMeanClassifier(12, 4).double(), targets[rank], features_of_rank(rank, finite))
+        for name, (targets, finite, _) in REFUSED.items()
+    }
+    torch.save(refused, f"{folder}/refused-{rank}.pt")
     distributed.barrier()
     distributed.destroy_process_group()
 
@@ -81,7 +143,7 @@ def results(tmp_path_factory):
     multiprocessing.spawn(worker, (str(folder),), nprocs=len(SIZES))
     return {
         case: [torch.load(folder / f"{case}-{rank}.pt", weights_only=True) for rank in range(len(SIZES))]
-        for case in ("trained", "overflows")
+        for case in ("trained", "overflows", "admitted", "refused")
     }
 
 
@@ -102,3 +164,25 @@ def test_a_batch_that_is_not_finite_on_one_rank_is_left_out_by_all(results, name
         unchanged, message = results["overflows"][rank][name]
         assert unchanged
         assert "features must be finite" in message
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("name", ADMITTING)
+def test_classes_admitted_by_ranks_are_those_of_one_process(results, name, trained):
+    expected = admit(ADMITTING[name](), WHOLE, trained)
+    of_ranks = [result[f"{name}, {trained}"] for result in results["admitted"]]
+    for state in of_ranks:
+        assert state.keys() == expected.keys()
+        for key, value in expected.items():
+            if isinstance(value, torch.Tensor):
+                assert state[key].shape == value.shape
+                assert (state[key].double() - value.double()).abs().max() < 1e-6, key
+                assert torch.equal(state[key], of_ranks[0][key]), key
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_admission_that_is_invalid_on_one_rank_is_refused_by_all(results, name):
+    for rank in range(len(SIZES)):
+        unchanged, message = results["refused"][rank][name]
+        assert unchanged
+        assert REFUSED[name][2] in message

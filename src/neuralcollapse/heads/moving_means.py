@@ -233,9 +233,10 @@ def check_batch_mean(name: str, features: Tensor, finite: Tensor) -> None:
     """Raise on a CPU if the mean of the features is not finite."""
     if finite.device.type == "cpu" and values_readable(finite) and not bool(finite):
         check_finite(name, features)
+        greatest = float(features.detach().abs().max()) if features.numel() else 0.0
         raise ValueError(
             f"{name} must be finite on every rank and small enough to be summed in {features.dtype}, got magnitudes "
-            f"up to {float(features.detach().abs().max()):.3g} on this rank"
+            f"up to {greatest:.3g} on this rank"
         )
 
 

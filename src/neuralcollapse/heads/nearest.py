@@ -24,7 +24,6 @@ from neuralcollapse._checks import (
     check_etf_sizes,
     check_factory,
     check_features,
-    check_finite,
     check_floating,
     check_generator,
     check_integers,
@@ -32,6 +31,7 @@ from neuralcollapse._checks import (
     compute_dtype,
     listed,
 )
+from neuralcollapse._distributed import greatest_over_ranks
 from neuralcollapse.geometry import nearest_etf_diagnostics, polar_factor, random_simplex_etf, simplex_etf
 from neuralcollapse.geometry.codes import (
     Code,
@@ -52,8 +52,10 @@ from neuralcollapse.heads.moving_means import (
     ClassMeans,
     KeepsFullPrecision,
     Momentum,
+    check_batch_mean,
     class_sums,
     full_precision,
+    sums_over_ranks,
 )
 
 logger = logging.getLogger(__name__)
@@ -188,15 +190,19 @@ class FollowsClassMeans(KeepsFullPrecision, LearnsFromTargets):
         the new unit means, so that it decides for the nearest class mean on the sphere; a frame becomes the one nearest
         to all means, with the previous frame as anchor. If targets are K or greater, the head grows by these classes.
 
+        In training and in evaluation mode, sums and counts are added over the ranks of the default process group, so
+        every rank must call this method. The result is the same on all ranks, and that of one process with all samples.
+
         Args:
-            features: (N, d) floating, before scaling to the feature norm. They must be the same on every rank.
+            features: (N, d) floating, before scaling to the feature norm. With several ranks, each rank gives its own
+                part of the samples, which may be empty (0, d).
             targets: (N,) integers, of classes that have no samples yet; every class from K to the greatest target must
-                have a sample. Samples with target ``ignore_index`` are left out.
+                have a sample on some rank. Samples with target ``ignore_index`` are left out.
 
         Raises:
             ValueError: if shapes or types are wrong, there are no samples, values are not finite, targets are negative,
                 a class has been seen before, a class to be added has no sample, or the head cannot grow. The head is
-                then left unchanged.
+                then left unchanged. Except for shapes and types, the error is raised on every rank.
 
         Examples:
             >>> from neuralcollapse import ClassMeanClassifier
@@ -207,41 +213,45 @@ class FollowsClassMeans(KeepsFullPrecision, LearnsFromTargets):
             >>> head.eval()(points).argmax(1)
             tensor([0, 1, 2])
         """
-        features = self.features(features).detach()
-        check_features(features, self.in_features)
-        check_integers("targets", targets, len(features))
-        check_finite("features", features)
-        features, targets = features.to(compute_dtype(features.dtype)), targets.long()
-        if self.ignore_index is not None:
-            kept = targets != self.ignore_index
-            features, targets = features[kept], targets[kept]
-        if len(targets) == 0 or int(targets.min()) < 0:
-            raise ValueError("targets must be at least 0, and there must be at least one sample")
-        num_classes = max(self.num_classes, int(targets.max()) + 1)
-        present = targets.unique()
-        sums, counts = class_sums(features, targets, num_classes, None)
-        counts = counts.long()
-        if missing := [k for k in range(self.num_classes, num_classes) if not counts[k]]:
-            raise ValueError(f"targets must have a sample of every class that is added, got none of {listed(missing)}")
+        sums, counts = self._sums_of_new_classes(features, targets)
         self._check_admits()
-        seen = self.class_means.centred.seen
-        known = present[present < self.num_classes]
-        if bool((seen[known] > 0).any()):
-            raise ValueError(
-                f"targets must be classes that have no samples yet, got classes seen before: "
-                f"{listed(known[seen[known] > 0].tolist())}"
-            )
-        if num_classes > self.num_classes:
-            self.grow(num_classes - self.num_classes)
+        if len(counts) > self.num_classes:
+            self.grow(len(counts) - self.num_classes)
         moving = self.class_means
         if not bool(moving.overall.seen.any()):
             total = counts.sum().reshape(1)
-            moving.overall(features.mean(0, keepdim=True), total)
+            moving.overall(sums.sum(0, keepdim=True) / total, total)
         means = sums / counts.clamp_min(1).unsqueeze(-1) - moving.global_mean.to(sums)
         given = counts > 0
         moving.centred.mean = torch.where(given.unsqueeze(-1), means.to(moving.centred.mean), moving.centred.mean)
         moving.centred.seen = moving.centred.seen + counts
         self._store_weight(self._weight_of_means().to(self._stored_weight()))
+
+    def _sums_of_new_classes(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return sums (K + n, d) and counts (K + n,) of the samples of all ranks; raise as `admit`.
+
+        Only errors of shape or type are raised before ranks communicate, so that invalid values raise on every rank.
+        """
+        features = self.features(features).detach()
+        check_features(features, self.in_features)
+        check_integers("targets", targets, len(features))
+        features, targets = features.to(compute_dtype(features.dtype)), targets.long()
+        if self.ignore_index is not None:
+            kept = targets != self.ignore_index
+            features, targets = features[kept], targets[kept]
+        num_classes = max(self.num_classes, _greatest_target(targets) + 1)
+        sums, counts = sums_over_ranks(*class_sums(features, targets, num_classes, None))
+        check_batch_mean("features", features, torch.isfinite(sums).all().cpu())
+        counts = counts.long()
+        if missing := [k for k in range(self.num_classes, num_classes) if not counts[k]]:
+            raise ValueError(f"targets must have a sample of every class that is added, got none of {listed(missing)}")
+        again = (counts[: self.num_classes] > 0) & (self.class_means.centred.seen > 0)
+        if bool(again.any()):
+            raise ValueError(
+                f"targets must be classes that have no samples yet, got classes seen before: "
+                f"{listed(again.nonzero().flatten().tolist())}"
+            )
+        return sums, counts
 
     def _check_admits(self) -> None:
         """Raise if the weight can be updated in training steps only."""
@@ -831,6 +841,18 @@ class ClassMeanClassifier(FollowsClassMeans):
 
     def _valid_weight(self, weight: Tensor) -> Tensor:
         return self._store_weight(_in_full_precision(normalize, weight)) if _rows_are_off(weight, 1.0) else weight
+
+
+def _greatest_target(targets: Tensor) -> int:
+    """Return the greatest target of all ranks; raise on every rank unless all are at least 0 and there is one."""
+    without_samples = torch.iinfo(torch.int64).min
+    bounds = targets.new_full((2,), without_samples)
+    if len(targets):
+        bounds = torch.stack([-targets.min(), targets.max()])
+    negative_least, greatest = greatest_over_ranks(bounds).tolist()
+    if negative_least > 0 or greatest < 0:
+        raise ValueError("targets must be at least 0, and there must be at least one sample")
+    return greatest
 
 
 def _random_unit_rows(in_features: int, num_classes: int, generator: torch.Generator | None) -> Tensor:
