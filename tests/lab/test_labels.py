@@ -19,7 +19,7 @@ VALUES = {
     "lr": st.sampled_from([None, 1, 0.1, 0.01]),
     "milestones": st.sampled_from([None, [10, 20], [10, 30]]),
     "flip": st.sampled_from([None, True, False]),
-    "backbone_options": st.sampled_from([None, {"name": "x" * 40}, {"name": "x" * 41}]),
+    "backbone_options": st.sampled_from([None, {}, {"name": None}, {"name": "x" * 40}, {"name": "x" * 41}]),
     "seed": st.integers(0, 2),
 }
 RUNS = st.lists(st.fixed_dictionaries({}, optional=VALUES), min_size=1, max_size=8)
@@ -103,6 +103,31 @@ def test_what_follows_from_another_setting_is_in_no_label_and_what_separates_is(
     assert labels_of(runs[:2], always=["method"]) == ["fixed sgd", "fixed adam"]
     assert labels_of(runs[:1]) == ["fixed"]
     assert labels_of([{}]) == ["run"]
+
+
+FAST = [f"fast-cifar10-{size}" for size in ("small", "medium", "large")]
+
+
+def test_a_recipe_is_named_where_main_settings_are_equal():
+    runs = [run | {"recipe": name} for name, run in zip(FAST, published(*FAST), strict=True)]
+    assert labels_of(runs) == FAST
+    assert title_of(runs, [None] * 3).endswith(f"differing: recipe ({', '.join(FAST)})")
+    assert {"backbone_options", "lr", "batch_size", "epochs"} < set(differing_settings(runs))
+    slower = runs[0] | {"lr": 0.1}
+    assert labels_of([runs[0], slower, runs[1]]) == [f"{FAST[0]} lr=0.375", f"{FAST[0]} lr=0.1", f"{FAST[1]} lr=1.5"]
+    assert labels_of([runs[0], runs[0] | {"method": "fixed"}]) == ["linear", "fixed"]
+    assert labels_of([runs[0], runs[0] | {"method": "fixed", "recipe": "other"}]) == ["linear", "fixed"]
+    renamed = runs[0] | {"recipe": "other"}  # equal settings are repetitions of one experiment
+    assert len(set(labels_of([runs[0], renamed, runs[1]]))) == 2
+
+
+def test_options_of_the_network_come_before_the_learning_rate():
+    runs = published(*FAST[:2], recipe=None)
+    assert labels_of(runs) == ["backbone_options.widths=[32, 96, 128]", "backbone_options.widths=[64, 256, 256]"]
+    assert labels_of([{"backbone_options": {"a": 1, "b": 2}}, {"backbone_options": {"a": 1}}]) == [
+        "backbone_options.b=2",
+        "backbone_options.b=default",
+    ]
 
 
 def test_a_value_stands_alone_where_it_is_clear():

@@ -27,6 +27,7 @@ from neuralcollapse.lab import RunConfig, RunFolder, train_runs
 from neuralcollapse.lab.figures import FIGURES
 from neuralcollapse.lab.figures.gradients import gradient_flow
 from neuralcollapse.lab.figures.panels import write_panels
+from neuralcollapse.lab.recipes import load_recipe
 from neuralcollapse.lab.results.groups import RunGroups
 from neuralcollapse.lab.results.tables import add_rows
 from neuralcollapse.metrics import ClassMoments, pair_matrices
@@ -229,6 +230,20 @@ def test_titles_name_what_is_common_and_legends_what_differs(tmp_path):
         assert main(["plot", *runs[:6:2], "--figure", "zhu", "--out", str(tmp_path / "three"), "--format", "svg"]) == 0
     words = words_of(tmp_path / "three" / "zhu.svg")
     assert [words.count(name) for name in ("sgd", "adam", "lbfgs")] == [1, 1, 1]
+
+
+def test_the_legend_of_times_names_recipes(tmp_path):
+    names = ["fast-mnist-small", "fast-cifar10-medium"]
+    runs = [
+        untrained(tmp_path / name, **load_recipe(name).settings | {"recipe": name, "data": "mnist"}) for name in names
+    ]
+    for run in runs:
+        pd.DataFrame({"epoch": [1, 2], "seconds": [30.0, 31.0]}).to_csv(RunFolder(run).training_log, index=False)
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        assert main(["plot", *runs, "--figure", "time", "--out", str(tmp_path / "out"), "--format", "svg"]) == 0
+    words = words_of(tmp_path / "out" / "time.svg")
+    assert [words.count(name) for name in names] == [1, 1]
+    assert not any("lr=" in word for word in words)
 
 
 def test_gradient_bars_of_the_implicit_head(trained):

@@ -16,7 +16,8 @@ Settings = Mapping[str, Any]
 MAIN = ("name", "method", "loss", "data", "backbone", "model", "optimizer", "weight_average")
 _OF_TITLE = ("name", "backbone", "model", "method", "loss", "optimizer", "weight_average")
 # A label contains as few other settings as are needed to distinguish the runs, with preference for these.
-_NEXT = ("feature_dim", "width", "depth", "stem", "classifier_bias", "lr", "batch_size", "epochs", "train_samples")
+_OF_NETWORK = ("feature_dim", "width", "depth", "stem", "backbone_options", "classifier_bias")
+_NEXT = (*_OF_NETWORK, "lr", "batch_size", "epochs", "train_samples")
 # Settings that do not affect the result, and the seed.
 _IGNORED = ("seed", "recipe", "loggers", "device")
 _PATH = re.compile(r"[/\\~]|\.{1,2}[/\\]|[A-Za-z]:[/\\]|[\w.-]+[/\\]")  # how a path begins
@@ -27,8 +28,10 @@ def labels_of(runs: Sequence[Settings], always: Sequence[str] = ()) -> list[str]
     """Return a short label for each run, with the settings in which it differs from the others.
 
     Runs that differ only in their seed have the same label, other runs have different labels. Main settings, such as
-    method, data, backbone and optimizer, are included if they differ, and only by their value if it is unambiguous. Of
-    the other settings, as few as possible are included to distinguish the runs.
+    method, data, backbone and optimizer, are included if they differ, and only by their value if it is unambiguous. If
+    runs that agree in these have different recipes, the recipe is included, because it stands for several settings. Of
+    the other settings, as few as possible are included to distinguish the runs, those of the network first; of options
+    such as ``backbone_options``, only the entries in which runs differ.
 
     Args:
         runs: Settings of each run.
@@ -39,8 +42,10 @@ def labels_of(runs: Sequence[Settings], always: Sequence[str] = ()) -> list[str]
         ['sgd', 'adam']
         >>> labels_of([{"method": "fixed", "lr": 0.1}, {"method": "fixed", "lr": 0.2}], always=["method"])
         ['fixed lr=0.1', 'fixed lr=0.2']
+        >>> labels_of([{"recipe": f"fast-mnist-{size}", "lr": lr} for size, lr in (("small", 0.4), ("medium", 1.5))])
+        ['fast-mnist-small', 'fast-mnist-medium']
     """
-    runs = [without_secrets(run) for run in runs]
+    runs = [_with_entries(without_secrets(run)) for run in runs]
     names = _distinguishing(runs, always)
     if not names:  # a single group is labelled by its name
         names = [name for name in ("name", "method", "backbone", "model", "data") if runs and runs[0].get(name)][:1]
@@ -142,7 +147,7 @@ def differing_settings(runs: Sequence[Settings]) -> list[str]:
     A setting that is absent from some runs and has the same value in all others is left out unless labels need it,
     because it follows from another setting, such as the momentum from the optimizer.
     """
-    needed = _distinguishing(runs)
+    needed = _distinguishing([{**run, "recipe": None} for run in runs])
     return [
         name
         for name in _names(runs)
@@ -170,17 +175,41 @@ def short_values(values: Sequence[Any]) -> list[str]:
 
 
 def _distinguishing(runs: Sequence[Settings], always: Sequence[str] = ()) -> list[str]:
-    """Return the settings of a label: ``always``, differing main settings, and the fewest others that are needed."""
+    """Return the settings of a label: ``always``, differing main settings, the recipe, and the fewest others needed."""
     names = _names(runs)
     shown = [name for name in MAIN if name in names or name in always]
     number = len(_groups(runs, names))
+    if _recipe_separates(runs, names, shown):
+        shown.append("recipe")
+    first = len(shown)
     others = sorted((name for name in names if name not in MAIN), key=lambda name: (_rank(name), name))
     while len(_groups(runs, shown)) < number:
         shown.append(max(others, key=lambda name: len(_groups(runs, [*shown, name]))))
-    for name in [name for name in shown if name not in MAIN]:
+    for name in shown[first:]:
         if len(_groups(runs, [other for other in shown if other != name])) == number:
             shown.remove(name)
     return shown
+
+
+def _recipe_separates(runs: Sequence[Settings], names: Sequence[str], shown: Sequence[str]) -> bool:
+    """Return whether recipes separate runs that agree in the shown settings, and none that agree in all settings."""
+    if not all(run.get("recipe") for run in runs):
+        return False
+    return len(_groups(runs, [*names, "recipe"])) == len(_groups(runs, names)) and (
+        len(_groups(runs, [*shown, "recipe"])) > len(_groups(runs, shown))
+    )
+
+
+def _with_entries(run: Settings) -> Settings:
+    """Return settings in which each mapping is replaced by its entries, named as in ``backbone_options.widths``."""
+    entries: dict[str, Any] = {}
+    for name, value in run.items():
+        if isinstance(value, Mapping) and value and name not in _IGNORED:
+            # An entry that is None differs from one that is absent.
+            entries |= {f"{name}.{key}": "null" if entry is None else entry for key, entry in value.items()}
+        else:
+            entries[name] = value
+    return entries
 
 
 def _names(runs: Sequence[Settings]) -> list[str]:
@@ -190,7 +219,7 @@ def _names(runs: Sequence[Settings]) -> list[str]:
 
 
 def _rank(name: str) -> int:
-    order = (*MAIN, *_NEXT)
+    order, name = (*MAIN, *_NEXT), name.partition(".")[0]
     return order.index(name) if name in order else len(order)
 
 
@@ -222,8 +251,8 @@ def _named_if_unclear(name: str, value: Any) -> str:
 
 
 def _is_clear(name: str, texts: Mapping[str, Sequence[str]]) -> bool:
-    """Return whether values of a main setting are clear without its name: not numbers or values of another setting."""
-    if name not in MAIN or name == "weight_average":
+    """Return whether values of a main setting or the recipe are clear alone: not numbers or values of another one."""
+    if name not in (*MAIN, "recipe") or name == "weight_average":
         return False
     others = {text for other, of_other in texts.items() if other != name for text in of_other if text}
     return all(re.search(r"[^\W\d_]", text) and text not in others for text in texts[name] if text)
