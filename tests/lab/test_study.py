@@ -325,6 +325,42 @@ def test_a_study_that_was_stopped_goes_on_with_more_seeds_too(tiny, capsys, monk
     capsys.readouterr()
 
 
+def test_a_study_chooses_the_rate_of_each_run_on_validation_images(tiny, capsys, monkeypatch):
+    runs = {"plain": {"method": "linear"}, "sphere": {"method": "standard"}}
+    small = TINY["small"] | {"lr_candidates": [0.001, 0.1]}
+    small["settings"] = {name: value for name, value in small["settings"].items() if name != "method"}
+    claim = TINY["claims"][0] | {"of": "plain", "above": ["sphere"]}
+    tiny.write_text(yaml.safe_dump(TINY | {"figure": "trade-off", "runs": runs, "claims": [claim], "small": small}))
+    assert main(["study", "tiny"]) == 0
+    folder = RunFolder("runs/studies/tiny-small")
+    accuracies: dict = {}
+    for run in RunFolder(folder.tuning).run_folders():
+        assert run.settings()["seed"] == 0  # the first seed that is not compared
+        table = pd.read_csv(run.metrics)
+        chosen = table[(table["split"] == "validation") & (table["metric"] == "accuracy")]
+        accuracies[run.path.name.partition("-")[0], run.settings()["lr"]] = chosen["value"].iloc[-1]
+    assert len(accuracies) == 4
+    rates = yaml.safe_load(folder.verdict.read_text())["rates"]
+    for label, method in (("plain", "linear"), ("sphere", "standard")):
+        assert accuracies[label, rates[label]] == max(accuracies[label, rate] for rate in small["lr_candidates"])
+        for seed in (3, 4):
+            settings = folder.run(f"{label}-seed{seed}").settings()
+            assert (settings["method"], settings["lr"]) == (method, rates[label])
+            assert settings.get("validation_share") is None
+    assert (folder.figures / "trade-off.png").exists()
+
+    monkeypatch.setattr("neuralcollapse.lab.training.runs.Preparation.check", None)
+    capsys.readouterr()
+    assert main(["study", "tiny"]) == 0  # from the finished runs alone
+
+
+def test_a_study_may_take_runs_and_claims_of_another(tiny):
+    (tiny.parent / "other.yaml").write_text(yaml.safe_dump({"like": "tiny", "title": "other", "full": TINY["small"]}))
+    mine, other = load_study("tiny"), load_study("other")
+    assert (other.runs, other.claims, other.source) == (mine.runs, mine.claims, mine.source)
+    assert (other.title, list(other.scales)) == ("other", ["full"])
+
+
 DETECTION = TINY | {
     "figure": "detection-scores",
     "ood": ["held-out", "others"],
@@ -471,6 +507,8 @@ def test_a_study_changed_after_its_runs_says_which(tiny, capsys):
         ({"claims": [TINY["claims"][0] | {"below": ["slow"]}]}, "a claim needs one of below, above"),
         ({"claims": [TINY["claims"][0] | {"publshed": "2"}]}, "publshed"),
         ({"small": {"seeds": [1]}}, "cost"),
+        ({"like": "papian2020-cifar10"}, "like must be the name of a study, got 'papian2020-cifar10'; nearest: papyan"),
+        ({"small": TINY["small"] | {"lr_candidates": [0.1, 0.2]}}, "lr_candidates of scale small must be at least two"),
         ({"ood": ["held-out"]}, "ood and scores must be given together"),
         ({"ood": ["held-out"], "scores": ["nco"]}, "scores must be among msp"),
         (

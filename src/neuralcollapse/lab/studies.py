@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 SCALES = ("small", "full")
 _HELD_OUT = "held-out"  # split of accuracies on the classes that a run held out
+_TUNING_SHARE = 0.2  # share of the training images on which rates are chosen
 _FOLDER = Path(__file__).parent / "studies"
 
 
@@ -49,6 +51,8 @@ class Scale:
         seeds: Seeds of every run.
         settings: Settings of all runs in which they have an effect; they override those of recipes.
         runs: Settings of single runs, which override ``settings``.
+        lr_candidates: Learning rates from which that of each run is chosen by the accuracy on a validation split, with
+            a seed that is not compared. None if the runs give their rates.
         reduced: Differences from the published size, in words; None without differences.
     """
 
@@ -56,6 +60,7 @@ class Scale:
     seeds: list[int]
     settings: dict[str, Any]
     runs: dict[str, dict[str, Any]]
+    lr_candidates: list[float] | None
     reduced: str | None
 
     def seeds_from(self, given: int | list[int] | None) -> list[int]:
@@ -146,6 +151,8 @@ def load_study(name: str | Path) -> Study:
         path = _FOLDER / f"{name}.yaml"
     try:
         content = load_typed_yaml(path.read_text(encoding="utf-8"))
+        if "like" in content:
+            content = _content_of(content.pop("like")) | content
         scales = {scale: _scale(content.pop(scale)) for scale in SCALES if scale in content}
         claims = [_claim(claim) for claim in content.pop("claims")]
         runs = content.pop("runs", {})
@@ -157,6 +164,14 @@ def load_study(name: str | Path) -> Study:
     return study
 
 
+def _content_of(name: str) -> dict[str, Any]:
+    """Return the content of a study, without its scales."""
+    if name not in study_names():
+        raise ValueError(f"like must be the name of a study, got {name!r}{closest_names(name, study_names())}")
+    content = load_typed_yaml((_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    return {key: value for key, value in content.items() if key not in SCALES}
+
+
 def _check(study: Study, path: Path) -> None:
     """Check that claims refer to runs, metrics and levels that exist."""
     from neuralcollapse.catalogue import METRICS
@@ -164,6 +179,12 @@ def _check(study: Study, path: Path) -> None:
     wrong = []
     if not study.scales:
         wrong.append(f"it has no scale, {' or '.join(SCALES)}")
+    for name, scale in study.scales.items():
+        given = [
+            settings for settings in (scale.settings, *study.runs.values(), *scale.runs.values()) if "lr" in settings
+        ]
+        if scale.lr_candidates is not None and (given or len({*scale.lr_candidates}) < 2):
+            wrong.append(f"lr_candidates of scale {name} must be at least two distinct rates, of runs that give no lr")
     if bool(study.ood) != bool(study.scores):
         wrong.append("ood and scores must be given together: the sets, and the scores to evaluate on them")
     if study.scores:
@@ -315,10 +336,15 @@ def _results(
             raise ValueError(
                 f"hold_out_classes must be given in the runs of {study.name}.yaml, which evaluates on them"
             )
-    if not options.overwrite:
+    candidates = study.scale(scale).lr_candidates
+    if not options.overwrite and candidates is None:
         _check_existing(runs, folder)
     settings, resume = {"study": study.name, "scale": scale}, folder.config.exists() and not options.overwrite
     locks.enter_context(folder.writing(settings, resume=resume, overwrite=options.overwrite))
+    if candidates is not None:
+        compared = {*study.scale(scale).seeds, *seeds}
+        runs = _with_chosen_rates(runs, candidates, compared, folder, resume=resume, parallel=options.parallel)
+        _check_existing(runs, folder)
     if options.overwrite or not all(_is_finished(folder.run(name)) for name in runs):
         _train_missing(runs, folder, resume=resume, parallel=options.parallel)
     finished: dict[str, dict[int, RunFolder]] = {label: {} for label in study.runs}
@@ -336,6 +362,7 @@ def _results(
     for label, of_label in finished.items():
         for seed, run in of_label.items():
             facts = run.read_environment() | {"seconds": float(read_table(run.training_log)["seconds"].sum())}
+            facts["lr"] = run.settings().get("lr")
             groups[label][seed] = Finished(_measured(run, study), facts)
     return groups, _draw(study, {label: list(of_label.values()) for label, of_label in finished.items()}, folder)
 
@@ -362,6 +389,29 @@ def _check_existing(runs: Mapping[str, RunConfig], folder: RunFolder) -> None:
             f"{len(differences)} of the runs in {str(folder.path)!r} differ from the study: {'; '.join(differences)}; "
             "--out selects another folder, --overwrite trains all runs again"
         )
+
+
+def _with_chosen_rates(
+    runs: Mapping[str, RunConfig],
+    rates: Sequence[float],
+    compared: Collection[int],
+    folder: RunFolder,
+    *,
+    resume: bool,
+    parallel: int,
+) -> dict[str, RunConfig]:
+    """Train the runs of a label at each candidate rate, and return the runs with the best rate of their label."""
+    from neuralcollapse.lab.training.tuning import best_rates, tuning_runs  # this import takes seconds
+
+    seed = next(seed for seed in count() if seed not in compared)
+    labels = {name: name.rpartition("-seed")[0] for name in runs}
+    candidates = {
+        f"{labels[name]}-lr{tuned.lr:g}-seed{seed}": (labels[name], tuned)
+        for name, run in runs.items()
+        for tuned in tuning_runs(run, rates, seed, _TUNING_SHARE)
+    }
+    best = best_rates(candidates, folder, resume=resume, parallel=parallel)
+    return {name: run.replace(lr=best[labels[name]]) for name, run in runs.items()}
 
 
 def _train_missing(runs: Mapping[str, RunConfig], folder: RunFolder, *, resume: bool, parallel: int) -> None:
@@ -526,11 +576,17 @@ def _record(study: Study, scale: str, seeds: Sequence[int], groups: Groups) -> d
         "claims": [verdict_record(claim, judge(claim, groups)) for claim in study.claims],
         **({"detection": _last_rates(study, groups)} if study.ood or study.transfer else {}),
         **({"groups": _last_of_groups(groups)} if study.figure == "groups" else {}),
+        **({"rates": _rates(groups)} if study.scale(scale).lr_candidates else {}),
         "command": " ".join([f"neuralcollapse study {study.name} --scale {scale}", *folders]),
         "training_minutes": round(sum(of_run["seconds"] for of_run in facts) / 60, 1),
         **{name: _values_of(name, facts) for name in ("neuralcollapse", "git_commit", "machine", "accelerator")},
         "finished": max((of_run["ended"] for of_run in facts if of_run.get("ended")), default=None),
     }
+
+
+def _rates(groups: Groups) -> dict[str, float]:
+    """Return the learning rate of each run by name."""
+    return {label: next(iter(runs.values())).facts["lr"] for label, runs in groups.items() if runs}
 
 
 def _last_rates(study: Study, groups: Groups) -> list[dict[str, Any]]:
@@ -597,7 +653,7 @@ def _sections(record: Mapping[str, Any]) -> list[str]:
 
 
 def _scale(content: Mapping[str, Any]) -> Scale:
-    return Scale(**{"settings": {}, "runs": {}, "reduced": None, **content})
+    return Scale(**{"settings": {}, "runs": {}, "lr_candidates": None, "reduced": None, **content})
 
 
 def _claim(content: Mapping[str, Any]) -> Claim:

@@ -23,6 +23,9 @@ FIGURES |= {
         f"{__name__}.gradients:gradient_flow",
     ),
     "time": FigureEntry("accuracy and NC1 to NC3 against training time", f"{__name__}.time:against_time", 2),
+    "trade-off": FigureEntry(
+        "test accuracy against NC1 to NC3 at the last epoch", f"{__name__}.trade_off:trade_off", 3
+    ),
     "groups": FigureEntry(
         "test accuracy and train NC1 of classes with many and few training images",
         f"{__name__}.groups:groups_of_classes",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import closing
 from itertools import count
+from typing import TypeVar
 
 from neuralcollapse.lab.config import RunConfig
 from neuralcollapse.lab.experiments import Comparison
@@ -14,56 +15,81 @@ from neuralcollapse.lab.results.labels import common_settings
 from neuralcollapse.lab.results.tables import read_table
 from neuralcollapse.lab.training.runs import Preparation, named_runs, train_each
 
+_Kind = TypeVar("_Kind", bound=Hashable)
+
 
 def with_chosen_rates(
     runs: Sequence[RunConfig], comparison: Comparison, folder: RunFolder, *, resume: bool = False, parallel: int = 1
 ) -> list[RunConfig]:
     """Train each method with each loss and weight average at every candidate rate, and set the best rate in the runs.
 
-    The best rate is that with the greatest last validation accuracy, then with the greatest mean over measured epochs,
-    then the smallest rate, in runs of the first seed that is not compared. These runs are stored in ``tuning/`` of the
-    folder; finished runs are not trained again. Runs that fail are reported and left out.
-
     Args:
         runs: Runs to compare.
         comparison: Comparison with ``lr_candidates`` and ``tuning_share``.
-        folder: Folder of the comparison, inside its ``writing`` context; `RunFolder.begin` is called after all
+        folder: Folder of the comparison, as for `best_rates`.
+        resume: Resume the runs in the folder.
+        parallel: Number of runs to train at a time.
+
+    Raises:
+        ValueError: as for `best_rates`.
+    """
+    rates = comparison.lr_candidates or []
+    seed = next(seed for seed in count() if seed not in comparison.seed_list)
+    kinds = {_kind(run): run for run in reversed(runs)}
+    named = named_runs(
+        [run for kind in reversed(kinds.values()) for run in tuning_runs(kind, rates, seed, comparison.tuning_share)]
+    )
+    candidates = {name: (_kind(run), run) for name, run in named.items()}
+    best = best_rates(candidates, folder, resume=resume, parallel=parallel)
+    return [run.replace(lr=best[_kind(run)]) for run in runs]
+
+
+def tuning_runs(run: RunConfig, rates: Sequence[float], seed: int, share: float | None) -> list[RunConfig]:
+    """Return a run at each candidate rate, with a seed and a share of validation images, unless it has one."""
+    return [run.replace(lr=rate, seed=seed, validation_share=run.validation_share or share) for rate in sorted(rates)]
+
+
+def best_rates(
+    candidates: Mapping[str, tuple[_Kind, RunConfig]], folder: RunFolder, *, resume: bool, parallel: int
+) -> dict[_Kind, float]:
+    """Train runs that differ in their rate, and return the best rate of each kind.
+
+    The best rate is that with the greatest last validation accuracy, then with the greatest mean over measured epochs,
+    then the smallest rate. The runs are stored in ``tuning/`` of the folder; finished runs are not trained again. Runs
+    that fail are reported and left out.
+
+    Args:
+        candidates: Kind and settings of each run, by the name of its folder.
+        folder: Folder of the compared runs, inside its ``writing`` context; `RunFolder.begin` is called after all
             candidates are checked.
         resume: Resume the runs in the folder.
         parallel: Number of runs to train at a time.
 
     Raises:
-        ValueError: as for `train_runs`, or if a method fails at every candidate.
+        ValueError: as for `train_runs`, or if a kind fails at every candidate.
     """
-    rates = sorted(comparison.lr_candidates or [])
-    seed = next(seed for seed in count() if seed not in comparison.seed_list)
-    kinds = {_kind(run): run for run in reversed(runs)}
-    candidates = named_runs(
-        [
-            run.replace(lr=rate, seed=seed, validation_share=run.validation_share or comparison.tuning_share)
-            for run in reversed(kinds.values())
-            for rate in rates
-        ]
-    )
-    tuning, preparation = RunFolder(folder.tuning), Preparation(resumed=resume, progress=True)
-    facts = preparation.check(candidates, tuning, parallel)
-    folder.begin()
-    with tuning.writing(common_settings([*candidates.values()]), resume=resume):
-        tuning.begin(facts)
-        with closing(train_each(candidates, tuning, preparation, parallel)) as failures:
-            for name, failure in failures:
-                print(f"neuralcollapse: skipped: {name}: {failure}", file=sys.stderr)
-    scores: dict[tuple[str, str, float | None], dict[float, tuple[float, float, float]]] = {kind: {} for kind in kinds}
-    for name, run in candidates.items():
+    runs = {name: run for name, (_, run) in candidates.items()}
+    tuning = RunFolder(folder.tuning)
+    if not resume or not all(tuning.run(name).is_finished(run.in_force()) for name, run in runs.items()):
+        preparation = Preparation(resumed=resume, progress=True)
+        facts = preparation.check(runs, tuning, parallel)
+        folder.begin()
+        with tuning.writing(common_settings([*runs.values()]), resume=resume):
+            tuning.begin(facts)
+            with closing(train_each(runs, tuning, preparation, parallel)) as failures:
+                for name, failure in failures:
+                    print(f"neuralcollapse: skipped: {name}: {failure}", file=sys.stderr)
+    scores: dict[_Kind, dict[float, tuple[float, float, float]]] = {kind: {} for kind, _ in candidates.values()}
+    for name, (kind, run) in candidates.items():
         accuracies = _validation_accuracies(tuning.run(name))
         if run.lr is not None and accuracies and max(accuracies) == run.epochs:
             mean = sum(accuracies.values()) / len(accuracies)
-            scores[_kind(run)][run.lr] = (accuracies[run.epochs], mean, -run.lr)
-    for (method, loss, _), by_rate in scores.items():
-        if not by_rate:
-            raise ValueError(f"lr_candidates must have one at which {method} trains with {loss}, got {rates}")
-    best = {kind: max(by_rate, key=by_rate.__getitem__) for kind, by_rate in scores.items()}
-    return [run.replace(lr=best[_kind(run)]) for run in runs]
+            scores[kind][run.lr] = (accuracies[run.epochs], mean, -run.lr)
+    for kind, run in candidates.values():
+        if not scores[kind]:
+            rates = [other.lr for of_kind, other in candidates.values() if of_kind == kind]
+            raise ValueError(f"lr_candidates must have one at which {run.method} trains with {run.loss}, got {rates}")
+    return {kind: max(by_rate, key=by_rate.__getitem__) for kind, by_rate in scores.items()}
 
 
 def _kind(run: RunConfig) -> tuple[str, str, float | None]:
