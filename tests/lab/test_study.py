@@ -383,15 +383,20 @@ def test_a_study_of_detection_evaluates_each_kept_checkpoint_once(tiny, tmp_path
     tiny.write_text(yaml.safe_dump(DETECTION))
     assert main(["study", "tiny"]) == 2
     assert "needs the folder of the unknown inputs others: --ood others=FOLDER" in capsys.readouterr().err
-    (tmp_path / "images").mkdir()
-    for index in range(20):
-        pixels = np.random.default_rng(index).integers(0, 256, (8, 8), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "images" / f"{index}.png")
+    for name, size in (("images", 8), ("small", 6)):
+        (tmp_path / name).mkdir()
+        for index in range(20):
+            pixels = np.random.default_rng(index).integers(0, 256, (size, size), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{index}.png")
+    settings = {name: value for name, value in DETECTION["small"]["settings"].items() if name != "image_size"}
+    tiny.write_text(yaml.safe_dump(DETECTION | {"small": DETECTION["small"] | {"settings": settings}}))
+    assert main(["study", "tiny", "--ood", f"others={tmp_path / 'small'}"]) == 2
+    assert "ood must have images of the run's size, 8x8, and those of" in capsys.readouterr().err
     folder = RunFolder("runs/studies/tiny-small")
-    trained = folder.run("fast-seed3").metrics.stat().st_mtime_ns
+    assert not folder.path.exists()  # both are refused before training
+    tiny.write_text(yaml.safe_dump(DETECTION))
     assert main(["study", "tiny", "--ood", f"others={tmp_path / 'images'}"]) == 0
     told = capsys.readouterr().out
-    assert folder.run("fast-seed3").metrics.stat().st_mtime_ns == trained
     record = yaml.safe_load(folder.verdict.read_text())
     assert record["command"].endswith("--ood others=FOLDER")
     auroc = {}

@@ -346,7 +346,7 @@ def _results(
         runs = _with_chosen_rates(runs, candidates, compared, folder, resume=resume, parallel=options.parallel)
         _check_existing(runs, folder)
     if options.overwrite or not all(_is_finished(folder.run(name)) for name in runs):
-        _train_missing(runs, folder, resume=resume, parallel=options.parallel)
+        _train_missing(study, runs, options, folder, resume=resume)
     finished: dict[str, dict[int, RunFolder]] = {label: {} for label in study.runs}
     for name, config in runs.items():
         if _is_finished(folder.run(name)):
@@ -414,13 +414,25 @@ def _with_chosen_rates(
     return {name: run.replace(lr=best[labels[name]]) for name, run in runs.items()}
 
 
-def _train_missing(runs: Mapping[str, RunConfig], folder: RunFolder, *, resume: bool, parallel: int) -> None:
-    """Train the runs that are not finished; runs that fail are reported and skipped."""
+def _train_missing(
+    study: Study, runs: Mapping[str, RunConfig], options: StudyOptions, folder: RunFolder, *, resume: bool
+) -> None:
+    """Train the runs that are not finished; runs that fail are reported and skipped.
+
+    Raises:
+        ValueError: before training, if a set of unknown inputs cannot be used.
+    """
+    from neuralcollapse.lab.data.unknown import unknown_sets
     from neuralcollapse.lab.training.runs import Preparation, train_each  # this import takes seconds
 
     preparation = Preparation(resumed=resume, progress=True)
-    folder.begin(preparation.check(runs, folder, parallel))
-    with closing(train_each(runs, folder, preparation, parallel)) as failures:
+    facts = preparation.check(runs, folder, options.parallel)
+    if study.ood:
+        name, config = next(iter(runs.items()))
+        first = preparation.run(config, folder.run(name))
+        unknown_sets(_sets(study, options), first.data, first.evaluation["test"], config)
+    folder.begin(facts)
+    with closing(train_each(runs, folder, preparation, options.parallel)) as failures:
         for name, failure in failures:
             print(f"neuralcollapse: skipped: {name}: {failure}", file=sys.stderr)
 
@@ -436,22 +448,33 @@ def _check_sets(study: Study, options: StudyOptions) -> None:
         raise ValueError(f"ood must be among the sets of the study {study.name}, {sets}, got {unknown[0]!r}")
 
 
+def _sets(study: Study, options: StudyOptions) -> dict[str, Path | None]:
+    """Return the folder of each set of unknown inputs, or None for built-in sets.
+
+    Raises:
+        ValueError: if a set needs a folder that is not given.
+    """
+    from neuralcollapse.lab.data.unknown import BUILT_IN
+
+    sets = {name: options.ood.get(name) for name in study.ood}
+    if without := [name for name, path in sets.items() if path is None and name not in BUILT_IN]:
+        raise ValueError(
+            f"study {study.name} needs the folder of the unknown inputs {without[0]}: --ood {without[0]}=FOLDER"
+        )
+    return sets
+
+
 def _detect(study: Study, runs: Sequence[RunFolder], options: StudyOptions) -> None:
     """Evaluate the scores on every kept checkpoint of each run whose last checkpoint has not been evaluated.
 
     Raises:
         ValueError: if a set needs a folder that is not given, or as for `detect_run`.
     """
-    from neuralcollapse.lab.data.unknown import BUILT_IN
     from neuralcollapse.lab.evaluate.detection import detect_run
     from neuralcollapse.lab.training.runs import Preparation
 
     missing = [run for run in runs if not _is_detected(run, study)]
-    sets = {name: options.ood.get(name) for name in study.ood}
-    if without := [name for name, path in sets.items() if path is None and name not in BUILT_IN and missing]:
-        raise ValueError(
-            f"study {study.name} needs the folder of the unknown inputs {without[0]}: --ood {without[0]}=FOLDER"
-        )
+    sets = _sets(study, options) if missing else {}
     preparation = Preparation(resumed=True, progress=True)
     for run in missing:
         for _ in detect_run(run, preparation, sets, scores=study.scores, epochs="all", backbone=options.backbone):
