@@ -131,7 +131,8 @@ def _parse(arguments: list[str]) -> tuple[Command, Namespace]:
     """Return the chosen command and its arguments; without a command, the parser prints its help or raises.
 
     Raises:
-        ValueError: if a flag is unknown (the message names the most similar flags), or a class is named only in a file.
+        ValueError: if a flag is unknown (the message names the setting that has it as an option, or the most similar
+            flags), or a class is named only in a file.
         ArgumentError: if the arguments are otherwise invalid.
     """
     from argparse import ArgumentError
@@ -141,7 +142,7 @@ def _parse(arguments: list[str]) -> tuple[Command, Namespace]:
     parser = _parser(name, command)
 
     from neuralcollapse.lab.commands.arguments import check_named_classes
-    from neuralcollapse.lab.settings import closest_names
+    from neuralcollapse.lab.settings import closest_names, setting_with_option
 
     try:
         parsed = parser.parse_args(arguments, defaults=False)
@@ -149,6 +150,9 @@ def _parse(arguments: list[str]) -> tuple[Command, Namespace]:
         unknown = re.search(r"(?i)unrecognized arguments: (--[^\s=]+)", str(error))
         if unknown is None or command is None:
             raise
+        option = unknown[1].removeprefix("--")
+        if holder := setting_with_option(option, command.sections):
+            raise ValueError(f"{error}; {option} is an option of --{holder}") from error
         flags = [f"--{name}" for section in command.sections for name in section.model_fields]
         raise ValueError(f"{error}{closest_names(unknown[1], flags)}") from error
     assert command is not None  # without a command, parsing exits or raises

@@ -164,11 +164,6 @@ _WITH_LOSS_OPTIONS = Condition(
     lambda values: values["loss"] in OF_CLASSES + OF_SAMPLES or "." in values["loss"],
 )
 _ONE_IMAGE = Condition("digits_per_image 1", ("digits_per_image",), lambda values: values["digits_per_image"] == 1)
-_WITH_BACKBONE_OPTIONS = Condition(
-    f"a backbone by dotted path, or backbone {listed((FAST_CONVNET, *VITS), 'or')}",
-    ("backbone",),
-    lambda values: "." in values["backbone"] or values["backbone"] in (FAST_CONVNET, *VITS),
-)
 _BUILT_IN = Condition("the built-in backbones", ("backbone",), lambda values: "." not in values["backbone"])
 _OF_ONE_WIDTH = Condition(
     f"the built-in backbones other than {FAST_CONVNET}",
@@ -193,8 +188,8 @@ _WITH_ATTRIBUTES = Condition(
 )
 _STEADY_MOMENTUM = Condition(
     "optimizer sgd without cycle_momentum of one-cycle",
-    ("optimizer", "one_cycle"),
-    lambda values: values["optimizer"] == "sgd" and not (values["one_cycle"] or {}).get("cycle_momentum"),
+    ("optimizer", "schedule_options"),
+    lambda values: values["optimizer"] == "sgd" and not (values["schedule_options"] or {}).get("cycle_momentum"),
 )
 _DECAYING = Condition(
     "an optimizer other than agd; with feature_decay, to a trained classifier",
@@ -479,20 +474,24 @@ class BatchSettings(Settings):
             )
 
 
-class VitOptions(Settings):
-    """Options of a vision transformer."""
+class BackboneOptions(Settings):
+    """Options of the built-in backbones."""
 
-    patch_size: AtLeast1 | None = None
+    batch_norm_affine: Annotated[bool | None, _BATCH_NORM] = True
+    """Train a scale and a shift in batch norm."""
+    initialisation: Annotated[
+        Literal["he", "torch"] | None, where(backbone=(*RESNETS, "vgg13"), optimizer=(*_FIRST_ORDER, "lbfgs"))
+    ] = "he"
+    """Initial weights of convolutions: he, normal by the fan-out (He et al., ICCV 2015), or the default of torch. agd
+    uses a separate initialisation."""
+    patch_size: Annotated[AtLeast1 | None, where(backbone=VITS)] = None
     """Height and width of patches, which must divide those of the images. By default 16 for images of 128 pixels or
     more, 4 for 16 or more, else 2."""
-
-
-class FastConvNetOptions(Settings):
-    """Options of fast-convnet."""
-
-    widths: Annotated[list[AtLeast1], Field(min_length=3, max_length=3)] = Field(default_factory=lambda: [64, 256, 256])
+    widths: Annotated[
+        Annotated[list[AtLeast1], Field(min_length=3, max_length=3)] | None, where(backbone=FAST_CONVNET)
+    ] = Field(default_factory=lambda: [64, 256, 256])
     """Channels of each of the three stages."""
-    convolutions: Literal[2, 3] = 2
+    convolutions: Annotated[Literal[2, 3] | None, where(backbone=FAST_CONVNET)] = 2
     """Convolutions of each stage; with 3, the output of the first is added to that of the last."""
 
 
@@ -505,17 +504,7 @@ class ModelSettings(Settings):
     the dotted path of a user-defined class, such as package.module.Class, which returns features (N, feature_dim)."""
     backbone_options: Annotated[
         dict[str, Any] | None,
-        _WITH_BACKBONE_OPTIONS,
-        Options(
-            lambda values: (
-                None
-                if "." in values["backbone"]
-                else FastConvNetOptions
-                if values["backbone"] == FAST_CONVNET
-                else VitOptions
-            ),
-            (FastConvNetOptions, VitOptions),
-        ),
+        Options(lambda values: None if "." in values["backbone"] else BackboneOptions, (BackboneOptions,)),
     ] = Field(default_factory=dict)
     """Keyword arguments of a user-defined class. For built-in backbones:"""
     width: Annotated[AtLeast1 | None, _OF_ONE_WIDTH, _WIDTH] = None
@@ -528,8 +517,6 @@ class ModelSettings(Settings):
     a vision transformer has only with this setting. By default that of the backbone."""
     stem: Annotated[Literal["7x7", "3x3"] | None, where(backbone=RESNETS)] = "7x7"
     """First layer: 7x7 of stride 2 and max-pooling, or 3x3 of stride 1."""
-    batch_norm_affine: Annotated[bool | None, _BATCH_NORM] = True
-    """Train a scale and a shift in batch norm."""
     feature_norm: Annotated[Literal["auto", "none"] | Positive | None, _of_methods("feature_norm")] = "auto"
     """Norm to which features are scaled before the classifier; auto computes it from the number of classes."""
     unit_weight: Annotated[Literal["published"] | bool | None, _of_methods("unit_weight")] = True
@@ -597,27 +584,29 @@ class AgdOptions(Settings):
     """Factor of every step."""
 
 
-class CycleOfRate(Settings):
-    """Options of one-cycle with lbfgs."""
+class ScheduleOptions(Settings):
+    """Options of the schedules."""
 
-    three_phase: bool = False
+    warmup_epochs: Annotated[Annotated[int, Field(ge=0)] | None, where(schedule=("constant", "cosine", "step"))] = 0
+    """Number of epochs at the start in which the learning rate increases linearly, batch by batch, to lr. The cosine
+    begins after these epochs; step_at includes them in its count."""
+    step_at: Annotated[AtLeast1 | list[AtLeast1] | None, where(schedule="step"), _THIRDS] = None
+    """Multiply the learning rate after every n epochs, or after the epochs in a list. By default after one third and
+    two thirds of all epochs."""
+    lr_factor: Annotated[Positive | None, where(schedule="step")] = 0.1
+    """Factor of the learning rate in each step."""
+    three_phase: Annotated[bool | None, where(schedule="one-cycle")] = False
     """Decrease the rate as fast as it increased, then to 0 in a third phase."""
-    div_factor: Annotated[float, Field(ge=1)] = 25.0
+    div_factor: Annotated[Annotated[float, Field(ge=1)] | None, where(schedule="one-cycle")] = 25.0
     """Begin at lr divided by this value."""
-    final_div_factor: Annotated[float, Field(ge=1)] = 1e4
+    final_div_factor: Annotated[Annotated[float, Field(ge=1)] | None, where(schedule="one-cycle")] = 1e4
     """End at the initial learning rate divided by this value."""
-    pct_start: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    pct_start: Annotated[Annotated[float, Field(gt=0, lt=1)] | None, where(schedule="one-cycle")] = 0.3
     """Share of the steps in which the rate increases."""
-    anneal_strategy: Literal["cos", "linear"] = "cos"
+    anneal_strategy: Annotated[Literal["cos", "linear"] | None, where(schedule="one-cycle")] = "cos"
     """Shape of increase and decrease: cos, half a cosine; or linear, the triangular schedule."""
-
-
-class OneCycle(CycleOfRate):
-    """Options of one-cycle."""
-
-    cycle_momentum: bool = True
-    """Move the momentum (beta1 of adam and adamw) from 0.95 to 0.85 and back, opposite to the learning rate; not with
-    lbfgs."""
+    cycle_momentum: Annotated[bool | None, where(schedule="one-cycle", optimizer=_FIRST_ORDER)] = True
+    """Move the momentum (beta1 of adam and adamw) from 0.95 to 0.85 and back, opposite to the learning rate."""
 
 
 class Optimisation(Settings):
@@ -636,11 +625,6 @@ class Optimisation(Settings):
         ),
     ] = Field(default_factory=dict)
     """Options of these optimisers:"""
-    initialisation: Annotated[
-        Literal["he", "torch"] | None, where(backbone=(*RESNETS, "vgg13"), optimizer=(*_FIRST_ORDER, "lbfgs"))
-    ] = "he"
-    """Initial weights of convolutions: he, normal by the fan-out (He et al., ICCV 2015), or the default of torch. agd
-    uses a separate initialisation."""
     lr: Annotated[Positive | None, _WITH_RATE] = 0.05
     """Initial learning rate; for one-cycle, the maximum."""
     feature_decay: Literal["published"] | NotNegative | None = None
@@ -654,20 +638,10 @@ class Optimisation(Settings):
     schedule: Annotated[Literal["constant", "cosine", "step", "one-cycle"] | None, _WITH_RATE] = "cosine"
     """Schedule of the learning rate: cosine ends at 0; step multiplies by lr_factor; one-cycle increases, then
     decreases."""
-    warmup_epochs: Annotated[Annotated[int, Field(ge=0)] | None, where(schedule=("constant", "cosine", "step"))] = 0
-    """Number of epochs at the start in which the learning rate increases linearly, batch by batch, to lr. The cosine
-    begins after these epochs; step_at includes them in its count."""
-    one_cycle: Annotated[
-        dict[str, Any] | None,
-        where(schedule="one-cycle"),
-        Options(lambda values: CycleOfRate if values["optimizer"] == "lbfgs" else OneCycle, (OneCycle,)),
+    schedule_options: Annotated[
+        dict[str, Any] | None, _WITH_RATE, Options(lambda _: ScheduleOptions, (ScheduleOptions,))
     ] = Field(default_factory=dict)
-    """Options of one-cycle:"""
-    step_at: Annotated[AtLeast1 | list[AtLeast1] | None, where(schedule="step"), _THIRDS] = None
-    """Multiply the learning rate after every n epochs, or after the epochs in a list. By default after one third and
-    two thirds of all epochs."""
-    lr_factor: Annotated[Positive | None, where(schedule="step")] = 0.1
-    """Factor of the learning rate in each step."""
+    """Options of the schedule:"""
     gradient_clip: Annotated[Positive | None, where(optimizer=_FIRST_ORDER)] = None
     """Scale the gradient of all parameters down to this norm if it exceeds it."""
     weight_average: PositiveShare | None = None
@@ -748,9 +722,10 @@ class RunConfig(Record, Ranks, Optimisation, ModelSettings, BatchSettings, DataS
             )
         if (self.method == "attribute-frame" or self.code == "attributes") and self.class_attributes is None:
             raise ValueError(f"class_attributes must be given for method {self.method}: the attributes of the classes")
-        if self.warmup_epochs and self.warmup_epochs >= self.epochs:
+        warmup = (self.schedule_options or {}).get("warmup_epochs", 0)
+        if warmup and warmup >= self.epochs:
             raise ValueError(
-                f"warmup_epochs must be less than epochs, which is {self.epochs}, got {self.warmup_epochs}"
+                f"schedule_options.warmup_epochs must be less than epochs, which is {self.epochs}, got {warmup}"
             )
         if self.feature_decay not in (None, 0, "published") and self.feature_norm not in ("none", None):
             raise ValueError("feature_decay needs feature_norm none: for normalised features it is constant")

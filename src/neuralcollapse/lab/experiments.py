@@ -310,8 +310,10 @@ def _recipes_by_method(name: str, methods: Sequence[str]) -> dict[str, Recipe]:
 
 def _check_epochs(settings: Mapping[str, Any], config: RunConfig) -> None:
     """Check that requested epochs occur; epochs of a recipe need not occur if the run is shorter."""
-    for name in ("measure_at", "keep_at", "step_at"):
-        epochs = settings.get(name) if getattr(config, name) is not None else None
+    requested = {name: settings.get(name) for name in ("measure_at", "keep_at")}
+    if config.schedule == "step":
+        requested["schedule_options.step_at"] = (settings.get("schedule_options") or {}).get("step_at")
+    for name, epochs in requested.items():
         for epoch in epochs if isinstance(epochs, list) else []:
             if isinstance(epoch, int) and epoch > config.epochs:
                 raise ValueError(f"{name} must be at most epochs, which is {config.epochs}, got {epoch}")

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 from neuralcollapse._html import html_table
 from neuralcollapse.lab.untrusted import check_limits
@@ -52,6 +53,8 @@ class Default:
 class Options:
     """Settings that a mapping may contain, which depend on other settings; part of the annotation of the mapping.
 
+    Conditions and defaults of the options may depend on each other and on the settings that surround the mapping.
+
     Attributes:
         of: Function of the values of the settings that returns the settings class of the mapping; None if any keys are
             accepted.
@@ -87,7 +90,7 @@ class Settings(BaseModel):
     )
 
     def __init__(self, /, **given: Any) -> None:
-        refused = self._fill_in(given, {})
+        refused = self._fill_in(given, {}, None)
         if refused:
             raise ValueError(next(iter(refused.values())))
         self.check()
@@ -108,13 +111,14 @@ class Settings(BaseModel):
                 that are not settings are ignored.
 
         Returns:
-            The settings; and for each given setting without an effect, the condition that it needs.
+            The settings; and for each given setting without an effect, the condition that it needs. An option of a
+            setting has the name ``setting.option``.
 
         Raises:
             ValueError: if a value has the wrong type or is out of bounds.
         """
         settings = cls.__new__(cls)
-        return settings, settings._fill_in(given, base or {})
+        return settings, settings._fill_in(given, base or {}, None)
 
     def check(self) -> None:
         """Check settings together; raise a `ValueError` if some do not fit each other."""
@@ -143,8 +147,25 @@ class Settings(BaseModel):
         """Return the settings of one section, without validating them again."""
         return kind.model_construct(**{name: getattr(self, name) for name in kind.model_fields})
 
-    def _fill_in(self, given: Values, base: Values) -> dict[str, str]:
-        """Set the values; return the conditions of settings without an effect, as `resolve` does."""
+    @classmethod
+    def override(cls, base: Values, changes: Values) -> dict[str, Any]:
+        """Return values with the given changes; options of a setting are changed one by one."""
+        changed = {**base, **changes}
+        for name, value in changes.items():
+            notes = cls.model_fields[name].metadata if name in cls.model_fields else []
+            has_options = any(isinstance(note, Options) for note in notes)
+            if has_options and isinstance(value, dict) and isinstance(base.get(name), dict):
+                changed[name] = base[name] | value
+        return changed
+
+    def _fill_in(self, given: Values, base: Values, within: Values | None) -> dict[str, str]:
+        """Set the values; return the conditions of settings without an effect, as `resolve` does.
+
+        Args:
+            given: Values that were requested.
+            base: Values for settings that are not given.
+            within: Values of the surrounding settings, if these are options.
+        """
         known = type(self).model_fields
         asked = {name: value for name, value in base.items() if name in known} | dict(given)
         asked = {name: value for name, value in asked.items() if value is not None}
@@ -153,7 +174,7 @@ class Settings(BaseModel):
         except ValidationError as error:
             raise ValueError(_in_one_line(error, type(self), asked)) from None
         typed = {name: value for name, value in self if name in asked}
-        resolution = _Resolution(type(self), typed, given, base)
+        resolution = _Resolution(type(self), typed, given, base, within)
         self.__dict__.update({name: resolution[name] for name in known})
         return resolution.refused
 
@@ -165,12 +186,16 @@ class _Resolution(dict[str, Any]):
         refused: For each given setting without an effect, the condition that it needs.
     """
 
-    def __init__(self, kind: type[Settings], asked: Values, given: Values, base: Values) -> None:
+    def __init__(
+        self, kind: type[Settings], asked: Values, given: Values, base: Values, within: Values | None = None
+    ) -> None:
         super().__init__()
-        self.kind, self.asked, self.given, self.base = kind, asked, given, base
+        self.kind, self.asked, self.given, self.base, self.within = kind, asked, given, base, within
         self.refused: dict[str, str] = {}
 
     def __missing__(self, name: str) -> Any:
+        if self.within is not None and name not in self.kind.model_fields:
+            return self.within[name]
         field = self.kind.model_fields[name]
         notes = {type(note): note for note in field.metadata}
         value = self.asked.get(name)
@@ -187,22 +212,27 @@ class _Resolution(dict[str, Any]):
                 if value is None and Default in notes:
                     value = notes[Default].of(self)
                 if isinstance(value, dict) and Options in notes:
-                    value = self._options(name, value, notes[Options].of(self))
+                    value = self._options(name, field, notes[Options])
         except KeyError:  # a single section may lack a setting on which the condition depends
             pass
         self[name] = value
         return value
 
-    def _options(self, name: str, value: dict[str, Any], kind: type[Settings] | None) -> dict[str, Any] | None:
-        """Return the options of a mapping; options of the base are used if the mapping accepts them."""
-        if kind is None:
-            return value
-        base, given = self.base.get(name), self.given.get(name)
-        options = {option: default for option, default in (base or {}).items() if option in kind.model_fields}
+    def _options(self, name: str, field: FieldInfo, options: Options) -> dict[str, Any] | None:
+        """Return the options of a mapping; options of the base are used if they have an effect."""
+        kind, base, given = options.of(self), self.base.get(name), self.given.get(name)
+        if kind is None:  # options of the base may be those of a built-in choice instead of those of any keys
+            is_open = given is not None or options.of(_Resolution(self.kind, self.base, {}, {})) is None
+            value: dict[str, Any] | None = self.asked.get(name) if is_open else None
+            return field.get_default(call_default_factory=True) if value is None else value
+        settings = kind.__new__(kind)
         try:
-            return kind(**options | (given or {})).in_force() or None
+            refused = settings._fill_in(given or {}, base if isinstance(base, dict) else {}, self)
+            settings.check()
         except ValueError as error:
             raise ValueError(f"{name}.{error}") from None
+        self.refused |= {f"{name}.{option}": f"{name}.{reason}" for option, reason in refused.items()}
+        return settings.in_force() or None
 
 
 def listed(names: Iterable[Any], word: str = "and") -> str:
@@ -215,6 +245,16 @@ def closest_names(name: str, names: Iterable[str]) -> str:
     """Return the names most similar to a name that does not exist, as the end of a message."""
     similar = difflib.get_close_matches(name, list(names), n=3, cutoff=0.0)
     return f"; nearest: {', '.join(similar)}" if similar else ""
+
+
+def setting_with_option(name: str, kinds: Iterable[type[Settings]]) -> str | None:
+    """Return the setting of these classes that has an option of this name, or None."""
+    fields = {setting: field for kind in kinds for setting, field in kind.model_fields.items()}
+    for setting, field in fields.items():
+        for options in (note for note in field.metadata if isinstance(note, Options)):
+            if any(name in kind.model_fields for kind in options.kinds):
+                return setting
+    return None
 
 
 def _shown(value: Any) -> str:
@@ -267,7 +307,9 @@ def _in_one_line(error: ValidationError, kind: type[Settings], values: Values) -
     problems = error.errors(include_url=False)
     name = str(problems[0]["loc"][0])
     if problems[0]["type"] == "extra_forbidden":
-        return f"{name} is not a setting{closest_names(name, kind.model_fields)}"
+        holder = setting_with_option(name, [kind])
+        advice = f", but an option of {holder}" if holder else closest_names(name, kind.model_fields)
+        return f"{name} is not a setting{advice}"
     problems = [problem for problem in problems if problem["loc"][0] == name]
     words = describe(schema_of(kind.model_fields[name].annotation))
     for problem in problems:

@@ -267,7 +267,7 @@ def study_runs(
             given = {**settings, **size.runs.get(label, {}), "seed": seed} | ({} if data is None else {"data": data})
             recipe = given.pop("recipe", None)
             base = {} if recipe is None else {**load_recipe(recipe).settings, "recipe": recipe}
-            runs[f"{label}-seed{seed}"] = single_run(given, base | size.settings)
+            runs[f"{label}-seed{seed}"] = single_run(given, RunConfig.override(base, size.settings))
     return runs
 
 

@@ -52,15 +52,20 @@ class ConvNet(ConvolutionalBackbone):
         image_shape: Channels, height and width.
         width: Channels of the first two convolutions; the others have twice as many.
         feature_dim: Channels of the last convolution; by default twice ``width``.
-        affine: Train a scale and a shift in batch norm.
+        batch_norm_affine: Train a scale and a shift in batch norm.
     """
 
     def __init__(
-        self, image_shape: ImageShape, *, width: int = 32, feature_dim: int | None = None, affine: bool = True
+        self,
+        image_shape: ImageShape,
+        *,
+        width: int = 32,
+        feature_dim: int | None = None,
+        batch_norm_affine: bool = True,
     ) -> None:
         super().__init__()
         channels = (image_shape[0], width, width, 2 * width, feature_dim or 2 * width)
-        blocks = [_convolution(*pair, affine=affine) for pair in itertools.pairwise(channels)]
+        blocks = [_convolution(*pair, affine=batch_norm_affine) for pair in itertools.pairwise(channels)]
         pooling = nn.MaxPool2d(2, ceil_mode=True)
         self.layers = nn.Sequential(*blocks[:2], pooling, *blocks[2:], nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.feature_dim = channels[-1]
@@ -74,7 +79,7 @@ class MLP(Backbone):
         width: Neurons of each layer.
         depth: Number of layers.
         feature_dim: Neurons of the last layer; by default ``width``.
-        affine: Train a scale and a shift in batch norm.
+        batch_norm_affine: Train a scale and a shift in batch norm.
     """
 
     def __init__(
@@ -84,12 +89,12 @@ class MLP(Backbone):
         width: int = 512,
         depth: int = 3,
         feature_dim: int | None = None,
-        affine: bool = True,
+        batch_norm_affine: bool = True,
     ) -> None:
         super().__init__()
         sizes = [math.prod(image_shape)] + [width] * (depth - 1) + [feature_dim or width]
         layers = [
-            nn.Sequential(nn.Linear(*pair, bias=False), nn.BatchNorm1d(pair[1], affine=affine), nn.ReLU())
+            nn.Sequential(nn.Linear(*pair, bias=False), nn.BatchNorm1d(pair[1], affine=batch_norm_affine), nn.ReLU())
             for pair in itertools.pairwise(sizes)
         ]
         self.layers = nn.Sequential(nn.Flatten(), *layers)
@@ -109,7 +114,7 @@ class ResNet(ConvolutionalBackbone):
         stem: ``"7x7"`` of stride 2, then max-pooling, as published; or ``"3x3"`` of stride 1, for small images.
         feature_dim: Output channels of the last block; by default 8k (32k with bottlenecks), as for the other blocks of
             the last stage.
-        affine: Train a scale and a shift in batch norm.
+        batch_norm_affine: Train a scale and a shift in batch norm.
         initialisation: ``"he"``, normal by the fan-out (He et al., ICCV 2015), or ``"torch"``, as `nn.Conv2d` does.
 
     Raises:
@@ -127,17 +132,17 @@ class ResNet(ConvolutionalBackbone):
         width: int = 64,
         stem: str = "7x7",
         feature_dim: int | None = None,
-        affine: bool = True,
+        batch_norm_affine: bool = True,
         initialisation: str = "he",
     ) -> None:
         super().__init__()
         if widening * width % groups:
             raise ValueError(f"width must be such that {groups} groups divide {widening} x width, got {width}")
         if stem == "7x7":
-            convolution = _convolution(image_shape[0], width, size=7, stride=2, affine=affine)
+            convolution = _convolution(image_shape[0], width, size=7, stride=2, affine=batch_norm_affine)
             first = nn.Sequential(convolution, nn.MaxPool2d(3, 2, padding=1))
         else:
-            first = _convolution(image_shape[0], width, affine=affine)
+            first = _convolution(image_shape[0], width, affine=batch_norm_affine)
         expansion = 4 if bottleneck else 1
         stages, before = [], width
         for stage, number in enumerate(blocks):
@@ -149,11 +154,11 @@ class ResNet(ConvolutionalBackbone):
             for i, output in enumerate(outputs):
                 stride = 2 if stage and i == 0 else 1
                 residual = (
-                    _bottleneck(before, widening * inner, output, stride, groups, affine)
+                    _bottleneck(before, widening * inner, output, stride, groups, batch_norm_affine)
                     if bottleneck
-                    else _two_convolutions(before, inner, output, stride, affine)
+                    else _two_convolutions(before, inner, output, stride, batch_norm_affine)
                 )
-                stage_blocks.append(ResidualBlock(residual, before, output, stride, affine))
+                stage_blocks.append(ResidualBlock(residual, before, output, stride, batch_norm_affine))
                 before = output
             stages.append(nn.Sequential(*stage_blocks))
         self.layers = nn.Sequential(first, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -206,7 +211,7 @@ class VGG13(ConvolutionalBackbone):
         image_shape: Channels, height and width.
         width: Channels k of the first stage; the others have 2k, 4k, 8k and 8k.
         feature_dim: Channels of the last convolution; by default 8k.
-        affine: Train a scale and a shift in batch norm.
+        batch_norm_affine: Train a scale and a shift in batch norm.
         initialisation: As in `ResNet`.
     """
 
@@ -216,7 +221,7 @@ class VGG13(ConvolutionalBackbone):
         *,
         width: int = 64,
         feature_dim: int | None = None,
-        affine: bool = True,
+        batch_norm_affine: bool = True,
         initialisation: str = "he",
     ) -> None:
         super().__init__()
@@ -225,7 +230,10 @@ class VGG13(ConvolutionalBackbone):
         for stage, scale in enumerate((1, 2, 4, 8, 8)):
             after = scale * width
             last = feature_dim or after if stage == 4 else after
-            layers += [_convolution(before, after, affine=affine), _convolution(after, last, affine=affine)]
+            layers += [
+                _convolution(before, after, affine=batch_norm_affine),
+                _convolution(after, last, affine=batch_norm_affine),
+            ]
             layers += [nn.MaxPool2d(2, ceil_mode=True)]
             before = last
         self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())

@@ -77,7 +77,7 @@ def build_model(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        backbone = build_backbone(config, image_shape, initialisation=config.initialisation)
+        backbone = build_backbone(config, image_shape)
         rows = f"{num_classes} classes of {backbone.feature_dim} features: the classifier, its gradient and class means"
         check_memory(4 * 4 * num_classes * backbone.feature_dim, rows)
         linear = nn.Linear(backbone.feature_dim, num_classes)
@@ -228,7 +228,7 @@ class OwnBackbone(Backbone):
 
 
 _deep = partial(ResNet, bottleneck=True)
-# Class of each backbone, with the settings that it takes in addition to feature_dim and batch_norm_affine.
+# Class of each backbone, with the settings that it takes in addition to feature_dim and backbone_options.
 _BACKBONES: dict[str, tuple[Callable[..., Backbone], tuple[str, ...]]] = {
     "convnet": (ConvNet, ("width",)),
     "mlp": (MLP, ("width", "depth")),
@@ -247,13 +247,12 @@ _BACKBONES: dict[str, tuple[Callable[..., Backbone], tuple[str, ...]]] = {
 }
 
 
-def build_backbone(config: ModelSettings, image_shape: ImageShape, *, initialisation: str | None = None) -> Backbone:
+def build_backbone(config: ModelSettings, image_shape: ImageShape) -> Backbone:
     """Return a backbone, with weights from torch's global generator.
 
     Args:
         config: The settings.
         image_shape: Channels, height and width.
-        initialisation: Initial weights of convolutions, for backbones that have the setting.
 
     Raises:
         ValueError: if the name is unknown, or the user-defined class cannot be constructed or used.
@@ -269,7 +268,7 @@ def build_backbone(config: ModelSettings, image_shape: ImageShape, *, initialisa
         )
     backbone, names = _BACKBONES[config.backbone]
     options: dict[str, Any] = {name: getattr(config, name) for name in (*names, "feature_dim")}
-    options |= {"initialisation": initialisation, "affine": config.batch_norm_affine, **(config.backbone_options or {})}
+    options |= config.backbone_options or {}
     return backbone(image_shape, **{name: value for name, value in options.items() if value is not None})
 
 

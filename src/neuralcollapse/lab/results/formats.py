@@ -11,8 +11,8 @@ from neuralcollapse.lab.results.resuming import SETTINGS, check_types
 # Number of the format that is written. Format 0, with settings and environment in one file, was never released. Before
 # format 2, a fixed classifier had the canonical orientation, one-cycle did not change the momentum, and dot-regression
 # was what is now dot-regression-published. Before format 3, options that now belong to one setting were separate
-# settings.
-FORMAT = 3
+# settings; before format 4, so were those of schedules, the initialisation and batch_norm_affine.
+FORMAT = 4
 
 
 def settings_of_format(stored: Mapping[str, Any] | None, config: Path) -> dict[str, Any]:
@@ -60,7 +60,9 @@ def with_earlier_meanings(stored: Mapping[str, Any], number: int) -> dict[str, A
             settings.setdefault("orientation", "canonical")
         if stored.get("schedule") == "one-cycle" and stored.get("optimizer", "sgd") != "lbfgs":
             settings.setdefault("cycle_momentum", False)
-    return _with_todays_names(settings) if number < 3 else settings
+    if number < 3:
+        settings = _with_names_of_format_3(settings)
+    return _with_options(settings, _OPTIONS_4) if number < 4 else settings
 
 
 def _renamed_loss(value: Any) -> Any:
@@ -70,27 +72,42 @@ def _renamed_loss(value: Any) -> Any:
     return "dot-regression-published" if value == "dot-regression" else value
 
 
-# Settings before format 3 that are options now, with the setting that contains them and their name in it.
-_OPTIONS = {
+# Settings that are options since format 3, with the setting that contains them and their name in it.
+_OPTIONS_3 = {
     **{name: ("data_options", name) for name in ("train_split", "test_split", "label_column", "table")},
     "data_config": ("data_options", "config"),
     **{name: ("augmentation", name) for name in ("crop_padding", "flip", "rotation")},
-    **{name: ("one_cycle", name) for name in ("three_phase", "div_factor", "final_div_factor", "cycle_momentum")},
+    **{
+        name: ("schedule_options", name) for name in ("three_phase", "div_factor", "final_div_factor", "cycle_momentum")
+    },
     "patch_size": ("backbone_options", "patch_size"),
     "gain": ("optimizer_options", "gain"),
     "lbfgs_history": ("optimizer_options", "history"),
     "lbfgs_iterations": ("optimizer_options", "iterations"),
 }
+# Settings that are options since format 4.
+_OPTIONS_4 = {
+    **{name: ("schedule_options", name) for name in ("warmup_epochs", "step_at", "lr_factor")},
+    **{name: ("backbone_options", name) for name in ("initialisation", "batch_norm_affine")},
+}
 # Settings before format 3 that are items of `leave_out` now.
 _LEFT_OUT = {"drop_unlabelled": "unlabelled", "drop_copies": "copies", "allow_absent_classes": "absent-classes"}
 
 
-def _with_todays_names(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings of a format before 3 with current names."""
-    settings = {name: value for name, value in stored.items() if value is not None and name not in _OPTIONS}
-    for name, (holder, option) in _OPTIONS.items():
+def _with_options(stored: Mapping[str, Any], options: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
+    """Return settings, of which some are now options of others; ``one_cycle`` is now ``schedule_options``."""
+    settings = {name: value for name, value in stored.items() if value is not None and name not in options}
+    if "one_cycle" in settings:
+        settings["schedule_options"] = settings.pop("one_cycle")
+    for name, (holder, option) in options.items():
         if stored.get(name) is not None:
             settings[holder] = {**settings.get(holder, {}), option: stored[name]}
+    return settings
+
+
+def _with_names_of_format_3(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings of a format before 3 with the names of format 3."""
+    settings = _with_options(stored, _OPTIONS_3)
     left_out = [item for name, item in _LEFT_OUT.items() if settings.pop(name, False)]
     if left_out:
         settings["leave_out"] = left_out

@@ -125,7 +125,7 @@ def changed_settings(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> tup
     """
     stored, asked = (dict(without_secrets(settings)) for settings in (stored, asked))
     compared = [*asked, *(name for name in stored if name not in asked)]
-    known = dict(RunConfig.resolve({}, RunConfig.sound(stored))[0]) | stored
+    known = RunConfig.override(dict(RunConfig.resolve({}, RunConfig.sound(stored))[0]), stored)
     changed = [name for name in compared if asked.get(name) != known.get(name) and name not in FREE]
     reason = ""
     if "epochs" in changed and _is_integer(known["epochs"]) and asked.get("epochs", 0) > known["epochs"]:

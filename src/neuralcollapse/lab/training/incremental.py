@@ -243,12 +243,14 @@ class Course:
     @cached_property
     def later_config(self) -> RunConfig:
         """Settings of a later session."""
+        options = self.config.schedule_options or {}
+        options = {name: value for name, value in options.items() if name not in ("warmup_epochs", "step_at")}
         return self.config.replace(
             epochs=self.protocol.session_epochs,
             lr=self.rate,
             measure_at=[],
             keep_at=None,
-            **dict.fromkeys(("warmup_epochs", "step_at")),
+            schedule_options=options or None,
         )
 
     def first_run(self) -> Run:

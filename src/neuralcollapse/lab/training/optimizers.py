@@ -50,7 +50,8 @@ def _optimizer(config: RunConfig, model: AttachedHead) -> torch.optim.Optimizer:
         try:
             return AGD(model.named_parameters(), gain=_value(config.optimizer_options)["gain"])
         except ValueError as error:
-            raise ValueError(f"{error} (batch_norm_affine false, classifier_bias centring or none)") from error
+            hint = "backbone_options.batch_norm_affine false, classifier_bias centring or none"
+            raise ValueError(f"{error} ({hint})") from error
     parameters, rate = model.parameters(), _value(config.lr)
     if config.optimizer == "lbfgs":
         return torch.optim.LBFGS(
@@ -97,13 +98,13 @@ def build_schedule(
     """
     if config.schedule is None:
         return None
-    steps = config.epochs * batches
-    if config.warmup_epochs:
+    steps, options = config.epochs * batches, _value(config.schedule_options)
+    if options.get("warmup_epochs"):
         return lr_scheduler.LambdaLR(optimizer, _after_warmup(config, batches))
     if config.schedule == "cosine":
         return lr_scheduler.CosineAnnealingLR(optimizer, steps)
     if config.schedule == "step":
-        step_at, factor = config.step_at or [], _value(config.lr_factor)
+        step_at, factor = options["step_at"], options["lr_factor"]
         if isinstance(step_at, int):
             return lr_scheduler.StepLR(optimizer, step_at * batches, factor)
         return lr_scheduler.MultiStepLR(optimizer, [epoch * batches for epoch in step_at], factor)
@@ -112,14 +113,15 @@ def build_schedule(
             optimizer,
             [group["lr"] for group in optimizer.param_groups],
             total_steps=max(steps, 2),
-            **{"cycle_momentum": False, **_value(config.one_cycle)},
+            **{"cycle_momentum": False, **options},
         )
     return lr_scheduler.ConstantLR(optimizer, factor=1.0)
 
 
 def _after_warmup(config: Optimisation, batches: int) -> Callable[[int], float]:
     """Return the factor of the learning rate at step t: (t+1)/W in the W warm-up steps, then that of the schedule."""
-    warmup, steps = _value(config.warmup_epochs) * batches, config.epochs * batches
+    options = _value(config.schedule_options)
+    warmup, steps = options["warmup_epochs"] * batches, config.epochs * batches
 
     def factor(step: int) -> float:
         if step < warmup:
@@ -127,12 +129,12 @@ def _after_warmup(config: Optimisation, batches: int) -> Callable[[int], float]:
         if config.schedule == "cosine":
             return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
         if config.schedule == "step":
-            step_at = config.step_at or []
+            step_at = options["step_at"]
             if isinstance(step_at, int):
                 passed = step // (step_at * batches)
             else:
                 passed = sum(step >= epoch * batches for epoch in step_at)
-            return _value(config.lr_factor) ** passed
+            return float(options["lr_factor"] ** passed)
         return 1.0
 
     return factor
