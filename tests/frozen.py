@@ -347,7 +347,7 @@ def training_settings() -> Iterator[tuple[str, dict[str, Any]]]:
             if optimizer == "lbfgs" and method in ("implicit", "means", "frame"):
                 continue  # refused: the weight changes during the line search
             if optimizer == "agd":
-                settings |= {"classifier_bias": "none", "batch_norm_affine": False}
+                settings |= {"classifier_bias": "none", "backbone_options": {"batch_norm_affine": False}}
             else:
                 settings |= {"lr": 0.05 if optimizer == "sgd" else 0.5 if optimizer == "lbfgs" else 0.002}
             if optimizer == "lbfgs" and method == "standard":

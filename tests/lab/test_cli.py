@@ -44,7 +44,10 @@ from neuralcollapse.cli import main
         ("--colour red", "unrecognized arguments: --colour red"),
         ("--method standard", "unrecognized arguments: --method standard"),
         ("--weight_decay .inf", "weight_decay must be finite, got inf"),
-        ("--schedule step --step_at 0,3", "step_at must be at least 1, got [0, 3]"),
+        (
+            '--schedule step --schedule_options {"step_at":[0,3]}',
+            "schedule_options.step_at must be at least 1, got [0, 3]",
+        ),
         ("--keep_at [-1]", "keep_at must be at least 1, got [-1]"),
         ("--pixel_mean [.nan]", "pixel_mean must be finite, got [nan]"),
         ("--digits_per_image 5000", "digits_per_image must be at most 20, got 5000"),

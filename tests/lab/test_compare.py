@@ -82,7 +82,7 @@ def test_figures_are_pictures(finished):
 
 def test_the_config_says_enough_to_run_it_again(finished, tmp_path):
     stored = yaml.safe_load((finished / "config.yaml").read_text())
-    assert (stored["format"], stored["seeds"]) == (3, 2)
+    assert (stored["format"], stored["seeds"]) == (4, 2)
     environment = yaml.safe_load((finished / "environment.yaml").read_text())
     assert {"torch", "lightning"} <= set(environment["packages"])
     run = yaml.safe_load((finished / "runs" / "implicit-seed1" / "config.yaml").read_text())

@@ -216,7 +216,7 @@ def test_a_run_is_extended_as_if_it_had_been_longer_from_the_start(run, tmp_path
 def test_a_comparison_is_extended(tmp_path):
     def runs(epochs: int) -> list[RunConfig]:
         return [
-            RunConfig(**SMALL, epochs=epochs, schedule="step", step_at=40, method=one)
+            RunConfig(**SMALL, epochs=epochs, schedule="step", schedule_options={"step_at": 40}, method=one)
             for one in ("standard", "implicit")
         ]
 

@@ -35,7 +35,12 @@ SETTINGS = [
 RUNS = {
     "implicit-sgd": ["--method=implicit"],
     "standard-adamw": ["--method=standard", "--optimizer=adamw", "--lr=0.01"],
-    "fixed-agd": ["--method=fixed", "--optimizer=agd", "--no-batch_norm_affine", "--classifier_bias=none"],
+    "fixed-agd": [
+        "--method=fixed",
+        "--optimizer=agd",
+        "--backbone_options={batch_norm_affine: false}",
+        "--classifier_bias=none",
+    ],
 }
 NAMES = list(RUNS)
 IMPORTED = digits(), runs  # before any process is forked

@@ -38,18 +38,21 @@ def rates(config: RunConfig, batches: int) -> list[float]:
     ("settings", "expected"),
     [
         ({"schedule": "constant"}, [1] * 6),
-        ({"schedule": "step", "step_at": 2}, [1, 1, 0.1, 0.1, 0.01, 0.01]),
-        ({"schedule": "step", "step_at": 3, "lr_factor": 0.5}, [1, 1, 1, 0.5, 0.5, 0.5]),
+        ({"schedule": "step", "schedule_options": {"step_at": 2}}, [1, 1, 0.1, 0.1, 0.01, 0.01]),
+        ({"schedule": "step", "schedule_options": {"step_at": 3, "lr_factor": 0.5}}, [1, 1, 1, 0.5, 0.5, 0.5]),
         ({"schedule": "step"}, [1, 1, 0.1, 0.1, 0.01, 0.01]),
         ({"schedule": "step", "epochs": 2}, [1, 0.1]),
         ({"schedule": "step", "epochs": 1}, [1]),
-        ({"schedule": "step", "step_at": [1, 5]}, [1, 0.1, 0.1, 0.1, 0.1, 0.01]),
+        ({"schedule": "step", "schedule_options": {"step_at": [1, 5]}}, [1, 0.1, 0.1, 0.1, 0.1, 0.01]),
         ({"schedule": "cosine"}, [0.5 * (1 + math.cos(math.pi * epoch / 6)) for epoch in range(6)]),
-        ({"schedule": "constant", "warmup_epochs": 2}, [0.1, 0.6, 1, 1, 1, 1]),
-        ({"schedule": "step", "step_at": 2, "warmup_epochs": 1}, [0.2, 1, 0.1, 0.1, 0.01, 0.01]),
-        ({"schedule": "step", "step_at": [1, 5], "warmup_epochs": 1}, [0.2, 0.1, 0.1, 0.1, 0.1, 0.01]),
+        ({"schedule": "constant", "schedule_options": {"warmup_epochs": 2}}, [0.1, 0.6, 1, 1, 1, 1]),
+        ({"schedule": "step", "schedule_options": {"step_at": 2, "warmup_epochs": 1}}, [0.2, 1, 0.1, 0.1, 0.01, 0.01]),
         (
-            {"schedule": "cosine", "warmup_epochs": 2},
+            {"schedule": "step", "schedule_options": {"step_at": [1, 5], "warmup_epochs": 1}},
+            [0.2, 0.1, 0.1, 0.1, 0.1, 0.01],
+        ),
+        (
+            {"schedule": "cosine", "schedule_options": {"warmup_epochs": 2}},
             [0.1, 0.6, *(0.5 * (1 + math.cos(math.pi * epoch / 4)) for epoch in range(4))],
         ),
     ],
@@ -70,7 +73,7 @@ def test_one_cycle_rises_to_the_rate_and_falls_to_nothing():
 
 
 def test_the_warm_up_is_linear_and_the_cosine_after_it_ends_at_nothing():
-    found = rates(small(method="standard", lr=0.4, epochs=6, warmup_epochs=3), batches=5)
+    found = rates(small(method="standard", lr=0.4, epochs=6, schedule_options={"warmup_epochs": 3}), batches=5)
     assert found[:15] == pytest.approx([0.4 * (step + 1) / 15 for step in range(15)])
     assert found[15:] == pytest.approx([0.2 * (1 + math.cos(math.pi * step / 15)) for step in range(15)])
 
@@ -85,7 +88,7 @@ def test_one_cycle_is_torchs_with_the_settings_and_moves_the_momentum(optimizer,
         lr=0.4,
         epochs=4,
         schedule="one-cycle",
-        one_cycle={"div_factor": 8.0, "final_div_factor": 50.0, "cycle_momentum": cycle_momentum},
+        schedule_options={"div_factor": 8.0, "final_div_factor": 50.0, "cycle_momentum": cycle_momentum},
         **settings,
     )
     built = build_optimizer(config, build_model(config, SHAPE, 10))
@@ -106,7 +109,8 @@ def test_one_cycle_is_torchs_with_the_settings_and_moves_the_momentum(optimizer,
 
 def test_one_cycle_of_three_phases_falls_as_fast_as_it_rose():
     found = rates(
-        small(method="standard", lr=0.4, epochs=10, schedule="one-cycle", one_cycle={"three_phase": True}), batches=10
+        small(method="standard", lr=0.4, epochs=10, schedule="one-cycle", schedule_options={"three_phase": True}),
+        batches=10,
     )
     top = found.index(max(found))
     assert found[: top + 1] == pytest.approx(found[top : 2 * top + 1][::-1], rel=0.05)
@@ -117,7 +121,11 @@ def test_one_cycle_of_three_phases_falls_as_fast_as_it_rose():
 def test_a_linear_one_cycle_is_the_triangular_schedule():
     triangle = {"pct_start": 0.2, "anneal_strategy": "linear", "div_factor": 5, "final_div_factor": 4}
     config = small(
-        method="standard", lr=0.4, epochs=10, schedule="one-cycle", one_cycle={**triangle, "cycle_momentum": False}
+        method="standard",
+        lr=0.4,
+        epochs=10,
+        schedule="one-cycle",
+        schedule_options={**triangle, "cycle_momentum": False},
     )
     found = rates(config, batches=10)
     steps = [0, 0.2 * 100 - 1, 99]
@@ -138,7 +146,7 @@ def test_shifts_of_batch_norm_have_their_own_rate_and_the_same_decay():
 
 
 def test_a_factor_for_shifts_that_are_not_there_is_refused():
-    config = small(optimizer_options={"shift_lr_factor": 8.0}, batch_norm_affine=False)
+    config = small(optimizer_options={"shift_lr_factor": 8.0}, backbone_options={"batch_norm_affine": False})
     with pytest.raises(ValueError, match="shift_lr_factor needs batch norm with a shift, but the model has none"):
         build_optimizer(config, build_model(config, SHAPE, 10))
 
@@ -184,18 +192,18 @@ def test_decay_of_features_that_are_normalised_is_refused():
 
 @pytest.mark.parametrize(
     ("settings", "name"),
-    [({"classifier_bias": "none"}, "weight"), ({"batch_norm_affine": False}, "head.bias")],
+    [({"classifier_bias": "none"}, "weight"), ({"backbone_options": {"batch_norm_affine": False}}, "head.bias")],
 )
 def test_agd_says_what_it_cannot_train(settings, name):
     config = small(method="standard", optimizer="agd", **settings)
-    with pytest.raises(ValueError, match=f"agd has no rule for.*{name}.*batch_norm_affine false"):
+    with pytest.raises(ValueError, match=f"agd has no rule for.*{name}.*backbone_options.batch_norm_affine false"):
         build_optimizer(config, build_model(config, SHAPE, 10))
 
 
 @pytest.mark.parametrize("method", ["standard", "fixed", "implicit"])
 def test_agd_trains_every_method_without_vectors_from_an_orthogonal_start(method):
     bias = "none" if method == "standard" else "centring"
-    config = small(method=method, optimizer="agd", batch_norm_affine=False, classifier_bias=bias)
+    config = small(method=method, optimizer="agd", backbone_options={"batch_norm_affine": False}, classifier_bias=bias)
     model = build_model(config, SHAPE, 10)
     build_optimizer(config, model)
     weight = model.model[0].layers[1][0].weight.double()

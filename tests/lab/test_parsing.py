@@ -166,8 +166,8 @@ def test_any_text_is_read_or_refused(text):
     "text", ["[", "]", "{", "}", "*x", "&x", "!!x", "!x y", "%", "|", ">", "`", "@", "a: b", "- 1", "? 1", "#"]
 )
 def test_a_setting_that_is_no_yaml_is_one_line(text, capsys):
-    message = error_of(capsys, "train", "--schedule=step", f"--step_at={text}", "--print_config")
-    assert message.startswith("step_at must be ")
+    message = error_of(capsys, "train", "--schedule=step", f"--keep_at={text}", "--print_config")
+    assert message.startswith("keep_at must be ")
     for name in ("pixel_mean", "measure_at", "loggers", "width"):
         with pytest.raises(ValueError, match=f"^{name} must be "):
             parse(name, text, RunConfig.model_fields[name].annotation)
@@ -197,7 +197,7 @@ def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]
 def test_flags_and_files_say_the_same(tmp_path, capsys):
     lines = {
         "epochs": "030",
-        "step_at": "[010,020]",
+        "schedule_options": "{step_at: [010,020]}",
         "lr": "1e-3",
         "compile": "off",
         "pixel_mean": "[.5]",
@@ -207,7 +207,7 @@ def test_flags_and_files_say_the_same(tmp_path, capsys):
     file.write_text("\n".join(f"{name}: {text}" for name, text in lines.items()))
     found = shown(capsys, "train", *(f"--{name}={text}" for name, text in lines.items()))
     assert found == shown(capsys, "train", "--config", str(file))
-    assert (found["epochs"], found["step_at"], found["lr"]) == (30, [10, 20], 0.001)
+    assert (found["epochs"], found["schedule_options"]["step_at"], found["lr"]) == (30, [10, 20], 0.001)
     assert (found["compile"], found["pixel_mean"]) == (False, [0.5])
     assert shown(capsys, "compare", "--seeds=010,011,")["seeds"] == [10, 11]
     assert shown(capsys, "compare", "--seeds=04")["seeds"] == 4

@@ -52,34 +52,31 @@ PAPYAN = {
     "batch_size": 128,
     "sampling": "random",
     "stem": "7x7",
-    "batch_norm_affine": True,
+    "backbone_options": {"batch_norm_affine": True, "initialisation": "he"},
     "epochs": 350,
     "loss": "cross-entropy",
     "optimizer": "sgd",
     "momentum": 0.9,
     "weight_decay": 5e-4,
     "schedule": "step",
-    "step_at": [116, 233],
-    "lr_factor": 0.1,
+    "schedule_options": {"step_at": [116, 233], "lr_factor": 0.1},
     "measure_at": 5,
     "keep_at": 5,
-    "initialisation": "he",
 }
 
-STEPS = {"schedule": "step", "step_at": 40, "lr_factor": 0.1}
+STEPS = {"schedule": "step", "schedule_options": {"step_at": 40, "lr_factor": 0.1}}
 ZHU = {
     **NOT_AUGMENTED,
     **PLAIN_CLASSIFIER,
     "sampling": "random",
     "backbone": "resnet18",
     "stem": "7x7",
-    "batch_norm_affine": True,
+    "backbone_options": {"batch_norm_affine": True, "initialisation": "he"},
     "epochs": 200,
     "loss": "cross-entropy",
     "weight_decay": 5e-4,
     "measure_at": 1,
     "keep_at": 1,
-    "initialisation": "he",
     "seed": 6,
 }
 ZHU_SGD = ZHU | STEPS | {"batch_size": 128, "optimizer": "sgd", "lr": 0.05, "momentum": 0.9}
@@ -143,7 +140,7 @@ MARKOU_MNIST = {
     **ROTATED,
     "backbone": "resnet18",
     "stem": "7x7",
-    "batch_norm_affine": False,
+    "backbone_options": {"batch_norm_affine": False},
     "feature_norm": 5.0,
     "optimizer": "agd",
     "seeds": [1, 2, 3],
@@ -198,12 +195,17 @@ PUBLISHED = {
     "zhu2021-feature-decay": {**ZHU_SGD, **ZHU_CIFAR10, "batch_size": 64, "feature_decay": 1e-4},
     "zhu2021-feature-decay-mnist": {**ZHU_SGD, **MNIST, "batch_size": 64, "feature_decay": 1e-4},
     "zhu2021-random-labels-mlp": {
-        **without(ZHU_RANDOM, "stem", "initialisation"),
+        **without(ZHU_RANDOM, "stem"),
         "backbone": "mlp",
+        "backbone_options": {"batch_norm_affine": True},
         "width": 1024,
         "depth": 6,
     },
-    "zhu2021-random-labels-resnet": {**ZHU_RANDOM, "stem": "3x3", "initialisation": "torch"},
+    "zhu2021-random-labels-resnet": {
+        **ZHU_RANDOM,
+        "stem": "3x3",
+        "backbone_options": {"batch_norm_affine": True, "initialisation": "torch"},
+    },
     "zhu2021-sota-resnet18": ZHU_SOTA,
     "zhu2021-sota-resnet50": {**ZHU_SOTA, "backbone": "resnet50"},
     **{
@@ -276,7 +278,7 @@ FAST = {
     "optimizer_options": {"nesterov": True, "shift_lr_factor": 64.0},
     "momentum": 0.85,
     "schedule": "one-cycle",
-    "one_cycle": {
+    "schedule_options": {
         "three_phase": False,
         "div_factor": 5.0,
         "final_div_factor": 2.857,
@@ -328,7 +330,10 @@ def test_the_recipes_are_those_of_the_published_experiments():
 def test_a_recipe_resolves_to_the_published_values(name):
     recipe = load_recipe(name)
     resolved = RunConfig(**recipe.settings).in_force() | {"seeds": recipe.seeds}
-    assert {field: resolved[field] for field in PUBLISHED[name]} == PUBLISHED[name]
+    for field, value in PUBLISHED[name].items():
+        options = value if isinstance(value, dict) else {}
+        assert {option: resolved[field][option] for option in options} == options
+        assert options or resolved[field] == value
 
 
 @pytest.mark.parametrize("name", [name for name in sorted(PUBLISHED) if not name.startswith("fast-")])
@@ -414,7 +419,8 @@ def test_fields_are_settings_of_a_run_and_of_their_types(name):
 @every_recipe
 def test_a_recipe_gives_every_field_that_decides_its_result(name):
     given = values(name)
-    assert deciding(given) <= set(given)
+    options = {f"{field}.{option}" for field, value in given.items() if isinstance(value, dict) for option in value}
+    assert deciding(given) <= set(given) | options
 
 
 def deciding(given: dict) -> set[str]:
@@ -422,9 +428,9 @@ def deciding(given: dict) -> set[str]:
     names |= {"method", "classifier_bias", "epochs", "loss", "optimizer"}
     names |= {"seeds" if "seeds" in given else "seed", "measure_at"}
     if given["backbone"] == "fast-convnet":
-        names.add("backbone_options")
+        names |= {"backbone_options.widths", "backbone_options.convolutions"}
     else:
-        names |= {"batch_norm_affine", "feature_norm", "keep_at"}
+        names |= {"backbone_options.batch_norm_affine", "feature_norm", "keep_at"}
     names |= {
         "sgd": {"lr", "momentum", "weight_decay", "schedule"},
         "adam": {"lr", "weight_decay", "schedule"},
@@ -433,8 +439,8 @@ def deciding(given: dict) -> set[str]:
     }[given["optimizer"]]
     names |= {
         "constant": set(),
-        "step": {"step_at", "lr_factor"},
-        "one-cycle": {"one_cycle"},
+        "step": {"schedule_options.step_at", "schedule_options.lr_factor"},
+        "one-cycle": {f"schedule_options.{name}" for name in FAST["schedule_options"]},
     }[given.get("schedule", "constant")]
     names |= {
         "standard": {"unit_weight"},
@@ -448,7 +454,7 @@ def deciding(given: dict) -> set[str]:
     if given["data"] in ("mnist", "imagenet") and given["backbone"] != "fast-convnet":
         names |= {"image_size", "channels"}
     if given["backbone"].startswith("resnet") and given["optimizer"] != "agd":
-        names.add("initialisation")
+        names.add("backbone_options.initialisation")
     if given.get("label_noise"):
         names.add("data_seed")
     return names

@@ -40,9 +40,9 @@ def test_a_folder_of_the_unreleased_format_0_is_refused(tmp_path, capsys):
         ({"methods": ["standard", "fixed"]}, {"orientation": "canonical"}),
         ({"loss": "dot-regression", "method": "implicit"}, {"loss": "dot-regression-published", "orientation": None}),
         ({"losses": ["mse", "dot-regression"]}, {"losses": ["mse", "dot-regression-published"]}),
-        ({"schedule": "one-cycle", "optimizer": "adam"}, {"one_cycle": {"cycle_momentum": False}}),
-        ({"schedule": "one-cycle", "optimizer": "lbfgs"}, {"one_cycle": None}),
-        ({"schedule": "cosine", "optimizer": "sgd"}, {"one_cycle": None}),
+        ({"schedule": "one-cycle", "optimizer": "adam"}, {"schedule_options": {"cycle_momentum": False}}),
+        ({"schedule": "one-cycle", "optimizer": "lbfgs"}, {"schedule_options": None}),
+        ({"schedule": "cosine", "optimizer": "sgd"}, {"schedule_options": None}),
     ],
 )
 def test_settings_whose_default_has_changed_keep_their_meaning_in_older_folders(settings, meant, tmp_path):
@@ -73,15 +73,59 @@ def test_settings_whose_default_has_changed_keep_their_meaning_in_older_folders(
         ({"unit_weight": True, "unit_start": False}, {"unit_weight": "published"}),
         ({"loss": "nonl", "bidirectional": True}, {"loss": "bidirectional-nonl"}),
         ({"feature_decay": 1e-4, "published_quirk": True}, {"feature_decay": "published"}),
-        ({"schedule": "multistep", "milestones": [3]}, {"schedule": "step", "step_at": [3]}),
-        ({"schedule": "step", "step_epochs": 3}, {"schedule": "step", "step_at": 3}),
+        ({"schedule": "multistep", "milestones": [3]}, {"schedule": "step", "schedule_options": {"step_at": [3]}}),
+        ({"schedule": "step", "step_epochs": 3}, {"schedule": "step", "schedule_options": {"step_at": 3}}),
         ({"lbfgs_history": 5, "lbfgs_iterations": 6}, {"optimizer_options": {"history": 5, "iterations": 6}}),
         ({"patch_size": 4}, {"backbone_options": {"patch_size": 4}}),
+        (
+            {"three_phase": True, "div_factor": 5.0, "final_div_factor": 9.0, "cycle_momentum": False},
+            {
+                "schedule_options": {
+                    "three_phase": True,
+                    "div_factor": 5.0,
+                    "final_div_factor": 9.0,
+                    "cycle_momentum": False,
+                }
+            },
+        ),
+        ({"batch_norm_affine": False}, {"backbone_options": {"batch_norm_affine": False}}),
     ],
 )
 def test_former_names_of_settings_are_read_in_folders_of_format_2(former, today, tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"format": 2, **former}))
     assert RunFolder(tmp_path).settings() == today
+
+
+def test_former_names_of_settings_are_read_in_folders_of_format_3(tmp_path):
+    former = {
+        "warmup_epochs": 1,
+        "step_at": [2],
+        "lr_factor": 0.5,
+        "initialisation": "torch",
+        "batch_norm_affine": False,
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"format": 3, **former}))
+    assert RunFolder(tmp_path).settings() == {
+        "schedule_options": {"warmup_epochs": 1, "step_at": [2], "lr_factor": 0.5},
+        "backbone_options": {"initialisation": "torch", "batch_norm_affine": False},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"format": 3, "one_cycle": {"pct_start": 0.2}}))
+    assert RunFolder(tmp_path).settings() == {"schedule_options": {"pct_start": 0.2}}
+
+
+def test_a_run_of_format_3_resumes_with_its_options(tmp_path):
+    out = tmp_path / "out"
+    options = {"schedule": "step", "schedule_options": {"step_at": 1}, "backbone_options": {"batch_norm_affine": False}}
+    train_runs(RunConfig(**SMALL, **options), out, progress=False)
+    settings = yaml.safe_load((out / "config.yaml").read_text())
+    for name in ("schedule_options", "backbone_options"):
+        settings |= settings.pop(name)
+    del settings["warmup_epochs"]  # a setting that did not exist when the run began has its default
+    (out / "config.yaml").write_text(yaml.safe_dump(settings | {"format": 3}))
+    assert main(["train", "--resume", "--epochs", "2", "--out", str(out)]) == 0
+    resumed = RunFolder(out).settings()
+    assert resumed["schedule_options"] == {"warmup_epochs": 0, "step_at": 1, "lr_factor": 0.1}
+    assert resumed["backbone_options"] == {"batch_norm_affine": False}
 
 
 def test_a_config_of_an_older_folder_keeps_its_meaning_as_a_file_of_settings(tmp_path, capsys):

@@ -15,7 +15,7 @@ from helpers import error_of
 from neuralcollapse import losses
 from neuralcollapse.cli import main
 from neuralcollapse.heads import ClassMeanClassifier, FixedFrameClassifier, NearestFrameClassifier
-from neuralcollapse.lab.config import RunConfig
+from neuralcollapse.lab.config import BackboneOptions, RunConfig, ScheduleOptions
 from neuralcollapse.lab.experiments import Comparison, comparison_runs, single_run
 from neuralcollapse.lab.results.labels import common_settings
 
@@ -27,7 +27,7 @@ FURTHER_METHODS = ("linear", "means", "frame", "softmax-code", "trust-region")
 ATTRIBUTE_METHODS = ("attribute-frame", "fixed-frame")
 CHOICES = (OPTIMIZERS, LOSSES, BACKBONES, METHODS)
 SCHEDULES = ("constant", "cosine", "step", "one-cycle")
-# Of each setting a value that is not its default.
+# Of each setting, or of an option of a setting, a value that is not its default.
 OTHER = {
     "recipe": "papyan2020-cifar10",
     "seed": 5,
@@ -51,12 +51,15 @@ OTHER = {
     "crop_size": 5,
     "pixel_mean": [0.4],
     "pixel_std": [0.2],
-    "backbone_options": {"patch_size": 8},
+    "backbone_options.batch_norm_affine": False,
+    "backbone_options.initialisation": "torch",
+    "backbone_options.patch_size": 8,
+    "backbone_options.widths": [4, 8, 8],
+    "backbone_options.convolutions": 3,
     "width": 48,
     "depth": 2,
     "feature_dim": 33,
     "stem": "3x3",
-    "batch_norm_affine": False,
     "feature_norm": "none",
     "unit_weight": "published",
     "orientation": "canonical",
@@ -74,23 +77,20 @@ OTHER = {
     "label_smoothing": 0.4,
     "loss_options": {"class_weights": "none", "prior": 1.0},
     "regulariser": {"loss": "variability", "weight": 0.1, "detach_between": False},
-    "initialisation": "torch",
     "lr": 0.3,
     "momentum": 0.2,
     "feature_decay": 0.1,
     "weight_decay": 0.1,
     "optimizer_options": {"gain": 3.0},
-    "warmup_epochs": 2,
-    "one_cycle": {
-        "three_phase": True,
-        "div_factor": 10.0,
-        "final_div_factor": 100.0,
-        "pct_start": 0.2,
-        "anneal_strategy": "linear",
-        "cycle_momentum": False,
-    },
-    "step_at": [2],
-    "lr_factor": 0.7,
+    "schedule_options.warmup_epochs": 2,
+    "schedule_options.step_at": [2],
+    "schedule_options.lr_factor": 0.7,
+    "schedule_options.three_phase": True,
+    "schedule_options.div_factor": 10.0,
+    "schedule_options.final_div_factor": 100.0,
+    "schedule_options.pct_start": 0.2,
+    "schedule_options.anneal_strategy": "linear",
+    "schedule_options.cycle_momentum": False,
     "gradient_clip": 0.5,
     "weight_average": 0.1,
     "accumulate": 2,
@@ -118,6 +118,7 @@ def kinds() -> list[dict]:
     ]
     choices += [{"method": method, "optimizer": o} for method, o in product(FURTHER_METHODS, OPTIMIZERS)]
     choices += [{"method": method, "class_attributes": "digits"} for method in ATTRIBUTE_METHODS]
+    choices += [{"backbone": "fast-convnet"}]
     found = []
     for kind in choices:
         try:
@@ -129,24 +130,35 @@ def kinds() -> list[dict]:
 
 
 def test_every_setting_has_another_value_to_try():
-    assert RunConfig.model_fields.keys() == OTHER.keys() | CHOSEN
+    assert RunConfig.model_fields.keys() == {name.partition(".")[0] for name in OTHER} | CHOSEN
+    options = {"backbone_options": BackboneOptions, "schedule_options": ScheduleOptions}
+    nested = {f"{name}.{option}" for name, kind in options.items() for option in kind.model_fields}
+    assert nested == {name for name in OTHER if "." in name}
+
+
+def other(name: str) -> dict:
+    """The setting with its other value, which may be a mapping of one option."""
+    setting, _, option = name.partition(".")
+    return {setting: {option: OTHER[name]} if option else OTHER[name]}
 
 
 @pytest.mark.parametrize("name", sorted(OTHER))
 def test_a_setting_changes_the_resolved_run_or_is_refused(name):
     accepted, refusals = 0, set()
+    setting, _, option = name.partition(".")
     for kind in kinds():
         plain = RunConfig(**kind).in_force()
         try:
-            changed = RunConfig(**kind | {name: OTHER[name]}).in_force()
+            changed = RunConfig(**kind | other(name)).in_force()
         except ValueError as error:
             refusals.add(str(error))
             continue
         accepted += 1
-        assert changed[name] == OTHER[name]
+        assert (changed[setting][option] if option else changed[name]) == OTHER[name]
         assert changed != plain
     reasons = (
         f"{name} belongs to",
+        f"{setting} belongs to",
         f"{name}.gain is not",
         f"{name}.prior is not",
         "feature_decay needs",
@@ -165,7 +177,7 @@ def test_what_a_run_says_is_in_force_makes_the_same_run(name):
     with_others = {"data": "mnist", "imbalance": {"step": 0.5}, "feature_norm": "none", "feature_decay": 0.1}
     for kind in kinds()[::4]:
         try:
-            run = RunConfig(**with_others | kind | {name: OTHER[name]})
+            run = RunConfig(**with_others | kind | other(name))
         except ValueError:
             continue
         assert RunConfig(**run.in_force()) == run
@@ -226,24 +238,45 @@ def test_what_a_run_says_is_in_force_makes_the_same_run(name):
             {"schedule": "one-cycle", "momentum": 0.9},
             "momentum belongs to optimizer sgd without cycle_momentum of one-cycle; here optimizer is",
         ),
-        ({"one_cycle": {"div_factor": 10.0}}, "one_cycle belongs to schedule one-cycle; here schedule is cosine"),
         (
-            {"schedule": "one-cycle", "one_cycle": {"final_div_factor": 0.5}},
-            "one_cycle.final_div_factor must be at least 1",
+            {"schedule_options": {"div_factor": 10.0}},
+            "schedule_options.div_factor belongs to schedule one-cycle; here schedule is cosine",
         ),
         (
-            {"schedule": "one-cycle", "one_cycle": {"phases": 3}},
-            "one_cycle.phases is not a setting; nearest: three_phase",
+            {"schedule": "one-cycle", "schedule_options": {"final_div_factor": 0.5}},
+            "schedule_options.final_div_factor must be at least 1, got 0.5",
         ),
         (
-            {"schedule": "one-cycle", "method": "fixed", "optimizer": "lbfgs", "one_cycle": {"cycle_momentum": True}},
-            "one_cycle.cycle_momentum is not a setting",
+            {"schedule": "one-cycle", "schedule_options": {"phases": 3}},
+            "schedule_options.phases is not a setting; nearest: three_phase",
         ),
         (
-            {"schedule": "one-cycle", "warmup_epochs": 1},
-            "warmup_epochs belongs to schedule constant, cosine or step; here schedule is one-cycle",
+            {"schedule": "one-cycle", "optimizer": "lbfgs", "schedule_options": {"cycle_momentum": True}},
+            "schedule_options.cycle_momentum belongs to schedule one-cycle and optimizer sgd, adam or adamw; here "
+            "schedule is one-cycle and optimizer is lbfgs",
         ),
-        ({"epochs": 5, "warmup_epochs": 5}, "warmup_epochs must be less than epochs, which is 5, got 5"),
+        (
+            {"schedule": "one-cycle", "schedule_options": {"warmup_epochs": 1}},
+            "schedule_options.warmup_epochs belongs to schedule constant, cosine or step; here schedule is one-cycle",
+        ),
+        (
+            {"epochs": 5, "schedule_options": {"warmup_epochs": 5}},
+            "schedule_options.warmup_epochs must be less than epochs, which is 5, got 5",
+        ),
+        ({"optimizer": "agd", "schedule_options": {"warmup_epochs": 1}}, "schedule_options belongs to optimizer sgd"),
+        ({"step_at": 3}, "step_at is not a setting, but an option of schedule_options"),
+        (
+            {"optimizer": "agd", "backbone": "vgg13", "backbone_options": {"initialisation": "he"}},
+            "backbone_options.initialisation belongs to backbone resnet18",
+        ),
+        (
+            {"backbone": "fast-convnet", "backbone_options": {"batch_norm_affine": True}},
+            "backbone_options.batch_norm_affine belongs to the built-in backbones with batch norm, other than",
+        ),
+        (
+            {"backbone_options": {"widths": [1, 2, 3]}},
+            "backbone_options.widths belongs to backbone fast-convnet; here backbone is convnet",
+        ),
         (
             {"batch_size": 128, "sampling": 10},
             "batch_size must be a multiple of the classes per batch (sampling), which is 10, got 128",
@@ -287,7 +320,10 @@ def test_what_a_run_says_is_in_force_makes_the_same_run(name):
             "means_momentum belongs to",
         ),
         ({"data_seed": 1}, "data_seed belongs to a random choice"),
-        ({"schedule": "constant", "step_at": [1]}, "step_at belongs to schedule step; here schedule is constant"),
+        (
+            {"schedule": "constant", "schedule_options": {"step_at": [1]}},
+            "schedule_options.step_at belongs to schedule step; here schedule is constant",
+        ),
         ({"lr": "fast"}, "lr must be a number, got 'fast'"),
         ({"epochs": 2.5}, "epochs must be an integer, got 2.5"),
         ({"augmentation": {"flip": 1}}, "augmentation.flip must be alternating or true or false, got 1"),
@@ -422,14 +458,40 @@ def test_a_published_comparison_whose_recipes_differ_in_data_is_refused(monkeypa
 
 
 def test_null_asks_for_the_default_and_not_for_the_recipes_value():
-    assert single_run({"recipe": "papyan2020-cifar10", "epochs": 9}).step_at == [116, 233]
-    assert single_run({"recipe": "papyan2020-cifar10", "epochs": 9, "step_at": None}).step_at == [3, 6]
+    given = {"recipe": "papyan2020-cifar10", "epochs": 9}
+    options = {"warmup_epochs": 0, "step_at": [116, 233], "lr_factor": 0.1}
+    assert single_run(given).schedule_options == options
+    assert single_run(given | {"schedule_options": None}).schedule_options == options | {"step_at": [3, 6]}
+    override = {"schedule_options": {"step_at": None, "lr_factor": 0.5}}
+    assert single_run(given | override).schedule_options == {"warmup_epochs": 0, "step_at": [3, 6], "lr_factor": 0.5}
 
 
-def test_a_run_has_at_most_74_settings():
-    # The design's limit is 70. hold_out_classes came with detection, loss_options with long tails, and regulariser with
-    # the control of collapse: each is one mapping or list, not a setting per option. code came with long tails.
-    assert len(RunConfig.model_fields) <= 74
+def test_options_of_a_comparison_apply_where_they_have_an_effect():
+    axes = Comparison(methods=["fixed"], seeds=1)
+    (run,) = comparison_runs(axes, {"schedule_options": {"warmup_epochs": 1}})
+    assert run.schedule_options == {"warmup_epochs": 1}
+    with pytest.raises(ValueError, match="schedule_options.lr_factor belongs to schedule step"):
+        comparison_runs(axes, {"schedule_options": {"lr_factor": 0.5}})
+
+
+def test_options_of_a_built_in_backbone_are_not_passed_to_a_class_by_dotted_path():
+    assert single_run({"recipe": "fast-cifar10-small", "backbone": "package.module.Class"}).backbone_options == {}
+    base = {"backbone": "package.module.Class", "backbone_options": {"depth": 3}}
+    assert single_run({"epochs": 3}, base).backbone_options == {"depth": 3}
+
+
+def test_changes_of_options_keep_the_other_options():
+    base = {"lr": 0.1, "schedule_options": {"step_at": 40, "lr_factor": 0.2}, "imbalance": {"step": 0.1}}
+    changes = {"schedule_options": {"step_at": 8}, "imbalance": {"exponential": 0.1}}
+    assert RunConfig.override(base, changes) == {
+        "lr": 0.1,
+        "schedule_options": {"step_at": 8, "lr_factor": 0.2},
+        "imbalance": {"exponential": 0.1},
+    }
+
+
+def test_a_run_has_at_most_70_settings():
+    assert len(RunConfig.model_fields) <= 70
 
 
 def test_settings_are_frozen_and_options_of_a_recipe_are_kept_where_they_have_an_effect():
@@ -437,12 +499,15 @@ def test_settings_are_frozen_and_options_of_a_recipe_are_kept_where_they_have_an
         RunConfig().epochs = 3
     run = single_run({"recipe": "zhu2021-sota-resnet18", "augmentation": {"flip": False}})
     assert run.augmentation == {"crop_padding": 4, "flip": False, "rotation": 0.0}
-    run = single_run({"recipe": "zhu2021-mnist-lbfgs", "optimizer": "agd", "batch_norm_affine": False})
+    run = single_run(
+        {"recipe": "zhu2021-mnist-lbfgs", "optimizer": "agd", "backbone_options": {"batch_norm_affine": False}}
+    )
     assert run.optimizer_options == {"gain": 10.0}
+    assert run.backbone_options == {"batch_norm_affine": False}
 
 
 def test_replacing_a_setting_resolves_what_follows_from_it():
     run = RunConfig(method="fixed", backbone="mlp")
     assert run.data_seed is None
     assert run.replace(validation_share=0.2) == RunConfig(method="fixed", backbone="mlp", validation_share=0.2)
-    assert run.replace(backbone="vit-tiny", width=None, depth=None, batch_norm_affine=None).depth == 12
+    assert run.replace(backbone="vit-tiny", width=None, depth=None, backbone_options=None).depth == 12

@@ -65,7 +65,12 @@ def test_a_run_writes_its_folder_and_says_so(tmp_path, capsys):
         ["--optimizer=adam", "--schedule=one-cycle", "--sampling=stratified", "--augmentation={crop_padding: 1}"],
         ["--optimizer=lbfgs", "--method=fixed", "--optimizer_options={iterations: 4}"],
         pytest.param(
-            ["--optimizer=agd", "--optimizer_options={gain: 1}", "--no-batch_norm_affine", "--workers=1"],
+            [
+                "--optimizer=agd",
+                "--optimizer_options={gain: 1}",
+                "--backbone_options={batch_norm_affine: false}",
+                "--workers=1",
+            ],
             marks=pytest.mark.slow,
         ),
     ],
@@ -154,7 +159,7 @@ def test_a_recipe_gives_the_settings_and_flags_go_over_it(capsys, tmp_path):
     mine = tmp_path / "mine.yaml"
     mine.write_text("lr: 0.123\nwidth: 5\n")
     shown = shown_config(capsys, "--recipe", "zhu2021-mnist-sgd", "--config", str(mine), "--width", "6")
-    assert (shown["lr"], shown["width"], shown["step_at"]) == (0.123, 6, 40)
+    assert (shown["lr"], shown["width"], shown["schedule_options"]["step_at"]) == (0.123, 6, 40)
 
 
 def test_a_file_of_settings_may_name_a_recipe(capsys, tmp_path):
@@ -239,7 +244,8 @@ def test_what_does_not_fit_together_is_one_line_and_writes_nothing(arguments, ex
         ("colour: red\n", "colour"),
         ("epochs: many\n", "epochs"),
         ("epochs: 0\n", "epochs must be at least 1, got 0"),
-        ("step_at: [a]\n", "step_at"),
+        ("schedule: step\nschedule_options: {step_at: [a]}\n", "schedule_options.step_at must be"),
+        ("step_at: 3\n", "step_at"),
         ("a: [\n", "Problems parsing config"),
     ],
 )

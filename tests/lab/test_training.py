@@ -45,7 +45,9 @@ def test_backbones_give_features_of_the_dimension_they_say(backbone, shape, feat
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_batch_norm_without_scale_leaves_no_vector(backbone):
-    network = build_backbone(ModelSettings(backbone=backbone, width=8, batch_norm_affine=False), (1, 8, 8))
+    network = build_backbone(
+        ModelSettings(backbone=backbone, width=8, backbone_options={"batch_norm_affine": False}), (1, 8, 8)
+    )
     assert all(parameter.ndim >= 2 for parameter in network.parameters())
 
 
@@ -70,7 +72,7 @@ def test_resnets_are_the_published_ones(backbone, parameters, feature_dim):
     assert network.feature_dim == feature_dim
 
 
-BIAS_FREE = {"classifier_bias": "none", "batch_norm_affine": False}
+BIAS_FREE = {"classifier_bias": "none", "backbone_options": {"batch_norm_affine": False}}
 PLAIN = {"feature_norm": "none", "classifier_bias": "learned"}
 
 
@@ -149,11 +151,9 @@ def test_patches_and_heads_that_do_not_fit_are_refused():
         build_backbone(ModelSettings(backbone="vit-small"), (3, 33, 20))
     with pytest.raises(ValueError, match=re.escape("width must be a multiple of its 3 heads (width / 64), got 200")):
         build_backbone(ModelSettings(backbone="vit-tiny", width=200), (3, 32, 32))
-    with pytest.raises(ValueError, match="batch_norm_affine belongs to the built-in backbones with batch norm"):
-        ModelSettings(backbone="vit-tiny", batch_norm_affine=True)
-    with pytest.raises(
-        ValueError, match="backbone_options belongs to a backbone by dotted path, or backbone fast-convnet, vit"
-    ):
+    with pytest.raises(ValueError, match="backbone_options.batch_norm_affine belongs to the built-in backbones with"):
+        ModelSettings(backbone="vit-tiny", backbone_options={"batch_norm_affine": True})
+    with pytest.raises(ValueError, match="backbone_options.patch_size belongs to backbone vit-tiny or vit-small; here"):
         ModelSettings(backbone="mlp", backbone_options={"patch_size": 4})
 
 
@@ -173,15 +173,18 @@ def test_a_feature_dim_or_width_that_a_backbone_cannot_give_is_refused():
 
 
 def test_first_weights_of_convolutions_are_he_s_or_torch_s():
-    def spread(**settings: str) -> float:
-        model = build_model(RunConfig(backbone="resnet18", method="fixed", **settings), (3, 32, 32), 10)
+    def spread(**options: str) -> float:
+        config = RunConfig(backbone="resnet18", method="fixed", backbone_options=options)
+        model = build_model(config, (3, 32, 32), 10)
         return float(model.model[0].layers[4][1].residual[0][0].weight.detach().std())
 
     fan = 512 * 9
     assert spread() == pytest.approx((2 / fan) ** 0.5, rel=0.01)
     assert spread(initialisation="torch") == pytest.approx((1 / (3 * fan)) ** 0.5, rel=0.01)
-    with pytest.raises(ValueError, match="initialisation belongs to"):
-        RunConfig(backbone="mlp", initialisation="torch")
+    with pytest.raises(
+        ValueError, match="backbone_options.initialisation belongs to backbone resnet18, .* or vgg13 and optimizer"
+    ):
+        RunConfig(backbone="mlp", backbone_options={"initialisation": "torch"})
 
 
 def test_the_bias_of_a_fixed_head_begins_as_that_of_a_linear_layer():
@@ -378,11 +381,7 @@ def test_a_class_of_the_users_own(tmp_path, monkeypatch):
         ("./my_own_nets.py", {}, "backbone must be a dotted path"),
         (".my_own_nets.Net", {}, "backbone must be a dotted path"),
         ("vgg", None, "backbone must be one of convnet, .*vgg13, .*or the dotted path"),
-        (
-            "mlp",
-            {"neurons": 3},
-            "backbone_options belongs to a backbone by dotted path, or backbone fast-convnet, vit-tiny or vit-small",
-        ),
+        ("mlp", {"neurons": 3}, "backbone_options.neurons is not a setting; nearest: "),
     ]
     for path, options, message in wrong:
         with pytest.raises(ValueError, match=message):
@@ -597,9 +596,7 @@ def test_the_logged_gradients_of_the_nearest_etf_are_those_of_finite_differences
 
 
 def test_agd_logs_its_step(tmp_path):
-    run = trained(
-        tmp_path / "run", optimizer="agd", optimizer_options={"gain": 1.0}, batch_norm_affine=False, batch_size=50
-    )
+    run = trained(tmp_path / "run", optimizer="agd", optimizer_options={"gain": 1.0}, **BIAS_FREE, batch_size=50)
     log = pd.read_csv(run.training_log)
     assert (log["agd_eta"] > 0).all()
     assert "lr" not in log

@@ -60,7 +60,7 @@ def rewrite(path: Path, **values: object) -> None:
     path.write_text(yaml.safe_dump({name: value for name, value in content.items() if value is not None}))
 
 
-BUILT_IN_ONLY = dict.fromkeys(("width", "depth", "feature_dim", "batch_norm_affine", "initialisation"))
+BUILT_IN_ONLY = dict.fromkeys(("width", "depth", "feature_dim"))
 
 
 def with_class(run: RunFolder, name: str, **options: object) -> None:
