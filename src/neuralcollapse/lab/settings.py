@@ -202,9 +202,12 @@ class _Resolution(dict[str, Any]):
         try:
             condition: Condition | None = notes.get(Condition)
             if condition is not None and not condition.holds(self):
-                if self.given.get(name) is not None:
+                given = self.given.get(name)
+                if given is not None:
                     decided = listed([f"{read} is {_shown(self[read])}" for read in condition.reads])
-                    self.refused[name] = f"{name} belongs to {condition.text}; here {decided}"
+                    reason = f"{name} belongs to {condition.text}; here {decided}"
+                    options = given if isinstance(given, dict) and Options in notes else {}
+                    self.refused |= dict.fromkeys([name, *(f"{name}.{option}" for option in options)], reason)
                 value = None
             else:
                 if value is None:
@@ -221,7 +224,7 @@ class _Resolution(dict[str, Any]):
     def _options(self, name: str, field: FieldInfo, options: Options) -> dict[str, Any] | None:
         """Return the options of a mapping; options of the base are used if they have an effect."""
         kind, base, given = options.of(self), self.base.get(name), self.given.get(name)
-        if kind is None:  # options of the base may be those of a built-in choice instead of those of any keys
+        if kind is None:  # any keys are accepted; options of the base are used unless a built-in choice had them
             is_open = given is not None or options.of(_Resolution(self.kind, self.base, {}, {})) is None
             value: dict[str, Any] | None = self.asked.get(name) if is_open else None
             return field.get_default(call_default_factory=True) if value is None else value
