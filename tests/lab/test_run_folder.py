@@ -155,7 +155,7 @@ def test_a_folder_of_a_newer_format_is_refused(tmp_path, capsys):
     settings = yaml.safe_load((out / "config.yaml").read_text())
     (out / "config.yaml").write_text(yaml.safe_dump(settings | {"format": 99}))
     message = error_of(capsys, "train", "--resume", "--out", str(out))
-    assert "is a run of format 99, but this version of neuralcollapse reads up to 3: install a newer version" in message
+    assert "is a run of format 99, but this version of neuralcollapse reads up to 4: install a newer version" in message
 
 
 def test_what_is_no_run_folder_is_said(tmp_path):

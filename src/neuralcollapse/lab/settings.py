@@ -223,11 +223,13 @@ class _Resolution(dict[str, Any]):
 
     def _options(self, name: str, field: FieldInfo, options: Options) -> dict[str, Any] | None:
         """Return the options of a mapping; options of the base are used if they have an effect."""
-        kind, base, given = options.of(self), self.base.get(name), self.given.get(name)
+        kind, given = options.of(self), self.given.get(name)
+        base = None if name in self.given and given is None else self.base.get(name)
         if kind is None:  # any keys are accepted; options of the base are used unless a built-in choice had them
-            is_open = given is not None or options.of(_Resolution(self.kind, self.base, {}, {})) is None
-            value: dict[str, Any] | None = self.asked.get(name) if is_open else None
-            return field.get_default(call_default_factory=True) if value is None else value
+            if base is not None and options.of(_Resolution(self.kind, self.base, {}, {})) is not None:
+                base = None
+            default: dict[str, Any] | None = field.get_default(call_default_factory=True)
+            return next((value for value in (given, base) if value is not None), default)
         settings = kind.__new__(kind)
         try:
             refused = settings._fill_in(given or {}, base if isinstance(base, dict) else {}, self)

@@ -96,18 +96,19 @@ _LEFT_OUT = {"drop_unlabelled": "unlabelled", "drop_copies": "copies", "allow_ab
 
 def _with_options(stored: Mapping[str, Any], options: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
     """Return settings, of which some are now options of others; ``one_cycle`` is now ``schedule_options``."""
-    settings = {name: value for name, value in stored.items() if value is not None and name not in options}
+    settings = {name: value for name, value in stored.items() if name not in options}
     if "one_cycle" in settings:
         settings["schedule_options"] = settings.pop("one_cycle")
     for name, (holder, option) in options.items():
         if stored.get(name) is not None:
-            settings[holder] = {**settings.get(holder, {}), option: stored[name]}
+            present = settings.get(holder)
+            settings[holder] = {**(present if isinstance(present, dict) else {}), option: stored[name]}
     return settings
 
 
 def _with_names_of_format_3(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings of a format before 3 with the names of format 3."""
-    settings = _with_options(stored, _OPTIONS_3)
+    settings = _with_options({name: value for name, value in stored.items() if value is not None}, _OPTIONS_3)
     left_out = [item for name, item in _LEFT_OUT.items() if settings.pop(name, False)]
     if left_out:
         settings["leave_out"] = left_out
