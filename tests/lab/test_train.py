@@ -155,7 +155,8 @@ def test_a_recipe_gives_the_settings_and_flags_go_over_it(capsys, tmp_path):
     shown = shown_config(capsys, "--recipe", "zhu2021-mnist-sgd", "--epochs", "7")
     stored = load_recipe("zhu2021-mnist-sgd").settings
     assert shown["epochs"] == 7
-    assert {key: shown[key] for key in stored} == stored | {"epochs": 7}
+    resolved = stored | {"epochs": 7, "schedule_options": {"warmup_epochs": 0, "step_at": 40, "lr_factor": 0.1}}
+    assert {key: shown[key] for key in stored} == resolved
     mine = tmp_path / "mine.yaml"
     mine.write_text("lr: 0.123\nwidth: 5\n")
     shown = shown_config(capsys, "--recipe", "zhu2021-mnist-sgd", "--config", str(mine), "--width", "6")
