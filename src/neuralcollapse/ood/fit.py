@@ -28,10 +28,10 @@ from neuralcollapse.metrics.samples import FeatureCache
 from neuralcollapse.metrics.statistics import ClassStatistics, class_statistics
 from neuralcollapse.ood import scores
 
-# Threshold of the rule for "auto", chosen on earlier runs of the studies ood-digits and ood-mnist, then of 2,000
-# training images (mean AUROC of five heads on three unknown sets, 15 pairs). On the same data, the rule is at most 0.09
-# behind the best of eight scores. In 12 pairs it is ahead of another rule, energy for features that are not collapsed
-# and NCI for collapsed features, which on photographs is up to 0.91 behind. docs/ood.md tests it on later runs.
+# Threshold of the rule for "auto", chosen on earlier runs of the studies ood-digits and ood-mnist (with 2,000 training
+# images; mean AUROC of five heads on three unknown sets, 15 pairs). On the same data, the rule is at most 0.09 behind
+# the best of eight scores. In 12 pairs it is ahead of another rule, energy for features that are not collapsed and NCI
+# for collapsed features, which on photographs is up to 0.91 behind. docs/ood.md tests it on later runs.
 COLLAPSED = 0.1
 
 
