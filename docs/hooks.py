@@ -140,8 +140,7 @@ def _reference(package: str, config: Any) -> str:
             if names:
                 lines += ["| name | description |", "|---|---|"]
                 lines += [
-                    f"| [`{name.split('.')[-1]}`][{name}] | {_summary(name)} |"
-                    for name in names
+                    f"| {_reference_link(name)} | {_summary(name)} |" for name in names
                 ]
     return "\n".join(lines)
 
@@ -157,9 +156,18 @@ def _pages(nav: list[Any]) -> list[tuple[str, str]]:
     return pages
 
 
+def _reference_link(path: str) -> str:
+    """Return a public name as a link; a module has no heading of its own to link to."""
+    code = f"`{path.split('.')[-1]}`"
+    return code if inspect.ismodule(resolve_name(path)) else f"[{code}][{path}]"
+
+
 def _summary(path: str) -> str:
-    """Return the first line of the docstring of a public name."""
-    documented = inspect.getdoc(resolve_name(path)) or ""
+    """Return the first line of the docstring of a public name, or the items of a tuple."""
+    value = resolve_name(path)
+    if isinstance(value, tuple):
+        return ", ".join(f"`{item}`" for item in value)
+    documented = inspect.getdoc(value) or ""
     return documented.split("\n\n")[0].replace("\n", " ").replace("|", "\\|")
 
 
