@@ -10,7 +10,7 @@ import pandas as pd
 from neuralcollapse.lab.figures.detection import NC1, NC1_LABEL, label_axes, with_nc1
 from neuralcollapse.lab.results.groups import RunGroups
 from neuralcollapse.lab.results.tables import last_epoch
-from neuralcollapse.metrics.figures.curves import draw_bars, line_styles
+from neuralcollapse.metrics.figures.curves import draw_bars, draw_points, line_styles
 from neuralcollapse.metrics.figures.panels import Panel, literal
 from neuralcollapse.metrics.profile import FEATURES
 
@@ -74,11 +74,5 @@ def _draw_against_nc1(axes: Axes, runs: RunGroups, values: pd.DataFrame, ylabel:
     points = points[points["value_nc1"] > 0]
     if points.empty:
         raise ValueError(f"no finite value at an epoch with a positive {NC1}")
-    styles = line_styles(list(runs.groups), markers=True)
-    groups = points.groupby("method", sort=False)
-    of_nc1, of_values = (groups[name].agg(["mean", "min", "max"]) for name in ("value_nc1", "value"))
-    for label in of_values.index:
-        style = {**styles[str(label)], "linestyle": "none"}
-        draw_bars(axes, of_nc1.loc[[label]], of_values.loc[[label]], label=literal(str(label)), **style)
-    axes.set_xscale("log")
+    draw_points(axes, points, "value_nc1", list(runs.groups))
     label_axes(axes, ylabel)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from neuralcollapse.catalogue import METRICS
 from neuralcollapse.lab.results.groups import RunGroups
 from neuralcollapse.lab.results.tables import last_epoch
-from neuralcollapse.metrics.figures.curves import draw_bars, line_styles
-from neuralcollapse.metrics.figures.panels import Panel, literal
+from neuralcollapse.metrics.figures.curves import draw_points
+from neuralcollapse.metrics.figures.panels import Panel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,13 +37,7 @@ def _draw(axes: Axes, *, runs: RunGroups, name: str) -> None:
     points = points[points["value_collapse"] > 0]
     if points.empty:
         raise ValueError(f"no run has a test accuracy and a positive {name}")
-    styles = line_styles(list(runs.groups), markers=True)
-    groups = points.groupby("method", sort=False)
-    of_collapse, of_accuracy = (groups[column].agg(["mean", "min", "max"]) for column in ("value_collapse", "value"))
-    for label in of_accuracy.index:
-        style = {**styles[str(label)], "linestyle": "none"}
-        draw_bars(axes, of_collapse.loc[[label]], of_accuracy.loc[[label]], label=literal(str(label)), **style)
-    axes.set_xscale("log")
+    draw_points(axes, points, "value_collapse", list(runs.groups))
     axes.set_xlabel(f"train {METRICS[name].label}", fontsize=8)
     axes.set_ylabel("test accuracy", fontsize=8)
     axes.grid(alpha=0.3, linewidth=0.5)

@@ -146,6 +146,23 @@ def style_numbers(labels: Sequence[str]) -> dict[str, int]:
     return {label: numbers[label] if label in numbers else next(free) for label in labels}
 
 
+def draw_points(axes: Axes, points: pd.DataFrame, x: str, labels: Sequence[str]) -> None:
+    """Draw one marker per method on a logarithmic horizontal axis: mean, minimum and maximum over seeds of both values.
+
+    Args:
+        axes: Axes to draw on.
+        points: Columns method and value, and the horizontal values, which are positive.
+        x: Name of the column of the horizontal values.
+        labels: All methods of the figure, which determine the styles.
+    """
+    styles, groups = line_styles(list(labels), markers=True), points.groupby("method", sort=False)
+    of_x, of_values = (groups[name].agg(["mean", "min", "max"]) for name in (x, "value"))
+    for label in of_values.index:
+        style = {**styles[str(label)], "linestyle": "none"}
+        draw_bars(axes, of_x.loc[[label]], of_values.loc[[label]], label=literal(str(label)), **style)
+    axes.set_xscale("log")
+
+
 def line_styles(labels: Sequence[str], *, markers: bool | None = None) -> dict[str, dict[str, Any]]:
     """Return colour, line style and marker of each label.
 
