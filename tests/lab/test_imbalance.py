@@ -178,3 +178,17 @@ def test_the_claim_of_an_unknown_group_is_refused(tmp_path, capsys):
     path = tmp_path / "tail.yaml"
     path.write_text(yaml.safe_dump(STUDY | {"claims": [claim]}))
     assert "a claim is about 'accuracy_rare', which is not a metric" in error_of(capsys, "study", str(path))
+
+
+def test_rates_are_chosen_by_the_mean_over_classes(tmp_path):
+    """The candidates differ in the order of the two criteria: the frequent classes alone give the better accuracy."""
+    out = RunFolder(tmp_path / "out")
+    flags = ["--imbalance={exponential: 0.1}", "--methods=linear", "--seeds=1", "--lr=auto", "--lr_candidates=0.35,1"]
+    assert main(["compare", *SMALL, "--measure_at=[1, last]", *flags, f"--out={out.path}"]) == 0
+    by_class, of_all = {}, {}
+    for run in RunFolder(out.tuning).run_folders():
+        record = Measurement.load(run.measurement(3, "validation"))
+        rate = run.settings()["lr"]
+        by_class[rate], of_all[rate] = float(record.class_accuracy.nanmean()), record.metrics["accuracy"]
+    assert max(by_class, key=by_class.get) != max(of_all, key=of_all.get)
+    assert out.run("linear-seed0").settings()["lr"] == max(by_class, key=by_class.get)

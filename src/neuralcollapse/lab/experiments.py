@@ -57,7 +57,8 @@ class Comparison(Settings):
         default_factory=lambda: [0.005, 0.015, 0.05, 0.15, 0.5]
     )
     """Comma-separated candidate rates. The criterion is the last validation accuracy, then the mean over epochs, of one
-    seed that is not compared. By default 0.005,0.015,0.05,0.15,0.5."""
+    seed that is not compared; with imbalance, the accuracy is the mean over classes. By default
+    0.005,0.015,0.05,0.15,0.5."""
     tuning_share: Annotated[HeldOut | None, where(lr="auto")] = 0.2
     """Share of the training images that is held out for the choice of rates, unless validation_share is given."""
 

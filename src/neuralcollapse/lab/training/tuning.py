@@ -14,6 +14,7 @@ from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.labels import common_settings
 from neuralcollapse.lab.results.tables import read_table
 from neuralcollapse.lab.training.runs import Preparation, named_runs, train_each
+from neuralcollapse.metrics import Measurement
 
 _Kind = TypeVar("_Kind", bound=Hashable)
 
@@ -55,8 +56,9 @@ def best_rates(
     """Train runs that differ in their rate, and return the best rate of each kind.
 
     The best rate is that with the greatest last validation accuracy, then with the greatest mean over measured epochs,
-    then the smallest rate. The runs are stored in ``tuning/`` of the folder; finished runs are not trained again. Runs
-    that fail are reported and left out.
+    then the smallest rate. For runs with the setting ``imbalance``, the accuracy is the mean over classes, because most
+    of the validation images are of the frequent classes. The runs are stored in ``tuning/`` of the folder; finished
+    runs are not trained again. Runs that fail are reported and left out.
 
     Args:
         candidates: Kind and settings of each run, by the name of its folder.
@@ -81,7 +83,7 @@ def best_rates(
                     print(f"neuralcollapse: skipped: {name}: {failure}", file=sys.stderr)
     scores: dict[_Kind, dict[float, tuple[float, float, float]]] = {kind: {} for kind, _ in candidates.values()}
     for name, (kind, run) in candidates.items():
-        accuracies = _validation_accuracies(tuning.run(name))
+        accuracies = _validation_accuracies(tuning.run(name), by_class=run.imbalance is not None)
         if run.lr is not None and accuracies and max(accuracies) == run.epochs:
             mean = sum(accuracies.values()) / len(accuracies)
             scores[kind][run.lr] = (accuracies[run.epochs], mean, -run.lr)
@@ -96,8 +98,11 @@ def _kind(run: RunConfig) -> tuple[str, str, float | None]:
     return run.method, run.loss, run.weight_average
 
 
-def _validation_accuracies(run: RunFolder) -> dict[int, float]:
-    """Return the validation accuracy of each measured epoch."""
+def _validation_accuracies(run: RunFolder, *, by_class: bool) -> dict[int, float]:
+    """Return the validation accuracy of each measured epoch: of all images, or the mean over classes."""
+    if by_class:
+        records = {epoch: path for (epoch, split), path in run.measured().items() if split == "validation"}
+        return {epoch: float(Measurement.load(path).class_accuracy.nanmean()) for epoch, path in records.items()}
     if not run.metrics.exists():
         return {}
     table = read_table(run.metrics)
