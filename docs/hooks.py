@@ -47,6 +47,7 @@ _ELSEWHERE = re.compile(r"https://unpkg\.com/[\w./@-]+")
 _RECIPES = re.compile(r"<!-- recipes (\w+) -->")
 _REFERENCE = re.compile(r"<!-- reference (\w+) -->")
 _DETECTION = re.compile(r"<!-- detection ([\w-]+) -->")
+_TRADE_OFF = re.compile(r"<!-- trade-off ([\w-]+) -->")
 _GROUPS = re.compile(r"<!-- groups ([\w-]+) -->")
 _TABLE = re.compile(r"<table>.*?</table>", re.DOTALL)
 _FORMULA = re.compile(
@@ -67,6 +68,7 @@ def on_page_markdown(markdown: str, config: Any = None, **_: Any) -> str:
         if f"<!-- {marker} -->" in markdown:
             markdown = markdown.replace(f"<!-- {marker} -->", made())
     markdown = _DETECTION.sub(lambda marker: detection_table(marker[1]), markdown)
+    markdown = _TRADE_OFF.sub(lambda marker: trade_off_table(marker[1]), markdown)
     markdown = _GROUPS.sub(lambda marker: groups_table(marker[1]), markdown)
     markdown = _REFERENCE.sub(lambda marker: _reference(marker[1], config), markdown)
     return _RECIPES.sub(lambda marker: _recipes(marker[1]), markdown)
@@ -360,6 +362,37 @@ def groups_table(study: str) -> str:
         ]
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
+
+
+def trade_off_table(study: str) -> str:
+    """Return the last accuracy and collapse of each run of a study, and its epochs to the reference, as Markdown."""
+    record = yaml.safe_load((CLAIMS / f"{study}.yaml").read_text())
+    seeds, lines = len(record["seeds"]), []
+    collapse = ("nc1_quotient", "nc2_etf_means", "nc3_duality")
+    for row in record["trade_off"]:
+        cells = [row["run"], f"{record['rates'][row['run']]:g}"]
+        for mean, reached in (row[f"share_{name}"] for name in ("accuracy", *collapse)):
+            some = f" ({reached} of {seeds})" if 0 < reached < seeds else ""
+            cells.append("never" if mean is None else f"{mean:.2f}{some}")
+        cells += [_percent(*row["accuracy"]), _percent(*row["difference"], sign="+")]
+        cells += [f"{row[name][0]:.2g}" for name in collapse]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(
+        [
+            '<details class="table" markdown="1">',
+            f"<summary>Share of the epochs to the last values of standard, and last values: {study}</summary>",
+            "",
+            "| run | rate | to accuracy | to NC1 | to NC2 | to NC3 | accuracy, % | − standard | NC1 | NC2 | NC3 |",
+            "|---" * 11 + "|",
+            *lines,
+            "",
+            "</details>",
+        ]
+    )
+
+
+def _percent(mean: float, half: float, sign: str = "") -> str:
+    return f"{100 * mean:{sign}.1f} ± {100 * half:.1f}".replace("-", "−")
 
 
 def _help(command: str) -> str:

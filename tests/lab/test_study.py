@@ -17,7 +17,7 @@ from neuralcollapse.lab import studies
 from neuralcollapse.lab.figures import FIGURES
 from neuralcollapse.lab.results.folder import RunFolder
 from neuralcollapse.lab.results.tables import read_table
-from neuralcollapse.lab.results.verdicts import Finished, judge, verdict_record
+from neuralcollapse.lab.results.verdicts import Finished, against_reference, judge, verdict_record
 from neuralcollapse.lab.studies import Claim, Value, load_study, study_names, study_runs
 
 TINY = {
@@ -165,6 +165,19 @@ def test_a_fall_is_from_the_first_epoch_at_the_level():
     assert (
         judge(claim("at least", bound=10, kind="fall", of="nc1_pinv", level=0.99), {"a": never}).verdict == "undecided"
     )
+
+
+def test_runs_are_compared_with_the_reference_seed_by_seed():
+    def runs(*courses):
+        return {seed: Finished(course(values, "accuracy", "test"), {}) for seed, values in enumerate(courses)}
+
+    groups = {"a": runs([0.5, 0.8, 0.9], [0.3, 0.4, 0.5]), "reference": runs([0.2, 0.4, 0.8], [0.2, 0.5, 0.7])}
+    row = against_reference("a", "reference", {"accuracy": "test"}, groups)
+    differences = np.array([0.9 - 0.8, 0.5 - 0.7])
+    half = stats.t.ppf(0.975, 1) * differences.std(ddof=1) / math.sqrt(2)
+    assert row["difference"] == pytest.approx([differences.mean(), half], abs=1e-3)
+    assert row["share_accuracy"] == pytest.approx([2 / 3, 1], abs=1e-3)  # seed 0 after 2 of 3 epochs, seed 1 never
+    assert against_reference("reference", "reference", {"accuracy": "test"}, groups)["difference"] == [0, 0]
 
 
 def test_epochs_that_are_not_reached_count_as_more_than_all():
@@ -329,7 +342,8 @@ def test_a_study_chooses_the_rate_of_each_run_on_validation_images(tiny, capsys,
     runs = {"plain": {"method": "linear"}, "sphere": {"method": "standard"}}
     small = TINY["small"] | {"lr_candidates": [0.001, 0.1]}
     small["settings"] = {name: value for name, value in small["settings"].items() if name != "method"}
-    claim = TINY["claims"][0] | {"of": "plain", "above": ["sphere"]}
+    value = {"kind": "share", "of": "accuracy", "split": "test", "level_of": "sphere"}
+    claim = TINY["claims"][0] | {"of": "plain", "above": ["sphere"], "value": value}
     tiny.write_text(yaml.safe_dump(TINY | {"figure": "trade-off", "runs": runs, "claims": [claim], "small": small}))
     assert main(["study", "tiny"]) == 0
     folder = RunFolder("runs/studies/tiny-small")
@@ -340,7 +354,12 @@ def test_a_study_chooses_the_rate_of_each_run_on_validation_images(tiny, capsys,
         chosen = table[(table["split"] == "validation") & (table["metric"] == "accuracy")]
         accuracies[run.path.name.partition("-")[0], run.settings()["lr"]] = chosen["value"].iloc[-1]
     assert len(accuracies) == 4
-    rates = yaml.safe_load(folder.verdict.read_text())["rates"]
+    record = yaml.safe_load(folder.verdict.read_text())
+    rates, rows = record["rates"], {row["run"]: row for row in record["trade_off"]}
+    assert rows["sphere"]["difference"] == [0, 0]
+    difference = rows["plain"]["accuracy"][0] - rows["sphere"]["accuracy"][0]
+    assert rows["plain"]["difference"][0] == pytest.approx(difference, abs=1e-3)
+    assert rows["sphere"]["share_accuracy"][1] == 2  # each seed reaches its own last value
     for label, method in (("plain", "linear"), ("sphere", "standard")):
         assert accuracies[label, rates[label]] == max(accuracies[label, rate] for rate in small["lr_candidates"])
         for seed in (3, 4):

@@ -27,6 +27,7 @@ from neuralcollapse.lab.results.verdicts import (
     Kind,
     Relation,
     Value,
+    against_reference,
     judge,
     verdict_record,
 )
@@ -599,6 +600,7 @@ def _record(study: Study, scale: str, seeds: Sequence[int], groups: Groups) -> d
         "claims": [verdict_record(claim, judge(claim, groups)) for claim in study.claims],
         **({"detection": _last_rates(study, groups)} if study.ood or study.transfer else {}),
         **({"groups": _last_of_groups(groups)} if study.figure == "groups" else {}),
+        **({"trade_off": _last_and_shares(study, groups)} if study.figure == "trade-off" else {}),
         **({"rates": _rates(groups)} if study.scale(scale).lr_candidates else {}),
         "command": " ".join([f"neuralcollapse study {study.name} --scale {scale}", *folders]),
         "training_minutes": round(sum(of_run["seconds"] for of_run in facts) / 60, 1),
@@ -629,6 +631,19 @@ def _last_of_groups(groups: Groups) -> list[dict[str, Any]]:
         for name in (metric, *(f"{metric}_{group}" for group in GROUPS))
     }
     return _last_values(groups, quantities)
+
+
+def _last_and_shares(study: Study, groups: Groups) -> list[dict[str, Any]]:
+    """Return for each run the last test accuracy and train NC1 to NC3, and their comparison with the reference run.
+
+    The reference is the first ``level_of`` of the claims, if any.
+    """
+    quantities = {"accuracy": "test", "nc1_quotient": "train", "nc2_etf_means": "train", "nc3_duality": "train"}
+    rows = _last_values(groups, {name: (name, split) for name, split in quantities.items()})
+    reference = next((claim.value.level_of for claim in study.claims if claim.value.level_of is not None), None)
+    if reference is None or not groups.get(reference):
+        return rows
+    return [row | against_reference(row["run"], reference, quantities, groups) for row in rows]
 
 
 def _last_values(groups: Groups, quantities: Mapping[str, tuple[str, str]]) -> list[dict[str, Any]]:

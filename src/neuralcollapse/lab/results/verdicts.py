@@ -128,6 +128,34 @@ def judge(claim: Claim, groups: Groups) -> Judgement:
     return Judgement(overall, [f"{words}: {verdict}" for verdict, words in comparisons])
 
 
+def against_reference(
+    name: str, reference: str, quantities: Mapping[str, str], groups: Groups
+) -> dict[str, list[float | None]]:
+    """Return the last test accuracy relative to a reference, and the epochs until the values of the reference.
+
+    Args:
+        name: Name of the compared runs.
+        reference: Name of the runs with which they are compared, seed by seed.
+        quantities: Split of each metric by its name.
+        groups: Finished runs, by name and seed.
+
+    Returns:
+        ``difference``: the mean over seeds of the difference in the last test accuracy, and half the width of Student's
+        95% interval. ``share_METRIC``: the mean share of all epochs until the metric has the last value of the
+        reference, over the seeds that reach it (None if none does), and the number of these seeds.
+    """
+    last = Value(kind="last", of="accuracy", split="test")
+    compared = paired_differences(*(_values(last, one, groups).of_seed for one in (name, reference)))
+    row: dict[str, list[float | None]] = {
+        "difference": [float(f"{number:.4g}") for number in student_interval(compared)]
+    }
+    for metric, split in quantities.items():
+        share = _values(Value(kind="share", of=metric, split=split, level_of=reference), name, groups)
+        reached = share.of_seed.drop(index=[*share.more])
+        row[f"share_{metric}"] = [float(f"{reached.mean():.4g}") if len(reached) else None, len(reached)]
+    return row
+
+
 def describe(value: Value) -> str:
     """Return a description of the number by which a claim is judged.
 
