@@ -320,6 +320,19 @@ def test_rates_are_chosen_on_the_validation_split(tmp_path):
         assert set(rows_of(table, strategy=strategy)["session_lr"]) == {best}
 
 
+def test_rates_are_chosen_for_the_number_of_steps_with_all_images(tmp_path):
+    out = tmp_path / "run"
+    flags = ["--sessions=5,1", "--session_epochs=2", "--session_lr=auto", "--session_lr_candidates=0.001,0.002"]
+    sizes = ["--train_samples=300", "--batch_size=26", "--seeds=1", "--strategies=learned"]  # 30 images of a class
+    assert main(["incremental", *SMALL, *flags, *sizes, "--out", str(out)]) == 0
+
+    def epochs(folder):
+        return [RunFolder(session).settings()["epochs"] for session in folder.glob("runs/*/sessions/*")]
+
+    assert epochs(out / "tuning") == [4, 4]  # of one batch of 24 images: as many steps as two epochs of two batches
+    assert epochs(out) == [2]
+
+
 REFUSED = [
     ("", "sessions must have at least 2 classes in the first one, and one more session, got []"),
     ("--sessions 6", "and one more session, got [6]"),

@@ -138,7 +138,7 @@ class Incremental(Settings):
     """Learning rate in the sessions after the first, with the schedule of the run; by default a tenth of lr. auto:
     every strategy uses the value of session_lr_candidates with the best accuracy on a validation split, averaged over
     these sessions, for one seed that is not compared; the split is held out of the training images only for this
-    choice."""
+    choice, in which sessions have about as many steps as with all images."""
     session_lr_candidates: Annotated[list[Positive] | None, where(session_lr="auto")] = Field(
         default_factory=lambda: [0.00005, 0.00015, 0.0005, 0.0015, 0.005]
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -82,7 +83,7 @@ def train_incremental(
         _check(sessions, runs)
         whole.begin(data_facts(sessions.data) | {"runs": [_base_name(run) for run in runs]})
         if protocol.session_lr == "auto":
-            rates = _chosen_rates(protocol, runs, preparation, whole, resume=resume)
+            rates = _chosen_rates(sessions, runs, preparation, whole, resume=resume)
         else:
             of_methods = {run.method: protocol.session_lr or (run.lr or 0) / 10 for run in runs}
             rates = {name: of_methods[STRATEGIES[name]] for name in protocol.strategies}
@@ -218,12 +219,15 @@ class Course:
         run: Settings of the first session, without the classes to hold out.
         rate: Learning rate of the later sessions; None for class-means.
         sessions: The images.
+        whole: All images, if ``sessions`` are without the validation images that are held out for the choice of rates:
+            later sessions then have more epochs, so that their number of steps is about that with all images.
     """
 
     strategy: Strategy
     run: RunConfig
     rate: float | None
     sessions: SessionData
+    whole: SessionData | None = None
 
     @property
     def protocol(self) -> Incremental:
@@ -240,13 +244,16 @@ class Course:
         """Settings of the first session."""
         return self.run.model_copy(update={"hold_out_classes": self.sessions.later_classes})
 
-    @cached_property
-    def later_config(self) -> RunConfig:
-        """Settings of a later session."""
+    def later_config(self, session: int) -> RunConfig:
+        """Return the settings of a later session."""
+        batches, batches_of_whole = (
+            math.ceil(len(sessions.training_images(session, self.run.seed).train.labels) / self.config.batch_size)
+            for sessions in (self.sessions, self.whole or self.sessions)
+        )
         options = self.config.schedule_options or {}
         options = {name: value for name, value in options.items() if name not in ("warmup_epochs", "step_at")}
         return self.config.replace(
-            epochs=self.protocol.session_epochs,
+            epochs=round((self.protocol.session_epochs or 0) * batches_of_whole / batches),
             lr=self.rate,
             measure_at=[],
             keep_at=None,
@@ -276,7 +283,7 @@ class Course:
     def later_run(self, session: int, model: AttachedHead) -> Run:
         """Build a later session for a model that already has its classes."""
         images = self.sessions.training_images(session, self.run.seed)
-        return _LaterSession(self.later_config, images, {"train": self.sessions.evaluation["train"]}, model)
+        return _LaterSession(self.later_config(session), images, {"train": self.sessions.evaluation["train"]}, model)
 
     def models(self, folder: RunFolder, progress: Progress) -> Iterator[AttachedHead]:
         """Yield the model after each session in turn; sessions that are not finished in the folder are trained."""
@@ -390,15 +397,24 @@ def _train_courses(
 
 
 def _chosen_rates(
-    protocol: Incremental, runs: Sequence[RunConfig], preparation: Preparation, folder: RunFolder, *, resume: bool
+    whole: SessionData, runs: Sequence[RunConfig], preparation: Preparation, folder: RunFolder, *, resume: bool
 ) -> dict[Strategy, float]:
     """Return the candidate of each strategy with the best validation accuracy, averaged over the later sessions.
 
-    These trainings are stored in ``tuning/`` of the folder.
+    These trainings are stored in ``tuning/`` of the folder. Their later sessions have about as many steps as those with
+    all images, because a rate is good only for a number of steps.
+
+    Args:
+        whole: All images.
+        runs: Settings of the first sessions.
+        preparation: As for `train_incremental`.
+        folder: Folder of the compared strategies.
+        resume: Resume the sessions in the folder.
 
     Raises:
         ValueError: if a strategy diverges at every candidate.
     """
+    protocol = whole.protocol
     seeds = protocol.base_sessions.seed_list
     seed, candidates = next(seed for seed in count() if seed not in seeds), sorted(protocol.session_lr_candidates or [])
     tuned = {
@@ -410,7 +426,9 @@ def _chosen_rates(
     trained = [name for name in protocol.strategies if name != "class-means"]
     with tuning.writing(protocol.in_force() | common_settings([*tuned.values()]), resume=resume):
         tuning.begin(data_facts(sessions.data) | {"runs": [_base_name(run) for run in tuned.values()]})
-        courses = [Course(name, tuned[STRATEGIES[name]], rate, sessions) for name in trained for rate in candidates]
+        courses = [
+            Course(name, tuned[STRATEGIES[name]], rate, sessions, whole) for name in trained for rate in candidates
+        ]
         table = _train_courses(courses, tuning, preparation, skip_diverged=True)
     chosen = table[
         (table["split"] == "validation")
@@ -419,10 +437,10 @@ def _chosen_rates(
         & (table["session"] > 1)
     ]
     accuracies = chosen.groupby(["strategy", "session_lr"])["value"].agg(["mean", "count"])
-    whole = accuracies[accuracies["count"] == len(sessions.ends) - 1]["mean"]
+    finished = accuracies[accuracies["count"] == len(sessions.ends) - 1]["mean"]
     rates: dict[Strategy, float] = {}
     for name in trained:
-        of_rates = {rate: whole[name, rate] for rate in candidates if (name, rate) in whole.index}
+        of_rates = {rate: finished[name, rate] for rate in candidates if (name, rate) in finished.index}
         if not of_rates:
             raise ValueError(f"session_lr_candidates must have one at which {name} does not diverge, got {candidates}")
         rates[name] = max(of_rates, key=lambda rate: (of_rates[rate], -rate))
