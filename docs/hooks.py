@@ -28,7 +28,7 @@ try:
         describe,
         schema_of,
     )
-    from neuralcollapse.lab.studies import SCALES, load_study, study_names
+    from neuralcollapse.lab.studies import SCALES, load_study, reached_text, study_names
 except ImportError as missing:
     raise SystemExit(
         f"the site needs the extra docs: pip install 'neuralcollapse[docs]' ({missing})"
@@ -280,7 +280,8 @@ def _claims() -> str:
             "",
             f"{record['title'][0].upper()}{record['title'][1:]}. {record['source']}.",
         ]
-        lines += [f"Reduced: {record['reduced']}." if record["reduced"] else "", ""]
+        reduced = f"Reduced: {record['reduced']}." if record["reduced"] else ""
+        lines += [reduced + reached_text(record), ""]
         for one in record["claims"]:
             published = f" Published: {one['published']}." if "published" in one else ""
             lines += [

@@ -360,6 +360,12 @@ def test_a_study_chooses_the_rate_of_each_run_on_validation_images(tiny, capsys,
     difference = rows["plain"]["accuracy"][0] - rows["sphere"]["accuracy"][0]
     assert rows["plain"]["difference"][0] == pytest.approx(difference, abs=1e-3)
     assert rows["sphere"]["share_accuracy"][1] == 2  # each seed reaches its own last value
+    tables = [
+        pd.read_csv(run.metrics).query("split == 'train' and metric == 'accuracy'") for run in folder.run_folders()
+    ]
+    last = [table["value"].iloc[-1] for table in tables]
+    assert record["reached"]["accuracy"] == pytest.approx([min(last), max(last)], rel=1e-3)
+    assert "At the end, train accuracies are between" in folder.summary.read_text()
     for label, method in (("plain", "linear"), ("sphere", "standard")):
         assert accuracies[label, rates[label]] == max(accuracies[label, rate] for rate in small["lr_candidates"])
         for seed in (3, 4):

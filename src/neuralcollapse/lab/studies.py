@@ -597,6 +597,7 @@ def _record(study: Study, scale: str, seeds: Sequence[int], groups: Groups) -> d
         "scale": scale,
         "reduced": study.scale(scale).reduced,
         "seeds": list(seeds),
+        **({} if study.is_ufm else {"reached": _reached(groups)}),
         "claims": [verdict_record(claim, judge(claim, groups)) for claim in study.claims],
         **({"detection": _last_rates(study, groups)} if study.ood or study.transfer else {}),
         **({"groups": _last_of_groups(groups)} if study.figure == "groups" else {}),
@@ -607,6 +608,16 @@ def _record(study: Study, scale: str, seeds: Sequence[int], groups: Groups) -> d
         **{name: _values_of(name, facts) for name in ("neuralcollapse", "git_commit", "machine", "accelerator")},
         "finished": max((of_run["ended"] for of_run in facts if of_run.get("ended")), default=None),
     }
+
+
+def _reached(groups: Groups) -> dict[str, list[float]]:
+    """Return the least and greatest last train accuracy and NC1 of all runs, which tell how far they have collapsed."""
+    runs = [run.metrics for of_label in groups.values() for run in of_label.values()]
+    reached = {}
+    for metric in ("accuracy", "nc1_quotient"):
+        values = [_last(table, metric, "train") for table in runs]
+        reached[metric] = [float(f"{number:.4g}") for number in (min(values), max(values))]
+    return reached
 
 
 def _rates(groups: Groups) -> dict[str, float]:
@@ -680,7 +691,7 @@ def _values_of(name: str, facts: Sequence[Mapping[str, Any]]) -> str | None:
 def _sections(record: Mapping[str, Any]) -> list[str]:
     """Return the paragraphs of a study's summary: its source and scale, and each claim with its verdict."""
     reduced = f" Reduced: {record['reduced']}." if record["reduced"] else ""
-    sections = [f"{record['source']}. Scale {record['scale']}.{reduced}"]
+    sections = [f"{record['source']}. Scale {record['scale']}.{reduced}{reached_text(record)}"]
     for claim in record["claims"]:
         sections.append(f"**{claim['verdict']}**: {claim['claim']} ({claim['measure']}).")
         sections.append("\n".join(f"- {numbers}" for numbers in claim["numbers"]))
@@ -688,6 +699,19 @@ def _sections(record: Mapping[str, Any]) -> list[str]:
         *sections,
         "Differences are of runs with the same seed; intervals are Student's 95% over seeds (n - 1).",
     ]
+
+
+def reached_text(record: Mapping[str, Any]) -> str:
+    """Return a sentence on the last train accuracy and NC1 of the runs in the record of a study, if it has them."""
+    if "reached" not in record:
+        return ""
+    accuracy, collapse = (
+        [f"{number:.3g}" for number in record["reached"][name]] for name in ("accuracy", "nc1_quotient")
+    )
+    return (
+        f" At the end, train accuracies are between {accuracy[0]} and {accuracy[1]}, and train NC1 (nc1_quotient) is "
+        f"between {collapse[0]} and {collapse[1]}."
+    )
 
 
 def _scale(content: Mapping[str, Any]) -> Scale:
