@@ -22,7 +22,13 @@ from neuralcollapse.lab.training.run import Run
 
 SESSIONS = [5, 2, 1]
 ENDS = [5, 7, 8]
-METHODS = {"class-means": "standard", "preassigned-etf": "fixed", "grown-etf": "implicit", "learned": "standard"}
+METHODS = {
+    "class-means": "standard",
+    "class-means-etf": "implicit",
+    "preassigned-etf": "fixed",
+    "grown-etf": "implicit",
+    "learned": "standard",
+}
 TRAINED = ["preassigned-etf", "grown-etf", "learned"]
 SMALL = ["--backbone=mlp", "--width=24", "--depth=2", "--epochs=2", "--measure_at=2", "--batch_size=64"]
 PROTOCOL = ["--sessions=5,2,1", "--shots=7", "--session_epochs=2", "--session_lr=0.01"]
@@ -343,7 +349,10 @@ REFUSED = [
     ("--sessions 6,4 --shots 1000", "shots must be at most 1"),
     ("--sessions 6,4 --shots 0", "shots must be at least 1"),
     ("--sessions 6,4 --replay 1000", "replay must be at most 1"),
-    ("--sessions 6,4 --strategies class-means --replay 5", "replay belongs to strategies other than class-means"),
+    (
+        "--sessions 6,4 --strategies class-means --replay 5",
+        "replay belongs to strategies other than class-means and class-means-etf",
+    ),
     ("--sessions 6,4 --strategies class-means --session_epochs 5", "session_epochs belongs to strategies"),
     ("--sessions 6,4 --strategies class-means --session_lr auto", "session_lr belongs to strategies"),
     ("--sessions 6,4 --strategies nearest", "strategies must be a list, each item one of class-means"),

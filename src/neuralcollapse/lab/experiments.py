@@ -91,16 +91,20 @@ class Comparison(Settings):
         return [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
 
 
-Strategy = Literal["class-means", "preassigned-etf", "grown-etf", "learned"]
+Strategy = Literal["class-means", "class-means-etf", "preassigned-etf", "grown-etf", "learned"]
 # Method that trains the base session of each strategy.
 STRATEGIES: dict[Strategy, Method] = {
     "class-means": "standard",
+    "class-means-etf": "implicit",
     "preassigned-etf": "fixed",
     "grown-etf": "implicit",
     "learned": "standard",
 }
+FROZEN: tuple[Strategy, ...] = ("class-means", "class-means-etf")  # the network does not change after the first session
 _TRAINED = Condition(
-    "strategies other than class-means", ("strategies",), lambda values: set(values["strategies"]) != {"class-means"}
+    f"strategies other than {' and '.join(FROZEN)}",
+    ("strategies",),
+    lambda values: not {*values["strategies"]} <= {*FROZEN},
 )
 
 
@@ -112,7 +116,7 @@ class Incremental(Settings):
 
     Examples:
         >>> Incremental(sessions=[6, 1, 1, 1, 1], shots=5).strategies
-        ['class-means', 'preassigned-etf', 'grown-etf', 'learned']
+        ['class-means', 'class-means-etf', 'preassigned-etf', 'grown-etf', 'learned']
     """
 
     recipe: str | None = None
@@ -122,11 +126,11 @@ class Incremental(Settings):
     first session is an ordinary run, and each later session adds its classes. Classes beyond the sum are left out."""
     strategies: list[Strategy] = Field(default_factory=lambda: list(get_args(Strategy)))
     """Comma-separated strategies; by default all. class-means: nearest class mean of the frozen network, which is
-    trained in the first session with method standard. The others train the whole network on the images of each session,
-    with the batch norm statistics and the centring mean of the first session: preassigned-etf (method fixed), rows of
-    the simplex ETF of all classes, which are assigned before the first session; grown-etf (method implicit), the
-    simplex ETF nearest to the means of old and new classes at the start of a session; learned (method standard), a
-    learned classifier, the baseline for forgetting."""
+    trained in the first session with method standard; class-means-etf: the same with method implicit. The others train
+    the whole network on the images of each session, with the batch norm statistics and the centring mean of the first
+    session: preassigned-etf (method fixed), rows of the simplex ETF of all classes, which are assigned before the first
+    session; grown-etf (method implicit), the simplex ETF nearest to the means of old and new classes at the start of a
+    session; learned (method standard), a learned classifier, the baseline for forgetting."""
     shots: AtLeast1 | None = None
     """Number of images per added class, drawn according to the seed and equal for all strategies. By default all."""
     replay: Annotated[Annotated[int, Field(ge=0)] | None, _TRAINED] = 0

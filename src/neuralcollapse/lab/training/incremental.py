@@ -20,7 +20,7 @@ from neuralcollapse.heads import AttachedHead, ClassMeanClassifier, Head, Learne
 from neuralcollapse.lab.config import BatchSettings, RunConfig, derived_seed
 from neuralcollapse.lab.data.batches import EvaluationBatches, evaluation_batches
 from neuralcollapse.lab.data.images import ImageData
-from neuralcollapse.lab.experiments import STRATEGIES, Incremental, Strategy, incremental_runs
+from neuralcollapse.lab.experiments import FROZEN, STRATEGIES, Incremental, Strategy, incremental_runs
 from neuralcollapse.lab.models.backbones import evaluation_layout
 from neuralcollapse.lab.results.files import write_csv
 from neuralcollapse.lab.results.folder import RunFolder
@@ -65,7 +65,7 @@ def train_incremental(
         progress: Show progress.
 
     Returns:
-        The table in ``sessions.csv``: columns strategy, seed, session_lr (0 for class-means, which does not train in
+        The table in ``sessions.csv``: columns strategy, seed, session_lr (0 for class means, which are not trained in
         these sessions), session (from 1), split, classes (``all`` classes seen; ``old``, those of the first session;
         ``new``, those added since; ``session j``), metric and value. The metrics are those of `session_metrics`, and
         NC1 to NC3 of the classes (NaN for a single class), in evaluation mode on images without augmentation. The train
@@ -88,7 +88,7 @@ def train_incremental(
             of_methods = {run.method: protocol.session_lr or (run.lr or 0) / 10 for run in runs}
             rates = {name: of_methods[STRATEGIES[name]] for name in protocol.strategies}
         courses = [
-            Course(strategy, run, None if strategy == "class-means" else rates[strategy], sessions)
+            Course(strategy, run, None if strategy in FROZEN else rates[strategy], sessions)
             for seed in protocol.base_sessions.seed_list
             for strategy in protocol.strategies
             for run in runs
@@ -217,7 +217,7 @@ class Course:
     Attributes:
         strategy: Name of the strategy.
         run: Settings of the first session, without the classes to hold out.
-        rate: Learning rate of the later sessions; None for class-means.
+        rate: Learning rate of the later sessions; None if the network is frozen.
         sessions: The images.
         whole: All images, if ``sessions`` are without the validation images that are held out for the choice of rates:
             later sessions then have more epochs, so that their number of steps is about that with all images.
@@ -290,7 +290,7 @@ class Course:
         first = self.first_run()
         self._train(first, folder.run(_base_name(self.run)), 1, progress)
         model = first.trained.model
-        if self.strategy == "class-means":
+        if self.strategy in FROZEN:
             yield from self._of_class_means(model)
             return
         yield model
@@ -352,7 +352,7 @@ def _check(sessions: SessionData, runs: Sequence[RunConfig]) -> None:
         first = course.first_run()
         first.check_loss()
         model = first.trained.model
-        if strategy != "class-means":
+        if strategy not in FROZEN:
             for session in range(2, len(sessions.ends) + 1):
                 try:
                     course.add_classes(session, model)
@@ -423,7 +423,7 @@ def _chosen_rates(
     }
     first, tuning = next(iter(tuned.values())), RunFolder(folder.tuning)
     sessions = SessionData(preparation.data(first), protocol, first)
-    trained = [name for name in protocol.strategies if name != "class-means"]
+    trained = [name for name in protocol.strategies if name not in FROZEN]
     with tuning.writing(protocol.in_force() | common_settings([*tuned.values()]), resume=resume):
         tuning.begin(data_facts(sessions.data) | {"runs": [_base_name(run) for run in tuned.values()]})
         courses = [
