@@ -374,9 +374,15 @@ def test_a_study_chooses_the_rate_of_each_run_on_validation_images(tiny, capsys,
             assert settings.get("validation_share") is None
     assert (folder.figures / "trade-off.png").exists()
 
-    monkeypatch.setattr("neuralcollapse.lab.training.runs.Preparation.check", None)
+    with monkeypatch.context() as patch:
+        patch.setattr("neuralcollapse.lab.training.runs.Preparation.check", None)
+        assert main(["study", "tiny"]) == 0  # from the finished runs alone
+
+    runs |= {"added": {"method": "linear", "loss": "mse"}}
+    tiny.write_text(yaml.safe_dump(TINY | {"figure": "trade-off", "runs": runs, "claims": [claim], "small": small}))
     capsys.readouterr()
-    assert main(["study", "tiny"]) == 0  # from the finished runs alone
+    assert main(["study", "tiny"]) == 0
+    assert {*yaml.safe_load(folder.verdict.read_text())["rates"]} == {"plain", "sphere", "added"}
 
 
 def test_a_study_may_take_runs_and_claims_of_another(tiny):

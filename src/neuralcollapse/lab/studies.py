@@ -344,7 +344,9 @@ def _results(
     locks.enter_context(folder.writing(settings, resume=resume, overwrite=options.overwrite))
     if candidates is not None:
         compared = {*study.scale(scale).seeds, *seeds}
-        runs = _with_chosen_rates(runs, candidates, compared, folder, resume=resume, parallel=options.parallel)
+        runs = _with_chosen_rates(
+            runs, candidates, compared, folder, settings, resume=resume, parallel=options.parallel
+        )
         _check_existing(runs, folder)
     if options.overwrite or not all(_is_finished(folder.run(name)) for name in runs):
         _train_missing(study, runs, options, folder, resume=resume)
@@ -397,6 +399,7 @@ def _with_chosen_rates(
     rates: Sequence[float],
     compared: Collection[int],
     folder: RunFolder,
+    settings: Mapping[str, Any],
     *,
     resume: bool,
     parallel: int,
@@ -411,7 +414,7 @@ def _with_chosen_rates(
         for name, run in runs.items()
         for tuned in tuning_runs(run, rates, seed, _TUNING_SHARE)
     }
-    best = best_rates(candidates, folder, resume=resume, parallel=parallel)
+    best = best_rates(candidates, folder, settings, resume=resume, parallel=parallel)
     return {name: run.replace(lr=best[labels[name]]) for name, run in runs.items()}
 
 

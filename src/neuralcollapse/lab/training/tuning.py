@@ -6,7 +6,7 @@ import sys
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import closing
 from itertools import count
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from neuralcollapse.lab.config import RunConfig
 from neuralcollapse.lab.experiments import Comparison
@@ -41,7 +41,8 @@ def with_chosen_rates(
         [run for kind in reversed(kinds.values()) for run in tuning_runs(kind, rates, seed, comparison.tuning_share)]
     )
     candidates = {name: (_kind(run), run) for name, run in named.items()}
-    best = best_rates(candidates, folder, resume=resume, parallel=parallel)
+    common = common_settings([*named.values()])
+    best = best_rates(candidates, folder, common, resume=resume, parallel=parallel)
     return [run.replace(lr=best[_kind(run)]) for run in runs]
 
 
@@ -51,7 +52,12 @@ def tuning_runs(run: RunConfig, rates: Sequence[float], seed: int, share: float 
 
 
 def best_rates(
-    candidates: Mapping[str, tuple[_Kind, RunConfig]], folder: RunFolder, *, resume: bool, parallel: int
+    candidates: Mapping[str, tuple[_Kind, RunConfig]],
+    folder: RunFolder,
+    settings: Mapping[str, Any],
+    *,
+    resume: bool,
+    parallel: int,
 ) -> dict[_Kind, float]:
     """Train runs that differ in their rate, and return the best rate of each kind.
 
@@ -64,6 +70,7 @@ def best_rates(
         candidates: Kind and settings of each run, by the name of its folder.
         folder: Folder of the compared runs, inside its ``writing`` context; `RunFolder.begin` is called after all
             candidates are checked.
+        settings: Settings of ``tuning/``, which have to stay the same to resume.
         resume: Resume the runs in the folder.
         parallel: Number of runs to train at a time.
 
@@ -76,7 +83,7 @@ def best_rates(
         preparation = Preparation(resumed=resume, progress=True)
         facts = preparation.check(runs, tuning, parallel)
         folder.begin()
-        with tuning.writing(common_settings([*runs.values()]), resume=resume):
+        with tuning.writing(settings, resume=resume):
             tuning.begin(facts)
             with closing(train_each(runs, tuning, preparation, parallel)) as failures:
                 for name, failure in failures:
