@@ -438,9 +438,9 @@ class ImageData:
 
     def __str__(self) -> str:
         shape, name = "×".join(map(str, self.image_shape)), Path(self.name).name
-        kind = "random train labels" if self.relabelled else "classes"
         absent = self.absent_classes
-        kind += f", {len(absent)} of them without training images" if absent else ""
+        kind = "classes" + (f", {len(absent)} of them without training images" if absent else "")
+        kind += ", redrawn train labels" if self.relabelled else ""
         *parts, last = (f"{len(split)} {name}" for name, split in self.splits.items())
         return f"{name}: {', '.join(parts)} and {last} images {shape}, {self.num_classes} {kind}"
 
