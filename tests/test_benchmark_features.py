@@ -12,6 +12,7 @@ import pytest
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "features.py"
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_what_two_passes_of_numpy_give(tmp_path):
     sizes = ["--samples", "3000", "--dim", "16", "--classes", "30", "--out", tmp_path]
     subprocess.run([sys.executable, BENCHMARK, *sizes], check=True, capture_output=True)

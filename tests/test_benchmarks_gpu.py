@@ -55,6 +55,7 @@ def gpu(monkeypatch):
     return importlib.import_module("gpu")
 
 
+@pytest.mark.slow
 def test_every_section_runs_without_an_error(sections):
     assert list(sections) == list(ROWS)
     for name, section in sections.items():
@@ -70,6 +71,7 @@ def test_every_section_runs_without_an_error(sections):
             assert "error" not in row
 
 
+@pytest.mark.slow
 def test_numbers_are_those_of_what_was_run(gpu, sections):
     heads = sections["heads"]["results"]
     assert [row["head"] for row in heads] == ["linear", "fixed", "nearest_etf", "nearest_frame", "class_means"]

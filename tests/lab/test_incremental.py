@@ -305,7 +305,7 @@ def test_results_are_printed_and_drawn(finished, capsys):
     assert list(table["strategy"].unique()) == list(METHODS)
     assert yaml.safe_load(finished.config.read_text())["sessions"] == SESSIONS
     assert [run.path.name for run in finished.run_folders()] == [
-        f"{method}-seed{seed}" for seed in (0, 1) for method in ("standard", "fixed", "implicit")
+        f"{method}-seed{seed}" for seed in (0, 1) for method in ("standard", "implicit", "fixed")
     ]
     assert main(["report", str(finished.path), "--out", str(finished.path / "base.html")]) == 0
 

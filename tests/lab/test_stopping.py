@@ -166,6 +166,7 @@ def test_the_command_says_how_to_go_on_and_exits_with_143(tmp_path, capsys):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.slow
 def test_the_slurm_script_of_the_docs_requeues_a_job_whose_time_is_over_and_resumes_it(tmp_path):
     """Run the script with a fake srun, in which SIGTERM comes during the twelfth batch, and a fake scontrol."""
     documented = re.search(r"```\n(#!/bin/bash\n.*?)```", DOCS.read_text(), re.DOTALL)[1]
