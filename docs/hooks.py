@@ -344,11 +344,7 @@ def groups_table(study: str) -> str:
     rows = yaml.safe_load((CLAIMS / f"{study}.yaml").read_text())["groups"]
     tables = []
     for metric, words, form in (
-        (
-            "accuracy",
-            "test accuracy, %",
-            lambda mean, half: f"{100 * mean:.1f} ± {100 * half:.1f}",
-        ),
+        ("accuracy", "test accuracy, %", _percent),
         (
             "nc1_quotient",
             "train NC1 (`nc1_quotient`)",
