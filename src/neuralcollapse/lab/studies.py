@@ -18,7 +18,7 @@ from neuralcollapse.lab.experiments import single_run
 from neuralcollapse.lab.recipes import load_recipe
 from neuralcollapse.lab.results.files import sole_writer, write_yaml
 from neuralcollapse.lab.results.folder import RunFolder
-from neuralcollapse.lab.results.statistics import student_interval
+from neuralcollapse.lab.results.statistics import rounded, student_interval
 from neuralcollapse.lab.results.tables import COLUMNS, GROUPS, OF_GROUPS, read_table
 from neuralcollapse.lab.results.verdicts import (
     Claim,
@@ -619,7 +619,7 @@ def _reached(groups: Groups) -> dict[str, list[float]]:
     reached = {}
     for metric in ("accuracy", "nc1_quotient"):
         values = [_last(table, metric, "train") for table in runs]
-        reached[metric] = [float(f"{number:.4g}") for number in (min(values), max(values))]
+        reached[metric] = [rounded(number) for number in (min(values), max(values))]
     return reached
 
 
@@ -675,7 +675,7 @@ def _last_values(groups: Groups, quantities: Mapping[str, tuple[str, str]]) -> l
         row: dict[str, Any] = {"run": label}
         for quantity, (metric, split) in quantities.items():
             last = {seed: _last(run.metrics, metric, split) for seed, run in runs.items()}
-            row[quantity] = [float(f"{number:.4g}") for number in student_interval(pd.Series(last, dtype=float))]
+            row[quantity] = [rounded(number) for number in student_interval(pd.Series(last, dtype=float))]
         rows.append(row)
     return rows
 

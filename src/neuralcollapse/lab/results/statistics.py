@@ -41,6 +41,11 @@ def student_interval(values: pd.Series) -> tuple[float, float]:
     return float(values.mean()), half
 
 
+def rounded(number: float) -> float:
+    """Return a number rounded to four significant digits, as records of studies store it."""
+    return float(f"{number:.4g}")
+
+
 def half_width(std: float, seeds: int) -> float:
     """Return half the width of Student's 95% interval of values with a standard deviation (n − 1)."""
     from scipy.stats import t

@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from neuralcollapse.catalogue import METRICS
-from neuralcollapse.lab.results.statistics import epochs_to_reach, half_width, paired_differences, student_interval
+from neuralcollapse.lab.results.statistics import (
+    epochs_to_reach,
+    half_width,
+    paired_differences,
+    rounded,
+    student_interval,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -146,13 +152,11 @@ def against_reference(
     """
     last = Value(kind="last", of="accuracy", split="test")
     compared = paired_differences(*(_values(last, one, groups).of_seed for one in (name, reference)))
-    row: dict[str, list[float | None]] = {
-        "difference": [float(f"{number:.4g}") for number in student_interval(compared)]
-    }
+    row: dict[str, list[float | None]] = {"difference": [rounded(number) for number in student_interval(compared)]}
     for metric, split in quantities.items():
         share = _values(Value(kind="share", of=metric, split=split, level_of=reference), name, groups)
         reached = share.of_seed.drop(index=[*share.more])
-        row[f"share_{metric}"] = [float(f"{reached.mean():.4g}") if len(reached) else None, len(reached)]
+        row[f"share_{metric}"] = [rounded(reached.mean()) if len(reached) else None, len(reached)]
     return row
 
 
