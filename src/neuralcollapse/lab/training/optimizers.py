@@ -191,9 +191,9 @@ def update_average(average: AttachedHead, model: AttachedHead, *, share: float, 
     """Move an average of the weights of a model towards the model, in place.
 
     After step t, the weight of every earlier step s is proportional to s^(1/share − 1): a share of 1 is the mean of all
-    steps, a share of 0.1 is mainly the mean of the last tenth. The running statistics of batch norm are averaged in the
-    same way. Class means, and classifiers that follow from them, are copied from the model, because the average of
-    several frames is not a frame; unit rows are projected back to unit norm.
+    steps, a share of 0.1 is mainly the mean of the last tenth. The running statistics of batch norm, the moving class
+    means and the classifiers that follow from them are averaged in the same way. The classifier is then replaced by the
+    nearest one that satisfies its constraint: a frame, or rows of unit norm.
 
     Args:
         average: Copy of the model.
@@ -207,13 +207,15 @@ def update_average(average: AttachedHead, model: AttachedHead, *, share: float, 
     for averaged, current in zip(_averaged_tensors(average), _averaged_tensors(model), strict=True):
         averaged.lerp_(current, rate)
     for copied, current in zip(average.head.buffers(), model.head.buffers(), strict=True):
-        copied.copy_(current)
+        if not current.is_floating_point():  # numbers of batches and samples
+            copied.copy_(current)
     if isinstance(average.head, LearnedClassifier) and isinstance(model.head, LearnedClassifier):
         average.head.unit_weight = model.head.unit_weight
         if average.head.unit_weight:
             average.head.project_weight()
+    _ = average.head.weight  # reading it restores its constraint
 
 
 def _averaged_tensors(model: AttachedHead) -> list[Tensor]:
-    tensors = [*model.parameters(), *model.model.buffers()]
+    tensors = [*model.parameters(), *model.model.buffers(), *model.head.buffers()]
     return [tensor for tensor in tensors if tensor.is_floating_point()]
