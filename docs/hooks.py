@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import html
 import inspect
@@ -16,6 +17,7 @@ from typing import Any
 try:
     import yaml
     from latex2mathml.converter import convert
+    from matplotlib.figure import Figure
 
     from neuralcollapse.catalogue import METRICS, Metric, OfClasses
     from neuralcollapse.cli import COMMANDS, main
@@ -48,6 +50,7 @@ _RECIPES = re.compile(r"<!-- recipes (\w+) -->")
 _REFERENCE = re.compile(r"<!-- reference (\w+) -->")
 _DETECTION = re.compile(r"<!-- detection ([\w-]+) -->")
 _TRADE_OFF = re.compile(r"<!-- trade-off ([\w-]+) -->")
+_DIFFERENCES = re.compile(r"<!-- differences ([\w-]+(?: [\w-]+)*) -->")
 _GROUPS = re.compile(r"<!-- groups ([\w-]+) -->")
 _TABLE = re.compile(r"<table>.*?</table>", re.DOTALL)
 _FORMULA = re.compile(
@@ -69,6 +72,7 @@ def on_page_markdown(markdown: str, config: Any = None, **_: Any) -> str:
             markdown = markdown.replace(f"<!-- {marker} -->", made())
     markdown = _DETECTION.sub(lambda marker: detection_table(marker[1]), markdown)
     markdown = _TRADE_OFF.sub(lambda marker: trade_off_table(marker[1]), markdown)
+    markdown = _DIFFERENCES.sub(lambda marker: differences(marker[1].split()), markdown)
     markdown = _GROUPS.sub(lambda marker: groups_table(marker[1]), markdown)
     markdown = _REFERENCE.sub(lambda marker: _reference(marker[1], config), markdown)
     return _RECIPES.sub(lambda marker: _recipes(marker[1]), markdown)
@@ -386,6 +390,82 @@ def trade_off_table(study: str) -> str:
             "</details>",
         ]
     )
+
+
+def differences(studies: list[str]) -> str:
+    """Return a figure and a table of accuracy minus that of standard, of all runs in several studies, as Markdown."""
+    records = [
+        yaml.safe_load((CLAIMS / f"{study}.yaml").read_text()) for study in studies
+    ]
+    of_studies = [
+        {
+            row["run"]: (row["difference"], row["nc1_quotient"][0])
+            for row in record["trade_off"]
+        }
+        for record in records
+    ]
+    runs = list(dict.fromkeys(run for of_study in of_studies for run in of_study))
+    lines = [
+        f"| run | {' | '.join(studies)} |",
+        "|---" * (len(studies) + 1) + "|",
+    ]
+    for run in runs:
+        cells = [
+            f"{_percent(*of_study[run][0], sign='+')}; {of_study[run][1]:.2g}"
+            if run in of_study
+            else "–"
+            for of_study in of_studies
+        ]
+        lines.append(f"| {run} | {' | '.join(cells)} |")
+    return "\n".join(
+        [
+            _picture(_difference_figure(studies, of_studies, runs)),
+            "",
+            '<details class="table" markdown="1">',
+            "<summary>Test accuracy minus that of standard, in points; train NC1</summary>",
+            "",
+            *lines,
+            "",
+            "</details>",
+        ]
+    )
+
+
+def _difference_figure(
+    studies: list[str],
+    of_studies: list[dict[str, tuple[list[float], float]]],
+    runs: list[str],
+) -> Figure:
+    figure = Figure(
+        figsize=(2.1 + 1.7 * len(studies), 0.6 + 0.2 * len(runs)), layout="constrained"
+    )
+    panels = figure.subplots(1, len(studies), sharey=True, squeeze=False)[0]
+    for panel, study, of_study in zip(panels, studies, of_studies, strict=True):
+        for place, run in enumerate(runs):
+            if run in of_study:
+                mean, half = (100 * number for number in of_study[run][0])
+                panel.errorbar(
+                    mean, place, xerr=half, fmt="o", markersize=3, color="C0"
+                )
+        panel.axvline(0, color="black", linewidth=0.7)
+        panel.set_title(
+            study.removeprefix("convergence-").replace("convergence", "digits"),
+            fontsize=8,
+        )
+        panel.set_xlabel("accuracy − standard,\npoints", fontsize=7)
+        panel.tick_params(labelsize=7)
+        panel.grid(alpha=0.3, linewidth=0.5)
+    panels[0].set_yticks(range(len(runs)), runs)
+    panels[0].invert_yaxis()
+    return figure
+
+
+def _picture(figure: Figure) -> str:
+    """Return a figure as an HTML image that contains its data."""
+    file = io.BytesIO()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<img alt="Test accuracy minus that of standard" src="data:image/svg+xml;base64,{data}">'
 
 
 def _percent(mean: float, half: float, sign: str = "") -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import base64
 import inspect
 import os
 import re
@@ -252,3 +253,22 @@ def test_the_table_of_detection_marks_the_best_head_of_each_row(tmp_path, monkey
         "| train NC1 (`nc1_quotient`) | 0.25 | 0.05 |",
         "| test accuracy | 0.900 | 0.800 |",
     ]
+
+
+def test_differences_of_several_studies_have_a_figure_and_a_table(tmp_path, monkeypatch):
+    made = runpy.run_path(str(ROOT / "docs" / "hooks.py"))["differences"]
+    for study, runs in (("a", {"linear": 0.012, "standard": 0.0}), ("b", {"standard": 0.0, "nearest": -0.03})):
+        rows = [{"run": run, "difference": [mean, 0.004], "nc1_quotient": [0.25, 0.1]} for run, mean in runs.items()]
+        (tmp_path / f"{study}.yaml").write_text(yaml.safe_dump({"trade_off": rows}))
+    monkeypatch.setitem(made.__globals__, "CLAIMS", tmp_path)
+    picture, *lines = made(["a", "b"]).splitlines()
+    assert [line for line in lines if line.startswith("|")] == [
+        "| run | a | b |",
+        "|---|---|---|",
+        "| linear | +1.2 ± 0.4; 0.25 | – |",
+        "| standard | +0.0 ± 0.4; 0.25 | +0.0 ± 0.4; 0.25 |",
+        "| nearest | – | −3.0 ± 0.4; 0.25 |",
+    ]
+    svg = base64.b64decode(picture.split("base64,")[1].rstrip('">')).decode()
+    assert svg.count('id="axes_') == 2
+    assert all(f"<!-- {run} -->" in svg for run in ("linear", "standard", "nearest"))
