@@ -366,25 +366,35 @@ def groups_table(study: str) -> str:
 
 
 def trade_off_table(study: str) -> str:
-    """Return the last accuracy and collapse of each run of a study, and its epochs to the reference, as Markdown."""
+    """Return the last accuracy and collapse of each run of a study as Markdown, compared with standard if it was."""
     record = yaml.safe_load((CLAIMS / f"{study}.yaml").read_text())
-    seeds, lines = len(record["seeds"]), []
+    seeds, rows = len(record["seeds"]), record["trade_off"]
     collapse = ("nc1_quotient", "nc2_etf_means", "nc3_duality")
-    for row in record["trade_off"]:
+    is_compared = "difference" in rows[0]
+    names = ["run", "rate", "accuracy, %", "NC1", "NC2", "NC3"]
+    summary = f"Last values: {study}"
+    if is_compared:
+        names[2:3] = ["to accuracy", "to NC1", "to NC2", "to NC3", "accuracy, %", "− standard"]  # fmt: skip
+        summary = f"Share of the epochs to the last values of standard, and last values: {study}"
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for row in rows:
         cells = [row["run"], f"{record['rates'][row['run']]:g}"]
-        for mean, reached in (row[f"share_{name}"] for name in ("accuracy", *collapse)):
-            some = f" ({reached} of {seeds})" if 0 < reached < seeds else ""
-            cells.append("never" if mean is None else f"{mean:.2f}{some}")
-        cells += [_percent(*row["accuracy"]), _percent(*row["difference"], sign="+")]
+        if is_compared:
+            for mean, reached in (
+                row[f"share_{name}"] for name in ("accuracy", *collapse)
+            ):
+                some = f" ({reached} of {seeds})" if 0 < reached < seeds else ""
+                cells.append("never" if mean is None else f"{mean:.2f}{some}")
+        cells.append(_percent(*row["accuracy"]))
+        if is_compared:
+            cells.append(_percent(*row["difference"], sign="+"))
         cells += [f"{row[name][0]:.2g}" for name in collapse]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(
         [
             '<details class="table" markdown="1">',
-            f"<summary>Share of the epochs to the last values of standard, and last values: {study}</summary>",
+            f"<summary>{summary}</summary>",
             "",
-            "| run | rate | to accuracy | to NC1 | to NC2 | to NC3 | accuracy, % | − standard | NC1 | NC2 | NC3 |",
-            "|---" * 11 + "|",
             *lines,
             "",
             "</details>",
