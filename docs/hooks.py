@@ -39,6 +39,7 @@ except ImportError as missing:
 CLAIMS = Path(__file__).parent / "claims"  # what `study` wrote of runs that were made
 
 MOST_COLUMNS = 5  # of a table that is not folded
+_MOST_POINTS = 6  # of accuracy below standard that a figure shows
 MOVED = {
     "sooner": "convergence-speed",
     "choosing": "head-and-loss",
@@ -409,7 +410,10 @@ def differences(studies: list[str]) -> str:
     ]
     of_studies = [
         {
-            row["run"]: (row["difference"], row["nc1_quotient"][0])
+            _without_average(row["run"], record): (
+                row["difference"],
+                row["nc1_quotient"][0],
+            )
             for row in record["trade_off"]
         }
         for record in records
@@ -441,6 +445,13 @@ def differences(studies: list[str]) -> str:
     )
 
 
+def _without_average(run: str, record: dict[str, Any]) -> str:
+    """Return the name of a run without the suffix "-average", unless another run of the study differs only in it."""
+    name = run.removesuffix("-average")
+    others = [row["run"] for row in record["trade_off"]]
+    return run if name in others or name.endswith("-no") else name
+
+
 def _difference_figure(
     studies: list[str],
     of_studies: list[dict[str, tuple[list[float], float]]],
@@ -458,6 +469,7 @@ def _difference_figure(
                     mean, place, xerr=half, fmt="o", markersize=3, color="C0"
                 )
         panel.axvline(0, color="black", linewidth=0.7)
+        panel.set_xlim(left=max(panel.get_xlim()[0], -_MOST_POINTS))
         panel.set_title(
             study.removeprefix("convergence-").replace("convergence", "digits"),
             fontsize=8,

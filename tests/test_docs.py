@@ -257,7 +257,7 @@ def test_the_table_of_detection_marks_the_best_head_of_each_row(tmp_path, monkey
 
 def test_differences_of_several_studies_have_a_figure_and_a_table(tmp_path, monkeypatch):
     made = runpy.run_path(str(ROOT / "docs" / "hooks.py"))["differences"]
-    for study, runs in (("a", {"linear": 0.012, "standard": 0.0}), ("b", {"standard": 0.0, "nearest": -0.03})):
+    for study, runs in (("a", {"linear": 0.012, "standard": 0.0}), ("b", {"standard-average": 0.0, "nearest": -0.03})):
         rows = [{"run": run, "difference": [mean, 0.004], "nc1_quotient": [0.25, 0.1]} for run, mean in runs.items()]
         (tmp_path / f"{study}.yaml").write_text(yaml.safe_dump({"trade_off": rows}))
     monkeypatch.setitem(made.__globals__, "CLAIMS", tmp_path)
