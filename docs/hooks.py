@@ -391,16 +391,7 @@ def trade_off_table(study: str) -> str:
             cells.append(_percent(*row["difference"], sign="+"))
         cells += [f"{row[name][0]:.2g}" for name in collapse]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(
-        [
-            '<details class="table" markdown="1">',
-            f"<summary>{summary}</summary>",
-            "",
-            *lines,
-            "",
-            "</details>",
-        ]
-    )
+    return _folded(summary, lines)
 
 
 def differences(studies: list[str]) -> str:
@@ -431,14 +422,18 @@ def differences(studies: list[str]) -> str:
             for of_study in of_studies
         ]
         lines.append(f"| {run} | {' | '.join(cells)} |")
+    table = _folded("Test accuracy minus that of standard, in points; train NC1", lines)
+    return f"{_picture(_difference_figure(studies, of_studies, runs))}\n\n{table}"
+
+
+def _folded(summary: str, table: list[str]) -> str:
+    """Return the lines of a Markdown table as a part of a page that is opened by a click on its summary."""
     return "\n".join(
         [
-            _picture(_difference_figure(studies, of_studies, runs)),
-            "",
             '<details class="table" markdown="1">',
-            "<summary>Test accuracy minus that of standard, in points; train NC1</summary>",
+            f"<summary>{summary}</summary>",
             "",
-            *lines,
+            *table,
             "",
             "</details>",
         ]
