@@ -17,7 +17,7 @@ from neuralcollapse.catalogue import METRICS
 from neuralcollapse.lab.config import PUBLISHED_METHODS
 from neuralcollapse.lab.figures.curves import draw_figures
 from neuralcollapse.lab.figures.panels import check_drawing, save_figures, write_panels
-from neuralcollapse.metrics.figures.curves import RESERVED, draw_all, draw_metric, line_styles, metric_label
+from neuralcollapse.metrics.figures.curves import RESERVED, draw_all, draw_metric, draw_points, line_styles, metric_label
 from neuralcollapse.metrics.figures.panels import Panel, add_legend, literal
 
 
@@ -167,6 +167,21 @@ def test_epochs_are_whole_numbers_once_each(epochs):
     texts = [label.get_text() for label in ticks]
     assert len(set(texts)) == len(texts) > 0
     assert all(re.fullmatch(r"\d+", text) for text in texts)
+
+
+@pytest.mark.parametrize(("low", "high", "scale"), [(0.02, 0.4, "log"), (1e-4, 0.4, "log"), (0.3, 0.5, "linear")])
+def test_labels_of_a_logarithmic_horizontal_axis_do_not_overlap(low, high, scale):
+    points = pd.DataFrame({"method": ["fixed", "standard"], "value": [0.9, 0.8], "nc2": [low, high]})
+    figure = Figure(figsize=(4, 3))
+    axes = figure.subplots()
+    draw_points(axes, points, "nc2", ["fixed", "standard"])
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    assert axes.get_xscale() == scale
+    shown = [label for label in axes.get_xticklabels(which="both") if label.get_text()]
+    boxes = [label.get_window_extent(canvas.get_renderer()) for label in shown]
+    assert len(boxes) >= 2
+    assert not any(first.overlaps(second) for first, second in itertools.combinations(boxes, 2))
 
 
 def test_distances_to_a_reference_epoch_name_it():

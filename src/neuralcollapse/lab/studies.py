@@ -140,7 +140,7 @@ def load_study(name: str | Path) -> Study:
     Examples:
         >>> study = load_study("papyan2020-cifar10")
         >>> study.scale("full").seeds, list(study.runs)
-        ([0], ['resnet18'])
+        ([0], ['cross-entropy'])
     """
     path, names = Path(name), study_names()
     if path.suffix != ".yaml":

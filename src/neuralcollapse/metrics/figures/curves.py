@@ -30,6 +30,7 @@ from neuralcollapse.metrics.figures.panels import (
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
     from neuralcollapse.metrics.figures.records import Shown
 
@@ -45,6 +46,8 @@ RESERVED = ("standard", "fixed", "implicit")
 # published methods are no longer reserved for them.
 _FEW, _WITH_PUBLISHED = 3, 8
 _COLUMNS = 5
+# An axis is logarithmic if its values span more than this factor.
+_LOG_SPAN = 3
 # Values that differ by less than this share of their size are equal up to rounding.
 _ROUNDING = 1e-5
 
@@ -147,7 +150,9 @@ def style_numbers(labels: Sequence[str]) -> dict[str, int]:
 
 
 def draw_points(axes: Axes, points: pd.DataFrame, x: str, labels: Sequence[str]) -> None:
-    """Draw one marker per method on a logarithmic horizontal axis: mean, minimum and maximum over seeds of both values.
+    """Draw one marker per method: mean, minimum and maximum over seeds of both values.
+
+    The horizontal axis is logarithmic if its values span a factor of more than 3.
 
     Args:
         axes: Axes to draw on.
@@ -160,7 +165,9 @@ def draw_points(axes: Axes, points: pd.DataFrame, x: str, labels: Sequence[str])
     for label in of_values.index:
         style = {**styles[str(label)], "linestyle": "none"}
         draw_bars(axes, of_x.loc[[label]], of_values.loc[[label]], label=literal(str(label)), **style)
-    axes.set_xscale("log")
+    if points[x].max() > _LOG_SPAN * points[x].min():
+        axes.set_xscale("log")
+        _set_log_ticks(axes.xaxis, points[x])
 
 
 def line_styles(labels: Sequence[str], *, markers: bool | None = None) -> dict[str, dict[str, Any]]:
@@ -185,22 +192,27 @@ def line_styles(labels: Sequence[str], *, markers: bool | None = None) -> dict[s
 
 
 def _scale(axes: Axes, values: pd.Series, name: str) -> None:
-    """Set the scale from the catalogue; a logarithmic one only for positive values that span a factor of 3 or more."""
+    """Set the scale from the catalogue; a logarithmic one only for positive values that span a factor of more than 3."""
     scale = METRICS[name].scale
     if scale == "percent":
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-    if scale == "log" and values.min() > 0 and values.max() > 3 * values.min():
+    if scale == "log" and values.min() > 0 and values.max() > _LOG_SPAN * values.min():
         axes.set_yscale("log")
-        decades = values.max() > 200 * values.min()
-        axes.yaxis.set_major_locator(LogLocator(numticks=5) if decades else LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(LogFormatterSciNotation() if decades else FuncFormatter(lambda x, _: f"{x:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        _set_log_ticks(axes.yaxis, values)
     elif scale != "percent" and axes.get_yscale() == "linear":  # the axis may be shared with an earlier panel
         axes.yaxis.set_major_locator(MaxNLocator(5))
         size = max(abs(values.min()), abs(values.max()), _ROUNDING)
         if values.max() - values.min() < _ROUNDING * size or size == _ROUNDING:
             axes.set_ylim(values.mean() - 0.1 * size, values.mean() + 0.1 * size)
         axes.ticklabel_format(axis="y", useOffset=False)
+
+
+def _set_log_ticks(axis: Axis, values: pd.Series) -> None:
+    """Label 1, 2 and 5 of each decade; powers of ten if the values span more than a factor of 200."""
+    decades = values.max() > 200 * values.min()
+    axis.set_major_locator(LogLocator(numticks=5) if decades else LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(LogFormatterSciNotation() if decades else FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _at_collapse(name: str, num_classes: int | None) -> float | None:
