@@ -54,6 +54,8 @@ def _optimizer(config: RunConfig, model: AttachedHead) -> torch.optim.Optimizer:
             raise ValueError(f"{error} ({hint})") from error
     parameters, rate = model.parameters(), _value(config.lr)
     if config.optimizer == "lbfgs":
+        # torch's LBFGS cannot flatten the gradients of weights in channels-last layout.
+        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         return torch.optim.LBFGS(
             parameters,
             lr=rate,
