@@ -17,7 +17,14 @@ from neuralcollapse.catalogue import METRICS
 from neuralcollapse.lab.config import PUBLISHED_METHODS
 from neuralcollapse.lab.figures.curves import draw_figures
 from neuralcollapse.lab.figures.panels import check_drawing, save_figures, write_panels
-from neuralcollapse.metrics.figures.curves import RESERVED, draw_all, draw_metric, draw_points, line_styles, metric_label
+from neuralcollapse.metrics.figures.curves import (
+    RESERVED,
+    draw_all,
+    draw_metric,
+    draw_points,
+    line_styles,
+    metric_label,
+)
 from neuralcollapse.metrics.figures.panels import Panel, add_legend, literal
 
 

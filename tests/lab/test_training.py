@@ -611,7 +611,8 @@ def test_lbfgs_fits_what_it_is_given(tmp_path):
 @pytest.mark.parametrize("backbone", ["convnet", "fast-convnet"])
 def test_lbfgs_trains_convolutions_of_both_memory_layouts(backbone, tmp_path):
     settings = {"backbone": backbone, "image_size": 16, "train_samples": 200, "method": "linear", "depth": None}
-    settings |= {"width": None, "backbone_options": {"widths": [8, 8, 8]}} if backbone == "fast-convnet" else {"width": 4}
+    fast = {"width": None, "backbone_options": {"widths": [8, 8, 8]}}
+    settings |= fast if backbone == "fast-convnet" else {"width": 4}
     run = trained(tmp_path / "run", **settings, optimizer="lbfgs", lr=0.5, batch_size=200, epochs=3)
     losses = pd.read_csv(run.training_log)["batch_loss"]
     assert losses.iloc[-1] < losses.iloc[0]

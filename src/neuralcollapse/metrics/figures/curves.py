@@ -192,7 +192,7 @@ def line_styles(labels: Sequence[str], *, markers: bool | None = None) -> dict[s
 
 
 def _scale(axes: Axes, values: pd.Series, name: str) -> None:
-    """Set the scale from the catalogue; a logarithmic one only for positive values that span a factor of more than 3."""
+    """Set the scale from the catalogue; a logarithmic one only for positive values that span more than `_LOG_SPAN`."""
     scale = METRICS[name].scale
     if scale == "percent":
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
