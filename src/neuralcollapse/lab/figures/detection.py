@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
 from neuralcollapse.catalogue import METRICS
 from neuralcollapse.lab.figures import draw
 from neuralcollapse.lab.figures.panels import save_figures
 from neuralcollapse.lab.results.groups import RunGroups
-from neuralcollapse.metrics.figures.curves import line_styles
+from neuralcollapse.metrics.figures.curves import line_styles, set_log_scale
 from neuralcollapse.metrics.figures.panels import Panel, literal, without_latex, wrapped
 
 if TYPE_CHECKING:
@@ -146,13 +146,7 @@ def _draw_course(axes: Axes, points: pd.DataFrame, **style: Any) -> None:
 
 
 def _finish(axes: Axes, points: pd.DataFrame) -> None:
-    least, greatest = points["value_nc1"].min(), points["value_nc1"].max()
-    if least > 0 and greatest > 3 * least:
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-    else:
+    if not set_log_scale(axes, "x", points["value_nc1"]):
         axes.xaxis.set_major_locator(MaxNLocator(4))
     label_axes(axes, "AUROC")
 

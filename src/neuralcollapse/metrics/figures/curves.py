@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from matplotlib.ticker import (
@@ -30,7 +30,6 @@ from neuralcollapse.metrics.figures.panels import (
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
 
     from neuralcollapse.metrics.figures.records import Shown
 
@@ -165,9 +164,7 @@ def draw_points(axes: Axes, points: pd.DataFrame, x: str, labels: Sequence[str])
     for label in of_values.index:
         style = {**styles[str(label)], "linestyle": "none"}
         draw_bars(axes, of_x.loc[[label]], of_values.loc[[label]], label=literal(str(label)), **style)
-    if points[x].max() > _LOG_SPAN * points[x].min():
-        axes.set_xscale("log")
-        _set_log_ticks(axes.xaxis, points[x])
+    set_log_scale(axes, "x", points[x])
 
 
 def line_styles(labels: Sequence[str], *, markers: bool | None = None) -> dict[str, dict[str, Any]]:
@@ -196,10 +193,9 @@ def _scale(axes: Axes, values: pd.Series, name: str) -> None:
     scale = METRICS[name].scale
     if scale == "percent":
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-    if scale == "log" and values.min() > 0 and values.max() > _LOG_SPAN * values.min():
-        axes.set_yscale("log")
-        _set_log_ticks(axes.yaxis, values)
-    elif scale != "percent" and axes.get_yscale() == "linear":  # the axis may be shared with an earlier panel
+    if scale == "log" and set_log_scale(axes, "y", values):
+        return
+    if scale != "percent" and axes.get_yscale() == "linear":  # the axis may be shared with an earlier panel
         axes.yaxis.set_major_locator(MaxNLocator(5))
         size = max(abs(values.min()), abs(values.max()), _ROUNDING)
         if values.max() - values.min() < _ROUNDING * size or size == _ROUNDING:
@@ -207,12 +203,20 @@ def _scale(axes: Axes, values: pd.Series, name: str) -> None:
         axes.ticklabel_format(axis="y", useOffset=False)
 
 
-def _set_log_ticks(axis: Axis, values: pd.Series) -> None:
-    """Label 1, 2 and 5 of each decade; powers of ten if the values span more than a factor of 200."""
+def set_log_scale(axes: Axes, direction: Literal["x", "y"], values: pd.Series) -> bool:
+    """Make an axis logarithmic if its values are positive and span a factor of more than 3; return whether it is.
+
+    The labels are 1, 2 and 5 of each decade, or powers of ten if the values span a factor of more than 200.
+    """
+    if not (values.min() > 0 and values.max() > _LOG_SPAN * values.min()):  # also if all values are NaN
+        return False
+    axes.set(**{f"{direction}scale": "log"})
+    axis = {"x": axes.xaxis, "y": axes.yaxis}[direction]
     decades = values.max() > 200 * values.min()
     axis.set_major_locator(LogLocator(numticks=5) if decades else LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(LogFormatterSciNotation() if decades else FuncFormatter(lambda x, _: f"{x:g}"))
     axis.set_minor_formatter(NullFormatter())
+    return True
 
 
 def _at_collapse(name: str, num_classes: int | None) -> float | None:
